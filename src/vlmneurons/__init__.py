@@ -1,0 +1,122 @@
+"""Find the MLP neurons of vision-language models that carry a group of inputs, and prove it by switching them off.
+
+The flow is *record → select → ablate → measure*; each step is a small object that can be used alone:
+
+    questions ──record──▶ ActivationStatistics ──Selector──▶ Selection {group: NeuronSet} ──Ablation/knockout──▶ effects
+
+Names are loaded when they are first used, so that importing the package costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vlmneurons._version import __version__
+
+if TYPE_CHECKING:
+    from vlmneurons.ablation import Ablation
+    from vlmneurons.answers import AnswerReader, Generate, Letters, TextLikelihood, parse_answer
+    from vlmneurons.architectures import Architecture, register_architecture
+    from vlmneurons.demo import demo_truth, load_demo
+    from vlmneurons.errors import VLMNeuronsError
+    from vlmneurons.knockout import KnockoutResult, knockout
+    from vlmneurons.model import VLM
+    from vlmneurons.neurons import NeuronSet, Selection
+    from vlmneurons.plots import plot_layers, plot_matrix
+    from vlmneurons.questions import Question, QuestionSet
+    from vlmneurons.record import Recorder, record
+    from vlmneurons.selectors import (
+        CAS,
+        LAP,
+        LAPE,
+        MAD,
+        ConAct,
+        LayerMatchedRandom,
+        MostActive,
+        RandomNeurons,
+        Selector,
+    )
+    from vlmneurons.sites import NeuronSpace, Site
+    from vlmneurons.statistics import ActivationStatistics
+
+_PLACES = {
+    "ablation": ("Ablation",),
+    "answers": ("AnswerReader", "Generate", "Letters", "TextLikelihood", "parse_answer"),
+    "architectures": ("Architecture", "register_architecture"),
+    "demo": ("demo_truth", "load_demo"),
+    "errors": ("VLMNeuronsError",),
+    "knockout": ("KnockoutResult", "knockout"),
+    "model": ("VLM",),
+    "neurons": ("NeuronSet", "Selection"),
+    "plots": ("plot_layers", "plot_matrix"),
+    "questions": ("Question", "QuestionSet"),
+    "record": ("Recorder", "record"),
+    "selectors": (
+        "CAS",
+        "LAP",
+        "LAPE",
+        "MAD",
+        "ConAct",
+        "LayerMatchedRandom",
+        "MostActive",
+        "RandomNeurons",
+        "Selector",
+    ),
+    "sites": ("NeuronSpace", "Site"),
+    "statistics": ("ActivationStatistics",),
+}
+_MODULES = ("errors", "testing")
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 (in the order of the flow)
+    "VLM",
+    "Site",
+    "NeuronSpace",
+    "NeuronSet",
+    "Selection",
+    "Question",
+    "QuestionSet",
+    "load_demo",
+    "demo_truth",
+    "record",
+    "Recorder",
+    "ActivationStatistics",
+    "Selector",
+    "CAS",
+    "ConAct",
+    "LAP",
+    "LAPE",
+    "MAD",
+    "MostActive",
+    "RandomNeurons",
+    "LayerMatchedRandom",
+    "Ablation",
+    "knockout",
+    "KnockoutResult",
+    "AnswerReader",
+    "Letters",
+    "Generate",
+    "TextLikelihood",
+    "parse_answer",
+    "plot_matrix",
+    "plot_layers",
+    "Architecture",
+    "register_architecture",
+    "VLMNeuronsError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # `record` and `knockout` are functions here and modules of the same name below: the first use of the function
+    # imports the module, which would put the module in the function's place, so the function is put back.
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"vlmneurons.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"vlmneurons.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES})

@@ -1,0 +1,350 @@
+"""How the model's answer is read: by the letters' logits, by generation, or by the likelihood of each option's text.
+
+Each way is a small object with one method, `read`; a set of questions names the one it wants. A reader runs the model;
+whoever counts activations meanwhile gets told what each token of the run is (``watch``).
+"""
+
+import contextlib
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmneurons.errors import QuestionError
+from vlmneurons.inputs import Batch
+from vlmneurons.questions import LETTERS, QuestionSet, normalize
+
+if TYPE_CHECKING:
+    from vlmneurons.model import VLM
+
+Watch = Callable[[Batch, list[int]], contextlib.AbstractContextManager[Any]]
+"""Told before a run: its inputs, and which of its rows stand for the questions (one row each, in order)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What the model answered to some questions.
+
+    Attributes:
+        chosen: for each question the index of the chosen option, in the question's own order; None where a generated
+            text names no option.
+        scores: log-probability of each option, in the question's own order, padded with NaN where questions have
+            fewer options; None for generated answers.
+        texts: the generated texts; None for other ways of reading.
+    """
+
+    chosen: tuple[int | None, ...]
+    scores: Float[Tensor, "question option"] | None = None
+    texts: tuple[str, ...] | None = None
+
+    def margins(self, questions: QuestionSet) -> Float[Tensor, " question"]:
+        """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers."""
+        if self.scores is None:
+            return torch.full((len(questions),), float("nan"), dtype=torch.float64)
+        scores = self.scores.double().nan_to_num(nan=-torch.inf)
+        right = torch.tensor([[item.answer] for item in questions])
+        others = scores.scatter(1, right, -torch.inf).amax(1)
+        return scores.gather(1, right).squeeze(1) - others
+
+
+class AnswerReader(ABC):
+    """A way of reading answers. Subclass it and define `read` for another."""
+
+    shows_options: bool = True
+    """Whether the options have to stand in the prompt."""
+
+    padding_side: str = "right"
+    """Right padding leaves every token at the position it has alone; generation needs the left."""
+
+    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+        """What `read` runs the model on: made once for a batch, and run as often as is wanted."""
+        return model.encoder(questions, padding_side=self.padding_side)
+
+    @abstractmethod
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: "Watch | None" = None) -> Reading:
+        """Runs the model on one batch of questions.
+
+        Args:
+            model: the model, in inference mode.
+            questions: the batch; they share whether they have pictures.
+            encoded: what `encode` made of them.
+            watch: to be entered around the run that shows the questions to the model.
+        """
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({fields})"
+
+
+def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def logits_at(
+    model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "position vocabulary"]]:
+    """Run the model once and give each row's logits at some positions, in float32 on the CPU.
+
+    Only the positions that some row needs are projected to the vocabulary, where the model allows it.
+
+    Args:
+        model: the model.
+        batch: its inputs.
+        positions: for each row of the batch the wanted positions.
+    """
+    wanted = sorted({position for row in positions for position in row})
+    place = {position: index for index, position in enumerate(wanted)}
+    inputs = dict(batch)
+    if "logits_to_keep" in inspect.signature(type(model.hf).forward).parameters:
+        inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
+    logits = model.hf(**inputs, use_cache=False).logits
+    if logits.shape[1] != len(wanted):
+        if logits.shape[1] != batch["input_ids"].shape[1]:
+            raise QuestionError(
+                f"{type(model.hf).__name__} gives logits at {logits.shape[1]} positions for a prompt of "
+                f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
+            )
+        place = {position: position for position in wanted}
+    return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
+
+
+@dataclass(frozen=True, repr=False)
+class Letters(AnswerReader):
+    """The option letter with the highest probability at the first position of the answer: one forward, no generation.
+
+    A letter's probability is that of all tokens that are just the letter (``A``, and with a leading space).
+    """
+
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Batch, watch: Watch | None = None) -> Reading:
+        """See `AnswerReader.read`."""
+        tokens = letter_tokens(model, max(len(item.options) for item in questions))
+        with (watch or _no_watch)(encoded, list(range(len(questions)))):
+            logits = logits_at(model, encoded, encoded.tokens.last[:, None].tolist())
+        shown = [row.log_softmax(-1)[0, tokens].logsumexp(-1) for row in logits]
+        return _reading(questions, shown)
+
+
+@dataclass(frozen=True, repr=False)
+class TextLikelihood(AnswerReader):
+    """The option whose text, as the continuation of the prompt, has the highest log-probability.
+
+    The usual way to score a multiple-choice question that is asked openly. Options of one token each cost one forward
+    of one row per question; longer ones cost a row for every distinct beginning.
+
+    Attributes:
+        prefix: stands between the prompt and the option's text.
+        per_token: divide each log-probability by its number of tokens, so that longer texts are not at a disadvantage.
+    """
+
+    prefix: str = " "
+    per_token: bool = False
+    shows_options = False
+
+    def encode(self, model: "VLM", questions: QuestionSet) -> "_Options":
+        """See `AnswerReader.encode`."""
+        encoder = model.encoder
+        rows: list[tuple[int, str]] = []  # question, continuation
+        wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
+        first_rows: list[int] = []
+        for number, item in enumerate(questions):
+            shown = [item.options[index] for index in questions.order(item)]
+            prompt = encoder.render(questions.prompt(item, shown), item.n_images)
+            bare = encoder.token_ids(prompt)
+            first_rows.append(len(rows))
+            rows.append((number, ""))
+            known: dict[tuple[int, ...], int] = {(): first_rows[-1]}
+            per_option = []
+            for option in item.options:
+                whole = encoder.token_ids(prompt + self.prefix + option)
+                added = whole[len(bare) :]
+                if whole[: len(bare)] != bare or not added:
+                    raise QuestionError(
+                        f"question {item.id!r}: the option {option!r} does not continue the prompt token by token; "
+                        f"change the prefix ({self.prefix!r})"
+                    )
+                beginning = tuple(added[:-1])
+                if beginning not in known:
+                    known[beginning] = len(rows)
+                    rows.append((number, self.prefix + option))
+                per_option.append((known[beginning], added))
+            wanted.append(per_option)
+        asked = [questions[number] for number, _ in rows]
+        batch = encoder.rows(questions, asked, [more for _, more in rows], padding_side=self.padding_side)
+        # A row shows its option's last token too, but nothing reads what follows it.
+        last = batch.tokens.last.tolist()
+        positions = []
+        for row, (number, _) in enumerate(rows):
+            depth = max((len(ids) for other, ids in wanted[number] if other == row), default=1)
+            positions.append([last[row] + step for step in range(depth)])
+        return _Options(batch, first_rows, positions, wanted)
+
+    def read(self, model: "VLM", questions: QuestionSet, encoded: "_Options", watch: Watch | None = None) -> Reading:
+        """See `AnswerReader.read`."""
+        with (watch or _no_watch)(encoded.batch, encoded.first_rows):
+            logits = logits_at(model, encoded.batch, encoded.positions)
+        scores = []
+        for per_option in encoded.wanted:
+            values = []
+            for row, ids in per_option:
+                steps = logits[row].log_softmax(-1)[: len(ids)].gather(1, torch.tensor(ids)[:, None])
+                values.append(steps.mean() if self.per_token else steps.sum())
+            scores.append(torch.stack(values))
+        return _reading(questions, scores, shown=False)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Rows that between them show every option's text: the first of each question is the bare prompt."""
+
+    batch: Batch
+    first_rows: list[int]
+    positions: list[list[int]]
+    wanted: list[list[tuple[int, list[int]]]]
+    """For each question and option the row that shows it, and the ids of its tokens."""
+
+
+@dataclass(frozen=True, repr=False)
+class Generate(AnswerReader):
+    """Greedy generation, and what the text names: letter, number, or option text; anything else is a parse failure.
+
+    Attributes:
+        max_new_tokens: how many tokens are generated at most.
+    """
+
+    max_new_tokens: int = 20
+    padding_side = "left"
+
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Batch, watch: Watch | None = None) -> Reading:
+        """See `AnswerReader.read`."""
+        if not model.can_generate:
+            raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
+        # One beam and no sampling, whatever the checkpoint's own settings are.
+        how = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        with (watch or _no_watch)(encoded, list(range(len(questions)))):
+            ids = model.hf.generate(**encoded, max_new_tokens=self.max_new_tokens, **how)
+        if not getattr(model.hf.config, "is_encoder_decoder", False):
+            ids = ids[:, encoded["input_ids"].shape[1] :]
+        texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        chosen = []
+        for item, text in zip(questions, texts, strict=True):
+            order = questions.order(item)
+            place = parse_answer(text, [item.options[index] for index in order])
+            chosen.append(None if place is None else order[place])
+        return Reading(tuple(chosen), None, texts)
+
+
+_READERS: dict[str, Callable[[], AnswerReader]] = {"letters": Letters, "generate": Generate, "text": TextLikelihood}
+
+
+def reader_of(answer: Any) -> AnswerReader:
+    """The reader that a set of questions names by ``answer``."""
+    if isinstance(answer, AnswerReader):
+        return answer
+    if isinstance(answer, str) and answer in _READERS:
+        return _READERS[answer]()
+    raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(_READERS)}")
+
+
+def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
+    """Ids of the tokens that are just a letter, ``[letter, form]``: only forms that every letter has.
+
+    Raises:
+        QuestionError: the tokenizer has no form in which each letter is one token.
+    """
+    vocabulary = model.tokenizer.get_vocab()
+    forms = [[vocabulary.get(before + letter) for letter in LETTERS[:n]] for before in ("", "▁", "Ġ", " ")]
+    whole = [form for form in forms if all(number is not None for number in form)]
+    if not whole:
+        raise QuestionError(
+            f"the tokenizer has no single token for each of the letters {LETTERS[:n]}; "
+            "use answer='text' or answer='generate'"
+        )
+    return torch.tensor(whole).T
+
+
+def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:
+    """Scores by option (in shown order, or the question's own) → the choice; of equal scores the first shown wins."""
+    most = max(len(item.options) for item in questions)
+    table = torch.full((len(questions), most), float("nan"), dtype=torch.float64)
+    chosen = []
+    for row, (item, values) in enumerate(zip(questions, scores, strict=True)):
+        order = questions.order(item)
+        by_place = values[: len(order)].double() if shown else values.double()[list(order)]
+        chosen.append(order[int(by_place.argmax())])
+        table[row, list(order)] = by_place
+    return Reading(tuple(chosen), table)
+
+
+def parse_answer(text: str, options: Sequence[str]) -> int | None:
+    """Which option a generated text names: index from 0 in shown order, or None where that cannot be told.
+
+    A letter wins over a number, a number over an option's text, and what is ambiguous is None, never a guess. The
+    one departure: a text that *is* one option (``"4"`` among 2, 4, 6, 8) is that option, not the fourth.
+
+    Example:
+        >>> options = ["Cairo", "Paris", "Rome", "Oslo"]
+        >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]
+        [1, 2, 3, 1, None]
+    """
+    stripped = text.strip()
+    if not stripped:
+        return None
+    letters = LETTERS[: len(options)]
+    letter = _parse_letter(stripped, letters)
+    if letter is not None:
+        return letter
+    plain = normalize(stripped)
+    whole = [index for index, option in enumerate(options) if normalize(option) == plain]
+    if whole:
+        return whole[0] if len(whole) == 1 else None
+    number = re.match(
+        r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is|:)?\s*)?[(\[]?(\d{1,2})[)\].:]?\s*(?:$|\n)",
+        stripped,
+        re.I,
+    )
+    if number and 1 <= int(number[1]) <= len(options):
+        return int(number[1]) - 1
+    return _parse_text(plain, options)
+
+
+def _parse_letter(text: str, letters: str) -> int | None:
+    one = f"[{letters}{letters.lower()}]"
+    cue = r"(?:answer|option|choice)"
+    patterns = (
+        rf"[(\[*\"']*({one})[)\]*\"']*[.:,;!]?\s*$",  # B   (b)   **B**   B.
+        rf"[(\[*]*({one})[)\]*]*[.):\]]\s+\S",  # B. Paris   (B) Paris   B) Paris
+        rf"[(\[*]+({one})[)\]*]+",  # (B) because …
+        rf"[(\[*]*([{letters}])[)\]*]*\s*[,\n–—-]",  # B, because …
+        rf"(?:.*?\b)?{cue}\s*(?:is|was|:|would be|=)*\s*{cue}?\s*[(\[*\"']*({one})[)\]*\"']*"
+        r"(?:[.,:;!]|\s*$|\s+(?:because|since|as)\b)",
+        rf"{cue}\s+({one})\b",  # Option B
+    )
+    for pattern in patterns:
+        match = re.match(pattern, text, re.S | (re.I if "answer" in pattern else 0))
+        if match:
+            return letters.index(match[1].upper())
+    bracketed = {match.upper() for match in re.findall(rf"\(({one})\)", text)}
+    return letters.index(bracketed.pop()) if len(bracketed) == 1 else None
+
+
+def _parse_text(plain: str, options: Sequence[str]) -> int | None:
+    """The one option whose words the text contains; of two that contain each other, the longer."""
+    spans: list[tuple[int, int, int]] = []
+    for index, option in enumerate(options):
+        wanted = normalize(option)
+        if not wanted:
+            continue
+        for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", plain):
+            spans.append((match.start(), match.end(), index))
+    outer = {
+        index
+        for start, end, index in spans
+        if not any(s <= start and end <= e and (e - s) > (end - start) for s, e, _ in spans)
+    }
+    return outer.pop() if len(outer) == 1 else None

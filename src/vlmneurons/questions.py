@@ -1,0 +1,606 @@
+"""What is asked: questions, sets of questions, and prompts.
+
+A `Question` is a picture, a question, answer options, and the *group* (a culture, a language, a topic) it stands for.
+A `QuestionSet` is a sequence of them together with how they are asked: the prompt, the way the answer is read, and the
+order of the options. How a model is run on them is the business of `vlmneurons.answers` and `vlmneurons.record`.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlmneurons.errors import QuestionError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+ImageSource = Image.Image | str | Path | bytes | Callable[[], Any]
+"""A picture: in memory, a file, an encoded file's bytes, or a function that yields one of these when it is needed."""
+
+Prompt = Callable[["Question", Sequence[str]], str]
+"""The text of the user's turn, from a question and its options in the order in which they are shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One multiple-choice question about a picture.
+
+    Attributes:
+        image: the picture; several in a list or tuple; None for a question without a picture. Pictures are opened when
+            they are needed, not before.
+        question: the question's text.
+        options: 2 to 26 answer options.
+        answer: index of the right option, from 0.
+        group: what the question stands for, such as a country.
+        id: unique within a set. Derived from the content if left out.
+        metadata: further plain values by name, for filtering and grouping.
+        image_id: questions with equal ``image_id`` share a picture and are never split apart. Derived from the
+            picture's content or path if left out.
+
+    Raises:
+        QuestionError: the answer is not the index of an option, or a field has the wrong form.
+
+    Example:
+        >>> Question(None, "What is the capital?", ("Cairo", "Paris"), 0, "Egypt", id="q1").options[0]
+        'Cairo'
+    """
+
+    image: ImageSource | Sequence[ImageSource] | None
+    question: str
+    options: tuple[str, ...]
+    answer: int
+    group: str
+    id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    image_id: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
+        if isinstance(self.options, str) or not all(isinstance(option, str) for option in self.options):
+            raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
+        object.__setattr__(self, "options", tuple(self.options))
+        if not isinstance(self.question, str):
+            raise QuestionError(f"{where}: the question is a string; got {type(self.question).__name__}")
+        if not 2 <= len(self.options) <= len(LETTERS):
+            raise QuestionError(f"{where}: a question has 2 to {len(LETTERS)} options; got {len(self.options)}")
+        if isinstance(self.answer, bool) or not isinstance(self.answer, int | np.integer):
+            raise QuestionError(f"{where}: answer is the index of the right option; got {self.answer!r}")
+        if not 0 <= self.answer < len(self.options):
+            raise QuestionError(
+                f"{where}: answer {self.answer} is outside the options (0–{len(self.options) - 1}). A label of -1 "
+                "usually means that the dataset keeps its answers secret: use a labelled copy"
+            )
+        object.__setattr__(self, "answer", int(self.answer))
+        right = normalize(self.options[self.answer])
+        if sum(normalize(option) == right for option in self.options) > 1:
+            raise QuestionError(
+                f"{where}: the right answer {self.options[self.answer]!r} stands among the options twice"
+            )
+        if not isinstance(self.group, str) or not self.group:
+            raise QuestionError(f"{where}: the group is a non-empty string; got {self.group!r}")
+        object.__setattr__(self, "metadata", dict(self.metadata))
+        if isinstance(self.image, list):
+            object.__setattr__(self, "image", tuple(self.image))
+        if not isinstance(self.id, str):
+            object.__setattr__(self, "id", str(self.id))
+        if not self.id:
+            object.__setattr__(self, "id", self._derived_id())
+
+    def _derived_id(self) -> str:
+        paths = [str(image) for image in self._sources if isinstance(image, str | Path)]
+        text = json.dumps([self.question, self.options, self.answer, self.group, paths, self.image_id])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def _sources(self) -> tuple[ImageSource, ...]:
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @property
+    def n_images(self) -> int:
+        """How many pictures the question shows."""
+        return len(self._sources)
+
+    @property
+    def right(self) -> str:
+        """The text of the right option."""
+        return self.options[self.answer]
+
+    def load_images(self) -> tuple[Image.Image, ...]:
+        """The pictures, opened: RGB, upright (EXIF rotation applied), transparency on white, first frame of several.
+
+        Raises:
+            QuestionError: a picture cannot be opened; the message names the question.
+        """
+        opened = []
+        for source in self._sources:
+            try:
+                opened.append(_open_image(source))
+            except Exception as error:
+                name = str(source) if isinstance(source, str | Path) else type(source).__name__
+                raise QuestionError(
+                    f"question {self.id!r}: the image {name!r} cannot be opened ({type(error).__name__}: {error})"
+                ) from error
+        return tuple(opened)
+
+    @property
+    def image_key(self) -> str:
+        """What identifies the question's pictures: ``image_id``, or a digest of their paths or contents."""
+        if self.image_id is not None:
+            return str(self.image_id)
+        if not self._sources:
+            return f"no image: {self.id}"
+        digest = hashlib.sha256()
+        for source in self._sources:
+            while callable(source) and not isinstance(source, Image.Image):
+                source = source()
+            if isinstance(source, Mapping):
+                source = source.get("bytes") or source.get("path") or b""
+            if isinstance(source, str | Path):
+                digest.update(str(source).encode())
+            elif isinstance(source, bytes):
+                digest.update(source)
+            else:
+                digest.update(np.asarray(source).tobytes())
+        return digest.hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Question):
+            return NotImplemented
+        return self._plain == other._plain and all(
+            a is b
+            or (not isinstance(a, Image.Image) and not callable(a) and a == b)
+            or (isinstance(a, Image.Image) and isinstance(b, Image.Image) and a == b)
+            for a, b in zip(self._sources, other._sources, strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.question, self.options, self.answer, self.group))
+
+    @property
+    def _plain(self) -> tuple[Any, ...]:
+        return (self.question, self.options, self.answer, self.group, self.id, self.metadata, self.n_images)
+
+
+def _open_image(source: Any) -> Image.Image:
+    while callable(source) and not isinstance(source, Image.Image):
+        source = source()
+    if isinstance(source, Mapping):  # how `datasets` hands out an image that it was told not to decode
+        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif isinstance(source, str | Path):
+            image = Image.open(source)
+        else:
+            raise TypeError(f"an image is a PIL image, a path, bytes or a function; got {type(source).__name__}")
+        image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        page = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(page, image)
+    return image.convert("RGB") if image.mode != "RGB" else image
+
+
+def multiple_choice_prompt(question: Question, options: Sequence[str]) -> str:
+    """The question, lettered options, and the request to answer with a letter: the usual prompt for CVQA."""
+    lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    request = "Answer with the option's letter from the given choices directly."
+    return f"Question: {question.question}\n\nOptions: {lines}\n\n{request}"
+
+
+def open_prompt(question: Question, options: Sequence[str]) -> str:
+    """The question alone; the options are not shown. For answers read as the likelihood of each option's text."""
+    return question.question
+
+
+ANSWERS = ("letters", "generate", "text")
+"""The ways of reading an answer; see `vlmneurons.answers`."""
+
+_PROMPTS: dict[str, Prompt] = {"multiple choice": multiple_choice_prompt, "open": open_prompt}
+
+
+class QuestionSet(Sequence[Question]):
+    """Questions, and how they are asked.
+
+    An immutable sequence: indexing gives a `Question`, slicing and every method gives a new set. Ids are unique.
+
+    Args:
+        questions: any iterable of `Question`.
+        prompt: the user's turn, as a function of the question and its options in shown order; or ``"multiple choice"``
+            or ``"open"`` for one of the built-in prompts. By default the one that fits ``answer``.
+        answer: how the answer is read: ``"letters"`` (the logits of the option letters, one forward), ``"generate"``
+            (greedy generation, parsed) or ``"text"`` (likelihood of each option's text); or an object of
+            `vlmneurons.answers`.
+        shuffle: seed of the order in which each question's options are shown, drawn per question from (seed, id);
+            None shows them as they are.
+
+    Raises:
+        QuestionError: an id stands twice, or something that is not a Question was given.
+    """
+
+    def __init__(
+        self,
+        questions: Iterable[Question] = (),
+        *,
+        prompt: Prompt | str | None = None,
+        answer: Any = "letters",
+        shuffle: int | None = 0,
+    ) -> None:
+        items = tuple(questions)
+        for item in items:
+            if not isinstance(item, Question):
+                raise QuestionError(f"a QuestionSet holds Question objects; got {type(item).__name__}")
+        twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+        if twice:
+            raise QuestionError(f"ids must be unique; more than once there are {_listed(twice)}")
+        if isinstance(answer, str) and answer not in ANSWERS:
+            raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}")
+        if isinstance(prompt, str) and prompt not in _PROMPTS:
+            raise QuestionError(f"prompt={prompt!r} is not a built-in prompt; choose from {', '.join(_PROMPTS)}")
+        self._items = items
+        self._prompt = prompt
+        self.answer = answer
+        self.shuffle = shuffle
+
+    @property
+    def prompt(self) -> Prompt:
+        """The function that writes the user's turn."""
+        if self._prompt is None:
+            shows = getattr(self.answer, "shows_options", self.answer != "text")
+            return multiple_choice_prompt if shows else open_prompt
+        return _PROMPTS[self._prompt] if isinstance(self._prompt, str) else self._prompt
+
+    def asked(self, **how: Any) -> "QuestionSet":
+        """The same questions, asked another way: any of ``prompt``, ``answer``, ``shuffle``."""
+        return QuestionSet(
+            self._items, **{"prompt": self._prompt, "answer": self.answer, "shuffle": self.shuffle, **how}
+        )
+
+    def _with(self, items: Iterable[Question]) -> "QuestionSet":
+        return QuestionSet(items, prompt=self._prompt, answer=self.answer, shuffle=self.shuffle)
+
+    # -- a sequence ----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> "QuestionSet": ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._with(self._items[index]) if isinstance(index, slice) else self._items[index]
+
+    def __iter__(self) -> Iterator[Question]:
+        return iter(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuestionSet) and self._items == other._items
+
+    def __hash__(self) -> int:
+        return hash(self._items)
+
+    def __add__(self, other: Iterable[Question]) -> "QuestionSet":
+        return self._with((*self._items, *other))
+
+    def __repr__(self) -> str:
+        counts = self.counts()
+        shown = ", ".join(f"{group}: {n}" for group, n in list(counts.items())[:8])
+        more = f", and {len(counts) - 8} more groups" if len(counts) > 8 else ""
+        return f"QuestionSet({len(self)} questions; {shown}{more})" if counts else "QuestionSet(empty)"
+
+    # -- groups --------------------------------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that occur, sorted."""
+        return tuple(sorted({item.group for item in self._items}))
+
+    def counts(self) -> dict[str, int]:
+        """Number of questions of each group, groups sorted."""
+        counts = Counter(item.group for item in self._items)
+        return {group: counts[group] for group in sorted(counts)}
+
+    def by_group(self) -> dict[str, "QuestionSet"]:
+        """One set per group, groups sorted."""
+        return {group: self._with(item for item in self._items if item.group == group) for group in self.groups}
+
+    def group_by(self, key: str | Callable[[Question], str]) -> "QuestionSet":
+        """The same questions, grouped by a metadata column, or by a function of the question.
+
+        Raises:
+            QuestionError: a question has no such column.
+        """
+        return self._with(replace(item, group=str(_value(item, key))) for item in self._items)
+
+    def filter(self, keep: Callable[[Question], bool] | None = None, **where: Any) -> "QuestionSet":
+        """The questions for which ``keep`` is true, and whose fields or metadata have the given values.
+
+        A value may be a set, list or tuple of allowed values.
+
+        Example:
+            ``questions.filter(group={"Egypt", "Japan"}, category="food")``
+        """
+
+        def wanted(item: Question) -> bool:
+            for key, value in where.items():
+                allowed = value if isinstance(value, set | frozenset | list | tuple) else (value,)
+                if _value(item, key) not in allowed:
+                    return False
+            return keep is None or bool(keep(item))
+
+        return self._with(item for item in self._items if wanted(item))
+
+    def balanced(self, size: int | None = None, *, seed: int = 0) -> "QuestionSet":
+        """The same number of questions of every group, chosen by a seeded hash of their ids.
+
+        Args:
+            size: questions per group; by default the size of the smallest group.
+
+        Raises:
+            QuestionError: a group has fewer; the message names the thin groups.
+        """
+        counts = self.counts()
+        size = min(counts.values(), default=0) if size is None else size
+        thin = [f"{group} ({n})" for group, n in counts.items() if n < size]
+        if thin:
+            raise QuestionError(f"{size} questions per group were asked for; fewer are in {_listed(thin)}")
+        kept = set()
+        for members in self.by_group().values():
+            kept.update(sorted((item.id for item in members), key=lambda name: _hash(seed, name))[:size])
+        return self._with(item for item in self._items if item.id in kept)
+
+    def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple["QuestionSet", "QuestionSet"]:
+        """Two disjoint sets, such as one to identify neurons on and one to evaluate on.
+
+        Questions that share a picture stay together, every group is divided in the same proportion as nearly as that
+        allows, and the result depends on ids, pictures and seed alone, not on the order of the questions.
+
+        Args:
+            fraction: share of the questions that goes to the first set, in (0, 1).
+
+        Raises:
+            QuestionError: the fraction is not in (0, 1).
+        """
+        if not 0 < fraction < 1:
+            raise QuestionError(f"fraction {fraction} is outside (0, 1)")
+        clusters: dict[str, list[Question]] = {}
+        for item in self._items:
+            clusters.setdefault(item.image_key, []).append(item)
+        wanted = {group: fraction * n for group, n in self.counts().items()}
+        given = dict.fromkeys(wanted, 0)
+        first: set[str] = set()
+        # Large clusters go first, so that small ones can even out what they leave.
+        for key in sorted(clusters, key=lambda key: (-len(clusters[key]), _hash(seed, key))):
+            sizes = Counter(item.group for item in clusters[key])
+            lacking = sum((wanted[group] - given[group] - n / 2) * n for group, n in sizes.items())
+            # An exact tie (one question, two sides) is decided by the hash, or one side would always win it.
+            if lacking > 1e-9 or (abs(lacking) <= 1e-9 and int(_hash(seed, key, "side"), 16) % 2):
+                first.update(item.id for item in clusters[key])
+                for group, n in sizes.items():
+                    given[group] += n
+        return (
+            self._with(item for item in self._items if item.id in first),
+            self._with(item for item in self._items if item.id not in first),
+        )
+
+    def order(self, question: Question) -> tuple[int, ...]:
+        """The order in which a question's options are shown: position shown → index in ``question.options``."""
+        indices = range(len(question.options))
+        if self.shuffle is None:
+            return tuple(indices)
+        return tuple(sorted(indices, key=lambda index: _hash(self.shuffle, question.id, index)))
+
+    # -- where they come from ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, table: str | None = None, **how: Any) -> "QuestionSet":
+        """Questions from a folder that holds a CSV or JSON Lines table and picture files.
+
+        The table has the columns ``image`` (a path within the folder; empty for none), ``question``, ``options`` (a
+        JSON list, or columns ``A``, ``B``, ``C``, ``D`` …), ``answer`` (an index from 0, a letter, or the right
+        option's text), ``group``, and optionally ``id`` and ``image_id``; every further column becomes metadata.
+
+        Args:
+            folder: the folder.
+            table: name of the table within it; by default the only ``.csv``, ``.tsv`` or ``.jsonl`` file.
+            **how: ``prompt``, ``answer``, ``shuffle`` of the set.
+
+        Raises:
+            QuestionError: no table or several, a row that is not a question (which one is said), or a picture path
+                that leads out of the folder.
+        """
+        folder = Path(folder)
+        if table is None:
+            found = sorted(path.name for path in folder.glob("*") if path.suffix in (".csv", ".tsv", ".jsonl"))
+            if len(found) != 1:
+                has = f"{len(found)}: {', '.join(found)}" if found else "none"
+                raise QuestionError(
+                    f"{folder} must hold one .csv, .tsv or .jsonl table; it has {has}. Name one: table=…"
+                )
+            table = found[0]
+        path = folder / table
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise QuestionError(f"the table {path} cannot be read: {error}") from error
+        if path.suffix == ".jsonl":
+            rows = _json_lines(text, path)
+        else:
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+        return cls([_question_of_row(row, f"{path}, row {n}", folder) for n, row in enumerate(rows, start=1)], **how)
+
+    @classmethod
+    def from_dataset(cls, dataset: Any, columns: Mapping[str, str] | None = None, **how: Any) -> "QuestionSet":
+        """Questions from a `datasets.Dataset` (one split). Pictures stay on disk until they are needed.
+
+        Args:
+            dataset: rows with the columns that `from_folder` describes.
+            columns: the dataset's own name of each field, where it differs: ``{"image": "photo", "group": "country"}``.
+            **how: ``prompt``, ``answer``, ``shuffle`` of the set.
+
+        Raises:
+            QuestionError: a column is missing, or a row is not a question.
+        """
+        names = {name: name for name in ("image", "question", "options", "answer", "group", "id", "image_id")}
+        names.update(columns or {})
+        have = list(dataset.column_names)
+        for wanted in {"question", "answer", "group"} | set(columns or {}):
+            if names[wanted] not in have:
+                raise QuestionError(
+                    f"the dataset has no column {names[wanted]!r} for {wanted!r}; it has {', '.join(have)}"
+                )
+        image_column = names["image"] if names["image"] in have else None
+        plain = dataset.remove_columns([image_column]) if image_column else dataset
+        encoded = None
+        if image_column:
+            import datasets
+
+            encoded = dataset.select_columns([image_column])
+            if isinstance(encoded.features[image_column], datasets.Image):
+                encoded = encoded.cast_column(image_column, datasets.Image(decode=False))
+        theirs = {column: name for name, column in names.items() if column in have}
+        questions = []
+        for n, values in enumerate(plain):
+            row = {theirs.get(column, column): value for column, value in values.items()}
+            row["image"] = _DatasetImage(encoded, n, image_column) if encoded is not None else None
+            questions.append(_question_of_row(row, f"dataset row {n}", None))
+        return cls(questions, **how)
+
+
+@dataclass(frozen=True)
+class _DatasetImage:
+    """One picture of a dataset, read when it is called."""
+
+    dataset: Any
+    row: int
+    column: str
+
+    def __call__(self) -> Any:
+        return self.dataset[self.row][self.column]
+
+
+def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for n, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise QuestionError(f"{path}, line {n} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise QuestionError(f"{path}, line {n} is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _question_of_row(row: Mapping[str, Any], where: str, folder: Path | None) -> Question:
+    row = dict(row)
+    row.pop(None, None)  # type: ignore[call-overload]  # csv puts surplus cells under None
+    options = row.pop("options", None)
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except json.JSONDecodeError as error:
+            raise QuestionError(f"{where}: options must be a JSON list; got {options!r}") from error
+    if options is None:
+        letters = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
+        options = [str(row[letter]) for letter in letters]
+        for letter in LETTERS:
+            row.pop(letter, None)
+    if not isinstance(options, Sequence) or isinstance(options, str):
+        raise QuestionError(f"{where}: no options; give a list in 'options', or columns A, B, C, D")
+    missing = [name for name in ("question", "answer", "group") if row.get(name) in (None, "")]
+    if missing:
+        raise QuestionError(f"{where}: no value for {', '.join(missing)}; the row has {', '.join(map(str, row))}")
+    image = row.pop("image", None)
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if folder is not None and image not in (None, ""):
+        image = tuple(_inside(folder, part, where) for part in (image if isinstance(image, list) else [image]))
+        image = image[0] if len(image) == 1 else image
+    identity, image_id = row.pop("id", None), row.pop("image_id", None)
+    answer, question, group = row.pop("answer"), row.pop("question"), row.pop("group")
+    try:
+        return Question(
+            image or None,
+            str(question),
+            tuple(str(option) for option in options),
+            _answer_index(answer, options, where),
+            str(group),
+            id="" if identity in (None, "") else str(identity),
+            metadata={str(key): value for key, value in row.items()},
+            image_id=None if image_id in (None, "") else str(image_id),
+        )
+    except QuestionError as error:
+        raise QuestionError(f"{where}: {error}") from error
+
+
+def _inside(folder: Path, name: Any, where: str) -> Path:
+    """A picture path of a table, which may not lead out of the table's folder."""
+    path = (folder / str(name)).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise QuestionError(f"{where}: the image path {str(name)!r} leads out of the folder {folder}")
+    return folder / str(name)
+
+
+def _answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
+    if isinstance(answer, bool):
+        raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor an option's text")
+    if isinstance(answer, int | np.integer):
+        return int(answer)
+    if isinstance(answer, float) and answer.is_integer():
+        return int(answer)
+    text = str(answer).strip()
+    same = [index for index, option in enumerate(options) if str(option).strip() == text]
+    if len(same) == 1:
+        return same[0]
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if len(text) == 1 and text.upper() in LETTERS:
+        return LETTERS.index(text.upper())
+    raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor one of the options")
+
+
+def _value(item: Question, key: str | Callable[[Question], Any]) -> Any:
+    if callable(key):
+        return key(item)
+    if key in item.metadata:
+        return item.metadata[key]
+    if key in ("id", "question", "answer", "group", "right", "n_images", "image_id"):
+        return getattr(item, key)
+    raise QuestionError(f"question {item.id!r} has no column {key!r}; it has {', '.join(item.metadata) or 'none'}")
+
+
+def _hash(*parts: Any) -> str:
+    """The same hexadecimal digits for the same parts on every machine."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def normalize(text: str) -> str:
+    """Text for comparison: Unicode NFKC, case folded, runs of white space as one space, no punctuation at the ends."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return folded.strip("""#.,;:!?"'`*()[]{}。、""".replace("#", " ")) or folded

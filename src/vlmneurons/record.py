@@ -1,0 +1,543 @@
+"""Counting how often neurons fire: a recorder for any run of a model, and `record`, which asks questions meanwhile.
+
+A neuron *fires* at a token if its value is above zero (for SiLU and GELU the gate is above zero exactly where its input
+is). For each row of a batch the recorder counts the tokens at which each neuron fires, among those that the token rule
+counts; `record` then adds a row to its group's statistics if the answer meets the condition. All counts are integers.
+"""
+
+import contextlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vlmneurons._version import __version__
+from vlmneurons.answers import AnswerReader, Reading, reader_of
+from vlmneurons.architectures import Handle, read
+from vlmneurons.errors import ActivationError, MismatchError, QuestionError, VLMNeuronsError
+from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
+from vlmneurons.model import VLM
+from vlmneurons.questions import Question, QuestionSet
+from vlmneurons.sites import NeuronSpace, Site
+from vlmneurons.statistics import ActivationStatistics
+
+CONDITIONS = ("correct", "wrong", "all")
+"""Which questions enter the statistics: those answered right, those answered wrong, or every one."""
+
+
+class _SiteCount:
+    """Counts of one site during one forward: ``[row, neuron]``, and how many tokens were counted."""
+
+    def __init__(self, site: Site, width: int) -> None:
+        self.site, self.width = site, width
+        self.clear()
+
+    def clear(self) -> None:
+        self.fired: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.total: Tensor | None = None
+        self.seen = 0
+
+    def add(self, fired: Tensor, tokens: Tensor, total: Tensor | None) -> None:
+        self.fired = fired if self.fired is None else self.fired + fired
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        if total is not None:
+            self.total = total if self.total is None else self.total + total
+
+
+class Recorder:
+    """Counts how often neurons fire, in whatever runs the model makes while it is entered.
+
+    Works in plain calls (``model.hf(**inputs)``), in traces and in ``generate`` (whose every step is counted). Rows
+    belong to the group that `group` names, or to ``"all"``. A run that does not end, because it raised or was
+    stopped, is not counted at all.
+
+    Args:
+        model: the model.
+        space: the neurons to count; by default the gates of the language tower.
+        tokens: which tokens count; see `TokenTable.counted`. In runs of your own the chat template is not known, so
+            ``"content"`` and ``"text"`` count its words. Neurons of a vision tower count over all patches.
+        magnitudes: also sum the neurons' values, in float64, for mean activations.
+
+    Example:
+        ``with Recorder(model) as recorder, recorder.group("Egypt"): model.hf(**inputs)``, then ``recorder.statistics``.
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        space: NeuronSpace | None = None,
+        *,
+        tokens: TokenRule = "content",
+        magnitudes: bool = False,
+    ) -> None:
+        self.model = model
+        self.space = model.space() if space is None else space
+        for site, width in zip(self.space.sites, self.space.widths, strict=True):
+            if model.mlp_of(site).width != width:
+                raise MismatchError(
+                    f"{site} has {model.mlp_of(site).width} neurons in this model; the space has {width}"
+                )
+        if isinstance(tokens, str) and tokens not in TOKEN_RULES:
+            raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
+        self._in_vision = [site.tower == "vision" for site in self.space.sites]
+        if tokens in ("text", "last") and any(self._in_vision):
+            raise QuestionError(f"tokens={tokens!r} counts words; a vision tower has none. Record it with 'image'")
+        self.tokens = tokens
+        self.magnitudes = magnitudes
+        self._sites = [_SiteCount(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
+        # NaN and infinity pass from layer to layer, so a look at the last site is a look at all of them.
+        decoder = [n for n, site in enumerate(self.space.sites) if site.tower == "language"]
+        self._sentinel = max(decoder or range(len(self._sites)), key=lambda n: self.space.sites[n].layer)
+        self._handles: list[Any] = []
+        self._labels: Sequence[str] | str = "all"
+        self._groups: list[str] = []
+        self._positive: list[Tensor] = []
+        self._total: list[Tensor] = []
+        self._tokens = torch.zeros((0,), dtype=torch.int64)
+        self._reached = torch.zeros((0, len(self._sites)), dtype=torch.int64)
+        self._items = torch.zeros((0,), dtype=torch.int64)
+        self._mask: Tensor | None = None
+        self._vision: tuple[int, ...] | None = None
+        self._prepared: Batch | None = None
+        self._rows: list[int] = []
+        self._strict = True
+        self._steps = 0
+
+    # -- being entered -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Recorder":
+        if self._handles:
+            raise VLMNeuronsError("this recorder is already counting; make another one to nest them")
+        hf = self.model.hf
+        try:
+            for number, site in enumerate(self.space.sites):
+                mlp = self.model.mlp_of(site)
+                self._handles.append(read(hf, mlp, site.kind, self._callback(number)))
+            self._handles.append(Handle([hf.register_forward_pre_hook(self._begin, with_kwargs=True)]))
+            self._handles.append(Handle([hf.register_forward_hook(self._end)]))
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._clear()
+
+    @contextlib.contextmanager
+    def group(self, label: str | Sequence[str]) -> Iterator[None]:
+        """Within, rows of the batch belong to this group; a list gives each row its own."""
+        before, self._labels = self._labels, label if isinstance(label, str) else tuple(label)
+        try:
+            yield
+        finally:
+            self._labels = before
+
+    @property
+    def statistics(self) -> ActivationStatistics:
+        """What was counted so far; groups in the order in which they came.
+
+        Raises:
+            MismatchError: nothing was counted yet.
+        """
+        if not self._groups:
+            raise MismatchError("nothing was recorded yet: run the model inside `with recorder:`")
+        return self._statistics({"tokens": _rule_name(self.tokens), **_provenance(self.model)})
+
+    # -- one forward ---------------------------------------------------------------------------------------------------
+
+    def _clear(self) -> None:
+        for count in self._sites:
+            count.clear()
+        self._mask = None
+
+    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's forward begins: which of its tokens count?"""
+        self._steps += 1
+        if self._prepared is not None and self._steps > 1:
+            self._mask = None  # later steps of a generation: only the prompt is counted
+            return
+        for count in self._sites:
+            count.clear()
+        if self._prepared is not None:
+            self._mask = self._prepared.tokens.counted(self.tokens)
+            self._vision = self._prepared.vision
+            return
+        arguments = dict(kwargs)
+        if args:
+            arguments.setdefault("input_ids", args[0])
+        ids = arguments.get("input_ids")
+        table = None if ids is None else free_tokens(self.model, arguments, ids.shape[1])
+        if table is None:
+            raise QuestionError("a Recorder tells tokens apart by input_ids; this run gives none")
+        self._mask = table.counted(self.tokens)
+        self._vision = None
+
+    def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """The model's forward is over: in a run of the user's own, everything is counted."""
+        if self._prepared is None and self._mask is not None:
+            labels = self._labels
+            n_rows = len(self._mask)
+            groups = [labels] * n_rows if isinstance(labels, str) else list(labels)
+            if len(groups) != n_rows:
+                raise MismatchError(f"{len(groups)} group labels were given for a batch of {n_rows} rows")
+            self._commit(groups)
+            self._clear()
+
+    def _callback(self, number: int) -> Any:
+        vision = self._in_vision[number]
+
+        def count(values: Tensor, tokens: Tensor | None = None) -> None:
+            if self._mask is None:
+                return
+            with torch.no_grad():
+                if vision:
+                    self._count_vision(number, values)
+                elif tokens is not None:
+                    self._count_routed(number, values, tokens)
+                else:
+                    self._count_tokens(number, values)
+
+        return count
+
+    def _check(self, number: int, values: Tensor, counted: Tensor) -> None:
+        """Raise where a counted token's values are not finite; in a quick run only the last site is looked at."""
+        if not self._strict and number != self._sentinel:
+            return
+        bad = ~torch.isfinite(values).all(-1) & counted
+        if bad.any():
+            row = int(bad.reshape(len(bad), -1).any(-1).nonzero()[0]) if bad.ndim > 1 else 0
+            raise _NotFinite(self.space.sites[number], row, self._strict)
+
+    def _count_tokens(self, number: int, values: Float[Tensor, "*any neuron"]) -> None:
+        mask = self._mask
+        assert mask is not None
+        state = self._sites[number]
+        if values.shape[:-1].numel() != mask.numel():
+            raise MismatchError(
+                f"{state.site} has values at {tuple(values.shape[:-1])} tokens, the input has {tuple(mask.shape)}: "
+                "this model's decoder does not see its input tokens one to one, so they cannot be told apart"
+            )
+        values = values.reshape(*mask.shape, values.shape[-1])
+        mask = mask.to(values.device)
+        self._check(number, values, mask)
+        weights = mask.to(torch.float32)
+        # One matrix product a row: the mask is applied and the tokens are summed in the same pass. float32 holds
+        # these counts exactly (a row has fewer than 2^24 tokens).
+        fired = torch.bmm(weights[:, None], (values > 0).to(torch.float32)).squeeze(1)
+        total = None
+        if self.magnitudes:
+            total = torch.where(mask[..., None], values, 0).sum(1, dtype=torch.float64)
+        state.add(fired.to(torch.int64), mask.sum(1), total)
+
+    def _count_routed(
+        self, number: int, values: Float[Tensor, "token neuron"], tokens: Int64[Tensor, " token"]
+    ) -> None:
+        """An expert sees only the tokens that were routed to it; ``tokens`` are their places in the flattened batch."""
+        mask = self._mask
+        assert mask is not None
+        mask = mask.to(values.device)
+        n_rows, length = mask.shape
+        counted = mask.reshape(-1)[tokens]
+        self._check(number, values, counted)
+        row = torch.div(tokens, length, rounding_mode="floor")[counted]
+        values = values[counted]
+        fired = torch.zeros((n_rows, values.shape[-1]), dtype=torch.int64, device=values.device)
+        fired.index_add_(0, row, (values > 0).to(torch.int64))
+        total = None
+        if self.magnitudes:
+            total = torch.zeros(fired.shape, dtype=torch.float64, device=values.device)
+            total.index_add_(0, row, values.to(torch.float64))
+        self._sites[number].add(fired, torch.bincount(row, minlength=n_rows), total)
+
+    def _count_vision(self, number: int, values: Float[Tensor, "*any neuron"]) -> None:
+        """Vision towers run on patches or crops; the leading dimension is cut into the questions' shares, in order."""
+        assert self._mask is not None
+        state = self._sites[number]
+        n_rows = len(self._mask)
+        per_row = values.reshape(values.shape[0], -1, values.shape[-1])
+        if values.ndim == 3 and values.shape[0] == 1 and self._vision is not None and sum(self._vision) != 1:
+            per_row = values.reshape(values.shape[1], 1, values.shape[-1])  # one long row of patches
+        counted = torch.ones(per_row.shape[:2], dtype=torch.bool, device=values.device)
+        self._check(number, per_row, counted)
+        fired = (per_row > 0).sum(1)
+        total = per_row.sum(1, dtype=torch.float64) if self.magnitudes else None
+        if self._vision is None:
+            if self._prepared is not None or not isinstance(self._labels, str):
+                raise MismatchError(
+                    f"{state.site}: the rows of this vision tower cannot be told apart by question; record one "
+                    "question at a time, in a Recorder of your own"
+                )
+            owner = torch.zeros(len(per_row), dtype=torch.int64)  # one group: any row will do
+        else:
+            owners = torch.repeat_interleave(torch.arange(n_rows), torch.tensor(self._vision))
+            owner = owners[state.seen : state.seen + len(per_row)]
+            if len(owner) != len(per_row):
+                raise MismatchError(
+                    f"{state.site} has {state.seen + len(per_row)} rows where the pictures have {len(owners)}"
+                )
+        state.seen += len(per_row)
+        owner = owner.to(values.device)
+        sums = torch.zeros((n_rows, values.shape[-1]), dtype=torch.int64, device=values.device).index_add_(
+            0, owner, fired
+        )
+        if total is not None:
+            total = torch.zeros(sums.shape, dtype=torch.float64, device=values.device).index_add_(0, owner, total)
+        state.add(sums, torch.bincount(owner, minlength=n_rows) * per_row.shape[1], total)
+
+    # -- adding up -----------------------------------------------------------------------------------------------------
+
+    def _group_index(self, group: str) -> int:
+        if group not in self._groups:
+            self._groups.append(group)
+            for number, count in enumerate(self._sites):
+                device = count.fired.device if count.fired is not None else torch.device("cpu")
+                row = torch.zeros((1, count.width), dtype=torch.int64, device=device)
+                empty = len(self._positive) <= number
+                if empty:
+                    self._positive.append(row)
+                else:
+                    self._positive[number] = torch.cat([self._positive[number], row.to(self._positive[number].device)])
+                if self.magnitudes:
+                    zeros = row.to(torch.float64)
+                    if empty:
+                        self._total.append(zeros)
+                    else:
+                        self._total[number] = torch.cat([self._total[number], zeros.to(self._total[number].device)])
+            self._tokens = torch.cat([self._tokens, torch.zeros(1, dtype=torch.int64)])
+            self._items = torch.cat([self._items, torch.zeros(1, dtype=torch.int64)])
+            self._reached = torch.cat([self._reached, torch.zeros((1, len(self._sites)), dtype=torch.int64)])
+        return self._groups.index(group)
+
+    def _commit(self, groups: Sequence[str | None]) -> None:
+        """Add each pending row to its group; None leaves a row out.
+
+        In a prepared batch ``groups`` are those of the watched rows; else of all rows.
+        """
+        rows = self._rows if self._prepared is not None else list(range(len(groups)))
+        kept = [(row, self._group_index(group)) for row, group in zip(rows, groups, strict=True) if group is not None]
+        if not kept:
+            return
+        row, group = (torch.tensor(part) for part in zip(*kept, strict=True))
+        for number, count in enumerate(self._sites):
+            if count.fired is None or count.tokens is None:
+                continue  # an expert that no token was routed to, or text-only input to a vision tower
+            if self._in_vision[number] and self._vision is not None and count.seen != sum(self._vision):
+                raise MismatchError(
+                    f"{count.site} had {count.seen} rows where the pictures have {sum(self._vision)}: its rows cannot "
+                    "be told apart by question"
+                )
+            device = count.fired.device
+            if self._positive[number].device != device:
+                self._positive[number] = self._positive[number].to(device)
+            self._positive[number].index_add_(0, group.to(device), count.fired[row.to(device)])
+            if count.total is not None:
+                self._total[number] = self._total[number].to(device)
+                self._total[number].index_add_(0, group.to(device), count.total[row.to(device)])
+            self._reached[:, number].index_add_(0, group, count.tokens.cpu()[row])
+        self._items.index_add_(0, group, torch.ones_like(group))
+        if all(self._in_vision):
+            self._tokens = self._reached.amax(1)
+        else:
+            assert self._mask is not None
+            self._tokens.index_add_(0, group, self._mask.sum(1).cpu()[row])
+
+    def _statistics(self, provenance: Mapping[str, Any], groups: Sequence[str] | None = None) -> ActivationStatistics:
+        for group in groups or ():
+            self._group_index(group)
+        order = [self._groups.index(group) for group in (groups or self._groups)]
+        positive = torch.cat([part.cpu() for part in self._positive], 1)[order]
+        total = torch.cat([part.cpu() for part in self._total], 1)[order] if self.magnitudes else None
+        everywhere = bool((self._reached == self._tokens[:, None]).all())
+        return ActivationStatistics(
+            space=self.space,
+            groups=tuple(groups or self._groups),
+            positive=positive,
+            tokens=self._tokens[order],
+            items=self._items[order],
+            routed=None if everywhere else self._reached[order],
+            total=total,
+            provenance=dict(provenance),
+        )
+
+    # -- one batch of questions ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _watch(self, batch: Batch, rows: list[int]) -> Iterator[None]:
+        """Count the first forward of a prepared batch; its rows wait for `_commit`."""
+        self._prepared, self._rows, self._steps, self._mask = batch, rows, 0, None
+        yield
+        self._mask = batch.tokens.counted(self.tokens)  # a generation's later steps have cleared it
+
+    def _forget(self) -> None:
+        self._prepared, self._rows = None, []
+        self._clear()
+
+
+class _NotFinite(Exception):
+    def __init__(self, site: Site, row: int, first: bool) -> None:
+        self.site, self.row, self.first = site, row, first
+
+
+def batches(questions: QuestionSet, size: int) -> Iterator[QuestionSet]:
+    """Batches of questions in order, those without a picture apart from the others."""
+    for picture in (True, False):
+        part = [item for item in questions if bool(item.n_images) == picture]
+        for start in range(0, len(part), size):
+            yield questions._with(part[start : start + size])
+
+
+def record(
+    model: VLM,
+    questions: QuestionSet | Sequence[Question],
+    space: NeuronSpace | None = None,
+    *,
+    condition: str = "correct",
+    tokens: TokenRule = "content",
+    batch_size: int = 8,
+    answer: str | AnswerReader | None = None,
+    magnitudes: bool = False,
+    on_error: str = "raise",
+    progress: bool = True,
+) -> ActivationStatistics:
+    """Ask questions and count, group by group, how often each neuron fires.
+
+    One forward a question gives its answer and its counts; the counts enter the statistics if the answer meets the
+    condition. Statistics of parts add up to those of the whole: ``record(a) + record(b) == record(a + b)``.
+
+    Args:
+        model: the model.
+        questions: what to ask, and how.
+        space: the neurons to count; by default the gates of the language tower.
+        condition: ``"correct"`` (questions answered right, as the paper does), ``"wrong"`` or ``"all"``.
+        tokens: which tokens count: ``"content"``, ``"image"``, ``"text"``, ``"last"``, or a function; see
+            `vlmneurons.inputs.TokenTable.counted`.
+        batch_size: questions a forward.
+        answer: how answers are read; by default as the set says.
+        magnitudes: also sum the neurons' values, for mean activations.
+        on_error: what to do with a question that cannot be asked, such as one whose picture does not open:
+            ``"raise"``, or ``"skip"`` it (its id is kept in the provenance).
+        progress: show a progress bar.
+
+    Returns:
+        Counts ``[group, neuron]``, groups sorted. A group none of whose questions met the condition has zeros.
+
+    Raises:
+        QuestionError: a question cannot be asked. ``error.partial`` then holds the statistics of the batches before.
+        ActivationError: NaN or infinite activations; the message names the site and the question.
+
+    Source: activation probabilities of correctly answered questions, Zhao et al. 2025 (arXiv 2510.24942).
+    """
+    if condition not in CONDITIONS:
+        raise QuestionError(f"condition={condition!r} does not exist; choose from {', '.join(CONDITIONS)}")
+    if on_error not in ("raise", "skip"):
+        raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
+    if batch_size < 1:
+        raise QuestionError(f"batch_size {batch_size} is less than 1")
+    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
+    if not len(questions):
+        raise QuestionError("there are no questions to record")
+    if answer is not None:
+        questions = questions.asked(answer=answer)
+    reader = reader_of(questions.answer)
+    recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
+    recorder._strict = False
+    skipped: list[str] = []
+    n_correct = 0
+
+    def provenance() -> dict[str, Any]:
+        return {
+            **_provenance(model),
+            "tokens": _rule_name(tokens),
+            "condition": condition,
+            "answer": repr(reader),
+            "prompt": _rule_name(questions.prompt),
+            "shuffle": questions.shuffle,
+            "skipped": list(skipped),
+        }
+
+    with recorder, torch.inference_mode(), tqdm(total=len(questions), unit="item", disable=not progress) as bar:
+        for batch in batches(questions, batch_size):
+            try:
+                for part, reading in _read(model, reader, recorder, batch, skipped if on_error == "skip" else None):
+                    right = [choice == item.answer for choice, item in zip(reading.chosen, part, strict=True)]
+                    n_correct += sum(right)
+                    meets = [condition == "all" or is_right == (condition == "correct") for is_right in right]
+                    recorder._commit([item.group if ok else None for item, ok in zip(part, meets, strict=True)])
+            except VLMNeuronsError as error:
+                # Hours of forwards are not thrown away over one picture.
+                error.partial = recorder._statistics(provenance(), questions.groups)  # type: ignore[attr-defined]
+                raise
+            finally:
+                recorder._forget()
+            bar.update(len(batch))
+            bar.set_postfix(correct=f"{n_correct / max(bar.n, 1):.1%}", refresh=False)
+    return recorder._statistics(provenance(), questions.groups)
+
+
+def _read(
+    model: VLM, reader: AnswerReader, recorder: Recorder, batch: QuestionSet, skipped: list[str] | None
+) -> Iterator[tuple[QuestionSet, Reading]]:
+    """Read a batch's answers while counting; where one question spoils it, ask them one by one."""
+    try:
+        yield batch, reader.read(model, batch, reader.encode(model, batch), recorder._watch)
+    except _NotFinite as found:
+        raise _located(model, reader, recorder, batch, found) from None
+    except QuestionError:
+        if skipped is None:
+            raise
+        if len(batch) == 1:
+            skipped.append(batch[0].id)
+            return
+        for start in range(len(batch)):
+            recorder._forget()
+            yield from _read(model, reader, recorder, batch[start : start + 1], skipped)
+
+
+def _located(model: VLM, reader: AnswerReader, recorder: Recorder, batch: QuestionSet, found: _NotFinite) -> Exception:
+    """Run a spoiled batch again, looking at every site, to name the first one that is not finite."""
+    recorder._strict = True
+    recorder._forget()
+    try:
+        reader.read(model, batch, reader.encode(model, batch), recorder._watch)
+    except _NotFinite as first:
+        found = first
+    finally:
+        recorder._strict = False
+    rows = recorder._rows
+    item = batch[rows.index(found.row)].id if found.row in rows else batch[0].id
+    return ActivationError(
+        f"NaN or infinite activations at {found.site}, question {item!r}: no earlier site of the space has any. "
+        "Half precision overflows in some models: try dtype=torch.float32 or bfloat16"
+    )
+
+
+def _provenance(model: VLM) -> dict[str, Any]:
+    import nnsight
+    import transformers
+
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "dtype": str(model.hf.dtype),
+        "versions": {
+            "vlmneurons": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "nnsight": nnsight.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _rule_name(rule: Any) -> str:
+    return rule if isinstance(rule, str) else f"{getattr(rule, '__module__', '')}.{getattr(rule, '__qualname__', rule)}"

@@ -1,0 +1,178 @@
+"""Neurons whose firing is concentrated on few groups."""
+
+import math
+import numbers
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from vlmneurons.errors import SelectionError
+from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.selectors._base import Selector, highest, provenance_of, sum_over_groups
+from vlmneurons.statistics import ActivationStatistics
+
+_DECIMALS = 12
+
+
+class LAPE(Selector):
+    """Activation probability entropy: neurons that fire for few groups, with a low entropy over groups.
+
+    The entropy of ``P[:, n] / sum over c of P[c, n]``, in nats, is 0 for a neuron that fires for one group only and
+    ``log(G)`` for one that fires for all ``G`` alike. Tang et al. 2024, arXiv 2402.16438, equations 4 and 5.
+
+    Two variants:
+
+    - ``"class"`` (default): ``score[c, n]`` is minus the entropy for the group ``c`` with the highest probability (of
+      equal ones, the first), ``-inf`` for the others and for neurons that never fire; each group gets the same number
+      of neurons. This is how Zhao et al. 2025, arXiv 2510.24942, compare LAPE with selectors of one budget.
+    - ``"tang"``: the procedure of the paper's released code (``identify.py``). Neurons whose probability exceeds the
+      ``filter_rate`` quantile of all probabilities for no group are dropped; the ``top_rate`` share of all neurons
+      with the lowest entropies are kept; each of them goes to *every* group whose probability exceeds the
+      ``activation_bar_ratio`` quantile. Sets overlap, differ in size, and may be empty: there is no budget.
+
+    Deviations from the authors' code: probabilities are float64, not float32, so neurons that float32 cannot tell
+    apart are told apart; equal entropies are ranked by index, where ``topk`` leaves the order open (entropies that
+    agree to 12 decimals count as equal, so that rounding in the logarithm, which differs between machines, decides
+    nothing); a group with no neuron keeps its place, where the authors' list drops it if it is the last.
+
+    Example:
+        >>> from vlmneurons.sites import NeuronSpace
+        >>> space = NeuronSpace.from_widths("language", "gate", [4])
+        >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])
+        >>> LAPE().score(stats).round(decimals=3)
+        tensor([[-0.6930, -0.3490,    -inf,    -inf],
+                [   -inf,    -inf, -0.3770,    -inf]], dtype=torch.float64)
+    """
+
+    contrastive = True
+
+    def __init__(
+        self,
+        fraction: float | None = None,
+        *,
+        variant: str = "class",
+        top_rate: float = 0.01,
+        filter_rate: float = 0.95,
+        activation_bar_ratio: float = 0.95,
+        count: int | None = None,
+        layers: Iterable[int] | None = None,
+        exclude: NeuronSet | Selection | None = None,
+    ) -> None:
+        """Settings; the three rates are those of the authors' code and belong to ``variant="tang"`` only.
+
+        Args:
+            fraction: share of the neurons that each group gets (variant ``"class"``).
+            variant: ``"class"`` or ``"tang"``.
+            top_rate: share of the neurons to keep, for all groups together.
+            filter_rate: quantile of all probabilities that a neuron must exceed for some group.
+            activation_bar_ratio: quantile of all probabilities above which a neuron is given to a group.
+            count: number of neurons per group, instead of a fraction (variant ``"class"``).
+            layers: layers to choose from; quantiles and shares are over their neurons. None for all.
+            exclude: neurons never to choose; the next ones take their places.
+
+        Raises:
+            SelectionError: a setting that is not allowed.
+        """
+        if variant not in ("class", "tang"):
+            raise SelectionError(f"LAPE: variant is 'class' or 'tang'; got {variant!r}")
+        rates = {"top_rate": top_rate, "filter_rate": filter_rate, "activation_bar_ratio": activation_bar_ratio}
+        for name, rate in rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
+                raise SelectionError(f"LAPE: {name} is in (0, 1]; got {rate!r}")
+        if variant == "tang" and (fraction is not None or count is not None):
+            raise SelectionError(
+                "LAPE: variant='tang' has no budget per group; set top_rate instead of fraction, count"
+            )
+        if variant == "class" and tuple(rates.values()) != (0.01, 0.95, 0.95):
+            raise SelectionError(f"LAPE: {', '.join(rates)} belong to variant='tang'; set fraction or count")
+        super().__init__(fraction, count=count, layers=layers, exclude=exclude)
+        if variant == "tang":
+            self.fraction = None
+        self.variant = variant
+        self.top_rate, self.filter_rate, self.activation_bar_ratio = top_rate, filter_rate, activation_bar_ratio
+
+    def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
+        """Minus the entropy in nats, from ``-log(G)`` to 0, where the neuron can be the group's; else ``-inf``.
+
+        With ``variant="tang"``, where that is depends on the bars, and the scores are those of neurons that pass them.
+        """
+        self.check_statistics(stats)
+        probability = stats.probability
+        negative_entropy = _negative_entropy(probability)
+        if self.variant == "tang":
+            bar, filter_bar = self._bars(probability, self._part(stats))
+            negative_entropy[~(probability > filter_bar).any(dim=0)] = -math.inf
+            return torch.where(probability > bar, negative_entropy, -math.inf)
+        strongest = probability.argmax(dim=0)
+        fires = probability.amax(dim=0) > 0
+        scores = probability.fill_(-math.inf)
+        neurons = fires.nonzero().flatten()
+        scores[strongest[neurons], neurons] = negative_entropy[neurons]
+        return scores
+
+    def select(self, stats: ActivationStatistics) -> Selection:
+        """The neurons of each group.
+
+        Raises:
+            SelectionError: see `Selector.select`; also a ``top_rate`` or quantile too small for so few neurons.
+        """
+        if self.variant != "tang":
+            return super().select(stats)
+        self._check_settings()
+        self.check_statistics(stats)
+        part = self._part(stats)
+        probability = stats.probability
+        size = len(stats.space) if part is None else int(part.sum())
+        # Python's round, as in the authors' code: halves go to the even neighbour.
+        keep = round(size * self.top_rate)
+        if keep < 1:
+            raise SelectionError(
+                f"top_rate={self.top_rate:g} of {size} neurons yields no neuron; use a larger top_rate"
+            )
+        bar, filter_bar = self._bars(probability, part)
+        ranking = _negative_entropy(probability)
+        # Dropped neurons come last but can still be kept if too few others are left, as in the authors' code; there
+        # they reach a group only if activation_bar_ratio is lower than filter_rate.
+        ranking[~(probability > filter_bar).any(dim=0)] = -math.inf
+        banned = self._excluded(stats)
+        sets = {}
+        kept: Tensor | None = None
+        for row, group in enumerate(stats.groups):
+            if kept is None or isinstance(self.exclude, Selection):
+                allowed = torch.ones(len(ranking), dtype=torch.bool) if part is None else part.clone()
+                if group in banned:
+                    allowed &= ~banned[group]
+                kept = highest(ranking, keep, allowed)
+            sets[group] = NeuronSet._of(stats.space, kept[probability[row, kept] > bar])
+        return Selection(sets, selector=repr(self), provenance=provenance_of(stats))
+
+    def _part(self, stats: ActivationStatistics) -> Tensor | None:
+        if self.layers is None:
+            return None
+        return NeuronSet._of(stats.space, stats.space.restrict(layers=self.layers)).mask()
+
+    def _bars(self, probability: Tensor, part: Tensor | None) -> tuple[float, float]:
+        """The two quantiles of the probabilities of all groups and neurons (of the part)."""
+        values = (probability if part is None else probability[:, part]).numpy().reshape(-1)
+        places = []
+        for name in ("activation_bar_ratio", "filter_rate"):
+            place = round(len(values) * getattr(self, name))
+            if place < 1:
+                raise SelectionError(f"{name}={getattr(self, name):g} is less than one of {len(values)} probabilities")
+            places.append(place - 1)
+        partitioned = np.partition(values, sorted(set(places)))
+        return float(partitioned[places[0]]), float(partitioned[places[1]])
+
+
+def _negative_entropy(probability: Float64[Tensor, "group neuron"]) -> Float64[Tensor, " neuron"]:
+    """Minus the entropy over groups in nats, rounded to 12 decimals; 0 for neurons that never fire."""
+    total = sum_over_groups(probability)
+    total[total == 0] = 1.0
+    result = torch.zeros_like(total)
+    for row in probability:
+        share = row / total
+        result += torch.xlogy(share, share)
+    return result.round_(decimals=_DECIMALS)

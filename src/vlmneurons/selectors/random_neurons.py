@@ -1,0 +1,165 @@
+"""Random neurons: what any selection must be compared with."""
+
+import hashlib
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from vlmneurons.errors import SelectionError
+from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
+from vlmneurons.selectors._base import Selector, highest, provenance_of
+from vlmneurons.statistics import ActivationStatistics
+
+
+class RandomNeurons(Selector):
+    """A uniform random set for each group, independent between groups and of the statistics' counts.
+
+    The set depends only on the seed, the group's name and the size of the space: it is the same on every machine and
+    whatever other groups there are. With the same seed, the set of a smaller fraction lies within that of a larger.
+
+    Example:
+        >>> from vlmneurons.sites import NeuronSpace
+        >>> space = NeuronSpace.from_widths("language", "gate", [50])
+        >>> stats = ActivationStatistics.from_counts(space, ["EGY"], torch.zeros(1, 50, dtype=torch.int64), [1])
+        >>> RandomNeurons(0.1, seed=0).select(stats)["EGY"].indices
+        tensor([])
+    """
+
+    def __init__(
+        self,
+        fraction: float | None = None,
+        seed: int = 0,
+        *,
+        count: int | None = None,
+        layers: Iterable[int] | None = None,
+        exclude: NeuronSet | Selection | None = None,
+    ) -> None:
+        """Settings.
+
+        Args:
+            fraction: share of the neurons that each group gets.
+            seed: any integer.
+            count: number of neurons per group, instead of a fraction.
+            layers: layers to choose from; None for all.
+            exclude: neurons never to choose.
+
+        Raises:
+            SelectionError: a setting that is not allowed.
+        """
+        super().__init__(fraction, count=count, layers=layers, exclude=exclude)
+        self.seed = _seed("RandomNeurons", seed)
+
+    def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
+        """Independent uniform numbers from 0 to 1."""
+        self.check_statistics(stats)
+        return torch.stack([uniform(len(stats.space), "RandomNeurons", self.seed, group) for group in stats.groups])
+
+    def __repr__(self) -> str:
+        return _with_seed(super().__repr__(), self.seed)
+
+
+class LayerMatchedRandom(Selector):
+    """Random neurons, as many in each site (of each layer) as another selection has there.
+
+    Uniform random neurons are spread over all layers, while selections crowd in a few, whose neurons may matter more
+    or less for anything: only a layer-matched control tells the two apart (arXiv 2406.14144 shows that uniform random
+    neurons flatter results). Uniform within each site; the neurons of ``like`` itself may be drawn unless excluded:
+    ``LayerMatchedRandom(like, exclude=like)``. Depends on the seed, the group's name and the counts only.
+
+    Example:
+        >>> from vlmneurons.sites import NeuronSpace
+        >>> space = NeuronSpace.from_widths("language", "gate", [50, 50])
+        >>> stats = ActivationStatistics.from_counts(space, ["EGY"], torch.zeros(1, 100, dtype=torch.int64), [1])
+        >>> like = Selection({"EGY": NeuronSet(space, [1, 2, 3, 99])}, selector="by hand")
+        >>> LayerMatchedRandom(like).select(stats)["EGY"].per_layer()
+        {0: 3, 1: 1}
+    """
+
+    def __init__(self, like: Selection, seed: int = 0, *, exclude: NeuronSet | Selection | None = None) -> None:
+        """Settings.
+
+        Args:
+            like: the selection to match; it must have every group of the statistics.
+            seed: any integer.
+            exclude: neurons never to choose.
+
+        Raises:
+            SelectionError: a setting that is not allowed.
+        """
+        if not isinstance(like, Selection):
+            raise SelectionError(f"LayerMatchedRandom: like is a Selection; got {type(like).__name__}")
+        super().__init__(exclude=exclude)
+        self.fraction = None
+        self.like = like
+        self.seed = _seed("LayerMatchedRandom", seed)
+
+    def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
+        """Independent uniform numbers from 0 to 1; in each site the highest are chosen."""
+        self.check_statistics(stats)
+        return torch.stack(
+            [uniform(len(stats.space), "LayerMatchedRandom", self.seed, group) for group in stats.groups]
+        )
+
+    def select(self, stats: ActivationStatistics) -> Selection:
+        """For each group random neurons, as many in each site as ``like`` has.
+
+        Raises:
+            SelectionError: a group without counted tokens, or more neurons wanted of a site than are not excluded.
+            MismatchError: ``like`` or ``exclude`` is of another space.
+            GroupError: ``like`` lacks a group.
+        """
+        self._check_settings()
+        self.check_statistics(stats)
+        space = stats.space
+        _check_same_space(self.like.space, space)
+        banned = self._excluded(stats)
+        sets = {}
+        for group in stats.groups:
+            counts = self.like[group].per_site()
+            scores = uniform(len(space), "LayerMatchedRandom", self.seed, group)
+            parts = [torch.empty(0, dtype=torch.int64)]
+            for position in counts.nonzero().flatten().tolist():
+                wanted, here = int(counts[position]), slice(space.offsets[position], space.offsets[position + 1])
+                allowed = ~banned[group][here] if group in banned else None
+                chosen = highest(scores[here], wanted, allowed)
+                if len(chosen) < wanted:
+                    raise SelectionError(
+                        f"group {group!r}: {wanted} neurons wanted of site {space.sites[position]}, but only "
+                        f"{len(chosen)} of its {space.widths[position]} are not excluded"
+                    )
+                parts.append(chosen + space.offsets[position])
+            sets[group] = NeuronSet._of(space, torch.cat(parts))
+        return Selection(sets, selector=repr(self), budget=self.like.budget, provenance=provenance_of(stats))
+
+    def __repr__(self) -> str:
+        return _with_seed(super().__repr__(), self.seed)
+
+
+def uniform(size: int, *key: Any) -> Float64[Tensor, " neuron"]:
+    """Uniform numbers in [0, 1) that depend on the key only: the same on every machine, for ever.
+
+    A counter-based bit generator (Philox) is keyed by a hash of the key, and its raw output is used, because NumPy
+    keeps bit streams fixed for ever but not what its distributions make of them.
+    """
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
+    return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64)).mul_(2.0**-53)
+
+
+def _seed(name: str, seed: Any) -> int:
+    if isinstance(seed, bool):
+        raise SelectionError(f"{name}: seed is an integer; got {seed!r}")
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        raise SelectionError(f"{name}: seed is an integer; got {seed!r}") from error
+
+
+def _with_seed(expression: str, seed: int) -> str:
+    """A repr that shows the seed also where it is the default."""
+    return expression if "seed=" in expression else expression[:-1] + f", seed={seed})"
