@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from vlmneurons.architectures import Architecture, register_architecture
     from vlmneurons.demo import demo_truth, load_demo
     from vlmneurons.errors import VLMNeuronsError
-    from vlmneurons.knockout import KnockoutResult, knockout
     from vlmneurons.model import VLM
     from vlmneurons.neurons import NeuronSet, Selection
     from vlmneurons.plots import plot_layers, plot_matrix
     from vlmneurons.questions import Question, QuestionSet
-    from vlmneurons.record import Recorder, record
+    from vlmneurons.recording import Recorder, record
     from vlmneurons.selectors import (
         CAS,
         LAP,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     )
     from vlmneurons.sites import NeuronSpace, Site
     from vlmneurons.statistics import ActivationStatistics
+    from vlmneurons.study import KnockoutResult, knockout
 
 _PLACES = {
     "ablation": ("Ablation",),
@@ -44,12 +44,11 @@ _PLACES = {
     "architectures": ("Architecture", "register_architecture"),
     "demo": ("demo_truth", "load_demo"),
     "errors": ("VLMNeuronsError",),
-    "knockout": ("KnockoutResult", "knockout"),
     "model": ("VLM",),
     "neurons": ("NeuronSet", "Selection"),
     "plots": ("plot_layers", "plot_matrix"),
     "questions": ("Question", "QuestionSet"),
-    "record": ("Recorder", "record"),
+    "recording": ("Recorder", "record"),
     "selectors": (
         "CAS",
         "LAP",
@@ -63,6 +62,7 @@ _PLACES = {
     ),
     "sites": ("NeuronSpace", "Site"),
     "statistics": ("ActivationStatistics",),
+    "study": ("KnockoutResult", "knockout"),
 }
 _MODULES = ("errors", "testing")
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
@@ -107,8 +107,7 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
 
 
 def __getattr__(name: str) -> Any:
-    # `record` and `knockout` are functions here and modules of the same name below: the first use of the function
-    # imports the module, which would put the module in the function's place, so the function is put back.
+    # No module may bear the name of a public function: importing `vlmneurons.record` would put the module in its place.
     if name in _MODULE_OF:
         value = getattr(importlib.import_module(f"vlmneurons.{_MODULE_OF[name]}"), name)
         globals()[name] = value

@@ -14,7 +14,7 @@ from vlmneurons.errors import MismatchError
 from vlmneurons.neurons import Selection
 
 if TYPE_CHECKING:
-    from vlmneurons.knockout import KnockoutResult
+    from vlmneurons.study import KnockoutResult
 
 _LABELS = {
     "delta": ("Change of accuracy (points)", 100.0),

@@ -2,7 +2,7 @@
 
 A `Question` is a picture, a question, answer options, and the *group* (a culture, a language, a topic) it stands for.
 A `QuestionSet` is a sequence of them together with how they are asked: the prompt, the way the answer is read, and the
-order of the options. How a model is run on them is the business of `vlmneurons.answers` and `vlmneurons.record`.
+order of the options. How a model is run on them is the business of `vlmneurons.answers` and `vlmneurons.recording`.
 """
 
 import csv

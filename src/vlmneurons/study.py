@@ -34,7 +34,7 @@ from vlmneurons.errors import FileFormatError, MismatchError, QuestionError, VLM
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.questions import Question, QuestionSet
-from vlmneurons.record import _provenance, _rule_name, batches
+from vlmneurons.recording import _provenance, _rule_name, batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
