@@ -45,7 +45,8 @@ def plot_matrix(
     longest = max(len(str(label)) for matrix in matrices.values() for label in [*matrix.index, *matrix.columns])
     width = len(names) * (cell * n_columns + 0.35) + 0.085 * longest + 1.6
     figure = Figure(figsize=(width, cell * n_rows + 0.085 * longest + 1.3), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False, sharey=len({tuple(m.index) for m in matrices.values()}) == 1)[0]
+    same_rows = len({tuple(matrix.index) for matrix in matrices.values()}) == 1
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=same_rows)[0]
     most = max(float(np.nanmax(np.abs(matrix.to_numpy(dtype=float)))) for matrix in matrices.values()) or 1.0
     image = None
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
