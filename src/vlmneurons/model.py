@@ -5,6 +5,7 @@ VLM itself) and adds names: ``model.language.layers[3].mlp.gate`` is a value tha
 model's own modules are called.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -133,11 +134,18 @@ class NamedMLP:
         if name in KINDS:
             getattr(type(self), name).__set__(self, value)
         else:
-            setattr(self.envoy, name, value)
+            _assign(self, self.envoy, name, value)
 
     def __repr__(self) -> str:
         where = f"{self.mlp.tower}.layers.{self.mlp.layer}.{self.mlp.name}"
         return f"<{where}: {', '.join(self.mlp.layout.kinds)} of {self.width:,} neurons>"
+
+
+def _assign(owner: Any, envoy: Envoy, name: str, value: Any) -> None:
+    """Assign one of nnsight's values of a module, such as ``output``. Any other assignment would silently be lost."""
+    if not isinstance(getattr(type(envoy), name, None), eproperty):
+        raise AttributeError(f"{owner!r} has no value {name!r} that could be assigned")
+    setattr(envoy, name, value)
 
 
 class _Branch:
@@ -181,6 +189,12 @@ class NamedLayer:
             return self._part(name)
         return getattr(self.envoy, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name == "envoy":
+            object.__setattr__(self, name, value)
+        else:
+            _assign(self, self.envoy, name, value)
+
     def __repr__(self) -> str:
         return f"<{self._tower.name}.layers.{self._index}: {', '.join(self._mlps) or 'no MLP'}>"
 
@@ -221,6 +235,9 @@ class _Layers(Sequence[NamedLayer]):
         if not -len(self) <= index < len(self):
             raise SiteError(f"layer {index} is not in tower {self._owner.name!r} (0–{len(self) - 1})")
         return self._layers[index]
+
+    def __iter__(self) -> Iterator[NamedLayer]:
+        return iter(self._layers)  # Sequence's own would go on until an IndexError
 
     def __repr__(self) -> str:
         return f"<{len(self)} layers of {self._owner.name}>"
@@ -268,7 +285,7 @@ class VLM:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        name_or_path: "str | os.PathLike[str]",
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -286,6 +303,7 @@ class VLM:
             template: see `VLM`.
             **hf_kwargs: arguments of ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map`` …
         """
+        name_or_path = os.fspath(name_or_path)
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
         processor = AutoProcessor.from_pretrained(name_or_path, **shared, **(processor_kwargs or {}))
         hf_model = AutoModelForImageTextToText.from_pretrained(name_or_path, **shared, **hf_kwargs)
@@ -440,6 +458,13 @@ class VLM:
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}, nor has its nnsight model or module"
             ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nnsight = self.__dict__.get("nnsight")
+        if nnsight is not None and isinstance(getattr(type(nnsight), name, None), eproperty):
+            setattr(nnsight, name, value)  # model.output = … inside a trace
+        else:
+            object.__setattr__(self, name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self.nnsight), *self._named})

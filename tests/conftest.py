@@ -1,0 +1,124 @@
+"""Shared by all tests: shape checks on, no network, and the three models of the paper saved to disk and loaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import beartype  # noqa: F401  (before nnsight, which mounts `save` on `object`: beartype's import fails after that)
+import jaxtyping
+
+# Shapes and types of every call are checked; an int passes for a float, as everywhere in Python.
+_CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("vlmneurons", _CHECKER)
+
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+_FOLDERS: dict[str, Path] = {}
+_MODELS: dict[tuple[str, str], Any] = {}
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function from a tiny model's name to the folder that holds it."""
+
+    def folder(name: str) -> Path:
+        if name not in _FOLDERS:
+            from vlmneurons.testing._tiny import tiny_model
+
+            hf, processor = tiny_model(name)
+            _FOLDERS[name] = tmp_path_factory.mktemp(name)
+            hf.save_pretrained(_FOLDERS[name])
+            processor.save_pretrained(_FOLDERS[name])
+        return _FOLDERS[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load(tiny_folder: Any) -> Any:
+    """A function from a tiny model's name to a VLM loaded from disk; one for the whole session."""
+
+    def loaded(name: str) -> Any:
+        if (name, "vlm") not in _MODELS:
+            import vlmneurons as vn
+
+            _MODELS[name, "vlm"] = vn.VLM.from_pretrained(tiny_folder(name))
+        return _MODELS[name, "vlm"]
+
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def load_bare(tiny_folder: Any) -> Any:
+    """A function from a tiny model's name to the transformers model loaded from disk, never wrapped by anything."""
+
+    def loaded(name: str) -> Any:
+        if (name, "bare") not in _MODELS:
+            from transformers import AutoModelForImageTextToText
+
+            _MODELS[name, "bare"] = AutoModelForImageTextToText.from_pretrained(str(tiny_folder(name))).eval()
+        return _MODELS[name, "bare"]
+
+    return loaded
+
+
+@pytest.fixture(params=["llava_next_mistral", "llava_next_qwen2", "qwen2_5_vl"])
+def paper_model(request: pytest.FixtureRequest, load: Any) -> Any:
+    """Each of the paper's three models, small, loaded from disk."""
+    model = load(request.param)
+    model.test_name = request.param
+    return model
+
+
+@pytest.fixture
+def bare_model(paper_model: Any, load_bare: Any) -> Any:
+    """The model of `paper_model`, never wrapped."""
+    return load_bare(paper_model.test_name)
+
+
+@pytest.fixture
+def model(load: Any) -> Any:
+    """One of the three, where any will do."""
+    return load("qwen2_5_vl")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_on_the_models() -> Any:
+    """After each test the shared models have the hooks that they had before it."""
+
+    def ours(hook: Any) -> bool:  # transformers and nnsight put hooks of their own on a model, for good
+        name = getattr(getattr(hook, "func", hook), "__module__", "") or ""
+        return name.startswith(("vlmneurons", "test_", "helpers"))
+
+    def hooks() -> dict[Any, int]:
+        return {
+            (key, name): sum(
+                ours(hook)
+                for kind in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+                for hook in kind.values()
+            )
+            for key, model in _MODELS.items()
+            for name, module in (model.hf if key[1] == "vlm" else model).named_modules()
+        }
+
+    before = hooks()
+    yield
+    after = hooks()
+    left = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    assert not left, f"hooks were left behind: {left}"
+
+
+@pytest.fixture
+def unchecked() -> Any:
+    """For tests of the library's own errors about types, which the type checker of the tests would forestall."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,106 @@
+"""Small things that several test files need: questions, pictures, and counts by hooks of plain PyTorch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+
+import vlmneurons as vn
+from vlmneurons.testing._tiny import tiny_image
+
+PAPER_MODELS = ("llava_next_mistral", "llava_next_qwen2", "qwen2_5_vl")
+
+
+def picture(seed: int = 0, height: int = 24, width: int = 32) -> Image.Image:
+    """A picture of random colours."""
+    return tiny_image(seed, height, width)
+
+
+def some_questions(n: int = 6, *, groups: str = "AB", **how: Any) -> vn.QuestionSet:
+    """Questions of different lengths with pictures of different shapes."""
+    items = [
+        vn.Question(
+            picture(i, 24 + 8 * (i % 3), 40 - 8 * (i % 2)),
+            f"What is this {'long word ' * (i % 4)}?",
+            ("Tea", "Rice", "Bread", "Soup"),
+            i % 4,
+            groups[i % len(groups)],
+            id=f"q{i}",
+        )
+        for i in range(n)
+    ]
+    return vn.QuestionSet(items, **how)
+
+
+def language_blocks(hf: torch.nn.Module) -> Any:
+    """The decoder's blocks, by their path in transformers."""
+    return hf.model.language_model.layers
+
+
+def vision_blocks(hf: torch.nn.Module) -> Any:
+    """The vision tower's blocks, by their path in transformers."""
+    return hf.model.visual.blocks if hasattr(hf.model, "visual") else hf.model.vision_tower.encoder.layers
+
+
+def down_of(mlp: torch.nn.Module) -> torch.nn.Module:
+    """The down projection of an MLP of the three models."""
+    return mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2
+
+
+def activation_of(mlp: torch.nn.Module) -> torch.nn.Module:
+    """The activation function of an MLP of the three models."""
+    return mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+
+
+@contextmanager
+def plain_hooks(hf: torch.nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Every value of every MLP, by site name, one entry a forward; hooks of PyTorch on modules named by hand."""
+    values: dict[str, list[torch.Tensor]] = {}
+    handles = []
+
+    def keep(name: str, value: torch.Tensor) -> None:
+        values.setdefault(name, []).append(value.detach().clone())
+
+    for tower, blocks in (("language", language_blocks(hf)), ("vision", vision_blocks(hf))):
+        for layer, block in enumerate(blocks):
+            name = f"{tower}.layers.{layer}.mlp"
+            activation = activation_of(block.mlp)
+            handles += [
+                activation.register_forward_hook(lambda _, a, out, name=name: keep(f"{name}.pre", a[0])),
+                activation.register_forward_hook(lambda _, a, out, name=name: keep(f"{name}.gate", out)),
+                down_of(block.mlp).register_forward_pre_hook(lambda _, a, name=name: keep(f"{name}.post", a[0])),
+            ]
+            if hasattr(block.mlp, "up_proj"):
+                handles.append(
+                    block.mlp.up_proj.register_forward_hook(lambda _, a, out, name=name: keep(f"{name}.up", out))
+                )
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def plain_edit(hf: torch.nn.Module, at: str, edits: dict[int, Any]) -> Iterator[None]:
+    """Decoder values replaced by hooks of plain PyTorch: ``edits[layer]`` maps values to new ones."""
+    handles = []
+    for layer, edit in edits.items():
+        mlp = language_blocks(hf)[layer].mlp
+        if at == "post":
+            handles.append(mlp.down_proj.register_forward_pre_hook(lambda _, a, edit=edit: (edit(a[0].clone()),)))
+        else:
+            handles.append(mlp.act_fn.register_forward_hook(lambda _, a, out, edit=edit: edit(out.clone())))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def logits_of(hf: torch.nn.Module, inputs: Any) -> torch.Tensor:
+    """The logits of a plain call."""
+    return hf(**inputs).logits.clone()

@@ -1,0 +1,797 @@
+"""What is found by structure, what is refused, and that reading and writing do what they say."""
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from vlmneurons.architectures import (
+    MLP,
+    Architecture,
+    MLPLayout,
+    Tower,
+    find_towers,
+    read,
+    read_experts,
+    register_architecture,
+    write,
+    write_experts,
+)
+from vlmneurons.architectures import _find as finding
+from vlmneurons.errors import ArchitectureError, SiteError
+from vlmneurons.testing import tiny_inputs, tiny_model
+from vlmneurons.testing._architectures import check_architecture
+
+HIDDEN, WIDTH = 8, 24
+
+
+# --- small models of our own: blocks with an attention of sorts and whatever MLP is wanted ---
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o_proj(self.q_proj(x).cumsum(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, mlp: nn.Module, name: str = "mlp") -> None:
+        super().__init__()
+        self.self_attn, self.name = Attention(), name
+        setattr(self, name, mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(x)
+        return x + getattr(self, self.name)(x)
+
+
+class Text(nn.Module):
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.embed_tokens, self.layers = nn.Embedding(32, HIDDEN), nn.ModuleList(blocks)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Toy(nn.Module):
+    """The bare minimum of a model: what it is called, where its decoder is, and logits."""
+
+    def __init__(self, make: Callable[[], nn.Module], layers: int = 2, name: str = "mlp") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.language_model = Text([Block(make(), name) for _ in range(layers)])
+        self.lm_head = nn.Linear(HIDDEN, 32)
+        self.eval()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.lm_head(self.language_model(input_ids))
+
+
+IDS = torch.arange(10).reshape(2, 5)
+
+
+def linears(*names: str, sizes: dict[str, tuple[int, int]] | None = None) -> dict[str, nn.Module]:
+    down = {"down", "fc2", "w2"}
+    return {name: nn.Linear(WIDTH, HIDDEN) if name in down else nn.Linear(HIDDEN, WIDTH) for name in names}
+
+
+class Gated(nn.Module):
+    """A gated MLP that computes as it is told, under names that say nothing."""
+
+    def __init__(
+        self, compute: Callable[..., Tensor], fused: bool = False, activation: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.compute = compute
+        self.a = nn.Linear(HIDDEN, 2 * WIDTH if fused else WIDTH)
+        if not fused:
+            self.b = nn.Linear(HIDDEN, WIDTH)
+        self.c = nn.Linear(WIDTH, HIDDEN)
+        if activation is not None:
+            self.act = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+def layout_of(compute: Callable[..., Tensor], **options: Any) -> MLPLayout:
+    towers = find_towers(Toy(lambda: Gated(compute, **options)))
+    assert {mlp.width for mlp in towers["language"].mlps} == {WIDTH}
+    return towers["language"].mlps[0].layout
+
+
+# --- what is found ---
+
+
+def test_roles_follow_the_data_and_not_the_names() -> None:
+    first = layout_of(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)))
+    second = layout_of(lambda m, x: m.c(m.a(x) * F.silu(m.b(x))))
+    assert (first.gate, first.up, first.down) == ("a", "b", "c")
+    assert (second.gate, second.up, second.down) == ("b", "a", "c")
+    assert first.kinds == ("pre", "gate", "up", "post")
+    assert first.product is None
+    assert second.product is None
+
+
+def test_names_that_lie_are_not_believed() -> None:
+    class Liar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(HIDDEN, WIDTH), nn.Linear(HIDDEN, WIDTH)
+            self.down_proj, self.act_fn = nn.Linear(WIDTH, HIDDEN), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+    layout = find_towers(Toy(Liar))["language"].mlps[0].layout
+    assert (layout.gate, layout.up, layout.activation) == ("up_proj", "gate_proj", "act_fn")
+
+
+@pytest.mark.parametrize(
+    ("compute", "split"),
+    [
+        (lambda m, x: m.c(F.silu(m.a(x).chunk(2, dim=-1)[0]) * m.a_second(x)), None),
+        (lambda m, x: (lambda g, u: m.c(F.silu(g) * u))(*m.a(x).chunk(2, -1)), "gate_up"),
+        (lambda m, x: (lambda u, g: m.c(F.silu(g) * u))(*m.a(x).chunk(2, dim=-1)), "up_gate"),
+        (lambda m, x: (lambda g, u: m.c(F.silu(g) * u))(*torch.split(m.a(x), WIDTH, dim=-1)), "gate_up"),
+        (lambda m, x: (lambda h: m.c(F.silu(h[..., ::2]) * h[..., 1::2]))(m.a(x)), "interleaved"),
+        (lambda m, x: (lambda h: m.c(h[..., ::2] * F.silu(h[..., 1::2])))(m.a(x)), "interleaved_up"),
+        (lambda m, x: (lambda h: m.c(F.silu(h[..., :WIDTH]) * h[..., WIDTH:]))(m.a(x)), "gate_up"),
+    ],
+)
+def test_fused_projections_are_told_by_how_they_are_split(compute: Callable[..., Tensor], split: str | None) -> None:
+    if split is None:
+        with pytest.raises(ArchitectureError):
+            layout_of(compute, fused=True)
+        return
+    layout = layout_of(compute, fused=True)
+    assert (layout.fused, layout.split) == ("a", split)
+
+
+def test_an_activation_written_out_is_kept_as_an_expression_and_repeated_bit_for_bit() -> None:
+    model = Toy(lambda: Gated(lambda m, x: (lambda g: m.c((m.b(x) + 1) * (g * torch.sigmoid(1.7 * g))))(m.a(x))))
+    mlp = find_towers(model)["language"].mlps[0]
+    assert str(mlp.layout.function) == "pre * sigmoid(1.7 * pre)" or "sigmoid" in str(mlp.layout.function)
+    seen = capture(model, mlp)
+    module = model.get_submodule(mlp.path)
+    assert torch.equal(mlp.layout.gate_of(module, seen["pre"]), seen["gate"])
+    assert torch.equal(mlp.layout.post_of(module, seen["gate"], seen["up"]), seen["post"])
+
+
+def test_a_clamped_up_branch_is_not_taken_for_the_gate() -> None:
+    layout = layout_of(lambda m, x: m.c(F.silu(m.a(x).clamp(max=7)) * m.b(x).clamp(-7, 7)))
+    assert (layout.gate, layout.up) == ("a", "b")
+
+
+def test_an_ungated_mlp_has_three_sites_and_no_up() -> None:
+    class Plain(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(HIDDEN, WIDTH), nn.GELU(), nn.Dropout(0.1), nn.Linear(WIDTH, HIDDEN))
+
+    tower = find_towers(Toy(Plain))["language"]
+    assert tower.mlps[0].layout.kinds == ("pre", "gate", "post")
+    assert tower.mlps[0].layout.product is None
+    with pytest.raises(SiteError, match="has no 'up'; it has pre, gate, post"):
+        tower.mlps[0].site("up")
+
+
+def test_linear_layers_in_the_block_itself_are_its_mlp() -> None:
+    class Inline(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self_attn = Attention()
+            self.fc1, self.fc2, self.activation_fn = nn.Linear(HIDDEN, WIDTH), nn.Linear(WIDTH, HIDDEN), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.self_attn(x)
+            return x + self.fc2(F.dropout(self.activation_fn(self.fc1(x)), 0.1, self.training))
+
+    model = Toy(nn.Identity)
+    model.language_model.layers = nn.ModuleList([Inline(), Inline()])
+    tower = find_towers(model)["language"]
+    assert [mlp.path for mlp in tower.mlps] == ["language_model.layers.0", "language_model.layers.1"]
+    assert {mlp.name for mlp in tower.mlps} == {"mlp"}
+
+
+def test_layers_without_an_mlp_keep_their_numbers() -> None:
+    model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))), layers=3)
+    model.language_model.layers[1] = nn.Sequential(Attention())
+    model.language_model.layers[1].__class__ = type("MambaBlock", (nn.Sequential,), {})
+    tower = find_towers(model)["language"]
+    assert len(tower) == 3
+    assert [mlp.layer for mlp in tower.mlps] == [0, 2]
+
+
+def test_widths_may_differ_by_layer() -> None:
+    model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
+    wide = model.language_model.layers[1].mlp
+    wide.a, wide.b, wide.c = nn.Linear(HIDDEN, 40), nn.Linear(HIDDEN, 40), nn.Linear(40, HIDDEN)
+    assert find_towers(model)["language"].widths == (24, 40)
+
+
+def test_layouts_of_like_mlps_are_equal_and_hashable() -> None:
+    towers = find_towers(tiny_model("llava_next_mistral")[0])
+    assert len({mlp.layout for mlp in towers["language"].mlps}) == 1
+    assert len({mlp.layout for mlp in towers["vision"].mlps}) == 1
+
+
+def test_finding_leaves_the_model_and_the_random_state_as_they_were() -> None:
+    model, _ = tiny_model("qwen2_5_vl")
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    find_towers(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for name, module in model.named_modules() if "mlp" in name
+    )
+
+
+# --- what is refused ---
+
+
+def test_a_forward_that_cannot_be_followed_is_refused_with_what_was_seen_and_what_to_do() -> None:
+    def sorted_first(m: nn.Module, x: Tensor) -> Tensor:
+        return m.c(m.a(x).sort(-1).values * F.silu(m.b(x)))
+
+    with pytest.raises(ArchitectureError) as refused:
+        layout_of(sorted_first)
+    text = str(refused.value)
+    assert "language_model.layers" in text
+    assert "register_architecture('Toy', Architecture(" in text
+    assert "Gated" in text or "mlp" in text
+
+
+def test_two_activated_branches_are_refused() -> None:
+    with pytest.raises(ArchitectureError, match="fit together like an MLP"):
+        layout_of(lambda m, x: m.c(F.silu(m.a(x)) * F.gelu(m.b(x))))
+
+
+def test_two_lists_that_could_each_be_the_language_model_are_refused() -> None:
+    model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
+    other = Text([Block(Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))])
+    both = nn.Module()
+    both.left, both.right = model.language_model, other
+    with pytest.raises(ArchitectureError, match="could each be the language model"):
+        find_towers(both)
+
+
+def test_one_mlp_that_serves_two_layers_is_refused() -> None:
+    model = Toy(SHAPES["plain function"])
+    model.language_model.layers = nn.ModuleList([model.language_model.layers[0]] * 2)
+    with pytest.raises(ArchitectureError, match=r"layers.0.mlp and language_model.layers.1.mlp are one module"):
+        find_towers(model)
+
+
+def test_a_model_without_mlps_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match="no MLP was found"):
+        find_towers(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+
+def test_a_registered_architecture_is_followed() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w3, self.w2 = nn.Linear(HIDDEN, WIDTH), nn.Linear(HIDDEN, WIDTH), nn.Linear(WIDTH, HIDDEN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum().item() == 0.123:  # what cannot be followed
+                return x
+            return self.w2(F.silu(self.w1(x)) * self.w3(x).flip(-1).flip(-1))
+
+    model = Toy(Odd, name="ff")
+    with pytest.raises(ArchitectureError):
+        find_towers(model)
+    known = len(finding._REGISTERED)
+    try:
+        layout = MLPLayout(gate="w1", up="w3", down="w2", function=F.silu)
+        register_architecture("Toy", Architecture(towers={"language": "language_model.layers"}, mlps={"ff": layout}))
+        tower = find_towers(model)["language"]
+        assert [str(mlp.site("gate")) for mlp in tower.mlps] == [
+            "language.layers.0.mlp.gate",
+            "language.layers.1.mlp.gate",
+        ]
+        check_zeroing(model, tower)
+        register_architecture("Toy", Architecture(mlps={"ff": MLPLayout(gate="nope", down="w2", function=F.silu)}))
+        with pytest.raises(ArchitectureError, match=r"names 'nope' in language_model.*ff, which has w1, w3, w2"):
+            find_towers(model)
+        register_architecture("Toy", Architecture(towers={"language": "somewhere"}))
+        with pytest.raises(ArchitectureError, match="at 'somewhere', which does not exist"):
+            find_towers(model)
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+
+
+def test_a_layout_that_says_too_little_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match="give gate=, or fused="):
+        MLPLayout(down="down")
+    with pytest.raises(ArchitectureError, match="needs activation="):
+        MLPLayout(down="down", gate="gate")
+    with pytest.raises(ArchitectureError, match="goes with split="):
+        MLPLayout(down="down", fused="both", function=F.silu)
+
+
+# --- reading and writing ---
+
+
+def capture(model: nn.Module, mlp: MLP, **inputs: Any) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    handles = [
+        read(model, mlp, kind, lambda v, *_, k=kind: seen.__setitem__(k, v.clone())) for kind in mlp.layout.kinds
+    ]
+    with torch.no_grad():
+        model(**inputs) if inputs else model(IDS)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def zero(neuron: int) -> Callable[..., Tensor]:
+    def edit(values: Tensor, *_: Any) -> Tensor:
+        values = values.clone()
+        values[..., neuron] = 0
+        return values
+
+    return edit
+
+
+def check_zeroing(model: nn.Module, tower: Tower) -> None:
+    clean = model(IDS)
+    for mlp in tower.mlps:
+        outcomes = []
+        for kind in ("gate", "post"):
+            with write(model, mlp, kind, lambda values, *_: None):
+                assert torch.equal(model(IDS), clean)
+            with write(model, mlp, kind, zero(3)):
+                outcomes.append(model(IDS))
+        assert torch.equal(*outcomes)
+        assert not torch.equal(outcomes[0], clean)
+    assert torch.equal(model(IDS), clean)
+
+
+SHAPES = {
+    "plain function": lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))),
+    "activation module": lambda: Gated(lambda m, x: m.c(m.act(m.a(x)) * m.b(x)), activation=nn.SiLU()),
+    "fused": lambda: Gated(lambda m, x: (lambda u, g: m.c(F.gelu(g) * u))(*m.a(x).chunk(2, dim=-1)), fused=True),
+    "interleaved": lambda: Gated(
+        lambda m, x: (lambda h: m.c(F.silu(h[..., ::2]) * (h[..., 1::2] + 1)))(m.a(x)), fused=True
+    ),
+    "keyword": lambda: Gated(lambda m, x: m.c(input=F.silu(m.a(input=x)) * m.b(x))),
+    "called twice": lambda: Gated(lambda m, x: m.c(m.act(m.a(x)) * m.b(m.act(x))), activation=nn.SiLU()),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zeroing_at_gate_and_at_post_is_one_thing(shape: str) -> None:
+    model = Toy(SHAPES[shape])
+    check_zeroing(model, find_towers(model)["language"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_writes_at_every_kind_reach_all_that_comes_later(shape: str) -> None:
+    model = Toy(SHAPES[shape])
+    mlp = find_towers(model)["language"].mlps[0]
+    module, before = model.get_submodule(mlp.path), capture(model, mlp)
+    for kind in mlp.layout.kinds:
+        with write(model, mlp, kind, lambda values: values * 1.5):
+            after = capture(model, mlp)
+            expected = {**before, kind: before[kind] * 1.5}
+            if kind == "pre":
+                expected["gate"] = mlp.layout.gate_of(module, expected["pre"])
+            if kind != "post":
+                expected["post"] = mlp.layout.post_of(module, expected["gate"], expected.get("up"))
+            # to rounding: a copy lies in memory otherwise than the model's own slices, which some functions care about
+            torch.testing.assert_close(after["post"], expected["post"])
+
+
+def test_an_activation_module_shared_by_all_layers_is_edited_in_one_only() -> None:
+    shared = nn.SiLU()
+    model = Toy(lambda: Gated(lambda m, x: m.c(m.act(m.a(x)) * m.b(x)), activation=shared))
+    tower = find_towers(model)["language"]
+    assert {mlp.layout.activation for mlp in tower.mlps} == {None}
+    check_zeroing(model, tower)
+    seen: list[Tensor] = []
+    with read(model, tower.mlps[0], "gate", seen.append):
+        model(IDS)
+    assert len(seen) == 1
+
+
+def test_edits_of_a_computed_gate_follow_each_other_and_come_off_in_any_order() -> None:
+    model = Toy(SHAPES["plain function"])
+    mlp = find_towers(model)["language"].mlps[0]
+    clean = model(IDS)
+    one, two = write(model, mlp, "gate", zero(1)), write(model, mlp, "gate", zero(2))
+    both = model(IDS)
+    with write(model, mlp, "post", zero(1)), write(model, mlp, "post", zero(2)):
+        one.remove()
+        two.remove()
+        assert torch.equal(model(IDS), both)
+    one.remove()
+    assert torch.equal(model(IDS), clean)
+    first, second = write(model, mlp, "gate", lambda v: v + 1), write(model, mlp, "gate", lambda v: v * 2)
+    module, seen = model.get_submodule(mlp.path), capture(model, mlp)
+    first.remove()
+    second.remove()
+    plain = capture(model, mlp)
+    assert torch.equal(seen["post"], mlp.layout.post_of(module, (plain["gate"] + 1) * 2, plain["up"]))
+
+
+def test_a_gate_that_is_computed_anew_keeps_what_others_did_to_its_inputs() -> None:
+    model = Toy(SHAPES["plain function"])
+    mlp = find_towers(model)["language"].mlps[0]
+    module = model.get_submodule(mlp.path)
+    plain = capture(model, mlp)
+    with write(model, mlp, "gate", zero(3)):
+        foreign = [  # hooks that come later than ours, and are not ours
+            module.a.register_forward_hook(lambda _, args, output: output * 2),
+            module.c.register_forward_pre_hook(lambda _, args: (args[0] + 1,)),
+        ]
+        outcome: list[Tensor] = []
+        foreign.append(module.c.register_forward_pre_hook(lambda _, args: outcome.append(args[0])))
+        model(IDS)
+        for hook in foreign:
+            hook.remove()
+    gate = zero(3)(mlp.layout.gate_of(module, plain["pre"] * 2))
+    assert torch.equal(outcome[0], gate * plain["up"] + 1)
+
+
+def test_an_exception_in_an_edit_leaves_nothing_behind() -> None:
+    for shape in SHAPES:
+        model = Toy(SHAPES[shape])
+        mlp = find_towers(model)["language"].mlps[0]
+        clean = model(IDS)
+
+        def fail(values: Tensor) -> Tensor:
+            raise KeyError("stop")
+
+        with pytest.raises(KeyError), write(model, mlp, "gate", zero(1)), write(model, mlp, "gate", fail):
+            model(IDS)
+        assert torch.equal(model(IDS), clean)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_removed_model_can_be_collected() -> None:
+    import weakref
+
+    model = Toy(SHAPES["plain function"])
+    mlp = find_towers(model)["language"].mlps[0]
+    write(model, mlp, "gate", zero(1)).remove()
+    gone = weakref.ref(model.get_submodule(mlp.path))
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+# --- quantised, adapted, sharded, compiled ---
+
+
+class Int8Linear(nn.Module):
+    """As quantised layers are: no `nn.Linear`, weights of another kind."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("qweight", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qweight.to(x.dtype) * self.scale)
+
+
+class Wrapped(nn.Module):
+    """As offloading and logging wrappers are: one linear layer inside, and nothing said about it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.inner = linear
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.inner(x.contiguous())
+
+
+@pytest.mark.parametrize("wrap", [Int8Linear, Wrapped])
+@pytest.mark.parametrize("name", ["llava_next_mistral", "qwen2_5_vl"])
+def test_replaced_linear_layers_are_told_by_what_they_declare_or_wrap(wrap: type, name: str) -> None:
+    model, _ = tiny_model(name)
+    with torch.no_grad():
+        for module in list(model.modules()):
+            for child_name, child in list(module.named_children()):
+                if type(child) is nn.Linear and ("proj" in child_name or "fc" in child_name):
+                    setattr(module, child_name, wrap(child))
+    report = check_architecture(model, inputs=tiny_inputs(name))
+    assert [(tower.layers, tower.widths) for tower in report.towers] == [(4, (64,)), (3, (48,))]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_lora_on_the_mlps_is_part_of_what_is_read() -> None:
+    peft = pytest.importorskip("peft")
+    base, _ = tiny_model("qwen2_5_vl")
+    config = peft.LoraConfig(target_modules=["gate_proj", "down_proj", "q_proj"], init_lora_weights=False, r=4)
+    model = peft.get_peft_model(base, config).eval()
+    report = check_architecture(model, inputs=tiny_inputs("qwen2_5_vl"))
+    assert [(tower.layers, tower.widths) for tower in report.towers] == [(4, (64,)), (3, (48,))]
+
+
+def test_offloaded_weights_stay_readable_and_writable() -> None:
+    from accelerate import cpu_offload
+
+    inputs = tiny_inputs("qwen3_vl_moe")
+    plain, _ = tiny_model("qwen3_vl_moe")
+    with torch.no_grad():
+        clean = plain(**inputs).logits
+    model, _ = tiny_model("qwen3_vl_moe")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, clean)
+    for name, tower in find_towers(plain).items():
+        assert tower == find_towers(model)[name]
+        mlp = tower.mlps[0]
+        for kind in ("gate", "post"):
+            with torch.no_grad(), write(model, mlp, kind, zero(3)), write(plain, mlp, kind, zero(3)):
+                assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+
+
+def test_compiled_models_are_refused_and_not_silently_left_alone() -> None:
+    model, _ = tiny_model("llava_next_qwen2")
+    mlp = find_towers(model)["language"].mlps[0]
+    with pytest.raises(ArchitectureError, match=r"torch\.compile"):
+        find_towers(torch.compile(model))
+    model.compile()
+    with pytest.raises(ArchitectureError, match="compiled"):
+        write(model, mlp, "post", zero(0))
+    with pytest.raises(ArchitectureError, match="compiled"):
+        read(model, mlp, "post", lambda values: None)
+
+
+def test_half_precision_and_text_only_input_keep_the_contract() -> None:
+    model, _ = tiny_model("llava_next_mistral")
+    report = check_architecture(model.to(torch.bfloat16))
+    assert any("text only" in note for note in report.notes)
+    assert any(note.startswith("vision: nothing ran") for note in report.notes)
+
+
+def test_values_are_handed_out_under_gradient_checkpointing_too() -> None:
+    model, _ = tiny_model("llava_next_mistral")
+    model.activation_checkpointing_enable()
+    model.train()
+    inputs, seen = tiny_inputs("llava_next_mistral"), []
+    mlp = find_towers(model)["language"].mlps[1]
+    with read(model, mlp, "gate", lambda values: seen.append(values.shape)):
+        model(**inputs).logits.sum().backward()
+    assert set(seen) == {(1, inputs["input_ids"].shape[1], 64)}
+
+
+# --- mixtures of experts ---
+
+
+def moe(implementation: str | None, text: str = "mixtral", **changes: Any) -> PreTrainedModel:
+    from vlmneurons.testing import _tiny
+
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={
+            **_tiny._TEXT,
+            "model_type": text,
+            "num_local_experts": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            **changes,
+        },
+        vision_config={**_tiny._EYE, "model_type": "clip_vision_model"},
+        image_token_index=10,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    _tiny._draw_weights(model)
+    if implementation is not None:
+        model.get_decoder().set_experts_implementation(implementation)
+    return model
+
+
+TOKENS = {"input_ids": torch.arange(20, 44).reshape(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("text", ["mixtral", "gpt_oss", "lfm2_moe"])
+def test_experts_are_read_and_written_in_every_way_in_which_they_run(implementation: str, text: str) -> None:
+    changes = {
+        "gpt_oss": {"layer_types": ["full_attention"] * 2},
+        "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "moe_intermediate_size": 24},
+    }
+    model = moe(implementation, text, **changes.get(text, {}))
+    report = check_architecture(model, inputs=TOKENS)
+    assert report.towers[0].tried == report.towers[0].moved
+
+
+def test_experts_in_one_kernel_are_refused_when_they_run() -> None:
+    model = moe("batched_mm")
+    mlp = find_towers(model)["language"].mlps[0]
+    for module in model.modules():
+        if hasattr(module, "is_concatenated"):
+            module.config._experts_implementation_internal = "sonicmoe"
+    with (
+        read(model, mlp, "gate", lambda *_: None),
+        pytest.raises(ArchitectureError, match="set_experts_implementation"),
+    ):
+        model(**TOKENS)
+    model.get_decoder().set_experts_implementation("batched_mm")
+    model(**TOKENS)
+
+
+def test_an_expert_sees_only_the_tokens_that_were_routed_to_it() -> None:
+    model = moe("grouped_mm")
+    tower = find_towers(model)["language"]
+    assert [mlp.name for mlp in tower.mlps[:4]] == [f"mlp.experts.{expert}" for expert in range(4)]
+    counts, rows, chosen = {}, [], []
+    handles = [
+        read(model, mlp, "post", lambda values, tokens, mlp=mlp: counts.__setitem__(mlp.expert, tokens.tolist()))
+        for mlp in tower.mlps[:4]
+    ]
+    first = tower.mlps[0]
+    handles.append(read_experts(model, first.path, first.layout, "gate", lambda v, e, t: rows.append((v.shape, e, t))))
+    hook = model.get_submodule(first.path).register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+    with torch.no_grad():
+        model(**TOKENS)
+    for handle in [*handles, hook]:
+        handle.remove()
+    (routes,) = chosen
+    for expert in range(4):
+        assert sorted(counts.get(expert, [])) == (routes == expert).any(-1).nonzero().flatten().tolist()
+    ((shape, experts, tokens),) = rows
+    assert shape == (2 * 24, 64)
+    assert experts.bincount(minlength=4).tolist() == [(routes == expert).sum().item() for expert in range(4)]
+    assert tokens.bincount().tolist() == [2] * 24
+
+
+def test_all_experts_can_be_edited_at_once() -> None:
+    model = moe("grouped_mm")
+    mlp = find_towers(model)["language"].mlps[2]
+    with torch.no_grad():
+        with write(model, mlp, "post", zero(7)):
+            one = model(**TOKENS).logits
+
+        def edit(values: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
+            values = values.clone()
+            values[experts == 2, 7] = 0
+            return values
+
+        with write_experts(model, mlp.path, mlp.layout, "gate", edit):
+            assert torch.equal(model(**TOKENS).logits, one)
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.choose = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choose(x).argmax(-1)
+
+
+class ListOfExperts(nn.Module):
+    """Experts as modules of their own, as models on the Hub have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router()
+        self.experts = nn.ModuleList([Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, HIDDEN)
+        chosen, result = self.router(flat), torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            places = (chosen == number).nonzero().flatten()
+            if len(places):
+                result[places] = expert(flat[places])
+        return result.reshape(x.shape)
+
+
+def test_experts_that_are_modules_tell_their_tokens_too() -> None:
+    model = Toy(ListOfExperts)
+    tower = find_towers(model)["language"]
+    assert [mlp.name for mlp in tower.mlps[:3]] == ["mlp.experts.0", "mlp.experts.1", "mlp.experts.2"]
+    assert all(mlp.routed and mlp.expert is None for mlp in tower.mlps)
+    found: dict[str, list[int]] = {}
+    handles = [
+        read(model, mlp, "gate", lambda values, tokens, mlp=mlp: found.__setitem__(mlp.name, tokens.tolist()))
+        for mlp in tower.mlps[:3]
+    ]
+    clean = model(IDS)
+    for handle in handles:
+        handle.remove()
+    assert sorted(token for tokens in found.values() for token in tokens) == list(range(10))
+    busy = next(mlp for mlp in tower.mlps[:3] if mlp.name in found)
+    with write(model, busy, "gate", zero(0)):
+        one = model(IDS)
+    with write(model, busy, "post", zero(0)):
+        assert torch.equal(model(IDS), one)
+    assert torch.equal(model(IDS), clean)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_an_exception_while_experts_run_leaves_nothing_behind(implementation: str) -> None:
+    model = moe(implementation)
+    mlps = find_towers(model)["language"].mlps
+    with torch.no_grad():
+        clean = model(**TOKENS).logits
+
+        def fail(values: Tensor, tokens: Tensor) -> None:
+            raise KeyError("stop")
+
+        with pytest.raises(KeyError), write(model, mlps[0], "gate", zero(0)), read(model, mlps[5], "gate", fail):
+            model(**TOKENS)
+        assert torch.equal(model(**TOKENS).logits, clean)
+    assert not any("_apply_gate" in vars(module) for module in model.modules())
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_edits_of_experts_act_on_every_step_of_generate() -> None:
+    model = moe("grouped_mm")
+    model.generation_config.pad_token_id = 0
+    mlp = find_towers(model)["language"].mlps[0]
+    seen: list[int] = []
+    with read(model, mlp, "post", lambda values, tokens: seen.append(len(tokens))):
+        model.generate(**TOKENS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert 1 < len(seen) <= 4
+    assert max(seen[1:]) <= 2  # one token of each of two rows
+
+
+def test_an_mlp_as_wide_as_its_input_is_found() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.relu(self.one(x)))
+
+    assert find_towers(Toy(Square))["language"].widths == (HIDDEN, HIDDEN)
+
+
+def test_towers_are_named_by_what_they_do() -> None:
+    def names(model: str) -> dict[str, str]:
+        return {name: tower.path for name, tower in find_towers(tiny_model(model)[0]).items()}
+
+    assert names("florence2") == {
+        "language": "model.language_model.decoder.layers",
+        "vision": "model.vision_tower.blocks",
+        "encoder": "model.language_model.encoder.layers",
+    }
+    assert names("idefics2")["connector"] == "model.connector.perceiver_resampler.layers"
+    assert names("mllama") == {"language": "model.language_model.layers", "vision": "model.vision_model"}
+    vision = find_towers(tiny_model("florence2")[0])["vision"]
+    assert [mlp.name for mlp in vision.mlps] == ["spatial_block.ffn", "channel_block.ffn"] * 2
+    assert vision.widths == (64, 64, 128, 128)
+
+
+def test_a_projection_that_weighs_something_else_is_no_mlp() -> None:
+    class Weighs(Gated):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)))
+            self.squeeze, self.excite = nn.Linear(HIDDEN, 4), nn.Linear(4, HIDDEN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.sigmoid(self.excite(F.relu(self.squeeze(x))))
+
+    mlps = find_towers(Toy(Weighs))["language"].mlps
+    assert [mlp.layout.down for mlp in mlps] == ["c", "c"]
