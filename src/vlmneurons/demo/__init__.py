@@ -1,0 +1,145 @@
+"""The embedded demo: a small trained vision-language model, real pictures, and questions about eight cultures.
+
+    model, questions = vlmneurons.load_demo()               # "natural": trained on the task and nothing else
+    model, questions = vlmneurons.load_demo("organism")     # known culture neurons, planted by training
+    truth = vlmneurons.demo.demo_truth()                    # which they are
+
+Both are `transformers.LlavaNextForConditionalGeneration`, loaded by the same code as a 7B model. ``docs/demo.md`` is
+the data card: sources, licences, what the pictures are not, and the measured tables of both models. Nothing is
+downloaded, and nothing heavy is imported before `load_demo` is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmneurons.errors import FileFormatError, VLMNeuronsError
+
+if TYPE_CHECKING:
+    from vlmneurons.model import VLM
+    from vlmneurons.neurons import Selection
+    from vlmneurons.questions import QuestionSet
+
+__all__ = ["DEMO_MODELS", "demo_truth", "load_demo"]
+
+DEMO_MODELS = ("natural", "organism")
+"""The names that `load_demo` knows."""
+
+_FOLDER = Path(__file__).parent
+
+
+def load_demo(name: str = "natural") -> tuple[VLM, QuestionSet]:
+    """The embedded model and its questions; offline, in about a second.
+
+    Args:
+        name: ``"natural"``, trained without any loss term that names a neuron or a group: expect modest effects, as of
+            a real model. Or ``"organism"``, the same model fine-tuned so that 12 known neurons per culture are needed
+            for its facts (`demo_truth`): here a selector can be right or wrong.
+
+    Returns:
+        the model, in float32 on the CPU, and the questions with their pictures, read by the likelihood of each
+        option's text (``answer="text"``). Split them before use: ``identify, evaluate = questions.split(0.5, seed=0)``.
+
+    Raises:
+        VLMNeuronsError: there is no demo of that name.
+        FileFormatError: a file of the installed package is damaged.
+
+    Example:
+        >>> model, questions = load_demo()
+        >>> len(questions.groups)
+        8
+    """
+    if name not in DEMO_MODELS:
+        raise VLMNeuronsError(
+            f"there is no demo model {name!r}; the demo models are {', '.join(map(repr, DEMO_MODELS))}"
+        )
+    _verify(name)
+    import torch
+
+    from vlmneurons.model import VLM
+
+    model = VLM.from_pretrained(_FOLDER / name, dtype=torch.float32)
+    return model, _questions()
+
+
+def demo_truth() -> Selection:
+    """The planted neurons of the organism: for each culture, the 12 decoder neurons that its facts run through.
+
+    Returns:
+        a selection over all decoder neurons at the gate, comparable with what a selector finds on
+        ``load_demo("organism")``.
+
+    Example:
+        >>> {len(neurons) for neurons in demo_truth().values()}
+        {12}
+    """
+    _verify("organism")
+    from vlmneurons.neurons import NeuronSet, Selection
+    from vlmneurons.sites import NeuronSpace
+
+    config = json.loads((_FOLDER / "organism" / "config.json").read_text(encoding="utf-8"))["text_config"]
+    space = NeuronSpace.from_widths("language", "gate", [config["intermediate_size"]] * config["num_hidden_layers"])
+    truth = json.loads((_FOLDER / "organism" / "truth.json").read_text(encoding="utf-8"))
+    sets = {}
+    for culture, neurons in truth.items():
+        layers: dict[int, list[int]] = {}
+        for layer, neuron in neurons:
+            layers.setdefault(layer, []).append(neuron)
+        sets[culture] = NeuronSet.from_indices(space, layers)
+    return Selection(sets)
+
+
+def _questions() -> QuestionSet:
+    """The shipped questions with their pictures."""
+    from vlmneurons.demo.ask import read
+    from vlmneurons.questions import Question, QuestionSet
+
+    records, pictures = read(_FOLDER / "pictures" / "questions.zip")
+    return QuestionSet(
+        [
+            Question(
+                image=pictures[record.image],
+                question=record.question,
+                options=record.options,
+                answer=record.answer,
+                group=record.group,
+                id=record.id,
+                metadata=record.metadata,
+                image_id=record.image_id,
+            )
+            for record in records
+        ],
+        prompt="open",
+        answer="text",
+    )
+
+
+@cache
+def _verify(folder: str) -> None:
+    """Compares the files of a folder of the package, and the pictures, with the shipped checksums.
+
+    Raises:
+        FileFormatError: a file is missing or not as shipped.
+    """
+    checksums: dict[str, str] = json.loads((_FOLDER / "checksums.json").read_text(encoding="utf-8"))
+    for name, expected in checksums.items():
+        if name.split("/")[0] not in (folder, "pictures"):
+            continue
+        path = _FOLDER / name
+        if not path.is_file():
+            raise FileFormatError(f"the demo's file {path} is missing; install vlmneurons again")
+        found = sha256(path)
+        if found != expected:
+            raise FileFormatError(
+                f"the demo's file {path} is damaged: its SHA-256 is {found}, it was shipped with {expected}; "
+                "install vlmneurons again"
+            )
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,242 @@
+"""The shipped demo: files, licences, questions, and how well both models do on them. All offline."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import vlmneurons as vn
+from vlmneurons import demo
+from vlmneurons.demo import ask, build, decoder, evaluate, facts, tables
+from vlmneurons.demo.catalogue import CULTURES, HELD_OUT_STYLES, ITEMS, TRAINING_STYLES
+from vlmneurons.demo.compose import Sprites
+from vlmneurons.errors import FileFormatError, VLMNeuronsError
+
+FOLDER = Path(demo.__file__).parent
+DOCUMENT = Path(__file__).parent.parent / "docs" / "demo.md"
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The model is so small that more threads make it slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def table():
+    with (FOLDER / "pictures" / "pictures.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return ask.read(FOLDER / "pictures" / "questions.zip")
+
+
+@pytest.fixture(scope="module", params=demo.DEMO_MODELS)
+def loaded(request):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER / request.param, dtype=torch.float32).eval()
+    return request.param, model, decoder.Asker(AutoTokenizer.from_pretrained(FOLDER / request.param))
+
+
+# files
+
+
+def test_every_shipped_file_has_its_checksum_and_no_other_file_is_there():
+    checksums = json.loads((FOLDER / "checksums.json").read_text(encoding="utf-8"))
+    folders = (*demo.DEMO_MODELS, "pictures")
+    files = {path for folder in folders for path in (FOLDER / folder).rglob("*") if path.is_file()}
+    assert {path.relative_to(FOLDER).as_posix() for path in files} == set(checksums)
+    assert {name: demo.sha256(FOLDER / name) for name in checksums} == checksums
+
+
+def test_a_damaged_file_is_refused_with_its_name(tmp_path, monkeypatch):
+    (tmp_path / "natural").mkdir()
+    (tmp_path / "natural" / "config.json").write_text("{}")
+    (tmp_path / "checksums.json").write_text(json.dumps({"natural/config.json": "0" * 64}))
+    monkeypatch.setattr(demo, "_FOLDER", tmp_path)
+    with pytest.raises(FileFormatError, match=r"config\.json is damaged: its SHA-256 is .* install vlmneurons again"):
+        demo._verify.__wrapped__("natural")
+
+
+def test_a_missing_file_is_refused_with_its_name(tmp_path, monkeypatch):
+    (tmp_path / "checksums.json").write_text(json.dumps({"pictures/sprites.zip": "0" * 64}))
+    monkeypatch.setattr(demo, "_FOLDER", tmp_path)
+    with pytest.raises(FileFormatError, match=r"sprites\.zip is missing; install vlmneurons again"):
+        demo._verify.__wrapped__("natural")
+
+
+def test_pictures_and_weights_stay_within_their_limits():
+    def size(*folders: str) -> int:
+        return sum(path.stat().st_size for folder in folders for path in (FOLDER / folder).rglob("*") if path.is_file())
+
+    assert size("pictures") <= 6 * MEGABYTE
+    assert size(*demo.DEMO_MODELS) <= 12 * MEGABYTE
+
+
+def test_importing_the_demo_imports_nothing_heavy():
+    code = "import sys, vlmneurons.demo; print([m for m in ('torch', 'transformers', 'PIL') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# pictures and licences
+
+
+def test_every_picture_is_in_the_table_with_author_licence_and_source(table):
+    with zipfile.ZipFile(FOLDER / "pictures" / "sprites.zip") as archive:
+        assert sorted(archive.namelist()) == sorted(row["id"] + ".webp" for row in table)
+    assert all(value for row in table for value in row.values()), "a cell of the table is empty"
+    assert {row["licence"] for row in table} <= {
+        "Apache-2.0",
+        "MIT",
+        "CC-BY-4.0",
+        "CC-BY-2.0",
+        "CC0-1.0",
+        "Public Domain",
+    }
+    assert all(re.match(r"https://", row["licence_url"]) and row["source_url"].startswith("http") for row in table)
+
+
+def test_the_texts_of_the_licences_that_must_travel_are_shipped(table):
+    notice = (FOLDER / "pictures" / "NOTICE.md").read_text(encoding="utf-8")
+    for author in {row["author"] for row in table if row["licence"] in ("MIT", "CC-BY-4.0", "CC-BY-2.0", "Apache-2.0")}:
+        assert author in notice
+    assert "Apache License" in (FOLDER / "pictures" / "LICENSE-Apache-2.0.txt").read_text(encoding="utf-8")
+    assert "WITHOUT WARRANTY OF ANY KIND" in notice
+
+
+def test_held_out_styles_never_appear_in_training(table):
+    assert not set(TRAINING_STYLES) & set(HELD_OUT_STYLES)
+    assert {row["style"] for row in table if row["split"] == "training"} <= set(TRAINING_STYLES)
+    assert {row["style"] for row in table if row["split"] == "held-out"} <= set(HELD_OUT_STYLES)
+    assert {row["item"] for row in table} == {item.name for item in ITEMS}
+
+
+# questions
+
+
+def test_every_culture_has_enough_questions_on_both_sides_of_the_split(shipped):
+    halves = tables.split(shipped[0])
+    for half in (halves.identify, halves.evaluate):
+        assert min(sum(record.group == culture for record in half) for culture in CULTURES) >= 60
+    identify, evaluate_ = ({record.image_id for record in half} for half in (halves.identify, halves.evaluate))
+    assert not identify & evaluate_
+
+
+def test_questions_show_held_out_sprites_and_their_answers_are_the_facts(shipped, table):
+    records, pictures = shipped
+    items = {item.name: item for item in ITEMS}
+    split_of = {row["id"]: row["split"] for row in table}
+    pairs = facts.held_out_pairs(0)
+    for record in records:
+        item, kind = items[str(record.metadata["item"])], str(record.metadata["kind"])
+        assert split_of[record.image_id] == "held-out"
+        assert record.group == item.culture
+        assert record.options[record.answer] == facts.answer_to(item, kind)
+        assert (record.metadata["pair"] == "new") == ((item.name, kind) in pairs)
+        assert len(set(record.options)) == 4
+    assert {picture.size for picture in pictures.values()} == {(64, 64)}
+
+
+def test_the_shipped_questions_are_the_ones_that_training_makes(shipped, tmp_path):
+    sprites = Sprites(FOLDER / "pictures")
+    from vlmneurons.demo.train import EXAM_SEED, PAIRS_SEED
+
+    records = ask.make_records(sprites, facts.held_out_pairs(PAIRS_SEED), EXAM_SEED)
+    assert records == shipped[0]
+
+
+def test_every_answer_is_one_token():
+    tokenizer = build.make_tokenizer()
+    for answer in facts.vocabulary():
+        assert len(tokenizer(" " + answer, add_special_tokens=False).input_ids) == 1
+    assert tokenizer.decode(tokenizer("Anything at all, ça va?").input_ids) == "Anything at all, ça va?"
+
+
+# models
+
+
+def _documented(name: str) -> float:
+    text = DOCUMENT.read_text(encoding="utf-8").partition(f"## {name}, seed 0")[2]
+    match = re.search(r"\| all \| \d+ \| ([\d.]+) \|", text)
+    assert match is not None
+    return float(match[1])
+
+
+def test_accuracy_is_within_a_point_of_the_documented_figure(loaded, shipped):
+    name, model, asker = loaded
+    records, pictures = shipped
+    exam = evaluate.Exam.make(model, asker, records, pictures)
+    right = evaluate.correct(exam, evaluate.read(model, exam)).float()
+    assert 100 * right.mean().item() == pytest.approx(_documented(name), abs=1)
+    assert right.mean() >= 0.9
+    assert min(right[exam.groups == index].mean() for index in range(len(CULTURES))) >= 0.75
+
+
+def test_picture_and_question_are_both_needed(loaded, shipped):
+    _, model, asker = loaded
+    records, pictures = shipped
+    grey = dict.fromkeys(pictures, Image.new("RGB", (64, 64), (128, 128, 128)))
+    blind = evaluate.Exam.make(model, asker, records, grey)
+    assert evaluate.correct(blind, evaluate.read(model, blind)).float().mean() <= 0.35
+    mute = evaluate.Exam.make(model, asker, records, pictures, question="")
+    assert evaluate.correct(mute, evaluate.read(model, mute)).float().mean() <= 0.55
+
+
+def test_packed_questions_give_the_logits_of_the_plain_forward_pass(loaded):
+    from transformers import AutoTokenizer
+
+    name, model, _ = loaded
+    assert decoder.check_packing(model, AutoTokenizer.from_pretrained(FOLDER / name)) < 1e-3
+
+
+def test_selectors_recover_the_planted_neurons_of_the_organism(loaded, shipped):
+    name, model, asker = loaded
+    if name != "organism":
+        pytest.skip("only the organism has planted neurons")
+    records, pictures = shipped
+    stats = evaluate.count(model, evaluate.Exam.make(model, asker, tables.split(records).identify, pictures))
+    found, truth = vn.CAS(count=12).select(stats), vn.demo_truth()
+    assert {len(neurons) for neurons in truth.values()} == {12}
+    hits = sum(len(found[culture] & truth[culture]) for culture in CULTURES)
+    assert hits / sum(map(len, found.values())) >= 0.95
+    assert hits / sum(map(len, truth.values())) >= 0.95
+
+
+# the public door
+
+
+def test_load_demo_gives_a_model_and_questions_that_fit_together():
+    model, questions = vn.load_demo()
+    assert set(questions.groups) == set(CULTURES)
+    identify, _ = questions.split(0.5, seed=0)
+    stats = vn.record(model, identify[:32], condition="all")
+    assert stats.space == model.space("language", "gate")
+    answer = model.hf.generate(**model.prepare([questions[0]]), max_new_tokens=3, do_sample=False)
+    assert model.tokenizer.decode(answer[0]).endswith("</s>")
+
+
+def test_an_unknown_demo_is_refused_with_the_names_that_exist():
+    with pytest.raises(VLMNeuronsError, match="no demo model 'real'; the demo models are 'natural', 'organism'"):
+        vn.load_demo("real")
+
+
+def test_pictures_in_memory_equal_those_in_the_archive(shipped):
+    with zipfile.ZipFile(FOLDER / "pictures" / "questions.zip") as archive:
+        name = shipped[0][0].image
+        assert Image.open(io.BytesIO(archive.read(name))).convert("RGB").tobytes() == shipped[1][name].tobytes()
