@@ -6,8 +6,10 @@ counts; `record` then adds a row to its group's statistics if the answer meets t
 """
 
 import contextlib
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.architectures import Handle, read
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
+from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.model import VLM
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.sites import NeuronSpace, Site
@@ -107,6 +110,8 @@ class Recorder:
         self._rows: list[int] = []
         self._strict = True
         self._steps = 0
+        self._continues = False
+        self._whole = True
 
     # -- being entered -------------------------------------------------------------------------------------------------
 
@@ -181,6 +186,9 @@ class Recorder:
             raise QuestionError("a Recorder tells tokens apart by input_ids; this run gives none")
         self._mask = table.counted(self.tokens)
         self._vision = None
+        # A later step of `generate` brings a new token of an item that was counted before.
+        attention = arguments.get("attention_mask")
+        self._continues = attention is not None and attention.ndim == 2 and attention.shape[1] > ids.shape[1]
 
     def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """The model's forward is over: in a run of the user's own, everything is counted."""
@@ -296,6 +304,8 @@ class Recorder:
 
     # -- adding up -----------------------------------------------------------------------------------------------------
 
+    # What adds up must not be made in inference mode, or no run outside of it could be added.
+    @torch.inference_mode(False)
     def _group_index(self, group: str) -> int:
         if group not in self._groups:
             self._groups.append(group)
@@ -318,6 +328,7 @@ class Recorder:
             self._reached = torch.cat([self._reached, torch.zeros((1, len(self._sites)), dtype=torch.int64)])
         return self._groups.index(group)
 
+    @torch.inference_mode(False)
     def _commit(self, groups: Sequence[str | None]) -> None:
         """Add each pending row to its group; None leaves a row out.
 
@@ -328,14 +339,16 @@ class Recorder:
         if not kept:
             return
         row, group = (torch.tensor(part) for part in zip(*kept, strict=True))
-        for number, count in enumerate(self._sites):
-            if count.fired is None or count.tokens is None:
-                continue  # an expert that no token was routed to, or text-only input to a vision tower
-            if self._in_vision[number] and self._vision is not None and count.seen != sum(self._vision):
+        for count, in_vision in zip(self._sites, self._in_vision, strict=True):
+            if in_vision and count.fired is not None and self._vision is not None and count.seen != sum(self._vision):
                 raise MismatchError(
                     f"{count.site} had {count.seen} rows where the pictures have {sum(self._vision)}: its rows cannot "
                     "be told apart by question"
                 )
+        self._whole = False
+        for number, count in enumerate(self._sites):
+            if count.fired is None or count.tokens is None:
+                continue  # an expert that no token was routed to, or text-only input to a vision tower
             device = count.fired.device
             if self._positive[number].device != device:
                 self._positive[number] = self._positive[number].to(device)
@@ -344,12 +357,14 @@ class Recorder:
                 self._total[number] = self._total[number].to(device)
                 self._total[number].index_add_(0, group.to(device), count.total[row.to(device)])
             self._reached[:, number].index_add_(0, group, count.tokens.cpu()[row])
-        self._items.index_add_(0, group, torch.ones_like(group))
+        if self._prepared is not None or not self._continues:
+            self._items.index_add_(0, group, torch.ones_like(group))
         if all(self._in_vision):
             self._tokens = self._reached.amax(1)
         else:
             assert self._mask is not None
             self._tokens.index_add_(0, group, self._mask.sum(1).cpu()[row])
+        self._whole = True
 
     def _statistics(self, provenance: Mapping[str, Any], groups: Sequence[str] | None = None) -> ActivationStatistics:
         for group in groups or ():
@@ -369,6 +384,23 @@ class Recorder:
             provenance=dict(provenance),
         )
 
+    def _by_row(self) -> tuple[dict[str, Any], Any]:
+        """Tables of the watched rows of a prepared batch, ``[row, …]``, and each row's number of counted tokens."""
+        assert self._mask is not None
+        rows = torch.tensor(self._rows)
+        positive, total, reached = [], [], []
+        for count in self._sites:
+            shape = (len(rows), count.width)
+            positive.append(torch.zeros(shape, dtype=torch.int64) if count.fired is None else count.fired.cpu()[rows])
+            total.append(torch.zeros(shape, dtype=torch.float64) if count.total is None else count.total.cpu()[rows])
+            reached.append(
+                torch.zeros(len(rows), dtype=torch.int64) if count.tokens is None else count.tokens.cpu()[rows]
+            )
+        at_sites = torch.stack(reached, 1)
+        counted = at_sites.amax(1) if all(self._in_vision) else self._mask.sum(1).cpu()[rows]
+        tables = {"positive": torch.cat(positive, 1), "total": torch.cat(total, 1), "reached": at_sites}
+        return {name: table.numpy() for name, table in tables.items()}, counted.numpy()
+
     # -- one batch of questions ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -383,8 +415,9 @@ class Recorder:
         self._clear()
 
 
-class _NotFinite(Exception):
+class _NotFinite(ActivationError):
     def __init__(self, site: Site, row: int, first: bool) -> None:
+        super().__init__(f"NaN or infinite activations at {site}, row {row} of the batch")
         self.site, self.row, self.first = site, row, first
 
 
@@ -432,7 +465,8 @@ def record(
         Counts ``[group, neuron]``, groups sorted. A group none of whose questions met the condition has zeros.
 
     Raises:
-        QuestionError: a question cannot be asked. ``error.partial`` then holds the statistics of the batches before.
+        QuestionError: a question cannot be asked. Its ``partial``, like that of any error or interrupt on the way,
+            holds the statistics of the batches before.
         ActivationError: NaN or infinite activations; the message names the site and the question.
 
     Source: activation probabilities of correctly answered questions, Zhao et al. 2025 (arXiv 2510.24942).
@@ -473,15 +507,95 @@ def record(
                     n_correct += sum(right)
                     meets = [condition == "all" or is_right == (condition == "correct") for is_right in right]
                     recorder._commit([item.group if ok else None for item, ok in zip(part, meets, strict=True)])
-            except VLMNeuronsError as error:
-                # Hours of forwards are not thrown away over one picture.
-                error.partial = recorder._statistics(provenance(), questions.groups)  # type: ignore[attr-defined]
+            except BaseException as error:
+                # Hours of forwards are not thrown away over one picture, a full memory or an interrupt.
+                if recorder._whole:
+                    error.partial = recorder._statistics(provenance(), questions.groups)  # type: ignore[attr-defined]
                 raise
             finally:
                 recorder._forget()
             bar.update(len(batch))
             bar.set_postfix(correct=f"{n_correct / max(bar.n, 1):.1%}", refresh=False)
     return recorder._statistics(provenance(), questions.groups)
+
+
+def record_items(
+    model: VLM,
+    questions: QuestionSet | Sequence[Question],
+    folder: str | os.PathLike[str],
+    space: NeuronSpace | None = None,
+    *,
+    tokens: TokenRule = "content",
+    batch_size: int = 8,
+    answer: str | AnswerReader | None = None,
+    magnitudes: bool = False,
+    progress: bool = True,
+) -> ItemStatistics:
+    """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
+
+    Can be stopped or killed at any moment: calling it again with the same questions and rules goes on at the batch
+    that was not finished, and gives the same files as an undisturbed run, byte for byte (with the same ``batch_size``;
+    another one can tip a neuron within rounding of 0).
+
+    Args:
+        model: the model.
+        questions: what to ask, and how.
+        folder: where the files go, about 2 bytes a neuron and question.
+        space: the neurons to count; by default the gates of the language tower.
+        tokens: which tokens count; see `record`.
+        batch_size: questions a forward.
+        answer: how answers are read; by default as the set says.
+        magnitudes: also keep each question's sum of every neuron's values, in float32.
+        progress: show a progress bar.
+
+    Raises:
+        MismatchError: the folder holds another recording, or another process is recording into it.
+        QuestionError: a question cannot be asked. What was recorded before it stays.
+        ActivationError: NaN or infinite activations; the message names the site and the question.
+    """
+    if batch_size < 1:
+        raise QuestionError(f"batch_size {batch_size} is less than 1")
+    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
+    if not len(questions):
+        raise QuestionError("there are no questions to record")
+    if answer is not None:
+        questions = questions.asked(answer=answer)
+    reader = reader_of(questions.answer)
+    recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
+    recorder._strict = False
+    uneven = len({site.tower for site in recorder.space}) > 1 or any(
+        model.mlp_of(site).expert is not None or site.tower != "language" for site in recorder.space
+    )
+    statistics = ItemStatistics._create(
+        Path(folder),
+        recorder.space,
+        [Item(item.id, item.group, item.answer, item.metadata) for item in questions],
+        {
+            **_provenance(model),
+            "tokens": _rule_name(tokens),
+            "answer": repr(reader),
+            "prompt": _rule_name(questions.prompt),
+            "shuffle": questions.shuffle,
+        },
+        ["positive", *(["reached"] if uneven else []), *(["total"] if magnitudes else [])],
+    )
+    place = {item.id: row for row, item in enumerate(questions)}
+    with statistics._locked(), recorder, torch.inference_mode():
+        done = statistics.done
+        with tqdm(total=len(questions), initial=int(done.sum()), unit="item", disable=not progress) as bar:
+            for batch in batches(questions, batch_size):
+                rows = [place[item.id] for item in batch]
+                if done[rows].all():
+                    continue
+                try:
+                    ((part, reading),) = _read(model, reader, recorder, batch, None)
+                    tables, counted = recorder._by_row()
+                    chosen = [-1 if choice is None else choice for choice in reading.chosen]
+                    statistics._write(rows, chosen, counted, reading.margins(part).numpy(), tables)
+                finally:
+                    recorder._forget()
+                bar.update(len(batch) - int(done[rows].sum()))
+    return statistics
 
 
 def _read(

@@ -1,0 +1,163 @@
+"""Stability, null distributions and profiles, against brute force and on data with nothing in it."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import vlmneurons as vn
+from vlmneurons.errors import MismatchError, SelectionError
+from vlmneurons.items import Item, ItemStatistics
+from vlmneurons.selectors import CAS, MAD
+from vlmneurons.sites import NeuronSpace
+from vlmneurons.study import holm
+
+
+def made_items(folder, counts, groups, tokens=50, chosen=0):
+    """Item statistics of counts that were never recorded."""
+    space = NeuronSpace.from_widths("language", "gate", [counts.shape[1] // 2, counts.shape[1] - counts.shape[1] // 2])
+    items = [Item(str(n), group, 0, {"n": n}) for n, group in enumerate(groups)]
+    made = ItemStatistics._create(folder, space, items, {"model": "made"}, ["positive"])
+    rows = range(len(items))
+    made._write(rows, [chosen] * len(items), [tokens] * len(items), [0.0] * len(items), {"positive": counts})
+    return made
+
+
+@pytest.fixture
+def noise(tmp_path):
+    rng = np.random.default_rng(0)
+    return made_items(tmp_path / "noise", rng.binomial(50, 0.3, (60, 40)), [("A", "B", "C")[n % 3] for n in range(60)])
+
+
+def brute_force(items, weights, owners):
+    counts = np.fromfile(items.folder / "positive.bin", dtype="<u2").reshape(len(items), -1).astype(np.int64)
+    positive = np.zeros((3, counts.shape[1]), dtype=np.int64)
+    tokens = np.zeros(3, dtype=np.int64)
+    for row in range(len(items)):
+        positive[owners[row]] += int(weights[row]) * counts[row]
+        tokens[owners[row]] += int(weights[row]) * 50
+    return positive, tokens
+
+
+def test_drawn_statistics_equal_sums_by_hand(noise):
+    from vlmneurons.trust import _Sample
+
+    sample = _Sample.of(noise, "group", "all")
+    rng = np.random.default_rng(1)
+    weights = rng.integers(0, 4, (5, 60)).astype(float)
+    fixed = np.broadcast_to(sample.owner, weights.shape)
+    shuffled = np.stack([rng.permutation(sample.owner) for _ in range(5)])
+    for owners in (fixed, shuffled):
+        for draw, stats in enumerate(sample.drawn(owners, weights)):
+            positive, tokens = brute_force(noise, weights[draw], owners[draw])
+            assert np.array_equal(stats.positive.numpy(), positive)
+            assert stats.tokens.tolist() == tokens.tolist()
+
+
+def test_stability_is_perfect_where_every_question_is_alike_and_near_chance_in_noise(tmp_path, noise):
+    counts = np.zeros((30, 40), dtype=np.int64)
+    for n in range(30):
+        counts[n, [n % 3, 10 + n % 3]] = 40
+    alike = made_items(tmp_path / "alike", counts, [("A", "B", "C")[n % 3] for n in range(30)])
+    table = vn.stability(alike, CAS(count=2), resamples=10)
+    assert table["jaccard"].eq(1).all()
+    assert table["spearman"].round(12).eq(1).all()
+    halves = vn.stability(noise, MAD(count=4), resamples=60, method="halves").set_index("group").loc["all"]
+    assert halves["jaccard_low"] <= halves["chance"] <= halves["jaccard_high"]
+    assert abs(halves["jaccard"] - halves["chance"]) < 0.06
+    assert halves["questions"] == 60
+
+
+def test_stability_gives_the_same_numbers_for_the_same_seed_and_others_for_another(noise):
+    tables = [vn.stability(noise, MAD(count=4), resamples=5, seed=seed) for seed in (0, 0, 1)]
+    assert tables[0].equals(tables[1])
+    assert not tables[0].equals(tables[2])
+
+
+def test_rank_correlation_equals_scipys(noise):
+    from vlmneurons.trust import _correlations, _ranks
+
+    one, other = noise.group_by(condition="all"), noise.group_by(lambda row: "ABC"[row["n"] // 20], condition="all")
+    ours = _correlations(_ranks(CAS(), one), _ranks(CAS(), other), 3)
+    for row in range(3):
+        theirs = scipy.stats.spearmanr(CAS().score(one)[row], CAS().score(other)[row]).statistic
+        assert ours[row] == pytest.approx(theirs)
+
+
+def test_p_values_of_data_without_groups_are_uniform(tmp_path):
+    values, families = [], []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        # Continuous-looking counts, so that ties do not make the test conservative.
+        counts = rng.binomial(5000, 0.3, (24, 30))
+        items = made_items(tmp_path / str(seed), counts, [("A", "B")[n % 2] for n in range(24)], tokens=5000)
+        table = vn.null_distribution(items, CAS(count=3), permutations=39, seed=seed, condition="all")
+        values.extend(table["p"])
+        families.append(table["p_holm"].min() <= 0.05)
+    # 120 values on the grid k/40; Kolmogorov-Smirnov at 0.1 % (the two groups of a table are not independent).
+    assert scipy.stats.kstest(np.array(values[::2]) - 1 / 80, "uniform").pvalue > 0.001
+    assert scipy.stats.kstest(np.array(values[1::2]) - 1 / 80, "uniform").pvalue > 0.001
+    assert np.mean(families) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 60)
+
+
+def test_a_planted_difference_has_the_smallest_p_value_there_is(tmp_path):
+    rng = np.random.default_rng(0)
+    counts = rng.binomial(50, 0.3, (40, 30))
+    counts[::2, :3] = 45
+    items = made_items(tmp_path / "planted", counts, [("A", "B")[n % 2] for n in range(40)])
+    table = vn.null_distribution(items, CAS(count=3), permutations=99, condition="all").set_index("group")
+    assert table.loc["A", "p"] == 0.01
+    assert table.loc["A", "p_holm"] == 0.02
+    assert table.loc["A", "strength"] > table.loc["A", "null_high"]
+
+
+def test_sample_sizes_reach_full_overlap_with_all_questions(noise):
+    table = vn.sample_sizes(noise, MAD(count=4), [5, 20], repeats=4, condition="all")
+    overlap = table.groupby("size")["jaccard"].mean()
+    assert overlap[20] == 1.0
+    assert overlap[5] < 1.0
+
+
+def test_thin_groups_are_named(noise):
+    with pytest.raises(SelectionError, match=r"at least 30 questions a group are needed; fewer are in A \(20\), B"):
+        vn.sample_sizes(noise, MAD(count=4), [30], condition="all")
+    with pytest.raises(SelectionError, match="method='thirds' does not exist"):
+        vn.stability(noise, MAD(count=4), method="thirds")
+
+
+def test_agreement_compares_every_pair_with_chance(noise):
+    stats = noise.group_by(condition="all")
+    selections = {
+        "MAD": MAD(count=4).select(stats),
+        "CAS": CAS(count=4).select(stats),
+        "again": CAS(count=4).select(stats),
+    }
+    table = vn.agreement(selections).set_index(["first", "second", "group"])
+    assert table.loc[("CAS", "again", "A"), "jaccard"] == 1.0
+    assert len(table) == 9
+    expected = selections["MAD"]["B"].expected_jaccard(selections["CAS"]["B"])
+    assert table.loc[("MAD", "CAS", "B"), "chance"] == expected
+    with pytest.raises(MismatchError, match="are of different groups"):
+        vn.agreement({"MAD": selections["MAD"], "other": vn.Selection({"A": selections["MAD"]["A"]})})
+
+
+def test_layer_profile_tells_a_crowded_layer_from_a_uniform_choice():
+    space = NeuronSpace.from_widths("language", "gate", [100] * 4)
+    crowded = vn.NeuronSet(space, range(100, 120))
+    spread = vn.NeuronSet(space, range(0, 400, 20))
+    table = vn.layer_profile(vn.Selection({"crowded": crowded, "spread": spread})).set_index("group")
+    assert table.loc["crowded", "gini"] == pytest.approx(0.75)
+    assert table.loc["crowded", "entropy"] == 0.0
+    assert table.loc["crowded", "top_layer"] == 1
+    assert table.loc["crowded", "gini"] > table.loc["crowded", "gini_high"]
+    assert table.loc["spread", "gini"] == 0.0
+    assert table.loc["spread", "entropy"] == pytest.approx(np.log(4))
+    overlap = vn.overlap_by_layer(crowded, spread)
+    assert overlap["both"].tolist() == [0, 1, 0, 0]
+    assert overlap["expected"].tolist() == [0, 20 * 5 / 100, 0, 0]
+
+
+def test_holm_equals_a_computation_by_hand_and_keeps_nan():
+    assert holm([0.01, 0.04, 0.03, np.nan]).tolist()[:3] == pytest.approx([0.03, 0.06, 0.06])
+    assert np.isnan(holm([0.01, np.nan])[1])
+    assert torch.equal(torch.tensor(holm([0.6, 0.7])), torch.tensor([1.0, 1.0], dtype=torch.float64))
