@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from vlmneurons.architectures import Architecture, register_architecture
     from vlmneurons.demo import demo_truth, load_demo
     from vlmneurons.errors import VLMNeuronsError
+    from vlmneurons.items import ItemStatistics
     from vlmneurons.model import VLM
     from vlmneurons.neurons import NeuronSet, Selection
     from vlmneurons.plots import plot_layers, plot_matrix
     from vlmneurons.questions import Question, QuestionSet
-    from vlmneurons.recording import Recorder, record
+    from vlmneurons.recording import Recorder, record, record_items
     from vlmneurons.selectors import (
         CAS,
         LAP,
@@ -37,6 +38,15 @@ if TYPE_CHECKING:
     from vlmneurons.sites import NeuronSpace, Site
     from vlmneurons.statistics import ActivationStatistics
     from vlmneurons.study import KnockoutResult, knockout
+    from vlmneurons.trust import (
+        agreement,
+        layer_profile,
+        null_distribution,
+        overlap_by_layer,
+        sample_sizes,
+        selection_strength,
+        stability,
+    )
 
 _PLACES = {
     "ablation": ("Ablation",),
@@ -44,11 +54,12 @@ _PLACES = {
     "architectures": ("Architecture", "register_architecture"),
     "demo": ("demo_truth", "load_demo"),
     "errors": ("VLMNeuronsError",),
+    "items": ("ItemStatistics",),
     "model": ("VLM",),
     "neurons": ("NeuronSet", "Selection"),
     "plots": ("plot_layers", "plot_matrix"),
     "questions": ("Question", "QuestionSet"),
-    "recording": ("Recorder", "record"),
+    "recording": ("Recorder", "record", "record_items"),
     "selectors": (
         "CAS",
         "LAP",
@@ -63,6 +74,15 @@ _PLACES = {
     "sites": ("NeuronSpace", "Site"),
     "statistics": ("ActivationStatistics",),
     "study": ("KnockoutResult", "knockout"),
+    "trust": (
+        "agreement",
+        "layer_profile",
+        "null_distribution",
+        "overlap_by_layer",
+        "sample_sizes",
+        "selection_strength",
+        "stability",
+    ),
 }
 _MODULES = ("errors", "testing")
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
@@ -80,6 +100,8 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "record",
     "Recorder",
     "ActivationStatistics",
+    "record_items",
+    "ItemStatistics",
     "Selector",
     "CAS",
     "ConAct",
@@ -92,6 +114,13 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "Ablation",
     "knockout",
     "KnockoutResult",
+    "stability",
+    "null_distribution",
+    "selection_strength",
+    "sample_sizes",
+    "agreement",
+    "layer_profile",
+    "overlap_by_layer",
     "AnswerReader",
     "Letters",
     "Generate",

@@ -6,7 +6,7 @@ calls, and every token of every step of ``generate``. Ablations nest: each acts 
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,15 +131,23 @@ class Ablation:
         self.factor = 1.0 if factor is None else float(factor)
         if not torch.isfinite(torch.tensor(self.factor)):
             raise AblationError(f"factor {factor} is not finite")
+        if isinstance(neurons, Mapping):
+            raise AblationError(
+                f"a {type(neurons).__name__} has a set of neurons for each group; give the one to ablate, "
+                "such as selection['Egypt']"
+            )
+        if not isinstance(neurons, NeuronSet | Sequence) or isinstance(neurons, str):
+            raise AblationError(f"neurons are a NeuronSet, or a sequence of them; got {type(neurons).__name__}")
         self.by_row = not isinstance(neurons, NeuronSet)
         self.neurons: NeuronSet | tuple[NeuronSet, ...] = tuple(neurons) if self.by_row else neurons  # type: ignore[arg-type]
         sets: tuple[NeuronSet, ...] = self.neurons if isinstance(self.neurons, tuple) else (self.neurons,)
         if not sets:
             raise AblationError("an empty sequence of neuron sets was given; give one set, or one for each row")
-        self.space = sets[0].space
         for other in sets:
             if not isinstance(other, NeuronSet):
-                raise AblationError(f"neurons are a NeuronSet, or a sequence of them; got {type(other).__name__}")
+                raise AblationError(f"neurons are a NeuronSet, or a sequence of them; one is a {type(other).__name__}")
+        self.space = sets[0].space
+        for other in sets:
             if not self.space.same_neurons(other.space):
                 raise MismatchError(f"the rows' neurons are of different spaces: {self.space} and {other.space}")
         self._refuse_foreign(model, self.space)

@@ -7,6 +7,7 @@ whoever counts activations meanwhile gets told what each token of the run is (``
 import contextlib
 import inspect
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmneurons.errors import QuestionError
+from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.inputs import Batch
 from vlmneurons.questions import LETTERS, QuestionSet, normalize
 
@@ -274,6 +275,8 @@ def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = 
     table = torch.full((len(questions), most), float("nan"), dtype=torch.float64)
     chosen = []
     for row, (item, values) in enumerate(zip(questions, scores, strict=True)):
+        if torch.isnan(values).any():
+            raise ActivationError(f"the logits of question {item.id!r} are NaN, so no option can be told the likeliest")
         order = questions.order(item)
         by_place = values[: len(order)].double() if shown else values.double()[list(order)]
         chosen.append(order[int(by_place.argmax())])
@@ -284,67 +287,104 @@ def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = 
 def parse_answer(text: str, options: Sequence[str]) -> int | None:
     """Which option a generated text names: index from 0 in shown order, or None where that cannot be told.
 
-    A letter wins over a number, a number over an option's text, and what is ambiguous is None, never a guess. The
-    one departure: a text that *is* one option (``"4"`` among 2, 4, 6, 8) is that option, not the fourth.
+    A text that is one option, word for word, is that option; else a letter wins over a number, and a number over an
+    option's text within a longer one. A lone letter is always the letter of an option. What is ambiguous is None, never
+    a guess.
 
     Example:
         >>> options = ["Cairo", "Paris", "Rome", "Oslo"]
         >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]
         [1, 2, 3, 1, None]
     """
-    stripped = text.strip()
-    if not stripped:
+    stripped = unicodedata.normalize("NFKC", text).strip()
+    plain = normalize(stripped)
+    if not plain:
         return None
-    letters = LETTERS[: len(options)]
-    letter = _parse_letter(stripped, letters)
+    whole = [index for index, option in enumerate(options) if normalize(option) == plain]
+    if whole and not (len(plain) == 1 and plain.upper() in LETTERS):
+        return whole[0] if len(whole) == 1 else None
+    letter = _parse_letter(stripped, LETTERS[: len(options)])
     if letter is not None:
         return letter
-    plain = normalize(stripped)
-    whole = [index for index, option in enumerate(options) if normalize(option) == plain]
-    if whole:
-        return whole[0] if len(whole) == 1 else None
-    number = re.match(
-        r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is|:)?\s*)?[(\[]?(\d{1,2})[)\].:]?\s*(?:$|\n)",
-        stripped,
-        re.I,
-    )
-    if number and 1 <= int(number[1]) <= len(options):
-        return int(number[1]) - 1
+    number = re.match(rf"(?:{_LEAD}\s*)?[(\[*]*(\d{{1,2}})[)\]*]*[.:]?[)\]*]*\s*(?:$|\n(?!\s*\W?\d))", stripped, re.I)
+    if number:
+        # Among 2, 4, 6 and 8 "the answer is 4" means the option that reads 4, not the fourth.
+        same = [index for index, option in enumerate(options) if normalize(option) == str(int(number[1]))]
+        if len(same) == 1:
+            return same[0]
+        if not same and 1 <= int(number[1]) <= len(options):
+            return int(number[1]) - 1
     return _parse_text(plain, options)
+
+
+_CUE = "(?i:answer|option|choice)"
+_LEAD = rf"(?i:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?{_CUE}\s*(?:is|:)?)"
+_OPEN, _CLOSE = "[(\\[{*\"'`]*", "[)\\]}*\"'`]*"
+_STOP = "[.:,;!。]"
 
 
 def _parse_letter(text: str, letters: str) -> int | None:
     one = f"[{letters}{letters.lower()}]"
-    cue = r"(?:answer|option|choice)"
+    large = f"[{letters}]"  # where a small letter may be a word, such as "a"
+    another = rf"(?!\s*(?:or\b|and\b|&|,|/)*\s*{_OPEN}{one}(?!\w))"  # "A or B" and "A, B" name no letter
+    denied = rf"(?!\s*(?:(?:or|and|&|/)\s*{_OPEN}{one}(?!\w)|is\s+(?:not|wrong|incorrect)\b))"
+    right = r"\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+    listed = re.findall(rf"(?:^|\s)[(\[*]*({large})[)\]*]*[.):\]]\W*\s", text)
+    if len(set(listed)) > 1:  # "A. Cairo B. Paris" repeats the options
+        return None
     patterns = (
-        rf"[(\[*\"']*({one})[)\]*\"']*[.:,;!]?\s*$",  # B   (b)   **B**   B.
-        rf"[(\[*]*({one})[)\]*]*[.):\]]\s+\S",  # B. Paris   (B) Paris   B) Paris
-        rf"[(\[*]+({one})[)\]*]+",  # (B) because …
-        rf"[(\[*]*([{letters}])[)\]*]*\s*[,\n–—-]",  # B, because …
-        rf"(?:.*?\b)?{cue}\s*(?:is|was|:|would be|=)*\s*{cue}?\s*[(\[*\"']*({one})[)\]*\"']*"
-        r"(?:[.,:;!]|\s*$|\s+(?:because|since|as)\b)",
-        rf"{cue}\s+({one})\b",  # Option B
+        rf"{_OPEN}({one}){_CLOSE}{_STOP}?{_CLOSE}\s*$",  # B   (b)   **B**   B.
+        rf"[(\[*]*({one})[)\]*]*[.):\]][)\]*]*{denied}\s+\S",  # B. Paris   (B) Paris   B) Paris
+        rf"[(\[*]+({one})[)\]*]+{another}{denied}",  # (B) because …
+        rf"{_OPEN}({large}){_CLOSE}(?:\s*[,\n–—]|\s+-\s){another}",  # B, because …   B - Paris
+        rf"(?:{_CUE}\s+)?{_OPEN}({large}){_CLOSE}{right}",  # B is correct   Option B is the answer
+        rf"(?:.*?\b)?(?<![Nn]ot )(?<!n't ){_CUE}\s*(?:(?i:is|was|would be)|[:=])*\s*{_CUE}?\s*{_OPEN}({one}){_CLOSE}"
+        rf"(?:\s*$|{_STOP}{another}|\s+(?:because|since|as)\b)",  # The answer is B.
+        rf"[^\n]{{1,40}}:\s*{_OPEN}({large}){_CLOSE}{_STOP}?{_CLOSE}\s*$",  # in any language: 答案：B
     )
     for pattern in patterns:
-        match = re.match(pattern, text, re.S | (re.I if "answer" in pattern else 0))
+        match = re.match(pattern, text, re.S)
         if match:
             return letters.index(match[1].upper())
     bracketed = {match.upper() for match in re.findall(rf"\(({one})\)", text)}
-    return letters.index(bracketed.pop()) if len(bracketed) == 1 else None
+    if len(bracketed) == 1 and re.search(rf"\({one}\){denied}", text):
+        return letters.index(bracketed.pop())
+    return None
+
+
+_NEGATION = re.compile(r"(?:\bnot|n't|n’t|\bneither|\bnor)\s+(?:in\s+)?(?:an?\s+|the\s+)?$")
 
 
 def _parse_text(plain: str, options: Sequence[str]) -> int | None:
-    """The one option whose words the text contains; of two that contain each other, the longer."""
+    """The one option whose words the text contains and does not deny; of two that contain each other, the longer."""
     spans: list[tuple[int, int, int]] = []
     for index, option in enumerate(options):
         wanted = normalize(option)
         if not wanted:
             continue
-        for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", plain):
-            spans.append((match.start(), match.end(), index))
+        for match in re.finditer(re.escape(wanted), plain):
+            before, after = plain[: match.start()][-1:], plain[match.end() :][:1]
+            if not _joined(before, wanted[0]) and not _joined(wanted[-1], after):
+                spans.append((match.start(), match.end(), index))
     outer = {
         index
         for start, end, index in spans
         if not any(s <= start and end <= e and (e - s) > (end - start) for s, e, _ in spans)
+        and not _NEGATION.search(plain[:start])
     }
     return outer.pop() if len(outer) == 1 else None
+
+
+def _joined(left: str, right: str) -> bool:
+    """Whether two neighbouring characters belong to one word."""
+    if not left or not right:
+        return False
+    if unicodedata.category(right).startswith("M"):  # a vowel sign or an accent belongs to the letter before it
+        return True
+    if any(unicodedata.name(character, "").startswith(_UNSPACED) for character in (left, right)):
+        return False
+    return all(character == "_" or unicodedata.category(character)[0] in "LMN" for character in (left, right))
+
+
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""Scripts that put no space between words, or between a word and its particles."""

@@ -120,8 +120,12 @@ class Encoder:
             QuestionError: the processor has no chat template.
         """
         if self.model.template is not None:
-            return self.model.template(text, n_images)
-        template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+            rendered = self.model.template(text, n_images)
+            if not isinstance(rendered, str):
+                raise QuestionError(f"the template function gave {type(rendered).__name__}, not a text")
+            return rendered
+        own = getattr(self.processor, "chat_template", None)
+        template = own or getattr(self.tokenizer, "chat_template", None)
         if template is None:
             raise QuestionError(
                 f"the processor {type(self.processor).__name__} has no chat template; give VLM(…, template=function), "
@@ -129,7 +133,8 @@ class Encoder:
             )
         content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
         message = [{"role": "user", "content": content}]
-        rendered = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        how = {} if own else {"chat_template": template}  # a processor does not look at its tokenizer's
+        rendered = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False, **how)
         if text not in rendered and text.strip() not in rendered:
             # Templates of text-only models join or drop a list of parts: never ask a question that is not there.
             raise QuestionError("the chat template does not show the question's text: it may expect plain strings")
@@ -190,6 +195,8 @@ class Encoder:
             raise QuestionError("there are no questions to encode")
         texts = [asked.prompt(item, [item.options[index] for index in asked.order(item)]) for item in items]
         for item, text in zip(items, texts, strict=True):
+            if not isinstance(text, str):
+                raise QuestionError(f"question {item.id!r}: the prompt function gave {type(text).__name__}, not a text")
             for placeholder in self._placeholders:
                 if placeholder in text:
                     raise QuestionError(f"question {item.id!r}: its text holds the image placeholder {placeholder!r}")
@@ -199,14 +206,24 @@ class Encoder:
         with_picture = [bool(part) for part in pictures]
         if any(with_picture) and not all(with_picture):
             raise QuestionError("questions with and without a picture cannot share a batch: encode them apart")
-        data = self.processor(
-            **({"images": pictures} if all(with_picture) else {}),
-            text=[text + more for text, more in zip(rendered, added, strict=True)],
-            padding=True,
-            padding_side=padding_side,
-            add_special_tokens=self._adds_special(rendered[0]),
-            return_tensors="pt",
-        )
+        try:
+            data = self.processor(
+                **({"images": pictures} if all(with_picture) else {}),
+                text=[text + more for text, more in zip(rendered, added, strict=True)],
+                padding=True,
+                padding_side=padding_side,
+                add_special_tokens=self._adds_special(rendered[0]),
+                return_tensors="pt",
+            )
+        except Exception as error:
+            if len(items) > 1:  # say whose fault it is, if it is one question's
+                for item, more in zip(items, added, strict=True):
+                    self.rows(asked, [item], [more], padding_side=padding_side)
+            raise QuestionError(
+                f"question {items[0].id!r}: the processor refuses it ({type(error).__name__}: {error})"
+                if len(items) == 1
+                else f"the processor refuses these questions together ({type(error).__name__}: {error})"
+            ) from error
         attention = data["attention_mask"].bool()
         ids = data["input_ids"]
         image = self._image_mask(data)

@@ -9,8 +9,9 @@ import math
 import operator
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ class NeuronSet:
         return cls(space, torch.cat(parts) if parts else ())
 
     @classmethod
-    def from_pairs(cls, space: NeuronSpace, pairs: Iterable[tuple[Any, int]]) -> "NeuronSet":
+    def from_pairs(cls, space: NeuronSpace, pairs: Iterable[Any]) -> "NeuronSet":
         """The set of (layer, neuron) pairs; a `Site` or a site's name may stand for the layer.
 
         Raises:
@@ -250,12 +251,12 @@ class NeuronSet:
     def __ge__(self, other: "NeuronSet") -> bool:
         if not isinstance(other, NeuronSet):
             return NotImplemented
-        return other <= self
+        return len(self & other) == len(other)
 
     def __gt__(self, other: "NeuronSet") -> bool:
         if not isinstance(other, NeuronSet):
             return NotImplemented
-        return other < self
+        return self >= other and len(self) > len(other)
 
     def at(self, kind: str) -> "NeuronSet":
         """The same neurons, read at another point of their MLPs: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``."""
@@ -410,7 +411,7 @@ class Selection(Mapping[str, NeuronSet]):
         sets: Mapping[str, NeuronSet],
         *,
         selector: str = "",
-        budget: int | None = None,
+        budget: SupportsIndex | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """A selection from its sets.
@@ -429,7 +430,7 @@ class Selection(Mapping[str, NeuronSet]):
             if not isinstance(neurons, NeuronSet):
                 raise SelectionError(f"group {group!r} must have a NeuronSet; got {type(neurons).__name__}")
             _check_same_space(first.space, neurons.space)
-            if budget is not None and len(neurons) > budget:
+            if budget is not None and len(neurons) > operator.index(budget):
                 raise SelectionError(f"group {group!r} has {len(neurons)} neurons, more than the budget of {budget}")
         object.__setattr__(self, "_sets", sets)
         object.__setattr__(self, "_selector", str(selector))
@@ -594,7 +595,10 @@ class Selection(Mapping[str, NeuronSet]):
         if isinstance(nested, (str, os.PathLike)):
             source = os.fspath(nested)
             try:
-                nested = torch.load(source, weights_only=True, map_location="cpu")
+                # torch warns about pickles of other programs; they are refused below, or were read as plain lists.
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    nested = torch.load(source, weights_only=True, map_location="cpu")
             except OSError:
                 raise
             except (RuntimeError, ValueError, KeyError, TypeError, EOFError, IndexError, AttributeError) as error:

@@ -40,7 +40,7 @@ class Question:
         image: the picture; several in a list or tuple; None for a question without a picture. Pictures are opened when
             they are needed, not before.
         question: the question's text.
-        options: 2 to 26 answer options.
+        options: 2 to 26 answer options, kept as a tuple.
         answer: index of the right option, from 0.
         group: what the question stands for, such as a country.
         id: unique within a set. Derived from the content if left out.
@@ -58,7 +58,7 @@ class Question:
 
     image: ImageSource | Sequence[ImageSource] | None
     question: str
-    options: tuple[str, ...]
+    options: Sequence[str]
     answer: int
     group: str
     id: str = ""
@@ -67,9 +67,11 @@ class Question:
 
     def __post_init__(self) -> None:
         where = f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
-        if isinstance(self.options, str) or not all(isinstance(option, str) for option in self.options):
+        if not isinstance(self.options, Iterable) or isinstance(self.options, str | Mapping):
             raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
         object.__setattr__(self, "options", tuple(self.options))
+        if not all(isinstance(option, str) for option in self.options):
+            raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
         if not isinstance(self.question, str):
             raise QuestionError(f"{where}: the question is a string; got {type(self.question).__name__}")
         if not 2 <= len(self.options) <= len(LETTERS):
@@ -98,8 +100,8 @@ class Question:
             object.__setattr__(self, "id", self._derived_id())
 
     def _derived_id(self) -> str:
-        paths = [str(image) for image in self._sources if isinstance(image, str | Path)]
-        text = json.dumps([self.question, self.options, self.answer, self.group, paths, self.image_id])
+        pictures = [_picture_key(image) for image in self._sources if not _is_function(image)]
+        text = json.dumps([self.question, self.options, self.answer, self.group, pictures, self.image_id])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -142,19 +144,17 @@ class Question:
             return str(self.image_id)
         if not self._sources:
             return f"no image: {self.id}"
-        digest = hashlib.sha256()
-        for source in self._sources:
-            while callable(source) and not isinstance(source, Image.Image):
-                source = source()
-            if isinstance(source, Mapping):
-                source = source.get("bytes") or source.get("path") or b""
-            if isinstance(source, str | Path):
-                digest.update(str(source).encode())
-            elif isinstance(source, bytes):
-                digest.update(source)
-            else:
-                digest.update(np.asarray(source).tobytes())
-        return digest.hexdigest()[:16]
+        return "+".join(self._picture_keys)
+
+    @property
+    def _picture_keys(self) -> tuple[str, ...]:
+        """What identifies each picture, by its path or content."""
+        try:
+            return tuple(_picture_key(source) for source in self._sources)
+        except Exception as error:
+            raise QuestionError(
+                f"question {self.id!r}: an image cannot be opened ({type(error).__name__}: {error})"
+            ) from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Question):
@@ -174,23 +174,47 @@ class Question:
         return (self.question, self.options, self.answer, self.group, self.id, self.metadata, self.n_images)
 
 
-def _open_image(source: Any) -> Image.Image:
-    while callable(source) and not isinstance(source, Image.Image):
+def _is_function(source: Any) -> bool:
+    return callable(source) and not isinstance(source, Image.Image)
+
+
+def _resolved(source: Any) -> Any:
+    """A picture, its path or its bytes: functions are called."""
+    while _is_function(source):
         source = source()
     if isinstance(source, Mapping):  # how `datasets` hands out an image that it was told not to decode
         source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if not isinstance(source, Image.Image | bytes | str | Path):
+        raise TypeError(f"an image is a PIL image, a path, bytes or a function; got {type(source).__name__}")
+    return source
+
+
+def _picture_key(source: Any) -> str:
+    """A digest of a picture's path, or of its content where it has none."""
+    source = _resolved(source)
+    if isinstance(source, str | Path):
+        content = str(Path(source)).encode()
+    elif isinstance(source, bytes):
+        content = source
+    else:
+        content = f"{source.mode} {source.size}".encode() + source.tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _open_image(source: Any) -> Image.Image:
+    source = _resolved(source)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if isinstance(source, Image.Image):
+            source.load()
             image = source
-        elif isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source))
-        elif isinstance(source, str | Path):
-            image = Image.open(source)
         else:
-            raise TypeError(f"an image is a PIL image, a path, bytes or a function; got {type(source).__name__}")
-        image.load()
+            # Closed at once: Pillow would keep the file of an animation open for its later frames.
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                image.load()
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))  # Pillow would cut at 255
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         page = Image.new("RGBA", image.size, "white")
@@ -249,7 +273,9 @@ class QuestionSet(Sequence[Question]):
                 raise QuestionError(f"a QuestionSet holds Question objects; got {type(item).__name__}")
         twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
         if twice:
-            raise QuestionError(f"ids must be unique; more than once there are {_listed(twice)}")
+            raise QuestionError(
+                f"ids must be unique; more than once there are {_listed(twice)}. Give each question an id of its own"
+            )
         if isinstance(answer, str) and answer not in ANSWERS:
             raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}")
         if isinstance(prompt, str) and prompt not in _PROMPTS:
@@ -358,6 +384,8 @@ class QuestionSet(Sequence[Question]):
             QuestionError: a group has fewer; the message names the thin groups.
         """
         counts = self.counts()
+        if size is not None and size < 1:
+            raise QuestionError(f"{size} questions per group were asked for; the least is 1")
         size = min(counts.values(), default=0) if size is None else size
         thin = [f"{group} ({n})" for group, n in counts.items() if n < size]
         if thin:
@@ -381,9 +409,7 @@ class QuestionSet(Sequence[Question]):
         """
         if not 0 < fraction < 1:
             raise QuestionError(f"fraction {fraction} is outside (0, 1)")
-        clusters: dict[str, list[Question]] = {}
-        for item in self._items:
-            clusters.setdefault(item.image_key, []).append(item)
+        clusters = self._by_picture()
         wanted = {group: fraction * n for group, n in self.counts().items()}
         given = dict.fromkeys(wanted, 0)
         first: set[str] = set()
@@ -401,6 +427,28 @@ class QuestionSet(Sequence[Question]):
             self._with(item for item in self._items if item.id not in first),
         )
 
+    def _by_picture(self) -> dict[str, list[Question]]:
+        """Questions that share a picture, directly or through others that do, under a key that no order changes."""
+        parent: dict[str, str] = {}
+
+        def root(key: str) -> str:
+            while parent.setdefault(key, key) != key:
+                parent[key] = key = parent[parent[key]]
+            return key
+
+        keys = []
+        for item in self._items:
+            single = item.image_id is not None or not item.n_images
+            own = [item.image_key] if single else list(item._picture_keys)
+            for key in own:
+                first, second = sorted((root(own[0]), root(key)))
+                parent[second] = first
+            keys.append(own[0])
+        clusters: dict[str, list[Question]] = {}
+        for item, key in zip(self._items, keys, strict=True):
+            clusters.setdefault(root(key), []).append(item)
+        return clusters
+
     def order(self, question: Question) -> tuple[int, ...]:
         """The order in which a question's options are shown: position shown → index in ``question.options``."""
         indices = range(len(question.options))
@@ -416,7 +464,8 @@ class QuestionSet(Sequence[Question]):
 
         The table has the columns ``image`` (a path within the folder; empty for none), ``question``, ``options`` (a
         JSON list, or columns ``A``, ``B``, ``C``, ``D`` …), ``answer`` (an index from 0, a letter, or the right
-        option's text), ``group``, and optionally ``id`` and ``image_id``; every further column becomes metadata.
+        option's text; refused where these differ), ``group``, and optionally ``id`` and ``image_id``; every further
+        column becomes metadata.
 
         Args:
             folder: the folder.
@@ -444,7 +493,11 @@ class QuestionSet(Sequence[Question]):
         if path.suffix == ".jsonl":
             rows = _json_lines(text, path)
         else:
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+            cells = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+            try:
+                rows = list(cells)
+            except csv.Error as error:
+                raise QuestionError(f"{path}, after line {cells.line_num}, cannot be read: {error}") from error
         return cls([_question_of_row(row, f"{path}, row {n}", folder) for n, row in enumerate(rows, start=1)], **how)
 
     @classmethod
@@ -468,20 +521,27 @@ class QuestionSet(Sequence[Question]):
                     f"the dataset has no column {names[wanted]!r} for {wanted!r}; it has {', '.join(have)}"
                 )
         image_column = names["image"] if names["image"] in have else None
-        plain = dataset.remove_columns([image_column]) if image_column else dataset
-        encoded = None
-        if image_column:
-            import datasets
+        import datasets
 
+        # Pictures are no metadata, and are not decoded here: one that is broken spoils its own question only.
+        pictures = [column for column, form in dataset.features.items() if isinstance(form, datasets.Image)]
+        plain = dataset.remove_columns(sorted({*pictures, image_column} - {None}))
+        encoded, present = None, [False] * len(dataset)
+        if image_column:
             encoded = dataset.select_columns([image_column])
             if isinstance(encoded.features[image_column], datasets.Image):
                 encoded = encoded.cast_column(image_column, datasets.Image(decode=False))
+            tables = encoded.with_format("arrow").iter(batch_size=1000)
+            present = [known for table in tables for known in table.column(image_column).is_valid().to_pylist()]
         theirs = {column: name for name, column in names.items() if column in have}
         questions = []
         for n, values in enumerate(plain):
-            row = {theirs.get(column, column): value for column, value in values.items()}
-            row["image"] = _DatasetImage(encoded, n, image_column) if encoded is not None else None
-            questions.append(_question_of_row(row, f"dataset row {n}", None))
+            row = {theirs[column]: value for column, value in values.items() if column in theirs}
+            more = {column: value for column, value in values.items() if column not in theirs}
+            if "options" not in row:
+                row.update((letter, more.pop(letter)) for letter in LETTERS if letter in more)
+            row["image"] = _DatasetImage(encoded, n, image_column) if present[n] else None
+            questions.append(_question_of_row(row, f"dataset row {n}", None, more))
         return cls(questions, **how)
 
 
@@ -499,7 +559,7 @@ class _DatasetImage:
 
 def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
     rows = []
-    for n, line in enumerate(text.splitlines(), start=1):
+    for n, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line separators
         if not line.strip():
             continue
         try:
@@ -512,17 +572,22 @@ def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _question_of_row(row: Mapping[str, Any], where: str, folder: Path | None) -> Question:
+def _question_of_row(
+    row: Mapping[str, Any], where: str, folder: Path | None, more: Mapping[str, Any] | None = None
+) -> Question:
+    """The question of a table's row; what the row has beyond a question's fields, and ``more``, is metadata."""
     row = dict(row)
     row.pop(None, None)  # type: ignore[call-overload]  # csv puts surplus cells under None
     options = row.pop("options", None)
     if isinstance(options, str):
         try:
             options = json.loads(options)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise QuestionError(f"{where}: options must be a JSON list; got {options!r}") from error
     if options is None:
         letters = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
+        if letters != list(LETTERS[: len(letters)]):
+            raise QuestionError(f"{where}: options {', '.join(letters)} are there, one before is empty")
         options = [str(row[letter]) for letter in letters]
         for letter in LETTERS:
             row.pop(letter, None)
@@ -547,7 +612,7 @@ def _question_of_row(row: Mapping[str, Any], where: str, folder: Path | None) ->
             _answer_index(answer, options, where),
             str(group),
             id="" if identity in (None, "") else str(identity),
-            metadata={str(key): value for key, value in row.items()},
+            metadata={str(key): value for key, value in {**row, **(more or {})}.items()},
             image_id=None if image_id in (None, "") else str(image_id),
         )
     except QuestionError as error:
@@ -556,8 +621,11 @@ def _question_of_row(row: Mapping[str, Any], where: str, folder: Path | None) ->
 
 def _inside(folder: Path, name: Any, where: str) -> Path:
     """A picture path of a table, which may not lead out of the table's folder."""
-    path = (folder / str(name)).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    try:
+        inside = (folder / str(name)).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError) as error:
+        raise QuestionError(f"{where}: {str(name)!r} is no path of an image: {error}") from error
+    if not inside:
         raise QuestionError(f"{where}: the image path {str(name)!r} leads out of the folder {folder}")
     return folder / str(name)
 
@@ -570,23 +638,29 @@ def _answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
     if isinstance(answer, float) and answer.is_integer():
         return int(answer)
     text = str(answer).strip()
-    same = [index for index, option in enumerate(options) if str(option).strip() == text]
-    if len(same) == 1:
-        return same[0]
+    same = [index for index, option in enumerate(options) if str(option).strip() == text][:1]
+    place = None
     if re.fullmatch(r"-?\d+", text):
-        return int(text)
-    if len(text) == 1 and text.upper() in LETTERS:
-        return LETTERS.index(text.upper())
+        place = int(text)
+    elif len(text) == 1 and text.upper() in LETTERS:
+        place = LETTERS.index(text.upper())
+    if same and place is not None and place not in same and 0 <= place < len(options):
+        raise QuestionError(
+            f"{where}: answer {answer!r} may mean the text of an option or its place; among options that are numbers "
+            "give its letter, among letters its index"
+        )
+    if same or place is not None:
+        return same[0] if same else place  # type: ignore[return-value]
     raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor one of the options")
 
 
 def _value(item: Question, key: str | Callable[[Question], Any]) -> Any:
     if callable(key):
         return key(item)
+    if key in ("id", "question", "options", "answer", "group", "right", "n_images", "image_id"):
+        return getattr(item, key)
     if key in item.metadata:
         return item.metadata[key]
-    if key in ("id", "question", "answer", "group", "right", "n_images", "image_id"):
-        return getattr(item, key)
     raise QuestionError(f"question {item.id!r} has no column {key!r}; it has {', '.join(item.metadata) or 'none'}")
 
 

@@ -11,11 +11,12 @@ vision towers, and experts need no special case anywhere: only the space knows w
 
 import bisect
 import hashlib
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Int64
@@ -26,7 +27,7 @@ from vlmneurons.errors import FileFormatError, SiteError
 KINDS = ("pre", "gate", "up", "post")
 """The points of an MLP's computation that a site can be at, in the order in which they are computed."""
 
-_NAME = re.compile(r"(?P<tower>\w+)\.layers\.(?P<layer>\d+)\.(?P<mlp>\w+(?:\.\w+)*)\.(?P<kind>pre|gate|up|post)")
+_NAME = re.compile(r"(?P<tower>\w+)\.layers\.(?P<layer>[0-9]+)\.(?P<mlp>\w+(?:\.\w+)*)\.(?P<kind>pre|gate|up|post)")
 
 
 @dataclass(frozen=True, order=True)
@@ -47,6 +48,8 @@ class Site:
     kind: str = "gate"
 
     def __post_init__(self) -> None:
+        # The text "3" would make the right name, but a site that is not equal to the real one.
+        object.__setattr__(self, "layer", _whole(self.layer, "layer"))
         if self.kind not in KINDS:
             raise SiteError(f"site kind {self.kind!r} does not exist; the kinds are {', '.join(KINDS)}")
         if not _NAME.fullmatch(str(self)):
@@ -62,8 +65,8 @@ class Site:
         Raises:
             SiteError: the name is not of that form.
         """
-        match = _NAME.fullmatch(name)
-        if match is None:
+        match = _NAME.fullmatch(name) if isinstance(name, str) else None
+        if match is None or len(match["layer"]) > 9:
             raise SiteError(
                 f"{name!r} is not the name of a site; a name looks like 'language.layers.3.mlp.gate', "
                 f"and ends in one of {', '.join(KINDS)}"
@@ -91,7 +94,10 @@ class NeuronSpace:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
-        object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
+        try:
+            object.__setattr__(self, "widths", tuple(operator.index(width) for width in self.widths))
+        except TypeError as error:
+            raise SiteError(f"widths are whole numbers: {error}") from error
         if len(self.sites) != len(self.widths):
             raise SiteError(f"{len(self.sites)} sites were given with {len(self.widths)} widths; one width per site")
         if not self.sites:
@@ -101,6 +107,8 @@ class NeuronSpace:
         for site, width in zip(self.sites, self.widths, strict=True):
             if width < 1:
                 raise SiteError(f"site {site} has width {width}; a width is at least 1")
+        if sum(self.widths) >= 2**62:
+            raise SiteError(f"{sum(self.widths)} neurons are more than can be numbered")
 
     @classmethod
     def from_widths(cls, tower: str, kind: str, widths: Sequence[int]) -> "NeuronSpace":
@@ -140,6 +148,8 @@ class NeuronSpace:
             SiteError: the site is not in this space; the message names what is.
         """
         wanted = Site.parse(site) if isinstance(site, str) else site
+        if not isinstance(wanted, Site):
+            raise SiteError(f"a site is a Site or its name; got {site!r}")
         if wanted in self._position:
             return self._position[wanted]
         towers = {other.tower for other in self.sites}
@@ -156,36 +166,38 @@ class NeuronSpace:
         position = self.position(site)
         return slice(self.offsets[position], self.offsets[position + 1])
 
-    def flat(self, site: "Site | str", neuron: int) -> int:
+    def flat(self, site: "Site | str", neuron: SupportsIndex) -> int:
         """Flat index of one neuron of a site; the inverse of `locate`.
 
         Raises:
             SiteError: no such site, or the site has no neuron of that number.
         """
         position = self.position(site)
-        if not 0 <= neuron < self.widths[position]:
-            raise SiteError(f"neuron {neuron} is not in site {self.sites[position]} (0–{self.widths[position] - 1})")
-        return self.offsets[position] + int(neuron)
+        number = _whole(neuron)
+        if not 0 <= number < self.widths[position]:
+            raise SiteError(f"neuron {number} is not in site {self.sites[position]} (0–{self.widths[position] - 1})")
+        return self.offsets[position] + number
 
-    def locate(self, index: int) -> tuple[Site, int]:
+    def locate(self, index: SupportsIndex) -> tuple[Site, int]:
         """The site of a flat index, and the neuron's number within that site.
 
         Raises:
             SiteError: the index is not in the space.
         """
-        if not 0 <= index < len(self):
-            raise SiteError(f"neuron {index} is not in this space (0–{len(self) - 1})")
-        position = bisect.bisect_right(self.offsets, int(index)) - 1
-        return self.sites[position], int(index) - self.offsets[position]
+        number = _whole(index)
+        if not 0 <= number < len(self):
+            raise SiteError(f"neuron {number} is not in this space (0–{len(self) - 1})")
+        position = bisect.bisect_right(self.offsets, number) - 1
+        return self.sites[position], number - self.offsets[position]
 
     @cached_property
     def site_of(self) -> Int64[Tensor, " neuron"]:
-        """For every neuron the position of its site within `sites`."""
+        """For every neuron the position of its site within `sites`. Shared by all callers: do not write to it."""
         return torch.repeat_interleave(torch.arange(len(self.sites)), torch.tensor(self.widths))
 
     @cached_property
     def layer_of(self) -> Int64[Tensor, " neuron"]:
-        """For every neuron the number of its layer."""
+        """For every neuron the number of its layer. Shared by all callers: do not write to it."""
         return torch.tensor([site.layer for site in self.sites])[self.site_of]
 
     @property
@@ -216,7 +228,7 @@ class NeuronSpace:
         )
 
     def restrict(
-        self, *, towers: Iterable[str] | None = None, layers: Iterable[int] | None = None
+        self, *, towers: Iterable[str] | None = None, layers: Iterable[SupportsIndex] | None = None
     ) -> Int64[Tensor, " part"]:
         """Flat indices of the neurons in the given towers and layers, sorted (all, where None).
 
@@ -232,7 +244,7 @@ class NeuronSpace:
                 raise SiteError(f"tower {min(missing)!r} is not in this space; it has {have}")
             kept &= torch.tensor([site.tower in wanted_towers for site in self.sites])[self.site_of]
         if layers is not None:
-            wanted_layers = {int(layer) for layer in layers}
+            wanted_layers = {_whole(layer, "layer") for layer in layers}
             unknown = wanted_layers - set(self.layers)
             if unknown:
                 raise SiteError(f"layer {min(unknown)} is not in this space ({_ranges(list(self.layers))})")
@@ -255,7 +267,7 @@ class NeuronSpace:
             if not all(isinstance(width, int) and not isinstance(width, bool) for width in widths):
                 raise TypeError("widths must be integers")
             return cls(tuple(Site.parse(name) for name in sites), tuple(widths))
-        except (KeyError, TypeError, SiteError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, SiteError) as error:
             raise FileFormatError(f"not a neuron space: {error}") from error
 
     @property
@@ -271,6 +283,16 @@ class NeuronSpace:
         layers = len({(site.tower, site.layer) for site in self.sites})
         parts = f"{layers} layers" if layers == len(self.sites) else f"{layers} layers, {len(self.sites)} sites"
         return f"NeuronSpace({', '.join(towers)}: {parts} x {width} = {len(self):,} neurons)"
+
+
+def _whole(number: Any, noun: str = "neuron") -> int:
+    """The number as an int; fractions and booleans are refused rather than cut off."""
+    try:
+        if isinstance(number, bool):
+            raise TypeError("a boolean")
+        return operator.index(number)
+    except TypeError as error:
+        raise SiteError(f"a {noun}'s number is a whole number; got {number!r}") from error
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
-from vlmneurons.errors import FileFormatError, MismatchError, QuestionError, VLMNeuronsError
+from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.questions import Question, QuestionSet
@@ -161,8 +161,11 @@ class KnockoutResult:
         """
         self._of(selector)
         table = self.table()
+        columns = [name for name in table.columns if name not in ("selector", "repeat", "mask", "group")]
+        if value not in columns:
+            raise MismatchError(f"value {value!r} is not a numeric column of the table; it has {', '.join(columns)}")
         table = table[table["selector"] == selector]
-        return table.pivot_table(index="mask", columns="group", values=value, aggfunc="mean", sort=True)
+        return table.groupby(["mask", "group"])[value].mean().unstack("group")
 
     def summary(self, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Self effect, cross effects and gap of each selector, per group and over all groups (``group == "all"``).
@@ -317,6 +320,8 @@ class KnockoutResult:
         return result
 
     def __repr__(self) -> str:
+        if not self.ids:
+            return f"KnockoutResult(no questions, {len(self.masks)} masks of {', '.join(self.selectors)})"
         return (
             f"KnockoutResult({len(self.ids)} questions of {len(self.group_names)} groups, {len(self.masks)} masks of "
             f"{', '.join(self.selectors)}; clean accuracy {self.correct[0].mean():.1%})"
@@ -330,7 +335,9 @@ def _effects(delta: np.ndarray, column: Sequence[int]) -> dict[str, np.ndarray]:
     received = np.full(own.shape, np.nan)
     if n_masks > 1:
         received = (delta[..., :, column].sum(-2) - own) / (n_masks - 1)
-    caused = (delta.sum(-1) - own) / (n_groups - 1)
+    caused = np.full(own.shape, np.nan)
+    if n_groups > 1:
+        caused = (delta.sum(-1) - own) / (n_groups - 1)
     return {"self_effect": own, "cross_effect": received, "cross_caused": caused, "gap": own - received}
 
 
@@ -383,8 +390,8 @@ def knockout(
         progress: show a progress bar.
 
     Raises:
-        QuestionError: fewer than two groups; a question cannot be asked (``error.partial`` then holds the result up to
-            it).
+        QuestionError: fewer than two groups; a question cannot be asked (``error.partial``, also of any other error
+            or interrupt on the way, holds the result up to it).
         MismatchError: neurons of another model; a mask's group has no questions.
     """
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
@@ -399,6 +406,8 @@ def knockout(
             "a knockout compares groups, and needs questions of at least two; "
             f"got {', '.join(questions.groups) or 'none'}"
         )
+    if "all" in questions.groups:
+        raise QuestionError("no group can be named 'all': the tables use that name for all groups together")
     reader = reader_of(questions.answer)
     listed = _listed_masks(masks, questions.groups)
     ablations: dict[NeuronSet, Ablation | None] = {}
@@ -456,8 +465,9 @@ def knockout(
                     asked.extend(part)
                     chosen.append(np.array([[-1 if c is None else c for c in one.chosen] for one in readings]))
                     margins.append(np.stack([one.margins(part).numpy() for one in readings]))
-            except VLMNeuronsError as error:
-                error.partial = result()  # type: ignore[attr-defined]
+            except BaseException as error:
+                if len(asked) == sum(part.shape[1] for part in margins):  # else it came between two of these
+                    error.partial = result()  # type: ignore[attr-defined]
                 raise
     return result()
 
@@ -482,7 +492,10 @@ def _listed_masks(masks: Masks, groups: Sequence[str]) -> list[tuple[Mask, Neuro
         raise MismatchError("masks are a mapping from names to selections, such as {'CAS': selection}; none was given")
     listed: list[tuple[Mask, NeuronSet]] = []
     for name, given in masks.items():
-        repeats = [given] if isinstance(given, Selection | NeuronSet) else list(given)
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        repeats = list(given) if several else [given]
+        if not repeats:
+            raise MismatchError(f"mask {name!r} is an empty list; give a Selection or a NeuronSet")
         for repeat, selection in enumerate(repeats):
             if isinstance(selection, NeuronSet):
                 listed.append((Mask(name, repeat, "all", len(selection)), selection))

@@ -6,7 +6,7 @@ import numbers
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -59,10 +59,10 @@ class Selector(ABC):
 
     def __init__(
         self,
-        fraction: float | None = None,
+        fraction: float | int | None = None,
         *,
-        count: int | None = None,
-        layers: Iterable[int] | None = None,
+        count: SupportsIndex | None = None,
+        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
         exclude: NeuronSet | Selection | None = None,
     ) -> None:
         """Settings that all selectors share; see the class.
@@ -70,12 +70,17 @@ class Selector(ABC):
         Raises:
             SelectionError: fraction outside (0, 1], count below 1, both given, or exclude of another type.
         """
-        if fraction is None and count is None:
-            fraction = FRACTION
-        self.fraction = fraction
-        self.count = count
-        self.layers = None if layers is None else _layers(layers)
-        self.exclude = exclude
+        # Only what is given is set, so that a subclass can set defaults of its own as class attributes.
+        if fraction is not None and count is not None:
+            raise SelectionError(f"{type(self).__name__}: give fraction or count, not both; got {fraction} and {count}")
+        if fraction is not None:
+            self.fraction, self.count = fraction, None
+        elif count is not None:
+            self.fraction, self.count = None, count
+        if layers is not None:
+            self.layers = _layers(layers)
+        if exclude is not None:
+            self.exclude = exclude
         self._check_settings()
 
     @abstractmethod
@@ -117,14 +122,13 @@ class Selector(ABC):
             )
         sets = {}
         for row, group in enumerate(stats.groups):
-            allowed = scores[row] > -math.inf
-            if eligible is not None:
-                allowed &= eligible[row]
-            if part is not None:
-                allowed &= part
+            allowed = scores[row].numpy() > -math.inf
+            for mask in (None if eligible is None else eligible[row], part):
+                if mask is not None:
+                    allowed &= mask.numpy()
             if group in banned:
-                allowed &= ~banned[group]
-            sets[group] = NeuronSet._of(stats.space, highest(scores[row], budget, allowed))
+                allowed &= ~banned[group].numpy()
+            sets[group] = NeuronSet._of(stats.space, highest(scores[row], budget, torch.from_numpy(allowed)))
         return Selection(sets, selector=repr(self), budget=budget, provenance=provenance_of(stats))
 
     def check_statistics(self, stats: ActivationStatistics) -> None:
@@ -144,8 +148,8 @@ class Selector(ABC):
 
     def _check_settings(self) -> None:
         name = type(self).__name__
-        if self.count is not None and self.fraction is not None and type(self).fraction is not self.fraction:
-            raise SelectionError(f"{name}: give either fraction or count; got {self.fraction} and {self.count}")
+        if self.count is not None and self.fraction is not None and self.fraction != type(self).fraction:
+            raise SelectionError(f"{name}: give fraction or count, not both; got {self.fraction} and {self.count}")
         if self.count is not None:
             if isinstance(self.count, bool) or not isinstance(self.count, numbers.Integral) or self.count < 1:
                 raise SelectionError(f"{name}: count is the number of neurons per group, at least 1; got {self.count}")
@@ -198,9 +202,11 @@ class Selector(ABC):
         if tuple(scores.shape) != shape:
             raise SelectionError(f"{name}.score must return [group, neuron] = {list(shape)}; got {list(scores.shape)}")
         scores = scores.detach().cpu()
+        if scores.dtype not in (torch.float64, torch.float32):
+            scores = scores.double()  # NumPy has no bfloat16.
         for group, row in zip(stats.groups, scores, strict=True):
-            # The sum is NaN if any value is (or if both infinities occur), and costs no table.
-            if torch.isnan(row.sum()) and torch.isnan(row).any():
+            # The minimum is NaN if any value is, and costs no table.
+            if torch.isnan(row.min()):
                 neuron = int(torch.isnan(row).nonzero()[0])
                 raise SelectionError(
                     f"{name}.score is NaN for group {group!r}, neuron {neuron} (use -inf to leave out)"
@@ -235,7 +241,9 @@ class Selector(ABC):
                 inspect.Parameter.VAR_KEYWORD,
             ):
                 continue
-            value = getattr(self, name, parameter.default)
+            value = getattr(self, name, getattr(self, f"_{name}", parameter.default))
+            if value is inspect.Parameter.empty:
+                continue
             if parameter.default is inspect.Parameter.empty or not _same(value, parameter.default):
                 shown[name] = value
         settings = ", ".join(f"{name}={_setting(value)}" for name, value in shown.items())
@@ -261,22 +269,27 @@ def highest(
 
     Fewer if fewer are allowed. Takes time linear in the number of neurons.
     """
-    candidates = None if allowed is None else allowed.nonzero().flatten()
-    values = scores if candidates is None else scores[candidates]
+    # NumPy rather than torch throughout: its partition is linear also for tied and sorted values, and rows of this size
+    # are too short for torch's threads, which cost a scheduler's tick per operation on a busy machine.
+    values = scores.numpy()
+    candidates = None
+    if allowed is not None:
+        mask = allowed.numpy()
+        if not mask.all():
+            candidates = np.flatnonzero(mask)
+            values = values[candidates]
     if count >= len(values):
-        return torch.arange(len(values)) if candidates is None else candidates
-    if count < 1:
-        return torch.empty(0, dtype=torch.int64)
-    if values.dtype not in (torch.float64, torch.float32):
-        values = values.to(torch.float64)
-    # The value at which the budget is used up: all above it are in, then those that equal it in order of index.
-    # NumPy's partition is linear also for tied and sorted values, and 5 to 15 times faster than torch's topk here.
-    threshold = float(np.partition(values.numpy(), len(values) - count)[len(values) - count])
-    above = values > threshold
-    ties = (values == threshold).nonzero().flatten()[: count - int(above.sum())]
-    above[ties] = True
-    chosen = above.nonzero().flatten()
-    return chosen if candidates is None else candidates[chosen]
+        chosen = np.arange(len(values))
+    elif count < 1:
+        chosen = np.arange(0)
+    else:
+        # The value at which the budget is used up: all above it are in, then those that equal it in order of index.
+        place = len(values) - count
+        threshold = np.partition(values, place)[place]
+        above = np.flatnonzero(values > threshold)
+        ties = np.flatnonzero(values == threshold)[: count - len(above)]
+        chosen = np.sort(np.concatenate([above, ties]))
+    return torch.from_numpy((chosen if candidates is None else candidates[chosen]).astype(np.int64, copy=False))
 
 
 def sum_over_groups(table: Float64[Tensor, "group neuron"]) -> Float64[Tensor, " neuron"]:

@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -51,14 +52,14 @@ class LAPE(Selector):
 
     def __init__(
         self,
-        fraction: float | None = None,
+        fraction: float | int | None = None,
         *,
         variant: str = "class",
-        top_rate: float = 0.01,
-        filter_rate: float = 0.95,
-        activation_bar_ratio: float = 0.95,
-        count: int | None = None,
-        layers: Iterable[int] | None = None,
+        top_rate: float | int = 0.01,
+        filter_rate: float | int = 0.95,
+        activation_bar_ratio: float | int = 0.95,
+        count: SupportsIndex | None = None,
+        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
         exclude: NeuronSet | Selection | None = None,
     ) -> None:
         """Settings; the three rates are those of the authors' code and belong to ``variant="tang"`` only.

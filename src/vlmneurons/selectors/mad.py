@@ -1,6 +1,7 @@
 """Neurons whose activation for a group is far from the mean over groups."""
 
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 from jaxtyping import Float64
 from torch import Tensor
@@ -32,13 +33,13 @@ class MAD(Selector):
 
     def __init__(
         self,
-        fraction: float | None = None,
+        fraction: float | int | None = None,
         *,
         signed: bool = False,
         others: bool = False,
         on: str = "probability",
-        count: int | None = None,
-        layers: Iterable[int] | None = None,
+        count: SupportsIndex | None = None,
+        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
         exclude: NeuronSet | Selection | None = None,
     ) -> None:
         """Settings.

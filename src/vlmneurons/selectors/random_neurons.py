@@ -3,7 +3,7 @@
 import hashlib
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -27,16 +27,16 @@ class RandomNeurons(Selector):
         >>> space = NeuronSpace.from_widths("language", "gate", [50])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY"], torch.zeros(1, 50, dtype=torch.int64), [1])
         >>> RandomNeurons(0.1, seed=0).select(stats)["EGY"].indices
-        tensor([])
+        tensor([ 3,  8, 27, 33, 36])
     """
 
     def __init__(
         self,
-        fraction: float | None = None,
-        seed: int = 0,
+        fraction: float | int | None = None,
+        seed: SupportsIndex = 0,
         *,
-        count: int | None = None,
-        layers: Iterable[int] | None = None,
+        count: SupportsIndex | None = None,
+        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
         exclude: NeuronSet | Selection | None = None,
     ) -> None:
         """Settings.
@@ -80,7 +80,9 @@ class LayerMatchedRandom(Selector):
         {0: 3, 1: 1}
     """
 
-    def __init__(self, like: Selection, seed: int = 0, *, exclude: NeuronSet | Selection | None = None) -> None:
+    def __init__(
+        self, like: Selection, seed: SupportsIndex = 0, *, exclude: NeuronSet | Selection | None = None
+    ) -> None:
         """Settings.
 
         Args:
