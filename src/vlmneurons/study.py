@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
+from vlmneurons.masked import read_masked
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.questions import Question, QuestionSet
@@ -410,13 +411,14 @@ def knockout(
         raise QuestionError("no group can be named 'all': the tables use that name for all groups together")
     reader = reader_of(questions.answer)
     listed = _listed_masks(masks, questions.groups)
-    ablations: dict[NeuronSet, Ablation | None] = {}
+    ablations: dict[NeuronSet, Ablation] = {}
+    unchanged: set[NeuronSet] = set()  # an empty set leaves the clean answers as they are
     for _, neurons in listed:
-        if neurons not in ablations:
-            empty = len(neurons) == 0
-            ablations[neurons] = None if empty else Ablation(model, neurons, mode, factor=factor, values=values, at=at)
-            if empty:
-                Ablation._refuse_foreign(model, neurons.space)
+        if len(neurons) == 0:
+            Ablation._refuse_foreign(model, neurons.space)
+            unchanged.add(neurons)
+        elif neurons not in ablations:
+            ablations[neurons] = Ablation(model, neurons, mode, factor=factor, values=values, at=at)
     asked: list[Question] = []
     chosen: list[np.ndarray] = []
     margins: list[np.ndarray] = []
@@ -445,7 +447,7 @@ def knockout(
             },
         )
 
-    n_runs = 1 + sum(ablation is not None for ablation in ablations.values())
+    n_runs = 1 + len(ablations)
     with torch.inference_mode(), tqdm(total=len(questions) * n_runs, unit="answer", disable=not progress) as bar:
         for batch in batches(questions, batch_size):
             try:
@@ -453,13 +455,10 @@ def knockout(
                 for part, encoded in parts:
                     clean = reader.read(model, part, encoded)
                     bar.update(len(part))
-                    known: dict[NeuronSet, Reading] = {}
-                    for neurons, ablation in ablations.items():
-                        if ablation is None:
-                            known[neurons] = clean
-                            continue
-                        with ablation:
-                            known[neurons] = reader.read(model, part, encoded)
+                    known: dict[NeuronSet, Reading] = dict.fromkeys(unchanged, clean)
+                    masked = read_masked(model, reader, part, encoded, list(ablations.values()))
+                    for neurons, reading in zip(ablations, masked, strict=True):
+                        known[neurons] = reading
                         bar.update(len(part))
                     readings = [clean, *(known[neurons] for _, neurons in listed)]
                     asked.extend(part)

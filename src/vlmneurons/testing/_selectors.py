@@ -204,7 +204,8 @@ def _check_best(neurons: NeuronSet, scores: Tensor, allowed: Tensor, budget: int
     wanted = ranked[:budget]
     _require(
         len(neurons) == len(wanted),
-        f"{where}: {len(wanted)} neurons must be selected (budget {budget}, eligible {len(ranked)}); got {len(neurons)}",
+        f"{where}: {len(wanted)} neurons must be selected (budget {budget}, eligible {len(ranked)}); "
+        f"got {len(neurons)}",
     )
     wrong = sorted(set(neurons) - set(wanted))
     if not wrong:
