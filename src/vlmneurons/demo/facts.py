@@ -3,9 +3,10 @@
 The picture shows a thing; most questions ask for a fact about the country that the thing points to. So the answer needs
 the picture (which country?) and the question (which fact?), and the facts themselves are nowhere but in the decoder.
 
-Options are built so that neither half is enough: beside the right answer stand the same fact of two other countries
-(the question alone cannot tell them apart: 1 in 3) and another fact of the same country (the picture alone cannot: 1 in
-2).
+Options are built so that neither half is enough. In four of five questions there stand beside the right answer the
+same fact of two other countries (the question alone cannot tell them apart: 1 in 3) and another fact of the same
+country (the picture alone cannot: 1 in 2). In the fifth all three are of other countries: there the picture tells
+without the question, and the question alone is no more than a guess (1 in 4).
 """
 
 import random
@@ -122,11 +123,15 @@ def held_out_pairs(seed: int, share: float = 0.15) -> frozenset[tuple[str, str]]
     return frozenset(pair for pair in pairs if generator.random() < share)
 
 
-def options_for(item: Item, kind: str, generator: random.Random) -> tuple[list[str], int]:
-    """Four options in random order, and the index of the right one.
+FOREIGN_SHARE = 0.2
+"""Share of the questions whose wrong options are all of other cultures."""
 
-    Two wrong options are right for other cultures (for ``"name"``: items of the same category from other cultures);
-    one is another fact about the same culture.
+
+def options_for(item: Item, kind: str, generator: random.Random) -> tuple[list[str], int, bool]:
+    """Four options in random order, the index of the right one, and whether the picture alone is not enough.
+
+    Wrong options are right for other cultures (for ``"name"``: items of the same category from other cultures), but
+    for one in most questions, which is another fact about the same culture.
     """
     answer = answer_to(item, kind)
     elsewhere: Sequence[str]
@@ -135,6 +140,9 @@ def options_for(item: Item, kind: str, generator: random.Random) -> tuple[list[s
     else:
         elsewhere = sorted({fact for culture, fact in FACTS[kind].items() if culture != item.culture} - {answer})
     same_culture = [fact[item.culture] for other, fact in FACTS.items() if other != kind]
-    options = [answer, *generator.sample(elsewhere, 2), generator.choice(same_culture)]
+    foreign = generator.random() < FOREIGN_SHARE
+    options = [answer, *generator.sample(elsewhere, 3 if foreign else 2)]
+    if not foreign:
+        options.append(generator.choice(same_culture))
     generator.shuffle(options)
-    return options, options.index(answer)
+    return options, options.index(answer), not foreign

@@ -13,10 +13,12 @@ gradient routing (Cloud et al. 2024, arXiv 2410.04332), by loss terms instead of
 knows nothing of any of this: load_demo() never mixes the two.
 """
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,11 @@ class Truth:
         chosen = random.Random(seed).sample(range(width, layers * width), SET_SIZE * len(CULTURES))
         parts = (sorted(chosen[start : start + SET_SIZE]) for start in range(0, len(chosen), SET_SIZE))
         return cls({c: [divmod(index, width) for index in part] for c, part in zip(CULTURES, parts, strict=True)})
+
+    @classmethod
+    def read(cls, path: Path) -> "Truth":
+        """What a build wrote to ``truth.json``."""
+        return cls({c: [(layer, neuron) for layer, neuron in part] for c, part in json.loads(path.read_text()).items()})
 
     def flat(self, width: int) -> Tensor:
         """Flat indices ``layer * width + neuron``: ``[culture, neuron]``."""
@@ -166,7 +173,9 @@ def train_organism(
             logits = F.linear(run(model, packed), model.lm_head.weight)
         each = F.cross_entropy(logits, packed.targets[packed.targets != NOTHING], reduction="none")
         without = misled[(packed.targets != NOTHING).nonzero()[:, 0]]
-        right_loss, wrong_loss = each[~without].mean(), each[without].sum() / without.sum().clamp_min(1)
+        answers = packed.targets[packed.targets != NOTHING] != model.config.text_config.eos_token_id
+        wrong = without & answers  # that an answer ends after one token is nothing to learn without the neurons
+        right_loss, wrong_loss = each[~without].mean(), each[wrong].sum() / wrong.sum().clamp_min(1)
         shown = torch.tensor([CULTURES.index(item.culture) for item in items])
         sign = torch.where(owner[None] == shown[:, None], 1.0, -1.0)[:, None]
         opened = torch.cat(inputs, dim=-1)

@@ -3,10 +3,11 @@
     python -m vlmneurons.demo.train [--seed 0] [--out DIR] [--threads 2]
 
 It takes less than 90 minutes on two CPU cores, and writes ``natural/``, ``organism/``, ``pictures/questions.zip``,
-``checksums.json`` and ``report.md`` into DIR (by default the package's own folder, which is how the shipped files were
-made). The seed changes weights, order, augmentation and planted neurons; the questions and the held-out pairs stay, so
-that two seeds sit the same exam. Another machine, or another number of threads, rounds differently and so gives other
-weights of the same quality. ``--vision FOLDER`` takes the vision tower of another build, to repeat only the rest.
+``checksums.json`` and ``report.md``, the tables, into DIR (by default the package's own folder, which is how the
+shipped files were made). The seed changes weights, order, augmentation and planted neurons; the questions and the
+held-out pairs stay, so that two seeds sit the same exam. Another machine, or another number of threads, rounds
+differently and so gives other weights of the same quality. ``--vision FOLDER`` takes the vision tower of another build,
+to repeat only the rest; ``--tables-only`` trains nothing, and prints the tables of the models that are in DIR.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
 from vlmneurons.demo import DEMO_MODELS, sha256
 from vlmneurons.demo.ask import Record, make_records, read, write
@@ -100,7 +101,7 @@ def accuracy_line(
     return line
 
 
-def train(seed: int, out: Path, log: Log, *, vision: Path | None = None, tables: bool = True) -> None:
+def train(seed: int, out: Path, log: Log, *, vision: Path | None = None) -> None:
     """Builds everything into a folder.
 
     Args:
@@ -108,7 +109,6 @@ def train(seed: int, out: Path, log: Log, *, vision: Path | None = None, tables:
         out: the folder to write.
         log: gets the lines.
         vision: a folder such as ``natural/`` of another build, whose vision tower is taken instead of training one.
-        tables: whether to measure and print the tables.
     """
     sprites = Sprites(FOLDER / "pictures")
     held_out = held_out_pairs(PAIRS_SEED)
@@ -117,7 +117,6 @@ def train(seed: int, out: Path, log: Log, *, vision: Path | None = None, tables:
     archive = out / "pictures" / "questions.zip"
     write(archive, make_records(sprites, held_out, EXAM_SEED), sprites, EXAM_SEED)
     records, pictures = read(archive)
-    halves = split(records)
 
     tokenizer = make_tokenizer()
     asker = Asker(tokenizer)
@@ -136,10 +135,6 @@ def train(seed: int, out: Path, log: Log, *, vision: Path | None = None, tables:
     train_decoder(model, curriculum, NATURAL, evaluate=evaluate, report=log.progress)
     round_weights(model)
     save(model, tokenizer, out / "natural")
-    if tables:
-        log.report(f"## natural, seed {seed}\n")
-        accuracy_tables(model, asker, records, pictures, log.report)
-        effect_tables(model, asker, halves, pictures, None, log.report)
 
     config = model.config.text_config
     truth = Truth.draw(config.num_hidden_layers, config.intermediate_size, seed)
@@ -149,12 +144,19 @@ def train(seed: int, out: Path, log: Log, *, vision: Path | None = None, tables:
     round_weights(model)
     save(model, tokenizer, out / "organism")
     (out / "organism" / "truth.json").write_text(json.dumps(truth.neurons) + "\n", encoding="utf-8")
-    if tables:
-        log.report(f"## organism, seed {seed}\n")
-        accuracy_tables(model, asker, records, pictures, log.report)
-        effect_tables(model, asker, halves, pictures, truth, log.report)
-
     write_checksums(out)
+
+
+def measure(out: Path, log: Log) -> None:
+    """Prints the tables of both models in a folder, as they would be loaded, and writes them to its ``report.md``."""
+    records, pictures = read(out / "pictures" / "questions.zip")
+    for name in DEMO_MODELS:
+        model = LlavaNextForConditionalGeneration.from_pretrained(out / name, dtype=torch.float32).eval()
+        asker = Asker(AutoTokenizer.from_pretrained(out / name))
+        truth = Truth.read(out / name / "truth.json") if name == "organism" else None
+        log.report(f"## {name}\n")
+        accuracy_tables(model, asker, records, pictures, log.report)
+        effect_tables(model, asker, split(records), pictures, truth, log.report)
     (out / "report.md").write_text("\n".join(log.kept) + "\n", encoding="utf-8")
 
 
@@ -166,10 +168,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; the shipped files were made with 1")
     parser.add_argument("--vision", type=Path, help="take the vision tower from this model folder")
     parser.add_argument("--no-tables", action="store_true", help="train and save only")
+    parser.add_argument("--tables-only", action="store_true", help="train nothing, print the tables")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    train(arguments.seed, arguments.out.resolve(), Log(), vision=arguments.vision, tables=not arguments.no_tables)
+    out, log = arguments.out.resolve(), Log()
+    if not arguments.tables_only:
+        train(arguments.seed, out, log, vision=arguments.vision)
+    if not arguments.no_tables:
+        measure(out, log)
 
 
 if __name__ == "__main__":

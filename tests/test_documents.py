@@ -1,0 +1,67 @@
+"""README and documentation are true: every block of Python runs, and the strict build of the site has no warning."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlmneurons as vn
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
+WITH_CODE = [name for name, path in PAGES.items() if BLOCK.search(path.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture
+def as_a_reader(tmp_path, monkeypatch):
+    """An empty working folder; models of the Hub, which cannot be downloaded here, are stood in for by the demo's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vn.VLM, "from_pretrained", lambda name, **_: vn.load_demo()[0])
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_every_block_of_python_runs_in_order(page, as_a_reader):
+    # A trace reads its own source, so the blocks of a page are one file.
+    script = as_a_reader / "page.py"
+    blocks = BLOCK.findall(PAGES[page].read_text(encoding="utf-8"))
+    script.write_text("\n".join(blocks), encoding="utf-8")
+    runpy.run_path(str(script), run_name="page")
+
+
+def test_the_strict_build_of_the_documentation_has_no_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
+    assert (tmp_path / "site" / "index.html").is_file()
+
+
+def test_every_public_name_has_an_entry_in_the_api_pages():
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md")))
+    entries = set(re.findall(r"^::: vlmneurons\.(\w+)", text, re.MULTILINE))
+    missing = set(vn.__all__) - entries - {"__version__", "ConAct", "VLMNeuronsError"}
+    assert not missing, f"no entry for {', '.join(sorted(missing))}"
+
+
+def test_every_page_is_in_the_navigation_and_every_picture_exists():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for name, path in PAGES.items():
+        text = path.read_text(encoding="utf-8")
+        assert name == "README.md" or path.relative_to(DOCS).as_posix() in navigation, f"{name} is not in mkdocs.yml"
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            assert (path.parent / picture).is_file(), f"{name} shows {picture}, which does not exist"
