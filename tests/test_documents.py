@@ -23,7 +23,12 @@ WITH_CODE = [name for name, path in PAGES.items() if BLOCK.search(path.read_text
 def as_a_reader(tmp_path, monkeypatch):
     """An empty working folder; models of the Hub, which cannot be downloaded here, are stood in for by the demo's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vn.VLM, "from_pretrained", lambda name, **_: vn.load_demo()[0])
+    original = vn.VLM.from_pretrained
+
+    def stand_in(name, **how):
+        return original(name, **how) if Path(name).is_dir() else vn.load_demo()[0]
+
+    monkeypatch.setattr(vn.VLM, "from_pretrained", stand_in)
     threads = torch.get_num_threads()
     yield tmp_path
     torch.set_num_threads(threads)
