@@ -174,6 +174,8 @@ def _identity(value: Any) -> Any:
     """Equal for settings that mean the same to a forward; objects that we do not know are each their own."""
     if isinstance(value, int | float | str | bool | type(None)):
         return value
+    if isinstance(value, tuple | list):
+        return tuple(map(_identity, value))
     if isinstance(value, functools.partial):
         keywords = tuple((name, _identity(inner)) for name, inner in sorted(value.keywords.items()))
         return _identity(value.func), tuple(map(_identity, value.args)), keywords
@@ -194,13 +196,27 @@ class _Search:
         self._places: dict[tuple[int, str], str] = {}
         self.passed_over: dict[str, list[_Block]] = {}
         self._prints: dict[nn.Module, Any] = {}
+        self._mixers: dict[nn.Module, bool] = {}
+        self._sizes: dict[nn.Module, tuple[int, int] | None] = {}
 
     # --- MLPs ---
+
+    def is_mixer(self, module: nn.Module) -> bool:
+        """`_is_mixer`, which is asked often."""
+        if module not in self._mixers:
+            self._mixers[module] = _is_mixer(module)
+        return self._mixers[module]
+
+    def size(self, module: nn.Module) -> tuple[int, int] | None:
+        """`features`, which are asked for even more often."""
+        if module not in self._sizes:
+            self._sizes[module] = features(module)
+        return self._sizes[module]
 
     def fingerprint(self, module: nn.Module) -> Any:
         """Equal for modules that compute alike: their classes, settings and sizes, all the way down."""
         if module not in self._prints:
-            if _is_mixer(module):  # it is not looked into
+            if self.is_mixer(module):  # it is not looked into
                 self._prints[module] = hash((type(module), "mixer"))
                 return self._prints[module]
             used = _names_used(type(module))
@@ -211,7 +227,7 @@ class _Search:
             )
             shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
             children = tuple((name, self.fingerprint(child)) for name, child in module.named_children())
-            self._prints[module] = hash((type(module), settings, shapes, features(module), module.training, children))
+            self._prints[module] = hash((type(module), settings, shapes, self.size(module), module.training, children))
         return self._prints[module]
 
     def flows(self, module: nn.Module, everywhere: bool = False) -> list[Flow]:
@@ -222,7 +238,7 @@ class _Search:
             steps = {child for child in module.modules() if child is not module and self._is_step(child)}
 
             def explained(child: nn.Module) -> bool:
-                return _is_mixer(child) or self.experts(child) is not None or bool(self.own(child))
+                return self.is_mixer(child) or self.experts(child) is not None or bool(self.own(child))
 
             flows = follow(module, steps.__contains__, explained, everywhere=everywhere)
             self._flows[key] = [flow.analyse() for flow in flows]
@@ -230,9 +246,14 @@ class _Search:
 
     def _is_step(self, module: nn.Module) -> bool:
         """Whether a module is to be one step in the flow of those around it."""
-        if features(module) is not None or isinstance(module, _LISTS) or not any(True for _ in module.children()):
+        if self.size(module) is not None or isinstance(module, _LISTS) or not any(True for _ in module.children()):
             return False
-        return _is_mixer(module) or self.experts(module) is not None or not self.flows(module) or bool(self.own(module))
+        return (
+            self.is_mixer(module)
+            or self.experts(module) is not None
+            or not self.flows(module)
+            or bool(self.own(module))
+        )
 
     def own(self, module: nn.Module) -> tuple[MLPLayout, ...]:
         """The MLPs that a module's own forward computes, those of modules inside apart.
@@ -280,7 +301,7 @@ class _Search:
 
     def below(self, module: nn.Module, path: str = "") -> Iterator[_Found]:
         """The MLPs below a module, its own before those of its children."""
-        if features(module) is not None or _is_mixer(module) or not self._may_hold_mlp(module):
+        if self.size(module) is not None or self.is_mixer(module) or not self._may_hold_mlp(module):
             return
         experts = self.experts(module)
         if experts is not None:
@@ -301,7 +322,7 @@ class _Search:
         """Whether there are two linear layers below, or parameters in the place of such."""
         count = 0
         for child in module.modules():
-            if features(child) is not None:
+            if self.size(child) is not None:
                 count += 1
             count += sum(parameter.ndim == 3 for parameter in child.parameters(recurse=False))
             if count >= 2:
@@ -319,7 +340,7 @@ class _Search:
             sizes["up"] = (layout.up, 1, 1)
         widths = {}
         for name, side, parts in sizes.values():
-            size = features(module.get_submodule(name))
+            size = self.size(module.get_submodule(name))
             if size is not None:
                 widths[name] = size[side] // parts
         if len(set(widths.values())) != 1:
@@ -346,9 +367,9 @@ class _Search:
         places: list[tuple[str, tuple[int, int]]] = []
 
         def visit(module: nn.Module, path: str) -> None:
-            if module in used or _is_mixer(module):
+            if module in used or self.is_mixer(module):
                 return
-            size = features(module)
+            size = self.size(module)
             if size is not None:
                 places.append((path, size))
                 return
@@ -379,12 +400,12 @@ class _Search:
                 doubts.append(f": {first} and {second} fit together like an MLP's projections")
         named = {found.module for found in block.mlps}
         for name, module in block.module.named_modules():
-            if module in named or _is_mixer(module):
+            if module in named or self.is_mixer(module):
                 continue
             large = [
                 f"{inner}.{key}" if inner else key
                 for inner, child in [("", module), *module.named_children()]
-                if child not in named and not _is_mixer(child) and not _is_convolution(child)
+                if child not in named and not self.is_mixer(child) and not _is_convolution(child)
                 for key, parameter in child.named_parameters(recurse=False)
                 if parameter.ndim == 3 and min(parameter.shape) > 1
             ]
