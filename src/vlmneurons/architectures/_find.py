@@ -71,11 +71,17 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
 
     Raises:
         ArchitectureError: the MLPs cannot be told for certain; says what was seen, and how to register what is known.
+            Also for a compiled model.
     """
     if hasattr(hf_model, "_orig_mod"):
         raise ArchitectureError(
             f"{type(hf_model._orig_mod).__name__} was given wrapped by torch.compile, whose code does not see hooks "
             "that come later; give the model itself (compiled._orig_mod)"
+        )
+    if getattr(hf_model, "_compiled_call_impl", None) is not None:
+        raise ArchitectureError(
+            f"{type(hf_model).__name__} is compiled (model.compile()), and its code sees no hooks that come later; "
+            "give the model as it was before torch.compile"
         )
     known = next(
         (
@@ -509,6 +515,7 @@ class _Search:
                 if before != place:
                     what = f"{before} and {place} are one module, whose neurons cannot be told apart by layer"
                     raise ArchitectureError(self.explain(what, []))
+                self._refuse_strange(place, mlp)
                 name = mlp.layout.activation
                 if (
                     name is not None
@@ -519,6 +526,20 @@ class _Search:
                 found.append(mlp)
             settled.append(_Block(block.path, block.module, tuple(found)))
         return settled
+
+    def _refuse_strange(self, place: str, mlp: _Found) -> None:
+        """Raises where hooks on an MLP's modules would tell of something else than its class's ``forward``."""
+        if _is_replaced(mlp.module) and not self.known.mlps:
+            what = (
+                f"the forward of {place} was replaced on this one object, so its class does not tell what it computes"
+            )
+            raise ArchitectureError(self.explain(what, []))
+        layout = mlp.layout
+        for name in () if layout.parameters else filter(None, (layout.down, layout.gate, layout.up, layout.fused)):
+            before = self._places.setdefault((id(mlp.module.get_submodule(name)), ""), place)
+            if before != place:
+                what = f"{before} and {place} share {name!r}, one module, whose values cannot be told apart by layer"
+                raise ArchitectureError(self.explain(what, []))
 
     # --- MLPs of a tower ---
 
@@ -565,6 +586,17 @@ class _Search:
             "      )},\n"
             "  ))"
         )
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether someone put another ``forward`` on a module than its class has; accelerate's and nnsight's call that one."""
+    forward = vars(module).get("_old_forward") if "_hf_hook" in vars(module) else vars(module).get("forward")
+    if forward is None or type(forward).__module__.partition(".")[0] == "nnsight":
+        return False
+    if getattr(forward, "_torchdynamo_orig_callable", None) is not None:
+        return True
+    inner = inspect.unwrap(forward)
+    return getattr(inner, "__func__", inner) is not inspect.unwrap(type(module).forward)
 
 
 def _parameter_width(first: nn.Parameter, down: nn.Parameter, parts: int) -> int:
