@@ -589,7 +589,7 @@ class _Search:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Whether someone put another ``forward`` on a module than its class has; accelerate's and nnsight's call that one."""
+    """Whether a module has a ``forward`` of its own, other than accelerate's or nnsight's around that of its class."""
     forward = vars(module).get("_old_forward") if "_hf_hook" in vars(module) else vars(module).get("forward")
     if forward is None or type(forward).__module__.partition(".")[0] == "nnsight":
         return False
