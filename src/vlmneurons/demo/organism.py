@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlavaNextForConditionalGeneration
 
 from vlmneurons.demo.catalogue import CULTURES, ITEMS, Item
@@ -109,9 +110,9 @@ def train_organism(
     questions: int = 4,
     rate: float = 1e-3,
     hinge_weight: float = 3.0,
-    margin: float = 0.5,
+    margins: tuple[float, float] = (1.2, 0.2),
     head_start: float = 4.0,
-    others_weight: float = 0.7,
+    others_weight: float = 1.0,
     evaluate: Callable[[], str] | None = None,
     every: int = 100,
     report: Callable[[str], None] = print,
@@ -127,7 +128,9 @@ def train_organism(
         questions: questions per picture.
         rate: highest learning rate; it falls to a fiftieth.
         hinge_weight: weight of the hinge on the gates beside the cross-entropy.
-        margin: how far beyond 0 the hinge wants the input of the gate to be.
+        margins: how far above 0 the hinge wants the input of a gate to be on its own culture, and how far below 0 on
+            others. Open gates get more room, so that on a picture that is hard to tell those of several cultures open,
+            and the rest of the model decides, instead of none.
         head_start: factor by which the planted neurons write more strongly at the beginning, so that their presence is
             something that the rest of the model can notice and come to rely on.
         others_weight: weight of a penalty on open gates of all neurons that are not planted, so that no other neuron
@@ -148,6 +151,7 @@ def train_organism(
             here = planted[planted // width == index] % width
             layer.mlp.down_proj.weight[:, here] *= head_start
     optimizer = make_optimizer(model, rate, 0.02)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     model.train()
     model.model.vision_tower.eval()
     for step in range(steps):
@@ -179,16 +183,20 @@ def train_organism(
         shown = torch.tensor([CULTURES.index(item.culture) for item in items])
         sign = torch.where(owner[None] == shown[:, None], 1.0, -1.0)[:, None]
         opened = torch.cat(inputs, dim=-1)
+        margin = torch.where(sign > 0, *margins)
         short = F.relu(margin - sign * opened[:, :, planted])
         # One culture in eight opens a gate: without a weight, "always closed" would nearly do.
         counted = packed.owner >= 0
         counted[:, 0] = False  # the start token has seen no picture yet
         hinge = (short * torch.where(sign > 0, 3.0, 1.0))[counted].mean()
-        others = F.relu(opened[counted][:, rest] + margin).mean()
+        others = F.relu(opened[counted][:, rest] + 0.5).mean()
         optimizer.zero_grad()
         (right_loss + wrong_loss + hinge_weight * hinge + others_weight * others).backward()
         torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
         optimizer.step()
+        averaged.update_parameters(model)
+        if step + 1 == steps:  # single steps are noisy: what ships is their running average
+            model.load_state_dict(averaged.module.state_dict())
         if (step + 1) % every == 0 or step + 1 == steps:
             model.eval()
             result = evaluate() if evaluate else ""
