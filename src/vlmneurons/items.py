@@ -228,9 +228,8 @@ class ItemStatistics:
         """
         tables = [self._table(name) for name in self.tables]
         for row, entry in enumerate(self._records):
-            if entry["done"]:
-                if _checksum(entry, [table[row] for table in tables]) != entry["checksum"]:
-                    raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
+            if entry["done"] and _checksum(entry, [table[row] for table in tables]) != entry["checksum"]:
+                raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -298,7 +297,7 @@ class ItemStatistics:
         return self.done & (self.correct == (condition == "correct"))
 
     def chunks(
-        self, rows: Sequence[int], table: str = "positive", size: int = 64
+        self, rows: Sequence[int] | np.ndarray, table: str = "positive", size: int = 64
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Rows of a table, some at a time: their places within ``rows``, and the values ``[row, neuron]``."""
         if table not in self.tables:
