@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from vlmneurons.errors import FileFormatError, MismatchError, SelectionError
+from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.questions import _hash
 from vlmneurons.sites import NeuronSpace
 from vlmneurons.statistics import ActivationStatistics
@@ -469,6 +469,20 @@ class GroupedItems:
         """Some of the questions, by their places in `rows`, in the groups they have or in others."""
         own = self.owner[places] if owner is None else owner
         return GroupedItems(self.recording, self.rows[places], own, self.groups, self.condition)
+
+    def select_groups(self, groups: Sequence[str]) -> "GroupedItems":
+        """The questions of some groups, in the given order of groups.
+
+        Raises:
+            GroupError: no such group.
+        """
+        unknown = [group for group in groups if group not in self.groups]
+        if unknown:
+            raise GroupError(f"group {unknown[0]!r} is not among these questions; they have {', '.join(self.groups)}")
+        place = np.array([groups.index(g) if g in groups else -1 for g in self.groups], dtype=np.int64)
+        owner = place[self.owner]
+        kept = owner >= 0
+        return GroupedItems(self.recording, self.rows[kept], owner[kept], tuple(groups), self.condition)
 
     @cached_property
     def statistics(self) -> ActivationStatistics:
