@@ -109,9 +109,7 @@ class Selector(ABC):
         ``-inf`` is never chosen; NaN is an error. The statistics must not be written to.
         """
 
-    def eligible(
-        self, stats: Any, scores: Float[Tensor, "group neuron"]
-    ) -> Bool[Tensor, "group neuron"] | None:
+    def eligible(self, stats: Any, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
         """Which neurons may be chosen at all, or None if every score above ``-inf`` may.
 
         A rule overrides this if a finite score can still mean "not this group's". Neurons with a score of ``-inf``

@@ -1,6 +1,7 @@
 """What selectors select from, and which table of several a rule reads."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Int64
@@ -88,6 +89,14 @@ class Conditions:
                 stats.check_counted()
             except SelectionError as error:
                 raise SelectionError(f"condition {name!r}: {error}") from error
+
+    def pooled(self) -> ActivationStatistics:
+        """The counts of all conditions added up.
+
+        Rules that differ between conditions (prompt, model) are no reason not to: the provenance lists the conditions.
+        """
+        bare = [replace(stats, provenance={}) for stats in self.statistics.values()]
+        return replace(sum(bare[1:], bare[0]), provenance=self.provenance)
 
     def select_groups(self, groups: Sequence[str]) -> "Conditions":
         """The conditions with some groups, in the given order."""

@@ -325,7 +325,8 @@ class GatedSelector(DerivedSelector):
             gate = _Membership(gate)
         if not isinstance(gate, Gate):
             raise SelectionError(
-                f"where(…) takes a comparison such as LAP() > 0.1, a NeuronSet or a Selection; got {type(gate).__name__}"
+                "where(…) takes a comparison such as LAP() > 0.1, a NeuronSet or a Selection; got "
+                f"{type(gate).__name__}"
             )
         self.gate = gate
         self.contrastive = self.contrastive or gate.contrastive
