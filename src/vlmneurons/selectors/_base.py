@@ -327,7 +327,7 @@ class Selector(ABC):
         return self._scored("zscore")
 
     def rank(self) -> "Selector":
-        """Scores as ranks over neurons from 0 (lowest) to 1 (highest), for each group; equal scores share theirs."""
+        """Scores as ranks over neurons, from 0 (lowest) to 1 (highest), for each group; equal scores share a mean rank."""
         return self._scored("rank")
 
     def __neg__(self) -> "Selector":
@@ -537,6 +537,8 @@ def _setting(value: Any) -> str:
         return f"<{len(value)} neurons {value.fingerprint}>"
     if isinstance(value, Selection):
         return f"<{value.selector or 'selection'}>"
+    if isinstance(value, Selector):
+        return value._expression()
     if isinstance(value, tuple):
         return repr(list(value))
     return repr(value)

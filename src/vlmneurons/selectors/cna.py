@@ -26,7 +26,8 @@ class CNA(Selector):
     arXiv 2605.12290 (Contrastive Neuron Attribution). There, one set of prompts is contrasted with one other, and
     neurons among the highest 0.1 % on more than 80 % of unrelated prompts are removed first: give those of
     `universal_neurons` as ``exclude``. With several groups, the other set is all other groups' questions together (each
-    question counting the same): ours. Known to us from public summaries of the paper, not from its code.
+    question counting the same): ours. In a mixture of experts, means are over the questions whose last token reached
+    the expert, and 0 where none did. Known to us from public summaries of the paper, not from its code.
 
     Example:
         >>> from vlmneurons.sites import NeuronSpace
@@ -95,11 +96,13 @@ class CNA(Selector):
         self.check_statistics(stats)
         mean = stats.mean  # refuses statistics without sums
         assert stats.total is not None
-        if stats.routed is not None:
-            raise SelectionError("CNA: the last token reaches only some experts, so their means cannot be compared")
-        total, tokens = sum_over_groups(stats.total), int(stats.tokens.sum())
-        for row, own, count in zip(mean, stats.total, stats.tokens.tolist(), strict=True):
-            row -= (total - own) / (tokens - count)
+        total = sum_over_groups(stats.total)
+        # Tokens (that reached a neuron's site, in a mixture of experts) of each group, and of all groups.
+        reach = stats._routed_or_all().to(torch.float64)
+        widths = torch.tensor(stats.space.widths)
+        for row, own, tokens in zip(mean, stats.total, reach, strict=True):
+            others = torch.repeat_interleave((reach.sum(0) - tokens).clamp_(min=1), widths)
+            row -= (total - own).div_(others)
         return mean if self.signed else mean.abs_()
 
 
