@@ -327,7 +327,7 @@ class Selector(ABC):
         return self._scored("zscore")
 
     def rank(self) -> "Selector":
-        """Scores as ranks over neurons, from 0 (lowest) to 1 (highest), for each group; equal scores share a mean rank."""
+        """Scores as ranks over neurons, from 0 (lowest) to 1 (highest), for each group; equal ones share theirs."""
         return self._scored("rank")
 
     def __neg__(self) -> "Selector":
