@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import vlmneurons
-from vlmneurons.neurons import Selection
 from vlmneurons.items import Item, ItemStatistics
+from vlmneurons.neurons import Selection
 from vlmneurons.selectors import (
     CAS,
     CNA,
