@@ -98,6 +98,11 @@ class DerivedSelector(Selector):
         return f"({text}).take({budget})" if _precedence(text) else f"{text}.take({budget})"
 
 
+def _left_out(changed: Tensor, scores: Tensor) -> Tensor:
+    """The changed scores, with ``-inf`` where the scores had it."""
+    return changed.masked_fill_(torch.isneginf(scores), -math.inf) if scores.min() == -math.inf else changed
+
+
 def _precedence(expression: str) -> int:
     """2 for a sum, 1 for a product or a sign, 0 for what can be followed by a dot."""
     depth, found = 0, int(expression.startswith("-"))
@@ -127,8 +132,7 @@ class SummedSelector(DerivedSelector):
 
     def _derive(self, parts: list[tuple[Tensor, Tensor | None]], bundle: Bundle) -> tuple[Tensor, Tensor | None]:
         (left, left_eligible), (right, right_eligible) = parts
-        out = torch.isneginf(left) | torch.isneginf(right)
-        total = left.add(right).masked_fill_(out, -math.inf)
+        total = _left_out(_left_out(left.add(right), left), right)
         if left_eligible is None or right_eligible is None:
             return total, None
         return total, left_eligible | right_eligible
@@ -160,9 +164,8 @@ class MappedSelector(DerivedSelector):
 
     def _derive(self, parts: list[tuple[Tensor, Tensor | None]], bundle: Bundle) -> tuple[Tensor, Tensor | None]:
         ((scores, eligible),) = parts
-        out = torch.isneginf(scores)
         changed = _OPERATIONS[self.operation](scores, self.number)
-        return changed.masked_fill_(out, -math.inf), eligible
+        return _left_out(changed, scores), eligible
 
     def _expression(self) -> str:
         (part,) = self.parts
@@ -174,19 +177,23 @@ class MappedSelector(DerivedSelector):
 
 
 def _zscore(scores: Tensor, _: Any) -> Tensor:
-    result = scores.to(torch.float64, copy=True)
-    for row in result.numpy():
-        known = row > -math.inf
-        values = row if known.all() else row[known]
-        if not len(values):
-            continue
-        spread = values.std()
+    return torch.from_numpy(np.stack([zscored(row) for row in scores.numpy()]))
+
+
+def zscored(scores: np.ndarray) -> np.ndarray:
+    """Scores of one group less their mean over neurons, over their standard deviation; ``-inf`` stays."""
+    known = None if scores.min() > -math.inf else scores > -math.inf
+    values = (scores if known is None else scores[known]).astype(np.float64)
+    if len(values):
+        size = max(values.max(), -values.min())
+        values -= values.mean()
+        spread = math.sqrt(values @ values / len(values))
         # Rounding leaves a spread of 1e-17 where all values are equal.
-        scaled = (values - values.mean()) / spread if spread > 1e-12 * np.abs(values).max() else np.zeros_like(values)
-        if known.all():
-            row[:] = scaled
-        else:
-            row[known] = scaled
+        values *= 1 / spread if spread > 1e-12 * size else 0.0
+    if known is None:
+        return values
+    result = np.full(scores.shape, -math.inf)
+    result[known] = values
     return result
 
 

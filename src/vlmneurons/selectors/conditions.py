@@ -1,10 +1,12 @@
 """Neurons that are a group's under several conditions: languages, prompts, modalities."""
 
+import functools
 import numbers
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -13,6 +15,7 @@ from vlmneurons.errors import SelectionError
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.selectors._base import Selector
 from vlmneurons.selectors._evidence import Conditions
+from vlmneurons.selectors._scores import zscored
 from vlmneurons.selectors.cas import CAS
 from vlmneurons.statistics import ActivationStatistics
 
@@ -68,9 +71,11 @@ class _OverConditions(Selector):
         """See the class."""
 
 
-def _zscores(rule: Selector, stats: Conditions) -> list[Float64[Tensor, "group neuron"]]:
-    scaled = rule.zscore()
-    return [scaled.score(one) for one in stats.statistics.values()]
+def _zscores(rule: Selector, stats: Conditions) -> Iterator[list[np.ndarray]]:
+    """For each group its neurons' z-scores under each condition; row by row, which needs no further table."""
+    tables = [rule._evaluate(one)[0].numpy() for one in stats.statistics.values()]
+    for rows in zip(*tables, strict=True):
+        yield [zscored(row) for row in rows]
 
 
 class CRFusion(_OverConditions):
@@ -119,16 +124,28 @@ class CRFusion(_OverConditions):
     def score(self, stats: Conditions) -> Float64[Tensor, "group neuron"]:
         """Mean of the z-scores less the penalised spread, in standard deviations."""
         self.check_statistics(stats)
-        scores = _zscores(self.of, stats)
-        mean = sum(scores[1:], scores[0].clone()) / len(scores)
-        spread = torch.zeros_like(mean)
-        for table in scores:
-            spread += (table - mean) ** 2
-        result = mean.sub_(spread.div_(len(scores)).sqrt_(), alpha=float(self.penalty))
-        # A neuron that the rule leaves out under some condition is left out (-inf less -inf is NaN).
-        for table in scores:
-            result.masked_fill_(torch.isneginf(table), -torch.inf)
-        return result
+        fused = []
+        for scores in _zscores(self.of, stats):
+            # A neuron that the rule leaves out under some condition is left out (-inf less -inf is NaN).
+            out = None if min(row.min() for row in scores) > -np.inf else np.isneginf(scores).any(0)
+            if out is not None:
+                for row in scores:
+                    row[out] = 0.0
+            mean = sum(scores[1:], scores[0].copy())
+            mean /= len(scores)
+            spread = np.zeros_like(mean)
+            for row in scores:
+                row -= mean
+                row *= row
+                spread += row
+            spread /= len(scores)
+            np.sqrt(spread, out=spread)
+            spread *= float(self.penalty)
+            mean -= spread
+            if out is not None:
+                mean[out] = -np.inf
+            fused.append(torch.from_numpy(mean))
+        return torch.stack(fused)
 
 
 class Overlap(_OverConditions):
@@ -144,11 +161,7 @@ class Overlap(_OverConditions):
     def score(self, stats: Conditions) -> Float64[Tensor, "group neuron"]:
         """The lowest z-score over conditions."""
         self.check_statistics(stats)
-        lowest: Tensor | None = None
-        for table in _zscores(self.of, stats):
-            lowest = table if lowest is None else torch.minimum(lowest, table)
-        assert lowest is not None
-        return lowest
+        return torch.stack([torch.from_numpy(functools.reduce(np.minimum, rows)) for rows in _zscores(self.of, stats)])
 
 
 class Joint(_OverConditions):
