@@ -201,9 +201,11 @@ def cell(values: np.ndarray) -> str:
     return f"{recall:.2f}" if abs(precision - recall) < 0.005 else f"{recall:.2f} ({precision:.2f})"
 
 
-def tables(
-    results: Mapping[str, list[tuple[str, dict[str, np.ndarray]]]], planted: Mapping[str, tuple[float, float]]
-) -> str:
+Results = Mapping[str, list[tuple[str, dict[str, np.ndarray]]]]
+"""For each sweep and value each rule's precision and recall, ``[seed, 2]``."""
+
+
+def tables(results: Results, planted: Mapping[str, tuple[float, float]]) -> str:
     """The tables as Markdown."""
     lines = []
     for name, columns in results.items():
