@@ -63,16 +63,16 @@ class Setting:
 
 SWEEPS: dict[str, tuple[str, list[tuple[str, Setting]]]] = {
     "strength": (
-        "Signal (difference of probabilities)",
+        "Signal\n(difference of probabilities)",
         [(f"{value:g}", Setting(strength=value)) for value in (0.05, 0.1, 0.15, 0.2, 0.4)],
     ),
     "questions": ("Questions a group", [(f"{value}", Setting(questions=value)) for value in (3, 5, 10, 20, 50)]),
     "imbalance": (
-        "Largest over smallest group",
+        "Largest over\nsmallest group",
         [(f"{value:g}", Setting(questions=40, imbalance=value)) for value in (1, 4, 16)],
     ),
     "likeness": (
-        "Share of the signal in another group",
+        "Share of the signal\nin another group",
         [(f"{value:g}", Setting(likeness=value)) for value in (0.0, 0.5, 0.8)],
     ),
     "decoys": (
@@ -209,7 +209,11 @@ def tables(results: Results, planted: Mapping[str, tuple[float, float]]) -> str:
     """The tables as Markdown."""
     lines = []
     for name, columns in results.items():
-        lines += [f"**{SWEEPS[name][0]}**", "", "| selector | " + " | ".join(label for label, _ in columns) + " |"]
+        lines += [
+            f"**{SWEEPS[name][0]}**".replace("\n", " "),
+            "",
+            "| selector | " + " | ".join(label for label, _ in columns) + " |",
+        ]
         lines += ["|---|" + "---|" * len(columns)]
         for rule in RULES:
             lines.append(f"| {rule} | " + " | ".join(cell(values[rule]) for _, values in columns) + " |")
