@@ -19,8 +19,8 @@ ORDER = [
     ["statistics", "answers"],
     ["items", "model"],
     ["selectors"],
-    ["trust", "recording", "ablation", "attribution"],
-    ["masked"],
+    ["trust", "recording", "ablation"],
+    ["masked", "attribution"],
     ["study"],
     ["plots"],
 ]
