@@ -17,9 +17,10 @@ ORDER = [
     ["_files", "sites", "questions"],
     ["neurons", "architectures", "inputs"],
     ["statistics", "answers"],
-    ["items", "selectors", "model"],
+    ["items", "model"],
+    ["selectors"],
     ["trust", "recording", "ablation"],
-    ["masked"],
+    ["masked", "attribution"],
     ["study"],
     ["plots"],
 ]

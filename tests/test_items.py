@@ -4,7 +4,10 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+import tracemalloc
+import types
 import warnings
 
 import numpy as np
@@ -12,8 +15,10 @@ import pytest
 import torch
 
 import vlmneurons as vn
-from vlmneurons.errors import FileFormatError, MismatchError, SelectionError
-from vlmneurons.items import ItemStatistics
+from helpers import plain_hooks, some_questions
+from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
+from vlmneurons.items import Item, ItemStatistics
+from vlmneurons.sites import NeuronSpace
 from vlmneurons.testing import plant_neurons
 
 
@@ -161,3 +166,178 @@ def test_killed_at_twenty_random_moments_and_resumed_the_files_are_those_of_an_u
 def _assert_same_files(one, other):
     for name in ("manifest.json", "items.bin", "positive.bin"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+# -- grouping, pools -----------------------------------------------------------------------------------------------
+
+
+def test_a_balanced_pool_is_that_of_the_questions_themselves(planted, items):
+    pool = items.grouped(balanced=5, minimum=5, seed=3)
+    names = {items.items[row].id for row in pool.rows}
+    assert names == {item.id for item in planted.questions.balanced(5, seed=3)}
+    assert pool.items.tolist() == [5] * 8
+    by_hand = items.group_by(lambda row: row["group"] if row["id"] in names else None)
+    assert pool.statistics == by_hand == items.group_by(balanced=5, seed=3)
+    uneven = items.grouped(lambda row: "few" if row["group"] == "Kenya" else "many")
+    assert uneven.items.tolist() == [12, 84]
+    assert (
+        uneven.balanced().items.tolist()
+        == items.grouped(uneven_labels(items), balanced=True).items.tolist()
+        == [12, 12]
+    )
+
+
+def uneven_labels(items):
+    return ["few" if item.group == "Kenya" else "many" for item in items.items]
+
+
+def test_thin_groups_are_named_before_anything_is_selected(items):
+    labels = ["thin" if n < 3 else "other" for n in range(len(items))]
+    with pytest.raises(SelectionError, match=r"at least 5 questions a group that were answered right.*in thin \(3\)"):
+        items.grouped(labels, minimum=5)
+    with pytest.raises(SelectionError, match=r"at least 4 questions a group are needed; fewer are in thin \(3\)"):
+        items.group_by(labels, balanced=4, condition="all")
+    with pytest.raises(SelectionError, match="0 questions per group were asked for; the least is 1"):
+        items.grouped(balanced=0)
+    with pytest.raises(SelectionError, match=r"fewer are in Brazil \(0\), Egypt \(0\)"):
+        items.grouped(condition="wrong", balanced=True)
+    with pytest.raises(SelectionError, match="no token was counted for Brazil"):
+        items.grouped(condition="wrong").check_counted()
+
+
+def test_questions_taken_twice_count_twice_and_groups_can_be_picked(items):
+    pool = items.grouped()
+    twice = pool.taken(np.concatenate([np.arange(len(pool.rows))] * 2))
+    assert twice.statistics == pool.statistics + pool.statistics
+    some = pool.select_groups(["Kenya", "Brazil"])
+    assert some.statistics == pool.statistics.select_groups(["Kenya", "Brazil"])
+    with pytest.raises(GroupError, match="group 'Mars' is not among these questions; they have Brazil"):
+        pool.select_groups(["Mars"])
+    assert repr(some).startswith("GroupedItems(24 questions: Kenya 12, Brazil 12; correct, over NeuronSpace(")
+
+
+def test_values_of_a_question_are_its_own_rows_over_its_own_tokens(items):
+    counts = np.fromfile(items.folder / "positive.bin", dtype="<u2").reshape(len(items), -1).astype(float)
+    sums = np.fromfile(items.folder / "total.bin", dtype="<f4").reshape(len(items), -1).astype(float)
+    tokens = items.tokens.numpy()[:, None]
+    pool = items.grouped(condition="all")
+    assert np.array_equal(pool.values("probability", slice(3, 50)), (counts / tokens)[:, 3:50])
+    assert np.array_equal(pool.values("mean", slice(0, 7)), (sums / tokens)[:, :7])
+    with pytest.raises(SelectionError, match=r"holds no maximum of each question: record_items\(…, maxima=True\)"):
+        pool.values("maximum", slice(0, 7))
+    with pytest.raises(SelectionError, match="on='median' does not exist; choose from mean, probability, maximum"):
+        pool.values("median", slice(0, 7))
+
+
+def test_maxima_are_the_highest_values_of_the_counted_tokens(paper_model, bare_model, tmp_path):
+    questions = some_questions(3)
+    space = paper_model.space(("language", "vision"), "gate")
+    recorded = vn.record_items(
+        paper_model, questions, tmp_path / "run", space, maxima=True, batch_size=2, progress=False
+    )
+    found = np.fromfile(tmp_path / "run" / "maximum.bin", dtype="<f4").reshape(3, -1)
+    for row in range(3):
+        batch = paper_model.prepare(questions[row : row + 1], padding_side="right")
+        with plain_hooks(bare_model) as values, torch.inference_mode():
+            bare_model(**batch)
+        counted = batch.tokens.counted("content")[0]
+        for site in space.sites:
+            (here,) = values[str(site)]
+            flat = here.reshape(-1, here.shape[-1])
+            expected = (here[0][counted] if site.tower == "language" else flat).amax(0)
+            assert np.allclose(found[row, space.slice(site)], expected.numpy(), rtol=1e-4, atol=1e-5), site
+    pool = recorded.grouped(condition="all")
+    assert np.array_equal(pool.values("maximum", slice(0, 9)), found[:, :9].astype(float))
+
+
+# -- files that survive --------------------------------------------------------------------------------------------
+
+
+def test_a_crash_between_any_two_writes_loses_nothing_and_counts_nothing_twice(planted, tmp_path, monkeypatch):
+    questions = planted.questions[:6]
+    vn.record_items(planted.model, questions, tmp_path / "whole", batch_size=2, progress=False)
+    real, crashes = os.fsync, 0
+
+    class Crash(BaseException):
+        pass
+
+    for place in range(1, 20):
+        folder, calls = tmp_path / f"crash-{place}", []
+
+        def fsync(handle, calls=calls, place=place):
+            calls.append(1)
+            if len(calls) == place:
+                raise Crash
+            real(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            vn.record_items(planted.model, questions, folder, batch_size=2, progress=False)
+        except Crash:
+            crashes += 1
+        monkeypatch.setattr(os, "fsync", real)
+        again = vn.record_items(planted.model, questions, folder, batch_size=2, progress=False)
+        again.verify()
+        _assert_same_files(tmp_path / "whole", folder)
+    assert crashes >= 7  # the manifest, and counts and records of three batches
+
+
+def test_a_half_written_row_is_written_again(planted, tmp_path):
+    questions = planted.questions[:4]
+    vn.record_items(planted.model, questions, tmp_path / "whole", batch_size=2, progress=False)
+    vn.record_items(planted.model, questions, tmp_path / "torn", batch_size=2, progress=False)
+    records = bytearray((tmp_path / "torn" / "items.bin").read_bytes())
+    size = len(records) // 4
+    records[2 * size :] = bytes(2 * size)  # the records of the last batch never came
+    (tmp_path / "torn" / "items.bin").write_bytes(records)
+    counts = bytearray((tmp_path / "torn" / "positive.bin").read_bytes())
+    counts[len(counts) // 2 + 5 :] = bytes(len(counts) - len(counts) // 2 - 5)  # and their rows came in part
+    (tmp_path / "torn" / "positive.bin").write_bytes(counts)
+    assert ItemStatistics.load(tmp_path / "torn").done.tolist() == [True, True, False, False]
+    vn.record_items(planted.model, questions, tmp_path / "torn", batch_size=2, progress=False)
+    _assert_same_files(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_damaged_record_is_noticed_too(planted, tmp_path):
+    vn.record_items(planted.model, planted.questions[:2], tmp_path / "run", progress=False)
+    data = bytearray((tmp_path / "run" / "items.bin").read_bytes())
+    data[6] ^= 1  # the number of tokens of the first question
+    (tmp_path / "run" / "items.bin").write_bytes(data)
+    with pytest.raises(FileFormatError, match="the counts of question 'Brazil-0' are damaged"):
+        ItemStatistics.load(tmp_path / "run", verify=True)
+
+
+def test_where_there_is_no_fcntl_the_lock_of_windows_is_used(planted, tmp_path, monkeypatch):
+    held = []
+
+    def locking(descriptor, mode, length):
+        if held:
+            raise OSError("locked")
+        held.append((mode, length))
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    made = vn.record_items(planted.model, planted.questions[:2], tmp_path / "run", progress=False)
+    assert made.complete
+    assert held == [(2, 1)]
+    with pytest.raises(MismatchError, match="is being recorded into by another process"):
+        vn.record_items(planted.model, planted.questions[:2], tmp_path / "run", progress=False)
+
+
+def test_rows_are_read_as_they_are_needed_not_all_at_once(tmp_path):
+    # 2,000 questions x 20,000 neurons: 80 MB on disk, of which a few MB may be in memory at a time.
+    space = NeuronSpace.from_widths("language", "gate", [20_000])
+    n = 2000
+    made = ItemStatistics._create(
+        tmp_path / "run", space, [Item(str(i), "AB"[i % 2], 0, {}) for i in range(n)], {}, ["positive"]
+    )
+    for start in range(0, n, 200):
+        rows = range(start, start + 200)
+        counts = np.broadcast_to(np.array(rows)[:, None] % 7, (200, 20_000))
+        made._write(rows, [0] * 200, [10] * 200, [0.0] * 200, {"positive": counts})
+    tracemalloc.start()
+    stats = made.group_by()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert stats.positive[0, 0].item() == sum(i % 7 for i in range(0, n, 2))
+    assert peak < 20 * 2**20

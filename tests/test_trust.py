@@ -8,7 +8,7 @@ import torch
 import vlmneurons as vn
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.items import Item, ItemStatistics
-from vlmneurons.selectors import CAS, MAD
+from vlmneurons.selectors import CAS, LAPE, MAD, AveragePrecision
 from vlmneurons.sites import NeuronSpace
 from vlmneurons.study import holm
 
@@ -40,15 +40,17 @@ def brute_force(items, weights, owners):
 
 
 def test_drawn_statistics_equal_sums_by_hand(noise):
-    from vlmneurons.trust import _Sample
+    from vlmneurons.trust import _drawn
 
-    sample = _Sample.of(noise, "group", "all")
+    sample = noise.grouped(condition="all")
     rng = np.random.default_rng(1)
     weights = rng.integers(0, 4, (5, 60)).astype(float)
     fixed = np.broadcast_to(sample.owner, weights.shape)
     shuffled = np.stack([rng.permutation(sample.owner) for _ in range(5)])
     for owners in (fixed, shuffled):
-        for draw, stats in enumerate(sample.drawn(owners, weights)):
+        for draw, one in enumerate(_drawn(sample, owners, weights)):
+            stats = one.statistics
+            assert stats == sample.taken(one.rows, one.owner).statistics  # rows are those of the pool, in order
             positive, tokens = brute_force(noise, weights[draw], owners[draw])
             assert np.array_equal(stats.positive.numpy(), positive)
             assert stats.tokens.tolist() == tokens.tolist()
@@ -149,7 +151,7 @@ def test_layer_profile_tells_a_crowded_layer_from_a_uniform_choice():
     assert table.loc["crowded", "gini"] == pytest.approx(0.75)
     assert table.loc["crowded", "entropy"] == 0.0
     assert table.loc["crowded", "top_layer"] == 1
-    assert table.loc["crowded", "gini"] > table.loc["crowded", "gini_high"]
+    assert table.loc["crowded", "gini"] > table.loc["crowded", "gini_uniform_high"]
     assert table.loc["spread", "gini"] == 0.0
     assert table.loc["spread", "entropy"] == pytest.approx(np.log(4))
     overlap = vn.overlap_by_layer(crowded, spread)
@@ -161,3 +163,129 @@ def test_holm_equals_a_computation_by_hand_and_keeps_nan():
     assert holm([0.01, 0.04, 0.03, np.nan]).tolist()[:3] == pytest.approx([0.03, 0.06, 0.06])
     assert np.isnan(holm([0.01, np.nan])[1])
     assert torch.equal(torch.tensor(holm([0.6, 0.7])), torch.tensor([1.0, 1.0], dtype=torch.float64))
+
+
+def test_every_function_takes_balanced_pools_and_names_thin_groups(noise):
+    labels = ["thin" if n < 6 else "AB"[n % 2] for n in range(60)]
+    table = vn.stability(noise, MAD(count=4), by=labels, condition="all", balanced=True, resamples=3)
+    assert table["questions"].tolist() == [6, 6, 6, 18]
+    table = vn.null_distribution(noise, MAD(count=4), by=labels, condition="all", balanced=5, permutations=3)
+    assert table["questions"].tolist() == [5, 5, 5]
+    for function, how in (
+        (vn.stability, {"resamples": 2}),
+        (vn.null_distribution, {"permutations": 2}),
+        (lambda *a, **k: list(vn.resampled_selections(*a, **k)), {"resamples": 2}),
+    ):
+        with pytest.raises(SelectionError, match=r"at least 10 questions a group are needed; fewer are in thin \(6\)"):
+            function(noise, MAD(count=4), by=labels, condition="all", minimum=10, **how)
+    pool = noise.grouped(labels, condition="all", balanced=5)
+    given = vn.stability(pool, MAD(count=4), resamples=3)
+    assert given["questions"].tolist() == [5, 5, 5, 15]
+    with pytest.raises(SelectionError, match="are grouped already: leave by and condition out"):
+        vn.stability(pool, MAD(count=4), by=labels)
+
+
+def test_pools_of_two_seeds_overlap_by_chance_in_noise_and_wholly_where_all_questions_are_alike(tmp_path, noise):
+    counts = np.zeros((30, 40), dtype=np.int64)
+    for n in range(30):
+        counts[n, [n % 3, 10 + n % 3]] = 40
+    alike = made_items(tmp_path / "alike", counts, [("A", "B", "C")[n % 3] for n in range(30)])
+    assert vn.stability(alike, CAS(count=2), method="pools", size=3, resamples=5)["jaccard"].eq(1).all()
+    table = vn.stability(noise, MAD(count=4), method="pools", size=4, resamples=40).set_index("group").loc["all"]
+    assert table["jaccard"] < 0.4
+    with pytest.raises(SelectionError, match="size belongs to method='pools'; 'halves' takes none"):
+        vn.stability(noise, MAD(count=4), method="halves", size=3)
+    with pytest.raises(SelectionError, match="at least 30 questions a group"):
+        vn.stability(noise, MAD(count=4), method="pools", size=30)
+
+
+def test_rules_that_look_at_single_questions_go_through_everything(noise):
+    rule = AveragePrecision(count=4, on="probability")
+    assert vn.stability(noise, rule, resamples=3)["jaccard"].between(0, 1).all()
+    table = vn.null_distribution(noise, rule, permutations=19, condition="all")
+    assert table["p"].between(0.05, 1).all()
+    both = (CAS().zscore() + AveragePrecision(on="probability").zscore()).take(count=4)
+    assert vn.stability(noise, both, resamples=3)["spearman"].between(-1, 1).all()
+    combined = CAS(count=4) | rule
+    assert vn.stability(noise, combined, resamples=3)["spearman"].isna().all()
+
+
+def test_a_group_for_which_nothing_is_selected_is_the_weakest(tmp_path):
+    counts = np.zeros((8, 6), dtype=np.int64)
+    counts[::2, 0] = 40  # group A leads at neuron 0, B nowhere
+    items = made_items(tmp_path / "one-sided", counts, ["A", "B"] * 4)
+    strength = vn.selection_strength(items, CAS(count=1))
+    assert strength == {"A": pytest.approx(0.8), "B": -np.inf}
+    table = vn.null_distribution(items, LAPE(count=1), permutations=19).set_index("group")
+    assert table.loc["B", "p"] == 1.0
+
+
+def test_the_family_error_of_many_groups_is_at_most_nominal(tmp_path):
+    families, values = [], []
+    for seed in range(40):
+        rng = np.random.default_rng(1000 + seed)
+        items = made_items(
+            tmp_path / str(seed), rng.binomial(3000, 0.2, (30, 24)), ["ABCDEF"[n % 6] for n in range(30)], tokens=3000
+        )
+        table = vn.null_distribution(items, MAD(count=3, signed=True), permutations=59, seed=seed)
+        families.append(table["p_holm"].min() <= 0.1)
+        values.append(table["p"].to_numpy())
+    assert np.mean(families) <= 0.1 + 3 * np.sqrt(0.1 * 0.9 / 40)
+    assert scipy.stats.kstest(np.array(values)[:, 0] - 1 / 120, "uniform").pvalue > 0.001
+
+
+def test_related_groups_are_told_from_unrelated_ones(tmp_path):
+    rng = np.random.default_rng(0)
+    rate = rng.uniform(0.2, 0.6, (4, 300))
+    rate[1] = 0.8 * rate[0] + 0.2 * rate[1]  # B is much like A
+    counts = np.concatenate([rng.binomial(200, rate[g], (10, 300)) for g in range(4)])
+    items = made_items(tmp_path / "related", counts, ["ABCD"[n // 10] for n in range(40)], tokens=200)
+    table = vn.relatedness(items, MAD(count=30, signed=True)).set_index(["first", "second"])
+    assert len(table) == 6
+    others = table.drop(("A", "B"))
+    for column in ("jaccard", "spearman", "profile"):
+        assert table.loc[("A", "B"), column] > others[column].max() + 0.2, column
+    p = items.group_by().probability.numpy()
+    p = p - p.mean(0)
+    assert table.loc[("A", "C"), "profile"] == pytest.approx(np.corrcoef(p[0], p[2])[0, 1])
+    scores = MAD(signed=True).score(items.group_by())
+    assert table.loc[("B", "D"), "spearman"] == pytest.approx(scipy.stats.spearmanr(scores[1], scores[3]).statistic)
+
+
+def test_layers_are_counted_against_a_uniform_choice_by_hand():
+    space = NeuronSpace.from_widths("language", "gate", [100, 300])
+    selection = vn.Selection(
+        {"A": vn.NeuronSet(space, [*range(15), 150, 151, 152, 153, 154]), "B": vn.NeuronSet.empty(space)}
+    )
+    table = vn.layer_counts(selection).set_index(["group", "layer"])
+    assert table.loc[("A", 0), ["neurons", "expected", "ratio"]].tolist() == [15, 5.0, 3.0]
+    assert table.loc[("A", 1), ["neurons", "expected"]].tolist() == [5, 15.0]
+    # 20 of 400 neurons, 100 of them in layer 0: 2.5 % and 97.5 % of the hypergeometric distribution.
+    frozen = scipy.stats.hypergeom(400, 100, 20)
+    assert frozen.cdf(table.loc[("A", 0), "low"] - 1) < 0.025 <= frozen.cdf(table.loc[("A", 0), "low"])
+    assert frozen.cdf(table.loc[("A", 0), "high"] - 1) < 0.975 <= frozen.cdf(table.loc[("A", 0), "high"])
+    assert table.loc[("B", 0), "expected"] == 0
+    assert np.isnan(table.loc[("B", 0), "ratio"])
+
+
+def test_layers_of_two_towers_are_told_apart():
+    space = NeuronSpace((vn.Site("language", 0), vn.Site("vision", 0)), (50, 50))
+    inside = vn.NeuronSet(space, range(10))
+    table = vn.layer_counts(vn.Selection({"A": inside}))
+    assert table[["tower", "neurons"]].to_numpy().tolist() == [["language", 10], ["vision", 0]]
+    assert vn.layer_profile(vn.Selection({"A": inside}))["gini"].tolist() == [0.5]
+    assert vn.overlap_by_layer(inside, inside)["both"].tolist() == [10, 0]
+
+
+def test_resampled_selections_give_an_interval_of_the_concentration(tmp_path):
+    rng = np.random.default_rng(0)
+    counts = rng.binomial(50, 0.3, (40, 60))
+    counts[::2, :8] += 12  # A's neurons lie in the first of two layers
+    items = made_items(tmp_path / "crowded", counts, ["A", "B"] * 20)
+    rule = CAS(count=6)
+    again = list(vn.resampled_selections(items, rule, resamples=30, seed=1))
+    assert [dict(one) for one in vn.resampled_selections(items, rule, resamples=30, seed=1)] == [dict(x) for x in again]
+    table = vn.layer_profile(rule.select(items), resampled=again).set_index("group")
+    assert table.loc["A", "gini_low"] == table.loc["A", "gini"] == 0.5
+    assert table.loc["A", "gini_uniform_high"] <= 0.5
+    assert table.loc["B", "gini_low"] < 0.5

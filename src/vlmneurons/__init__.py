@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from vlmneurons.ablation import Ablation
     from vlmneurons.answers import AnswerReader, Generate, Letters, TextLikelihood, parse_answer
     from vlmneurons.architectures import Architecture, register_architecture
+    from vlmneurons.attribution import attribute
     from vlmneurons.demo import demo_truth, load_demo
     from vlmneurons.errors import VLMNeuronsError
-    from vlmneurons.items import ItemStatistics
+    from vlmneurons.items import GroupedItems, ItemStatistics
     from vlmneurons.model import VLM
     from vlmneurons.neurons import NeuronSet, Selection
     from vlmneurons.plots import plot_layers, plot_matrix
@@ -26,23 +27,35 @@ if TYPE_CHECKING:
     from vlmneurons.recording import Recorder, record, record_items
     from vlmneurons.selectors import (
         CAS,
+        CNA,
         LAP,
         LAPE,
         MAD,
+        Attribution,
+        AveragePrecision,
         ConAct,
+        Conditions,
+        CRFusion,
+        IntegratedGradients,
+        Joint,
         LayerMatchedRandom,
         MostActive,
+        Overlap,
         RandomNeurons,
         Selector,
+        universal_neurons,
     )
     from vlmneurons.sites import NeuronSpace, Site
-    from vlmneurons.statistics import ActivationStatistics
+    from vlmneurons.statistics import ActivationStatistics, AttributionStatistics
     from vlmneurons.study import KnockoutResult, knockout
     from vlmneurons.trust import (
         agreement,
+        layer_counts,
         layer_profile,
         null_distribution,
         overlap_by_layer,
+        relatedness,
+        resampled_selections,
         sample_sizes,
         selection_strength,
         stability,
@@ -52,9 +65,10 @@ _PLACES = {
     "ablation": ("Ablation",),
     "answers": ("AnswerReader", "Generate", "Letters", "TextLikelihood", "parse_answer"),
     "architectures": ("Architecture", "register_architecture"),
+    "attribution": ("attribute",),
     "demo": ("demo_truth", "load_demo"),
     "errors": ("VLMNeuronsError",),
-    "items": ("ItemStatistics",),
+    "items": ("GroupedItems", "ItemStatistics"),
     "model": ("VLM",),
     "neurons": ("NeuronSet", "Selection"),
     "plots": ("plot_layers", "plot_matrix"),
@@ -62,23 +76,35 @@ _PLACES = {
     "recording": ("Recorder", "record", "record_items"),
     "selectors": (
         "CAS",
+        "CNA",
         "LAP",
         "LAPE",
         "MAD",
+        "Attribution",
+        "AveragePrecision",
+        "CRFusion",
         "ConAct",
+        "Conditions",
+        "IntegratedGradients",
+        "Joint",
         "LayerMatchedRandom",
         "MostActive",
+        "Overlap",
         "RandomNeurons",
         "Selector",
+        "universal_neurons",
     ),
     "sites": ("NeuronSpace", "Site"),
-    "statistics": ("ActivationStatistics",),
+    "statistics": ("ActivationStatistics", "AttributionStatistics"),
     "study": ("KnockoutResult", "knockout"),
     "trust": (
         "agreement",
+        "layer_counts",
         "layer_profile",
         "null_distribution",
         "overlap_by_layer",
+        "relatedness",
+        "resampled_selections",
         "sample_sizes",
         "selection_strength",
         "stability",
@@ -102,12 +128,24 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "ActivationStatistics",
     "record_items",
     "ItemStatistics",
+    "GroupedItems",
+    "attribute",
+    "AttributionStatistics",
+    "Conditions",
     "Selector",
     "CAS",
     "ConAct",
     "LAP",
     "LAPE",
     "MAD",
+    "AveragePrecision",
+    "CNA",
+    "universal_neurons",
+    "CRFusion",
+    "Overlap",
+    "Joint",
+    "Attribution",
+    "IntegratedGradients",
     "MostActive",
     "RandomNeurons",
     "LayerMatchedRandom",
@@ -119,6 +157,9 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "selection_strength",
     "sample_sizes",
     "agreement",
+    "relatedness",
+    "resampled_selections",
+    "layer_counts",
     "layer_profile",
     "overlap_by_layer",
     "AnswerReader",

@@ -4,10 +4,10 @@
 1 MB a question for a 7B model, so that another grouping (language, category, right against wrong, shuffled labels) or a
 bootstrap resample is a matter of adding rows up, not of running the model again.
 
-A folder holds ``manifest.json`` (written once, whole), ``items.bin`` (one small record a question) and
-``positive.bin`` (the counts, one row a question). A row is written before the record that says it is there, so a
-recording that is killed at any moment can be resumed with nothing lost but the batch it was at and nothing counted
-twice.
+A folder holds ``manifest.json`` (written once, whole), ``items.bin`` (one small record a question) and a file for each
+table, one row a question: ``positive.bin`` (the counts) and, if asked for, ``total.bin`` and ``maximum.bin``. A row is
+written before the record that says it is there, so a recording that is killed at any moment can be resumed with nothing
+lost but the batch it was at and nothing counted twice.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from vlmneurons.errors import FileFormatError, MismatchError, SelectionError
+from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
+from vlmneurons.questions import _hash
 from vlmneurons.sites import NeuronSpace
 from vlmneurons.statistics import ActivationStatistics
 
@@ -41,6 +42,9 @@ _RECORD = np.dtype(
 )
 _FILES = {"positive": np.dtype("<u2"), "reached": np.dtype("<u4"), "total": np.dtype("<f4"), "maximum": np.dtype("<f4")}
 _MOST = np.iinfo(np.uint16).max
+
+VALUES = ("mean", "probability", "maximum")
+"""What can be said of a neuron for one question; see `GroupedItems.values`."""
 
 Grouping = str | Callable[[Mapping[str, Any]], str | None] | Sequence[str | None]
 """Labels of questions: a column, a function of a question's columns, or one label each; None leaves a question out."""
@@ -198,10 +202,7 @@ class ItemStatistics:
         records["done"], records["chosen"] = 1, np.asarray(chosen)
         records["tokens"], records["margin"] = np.asarray(tokens), np.asarray(margins)
         for n in range(len(places)):
-            checksum = 0
-            for name in self.tables:
-                checksum = zlib.crc32(blocks[name][n].tobytes(), checksum)
-            records["checksum"][n] = checksum
+            records["checksum"][n] = _checksum(records[n], [blocks[name][n] for name in self.tables])
         with open(self.folder / "items.bin", "r+b") as file:
             for place, entry in zip(places.tolist(), records, strict=True):
                 file.seek(place * _RECORD.itemsize)
@@ -212,11 +213,9 @@ class ItemStatistics:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Refuse a second recording into one folder; the lock ends with the process, however it ends."""
-        import fcntl
-
-        with open(self.folder / ".lock", "w") as file:
+        with open(self.folder / ".lock", "a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file.fileno())
             except OSError as error:
                 raise MismatchError(f"{self.folder} is being recorded into by another process") from error
             yield
@@ -229,12 +228,8 @@ class ItemStatistics:
         """
         tables = [self._table(name) for name in self.tables]
         for row, entry in enumerate(self._records):
-            if entry["done"]:
-                checksum = 0
-                for table in tables:
-                    checksum = zlib.crc32(np.ascontiguousarray(table[row]).tobytes(), checksum)
-                if checksum != entry["checksum"]:
-                    raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
+            if entry["done"] and _checksum(entry, [table[row] for table in tables]) != entry["checksum"]:
+                raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -302,7 +297,7 @@ class ItemStatistics:
         return self.done & (self.correct == (condition == "correct"))
 
     def chunks(
-        self, rows: Sequence[int], table: str = "positive", size: int = 64
+        self, rows: Sequence[int] | np.ndarray, table: str = "positive", size: int = 64
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Rows of a table, some at a time: their places within ``rows``, and the values ``[row, neuron]``."""
         if table not in self.tables:
@@ -311,51 +306,260 @@ class ItemStatistics:
         for start in range(0, len(rows), size):
             yield slice(start, start + size), values[np.asarray(rows[start : start + size])]
 
-    def group_by(self, by: Grouping = "group", *, condition: str = "correct") -> ActivationStatistics:
-        """Statistics of the questions under any grouping, groups sorted; no model is run.
+    def grouped(
+        self,
+        by: Grouping = "group",
+        *,
+        condition: str = "correct",
+        balanced: bool | int = False,
+        minimum: int = 0,
+        seed: int = 0,
+    ) -> "GroupedItems":
+        """The questions of each group: a pool to select from, to resample, or to add up.
 
         Args:
             by: a column (see `columns`), a function from a question's columns to its label, or one label for each
                 question. A label of None leaves a question out.
             condition: which questions enter: ``"correct"``, ``"wrong"`` or ``"all"``.
+            balanced: the same number of questions of every group: True for as many as the smallest group has, or a
+                number. They are chosen by a seeded hash of their ids, as `QuestionSet.balanced` does (identification
+                pools of one size: Zhao et al. 2026, arXiv 2601.03115).
+            minimum: least number of questions that every group must have.
+            seed: of the choice of a balanced pool.
 
         Raises:
             MismatchError: the grouping does not fit.
-            SelectionError: no question is left.
+            SelectionError: no question has a label, or groups are thinner than ``minimum`` or ``balanced``; the message
+                names them.
+
+        Example:
+            ``items.grouped("category", balanced=50, minimum=50)``
         """
         labels = self.labels(by)
-        groups = sorted({label for label in labels if label is not None})
+        groups = tuple(sorted({label for label in labels if label is not None}))
         if not groups:
             raise SelectionError("no question has a label")
         index = {group: n for n, group in enumerate(groups)}
         kept = self.kept(condition).tolist()
         rows = [row for row, label in enumerate(labels) if label is not None and kept[row]]
         owner = np.array([index[labels[row]] for row in rows], dtype=np.int64)  # type: ignore[index]
-        positive = np.zeros((len(groups), len(self.space)), dtype=np.int64)
-        total = np.zeros(positive.shape) if "total" in self.tables else None
-        reached = np.zeros((len(groups), len(self.space.sites)), dtype=np.int64) if "reached" in self.tables else None
-        for name, sums in (("positive", positive), ("total", total), ("reached", reached)):
-            if sums is None:
-                continue
-            for place, values in self.chunks(rows, name):
-                for group in np.unique(owner[place]):
-                    sums[group] += values[owner[place] == group].sum(0, dtype=sums.dtype)
-        tokens = np.bincount(owner, self.tokens.numpy()[rows], minlength=len(groups)).astype(np.int64)
-        return ActivationStatistics(
-            space=self.space,
-            groups=tuple(groups),
-            positive=torch.from_numpy(positive),
-            tokens=torch.from_numpy(tokens),
-            items=torch.from_numpy(np.bincount(owner, minlength=len(groups)).astype(np.int64)),
-            routed=None if reached is None else torch.from_numpy(reached),
-            total=None if total is None else torch.from_numpy(total),
-            provenance={**self.provenance, "condition": condition},
-        )
+        pool = GroupedItems(self, np.array(rows, dtype=np.int64), owner, groups, condition)
+        pool.check_size(minimum)
+        return pool.balanced(None if balanced is True else balanced, seed=seed) if balanced is not False else pool
+
+    def group_by(
+        self,
+        by: Grouping = "group",
+        *,
+        condition: str = "correct",
+        balanced: bool | int = False,
+        minimum: int = 0,
+        seed: int = 0,
+    ) -> ActivationStatistics:
+        """Statistics of the questions under any grouping, groups sorted; no model is run.
+
+        The arguments are those of `grouped`. A group none of whose questions meets the condition has zeros.
+
+        Raises:
+            MismatchError: the grouping does not fit.
+            SelectionError: no question has a label, or groups are too thin.
+        """
+        return self.grouped(by, condition=condition, balanced=balanced, minimum=minimum, seed=seed).statistics
 
     def __repr__(self) -> str:
         done = int(self.done.sum())
         state = "" if done == len(self) else f", {done} of them recorded"
         return f"ItemStatistics({len(self)} questions{state}; {', '.join(self.tables)} over {self.space!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedItems:
+    """Questions of a recording, each in a group; made by `ItemStatistics.grouped`.
+
+    What rules that look at single questions select from (`vlmneurons.AveragePrecision`), and what the functions of
+    `vlmneurons.trust` resample and shuffle. Rules that need only the groups' counts select from its `statistics`.
+
+    Attributes:
+        recording: where the counts are.
+        rows: rows of the recording; one may stand several times, as in a bootstrap.
+        owner: for each of the rows the number of its group.
+        groups: names of the groups.
+        condition: which questions entered.
+    """
+
+    recording: ItemStatistics
+    rows: np.ndarray
+    owner: np.ndarray
+    groups: tuple[str, ...]
+    condition: str = "correct"
+
+    @property
+    def space(self) -> NeuronSpace:
+        """The neurons."""
+        return self.recording.space
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the recording says, and the condition."""
+        return {**self.recording.provenance, "condition": self.condition}
+
+    @property
+    def items(self) -> Int64[Tensor, " group"]:
+        """Number of questions of each group."""
+        return torch.from_numpy(np.bincount(self.owner, minlength=len(self.groups)).astype(np.int64))
+
+    @property
+    def tokens(self) -> Int64[Tensor, " group"]:
+        """Number of counted tokens of each group."""
+        tokens = np.zeros(len(self.groups), dtype=np.int64)
+        np.add.at(tokens, self.owner, self.recording.tokens.numpy()[self.rows])
+        return torch.from_numpy(tokens)
+
+    def check_size(self, minimum: int) -> None:
+        """Make sure that every group has questions enough.
+
+        Raises:
+            SelectionError: some have fewer; the message names them and says how many they have.
+        """
+        thin = [f"{group} ({n})" for group, n in zip(self.groups, self.items.tolist(), strict=True) if n < minimum]
+        if thin:
+            condition = "" if self.condition == "all" else f" that were answered {self._answered}"
+            raise SelectionError(
+                f"at least {minimum} questions a group{condition} are needed; fewer are in {', '.join(thin)}: leave "
+                "them out, or record more"
+            )
+
+    @property
+    def _answered(self) -> str:
+        return {"correct": "right", "wrong": "wrong"}.get(self.condition, self.condition)
+
+    def check_counted(self) -> None:
+        """Make sure that every group has counted tokens.
+
+        Raises:
+            SelectionError: some have none; the message names them.
+        """
+        missing = [group for group, n in zip(self.groups, self.tokens.tolist(), strict=True) if n == 0]
+        if missing:
+            raise SelectionError(
+                f"no token was counted for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out of "
+                "the grouping, or record more questions (perhaps none met the condition)"
+            )
+
+    def balanced(self, size: int | None = None, *, seed: int = 0) -> "GroupedItems":
+        """The same number of questions of every group, chosen by a seeded hash of their ids.
+
+        Args:
+            size: questions per group; by default as many as the smallest group has.
+            seed: of the choice.
+
+        Raises:
+            SelectionError: a group has fewer, or none; the message names the thin groups.
+        """
+        if size is not None and (isinstance(size, bool) or size < 1):
+            raise SelectionError(f"{size} questions per group were asked for; the least is 1")
+        self.check_size(1 if size is None else size)
+        size = int(self.items.min()) if size is None else size
+        items = self.recording.items
+        rank = np.argsort([_hash(seed, items[row].id) for row in self.rows], kind="stable")
+        kept = np.concatenate([rank[self.owner[rank] == group][:size] for group in range(len(self.groups))])
+        return self.taken(np.sort(kept))
+
+    def taken(self, places: np.ndarray, owner: np.ndarray | None = None) -> "GroupedItems":
+        """Some of the questions, by their places in `rows`, in the groups they have or in others."""
+        own = self.owner[places] if owner is None else owner
+        return GroupedItems(self.recording, self.rows[places], own, self.groups, self.condition)
+
+    def select_groups(self, groups: Sequence[str]) -> "GroupedItems":
+        """The questions of some groups, in the given order of groups.
+
+        Raises:
+            GroupError: no such group.
+        """
+        unknown = [group for group in groups if group not in self.groups]
+        if unknown:
+            raise GroupError(f"group {unknown[0]!r} is not among these questions; they have {', '.join(self.groups)}")
+        place = np.array([groups.index(g) if g in groups else -1 for g in self.groups], dtype=np.int64)
+        owner = place[self.owner]
+        kept = owner >= 0
+        return GroupedItems(self.recording, self.rows[kept], owner[kept], tuple(groups), self.condition)
+
+    @cached_property
+    def statistics(self) -> ActivationStatistics:
+        """The questions' counts added up by group, exactly."""
+        recording, n_groups = self.recording, len(self.groups)
+        sums: dict[str, np.ndarray] = {}
+        for name in recording.tables:
+            if name == "maximum":
+                continue
+            dtype = np.float64 if name == "total" else np.int64
+            sums[name] = np.zeros((n_groups, recording._columns(name)), dtype=dtype)
+            for group, own in enumerate(sums[name]):
+                for _, values in recording.chunks(self.rows[self.owner == group], name):
+                    own += values.sum(0, dtype=dtype)
+        return ActivationStatistics(
+            space=self.space,
+            groups=self.groups,
+            positive=torch.from_numpy(sums["positive"]),
+            tokens=self.tokens,
+            items=self.items,
+            routed=torch.from_numpy(sums["reached"]) if "reached" in sums else None,
+            total=torch.from_numpy(sums["total"]) if "total" in sums else None,
+            provenance=self.provenance,
+        )
+
+    def values(self, on: str, columns: slice) -> Float64[np.ndarray, "item neuron"]:
+        """One value for each question and neuron of a range.
+
+        Args:
+            on: ``"mean"`` (mean activation over the question's counted tokens; 0 if none reached the neuron),
+                ``"probability"`` (share of those tokens at which the neuron fired), or ``"maximum"`` (highest
+                activation among them; ``-inf`` if none reached the neuron).
+            columns: range of flat indices.
+
+        Raises:
+            SelectionError: no such value, or it was not recorded.
+        """
+        table = {"mean": "total", "probability": "positive", "maximum": "maximum"}.get(on)
+        if table is None:
+            raise SelectionError(f"on={on!r} does not exist; choose from {', '.join(VALUES)}")
+        recording = self.recording
+        if table not in recording.tables:
+            how = "magnitudes" if on == "mean" else "maxima"
+            raise SelectionError(f"this recording holds no {on} of each question: record_items(…, {how}=True)")
+        values = recording._table(table)[self.rows, columns].astype(np.float64)
+        if on == "maximum":
+            return values
+        if "reached" in recording.tables:
+            site = self.space.site_of[columns].numpy()
+            reached = recording._table("reached")[self.rows][:, site].astype(np.float64)
+        else:
+            reached = recording.tokens.numpy()[self.rows].astype(np.float64)[:, None]
+        return np.divide(values, reached, out=np.zeros_like(values), where=np.broadcast_to(reached > 0, values.shape))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
+        return f"GroupedItems({len(self.rows)} questions: {counts}; {self.condition}, over {self.space!r})"
+
+
+def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
+    """Of what a question's record says, and of its row in every table."""
+    checksum = zlib.crc32(b"".join(record[name].tobytes() for name in ("chosen", "tokens", "margin")))
+    for row in rows:
+        checksum = zlib.crc32(np.ascontiguousarray(row).tobytes(), checksum)
+    return checksum
+
+
+def _lock(descriptor: int) -> None:
+    """Take a lock on an open file that ends with the process; OSError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no fcntl, but a lock of its own
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -43,13 +43,16 @@ class _SiteCount:
         self.fired: Tensor | None = None
         self.tokens: Tensor | None = None
         self.total: Tensor | None = None
+        self.maximum: Tensor | None = None
         self.seen = 0
 
-    def add(self, fired: Tensor, tokens: Tensor, total: Tensor | None) -> None:
+    def add(self, fired: Tensor, tokens: Tensor, total: Tensor | None, maximum: Tensor | None = None) -> None:
         self.fired = fired if self.fired is None else self.fired + fired
         self.tokens = tokens if self.tokens is None else self.tokens + tokens
         if total is not None:
             self.total = total if self.total is None else self.total + total
+        if maximum is not None:
+            self.maximum = maximum if self.maximum is None else torch.maximum(self.maximum, maximum)
 
 
 class Recorder:
@@ -92,6 +95,7 @@ class Recorder:
             raise QuestionError(f"tokens={tokens!r} counts words; a vision tower has none. Record it with 'image'")
         self.tokens = tokens
         self.magnitudes = magnitudes
+        self._maxima = False
         self._sites = [_SiteCount(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
         # NaN and infinity pass from layer to layer, so a look at the last site is a look at all of them.
         decoder = [n for n, site in enumerate(self.space.sites) if site.tower == "language"]
@@ -245,7 +249,8 @@ class Recorder:
         total = None
         if self.magnitudes:
             total = torch.where(mask[..., None], values, 0).sum(1, dtype=torch.float64)
-        state.add(fired.to(torch.int64), mask.sum(1), total)
+        maximum = torch.where(mask[..., None], values, -torch.inf).amax(1).float() if self._maxima else None
+        state.add(fired.to(torch.int64), mask.sum(1), total, maximum)
 
     def _count_routed(
         self, number: int, values: Float[Tensor, "token neuron"], tokens: Int64[Tensor, " token"]
@@ -265,7 +270,8 @@ class Recorder:
         if self.magnitudes:
             total = torch.zeros(fired.shape, dtype=torch.float64, device=values.device)
             total.index_add_(0, row, values.to(torch.float64))
-        self._sites[number].add(fired, torch.bincount(row, minlength=n_rows), total)
+        maximum = _maxima_of(values, row, n_rows) if self._maxima else None
+        self._sites[number].add(fired, torch.bincount(row, minlength=n_rows), total, maximum)
 
     def _count_vision(self, number: int, values: Float[Tensor, "*any neuron"]) -> None:
         """Vision towers run on patches or crops; the leading dimension is cut into the questions' shares, in order."""
@@ -300,7 +306,8 @@ class Recorder:
         )
         if total is not None:
             total = torch.zeros(sums.shape, dtype=torch.float64, device=values.device).index_add_(0, owner, total)
-        state.add(sums, torch.bincount(owner, minlength=n_rows) * per_row.shape[1], total)
+        maximum = _maxima_of(per_row.amax(1), owner, n_rows) if self._maxima else None
+        state.add(sums, torch.bincount(owner, minlength=n_rows) * per_row.shape[1], total, maximum)
 
     # -- adding up -----------------------------------------------------------------------------------------------------
 
@@ -388,17 +395,20 @@ class Recorder:
         """Tables of the watched rows of a prepared batch, ``[row, …]``, and each row's number of counted tokens."""
         assert self._mask is not None
         rows = torch.tensor(self._rows)
-        positive, total, reached = [], [], []
+        positive, total, reached, maximum = [], [], [], []
         for count in self._sites:
             shape = (len(rows), count.width)
             positive.append(torch.zeros(shape, dtype=torch.int64) if count.fired is None else count.fired.cpu()[rows])
             total.append(torch.zeros(shape, dtype=torch.float64) if count.total is None else count.total.cpu()[rows])
+            none = torch.full(shape, -torch.inf)
+            maximum.append(none if count.maximum is None else count.maximum.cpu()[rows])
             reached.append(
                 torch.zeros(len(rows), dtype=torch.int64) if count.tokens is None else count.tokens.cpu()[rows]
             )
         at_sites = torch.stack(reached, 1)
         counted = at_sites.amax(1) if all(self._in_vision) else self._mask.sum(1).cpu()[rows]
         tables = {"positive": torch.cat(positive, 1), "total": torch.cat(total, 1), "reached": at_sites}
+        tables["maximum"] = torch.cat(maximum, 1)
         return {name: table.numpy() for name, table in tables.items()}, counted.numpy()
 
     # -- one batch of questions ----------------------------------------------------------------------------------------
@@ -413,6 +423,14 @@ class Recorder:
     def _forget(self) -> None:
         self._prepared, self._rows = None, []
         self._clear()
+
+
+def _maxima_of(values: Float[Tensor, "part neuron"], owner: Int64[Tensor, " part"], n_rows: int) -> Tensor:
+    """The highest value of each neuron among the parts of each row; ``-inf`` for a row without any."""
+    highest = torch.full((n_rows, values.shape[-1]), -torch.inf, dtype=torch.float32, device=values.device)
+    for row in owner.unique().tolist():  # a batch has few rows, and index_reduce_ warns that it may change
+        highest[row] = values[owner == row].amax(0)
+    return highest
 
 
 class _NotFinite(ActivationError):
@@ -529,6 +547,7 @@ def record_items(
     batch_size: int = 8,
     answer: str | AnswerReader | None = None,
     magnitudes: bool = False,
+    maxima: bool = False,
     progress: bool = True,
 ) -> ItemStatistics:
     """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
@@ -545,7 +564,8 @@ def record_items(
         tokens: which tokens count; see `record`.
         batch_size: questions a forward.
         answer: how answers are read; by default as the set says.
-        magnitudes: also keep each question's sum of every neuron's values, in float32.
+        magnitudes: also keep each question's sum of every neuron's values, in float32 (4 bytes a neuron and question).
+        maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
         progress: show a progress bar.
 
     Raises:
@@ -563,6 +583,7 @@ def record_items(
     reader = reader_of(questions.answer)
     recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
     recorder._strict = False
+    recorder._maxima = maxima
     uneven = len({site.tower for site in recorder.space}) > 1 or any(
         model.mlp_of(site).expert is not None or site.tower != "language" for site in recorder.space
     )
@@ -577,7 +598,7 @@ def record_items(
             "prompt": _rule_name(questions.prompt),
             "shuffle": questions.shuffle,
         },
-        ["positive", *(["reached"] if uneven else []), *(["total"] if magnitudes else [])],
+        ["positive", *["reached"] * uneven, *["total"] * magnitudes, *["maximum"] * maxima],
     )
     place = {item.id: row for row, item in enumerate(questions)}
     with statistics._locked(), recorder, torch.inference_mode():

@@ -4,8 +4,8 @@ Everything here works on `ItemStatistics`, so no model is run: questions are res
 whole pipeline from counts to selection is gone through again each time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 from scipy import stats as scipy_stats
 
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.items import Grouping, ItemStatistics
+from vlmneurons.items import GroupedItems, Grouping, ItemStatistics
 from vlmneurons.neurons import NeuronSet, Selection
-from vlmneurons.selectors import Selector
+from vlmneurons.selectors import CombinedSelector, Selector
+from vlmneurons.sites import NeuronSpace
 from vlmneurons.statistics import ActivationStatistics
 
 if TYPE_CHECKING:
@@ -24,176 +25,240 @@ if TYPE_CHECKING:
 _BLOCK = 256 * 2**20
 """Bytes of sums held at once."""
 
+_AS_RECORDED = "group"
 
-@dataclass(frozen=True)
-class _Sample:
-    """Questions that can be drawn from: their rows on disk and their groups."""
+METHODS = ("bootstrap", "halves", "pools")
+"""Questions drawn with replacement; two disjoint halves; two pools of one size with seeds of their own."""
 
-    items: ItemStatistics
-    rows: np.ndarray
-    owner: np.ndarray
-    groups: tuple[str, ...]
-    condition: str
 
-    @classmethod
-    def of(cls, items: ItemStatistics, by: Grouping, condition: str, minimum: int = 1) -> "_Sample":
-        labels = items.labels(by)
-        kept = items.kept(condition).tolist()
-        rows = np.array([n for n, label in enumerate(labels) if label is not None and kept[n]], dtype=np.int64)
-        groups = tuple(sorted({label for label in labels if label is not None}))
-        owner = np.array([groups.index(labels[row]) for row in rows], dtype=np.int64)  # type: ignore[arg-type]
-        counts = np.bincount(owner, minlength=len(groups))
-        thin = [f"{group} ({n})" for group, n in zip(groups, counts, strict=True) if n < minimum]
-        if thin:
-            raise SelectionError(f"at least {minimum} questions a group are needed; fewer are in {', '.join(thin)}")
-        return cls(items, rows, owner, groups, condition)
+def _pool(
+    items: ItemStatistics | GroupedItems,
+    by: Grouping,
+    condition: str,
+    balanced: bool | int,
+    minimum: int,
+    seed: int,
+) -> GroupedItems:
+    """The questions to draw from: those of a recording under a grouping, or the pool that is already there."""
+    if isinstance(items, ItemStatistics):
+        return items.grouped(by, condition=condition, balanced=balanced, minimum=minimum, seed=seed)
+    if not isinstance(items, GroupedItems):
+        raise SelectionError(f"questions are drawn from ItemStatistics or GroupedItems; got {type(items).__name__}")
+    if by != _AS_RECORDED or condition != "correct":
+        raise SelectionError("these questions are grouped already: leave by and condition out")
+    items.check_size(minimum)
+    return items if balanced is False else items.balanced(None if balanced is True else balanced, seed=seed)
 
-    def drawn(self, owners: np.ndarray, weights: np.ndarray) -> Iterator[ActivationStatistics]:
-        """Statistics of weighted questions, draw by draw.
 
-        Args:
-            owners: ``[draw, question]`` group of each question in each draw.
-            weights: ``[draw, question]`` how often each question counts, whole numbers.
-        """
-        items, n_groups = self.items, len(self.groups)
-        width = len(items.space)
-        step = max(1, _BLOCK // (8 * n_groups * width))
-        own_tokens = items.tokens.numpy()[self.rows]
-        for start in range(0, len(weights), step):
-            owner, weight = owners[start : start + step], weights[start : start + step]
-            n_draws = len(owner)
-            spread = np.zeros((n_draws, n_groups, len(self.rows)), dtype=np.float64)
-            np.put_along_axis(spread, owner[:, None], weight[:, None], 1)
-            sums = {
-                name: self._summed(name, torch.from_numpy(spread), fixed=bool((owner == owner[0]).all()))
-                for name in items.tables
-                if name != "maximum"
-            }
-            tokens = spread @ own_tokens
-            counts = spread.sum(-1)
-            for draw in range(n_draws):
-                yield ActivationStatistics(
-                    space=items.space,
-                    groups=self.groups,
-                    positive=sums["positive"][draw].to(torch.int64),
-                    tokens=torch.from_numpy(tokens[draw].astype(np.int64)),
-                    items=torch.from_numpy(counts[draw].astype(np.int64)),
-                    routed=sums["reached"][draw].to(torch.int64) if "reached" in sums else None,
-                    total=sums["total"][draw] if "total" in sums else None,
-                    provenance={**items.provenance, "condition": self.condition},
-                )
+def _drawn(pool: GroupedItems, owners: np.ndarray, weights: np.ndarray) -> Iterator[GroupedItems]:
+    """Weighted questions, draw by draw, with their statistics at hand.
 
-    def _summed(self, table: str, spread: torch.Tensor, *, fixed: bool) -> torch.Tensor:
-        """``[draw, group, column]`` weighted sums of a table's rows, as matrix products, a chunk of rows at a time."""
-        n_draws, n_groups, _ = spread.shape
-        columns = self.items._columns(table)
-        sums = torch.zeros((n_draws, n_groups, columns), dtype=torch.float64)
-        # Questions that stay in their groups: each group's sums need its own rows alone.
-        parts = [np.flatnonzero(self.owner == g) for g in range(n_groups)] if fixed else [np.arange(len(self.rows))]
-        for number, part in enumerate(parts):
-            where = slice(number, number + 1) if fixed else slice(0, n_groups)
-            for place, values in self.items.chunks(self.rows[part], table, size=256):
-                chosen = spread[:, where][:, :, torch.from_numpy(part[place])].flatten(0, 1)
-                numbers = torch.from_numpy(values.astype(np.float32))
-                # float32 is twice as fast, and exact as long as no sum can reach 2^24.
-                bound = float(chosen.sum(1).max()) * float(numbers.max()) if len(numbers) else 0.0
-                if table == "total" or bound >= 2**24:
-                    product = chosen @ numbers.double()
-                else:
-                    product = (chosen.float() @ numbers).double()
-                sums[:, where] += product.view(n_draws, -1, columns)
-        return sums
+    Args:
+        pool: the questions.
+        owners: ``[draw, question]`` group of each question in each draw.
+        weights: ``[draw, question]`` how often each question counts, whole numbers.
+    """
+    recording, n_groups = pool.recording, len(pool.groups)
+    step = max(1, _BLOCK // (8 * n_groups * len(pool.space)))
+    own_tokens = recording.tokens.numpy()[pool.rows]
+    for start in range(0, len(weights), step):
+        owner, weight = owners[start : start + step], weights[start : start + step]
+        n_draws = len(owner)
+        spread = np.zeros((n_draws, n_groups, len(pool.rows)), dtype=np.float64)
+        np.put_along_axis(spread, owner[:, None], weight[:, None], 1)
+        sums = {
+            name: _summed(pool, name, torch.from_numpy(spread), fixed=bool((owner == pool.owner).all()))
+            for name in recording.tables
+            if name != "maximum"
+        }
+        tokens = spread @ own_tokens
+        counts = spread.sum(-1)
+        for draw in range(n_draws):
+            one = pool.taken(
+                np.repeat(np.arange(len(pool.rows)), weight[draw].astype(np.int64)),
+                np.repeat(owner[draw], weight[draw].astype(np.int64)),
+            )
+            # As the cached property would have it, had it read the questions one by one.
+            one.__dict__["statistics"] = ActivationStatistics(
+                space=pool.space,
+                groups=pool.groups,
+                positive=sums["positive"][draw].to(torch.int64),
+                tokens=torch.from_numpy(tokens[draw].astype(np.int64)),
+                items=torch.from_numpy(counts[draw].astype(np.int64)),
+                routed=sums["reached"][draw].to(torch.int64) if "reached" in sums else None,
+                total=sums["total"][draw].double() if "total" in sums else None,
+                provenance=pool.provenance,
+            )
+            yield one
+
+
+def _summed(pool: GroupedItems, table: str, spread: torch.Tensor, *, fixed: bool) -> torch.Tensor:
+    """``[draw, group, column]`` weighted sums of a table's rows, as matrix products, a chunk of rows at a time."""
+    n_draws, n_groups, _ = spread.shape
+    columns = pool.recording._columns(table)
+    sums = torch.zeros((n_draws, n_groups, columns), dtype=torch.float64)
+    # Questions that stay in their groups: each group's sums need its own rows alone.
+    parts = [np.flatnonzero(pool.owner == g) for g in range(n_groups)] if fixed else [np.arange(len(pool.rows))]
+    for number, part in enumerate(parts):
+        where = slice(number, number + 1) if fixed else slice(0, n_groups)
+        for place, values in pool.recording.chunks(pool.rows[part], table, size=256):
+            chosen = spread[:, where][:, :, torch.from_numpy(part[place])].flatten(0, 1)
+            numbers = torch.from_numpy(values.astype(np.float32))
+            # float32 is twice as fast, and exact as long as no sum can reach 2^24.
+            bound = float(chosen.sum(1).max()) * float(numbers.max()) if len(numbers) else 0.0
+            if table == "total" or bound >= 2**24:
+                product = chosen @ numbers.double()
+            else:
+                product = chosen.float() @ numbers
+            sums[:, where] += product.view(n_draws, -1, columns)
+    return sums
+
+
+def _draw_weights(pool: GroupedItems, method: str, resamples: int, size: int | None, seed: int) -> Iterator[np.ndarray]:
+    """For each resample how often each question counts: one set of weights, or the two that are compared."""
+    generator = np.random.default_rng(seed)
+    members = [np.flatnonzero(pool.owner == group) for group in range(len(pool.groups))]
+    first = np.zeros((resamples, len(pool.rows)))
+    second = np.zeros_like(first)
+    for draw in range(resamples):
+        for own in members:
+            if method == "bootstrap":
+                first[draw, own] = generator.multinomial(len(own), np.full(len(own), 1 / len(own)))
+            elif method == "halves":
+                order = generator.permutation(own)
+                first[draw, order[: len(own) // 2]] = 1
+                second[draw, order[len(own) // 2 :]] = 1
+            else:
+                assert size is not None
+                first[draw, generator.permutation(own)[:size]] = 1
+                second[draw, generator.permutation(own)[:size]] = 1
+    yield first
+    if method != "bootstrap":
+        yield second
+
+
+def resampled_selections(
+    items: ItemStatistics | GroupedItems,
+    selector: Selector,
+    *,
+    by: Grouping = _AS_RECORDED,
+    condition: str = "correct",
+    balanced: bool | int = False,
+    minimum: int = 2,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Iterator[Selection]:
+    """The selection from questions drawn with replacement within each group, again and again.
+
+    For intervals of whatever is computed from a selection: `layer_profile` takes them.
+
+    Args:
+        items: counts of every question.
+        selector: what selects.
+        by: the grouping; see `ItemStatistics.grouped`.
+        condition: which questions enter.
+        balanced: cut the pool to the same number of questions of every group; see `ItemStatistics.grouped`.
+        minimum: least number of questions of every group.
+        resamples: how many times.
+        seed: of the draws, and of the balanced pool.
+
+    Raises:
+        SelectionError: a group has fewer questions than ``minimum``; the message names it.
+    """
+    pool = _pool(items, by, condition, balanced, minimum, seed)
+    (weights,) = _draw_weights(pool, "bootstrap", resamples, None, seed)
+    for one in _drawn(pool, np.broadcast_to(pool.owner, weights.shape), weights):
+        yield selector.select(one)
 
 
 def stability(
-    items: ItemStatistics,
+    items: ItemStatistics | GroupedItems,
     selector: Selector,
     *,
-    by: Grouping = "group",
+    by: Grouping = _AS_RECORDED,
     condition: str = "correct",
+    balanced: bool | int = False,
+    minimum: int = 2,
     method: str = "bootstrap",
+    size: int | None = None,
     resamples: int = 200,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> "pd.DataFrame":
     """Would other questions have given the same neurons?
 
+    For other prompts, other checkpoints or other seeds of the recording itself, select from each and use `agreement`.
+
     Args:
         items: counts of every question.
         selector: what selects.
-        by: the grouping; see `ItemStatistics.group_by`.
+        by: the grouping; see `ItemStatistics.grouped`.
         condition: which questions enter.
+        balanced: cut the pool to the same number of questions of every group; see `ItemStatistics.grouped`.
+        minimum: least number of questions of every group, at least 2.
         method: ``"bootstrap"`` compares the selection with that from questions drawn with replacement within each
-            group; ``"halves"`` compares the selections from two disjoint random halves of each group.
+            group; ``"halves"`` compares the selections from two disjoint random halves of each group; ``"pools"`` those
+            from two random pools of ``size`` questions a group, as two seeds of a balanced pool would give.
+        size: questions a group of each of the ``"pools"``; half of the smallest group unless given.
         resamples: how many times.
         confidence: level of the percentile interval of the overlap.
-        seed: of the draws.
+        seed: of the draws, and of the balanced pool.
 
     Returns:
         A row for each group, and their mean as ``"all"``: ``jaccard`` (mean overlap), ``jaccard_low``,
         ``jaccard_high``, ``chance`` (expected overlap of two random sets of these sizes), ``spearman`` (mean rank
-        correlation of the scores of all neurons; NaN for selectors without scores).
+        correlation of the scores of all neurons; NaN for selectors without scores). Halves are smaller than the pool,
+        so they understate how stable a selection from the whole pool is; a bootstrap shares questions with it, so it
+        overstates.
 
     Raises:
-        SelectionError: fewer than two questions in a group, or no such method.
+        SelectionError: a group has fewer questions than are needed (the message names it), or no such method.
     """
     import pandas as pd
 
-    if method not in ("bootstrap", "halves"):
-        raise SelectionError(f"method={method!r} does not exist; choose from bootstrap, halves")
-    sample = _Sample.of(items, by, condition, minimum=2)
-    generator = np.random.default_rng(seed)
-    full = items.group_by(by, condition=condition)
-    reference = selector.select(full)
-    members = [np.flatnonzero(sample.owner == group) for group in range(len(sample.groups))]
-    weights = np.zeros((resamples, len(sample.rows)))
-    for draw in range(resamples):
-        for own in members:
-            if method == "bootstrap":
-                weights[draw, own] = generator.multinomial(len(own), np.full(len(own), 1 / len(own)))
-            else:
-                weights[draw, generator.permutation(own)[: len(own) // 2]] = 1
-    owners = np.broadcast_to(sample.owner, weights.shape)
-    pairs: Iterator[tuple[Selection, np.ndarray | None, Selection, np.ndarray | None]]
-    if method == "bootstrap":
-        ranks = _ranks(selector, full)
-        pairs = (
-            (reference, ranks, selector.select(one), _ranks(selector, one)) for one in sample.drawn(owners, weights)
-        )
-    else:
-        halves = zip(sample.drawn(owners, weights), sample.drawn(owners, 1 - weights), strict=True)
-        pairs = ((selector.select(a), _ranks(selector, a), selector.select(b), _ranks(selector, b)) for a, b in halves)
+    if method not in METHODS:
+        raise SelectionError(f"method={method!r} does not exist; choose from {', '.join(METHODS)}")
+    if size is not None and method != "pools":
+        raise SelectionError(f"size belongs to method='pools'; {method!r} takes none")
+    pool = _pool(items, by, condition, balanced, max(2, minimum), seed)
+    if method == "pools":
+        size = int(pool.items.min()) // 2 if size is None else size
+        pool.check_size(size)
+    owners = np.broadcast_to(pool.owner, (resamples, len(pool.rows)))
+    sides = [_drawn(pool, owners, weights) for weights in _draw_weights(pool, method, resamples, size, seed)]
+    whole = (selector.select(pool), _ranks(selector, pool)) if len(sides) == 1 else None
     overlaps, chances, correlations = [], [], []
-    for first, first_ranks, second, second_ranks in pairs:
-        overlaps.append([first[group].jaccard(second[group]) for group in sample.groups])
-        chances.append([first[group].expected_jaccard(second[group]) for group in sample.groups])
-        correlations.append(_correlations(first_ranks, second_ranks, len(sample.groups)))
+    for draws in zip(*sides, strict=True):
+        chosen = [(selector.select(one), _ranks(selector, one)) for one in draws]
+        (first, first_ranks), (second, second_ranks) = (whole, chosen[0]) if whole is not None else chosen
+        overlaps.append([first[group].jaccard(second[group]) for group in pool.groups])
+        chances.append([first[group].expected_jaccard(second[group]) for group in pool.groups])
+        correlations.append(_correlations(first_ranks, second_ranks, len(pool.groups)))
     overlap, chance, correlation = np.array(overlaps), np.array(chances), np.array(correlations)
     tail = 50 * (1 - confidence)
     rows = []
-    for n, group in enumerate([*sample.groups, "all"]):
-        values = overlap.mean(1) if group == "all" else overlap[:, n]
+    for n, group in enumerate([*pool.groups, "all"]):
+        values = overlap.mean(1) if n == len(pool.groups) else overlap[:, n]
         low, high = np.percentile(values, [tail, 100 - tail])
         rows.append(
             {
                 "group": group,
-                "questions": len(sample.rows) if group == "all" else len(members[n]),
+                "questions": len(pool.rows) if n == len(pool.groups) else int(pool.items[n]),
                 "jaccard": values.mean(),
                 "jaccard_low": low,
                 "jaccard_high": high,
-                "chance": chance.mean() if group == "all" else chance[:, n].mean(),
-                "spearman": correlation.mean() if group == "all" else correlation[:, n].mean(),
+                "chance": chance.mean() if n == len(pool.groups) else chance[:, n].mean(),
+                "spearman": correlation.mean() if n == len(pool.groups) else correlation[:, n].mean(),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _ranks(selector: Selector, stats: ActivationStatistics) -> np.ndarray | None:
+def _ranks(selector: Selector, evidence: Any) -> np.ndarray | None:
     """Standardised ranks of all neurons, ``[group, neuron]``; None for combinations of sets, which have no scores."""
-    try:
-        scores = selector.score(stats).numpy()
-    except SelectionError:
+    if isinstance(selector, CombinedSelector):
         return None
+    scores = selector.score(selector.read(evidence)).numpy()
     ranks = scipy_stats.rankdata(scores, axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     length = np.sqrt((ranks**2).sum(1, keepdims=True))
@@ -206,27 +271,30 @@ def _correlations(first: np.ndarray | None, second: np.ndarray | None, n_groups:
     return (first * second).sum(1).tolist()
 
 
-Measure = Callable[[ActivationStatistics, Selector], Mapping[str, float]]
+Measure = Callable[[Any, Selector], Mapping[str, float]]
 
 
-def selection_strength(stats: ActivationStatistics, selector: Selector) -> dict[str, float]:
+def selection_strength(evidence: Any, selector: Selector) -> dict[str, float]:
     """Mean score of each group's selected neurons: what `null_distribution` compares unless told otherwise.
 
-    A group for which nothing is selected has 0, less than any selected neuron of a contrastive selector.
+    A group for which nothing is selected has ``-inf``, less than any selection.
     """
+    stats = selector.read(evidence)
     scores, selection = selector.score(stats), selector.select(stats)
     return {
-        group: float(scores[row, selection[group].indices].mean()) if len(selection[group]) else 0.0
+        group: float(scores[row, selection[group].indices].mean()) if len(selection[group]) else -np.inf
         for row, group in enumerate(stats.groups)
     }
 
 
 def null_distribution(
-    items: ItemStatistics,
+    items: ItemStatistics | GroupedItems,
     selector: Selector,
     *,
-    by: Grouping = "group",
+    by: Grouping = _AS_RECORDED,
     condition: str = "correct",
+    balanced: bool | int = False,
+    minimum: int = 1,
     permutations: int = 200,
     measure: Measure = selection_strength,
     seed: int = 0,
@@ -235,42 +303,48 @@ def null_distribution(
 
     A best-of-many selection always finds something; only its strength under shuffled labels says what that is worth.
     The p-value of a group is ``(1 + shuffles at least as strong) / (1 + shuffles)``, exact under exchangeability of the
-    questions (Phipson & Smyth 2010), and never 0.
+    questions (Phipson & Smyth 2010), and never 0. The hypothesis is that *no* group differs: where one group does, the
+    shuffles of the others contain its questions too.
 
     Args:
         items: counts of every question.
         selector: what selects.
         by: the grouping; its labels are shuffled among the questions that meet the condition.
         condition: which questions enter.
+        balanced: cut the pool to the same number of questions of every group; see `ItemStatistics.grouped`.
+        minimum: least number of questions of every group.
         permutations: how many shuffles.
-        measure: strength of each group's selection, higher is stronger.
-        seed: of the shuffles.
+        measure: strength of each group's selection, higher is stronger; gets the (grouped) questions and the selector.
+        seed: of the shuffles, and of the balanced pool.
 
     Returns:
         A row for each group: ``strength``, ``null_mean``, ``null_high`` (95th percentile of the shuffles), ``p``,
         ``p_holm`` (Holm: any false finding) and ``p_bh`` (Benjamini & Hochberg: share of false findings).
+
+    Raises:
+        SelectionError: a single group, or one with fewer questions than ``minimum``; the message names it.
     """
     import pandas as pd
 
     from vlmneurons.study import holm
 
-    sample = _Sample.of(items, by, condition)
-    if len(sample.groups) < 2:
-        raise SelectionError(f"labels of one group cannot be shuffled; got only {sample.groups[0]}")
+    pool = _pool(items, by, condition, balanced, max(1, minimum), seed)
+    if len(pool.groups) < 2:
+        raise SelectionError(f"labels of one group cannot be shuffled; got only {pool.groups[0]}")
     generator = np.random.default_rng(seed)
-    observed = measure(items.group_by(by, condition=condition), selector)
-    owners = np.stack([generator.permutation(sample.owner) for _ in range(permutations)])
-    drawn = [measure(stats, selector) for stats in sample.drawn(owners, np.ones(owners.shape))]
-    null = np.array([[one[group] for group in sample.groups] for one in drawn])
-    strength = np.array([observed[group] for group in sample.groups])
+    observed = measure(pool, selector)
+    owners = np.stack([generator.permutation(pool.owner) for _ in range(permutations)])
+    drawn = [measure(one, selector) for one in _drawn(pool, owners, np.ones(owners.shape))]
+    null = np.array([[one[group] for group in pool.groups] for one in drawn])
+    strength = np.array([observed[group] for group in pool.groups])
     p = (1 + (null >= strength).sum(0)) / (1 + permutations)
     return pd.DataFrame(
         {
-            "group": sample.groups,
-            "questions": np.bincount(sample.owner, minlength=len(sample.groups)),
+            "group": pool.groups,
+            "questions": pool.items.numpy(),
             "strength": strength,
             "null_mean": null.mean(0),
-            "null_high": np.percentile(null, 95, axis=0),
+            "null_high": np.percentile(null, 95, axis=0, method="higher"),
             "p": p,
             "p_holm": holm(p.tolist()),
             "p_bh": scipy_stats.false_discovery_control(p),
@@ -279,16 +353,16 @@ def null_distribution(
 
 
 def sample_sizes(
-    items: ItemStatistics,
+    items: ItemStatistics | GroupedItems,
     selector: Selector,
     sizes: Sequence[int],
     *,
-    by: Grouping = "group",
+    by: Grouping = _AS_RECORDED,
     condition: str = "correct",
     repeats: int = 20,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """How many questions a group are enough? Overlap of the selection from few questions with that from all.
+    """How many questions a group are enough? The selection from few questions against that from all.
 
     Args:
         items: counts of every question.
@@ -300,29 +374,34 @@ def sample_sizes(
         seed: of the draws.
 
     Returns:
-        A row for each size and group: ``size``, ``group``, ``jaccard`` (mean over draws), ``jaccard_low`` and
-        ``jaccard_high`` (smallest and largest), ``chance``.
+        A row for each size and group: ``size``, ``group``, ``jaccard`` (overlap with the selection from all questions,
+        mean over draws), ``jaccard_low`` and ``jaccard_high`` (smallest and largest), ``chance``, and ``between``, the
+        mean overlap of two draws of this size. All questions contain the few, so ``jaccard`` is 1 at the size of the
+        group; ``between`` is not flattered in this way as long as the size is well below it.
 
     Raises:
-        SelectionError: a group has fewer questions than a size; the message names it.
+        SelectionError: no size, one below 1, or a group that has fewer questions than a size; the message names it.
     """
     import pandas as pd
 
-    sample = _Sample.of(items, by, condition, minimum=max(sizes))
+    if not len(sizes) or min(sizes) < 1:
+        raise SelectionError(f"sizes are numbers of questions, at least 1; got {list(sizes)}")
+    pool = _pool(items, by, condition, False, max(sizes), seed)
     generator = np.random.default_rng(seed)
-    reference = selector.select(items.group_by(by, condition=condition))
-    members = [np.flatnonzero(sample.owner == group) for group in range(len(sample.groups))]
+    reference = selector.select(pool)
+    members = [np.flatnonzero(pool.owner == group) for group in range(len(pool.groups))]
     rows = []
     for size in sizes:
-        weights = np.zeros((repeats, len(sample.rows)))
+        weights = np.zeros((repeats, len(pool.rows)))
         for draw in range(repeats):
             for own in members:
                 weights[draw, generator.choice(own, size, replace=False)] = 1
-        owners = np.broadcast_to(sample.owner, weights.shape)
-        selections = [selector.select(stats) for stats in sample.drawn(owners, weights)]
-        for group in sample.groups:
+        owners = np.broadcast_to(pool.owner, weights.shape)
+        selections = [selector.select(one) for one in _drawn(pool, owners, weights)]
+        for group in pool.groups:
             overlap = [one[group].jaccard(reference[group]) for one in selections]
             chance = [one[group].expected_jaccard(reference[group]) for one in selections]
+            between = [a[group].jaccard(b[group]) for a, b in itertools.pairwise(selections)]
             rows.append(
                 {
                     "size": size,
@@ -330,6 +409,7 @@ def sample_sizes(
                     "jaccard": np.mean(overlap),
                     "jaccard_low": np.min(overlap),
                     "jaccard_high": np.max(overlap),
+                    "between": np.mean(between) if between else float("nan"),
                     "chance": np.mean(chance),
                 }
             )
@@ -366,49 +446,150 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["first", "second", "group", "jaccard", "chance"])
 
 
-def layer_profile(
-    selection: Selection, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> "pd.DataFrame":
-    """Where in the model each group's neurons lie, against a uniform choice of as many neurons.
+def relatedness(evidence: Any, selector: Selector) -> "pd.DataFrame":
+    """Whose neurons resemble whose? For each pair of groups, how alike their sets and their scores are.
 
     Args:
-        selection: the neurons.
-        resamples: uniform choices that the expectation and its interval are estimated from.
-        confidence: level of that interval.
-        seed: of the uniform choices.
+        evidence: what the selector selects from.
+        selector: what selects. Rules that give a neuron to one group only (`CAS`, `LAPE`) have disjoint sets and
+            scores that exclude each other; `MAD` or `LAP` show relations.
 
     Returns:
-        A row for each group: ``neurons``, ``gini`` (0: spread evenly over layers, towards 1: in one layer) and
-        ``entropy`` (nats, of the shares of the layers), each with ``_low`` and ``_high``: the interval that a uniform
-        choice of as many neurons falls into; and ``top_layer``, the layer with most neurons, with ``top_share`` and
-        ``top_expected``, that layer's share of all neurons.
+        A row for each pair: ``first``, ``second``, ``jaccard`` of their sets, ``chance`` (of two random sets of these
+        sizes), ``spearman`` (rank correlation of the scores of all neurons; NaN for selectors without scores) and
+        ``profile`` (correlation, over neurons, of the groups' activation probabilities less the mean over groups; NaN
+        where there are no counts). With ``n`` unrelated groups the profiles correlate by ``-1 / (n - 1)``, not by 0.
     """
     import pandas as pd
 
-    space = selection.space
-    layers = list(space.layers)
-    layer_of = np.searchsorted(layers, space.layer_of.numpy())
-    sizes = np.bincount(layer_of, minlength=len(layers))
-    generator = np.random.default_rng(seed)
-    tail = 50 * (1 - confidence)
-    known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    selection = selector.select(evidence)
+    ranks = _ranks(selector, evidence)
+    stats = evidence.grouped() if isinstance(evidence, ItemStatistics) else evidence
+    stats = stats.statistics if isinstance(stats, GroupedItems) else stats
+    profile = None
+    if isinstance(stats, ActivationStatistics):
+        profile = stats.probability.numpy()
+        profile -= profile.mean(0)
+        profile -= profile.mean(1, keepdims=True)
+        length = np.linalg.norm(profile, axis=1, keepdims=True)
+        profile = np.divide(profile, length, out=np.zeros_like(profile), where=length > 0)
+    rows = []
+    for n, first in enumerate(selection.groups):
+        for m, second in enumerate(selection.groups[n + 1 :], start=n + 1):
+            rows.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "jaccard": selection[first].jaccard(selection[second]),
+                    "chance": selection[first].expected_jaccard(selection[second]),
+                    "spearman": float("nan") if ranks is None else float(ranks[n] @ ranks[m]),
+                    "profile": float("nan") if profile is None else float(profile[n] @ profile[m]),
+                }
+            )
+    return pd.DataFrame(rows, columns=["first", "second", "jaccard", "chance", "spearman", "profile"])
+
+
+def _layers(space: NeuronSpace) -> tuple[list[tuple[str, int]], np.ndarray, np.ndarray]:
+    """The layers (of two towers, two layers), each neuron's, and their numbers of neurons."""
+    labels = list(dict.fromkeys((site.tower, site.layer) for site in space.sites))
+    of_site = np.array([labels.index((site.tower, site.layer)) for site in space.sites])
+    layer_of = of_site[space.site_of.numpy()]
+    return labels, layer_of, np.bincount(layer_of, minlength=len(labels))
+
+
+def layer_counts(selection: Selection, *, confidence: float = 0.95) -> "pd.DataFrame":
+    """How many of each group's neurons lie in each layer, against a uniform choice of as many neurons.
+
+    Args:
+        selection: the neurons.
+        confidence: level of the interval of a uniform choice.
+
+    Returns:
+        A row for each group and layer: ``group``, ``tower``, ``layer``, ``neurons``, ``expected`` under uniform choice,
+        ``low`` and ``high`` (the interval that a uniform choice falls into; hypergeometric, exact for one layer, not
+        for all of them at once) and ``ratio``, neurons over expected.
+    """
+    import pandas as pd
+
+    labels, layer_of, sizes = _layers(selection.space)
+    tail = (1 - confidence) / 2
     rows = []
     for group, neurons in selection.items():
-        counts = np.bincount(layer_of[neurons.indices.numpy()], minlength=len(layers))
-        size = len(neurons)
+        counts = np.bincount(layer_of[neurons.indices.numpy()], minlength=len(labels))
+        low, high = scipy_stats.hypergeom.ppf([[tail], [1 - tail]], sizes.sum(), sizes, len(neurons))
+        expected = len(neurons) * sizes / sizes.sum()
+        for n, (tower, layer) in enumerate(labels):
+            rows.append(
+                {
+                    "group": group,
+                    "tower": tower,
+                    "layer": layer,
+                    "neurons": int(counts[n]),
+                    "expected": expected[n],
+                    "low": int(low[n]),
+                    "high": int(high[n]),
+                    "ratio": counts[n] / expected[n] if len(neurons) else float("nan"),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def layer_profile(
+    selection: Selection,
+    *,
+    resampled: Iterable[Selection] = (),
+    uniform: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """How concentrated each group's neurons are in a few layers, against a uniform choice of as many neurons.
+
+    Args:
+        selection: the neurons.
+        resampled: selections from resampled questions, for intervals of the concentration; see `resampled_selections`.
+        uniform: number of uniform choices that their interval is estimated from.
+        confidence: level of the intervals.
+        seed: of the uniform choices.
+
+    Returns:
+        A row for each group: ``neurons``; ``gini`` (0: spread evenly over layers, towards 1: in one layer) and
+        ``entropy`` (nats, of the shares of the layers), each with ``_uniform_low`` and ``_uniform_high``, the interval
+        that a uniform choice of as many neurons falls into, and, if there are resampled selections, ``_low`` and
+        ``_high``; and ``top_tower`` and ``top_layer``, where most neurons are, with ``top_share`` of the neurons and
+        ``top_expected``, that layer's share of all neurons. Resampled selections are less concentrated the less stable
+        they are, so their interval need not contain the value.
+    """
+    import pandas as pd
+
+    labels, layer_of, sizes = _layers(selection.space)
+    generator = np.random.default_rng(seed)
+    tails = [50 * (1 - confidence), 100 - 50 * (1 - confidence)]
+
+    def counted(neurons: NeuronSet) -> np.ndarray:
+        return np.bincount(layer_of[neurons.indices.numpy()], minlength=len(labels))
+
+    again: dict[str, list[np.ndarray]] = {group: [] for group in selection}
+    for other in resampled:
+        for group in selection:
+            if len(other[group]):
+                again[group].append(counted(other[group]))
+    known: dict[int, np.ndarray] = {}
+    rows = []
+    for group, neurons in selection.items():
+        counts, size = counted(neurons), len(neurons)
         row: dict[str, Any] = {"group": group, "neurons": size}
         if size:
             if size not in known:
-                uniform = generator.multivariate_hypergeometric(sizes, size, resamples, method="marginals")
-                known[size] = (_gini(uniform), _entropy(uniform))
-            for name, value, null in zip(
-                ("gini", "entropy"), (_gini(counts), _entropy(counts)), known[size], strict=True
-            ):
-                row[name] = float(value)
-                row[f"{name}_low"], row[f"{name}_high"] = np.percentile(null, [tail, 100 - tail])
+                known[size] = generator.multivariate_hypergeometric(sizes, size, uniform, method="marginals")
+            for name, measure in (("gini", _gini), ("entropy", _entropy)):
+                row[name] = float(measure(counts))
+                row[f"{name}_uniform_low"], row[f"{name}_uniform_high"] = np.percentile(measure(known[size]), tails)
+                if again[group]:
+                    row[f"{name}_low"], row[f"{name}_high"] = np.percentile(measure(np.stack(again[group])), tails)
             top = int(counts.argmax())
             row |= {
-                "top_layer": layers[top],
+                "top_tower": labels[top][0],
+                "top_layer": labels[top][1],
                 "top_share": counts[top] / size,
                 "top_expected": sizes[top] / sizes.sum(),
             }
@@ -416,7 +597,7 @@ def layer_profile(
     return pd.DataFrame(rows)
 
 
-def _gini(counts: np.ndarray) -> np.ndarray:
+def _gini(counts: np.ndarray) -> Any:
     """Gini coefficient of non-negative counts along the last axis."""
     ordered = np.sort(counts, -1)
     n = ordered.shape[-1]
@@ -424,7 +605,7 @@ def _gini(counts: np.ndarray) -> np.ndarray:
     return (ordered * weight).sum(-1) / (n * ordered.sum(-1))
 
 
-def _entropy(counts: np.ndarray) -> np.ndarray:
+def _entropy(counts: np.ndarray) -> Any:
     """Entropy, in nats, of the shares along the last axis."""
     return scipy_stats.entropy(counts, axis=-1)
 
@@ -432,25 +613,26 @@ def _entropy(counts: np.ndarray) -> np.ndarray:
 def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> "pd.DataFrame":
     """Where two sets overlap: a row for each layer with the size of either set, of both, and what chance would share.
 
-    Columns: ``layer``, ``first``, ``second``, ``both``, ``expected`` (of two random sets of these sizes in the layer).
+    Columns: ``tower``, ``layer``, ``first``, ``second``, ``both``, ``expected`` (of two random sets of these sizes in
+    the layer).
+
+    Raises:
+        MismatchError: the sets are of different spaces.
     """
     import pandas as pd
 
     both = first & second
-    layer_of = first.space.layer_of.numpy()
-    layers = np.array(first.space.layers)
-
-    def counts(neurons: np.ndarray) -> np.ndarray:
-        return np.bincount(np.searchsorted(layers, layer_of[neurons]), minlength=len(layers))
-
-    sizes = counts(np.arange(len(first.space)))
-    ours, theirs = counts(first.indices.numpy()), counts(second.indices.numpy())
+    labels, layer_of, sizes = _layers(first.space)
+    ours, theirs, shared = (
+        np.bincount(layer_of[neurons.indices.numpy()], minlength=len(labels)) for neurons in (first, second, both)
+    )
     return pd.DataFrame(
         {
-            "layer": layers,
+            "tower": [tower for tower, _ in labels],
+            "layer": [layer for _, layer in labels],
             "first": ours,
             "second": theirs,
-            "both": counts(both.indices.numpy()),
+            "both": shared,
             "expected": ours * theirs / sizes,
         }
     )

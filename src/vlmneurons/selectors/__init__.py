@@ -5,7 +5,13 @@ A selector gives every neuron a score for every group; `Selector` turns scores i
 
 from vlmneurons.selectors._base import Selector
 from vlmneurons.selectors._combine import CombinedSelector
+from vlmneurons.selectors._evidence import Bundle, Conditions
+from vlmneurons.selectors._scores import DerivedSelector, Gate
+from vlmneurons.selectors.attribution import Attribution, IntegratedGradients
+from vlmneurons.selectors.average_precision import AveragePrecision
 from vlmneurons.selectors.cas import CAS, ConAct
+from vlmneurons.selectors.cna import CNA, universal_neurons
+from vlmneurons.selectors.conditions import CRFusion, Joint, Overlap
 from vlmneurons.selectors.lap import LAP, MostActive
 from vlmneurons.selectors.lape import LAPE
 from vlmneurons.selectors.mad import MAD
@@ -13,13 +19,25 @@ from vlmneurons.selectors.random_neurons import LayerMatchedRandom, RandomNeuron
 
 __all__ = [
     "CAS",
+    "CNA",
     "LAP",
     "LAPE",
     "MAD",
+    "Attribution",
+    "AveragePrecision",
+    "Bundle",
+    "CRFusion",
     "CombinedSelector",
     "ConAct",
+    "Conditions",
+    "DerivedSelector",
+    "Gate",
+    "IntegratedGradients",
+    "Joint",
     "LayerMatchedRandom",
     "MostActive",
+    "Overlap",
     "RandomNeurons",
     "Selector",
+    "universal_neurons",
 ]

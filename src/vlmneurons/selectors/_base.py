@@ -1,12 +1,13 @@
 """`Selector`: scores in, one set of neurons per group out."""
 
+import copy
 import inspect
 import math
 import numbers
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import numpy as np
 import torch
@@ -15,8 +16,12 @@ from torch import Tensor
 
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
+from vlmneurons.selectors._evidence import the_one_read
 from vlmneurons.sites import NeuronSpace
 from vlmneurons.statistics import ActivationStatistics
+
+if TYPE_CHECKING:
+    from vlmneurons.selectors._scores import Gate
 
 FRACTION = 0.005
 """Share of neurons that a selector gives to each group unless told otherwise (arXiv 2608.08772, 2608.17102)."""
@@ -25,17 +30,26 @@ FRACTION = 0.005
 class Selector(ABC):
     """A rule that chooses the neurons particular to each group. A new one needs only `score`.
 
-    All neurons of the space are ranked together, not layer by layer, and every group gets the same number of them: the
-    budget, ``floor(fraction * n)``, where ``n`` is the number of neurons in the given layers (of the whole space if
+    All neurons of the space are ranked together, unless ``per_layer``, and every group gets the same number of them:
+    the budget, ``floor(fraction * n)``, where ``n`` is the number of neurons in the given layers (of the whole space if
     ``layers`` is None; excluded neurons count in ``n`` too). Equal scores are ranked by flat index, lower first. A
     group gets fewer than the budget only if fewer neurons are eligible.
+
+    Selectors combine in two ways. ``&``, ``|`` and ``-`` between two selectors combine the *sets* that they choose.
+    Everything else is arithmetic on their *scores*, and makes a selector that ranks by the result:
+    ``CAS().zscore() * 0.7 + MAD().zscore() * 0.3``; ``-LAP()`` (lowest first); ``abs(MAD(signed=True))``;
+    ``CAS(0.005).where(LAP() > 0.1)`` (only among the neurons for which the condition holds).
 
     Attributes:
         fraction: share of the neurons that each group gets, in (0, 1]; None if ``count`` is given.
         count: number of neurons that each group gets; None if ``fraction`` is given.
         layers: layer numbers to choose from; None for all.
         exclude: neurons never to choose: one set for all groups, or a set for each group.
+        per_layer: whether ``fraction`` or ``count`` is of each layer's neurons, ranked layer by layer, instead of one
+            ranking over all. Layers of different towers are different layers.
         contrastive: class attribute; whether the rule compares groups and so needs at least two.
+        reads: class attribute; the kind of table that `score` gets: `ActivationStatistics`, unless the rule needs
+            single questions (`GroupedItems`), gradients (`AttributionStatistics`) or several conditions (`Conditions`).
 
     Example:
         >>> class Rare(Selector):
@@ -55,7 +69,9 @@ class Selector(ABC):
     count: int | None = None
     layers: Iterable[int] | None = None
     exclude: NeuronSet | Selection | None = None
+    per_layer: bool = False
     contrastive: bool = False
+    reads: ClassVar[type] = ActivationStatistics
 
     def __init__(
         self,
@@ -64,6 +80,7 @@ class Selector(ABC):
         count: SupportsIndex | None = None,
         layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
         exclude: NeuronSet | Selection | None = None,
+        per_layer: bool = False,
     ) -> None:
         """Settings that all selectors share; see the class.
 
@@ -81,18 +98,18 @@ class Selector(ABC):
             self.layers = _layers(layers)
         if exclude is not None:
             self.exclude = exclude
+        if per_layer is not False:
+            self.per_layer = per_layer
         self._check_settings()
 
     @abstractmethod
-    def score(self, stats: ActivationStatistics) -> Float[Tensor, "group neuron"]:
+    def score(self, stats: Any) -> Float[Tensor, "group neuron"]:
         """For each group and neuron how much the neuron is the group's: higher is chosen first.
 
         ``-inf`` is never chosen; NaN is an error. The statistics must not be written to.
         """
 
-    def eligible(
-        self, stats: ActivationStatistics, scores: Float[Tensor, "group neuron"]
-    ) -> Bool[Tensor, "group neuron"] | None:
+    def eligible(self, stats: Any, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
         """Which neurons may be chosen at all, or None if every score above ``-inf`` may.
 
         A rule overrides this if a finite score can still mean "not this group's". Neurons with a score of ``-inf``
@@ -100,19 +117,107 @@ class Selector(ABC):
         """
         return None
 
-    def select(self, stats: ActivationStatistics) -> Selection:
+    def select(self, *evidence: Any) -> Selection:
         """The neurons of each group.
 
+        Args:
+            evidence: what to select from: usually `ActivationStatistics` alone. `ItemStatistics` (or `GroupedItems`)
+                stand for their statistics too. Of several tables, each rule of a combination takes the one that it
+                reads: ``(CAS(0.01) & Attribution(0.01)).select(statistics, attributions)``.
+
         Raises:
-            SelectionError: a group without counted tokens, too few groups, a fraction that yields no neuron, or scores
-                that are NaN or of a wrong shape.
+            SelectionError: a group without counted tokens, too few groups, a fraction that yields no neuron, scores
+                that are NaN or of a wrong shape, or not the one table that the rule reads.
             SiteError: a layer that the space does not have.
             MismatchError: excluded neurons of another space or without one of the groups.
         """
         self._check_settings()
+        stats = self.read(*evidence)
         self.check_statistics(stats)
-        part, budget = self._part_and_budget(stats.space)
+        parts = self._parts(stats.space)
         banned = self._excluded(stats)
+        scores, eligible = self._evaluate(stats)
+        sets = {}
+        for row, group in enumerate(stats.groups):
+            allowed = scores[row] > -math.inf
+            if eligible is not None:
+                allowed &= eligible[row]
+            if group in banned:
+                allowed &= ~banned[group]
+            chosen = [
+                highest(scores[row], quota, allowed)
+                if part is None
+                else part[highest(scores[row, part], quota, allowed[part])]
+                for part, quota in parts
+            ]
+            indices = chosen[0] if len(chosen) == 1 else torch.cat(chosen).sort().values
+            sets[group] = NeuronSet._of(stats.space, indices)
+        budget = sum(quota for _, quota in parts)
+        return Selection(sets, selector=repr(self), budget=budget, provenance=provenance_of(stats))
+
+    def read(self, *evidence: Any) -> Any:
+        """Of what `select` was given, the one table that this rule reads.
+
+        Raises:
+            SelectionError: there is none, or there are several.
+        """
+        return the_one_read(type(self).__name__, self.reads, evidence)
+
+    def take(
+        self,
+        fraction: float | int | None = None,
+        *,
+        count: SupportsIndex | None = None,
+        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
+        exclude: NeuronSet | Selection | None = None,
+        per_layer: bool | None = None,
+    ) -> "Selector":
+        """The same rule with another budget, layers or exclusions; what is not given stays as it is.
+
+        Raises:
+            SelectionError: a setting that is not allowed.
+
+        Example:
+            >>> class Rare(Selector):
+            ...     def score(self, stats):
+            ...         return -stats.probability
+            >>> Rare(0.5).take(count=3, per_layer=True)
+            Rare(count=3, per_layer=True)
+        """
+        if fraction is not None and count is not None:
+            raise SelectionError(f"{type(self).__name__}: give fraction or count, not both; got {fraction} and {count}")
+        changed = {
+            **({"fraction": fraction, "count": None} if fraction is not None else {}),
+            **({"fraction": None, "count": count} if count is not None else {}),
+            **({"layers": _layers(layers)} if layers is not None else {}),
+            **({"exclude": exclude} if exclude is not None else {}),
+            **({"per_layer": per_layer} if per_layer is not None else {}),
+        }
+        taken = copy.copy(self)
+        for name, value in changed.items():
+            object.__setattr__(taken, name, value)  # also where a subclass is a frozen dataclass
+        taken._check_settings()
+        return taken
+
+    def check_statistics(self, stats: Any) -> None:
+        """Make sure that the statistics can be selected from: counted tokens for every group, and enough groups.
+
+        Raises:
+            SelectionError: they cannot; the message says why.
+        """
+        if not isinstance(stats, self.reads):
+            raise SelectionError(
+                f"{type(self).__name__} selects from {self.reads.__name__}; got {type(stats).__name__}"
+            )
+        stats.check_counted()
+        if self.contrastive and len(stats.groups) < 2:
+            raise SelectionError(
+                f"{type(self).__name__} compares groups and needs at least two; these statistics have only "
+                f"{stats.groups[0]}"
+            )
+
+    def _evaluate(self, stats: Any) -> tuple[Tensor, Tensor | None]:
+        """The scores, checked, and which neurons may be chosen (None: all above ``-inf``)."""
         scores = self._checked_scores(stats, self.score(stats))
         eligible = self.eligible(stats, scores)
         if eligible is not None and (eligible.dtype != torch.bool or eligible.shape != scores.shape):
@@ -120,31 +225,7 @@ class Selector(ABC):
                 f"{type(self).__name__}.eligible must return a boolean table {list(scores.shape)}; got "
                 f"{eligible.dtype} {list(eligible.shape)}"
             )
-        sets = {}
-        for row, group in enumerate(stats.groups):
-            allowed = scores[row].numpy() > -math.inf
-            for mask in (None if eligible is None else eligible[row], part):
-                if mask is not None:
-                    allowed &= mask.numpy()
-            if group in banned:
-                allowed &= ~banned[group].numpy()
-            sets[group] = NeuronSet._of(stats.space, highest(scores[row], budget, torch.from_numpy(allowed)))
-        return Selection(sets, selector=repr(self), budget=budget, provenance=provenance_of(stats))
-
-    def check_statistics(self, stats: ActivationStatistics) -> None:
-        """Make sure that the statistics can be selected from: counted tokens for every group, and enough groups.
-
-        Raises:
-            SelectionError: they cannot; the message says why.
-        """
-        if not isinstance(stats, ActivationStatistics):
-            raise SelectionError(f"{type(self).__name__} selects from ActivationStatistics; got {type(stats).__name__}")
-        stats.check_counted()
-        if self.contrastive and len(stats.groups) < 2:
-            raise SelectionError(
-                f"{type(self).__name__} compares groups and needs at least two; these statistics have only "
-                f"{stats.groups[0]}"
-            )
+        return scores, eligible
 
     def _check_settings(self) -> None:
         name = type(self).__name__
@@ -159,19 +240,29 @@ class Selector(ABC):
             raise SelectionError(f"{name}: fraction is in (0, 1]; got {self.fraction!r}")
         if self.exclude is not None and not isinstance(self.exclude, (NeuronSet, Selection)):
             raise SelectionError(f"{name}: exclude is a NeuronSet or a Selection; got {type(self.exclude).__name__}")
+        if not isinstance(self.per_layer, bool):
+            raise SelectionError(f"{name}: per_layer is True or False; got {self.per_layer!r}")
 
-    def _part_and_budget(self, space: NeuronSpace) -> tuple[Bool[Tensor, " neuron"] | None, int]:
-        """Mask of the layers to choose from (None for all), and the number of neurons per group."""
-        part, size = None, len(space)
-        if self.layers is not None:
-            part = NeuronSet._of(space, space.restrict(layers=_layers(self.layers))).mask()
-            size = int(part.sum())
-        where = "the space" if part is None else "the given layers"
+    def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
+        """What is ranked together: flat indices (None for the whole space), and how many neurons each group gets."""
+        chosen = None if self.layers is None else space.restrict(layers=_layers(self.layers))
+        if not self.per_layer:
+            where = "the space" if chosen is None else "the given layers"
+            return [(chosen, self._quota(len(space) if chosen is None else len(chosen), where))]
+        parts = []
+        for name, part in _layer_parts(space):
+            inside = part if chosen is None else part[torch.isin(part, chosen, assume_unique=True)]
+            if len(inside):
+                parts.append((inside, self._quota(len(inside), name)))
+        return parts
+
+    def _quota(self, size: int, where: str) -> int:
+        """Number of neurons that each group gets of so many."""
         if self.count is not None:
             count = operator.index(self.count)
             if count > size:
                 raise SelectionError(f"count={count} neurons per group, but {where} has only {size}")
-            return part, count
+            return count
         fraction = float(FRACTION if self.fraction is None else self.fraction)
         budget = budget_of(fraction, size)
         if budget < 1:
@@ -179,9 +270,9 @@ class Selector(ABC):
                 f"fraction={fraction:g} of the {size} neurons of {where} yields no neuron; "
                 + (f"the smallest fraction that yields one is {_smallest_fraction(size)}" if size else "no layer given")
             )
-        return part, budget
+        return budget
 
-    def _excluded(self, stats: ActivationStatistics) -> dict[str, Bool[Tensor, " neuron"]]:
+    def _excluded(self, stats: Any) -> dict[str, Bool[Tensor, " neuron"]]:
         """For each group with neurons to leave out a mask of them."""
         if self.exclude is None:
             return {}
@@ -193,7 +284,7 @@ class Selector(ABC):
             raise MismatchError(f"exclude has no set for {', '.join(missing)}; it has {', '.join(self.exclude)}")
         return {group: self.exclude[group].mask() for group in stats.groups}
 
-    def _checked_scores(self, stats: ActivationStatistics, scores: Any) -> Float[Tensor, "group neuron"]:
+    def _checked_scores(self, stats: Any, scores: Any) -> Float[Tensor, "group neuron"]:
         name = type(self).__name__
         shape = (len(stats.groups), len(stats.space))
         if not isinstance(scores, Tensor) or not scores.is_floating_point():
@@ -213,6 +304,8 @@ class Selector(ABC):
                 )
         return scores
 
+    # -- sets ----------------------------------------------------------------------------------------------------------
+
     def __and__(self, other: "Selector") -> "Selector":
         return self._combined("&", other)
 
@@ -227,34 +320,119 @@ class Selector(ABC):
 
         return CombinedSelector(self, symbol, other) if isinstance(other, Selector) else NotImplemented
 
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    def zscore(self) -> "Selector":
+        """Scores less their mean over neurons, over their standard deviation, for each group; 0 where all are equal."""
+        return self._scored("zscore")
+
+    def rank(self) -> "Selector":
+        """Scores as ranks over neurons, from 0 (lowest) to 1 (highest), for each group; equal ones share theirs."""
+        return self._scored("rank")
+
+    def __neg__(self) -> "Selector":
+        return self._scored("-")
+
+    def __abs__(self) -> "Selector":
+        return self._scored("abs")
+
+    def __mul__(self, factor: float) -> "Selector":
+        return self._scored("*", factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Selector":
+        return self._scored("/", divisor)
+
+    def __add__(self, other: "Selector") -> "Selector":
+        from vlmneurons.selectors._scores import SummedSelector
+
+        return SummedSelector(self, other) if isinstance(other, Selector) else NotImplemented
+
+    def __radd__(self, other: object) -> "Selector":
+        # sum() starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def where(self, gate: "Gate | NeuronSet | Selection") -> "Selector":
+        """The same scores, for choosing only among the neurons that pass.
+
+        Args:
+            gate: a comparison of a selector's scores with a number, such as ``LAP() > 0.1`` (of the same group), or
+                several joined by ``&``, ``|`` and ``~``; or the neurons themselves: one set, or a set for each group.
+
+        Example:
+            >>> from vlmneurons.selectors import CAS, LAP, MostActive
+            >>> CAS(0.005).where((LAP() > 0.1) & ~(MostActive() > 0.9))
+            CAS().where((LAP() > 0.1) & ~(MostActive() > 0.9)).take(fraction=0.005)
+        """
+        from vlmneurons.selectors._scores import GatedSelector
+
+        return GatedSelector(self, gate)
+
+    def __gt__(self, number: float) -> "Gate":
+        return self._compared(">", number)
+
+    def __ge__(self, number: float) -> "Gate":
+        return self._compared(">=", number)
+
+    def __lt__(self, number: float) -> "Gate":
+        return self._compared("<", number)
+
+    def __le__(self, number: float) -> "Gate":
+        return self._compared("<=", number)
+
+    def _scored(self, operation: str, number: Any = None) -> Any:
+        from vlmneurons.selectors._scores import MappedSelector
+
+        if operation in ("*", "/") and (isinstance(number, bool) or not isinstance(number, numbers.Real)):
+            return NotImplemented
+        return MappedSelector(self, operation, number)
+
+    def _compared(self, symbol: str, number: Any) -> Any:
+        from vlmneurons.selectors._scores import Comparison
+
+        if isinstance(number, bool) or not isinstance(number, numbers.Real):
+            return NotImplemented
+        return Comparison(self, symbol, float(number))
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
     def __repr__(self) -> str:
         """The settings that say exactly what is selected: the budget, and whatever differs from its default."""
+        settings = {**self._budget_settings(), **self._settings()}
+        last = ("layers", "exclude", "per_layer")
+        ordered = [name for name in settings if name not in last] + [name for name in last if name in settings]
+        return f"{type(self).__name__}({', '.join(f'{name}={_setting(settings[name])}' for name in ordered)})"
+
+    def _expression(self) -> str:
+        """The rule without its budget, layers and exclusions: what stands in an expression of several rules."""
+        if type(self).__repr__ is not Selector.__repr__:
+            return repr(self)
+        shown = ", ".join(f"{name}={_setting(value)}" for name, value in self._settings().items())
+        return f"{type(self).__name__}({shown})"
+
+    def _settings(self) -> dict[str, Any]:
+        """Settings of the rule itself that differ from their defaults."""
         shown: dict[str, Any] = {}
-        if self.count is not None:
-            shown["count"] = self.count
-        elif self.fraction is not None:
-            shown["fraction"] = self.fraction
-        parameters = {**inspect.signature(type(self).__init__).parameters, **_COMMON}
-        for name, parameter in parameters.items():
-            if name in ("self", "fraction", "count") or parameter.kind in (
-                inspect.Parameter.VAR_POSITIONAL,
-                inspect.Parameter.VAR_KEYWORD,
-            ):
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if name == "self" or name in _COMMON or parameter.kind in _VARIADIC:
                 continue
             value = getattr(self, name, getattr(self, f"_{name}", parameter.default))
             if value is inspect.Parameter.empty:
                 continue
             if parameter.default is inspect.Parameter.empty or not _same(value, parameter.default):
                 shown[name] = value
-        settings = ", ".join(f"{name}={_setting(value)}" for name, value in shown.items())
-        return f"{type(self).__name__}({settings})"
+        return shown
+
+    def _budget_settings(self) -> dict[str, Any]:
+        """The budget, and the other settings of every selector where they differ from their defaults."""
+        budget = {"count": self.count} if self.count is not None else {"fraction": self.fraction}
+        other = {"layers": self.layers, "exclude": self.exclude, "per_layer": self.per_layer or None}
+        return {name: value for name, value in {**budget, **other}.items() if value is not None}
 
 
-_COMMON = {
-    name: parameter
-    for name, parameter in inspect.signature(Selector.__init__).parameters.items()
-    if name in ("layers", "exclude")
-}
+_COMMON = ("fraction", "count", "layers", "exclude", "per_layer")
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def budget_of(fraction: float, size: int) -> int:
@@ -278,6 +456,12 @@ def highest(
         if not mask.all():
             candidates = np.flatnonzero(mask)
             values = values[candidates]
+    if 0 < count < len(values):
+        # Most scores of contrastive rules are one value, the lowest; a partition is slow among many equal ones.
+        scored = np.flatnonzero(values > values.min())
+        if count <= len(scored) < len(values) // 2:
+            candidates = scored if candidates is None else candidates[scored]
+            values = values[scored]
     if count >= len(values):
         chosen = np.arange(len(values))
     elif count < 1:
@@ -300,13 +484,21 @@ def sum_over_groups(table: Float64[Tensor, "group neuron"]) -> Float64[Tensor, "
     return total
 
 
-def provenance_of(stats: ActivationStatistics) -> dict[str, Any]:
+def provenance_of(stats: Any) -> dict[str, Any]:
     """What a selection says about the statistics that it was made from."""
-    return {
-        "statistics": dict(stats.provenance),
-        "tokens": dict(zip(stats.groups, stats.tokens.tolist(), strict=True)),
-        "items": dict(zip(stats.groups, stats.items.tolist(), strict=True)),
-    }
+    known = [name for name in ("tokens", "items") if getattr(stats, name, None) is not None]
+    counts = {name: dict(zip(stats.groups, getattr(stats, name).tolist(), strict=True)) for name in known}
+    return {"statistics": dict(stats.provenance), **counts}
+
+
+def _layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part"]]]:
+    """Each layer's name and the flat indices of its neurons, sorted; layers of two towers are two layers."""
+    places: dict[tuple[str, int], list[int]] = {}
+    for position, site in enumerate(space.sites):
+        places.setdefault((site.tower, site.layer), []).append(position)
+    for (tower, layer), positions in places.items():
+        parts = [torch.arange(space.offsets[at], space.offsets[at + 1]) for at in positions]
+        yield f"layer {layer} of tower {tower!r}", torch.cat(parts)
 
 
 def values_of(stats: ActivationStatistics, on: str) -> Float64[Tensor, "group neuron"]:
@@ -351,6 +543,8 @@ def _setting(value: Any) -> str:
         return f"<{len(value)} neurons {value.fingerprint}>"
     if isinstance(value, Selection):
         return f"<{value.selector or 'selection'}>"
+    if isinstance(value, Selector):
+        return value._expression()
     if isinstance(value, tuple):
         return repr(list(value))
     return repr(value)

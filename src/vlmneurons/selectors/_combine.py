@@ -8,7 +8,7 @@ from torch import Tensor
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons import Selection, in_parentheses
 from vlmneurons.selectors._base import Selector, provenance_of
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.selectors._evidence import Bundle
 
 _OPERATIONS = {"&": operator.and_, "|": operator.or_, "-": operator.sub}
 
@@ -41,7 +41,7 @@ class CombinedSelector(Selector):
         self.left, self.symbol, self.right = left, symbol, right
         self.fraction = None
 
-    def score(self, stats: ActivationStatistics) -> Tensor:
+    def score(self, stats: Any) -> Tensor:
         """A combination of sets has no scores.
 
         Raises:
@@ -49,11 +49,15 @@ class CombinedSelector(Selector):
         """
         raise SelectionError(f"{self!r} combines sets and has no scores: score its parts")
 
-    def select(self, stats: ActivationStatistics) -> Selection:
-        """The combined sets of both parts, for each group."""
-        left, right = self.left.select(stats), self.right.select(stats)
+    def select(self, *evidence: Any) -> Selection:
+        """The combined sets of both parts, for each group; of several tables each part takes the one that it reads."""
+        left, right = self.left.select(*evidence), self.right.select(*evidence)
         combined: Any = _OPERATIONS[self.symbol](left, right)
-        return Selection(dict(combined), selector=repr(self), provenance=provenance_of(stats))
+        return Selection(dict(combined), selector=repr(self), provenance=provenance_of(self.read(*evidence)))
+
+    def read(self, *evidence: Any) -> Any:
+        """All that was given, together."""
+        return Bundle.of(evidence)
 
     def __repr__(self) -> str:
         return f"{in_parentheses(repr(self.left))} {self.symbol} {in_parentheses(repr(self.right))}"

@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Iterable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class LAPE(Selector):
         count: SupportsIndex | None = None,
         layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
         exclude: NeuronSet | Selection | None = None,
+        per_layer: bool = False,
     ) -> None:
         """Settings; the three rates are those of the authors' code and belong to ``variant="tang"`` only.
 
@@ -73,6 +74,7 @@ class LAPE(Selector):
             count: number of neurons per group, instead of a fraction (variant ``"class"``).
             layers: layers to choose from; quantiles and shares are over their neurons. None for all.
             exclude: neurons never to choose; the next ones take their places.
+            per_layer: take the share of each layer's neurons, layer by layer (variant ``"class"``).
 
         Raises:
             SelectionError: a setting that is not allowed.
@@ -89,7 +91,7 @@ class LAPE(Selector):
             )
         if variant == "class" and tuple(rates.values()) != (0.01, 0.95, 0.95):
             raise SelectionError(f"LAPE: {', '.join(rates)} belong to variant='tang'; set fraction or count")
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude)
+        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
         if variant == "tang":
             self.fraction = None
         self.variant = variant
@@ -114,15 +116,18 @@ class LAPE(Selector):
         scores[strongest[neurons], neurons] = negative_entropy[neurons]
         return scores
 
-    def select(self, stats: ActivationStatistics) -> Selection:
+    def select(self, *evidence: Any) -> Selection:
         """The neurons of each group.
 
         Raises:
             SelectionError: see `Selector.select`; also a ``top_rate`` or quantile too small for so few neurons.
         """
         if self.variant != "tang":
-            return super().select(stats)
+            return super().select(*evidence)
         self._check_settings()
+        if self.per_layer:
+            raise SelectionError("LAPE: variant='tang' has no budget per group, so none per layer; use layers instead")
+        stats = self.read(*evidence)
         self.check_statistics(stats)
         part = self._part(stats)
         probability = stats.probability

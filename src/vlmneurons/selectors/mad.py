@@ -41,6 +41,7 @@ class MAD(Selector):
         count: SupportsIndex | None = None,
         layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
         exclude: NeuronSet | Selection | None = None,
+        per_layer: bool = False,
     ) -> None:
         """Settings.
 
@@ -53,11 +54,12 @@ class MAD(Selector):
             count: number of neurons per group, instead of a fraction.
             layers: layers to choose from; None for all.
             exclude: neurons never to choose.
+            per_layer: take the share of each layer's neurons, layer by layer.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude)
+        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
         check_on("MAD", on)
         for name, value in (("signed", signed), ("others", others)):
             if not isinstance(value, bool):

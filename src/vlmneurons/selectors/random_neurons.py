@@ -38,6 +38,7 @@ class RandomNeurons(Selector):
         count: SupportsIndex | None = None,
         layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
         exclude: NeuronSet | Selection | None = None,
+        per_layer: bool = False,
     ) -> None:
         """Settings.
 
@@ -47,11 +48,12 @@ class RandomNeurons(Selector):
             count: number of neurons per group, instead of a fraction.
             layers: layers to choose from; None for all.
             exclude: neurons never to choose.
+            per_layer: take the share of each layer's neurons, layer by layer.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude)
+        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
         self.seed = _seed("RandomNeurons", seed)
 
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
@@ -59,8 +61,8 @@ class RandomNeurons(Selector):
         self.check_statistics(stats)
         return torch.stack([uniform(len(stats.space), "RandomNeurons", self.seed, group) for group in stats.groups])
 
-    def __repr__(self) -> str:
-        return _with_seed(super().__repr__(), self.seed)
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "seed": self.seed}  # also where it is the default
 
 
 class LayerMatchedRandom(Selector):
@@ -107,7 +109,7 @@ class LayerMatchedRandom(Selector):
             [uniform(len(stats.space), "LayerMatchedRandom", self.seed, group) for group in stats.groups]
         )
 
-    def select(self, stats: ActivationStatistics) -> Selection:
+    def select(self, *evidence: Any) -> Selection:
         """For each group random neurons, as many in each site as ``like`` has.
 
         Raises:
@@ -116,6 +118,7 @@ class LayerMatchedRandom(Selector):
             GroupError: ``like`` lacks a group.
         """
         self._check_settings()
+        stats = self.read(*evidence)
         self.check_statistics(stats)
         space = stats.space
         _check_same_space(self.like.space, space)
@@ -138,8 +141,8 @@ class LayerMatchedRandom(Selector):
             sets[group] = NeuronSet._of(space, torch.cat(parts))
         return Selection(sets, selector=repr(self), budget=self.like.budget, provenance=provenance_of(stats))
 
-    def __repr__(self) -> str:
-        return _with_seed(super().__repr__(), self.seed)
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "seed": self.seed}  # also where it is the default
 
 
 def uniform(size: int, *key: Any) -> Float64[Tensor, " neuron"]:
@@ -160,8 +163,3 @@ def _seed(name: str, seed: Any) -> int:
         return operator.index(seed)
     except TypeError as error:
         raise SelectionError(f"{name}: seed is an integer; got {seed!r}") from error
-
-
-def _with_seed(expression: str, seed: int) -> str:
-    """A repr that shows the seed also where it is the default."""
-    return expression if "seed=" in expression else expression[:-1] + f", seed={seed})"

@@ -1,9 +1,13 @@
 """The contract of selectors, as a check that anyone can run on a selector of their own."""
 
 import copy
+import dataclasses
+import functools
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +15,11 @@ import torch
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError, VLMNeuronsError
+from vlmneurons.items import GroupedItems, Item, ItemStatistics
 from vlmneurons.neurons import NeuronSet, Selection
-from vlmneurons.selectors import LAP, CombinedSelector, Selector
+from vlmneurons.selectors import LAP, Bundle, CombinedSelector, Conditions, DerivedSelector, Selector
 from vlmneurons.sites import NeuronSpace, Site
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics import ActivationStatistics, AttributionStatistics
 
 
 class ContractError(VLMNeuronsError, AssertionError):
@@ -31,14 +36,15 @@ def check_selector(selector: Selector | type[Selector], *, equivariant: bool = T
     2. give the same scores and sets each time, and leave the statistics as they are;
     3. select for every group, in order, never more than the budget, and fewer only if fewer are eligible;
     4. select the highest scores, equal scores by lower index;
-    5. keep to ``layers``, and never select what ``exclude`` holds;
+    5. keep to ``layers``, never select what ``exclude`` holds, and with ``per_layer`` rank layer by layer;
     6. not care about the order of the groups;
     7. refuse a group without counted tokens, and, if ``contrastive``, a single group;
     8. combine with ``&``, ``|`` and ``-``;
     9. have a repr that names it and tells different settings apart.
 
     Selectors without a budget per group (combinations, ``LAPE(variant="tang")``) are spared the budget, ranking, layers
-    and exclude; combinations, which have no scores, also clause 1. The statistics have sums of activations too.
+    and exclude; combinations, which have no scores, also clause 1. The statistics have sums of activations too. A
+    selector that reads single questions, attributions or conditions gets tables of that kind.
 
     Args:
         selector: the selector, or its class if that can be made without arguments.
@@ -60,7 +66,7 @@ def check_selector(selector: Selector | type[Selector], *, equivariant: bool = T
         raise ContractError(f"a selector is an instance of vlmneurons.Selector; got {type(selector).__name__}")
     name = type(selector).__name__
     budgeted = not isinstance(selector, CombinedSelector) and not (selector.fraction is None and selector.count is None)
-    for title, stats in selector_tables().items():
+    for title, stats in _tables_for(selector).items():
         where = f"{name} on the table {title!r}"
         if not isinstance(selector, CombinedSelector):
             _check_scores(selector, stats, where)
@@ -68,10 +74,13 @@ def check_selector(selector: Selector | type[Selector], *, equivariant: bool = T
         if budgeted:
             _check_budget(selector, stats, where)
             _check_layers_and_exclude(selector, stats, where)
+            if title in ("ordinary", "mixture of experts"):
+                _check_per_layer(selector, stats, where)
     if equivariant:
         _check_order_of_groups(selector, name)
     _check_refusals(selector, name)
-    _check_combining(selector, name)
+    if issubclass(ActivationStatistics, selector.reads):
+        _check_combining(selector, name)
     _check_repr(selector, name, budgeted)
 
 
@@ -114,6 +123,71 @@ def selector_tables() -> dict[str, ActivationStatistics]:
     }
 
 
+def _tables_for(selector: Selector) -> dict[str, Any]:
+    """The tables of the kind that a selector reads; a selector made of others gets one of each kind."""
+    kind = selector.reads
+    if kind is Bundle:
+        kinds = {part.reads for part in _leaves(selector)}
+        if kinds <= {ActivationStatistics}:
+            return dict(selector_tables())
+        of_each = [_tables_of(one) for one in kinds]
+        return {title: Bundle([tables[title] for tables in of_each]) for title in of_each[0]}
+    return _tables_of(kind)
+
+
+def _leaves(selector: Any) -> Iterator[Selector]:
+    if not isinstance(selector, DerivedSelector):
+        yield selector
+        return
+    for part in selector.parts:
+        yield from _leaves(part)
+
+
+def _tables_of(kind: type) -> dict[str, Any]:
+    plain = selector_tables()
+    if issubclass(ActivationStatistics, kind):
+        return dict(plain)
+    if kind is GroupedItems:
+        return dict(_grouped_tables())
+    if kind is Conditions:
+        other = {title: dataclasses.replace(stats, positive=stats.positive // 2) for title, stats in plain.items()}
+        return {title: Conditions({"one": stats, "other": other[title]}) for title, stats in plain.items()}
+    if kind is AttributionStatistics:
+        return {title: _attributions_of(stats) for title, stats in plain.items()}
+    raise ContractError(f"check_selector has no tables of {kind.__name__} to check a selector on")
+
+
+def _attributions_of(stats: ActivationStatistics) -> AttributionStatistics:
+    total = (stats.positive - stats.positive.double().mean()) / 100
+    strong = torch.minimum(stats.positive % 7, stats.items[:, None])
+    return AttributionStatistics(stats.space, stats.groups, total, strong, stats.items)
+
+
+@functools.cache
+def _grouped_tables() -> Mapping[str, GroupedItems]:
+    """Single questions that add up to about the statistics of `selector_tables`, in a folder that goes with the run."""
+    folder = tempfile.TemporaryDirectory(prefix="vlmneurons-")
+    _KEPT.append(folder)
+    tables = {}
+    for number, (title, stats) in enumerate(selector_tables().items()):
+        parts = [(row, part) for row in range(len(stats.groups)) for part in range(4 + row)]
+        items = [Item(f"{row}-{part}", stats.groups[row], 0, {}) for row, part in parts]
+        counts = np.stack([(stats.positive[row].numpy() + 13 * part) // (4 + row) % 60_000 for row, part in parts])
+        names = ["positive", "total", "maximum"] + (["reached"] if stats.routed is not None else [])
+        made = ItemStatistics._create(Path(folder.name) / str(number), stats.space, items, {}, names)
+        values: dict[str, Any] = {"positive": counts, "total": counts * 0.75, "maximum": counts * 0.5}
+        if stats.routed is not None:
+            values["reached"] = np.stack([stats.routed[row].numpy() for row, _ in parts])
+        tokens = [int(max(counts[n].max(), 1)) for n in range(len(parts))]
+        made._write(range(len(parts)), [0] * len(parts), tokens, [0.0] * len(parts), values)
+        tables[title] = made.grouped()
+    return tables
+
+
+_KEPT: list[Any] = []
+"""Temporary folders, which are removed when the interpreter ends."""
+
+
 @contextmanager
 def _clause(what: str) -> Iterator[None]:
     """Turn whatever goes wrong inside into a ContractError that says what should have worked."""
@@ -138,8 +212,8 @@ def _with(selector: Selector, **settings: Any) -> Selector:
     return changed
 
 
-def _check_scores(selector: Selector, stats: ActivationStatistics, where: str) -> None:
-    before = _tables(stats)
+def _check_scores(selector: Selector, stats: Any, where: str) -> None:
+    before = _copied(_tables(stats))
     with _clause(f"score, {where}"):
         scores = selector.score(stats)
     _require(isinstance(scores, Tensor), f"{where}: score must return a tensor; it returned {type(scores).__name__}")
@@ -151,8 +225,7 @@ def _check_scores(selector: Selector, stats: ActivationStatistics, where: str) -
     )
     _require(not torch.isnan(scores).any(), f"{where}: score must not be NaN (-inf leaves a neuron out)")
     _check_unchanged(stats, before, f"{where}: score")
-    for name in before:
-        own = getattr(stats, name)
+    for name, own in _tables(stats).items():
         _require(
             scores.untyped_storage().data_ptr() != own.untyped_storage().data_ptr(),
             f"{where}: score must return a tensor of its own, not the statistics' table {name!r}",
@@ -162,8 +235,8 @@ def _check_scores(selector: Selector, stats: ActivationStatistics, where: str) -
     _require(torch.equal(scores, again), f"{where}: score must be the same each time for the same statistics")
 
 
-def _check_select(selector: Selector, stats: ActivationStatistics, where: str) -> None:
-    before = _tables(stats)
+def _check_select(selector: Selector, stats: Any, where: str) -> None:
+    before = _copied(_tables(stats))
     with _clause(f"select, {where}"):
         selection = selector.select(stats)
     _check_unchanged(stats, before, f"{where}: select")
@@ -178,8 +251,9 @@ def _check_select(selector: Selector, stats: ActivationStatistics, where: str) -
     _require(dict(selection) == dict(again), f"{where}: select must give the same sets each time")
 
 
-def _check_budget(selector: Selector, stats: ActivationStatistics, where: str) -> None:
+def _check_budget(selector: Selector, stats: Any, where: str) -> None:
     size = len(stats.space)
+    selector = _with(selector, **_PLAIN)
     settings = [{"count": 7, "fraction": None}, {"count": None, "fraction": 0.01}, {"count": None, "fraction": 1.0}]
     for setting in settings:
         budget = setting["count"] or math.floor(setting["fraction"] * size + 1e-6)
@@ -198,9 +272,13 @@ def _check_budget(selector: Selector, stats: ActivationStatistics, where: str) -
             _check_best(neurons, scores[row], allowed, budget, f"{where}, group {group!r}, {setting}")
 
 
+_PLAIN = {"layers": None, "exclude": None, "per_layer": False}
+
+
 def _check_best(neurons: NeuronSet, scores: Tensor, allowed: Tensor, budget: int, where: str) -> None:
     """The chosen neurons are the first ones by falling score, then by index. A plain sort, on purpose."""
-    ranked = sorted(allowed.nonzero().flatten().tolist(), key=lambda neuron: (-float(scores[neuron]), neuron))
+    values = scores.tolist()
+    ranked = sorted(allowed.nonzero().flatten().tolist(), key=lambda neuron: (-values[neuron], neuron))
     wanted = ranked[:budget]
     _require(
         len(neurons) == len(wanted),
@@ -210,12 +288,13 @@ def _check_best(neurons: NeuronSet, scores: Tensor, allowed: Tensor, budget: int
     wrong = sorted(set(neurons) - set(wanted))
     if not wrong:
         return
-    tied = wanted and float(scores[wrong[0]]) == float(scores[wanted[-1]])
+    tied = wanted and values[wrong[0]] == values[wanted[-1]]
     reason = "equal scores go by lower index" if tied else "the highest scores must be selected"
     raise ContractError(f"{where}: {reason}; neuron {wrong[0]} was selected out of turn")
 
 
-def _check_layers_and_exclude(selector: Selector, stats: ActivationStatistics, where: str) -> None:
+def _check_layers_and_exclude(selector: Selector, stats: Any, where: str) -> None:
+    selector = _with(selector, **_PLAIN)
     changed = _with(selector, count=9, fraction=None)
     layer = stats.space.layers[1]
     with _clause(f"select with layers, {where}"):
@@ -246,9 +325,27 @@ def _check_layers_and_exclude(selector: Selector, stats: ActivationStatistics, w
                 )
 
 
+def _check_per_layer(selector: Selector, stats: Any, where: str) -> None:
+    quota, selector = 3, _with(selector, **_PLAIN)
+    with _clause(f"select with per_layer, {where}"):
+        whole = _with(selector, count=quota, fraction=None, per_layer=True).select(stats)
+        alone = {
+            layer: _with(selector, count=quota, fraction=None, layers=(layer,)).select(stats)
+            for layer in stats.space.layers
+        }
+    for group, neurons in whole.items():
+        union = NeuronSet.empty(stats.space)
+        for part in alone.values():
+            union |= part[group]
+        _require(
+            neurons == union,
+            f"{where}: with per_layer and count={quota}, group {group!r} must get the first {quota} of each layer",
+        )
+
+
 def _check_order_of_groups(selector: Selector, name: str) -> None:
     for title in ("ordinary", "mixture of experts"):
-        stats = selector_tables()[title]
+        stats = _tables_for(selector)[title]
         order = [stats.groups[place] for place in (2, 0, 3, 1)]
         moved = stats.select_groups(order)
         with _clause(f"select with the groups in another order, {name}"):
@@ -268,14 +365,12 @@ def _check_order_of_groups(selector: Selector, name: str) -> None:
 
 
 def _check_refusals(selector: Selector, name: str) -> None:
-    stats = selector_tables()["ordinary"]
-    positive, tokens = stats.positive.clone(), stats.tokens.clone()
-    positive[1], tokens[1] = 0, 0
-    uncounted = ActivationStatistics.from_counts(stats.space, stats.groups, positive, tokens, total=stats.total * 0)
+    stats = _tables_for(selector)["ordinary"]
+    uncounted = _without_counts(stats, 1)
     message = _refusal(lambda: selector.select(uncounted))
     _require(
         message is not None and stats.groups[1] in message,
-        f"{name}: statistics in which no token of {stats.groups[1]} was counted must be refused with a SelectionError "
+        f"{name}: statistics in which nothing of {stats.groups[1]} was counted must be refused with a SelectionError "
         f"that names it; got {message or 'a selection'}",
     )
     single = stats.select_groups([stats.groups[0]])
@@ -288,6 +383,24 @@ def _check_refusals(selector: Selector, name: str) -> None:
         else:
             with _clause(f"select for a single group, {name} (else set contrastive = True)"):
                 selector.select(single)
+
+
+def _without_counts(stats: Any, row: int) -> Any:
+    """The same table with nothing counted for one group."""
+    if isinstance(stats, Bundle):
+        return Bundle([_without_counts(table, row) for table in stats.tables])
+    if isinstance(stats, Conditions):
+        return Conditions({name: _without_counts(one, row) for name, one in stats.statistics.items()})
+    if isinstance(stats, GroupedItems):
+        return stats.taken(np.flatnonzero(stats.owner != row))
+    empty = {
+        name: getattr(stats, name).clone()
+        for name in ("positive", "tokens", "items", "total", "strong")
+        if getattr(stats, name, None) is not None
+    }
+    for table in empty.values():
+        table[row] = 0
+    return dataclasses.replace(stats, **empty)
 
 
 def _refusal(select: Callable[[], Any]) -> str | None:
@@ -322,23 +435,36 @@ def _check_combining(selector: Selector, name: str) -> None:
 def _check_repr(selector: Selector, name: str, budgeted: bool) -> None:
     with _clause(f"repr, {name}"):
         text = repr(selector)
-    _require(isinstance(selector, CombinedSelector) or name in text, f"{name}: repr must have the name; it is {text!r}")
+    for part in _leaves(selector):
+        _require(
+            isinstance(part, CombinedSelector) or type(part).__name__ in text,
+            f"{name}: repr must have the name; it is {text!r}",
+        )
     _require(" at 0x" not in text, f"{name}: repr must say the settings, not an address; it is {text!r}")
     if budgeted:
         with _clause(f"repr with another budget, {name}"):
             texts = {repr(_with(selector, count=count, fraction=None)) for count in (5, 6)}
         _require(len(texts) == 2, f"{name}: repr must tell different budgets apart; it is {text!r} for both")
-    title = selector.select(selector_tables()["ordinary"]).selector
+    title = selector.select(_tables_for(selector)["ordinary"]).selector
     _require(title == text, f"{name}: a selection must say how it was made, {text!r}; it says {title!r}")
 
 
-def _tables(stats: ActivationStatistics) -> dict[str, Tensor]:
-    names = ("positive", "tokens", "items", "routed", "total")
-    return {name: getattr(stats, name).clone() for name in names if getattr(stats, name) is not None}
+def _tables(stats: Any) -> dict[str, Tensor]:
+    if isinstance(stats, Bundle):
+        return {f"{n}.{name}": t for n, table in enumerate(stats.tables) for name, t in _tables(table).items()}
+    if isinstance(stats, Conditions):
+        return {f"{one}.{name}": t for one, table in stats.statistics.items() for name, t in _tables(table).items()}
+    names = ("positive", "tokens", "items", "routed", "total", "strong")
+    if isinstance(stats, GroupedItems):
+        names = ("tokens", "items")
+        return {name: getattr(stats, name) for name in names} | {"rows": torch.from_numpy(stats.rows.copy())}
+    return {name: getattr(stats, name) for name in names if getattr(stats, name, None) is not None}
 
 
-def _check_unchanged(stats: ActivationStatistics, before: Mapping[str, Tensor], what: str) -> None:
-    for name, table in before.items():
-        _require(
-            torch.equal(getattr(stats, name), table), f"{what} must not write to the statistics; it changed {name!r}"
-        )
+def _copied(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: table.clone() for name, table in tables.items()}
+
+
+def _check_unchanged(stats: Any, before: Mapping[str, Tensor], what: str) -> None:
+    for name, table in _tables(stats).items():
+        _require(torch.equal(table, before[name]), f"{what} must not write to the statistics; it changed {name!r}")

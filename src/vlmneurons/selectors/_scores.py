@@ -1,0 +1,366 @@
+"""Arithmetic on scores: selectors that rank by what is made of other selectors' scores.
+
+A neuron that some part leaves out (``-inf``) is left out of the whole. A neuron that a part scores but does not find
+eligible, such as one without a margin for `CAS`, stays in a sum if another part of the sum finds it eligible.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy import stats as scipy_stats
+from torch import Tensor
+
+from vlmneurons.errors import MismatchError, SelectionError
+from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
+from vlmneurons.selectors._base import Selector, _setting
+from vlmneurons.selectors._combine import CombinedSelector
+from vlmneurons.selectors._evidence import Bundle
+
+
+class DerivedSelector(Selector):
+    """A selector whose scores are made of those of its parts.
+
+    The budget, layers, exclusions and ``per_layer`` are those that the parts were given, which must agree; those of
+    parts that were given none do not count. `Selector.take` sets others.
+    """
+
+    reads: ClassVar[type] = Bundle
+
+    def __init__(self, *parts: Selector) -> None:
+        """The parts.
+
+        Raises:
+            SelectionError: a part has no scores, or parts were given different budgets, layers or exclusions.
+        """
+        for part in parts:
+            if isinstance(part, CombinedSelector):
+                raise SelectionError(f"{part!r} combines sets and has no scores to calculate with: use its parts")
+        self.parts = parts
+        self.contrastive = any(part.contrastive for part in parts)
+        budgets = {}
+        for part in parts:
+            if vars(part).get("fraction") is not None or vars(part).get("count") is not None:
+                budgets[part.fraction if part.count is None else f"count={part.count}"] = (part.fraction, part.count)
+        if len(budgets) > 1:
+            raise SelectionError(
+                f"the parts have different budgets ({', '.join(map(str, budgets))}): give one, or none and use "
+                ".take(fraction)"
+            )
+        for self.fraction, self.count in budgets.values():
+            pass
+        for name in ("layers", "exclude", "per_layer"):
+            given = [getattr(part, name) for part in parts if name in vars(part)]
+            if any(value != given[0] for value in given):
+                raise SelectionError(f"the parts have different {name}: give it to one of them, or use .take({name}=…)")
+            if given:
+                setattr(self, name, given[0])
+
+    def read(self, *evidence: Any) -> Bundle:
+        """All that was given, together; each part takes the table that it reads."""
+        return Bundle.of(evidence)
+
+    def check_statistics(self, stats: Any) -> None:
+        """Make sure that every part can score what was given.
+
+        Raises:
+            SelectionError: one cannot.
+        """
+        bundle = self.read(stats)
+        for part in self.parts:
+            part.check_statistics(part.read(bundle))
+
+    def score(self, *evidence: Any) -> Float[Tensor, "group neuron"]:
+        """The scores that are made of the parts' scores."""
+        return self._evaluate(self.read(*evidence))[0]
+
+    def eligible(self, stats: Any, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
+        """The neurons that the parts find eligible."""
+        return self._evaluate(self.read(stats))[1]
+
+    def _evaluate(self, stats: Any) -> tuple[Tensor, Tensor | None]:
+        bundle = self.read(stats)
+        self.check_statistics(bundle)
+        return self._derive([part._evaluate(part.read(bundle)) for part in self.parts], bundle)
+
+    @abstractmethod
+    def _derive(self, parts: list[tuple[Tensor, Tensor | None]], bundle: Bundle) -> tuple[Tensor, Tensor | None]:
+        """The scores and eligible neurons of the whole; the parts' own tables may be written to."""
+
+    def __repr__(self) -> str:
+        budget = ", ".join(f"{name}={_setting(value)}" for name, value in self._budget_settings().items())
+        text = self._expression()
+        return f"({text}).take({budget})" if _precedence(text) else f"{text}.take({budget})"
+
+
+def _left_out(changed: Tensor, scores: Tensor) -> Tensor:
+    """The changed scores, with ``-inf`` where the scores had it."""
+    return changed.masked_fill_(torch.isneginf(scores), -math.inf) if scores.min() == -math.inf else changed
+
+
+def _precedence(expression: str) -> int:
+    """2 for a sum, 1 for a product or a sign, 0 for what can be followed by a dot."""
+    depth, found = 0, int(expression.startswith("-"))
+    for place, character in enumerate(expression):
+        depth += character in "([{"
+        depth -= character in ")]}"
+        if depth == 0 and expression[place : place + 3] in (" + ", " * ", " / "):
+            found = max(found, 2 if expression[place + 1] == "+" else 1)
+    return found
+
+
+def _wrapped(part: Selector, most: int) -> str:
+    text = part._expression()
+    return f"({text})" if _precedence(text) > most else text
+
+
+class SummedSelector(DerivedSelector):
+    """The sum of two selectors' scores; ``left + right`` makes one.
+
+    Scores of different rules have different units: give them one with `Selector.zscore` or `Selector.rank` first.
+
+    Example:
+        >>> from vlmneurons.selectors import CAS, MAD
+        >>> CAS().zscore() * 0.7 + MAD().zscore() * 0.3
+        (CAS().zscore() * 0.7 + MAD().zscore() * 0.3).take(fraction=0.005)
+    """
+
+    def _derive(self, parts: list[tuple[Tensor, Tensor | None]], bundle: Bundle) -> tuple[Tensor, Tensor | None]:
+        (left, left_eligible), (right, right_eligible) = parts
+        total = _left_out(_left_out(left.add(right), left), right)
+        if left_eligible is None or right_eligible is None:
+            return total, None
+        return total, left_eligible | right_eligible
+
+    def _expression(self) -> str:
+        return " + ".join(_wrapped(part, 2) for part in self.parts)
+
+
+class MappedSelector(DerivedSelector):
+    """One selector's scores, changed: scaled, turned round, z-scored, ranked; made by the operators of `Selector`."""
+
+    def __init__(self, part: Selector, operation: str, number: Any = None) -> None:
+        """The change.
+
+        Args:
+            part: the selector.
+            operation: ``"*"``, ``"/"``, ``"-"``, ``"abs"``, ``"zscore"`` or ``"rank"``.
+            number: the factor or divisor.
+
+        Raises:
+            SelectionError: no such operation, a factor that is not finite, or a division by 0.
+        """
+        super().__init__(part)
+        if operation not in _OPERATIONS:
+            raise SelectionError(f"operation {operation!r} does not exist; choose from {', '.join(_OPERATIONS)}")
+        if operation in ("*", "/") and (not math.isfinite(number) or (operation == "/" and number == 0)):
+            raise SelectionError(f"scores cannot be {'multiplied' if operation == '*' else 'divided'} by {number}")
+        self.operation, self.number = operation, number
+
+    def _derive(self, parts: list[tuple[Tensor, Tensor | None]], bundle: Bundle) -> tuple[Tensor, Tensor | None]:
+        ((scores, eligible),) = parts
+        changed = _OPERATIONS[self.operation](scores, self.number)
+        return _left_out(changed, scores), eligible
+
+    def _expression(self) -> str:
+        (part,) = self.parts
+        if self.operation in ("*", "/"):
+            return f"{_wrapped(part, 1)} {self.operation} {float(self.number):g}"
+        if self.operation == "abs":
+            return f"abs({part._expression()})"
+        return f"-{_wrapped(part, 0)}" if self.operation == "-" else f"{_wrapped(part, 0)}.{self.operation}()"
+
+
+def _zscore(scores: Tensor, _: Any) -> Tensor:
+    return torch.from_numpy(np.stack([zscored(row) for row in scores.numpy()]))
+
+
+def zscored(scores: np.ndarray) -> np.ndarray:
+    """Scores of one group less their mean over neurons, over their standard deviation; ``-inf`` stays."""
+    known = None if scores.min() > -math.inf else scores > -math.inf
+    values = (scores if known is None else scores[known]).astype(np.float64)
+    if len(values):
+        size = max(values.max(), -values.min())
+        values -= values.mean()
+        spread = math.sqrt(values @ values / len(values))
+        # Rounding leaves a spread of 1e-17 where all values are equal.
+        values *= 1 / spread if spread > 1e-12 * size else 0.0
+    if known is None:
+        return values
+    result = np.full(scores.shape, -math.inf)
+    result[known] = values
+    return result
+
+
+def _rank(scores: Tensor, _: Any) -> Tensor:
+    result = torch.zeros(scores.shape, dtype=torch.float64)
+    for row, values in zip(result.numpy(), scores.numpy(), strict=True):
+        known = values > -math.inf
+        count = int(known.sum())
+        row[known] = (scipy_stats.rankdata(values[known]) - 1) / (count - 1) if count > 1 else 0.0
+    return result
+
+
+_OPERATIONS: Mapping[str, Callable[[Tensor, Any], Tensor]] = MappingProxyType(
+    {
+        "*": lambda scores, number: scores * float(number),
+        "/": lambda scores, number: scores / float(number),
+        "-": lambda scores, _: -scores,
+        "abs": lambda scores, _: scores.abs(),
+        "zscore": _zscore,
+        "rank": _rank,
+    }
+)
+
+
+class Gate(ABC):
+    """A condition on neurons, for `Selector.where`; joined with others by ``&``, ``|`` and ``~``."""
+
+    @abstractmethod
+    def passes(self, bundle: Bundle) -> Bool[Tensor, "group neuron"]:
+        """For each group which neurons pass."""
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the condition compares groups."""
+        return False
+
+    def check(self, bundle: Bundle) -> None:  # noqa: B027 (a gate without a selector has nothing to check)
+        """Make sure that the condition can be evaluated."""
+
+    def __and__(self, other: "Gate") -> "Gate":
+        return _JoinedGate("&", self, other) if isinstance(other, Gate) else NotImplemented
+
+    def __or__(self, other: "Gate") -> "Gate":
+        return _JoinedGate("|", self, other) if isinstance(other, Gate) else NotImplemented
+
+    def __invert__(self) -> "Gate":
+        return _JoinedGate("~", self)
+
+    def __bool__(self) -> bool:
+        # `0.1 < LAP() < 0.9` asks for the truth of its first half and would silently drop it.
+        raise SelectionError(f"{self!r} is a condition on neurons, not true or false; join conditions with &, | and ~")
+
+
+class Comparison(Gate):
+    """Which neurons' scores compare so with a number; ``selector > number`` makes one. ``-inf`` never passes."""
+
+    def __init__(self, selector: Selector, symbol: str, number: float) -> None:
+        if isinstance(selector, CombinedSelector):
+            raise SelectionError(f"{selector!r} combines sets and has no scores to compare: use its parts")
+        if math.isnan(number):
+            raise SelectionError(f"scores cannot be compared with {number}")
+        self.selector, self.symbol, self.number = selector, symbol, number
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the selector compares groups."""
+        return self.selector.contrastive
+
+    def check(self, bundle: Bundle) -> None:
+        """Make sure that the selector can score what was given."""
+        self.selector.check_statistics(self.selector.read(bundle))
+
+    def passes(self, bundle: Bundle) -> Bool[Tensor, "group neuron"]:
+        """For each group which neurons' scores compare so."""
+        scores, _ = self.selector._evaluate(self.selector.read(bundle))
+        compare = {">": torch.gt, ">=": torch.ge, "<": torch.lt, "<=": torch.le}[self.symbol]
+        return compare(scores, self.number) & (scores > -math.inf)
+
+    def __repr__(self) -> str:
+        return f"({self.selector._expression()} {self.symbol} {self.number:g})"
+
+
+class _Membership(Gate):
+    def __init__(self, neurons: NeuronSet | Selection) -> None:
+        self.neurons = neurons
+
+    def passes(self, bundle: Bundle) -> Bool[Tensor, "group neuron"]:
+        _check_same_space(self.neurons.space, bundle.space)
+        if isinstance(self.neurons, NeuronSet):
+            return self.neurons.mask().expand(len(bundle.groups), -1)
+        missing = [group for group in bundle.groups if group not in self.neurons]
+        if missing:
+            raise MismatchError(f"where(…) has no set for {', '.join(missing)}; it has {', '.join(self.neurons)}")
+        return torch.stack([self.neurons[group].mask() for group in bundle.groups])
+
+    def __repr__(self) -> str:
+        return _setting(self.neurons)
+
+
+class _JoinedGate(Gate):
+    def __init__(self, symbol: str, *gates: Gate) -> None:
+        self.symbol, self.gates = symbol, gates
+
+    @property
+    def contrastive(self) -> bool:
+        return any(gate.contrastive for gate in self.gates)
+
+    def check(self, bundle: Bundle) -> None:
+        for gate in self.gates:
+            gate.check(bundle)
+
+    def passes(self, bundle: Bundle) -> Bool[Tensor, "group neuron"]:
+        first = self.gates[0].passes(bundle)
+        if self.symbol == "~":
+            return ~first
+        second = self.gates[1].passes(bundle)
+        return first & second if self.symbol == "&" else first | second
+
+    def __repr__(self) -> str:
+        if self.symbol == "~":
+            return f"~{self.gates[0]!r}"
+        return f"({self.gates[0]!r} {self.symbol} {self.gates[1]!r})"
+
+
+class GatedSelector(DerivedSelector):
+    """One selector's scores, for choosing only among neurons that pass a gate; made by `Selector.where`."""
+
+    def __init__(self, part: Selector, gate: "Gate | NeuronSet | Selection") -> None:
+        """The selector and the gate.
+
+        Raises:
+            SelectionError: the gate is something else.
+        """
+        super().__init__(part)
+        if isinstance(gate, (NeuronSet, Selection)):
+            gate = _Membership(gate)
+        if not isinstance(gate, Gate):
+            raise SelectionError(
+                "where(…) takes a comparison such as LAP() > 0.1, a NeuronSet or a Selection; got "
+                f"{type(gate).__name__}"
+            )
+        self.gate = gate
+        self.contrastive = self.contrastive or gate.contrastive
+
+    def check_statistics(self, stats: Any) -> None:
+        """Make sure that the selector and the gate can score what was given."""
+        super().check_statistics(stats)
+        self.gate.check(self.read(stats))
+
+    def _derive(self, parts: list[tuple[Tensor, Tensor | None]], bundle: Bundle) -> tuple[Tensor, Tensor | None]:
+        ((scores, eligible),) = parts
+        passes = self.gate.passes(bundle)
+        return scores, passes if eligible is None else eligible & passes
+
+    def _expression(self) -> str:
+        (part,) = self.parts
+        gate = repr(self.gate)
+        inner = gate[1:-1] if gate.startswith("(") and _closes_last(gate) else gate
+        return f"{_wrapped(part, 0)}.where({inner})"
+
+
+def _closes_last(text: str) -> bool:
+    """Whether the first parenthesis of a text is closed by its last character."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += character == "("
+        depth -= character == ")"
+        if depth == 0:
+            return place == len(text) - 1
+    return False

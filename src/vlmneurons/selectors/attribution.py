@@ -1,0 +1,112 @@
+"""Neurons that move the answers, by gradients."""
+
+from collections.abc import Iterable
+from typing import ClassVar, SupportsIndex
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from vlmneurons.errors import SelectionError
+from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.selectors._base import Selector, sum_over_groups
+from vlmneurons.statistics import AttributionStatistics
+
+
+class _ByGradient(Selector):
+    reads: ClassVar[type] = AttributionStatistics
+    method: ClassVar[str]
+    """What `vlmneurons.attribute` must have computed."""
+
+    def __init__(
+        self,
+        fraction: float | int | None = None,
+        *,
+        others: bool = False,
+        on: str = "mean",
+        count: SupportsIndex | None = None,
+        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
+        exclude: NeuronSet | Selection | None = None,
+        per_layer: bool = False,
+    ) -> None:
+        """Settings.
+
+        Args:
+            fraction: share of the neurons that each group gets.
+            others: rank by how much more a neuron matters to the group than, on average, to the other groups.
+            on: ``"mean"`` attribution over the group's questions, or ``"share"`` of the questions to which the neuron
+                matters much (more than a given share of the question's highest attribution).
+            count: number of neurons per group, instead of a fraction.
+            layers: layers to choose from; None for all.
+            exclude: neurons never to choose.
+            per_layer: take the share of each layer's neurons, layer by layer.
+
+        Raises:
+            SelectionError: a setting that is not allowed.
+        """
+        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
+        name = type(self).__name__
+        if on not in ("mean", "share"):
+            raise SelectionError(f"{name}: on is 'mean' or 'share'; got {on!r}")
+        if not isinstance(others, bool):
+            raise SelectionError(f"{name}: others is True or False; got {others!r}")
+        self.others, self.on = others, on
+        self.contrastive = others
+
+    def check_statistics(self, stats: AttributionStatistics) -> None:
+        """Make sure that the attributions are by this rule's method.
+
+        Raises:
+            SelectionError: they are not, or see `Selector.check_statistics`.
+        """
+        super().check_statistics(stats)
+        found = stats.provenance.get("method", self.method)
+        if found != self.method:
+            raise SelectionError(
+                f"{type(self).__name__} selects from attributions by method={self.method!r}; these are by {found!r}"
+            )
+
+    def score(self, stats: AttributionStatistics) -> Float64[Tensor, "group neuron"]:
+        """How much a neuron moves the group's answers: mean nats, or a share of questions; less that of the others."""
+        self.check_statistics(stats)
+        table = stats.mean if self.on == "mean" else stats.share
+        if self.others:
+            total = sum_over_groups(table)
+            for row in table:
+                row -= (total - row) / (len(stats.groups) - 1)
+        return table
+
+
+class Attribution(_ByGradient):
+    """Activation times gradient: to first order, what removing a neuron does to the answers of a group's questions.
+
+    ``score[c, n]`` is the mean over the questions of ``c`` of ``sum over tokens of a[t, n] * dM / da[t, n]``, in nats,
+    where ``a`` is the neuron's value and ``M`` the log-probability margin of the right option over the best other one.
+    Select from what ``vlmneurons.attribute(model, questions, method="gradient")`` gives.
+
+    The input-times-gradient family (Shrikumar et al. 2017, arXiv 1704.02685), as used to find culture neurons by
+    their effect on answers. That the margin is over the best *other option*, and that all tokens count, is ours.
+
+    Example:
+        ``Attribution(0.005, others=True).select(attribute(model, identify))``
+    """
+
+    method = "gradient"
+
+
+class IntegratedGradients(_ByGradient):
+    """Knowledge neurons: attributions integrated while a layer's neurons grow from zero to what they are.
+
+    ``score[c, n]`` is the mean over the questions of ``c`` of ``w * integral from 0 to 1 of dM(s * w) / dw ds``, where
+    ``w`` are the values of all neurons of the neuron's layer; in nats. Select from what
+    ``vlmneurons.attribute(model, questions, method="integrated")`` gives.
+
+    Dai et al. 2022, arXiv 2104.08696. They differentiate the probability of the one right token and read neurons at the
+    masked token; here it is the margin of the right option over the best other one, and all tokens. They keep the
+    neurons above a share of 0.2 of the highest attribution on enough prompts: ``on="share"`` ranks by how many. The
+    integral is the midpoint rule's, theirs the right-hand rule's.
+
+    Example:
+        ``IntegratedGradients(0.005).select(attribute(model, identify, method="integrated"))``
+    """
+
+    method = "integrated"

@@ -1,0 +1,114 @@
+"""Neurons whose activation tells a group's questions from all others."""
+
+from collections.abc import Iterable
+from typing import ClassVar, SupportsIndex
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from vlmneurons.errors import SelectionError
+from vlmneurons.items import VALUES, GroupedItems
+from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.selectors._base import Selector
+
+_BLOCK = 48 * 2**20
+"""Bytes of values held at once."""
+
+
+class AveragePrecision(Selector):
+    """Average precision of a neuron's activation as a detector of the group's questions.
+
+    ``score[c, n]`` is the area under the precision-recall curve when questions are ranked by the neuron's value and
+    those of group ``c`` are to be found: 1 if they all come first, near the group's share of the questions by chance.
+    Of equal values, none comes first: precision is taken where all of them are in, as scikit-learn does.
+
+    Kojima et al. 2024, arXiv 2404.02431, after Cuadros et al. 2022. They take the value to be the mean activation over
+    a text's tokens, and select the neurons with the highest *and* with the lowest average precision; the lowest are
+    ``-AveragePrecision(…)``, both together ``AveragePrecision(r) | -AveragePrecision(r)``. Deviations: neurons are
+    those of the space (MLP neurons), not the outputs of all linear layers; the mean is over the counted tokens.
+
+    It needs single questions, so it selects from `ItemStatistics`, recorded with ``magnitudes=True`` for the mean.
+
+    Example:
+        ``AveragePrecision(0.005).select(items.grouped("group"))``
+    """
+
+    contrastive = True
+    reads: ClassVar[type] = GroupedItems
+
+    def __init__(
+        self,
+        fraction: float | int | None = None,
+        *,
+        on: str = "mean",
+        count: SupportsIndex | None = None,
+        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
+        exclude: NeuronSet | Selection | None = None,
+        per_layer: bool = False,
+    ) -> None:
+        """Settings.
+
+        Args:
+            fraction: share of the neurons that each group gets.
+            on: value of a neuron for a question: ``"mean"`` activation, ``"probability"`` of firing (which every
+                recording has), or ``"maximum"`` activation.
+            count: number of neurons per group, instead of a fraction.
+            layers: layers to choose from; None for all.
+            exclude: neurons never to choose.
+            per_layer: take the share of each layer's neurons, layer by layer.
+
+        Raises:
+            SelectionError: a setting that is not allowed.
+        """
+        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
+        if on not in VALUES:
+            raise SelectionError(f"AveragePrecision: on is one of {', '.join(VALUES)}; got {on!r}")
+        self.on = on
+
+    def score(self, stats: GroupedItems) -> Float64[Tensor, "group neuron"]:
+        """The average precision, from 0 to 1."""
+        self.check_statistics(stats)
+        scores = np.empty((len(stats.groups), len(stats.space)))
+        step = max(64, _BLOCK // (8 * max(1, len(stats.rows))))
+        for start in range(0, len(stats.space), step):
+            columns = slice(start, min(start + step, len(stats.space)))
+            values = np.ascontiguousarray(stats.values(self.on, columns).T)
+            scores[:, columns] = average_precision(values, stats.owner, len(stats.groups))
+        return torch.from_numpy(scores)
+
+
+def average_precision(
+    values: Float64[np.ndarray, "neuron item"], owner: Int64[np.ndarray, " item"], n_groups: int
+) -> Float64[np.ndarray, "group neuron"]:
+    """Average precision of each neuron's values for finding each group's items.
+
+    For an item with value ``v``, precision is the number of the group's items with values of at least ``v`` over that
+    of all items; the average is over the group's items.
+
+    Args:
+        values: of each neuron and item.
+        owner: number of each item's group; every group has at least one.
+        n_groups: how many groups.
+    """
+    # For every item how many have a value of at least its own; for groups the same among the group's items alone.
+    above = _at_least(values)
+    result = np.empty((n_groups, len(values)))
+    for group in range(n_groups):
+        members = np.flatnonzero(owner == group)
+        result[group] = (_at_least(values[:, members]) / above[:, members]).mean(1)
+    return result
+
+
+def _at_least(values: Float64[np.ndarray, "neuron item"]) -> Int64[np.ndarray, "neuron item"]:
+    """For each value the number of values of its neuron that are at least as high, itself among them."""
+    n_items = values.shape[1]
+    order = np.argsort(values, axis=1)
+    ordered = np.take_along_axis(values, order, 1)
+    starts = np.zeros(values.shape, dtype=np.int64)
+    starts[:, 1:] = np.where(ordered[:, 1:] != ordered[:, :-1], np.arange(1, n_items), 0)
+    np.maximum.accumulate(starts, axis=1, out=starts)
+    counts = np.empty_like(starts)
+    np.put_along_axis(counts, order, n_items - starts, 1)
+    return counts

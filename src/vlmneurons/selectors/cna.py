@@ -1,0 +1,132 @@
+"""Neurons whose mean activation at the last token differs most between a group and the others."""
+
+from collections.abc import Iterable
+from typing import SupportsIndex
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from vlmneurons.errors import SelectionError
+from vlmneurons.items import GroupedItems
+from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.selectors._base import Selector, budget_of, highest, sum_over_groups
+from vlmneurons.statistics import ActivationStatistics
+
+
+class CNA(Selector):
+    """Contrastive neuron attribution: the difference of mean activations between a group's questions and the others'.
+
+    ``score[c, n] = abs(mean over the questions of c - mean over all other questions)`` of the product
+    ``gate * up`` (the input of the down projection, site kind ``"post"``) at the last token of the prompt, in units of
+    the activation. Record with ``record(…, space=model.space("language", "post"), tokens="last", magnitudes=True)``.
+    The default share is 0.1 % of the neurons.
+
+    arXiv 2605.12290 (Contrastive Neuron Attribution). There, one set of prompts is contrasted with one other, and
+    neurons among the highest 0.1 % on more than 80 % of unrelated prompts are removed first: give those of
+    `universal_neurons` as ``exclude``. With several groups, the other set is all other groups' questions together (each
+    question counting the same): ours. In a mixture of experts, means are over the questions whose last token reached
+    the expert, and 0 where none did. Known to us from public summaries of the paper, not from its code.
+
+    Example:
+        >>> from vlmneurons.sites import NeuronSpace
+        >>> space = NeuronSpace.from_widths("language", "post", [3])
+        >>> total = [[4.0, 1.0, 0.0], [0.0, 1.0, -1.0]]
+        >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[2, 2, 0], [0, 2, 0]], [2, 2], total=total)
+        >>> CNA(count=1).score(stats)
+        tensor([[2.0000, 0.0000, 0.5000],
+                [2.0000, 0.0000, 0.5000]], dtype=torch.float64)
+    """
+
+    fraction = 0.001
+    contrastive = True
+
+    def __init__(
+        self,
+        fraction: float | int | None = None,
+        *,
+        signed: bool = False,
+        anywhere: bool = False,
+        count: SupportsIndex | None = None,
+        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
+        exclude: NeuronSet | Selection | None = None,
+        per_layer: bool = False,
+    ) -> None:
+        """Settings.
+
+        Args:
+            fraction: share of the neurons that each group gets; 0.001 unless given.
+            signed: rank by the signed difference, so that only neurons that are *more* active for the group come first.
+            anywhere: also accept statistics of other sites and tokens than the paper's.
+            count: number of neurons per group, instead of a fraction.
+            layers: layers to choose from; None for all.
+            exclude: neurons never to choose.
+            per_layer: take the share of each layer's neurons, layer by layer.
+
+        Raises:
+            SelectionError: a setting that is not allowed.
+        """
+        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
+        for name, value in (("signed", signed), ("anywhere", anywhere)):
+            if not isinstance(value, bool):
+                raise SelectionError(f"CNA: {name} is True or False; got {value!r}")
+        self.signed, self.anywhere = signed, anywhere
+
+    def check_statistics(self, stats: ActivationStatistics) -> None:
+        """Make sure that the statistics are sums of the product at the last token.
+
+        Raises:
+            SelectionError: they are not, or see `Selector.check_statistics`.
+        """
+        super().check_statistics(stats)
+        if self.anywhere:
+            return
+        kinds = {site.kind for site in stats.space.sites}
+        rule = stats.provenance.get("tokens", "last")
+        if kinds != {"post"} or rule != "last":
+            raise SelectionError(
+                f"CNA reads the product at the last token; these statistics are of {', '.join(sorted(kinds))} with "
+                f"tokens={rule!r}: record(…, space=model.space('language', 'post'), tokens='last', magnitudes=True), "
+                "or say CNA(anywhere=True)"
+            )
+
+    def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
+        """The difference of mean activations: its size, or with its sign."""
+        self.check_statistics(stats)
+        mean = stats.mean  # refuses statistics without sums
+        assert stats.total is not None
+        total = sum_over_groups(stats.total)
+        # Tokens (that reached a neuron's site, in a mixture of experts) of each group, and of all groups.
+        reach = stats._routed_or_all().to(torch.float64)
+        widths = torch.tensor(stats.space.widths)
+        for row, own, tokens in zip(mean, stats.total, reach, strict=True):
+            others = torch.repeat_interleave((reach.sum(0) - tokens).clamp_(min=1), widths)
+            row -= (total - own).div_(others)
+        return mean if self.signed else mean.abs_()
+
+
+def universal_neurons(items: GroupedItems, *, fraction: float = 0.001, share: float = 0.8) -> NeuronSet:
+    """Neurons that are among the most active ones whatever is asked: to exclude from a selection.
+
+    A neuron is universal if it is among the ``fraction`` of neurons with the highest mean activations for more than
+    ``share`` of the questions (arXiv 2605.12290: the highest 0.1 % on more than 80 % of diverse prompts).
+
+    Args:
+        items: questions of many kinds, recorded with ``magnitudes=True``.
+        fraction: share of the neurons that counts as most active.
+        share: share of the questions.
+
+    Raises:
+        SelectionError: a number outside (0, 1], or sums were not recorded.
+    """
+    for name, number in (("fraction", fraction), ("share", share)):
+        if not 0 < number <= 1:
+            raise SelectionError(f"universal_neurons: {name} is in (0, 1]; got {number!r}")
+    size = len(items.space)
+    often = np.zeros(size, dtype=np.int64)
+    for place in range(len(items.rows)):
+        one = items.taken(np.array([place]))
+        values = torch.from_numpy(one.values("mean", slice(0, size))[0])
+        often[highest(values, max(1, budget_of(fraction, size))).numpy()] += 1
+    return NeuronSet.from_mask(items.space, torch.from_numpy(often > share * len(items.rows)))
