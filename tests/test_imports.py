@@ -19,6 +19,7 @@ ORDER = [
     ["statistics", "answers"],
     ["items", "selectors", "model"],
     ["trust", "recording", "ablation"],
+    ["replay"],
     ["masked"],
     ["study"],
     ["plots"],
