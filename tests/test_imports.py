@@ -22,7 +22,7 @@ ORDER = [
     ["replay"],
     ["masked"],
     ["study"],
-    ["plots"],
+    ["screening", "plots"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
