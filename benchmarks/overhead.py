@@ -152,10 +152,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--only", nargs="+", help="only variants whose names hold one of these words")
     options = parser.parse_args()
     device, dtype = measure.device_of(options.device), getattr(torch, options.dtype)
     bare, processor = measure.llava(options.layers, options.width, options.hidden)
     bare = bare.to(device, dtype)
+    bare.config.architectures = [type(bare).__name__]  # which peers look at
     model = vn.VLM(copy.deepcopy(bare), processor)
     asked = measure.questions(options.batch, words=options.words)
     reader = Letters()
@@ -194,6 +196,8 @@ def main() -> None:
         alone = TransformersModel(copy.deepcopy(bare), processor=processor, task="image-text-to-text")
         variants["nnsight, count in a trace"] = nnsight_alone(alone, inputs)
         variants |= peers(bare, processor, inputs)
+    if options.only:
+        variants = {name: run for name, run in variants.items() if any(word in name for word in options.only)}
     print(measure.about(device))
     print(
         f"{options.layers} layers x {options.width:,} neurons (hidden size {options.hidden}), {options.dtype}, batch "

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import re
 import unicodedata
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -310,6 +311,9 @@ def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
     Raises:
         QuestionError: the tokenizer has no form in which each letter is one token.
     """
+    known = _LETTER_TOKENS.setdefault(model, {})  # listing a vocabulary takes longer than many a forward
+    if n in known:
+        return known[n]
     vocabulary = model.tokenizer.get_vocab()
     forms = [[vocabulary.get(before + letter) for letter in LETTERS[:n]] for before in ("", "▁", "Ġ", " ")]
     whole = [form for form in forms if all(number is not None for number in form)]
@@ -318,7 +322,11 @@ def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
             f"the tokenizer has no single token for each of the letters {LETTERS[:n]}; "
             "use answer='text' or answer='generate'"
         )
-    return torch.tensor(whole).T
+    known[n] = torch.tensor(whole).T
+    return known[n]
+
+
+_LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, torch.Tensor]]" = weakref.WeakKeyDictionary()
 
 
 def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:
