@@ -20,9 +20,10 @@ ORDER = [
     ["items", "model"],
     ["selectors"],
     ["trust", "recording", "ablation"],
-    ["masked", "attribution"],
+    ["replay", "attribution"],
+    ["masked"],
     ["study"],
-    ["plots"],
+    ["screening", "plots"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

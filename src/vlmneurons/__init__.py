@@ -14,7 +14,7 @@ from vlmneurons._version import __version__
 
 if TYPE_CHECKING:
     from vlmneurons.ablation import Ablation
-    from vlmneurons.answers import AnswerReader, Generate, Letters, TextLikelihood, parse_answer
+    from vlmneurons.answers import AnswerReader, Generate, Letters, LogitReader, TextLikelihood, parse_answer
     from vlmneurons.architectures import Architecture, register_architecture
     from vlmneurons.attribution import attribute
     from vlmneurons.demo import demo_truth, load_demo
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vlmneurons.plots import plot_layers, plot_matrix
     from vlmneurons.questions import Question, QuestionSet
     from vlmneurons.recording import Recorder, record, record_items
+    from vlmneurons.screening import screen
     from vlmneurons.selectors import (
         CAS,
         CNA,
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "ablation": ("Ablation",),
-    "answers": ("AnswerReader", "Generate", "Letters", "TextLikelihood", "parse_answer"),
+    "answers": ("AnswerReader", "Generate", "Letters", "LogitReader", "TextLikelihood", "parse_answer"),
     "architectures": ("Architecture", "register_architecture"),
     "attribution": ("attribute",),
     "demo": ("demo_truth", "load_demo"),
@@ -74,6 +75,7 @@ _PLACES = {
     "plots": ("plot_layers", "plot_matrix"),
     "questions": ("Question", "QuestionSet"),
     "recording": ("Recorder", "record", "record_items"),
+    "screening": ("screen",),
     "selectors": (
         "CAS",
         "CNA",
@@ -152,6 +154,7 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "Ablation",
     "knockout",
     "KnockoutResult",
+    "screen",
     "stability",
     "null_distribution",
     "selection_strength",
@@ -163,6 +166,7 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "layer_profile",
     "overlap_by_layer",
     "AnswerReader",
+    "LogitReader",
     "Letters",
     "Generate",
     "TextLikelihood",

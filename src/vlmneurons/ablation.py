@@ -241,10 +241,22 @@ class Ablation:
         _OWNERS.give(self.model.hf)
 
     def _editor(self, site: Site, edit: _Edit) -> Any:
-        """The function that edits one site's values; index tensors are moved to its device once."""
-        cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
+        """The function that gives one site's edited values."""
+        edit_in_place = self._in_place(site, edit)
 
         def apply(values: Tensor, tokens: Tensor | None = None) -> Tensor:
+            # The model's own tensor may be kept by others: a trace shows it, a recorder counts it.
+            values = values.clone()
+            edit_in_place(values, tokens)
+            return values
+
+        return apply
+
+    def _in_place(self, site: Site, edit: _Edit) -> Any:
+        """The function that edits one site's values where they are; index tensors are moved to its device once."""
+        cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
+
+        def apply(values: Tensor, tokens: Tensor | None = None) -> None:
             key = (values.device, values.dtype)
             if key not in cache:
                 cache[key] = (
@@ -254,15 +266,17 @@ class Ablation:
                 )
             columns, mask, new = cache[key]
             if columns is not None:
-                return self._edit_columns(values, columns, new)
-            assert mask is not None
-            return self._edit_rows(site, values, mask, new, tokens)
+                self._edit_columns(values, columns, new)
+            else:
+                assert mask is not None
+                self._edit_rows(site, values, mask, new, tokens)
 
         return apply
 
-    def _edit_columns(self, values: Tensor, columns: Tensor, new: Tensor | None) -> Tensor:
+    def _edit_columns(self, values: Tensor, columns: Tensor, new: Tensor | None) -> None:
         if self.mode == "zero":
-            return values.index_fill(-1, columns, 0)
+            values.index_fill_(-1, columns, 0)
+            return
         old = values.index_select(-1, columns)
         if self.mode == "scale":
             changed = old * self.factor
@@ -272,11 +286,11 @@ class Ablation:
         else:
             assert new is not None
             changed = new.expand_as(old)
-        return values.index_copy(-1, columns, changed)
+        values.index_copy_(-1, columns, changed)
 
     def _edit_rows(
         self, site: Site, values: Tensor, mask: Bool[Tensor, "row neuron"], new: Tensor | None, tokens: Tensor | None
-    ) -> Tensor:
+    ) -> None:
         n_rows = len(mask)
         if site.tower != "language":
             raise AblationError(f"{site}: the rows of a vision tower are patches, not questions; ablate all rows alike")
@@ -289,7 +303,8 @@ class Ablation:
             )
         mask = mask.view(n_rows, *[1] * (values.ndim - 2), mask.shape[-1])
         if self.mode == "zero":
-            return values.masked_fill(mask, 0)
+            values.masked_fill_(mask, 0)
+            return
         if self.mode == "scale":
             changed = values * self.factor
         elif self.mode == "add":
@@ -298,7 +313,7 @@ class Ablation:
         else:
             assert new is not None
             changed = new.expand_as(values)
-        return torch.where(mask, changed, values)
+        values.copy_(torch.where(mask, changed, values))
 
     def __repr__(self) -> str:
         what = f"{len(self.neurons)} rows" if isinstance(self.neurons, tuple) else f"{len(self.neurons)} neurons"

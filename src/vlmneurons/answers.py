@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import re
 import unicodedata
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,53 @@ class AnswerReader(ABC):
         return f"{type(self).__name__}({fields})"
 
 
+class LogitReader(AnswerReader):
+    """A reader that needs one forward, and of it the logits at a few positions of each row.
+
+    Subclass it and define `wants` and `score`. Many masks can then share what does not depend on them; a reader that
+    runs the model in a way of its own is run once for each mask.
+    """
+
+    @abstractmethod
+    def wants(self, encoded: Any) -> "Wanted":
+        """The forward that is needed, and what of it."""
+
+    @abstractmethod
+    def score(
+        self, model: "VLM", questions: QuestionSet, encoded: Any, logits: list[Float[Tensor, "position vocabulary"]]
+    ) -> Reading:
+        """The answers, from the logits that were wanted.
+
+        Args:
+            model: the model.
+            questions: the batch.
+            encoded: what `encode` made of it.
+            logits: for each row of the forward those at its wanted positions, in float32 on the CPU.
+        """
+
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: Watch | None = None) -> Reading:
+        """See `AnswerReader.read`."""
+        wanted = self.wants(encoded)
+        with (watch or _no_watch)(wanted.batch, wanted.questions):
+            logits = logits_at(model, wanted.batch, wanted.positions)
+        return self.score(model, questions, encoded, logits)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One forward, and what of it is looked at.
+
+    Attributes:
+        batch: its inputs.
+        positions: for each row the positions whose logits are wanted, at least one.
+        questions: the row that stands for each question.
+    """
+
+    batch: Batch
+    positions: Sequence[Sequence[int]]
+    questions: list[int]
+
+
 def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -116,23 +164,25 @@ def logits_at(
 
 
 @dataclass(frozen=True, repr=False)
-class Letters(AnswerReader):
+class Letters(LogitReader):
     """The option letter with the highest probability at the first position of the answer: one forward, no generation.
 
     A letter's probability is that of all tokens that are just the letter (``A``, and with a leading space).
     """
 
-    def read(self, model: "VLM", questions: QuestionSet, encoded: Batch, watch: Watch | None = None) -> Reading:
-        """See `AnswerReader.read`."""
+    def wants(self, encoded: Batch) -> Wanted:
+        """See `LogitReader.wants`."""
+        return Wanted(encoded, encoded.tokens.last[:, None].tolist(), list(range(len(encoded.tokens.last))))
+
+    def score(self, model: "VLM", questions: QuestionSet, encoded: Batch, logits: list[Tensor]) -> Reading:
+        """See `LogitReader.score`."""
         tokens = letter_tokens(model, max(len(item.options) for item in questions))
-        with (watch or _no_watch)(encoded, list(range(len(questions)))):
-            logits = logits_at(model, encoded, encoded.tokens.last[:, None].tolist())
         shown = [row.log_softmax(-1)[0, tokens].logsumexp(-1) for row in logits]
         return _reading(questions, shown)
 
 
 @dataclass(frozen=True, repr=False)
-class TextLikelihood(AnswerReader):
+class TextLikelihood(LogitReader):
     """The option whose text, as the continuation of the prompt, has the highest log-probability.
 
     The usual way to score a multiple-choice question that is asked openly. Options of one token each cost one forward
@@ -185,15 +235,18 @@ class TextLikelihood(AnswerReader):
             positions.append([last[row] + step for step in range(depth)])
         return _Options(batch, first_rows, positions, wanted)
 
-    def read(self, model: "VLM", questions: QuestionSet, encoded: "_Options", watch: Watch | None = None) -> Reading:
-        """See `AnswerReader.read`."""
-        with (watch or _no_watch)(encoded.batch, encoded.first_rows):
-            logits = logits_at(model, encoded.batch, encoded.positions)
+    def wants(self, encoded: "_Options") -> Wanted:
+        """See `LogitReader.wants`."""
+        return Wanted(encoded.batch, encoded.positions, encoded.first_rows)
+
+    def score(self, model: "VLM", questions: QuestionSet, encoded: "_Options", logits: list[Tensor]) -> Reading:
+        """See `LogitReader.score`."""
         scores = []
+        shares = [row.log_softmax(-1) for row in logits]
         for per_option in encoded.wanted:
             values = []
             for row, ids in per_option:
-                steps = logits[row].log_softmax(-1)[: len(ids)].gather(1, torch.tensor(ids)[:, None])
+                steps = shares[row][: len(ids)].gather(1, torch.tensor(ids)[:, None])
                 values.append(steps.mean() if self.per_token else steps.sum())
             scores.append(torch.stack(values))
         return _reading(questions, scores, shown=False)
@@ -258,6 +311,9 @@ def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
     Raises:
         QuestionError: the tokenizer has no form in which each letter is one token.
     """
+    known = _LETTER_TOKENS.setdefault(model, {})  # listing a vocabulary takes longer than many a forward
+    if n in known:
+        return known[n]
     vocabulary = model.tokenizer.get_vocab()
     forms = [[vocabulary.get(before + letter) for letter in LETTERS[:n]] for before in ("", "▁", "Ġ", " ")]
     whole = [form for form in forms if all(number is not None for number in form)]
@@ -266,7 +322,11 @@ def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
             f"the tokenizer has no single token for each of the letters {LETTERS[:n]}; "
             "use answer='text' or answer='generate'"
         )
-    return torch.tensor(whole).T
+    known[n] = torch.tensor(whole).T
+    return known[n]
+
+
+_LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, torch.Tensor]]" = weakref.WeakKeyDictionary()
 
 
 def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:

@@ -32,6 +32,58 @@ CONDITIONS = ("correct", "wrong", "all")
 """Which questions enter the statistics: those answered right, those answered wrong, or every one."""
 
 
+_CPU_BLOCK = 2**21
+_BLOCK = 2**26
+"""How many values are compared at once: as many as a CPU's cache holds, or few beside what a GPU holds."""
+
+
+class _FiringCounter:
+    """Counts values above zero by matrix products, with one buffer for all sites.
+
+    ``values > 0`` is written as 0.0 and 1.0 into memory that is used again and again, and multiplied by the weights of
+    the tokens (1 if counted) while it is still in the cache: that masks and sums in one pass, several times faster than
+    making a new table of booleans and summing it. float32 holds the sums exactly, as no row has 2^24 tokens; so does
+    TF32, whose inputs 0 and 1 are exact and whose sums are float32.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.device, Tensor] = {}
+
+    def by_row(
+        self, values: Float[Tensor, "row token neuron"], weights: Float[Tensor, "row token"]
+    ) -> Int64[Tensor, "row neuron"]:
+        """For each row how many counted tokens a neuron fires at."""
+        most = _CPU_BLOCK if values.device.type == "cpu" else _BLOCK
+        if values.numel() <= most:
+            return torch.bmm(weights[:, None], self._fires(values)).squeeze(1).to(torch.int64)
+        return torch.cat([self.by_owner(part, weights[row, None]) for row, part in enumerate(values)])
+
+    def by_owner(
+        self, values: Float[Tensor, "token neuron"], weights: Float[Tensor, "row token"]
+    ) -> Int64[Tensor, "row neuron"]:
+        """The same for values that lie in one row, where ``weights[row, token]`` is 1 if the token is the row's."""
+        most = _CPU_BLOCK if values.device.type == "cpu" else _BLOCK
+        step = max(1, most // values.shape[-1])
+        fired = values.new_zeros((len(weights), values.shape[-1]), dtype=torch.float32)
+        for start in range(0, len(values), step):
+            fired.addmm_(weights[:, start : start + step], self._fires(values[start : start + step]))
+        return fired.to(torch.int64)
+
+    # What is written again must not be made in inference mode, or no run outside of it could use it.
+    @torch.inference_mode(False)
+    def _fires(self, values: Tensor) -> Tensor:
+        """1.0 where a value is above zero, else 0.0; overwritten by the next call."""
+        buffer = self._buffers.get(values.device)
+        if buffer is None or buffer.numel() < values.numel():
+            buffer = self._buffers[values.device] = torch.empty(values.numel(), device=values.device)
+        with torch.no_grad():
+            return torch.gt(values, 0, out=buffer[: values.numel()].view(values.shape))
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
+
+
 class _SiteCount:
     """Counts of one site during one forward: ``[row, neuron]``, and how many tokens were counted."""
 
@@ -96,6 +148,8 @@ class Recorder:
         self.tokens = tokens
         self.magnitudes = magnitudes
         self._maxima = False
+        self._counter = _FiringCounter()
+        self._weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._sites = [_SiteCount(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
         # NaN and infinity pass from layer to layer, so a look at the last site is a look at all of them.
         decoder = [n for n, site in enumerate(self.space.sites) if site.tower == "language"]
@@ -141,6 +195,7 @@ class Recorder:
         while self._handles:
             self._handles.pop().remove()
         self._clear()
+        self._counter.clear()
 
     @contextlib.contextmanager
     def group(self, label: str | Sequence[str]) -> Iterator[None]:
@@ -168,6 +223,7 @@ class Recorder:
         for count in self._sites:
             count.clear()
         self._mask = None
+        self._weights.clear()
 
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's forward begins: which of its tokens count?"""
@@ -175,8 +231,7 @@ class Recorder:
         if self._prepared is not None and self._steps > 1:
             self._mask = None  # later steps of a generation: only the prompt is counted
             return
-        for count in self._sites:
-            count.clear()
+        self._clear()
         if self._prepared is not None:
             self._mask = self._prepared.tokens.counted(self.tokens)
             self._vision = self._prepared.vision
@@ -225,7 +280,10 @@ class Recorder:
         """Raise where a counted token's values are not finite; in a quick run only the last site is looked at."""
         if not self._strict and number != self._sentinel:
             return
-        bad = ~torch.isfinite(values).all(-1) & counted
+        # One sum tells that all is well, or calls for a closer look: it may overflow, or be of a token not counted.
+        if torch.isfinite(values.sum(dtype=torch.float32)):
+            return
+        bad = ~torch.isfinite(values).all(-1) & counted.to(values.device)
         if bad.any():
             row = int(bad.reshape(len(bad), -1).any(-1).nonzero()[0]) if bad.ndim > 1 else 0
             raise _NotFinite(self.space.sites[number], row, self._strict)
@@ -240,17 +298,19 @@ class Recorder:
                 "this model's decoder does not see its input tokens one to one, so they cannot be told apart"
             )
         values = values.reshape(*mask.shape, values.shape[-1])
-        mask = mask.to(values.device)
+        if values.device not in self._weights:  # the same for all sites of a device
+            here = mask.to(values.device)
+            self._weights[values.device] = here.to(torch.float32), here.sum(1)
+        weights, tokens = self._weights[values.device]
         self._check(number, values, mask)
-        weights = mask.to(torch.float32)
-        # One matrix product a row: the mask is applied and the tokens are summed in the same pass. float32 holds
-        # these counts exactly (a row has fewer than 2^24 tokens).
-        fired = torch.bmm(weights[:, None], (values > 0).to(torch.float32)).squeeze(1)
+        fired = self._counter.by_row(values, weights)
         total = None
         if self.magnitudes:
-            total = torch.where(mask[..., None], values, 0).sum(1, dtype=torch.float64)
-        maximum = torch.where(mask[..., None], values, -torch.inf).amax(1).float() if self._maxima else None
-        state.add(fired.to(torch.int64), mask.sum(1), total, maximum)
+            total = torch.where(mask.to(values.device)[..., None], values, 0).sum(1, dtype=torch.float64)
+        maximum = None
+        if self._maxima:
+            maximum = torch.where(mask.to(values.device)[..., None], values, -torch.inf).amax(1).float()
+        state.add(fired, tokens, total, maximum)
 
     def _count_routed(
         self, number: int, values: Float[Tensor, "token neuron"], tokens: Int64[Tensor, " token"]
@@ -283,7 +343,6 @@ class Recorder:
             per_row = values.reshape(values.shape[1], 1, values.shape[-1])  # one long row of patches
         counted = torch.ones(per_row.shape[:2], dtype=torch.bool, device=values.device)
         self._check(number, per_row, counted)
-        fired = (per_row > 0).sum(1)
         total = per_row.sum(1, dtype=torch.float64) if self.magnitudes else None
         if self._vision is None:
             if self._prepared is not None or not isinstance(self._labels, str):
@@ -301,9 +360,9 @@ class Recorder:
                 )
         state.seen += len(per_row)
         owner = owner.to(values.device)
-        sums = torch.zeros((n_rows, values.shape[-1]), dtype=torch.int64, device=values.device).index_add_(
-            0, owner, fired
-        )
+        rows = torch.arange(n_rows, device=values.device)[:, None]
+        weights = (rows == owner.repeat_interleave(per_row.shape[1])).to(torch.float32)
+        sums = self._counter.by_owner(per_row.flatten(0, 1), weights)
         if total is not None:
             total = torch.zeros(sums.shape, dtype=torch.float64, device=values.device).index_add_(0, owner, total)
         maximum = _maxima_of(per_row.amax(1), owner, n_rows) if self._maxima else None
@@ -353,6 +412,8 @@ class Recorder:
                     "be told apart by question"
                 )
         self._whole = False
+        # All sites of a device share the counted tokens, and only those of experts have their own.
+        on_host: dict[int, Tensor] = {}
         for number, count in enumerate(self._sites):
             if count.fired is None or count.tokens is None:
                 continue  # an expert that no token was routed to, or text-only input to a vision tower
@@ -363,7 +424,9 @@ class Recorder:
             if count.total is not None:
                 self._total[number] = self._total[number].to(device)
                 self._total[number].index_add_(0, group.to(device), count.total[row.to(device)])
-            self._reached[:, number].index_add_(0, group, count.tokens.cpu()[row])
+            if id(count.tokens) not in on_host:
+                on_host[id(count.tokens)] = count.tokens.cpu()[row]
+            self._reached[:, number].index_add_(0, group, on_host[id(count.tokens)])
         if self._prepared is not None or not self._continues:
             self._items.index_add_(0, group, torch.ones_like(group))
         if all(self._in_vision):
