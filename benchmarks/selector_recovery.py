@@ -8,7 +8,6 @@ docs/selectors.md, and the picture beside it.
 """
 
 import argparse
-import textwrap
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -241,7 +240,7 @@ def picture(results: Results) -> Figure:
                 places + shift, values.mean(1), error, color=colour, marker=marker, ms=4, lw=1.2, ls=line, label=rule
             )
         axis.set_xticks(places, [label for label, _ in columns], fontsize=8)
-        axis.set_xlabel(textwrap.fill(SWEEPS[name][0], 22), fontsize=9)
+        axis.set_xlabel(SWEEPS[name][0], fontsize=9)
         axis.set_ylim(-0.03, 1.03)
         axis.grid(axis="y", lw=0.3)
         axis.spines[["top", "right"]].set_visible(False)
