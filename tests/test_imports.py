@@ -15,7 +15,7 @@ PACKAGE = Path(vn.__file__).parent
 ORDER = [
     ["errors", "_version"],
     ["_files", "sites", "questions"],
-    ["neurons", "architectures", "inputs"],
+    ["neurons", "architectures", "inputs", "cvqa"],
     ["statistics", "answers"],
     ["items", "selectors", "model"],
     ["trust", "recording", "ablation"],

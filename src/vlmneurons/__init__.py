@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmneurons.ablation import Ablation
     from vlmneurons.answers import AnswerReader, Generate, Letters, TextLikelihood, parse_answer
     from vlmneurons.architectures import Architecture, register_architecture
+    from vlmneurons.cvqa import load_cvqa
     from vlmneurons.demo import demo_truth, load_demo
     from vlmneurons.errors import VLMNeuronsError
     from vlmneurons.items import ItemStatistics
@@ -52,6 +53,7 @@ _PLACES = {
     "ablation": ("Ablation",),
     "answers": ("AnswerReader", "Generate", "Letters", "TextLikelihood", "parse_answer"),
     "architectures": ("Architecture", "register_architecture"),
+    "cvqa": ("load_cvqa",),
     "demo": ("demo_truth", "load_demo"),
     "errors": ("VLMNeuronsError",),
     "items": ("ItemStatistics",),
@@ -95,6 +97,7 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "Selection",
     "Question",
     "QuestionSet",
+    "load_cvqa",
     "load_demo",
     "demo_truth",
     "record",
