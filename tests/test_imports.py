@@ -13,15 +13,17 @@ PACKAGE = Path(vn.__file__).parent
 
 # Each part may import those before it, and no other. What is not listed may import any, and is imported by none.
 ORDER = [
-    ["errors", "_version"],
-    ["_files", "sites", "questions"],
-    ["neurons", "architectures", "inputs", "cvqa"],
+    ["errors", "_version", "effects"],
+    ["_files", "sites", "questions", "processes"],
+    ["neurons", "architectures", "inputs", "cvqa", "runs"],
     ["statistics", "answers"],
     ["items", "selectors", "model"],
     ["trust", "recording", "ablation"],
     ["masked"],
     ["study"],
-    ["plots"],
+    ["controls", "plots"],
+    ["report"],
+    ["protocol"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
