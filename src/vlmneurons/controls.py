@@ -1,8 +1,9 @@
 """What a study is compared with, and what is varied in it: small functions that give masks or questions to `knockout`.
 
-Each gives a mapping from names to masks, so that they are put together with ``|``:
+Those that give masks give them by name, so that they are put together with ``|``:
 
-    masks = {"CAS": selection} | random_controls(stats, {"CAS": selection}) | fraction_sweep("CAS", CAS(), stats, [0.01])
+    chosen = {"CAS": CAS().select(stats)}
+    masks = chosen | random_controls(stats, chosen) | fraction_sweep("CAS", CAS(), stats, [0.001, 0.01])
 
 A name with a setting (``"CAS [r=0.01]"``) is found again by `KnockoutResult.curve`.
 """

@@ -35,7 +35,7 @@ from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
-from vlmneurons.questions import QuestionSet
+from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import batches, record_items
 from vlmneurons.runs import git_state, write_text
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, Selector
@@ -155,6 +155,8 @@ def run_study(
         raise QuestionError(
             f"at least {protocol.minimum} questions a group identify neurons; fewer in {', '.join(thin)}"
         )
+    if protocol.on_error == "skip":
+        identify = _openable(identify)
     log.info("recording %d identification questions", len(identify))
     items = record_shared(
         model,
@@ -258,6 +260,20 @@ def share_of(questions: QuestionSet, batch_size: int, processes: Processes) -> Q
     """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
     own = [item for _, batch in processes.mine(list(batches(questions, batch_size))) for item in batch]
     return questions._with(own)
+
+
+def _openable(questions: QuestionSet) -> QuestionSet:
+    """The questions whose pictures open; the log names the others."""
+
+    def opens(item: Question) -> bool:
+        try:
+            item.load_images()
+        except QuestionError as error:
+            log.warning("left out of identification: %s", error)
+            return False
+        return True
+
+    return questions.filter(opens)
 
 
 def _complete(folder: Path, questions: QuestionSet) -> bool:

@@ -305,6 +305,7 @@ class _Run:
                 "batch_size": self.batch_size,
                 **self.about,
                 "layers": layers,
+                "chance": float(np.mean([1 / len(item.options) for item in kept])) if kept else None,
                 "skipped": [item.id for item in self.questions if item.id in skipped],
             },
             texts=None if no_text else texts[rows],
