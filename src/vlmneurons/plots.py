@@ -32,7 +32,11 @@ _LABELS = {
 
 
 def plot_matrix(
-    result: "KnockoutResult", selector: str | Sequence[str] | None = None, *, value: str = "delta"
+    result: "KnockoutResult",
+    selector: str | Sequence[str] | None = None,
+    *,
+    value: str = "delta",
+    limit: float | None = None,
 ) -> Figure:
     """Heat map of effects: whose neurons were off (rows) against whose questions were asked (columns).
 
@@ -40,6 +44,8 @@ def plot_matrix(
         result: what `knockout` gave.
         selector: one selector, or several side by side on one scale; all of them by default.
         value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats).
+        limit: the value, as drawn, at which colours end, so that several figures can share a scale; by default the
+            largest that is drawn.
     """
     names = list(result.selectors) if selector is None else [selector] if isinstance(selector, str) else list(selector)
     title, scale = _LABELS.get(value, (value, 1.0))
@@ -52,11 +58,13 @@ def plot_matrix(
     figure = Figure(figsize=(width, cell * n_rows + 0.085 * longest + 1.3), layout="constrained")
     same_rows = len({tuple(matrix.index) for matrix in matrices.values()}) == 1
     axes = figure.subplots(1, len(names), squeeze=False, sharey=same_rows)[0]
-    most = max(float(np.nanmax(np.abs(matrix.to_numpy(dtype=float)))) for matrix in matrices.values()) or 1.0
+    most = limit or max(float(np.nanmax(np.abs(matrix.to_numpy(dtype=float)))) for matrix in matrices.values()) or 1.0
     image = None
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.to_numpy(dtype=float)
         image = axis.imshow(values, cmap="RdBu", vmin=-most, vmax=most)
+        if result.control_names and len(result.control_names) < matrix.shape[1]:
+            axis.axvline(matrix.shape[1] - len(result.control_names) - 0.5, color="black", linewidth=1)
         axis.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=90 if longest > 4 else 0)
         axis.set_yticks(range(matrix.shape[0]), matrix.index)
         axis.set_title(name)

@@ -95,7 +95,7 @@ def write_report(
         raise MismatchError(f"main={main!r} has no masks of groups here; there are {', '.join(plain)}")
     parts = [
         *_effects(result, summary, plain, main, how),
-        *_matrices(result, plain, how),
+        *_matrices(result, plain, main, how),
         *_flips_and_depth(result, plain),
         *_random(result, plain, main),
         *_sweeps(result, how),
@@ -107,6 +107,11 @@ def write_report(
         (folder / place).mkdir(parents=True, exist_ok=True)
     body = [_written(part, folder) for part in parts]
     every = {"every-mask": result.table(), "summary": summary}
+    if _repeated(result, plain):
+        every["every-random"] = _against_random(result, main, _repeated(result, plain))
+    if len(result.group_names) > 2:
+        pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
+        every["every-pair"] = pd.concat(pairs)[["selector", *pairs[0].columns[:-1]]]
     for name, table in every.items():
         _write_table(folder, name, table)
     page = folder / "index.html"
@@ -144,36 +149,42 @@ def _effects(
         _Part(
             f"effects-{_slug(main)}",
             f"Effects of {main} by group",
-            "p: McNemar's exact test of the self effect; gap p: sign-flip permutation test of the gap; each corrected "
-            "over the groups by Holm's method and by Benjamini and Hochberg's.",
+            "In points of accuracy.",
             _effect_table(own, "group"),
+        ),
+        _Part(
+            f"tests-{_slug(main)}",
+            f"Tests of {main} by group",
+            "p: McNemar's exact test of the self effect; gap p: sign-flip permutation test of the gap; each corrected "
+            "over the groups by Holm's method and by Benjamini and Hochberg's (BH).",
+            _test_table(own, "group", [name for name in _TESTS if name != "p_permutation"]),
         ),
     ]
 
 
-def _matrices(result: KnockoutResult, plain: Sequence[str], how: Mapping[str, Any]) -> list[_Part]:
-    parts = []
-    for name in plain:
-        parts.append(
-            _Part(
-                f"matrix-{_slug(name)}",
-                f"Whose neurons, whose questions: {name}",
-                "Change of accuracy in points; rows are masks, columns the groups of the questions. Red is harm.",
-                plot_matrix(result, name),
-            )
+def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapping[str, Any]) -> list[_Part]:
+    matrices = {name: 100 * result.matrix(name).to_numpy(dtype=float) for name in plain}
+    limit = max(float(np.nanmax(np.abs(values))) for values in matrices.values()) or 1.0
+    parts = [
+        _Part(
+            f"matrix-{_slug(name)}",
+            f"Whose neurons, whose questions: {name}",
+            "Change of accuracy in points; rows are masks, columns the groups of the questions. Red is harm. All "
+            "matrices of this page share their colours"
+            + ("; repeats are averaged." if name in _repeated(result, plain) else "."),
+            plot_matrix(result, name, limit=limit),
         )
-    for name in plain:
-        repeated = any(mask.repeat for mask in result.masks if mask.selector == name)
-        if repeated or len(result.group_names) < 3:
-            continue
-        pairs = result.pairs(name, **how)
+        for name in plain
+    ]
+    if len(result.group_names) > 2:
+        pairs = result.pairs(main, **how)
         cross = pairs[pairs["mask"] != pairs["group"]].sort_values("excess", kind="stable").head(15)
         parts.append(
             _Part(
-                f"pairs-{_slug(name)}",
-                f"Whose mask harms whom: {name}",
+                "pairs",
+                f"Whose mask harms whom: {main}",
                 "The fifteen cross effects that are most below what the mask and the group show on average (excess): "
-                "groups that depend on each other's neurons. Corrected p over all pairs.",
+                "groups that depend on each other's neurons. p: McNemar's exact test, corrected over all pairs.",
                 _points_table(cross, ["delta", "delta_low", "delta_high", "excess"]),
             )
         )
@@ -190,7 +201,7 @@ def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part
             plot_flips(result, plain),
         )
     ]
-    single = [name for name in plain if not any(m.repeat for m in result.masks if m.selector == name)]
+    single = [name for name in plain if name not in _repeated(result, plain)]
     if result.provenance.get("layers") and single:
         parts.append(
             _Part(
@@ -204,13 +215,12 @@ def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part
 
 
 def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[_Part]:
-    controls = [name for name in plain if any(m.repeat for m in result.masks if m.selector == name)]
+    controls = _repeated(result, plain)
     if not controls:
         return []
-    found = [result.against_random(main, name).assign(control=name) for name in controls]
-    table = pd.concat(found)
-    table = table[table["effect"] != "cross_effect"].reset_index(drop=True)
-    table.insert(0, "control", table.pop("control"))
+    table = _against_random(result, main, controls)
+    table = table[table["group"] == "all"].drop(columns="group").reset_index(drop=True)
+    table["effect"] = table["effect"].str.replace("_", " ")
     points = ["value", "control_mean", "control_sd", "control_low", "control_high"]
     return [
         _Part(
@@ -223,11 +233,22 @@ def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[_Pa
         _Part(
             "random",
             f"{main} against random masks",
-            "p is the share of repeats, ours included, whose effect is at most ours; with R repeats it cannot be below "
-            "1 / (R + 1).",
+            "Means over groups; each group's are in every-random.csv. p is the share of repeats, ours included, whose "
+            "effect is at most ours; with R repeats it cannot be below 1 / (R + 1).",
             _points_table(table, points),
         ),
     ]
+
+
+def _against_random(result: KnockoutResult, main: str, controls: Sequence[str]) -> pd.DataFrame:
+    table = pd.concat([result.against_random(main, name).assign(control=name) for name in controls], ignore_index=True)
+    table.insert(0, "control", table.pop("control"))
+    return table
+
+
+def _repeated(result: KnockoutResult, names: Sequence[str]) -> list[str]:
+    """Those that were given as several selections: the random controls."""
+    return [name for name in names if any(mask.repeat for mask in result.masks if mask.selector == name)]
 
 
 def _sweeps(result: KnockoutResult, how: Mapping[str, Any]) -> list[_Part]:
@@ -316,16 +337,27 @@ def _effect_table(summary: pd.DataFrame, label: str) -> pd.DataFrame:
             table[title] = [
                 f"{_number(100 * value)} [{_number(100 * low)}, {_number(100 * high)}]" for value, low, high in bounds
             ]
-    if label == "group":
-        tests = {"p": "p", "p_holm": "p Holm", "p_bh": "p BH", "gap_p": "gap p", "gap_p_holm": "gap p Holm"}
-    else:
-        tests = {"p_permutation": "p", "gap_p": "gap p"}
-    for name, title in tests.items():
-        table[title] = [_probability(value) for value in summary[name]]
     table["flips"] = [_number(100 * value) for value in summary["flips"]]
     if (summary["failures"] > 0).any():
         table["failures"] = [_number(100 * value) for value in summary["failures"]]
     return table
+
+
+_TESTS = {
+    "p": "p",
+    "p_holm": "Holm",
+    "p_bh": "BH",
+    "p_permutation": "p by permutation",
+    "gap_p": "gap p",
+    "gap_p_holm": "gap Holm",
+    "gap_p_bh": "gap BH",
+}
+
+
+def _test_table(summary: pd.DataFrame, label: str, tests: Sequence[str]) -> pd.DataFrame:
+    """P-values of a summary as they are printed."""
+    columns = {_TESTS[name]: [_probability(value) for value in summary[name]] for name in tests}
+    return pd.DataFrame({label: summary[label].to_numpy(), **columns})
 
 
 def _points_table(table: pd.DataFrame, points: Sequence[str]) -> pd.DataFrame:
@@ -463,16 +495,16 @@ def _html_table(table: pd.DataFrame) -> str:
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 74rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; } dt { color: #555; } dd { margin: 0; }
 dd { overflow-wrap: anywhere; }
 nav { columns: 2; font-size: .9rem; } nav a { display: block; }
-.scroll { overflow-x: auto; } img { max-width: 100%; height: auto; }
+.scroll { overflow-x: auto; } img { max-width: min(100%, 52rem); height: auto; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; border-bottom: 1.5px solid #333; } td { border-bottom: 1px solid #e4e4e4; }
-th, td { padding: .25rem .6rem; white-space: nowrap; } .n { text-align: right; }
+th, td { padding: .25rem .5rem; white-space: nowrap; } .n { text-align: right; }
 .caption { color: #444; font-size: .88rem; max-width: 48rem; } .files { white-space: nowrap; }
 a { color: #00568a; } pre { overflow-x: auto; font-size: .78rem; background: #f5f5f5; padding: .8rem; }
 """

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ class KnockoutResult:
         """Names under which masks were given, in their order."""
         return tuple(dict.fromkeys(mask.selector for mask in self.masks))
 
-    @property
+    @cached_property
     def correct(self) -> np.ndarray:
         """``[1 + mask, question]`` whether the answer is right, row 0 clean."""
         return self.chosen == self.answers
