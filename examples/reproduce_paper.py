@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--data", default="demo", help="a labelled copy of CVQA, a folder with a table, or demo")
     parser.add_argument("--language", default="english", choices=["english", "local"])
     parser.add_argument("--min-items", type=int, default=50, help="cultures with fewer questions are left out")
+    parser.add_argument("--per-group", type=int, help="questions of every culture, sampled by the seed")
     parser.add_argument("--general", help="questions that measure general ability")
     parser.add_argument("--out", default="run", help="folder of the run")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -35,7 +36,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
 
     model = open_model(given.model, revision=given.revision)
-    questions = open_questions(given.data, language=given.language, min_items=given.min_items)
+    questions = open_questions(
+        given.data,
+        language=given.language,
+        min_items=given.min_items,
+        per_group=given.per_group,
+        seed=given.seed,
+        on_error="skip",
+    )
     general = None if given.general is None else open_questions(given.general)
 
     # The paper: probabilities of correctly answered questions, one mask size for every culture, zero ablation,

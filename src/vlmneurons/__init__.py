@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlmneurons.model import VLM
     from vlmneurons.neurons import NeuronSet, Selection
     from vlmneurons.plots import plot_layers, plot_matrix
+    from vlmneurons.protocol import Protocol, run_study
     from vlmneurons.questions import Question, QuestionSet
     from vlmneurons.recording import Recorder, record, record_items
     from vlmneurons.selectors import (
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     )
     from vlmneurons.sites import NeuronSpace, Site
     from vlmneurons.statistics import ActivationStatistics
-    from vlmneurons.study import KnockoutResult, knockout
+    from vlmneurons.study import Intervention, KnockoutResult, knockout
     from vlmneurons.trust import (
         agreement,
         layer_profile,
@@ -60,6 +61,7 @@ _PLACES = {
     "model": ("VLM",),
     "neurons": ("NeuronSet", "Selection"),
     "plots": ("plot_layers", "plot_matrix"),
+    "protocol": ("Protocol", "run_study"),
     "questions": ("Question", "QuestionSet"),
     "recording": ("Recorder", "record", "record_items"),
     "selectors": (
@@ -75,7 +77,7 @@ _PLACES = {
     ),
     "sites": ("NeuronSpace", "Site"),
     "statistics": ("ActivationStatistics",),
-    "study": ("KnockoutResult", "knockout"),
+    "study": ("Intervention", "KnockoutResult", "knockout"),
     "trust": (
         "agreement",
         "layer_profile",
@@ -116,7 +118,10 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "LayerMatchedRandom",
     "Ablation",
     "knockout",
+    "Intervention",
     "KnockoutResult",
+    "run_study",
+    "Protocol",
     "stability",
     "null_distribution",
     "selection_strength",
