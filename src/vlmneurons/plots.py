@@ -65,9 +65,9 @@ def plot_matrix(
         image = axis.imshow(values, cmap="RdBu", vmin=-most, vmax=most)
         if result.control_names and len(result.control_names) < matrix.shape[1]:
             axis.axvline(matrix.shape[1] - len(result.control_names) - 0.5, color="black", linewidth=1)
-        axis.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=90 if longest > 4 else 0)
-        axis.set_yticks(range(matrix.shape[0]), matrix.index)
-        axis.set_title(name)
+        axis.set_xticks(range(matrix.shape[1]), _plain(matrix.columns), rotation=90 if longest > 4 else 0)
+        axis.set_yticks(range(matrix.shape[0]), _plain(matrix.index))
+        axis.set_title(_plain([name])[0])
         axis.set_xlabel("Questions about")
         if n_columns <= 12:
             for row, column in np.ndindex(values.shape):
@@ -117,7 +117,7 @@ def plot_layers(selection: Selection, *, expected: bool = True) -> Figure:
     most = max(int(counts.max()), 1)
     image = axis.imshow(counts, cmap="cividis", vmin=0, vmax=most, aspect="auto")
     axis.set_xticks(range(len(layers)), layers, fontsize=9 if len(layers) <= 32 else 6)
-    axis.set_yticks(range(len(groups)), groups)
+    axis.set_yticks(range(len(groups)), _plain(groups))
     label = f"Layer of the {towers[0]} tower"
     if expected:
         mean = float(np.mean([len(selection[group]) for group in groups])) / len(layers)
@@ -137,6 +137,11 @@ def plot_layers(selection: Selection, *, expected: bool = True) -> Figure:
             )
     figure.colorbar(image, ax=axis, label="Neurons")
     return figure
+
+
+def _plain(names: Any) -> list[str]:
+    """Names as they are: a dollar sign would begin a formula."""
+    return [str(name).replace("$", r"\$") for name in names]
 
 
 # -- effects with intervals --------------------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ def plot_effects(
         value, low, high = (100 * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))
         offset = 0.22 * (n - (len(effects) - 1) / 2)
         _points(axis, value, low, high, places + offset, colour, marker, name)
-    axis.set_yticks(places, names)
+    axis.set_yticks(places, _plain(names))
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("Change of accuracy (points)")
     _frame(axis, "x")
@@ -303,7 +308,7 @@ def plot_flips(result: "KnockoutResult", selectors: Sequence[str] | None = None)
                     label=label if n == 0 and k == 0 else None,
                 )
                 left += share
-    axis.set_yticks(places, labels, fontsize=8)
+    axis.set_yticks(places, _plain(labels), fontsize=8)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlim(left=0)
     axis.set_xlabel("Answers that changed (%)")
@@ -377,11 +382,13 @@ def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]
         colour, marker = styles[n % len(styles)]
         rows = table[table["selector"] == name]
         at = [groups.index(group) + 0.14 * (n - (len(controls) - 1) / 2) for group in rows["group"]]
-        axis.scatter(100 * rows["delta"], at, color=colour, marker=marker, s=28, linewidths=1.1, label=name)
+        axis.scatter(
+            100 * rows["delta"], at, color=colour, marker=marker, s=28, linewidths=1.1, label=_plain([name])[0]
+        )
     own = table[table["selector"] == selector]
     at = [groups.index(group) for group in own["group"]]
-    axis.scatter(100 * own["delta"], at, color=_ORANGE, marker="o", s=26, zorder=3, label=selector)
-    axis.set_yticks(range(len(groups)), groups)
+    axis.scatter(100 * own["delta"], at, color=_ORANGE, marker="o", s=26, zorder=3, label=_plain([selector])[0])
+    axis.set_yticks(range(len(groups)), _plain(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.set_xlabel("Self effect: change of accuracy (points)")
     _frame(axis, "x")
@@ -409,11 +416,11 @@ def plot_accuracy(accuracies: Mapping[str, Mapping[str, float]], *, chance: floa
             color=colour,
             marker=marker,
             s=24,
-            label=name,
+            label=_plain([name])[0],
         )
     if chance is not None:
         axis.axvline(100 * chance, color=_GREY, linewidth=1, linestyle="--", label="chance")
-    axis.set_yticks(range(len(groups)), groups)
+    axis.set_yticks(range(len(groups)), _plain(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.set_xlim(-2, 102)
     axis.set_xlabel("Accuracy (%)")
