@@ -13,9 +13,9 @@ PACKAGE = Path(vn.__file__).parent
 
 # Each part may import those before it, and no other. What is not listed may import any, and is imported by none.
 ORDER = [
-    ["errors", "_version"],
-    ["_files", "sites", "questions"],
-    ["neurons", "architectures", "inputs"],
+    ["errors", "_version", "effects"],
+    ["_files", "sites", "questions", "processes"],
+    ["neurons", "architectures", "inputs", "cvqa", "runs"],
     ["statistics", "answers"],
     ["items", "model"],
     ["selectors"],
@@ -23,7 +23,9 @@ ORDER = [
     ["replay", "attribution"],
     ["masked"],
     ["study"],
-    ["screening", "plots"],
+    ["screening", "controls", "plots"],
+    ["report"],
+    ["protocol"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

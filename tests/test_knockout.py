@@ -432,8 +432,8 @@ def without(name):
     [
         (without("kind"), "does not hold a knockout result: 'kind'"),
         (without("masks"), "does not hold a knockout result: 'masks'"),
-        (lambda about: about.update(kind="other"), "kind 'other', version 1"),
-        (lambda about: about.update(version=2), "kind 'vlmneurons knockout', version 2"),
+        (lambda about: about.update(kind="other"), "kind 'other', version 2"),
+        (lambda about: about.update(version=3), "kind 'vlmneurons knockout', version 3"),
         (lambda about: about["ids"].pop(), r"answers of shape \(15, 30\) where the index says \(15, 29\)"),
         (lambda about: about["groups"].pop(), "30 questions with 29 groups"),
         (lambda about: about["masks"].pop(), r"where the index says \(14, 30\)"),
@@ -456,12 +456,12 @@ def test_files_that_are_missing_cut_or_no_files_of_this_kind_are_refused(study, 
     with pytest.raises(FileFormatError, match="does not hold a knockout result"):
         KnockoutResult.load(tmp_path / "nowhere")
     result.save(tmp_path)
-    whole = (tmp_path / "answers.safetensors").read_bytes()
+    whole = (tmp_path / "answers.parquet").read_bytes()
     for data in (whole[: len(whole) // 2], b"", b"\xff" * 100):
-        (tmp_path / "answers.safetensors").write_bytes(data)
+        (tmp_path / "answers.parquet").write_bytes(data)
         with pytest.raises(FileFormatError, match="does not hold a knockout result"):
             KnockoutResult.load(tmp_path)
-    (tmp_path / "answers.safetensors").write_bytes(whole)
+    (tmp_path / "answers.parquet").write_bytes(whole)
     for text in ("", "[1, 2]", "null", "[" * 100_000, '"kind"'):
         (tmp_path / "knockout.json").write_text(text)
         with pytest.raises(FileFormatError, match="does not hold a knockout result"):

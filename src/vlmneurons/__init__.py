@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from vlmneurons.answers import AnswerReader, Generate, Letters, LogitReader, TextLikelihood, parse_answer
     from vlmneurons.architectures import Architecture, register_architecture
     from vlmneurons.attribution import attribute
+    from vlmneurons.cvqa import load_cvqa
     from vlmneurons.demo import demo_truth, load_demo
     from vlmneurons.errors import VLMNeuronsError
     from vlmneurons.items import GroupedItems, ItemStatistics
     from vlmneurons.model import VLM
     from vlmneurons.neurons import NeuronSet, Selection
     from vlmneurons.plots import plot_layers, plot_matrix
+    from vlmneurons.protocol import Protocol, run_study
     from vlmneurons.questions import Question, QuestionSet
     from vlmneurons.recording import Recorder, record, record_items
     from vlmneurons.screening import screen
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     )
     from vlmneurons.sites import NeuronSpace, Site
     from vlmneurons.statistics import ActivationStatistics, AttributionStatistics
-    from vlmneurons.study import KnockoutResult, knockout
+    from vlmneurons.study import Intervention, KnockoutResult, knockout
     from vlmneurons.trust import (
         agreement,
         layer_counts,
@@ -67,12 +69,14 @@ _PLACES = {
     "answers": ("AnswerReader", "Generate", "Letters", "LogitReader", "TextLikelihood", "parse_answer"),
     "architectures": ("Architecture", "register_architecture"),
     "attribution": ("attribute",),
+    "cvqa": ("load_cvqa",),
     "demo": ("demo_truth", "load_demo"),
     "errors": ("VLMNeuronsError",),
     "items": ("GroupedItems", "ItemStatistics"),
     "model": ("VLM",),
     "neurons": ("NeuronSet", "Selection"),
     "plots": ("plot_layers", "plot_matrix"),
+    "protocol": ("Protocol", "run_study"),
     "questions": ("Question", "QuestionSet"),
     "recording": ("Recorder", "record", "record_items"),
     "screening": ("screen",),
@@ -98,7 +102,7 @@ _PLACES = {
     ),
     "sites": ("NeuronSpace", "Site"),
     "statistics": ("ActivationStatistics", "AttributionStatistics"),
-    "study": ("KnockoutResult", "knockout"),
+    "study": ("Intervention", "KnockoutResult", "knockout"),
     "trust": (
         "agreement",
         "layer_counts",
@@ -123,6 +127,7 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "Selection",
     "Question",
     "QuestionSet",
+    "load_cvqa",
     "load_demo",
     "demo_truth",
     "record",
@@ -153,8 +158,11 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "LayerMatchedRandom",
     "Ablation",
     "knockout",
+    "Intervention",
     "KnockoutResult",
     "screen",
+    "run_study",
+    "Protocol",
     "stability",
     "null_distribution",
     "selection_strength",

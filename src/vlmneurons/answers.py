@@ -313,7 +313,7 @@ def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
     """
     known = _LETTER_TOKENS.setdefault(model, {})  # listing a vocabulary takes longer than many a forward
     if n in known:
-        return known[n]
+        return torch.tensor(known[n]).T
     vocabulary = model.tokenizer.get_vocab()
     forms = [[vocabulary.get(before + letter) for letter in LETTERS[:n]] for before in ("", "▁", "Ġ", " ")]
     whole = [form for form in forms if all(number is not None for number in form)]
@@ -322,11 +322,11 @@ def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
             f"the tokenizer has no single token for each of the letters {LETTERS[:n]}; "
             "use answer='text' or answer='generate'"
         )
-    known[n] = torch.tensor(whole).T
-    return known[n]
+    known[n] = whole  # no tensor: one made in inference mode could not be used where gradients are wanted
+    return torch.tensor(whole).T
 
 
-_LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, torch.Tensor]]" = weakref.WeakKeyDictionary()
+_LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, list[list[Any]]]]" = weakref.WeakKeyDictionary()
 
 
 def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:

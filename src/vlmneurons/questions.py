@@ -395,6 +395,22 @@ class QuestionSet(Sequence[Question]):
             kept.update(sorted((item.id for item in members), key=lambda name: _hash(seed, name))[:size])
         return self._with(item for item in self._items if item.id in kept)
 
+    def at_least(self, size: int) -> "QuestionSet":
+        """The questions of the groups that have at least ``size`` of them; thinner groups are left out.
+
+        Example:
+            ``questions.group_by("country").at_least(100).balanced(seed=0)``
+
+        Raises:
+            QuestionError: no group has as many; the message names the largest.
+        """
+        counts = self.counts()
+        kept = {group for group, n in counts.items() if n >= size}
+        if counts and not kept:
+            largest = max(counts, key=lambda group: counts[group])
+            raise QuestionError(f"no group has {size} questions; the largest is {largest} ({counts[largest]})")
+        return self._with(item for item in self._items if item.group in kept)
+
     def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple["QuestionSet", "QuestionSet"]:
         """Two disjoint sets, such as one to identify neurons on and one to evaluate on.
 
@@ -521,28 +537,35 @@ class QuestionSet(Sequence[Question]):
                     f"the dataset has no column {names[wanted]!r} for {wanted!r}; it has {', '.join(have)}"
                 )
         image_column = names["image"] if names["image"] in have else None
-        import datasets
-
-        # Pictures are no metadata, and are not decoded here: one that is broken spoils its own question only.
-        pictures = [column for column, form in dataset.features.items() if isinstance(form, datasets.Image)]
-        plain = dataset.remove_columns(sorted({*pictures, image_column} - {None}))
-        encoded, present = None, [False] * len(dataset)
-        if image_column:
-            encoded = dataset.select_columns([image_column])
-            if isinstance(encoded.features[image_column], datasets.Image):
-                encoded = encoded.cast_column(image_column, datasets.Image(decode=False))
-            tables = encoded.with_format("arrow").iter(batch_size=1000)
-            present = [known for table in tables for known in table.column(image_column).is_valid().to_pylist()]
         theirs = {column: name for name, column in names.items() if column in have}
         questions = []
-        for n, values in enumerate(plain):
+        for n, (values, image) in enumerate(_rows_of_dataset(dataset, image_column)):
             row = {theirs[column]: value for column, value in values.items() if column in theirs}
             more = {column: value for column, value in values.items() if column not in theirs}
             if "options" not in row:
                 row.update((letter, more.pop(letter)) for letter in LETTERS if letter in more)
-            row["image"] = _DatasetImage(encoded, n, image_column) if present[n] else None
+            row["image"] = image
             questions.append(_question_of_row(row, f"dataset row {n}", None, more))
         return cls(questions, **how)
+
+
+def _rows_of_dataset(dataset: Any, image_column: str | None) -> Iterator[tuple[dict[str, Any], "_DatasetImage | None"]]:
+    """The rows of a `datasets.Dataset` without their pictures, and each row's picture, which is not read yet."""
+    import datasets
+
+    # Pictures are no metadata, and are not decoded here: one that is broken spoils its own question only.
+    pictures = [column for column, form in dataset.features.items() if isinstance(form, datasets.Image)]
+    plain = dataset.remove_columns(sorted({*pictures, image_column} - {None}))
+    if image_column is None:
+        yield from ((dict(values), None) for values in plain)
+        return
+    encoded = dataset.select_columns([image_column])
+    if isinstance(encoded.features[image_column], datasets.Image):
+        encoded = encoded.cast_column(image_column, datasets.Image(decode=False))
+    tables = encoded.with_format("arrow").iter(batch_size=1000)
+    present = [known for table in tables for known in table.column(image_column).is_valid().to_pylist()]
+    for n, values in enumerate(plain):
+        yield dict(values), _DatasetImage(encoded, n, image_column) if present[n] else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Several processes, one result: questions are dealt out by whole batches, and what comes back is put together exactly.
+
+Started by ``torchrun --nproc-per-node N`` (or accelerate, or SLURM with the same variables), each process has its own
+model, or its own share of one. Batches are the same as in a single process, so every count and every answer is too:
+which process runs a batch changes nothing. Messages between the processes are plain objects over gloo, also where the
+models are on GPUs.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from vlmneurons.errors import VLMNeuronsError
+
+T = TypeVar("T")
+
+_WAIT = datetime.timedelta(days=7)  # the fastest process waits for the slowest
+_GROUP: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Processes:
+    """A process among those that share a run.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+    def mine(self, batches: Sequence[T]) -> Iterator[tuple[int, T]]:
+        """Batches that fall to this process, with their numbers: every ``count``-th one."""
+        for number in range(self.rank, len(batches), self.count):
+            yield number, batches[number]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in order of rank; every process must call this."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=_group())
+        return values
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        self.gather(None)
+
+
+def current_processes() -> Processes:
+    """The processes that this one was started with; a single one outside of torchrun and the like.
+
+    Raises:
+        VLMNeuronsError: the environment names several processes, but not how to reach them.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return Processes(dist.get_rank(), dist.get_world_size())
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Processes()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise VLMNeuronsError(
+            f"WORLD_SIZE is {count}, but {', '.join(missing)} is not set: start with torchrun --nproc-per-node {count}"
+        )
+    dist.init_process_group("gloo", timeout=_WAIT)
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def _group() -> Any:
+    """A gloo group of all processes, whatever the default one is made of."""
+    if dist.get_backend() == "gloo":
+        return None
+    if not _GROUP:
+        _GROUP.append(dist.new_group(backend="gloo", timeout=_WAIT))
+    return _GROUP[0]

@@ -1,0 +1,248 @@
+"""Runs that survive: a folder that says what is run and holds every finished batch.
+
+A run can be killed at any moment, also with ``kill -9``: calling it again goes on at the first batch that is not there,
+and ends with the same files as an undisturbed run. A batch's file appears whole or not at all (it is written beside its
+place, flushed to disk, and renamed), and the manifest is compared before anything is added, so that answers of
+different models, questions or rules never meet in one folder.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmneurons.errors import FileFormatError, MismatchError
+from vlmneurons.questions import QuestionSet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+
+
+class RunFolder:
+    """The folder of one run: ``manifest.json``, ``sessions.jsonl``, and ``parts/`` with the finished batches.
+
+    Args:
+        folder: where; made if it is not there.
+        manifest: what is run, as plain values. A folder of another manifest is refused.
+
+    Raises:
+        MismatchError: the folder holds another run; the message says what differs.
+        FileFormatError: its manifest is damaged.
+    """
+
+    def __init__(self, folder: "str | os.PathLike[str]", manifest: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.manifest = json.loads(json.dumps({"version": _VERSION, **manifest}, default=str))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._compare()
+
+    def _compare(self) -> None:
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            return
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(theirs, dict):
+                raise ValueError("not a manifest")
+        except (OSError, ValueError, RecursionError) as error:
+            raise FileFormatError(f"{path} is damaged: {error}") from error
+        differs = list(_differences(theirs, self.manifest))
+        if differs:
+            raise MismatchError(
+                f"{self.folder} holds another run: {'; '.join(differs[:3])}. Give another folder, or the same settings "
+                "to go on with that run"
+            )
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder for this process, write the manifest if there is none, and note the session.
+
+        Raises:
+            MismatchError: another process is running in the folder, or has begun another run in it meanwhile.
+        """
+        with locked(self.folder):
+            self._compare()
+            path = self.folder / "manifest.json"
+            if not path.exists():
+                write_text(path, json.dumps(self.manifest, indent=1))
+            for left in [*self.folder.glob(".new-*"), *(self.folder / "parts").glob(".new-*")]:
+                left.unlink()  # of a write that was killed
+            with open(self.folder / "sessions.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(session()) + "\n")
+            yield
+
+    def parts(self) -> "dict[str, pd.DataFrame]":
+        """The finished batches by name.
+
+        Raises:
+            FileFormatError: one of them is damaged; delete it, and it is run again.
+        """
+        import pandas as pd
+
+        read = {}
+        for path in sorted((self.folder / "parts").glob("*.parquet")):
+            try:
+                read[path.stem] = pd.read_parquet(path)
+            except (OSError, ValueError) as error:
+                raise FileFormatError(f"{path} is damaged ({error}): delete it, and its batch is run again") from error
+        return read
+
+    def write(self, name: str, table: "pd.DataFrame") -> None:
+        """Keep a finished batch."""
+        (self.folder / "parts").mkdir(exist_ok=True)
+        write_parquet(self.folder / "parts" / f"{name}.parquet", table)
+
+    def clear(self) -> None:
+        """Remove the batches' files, which the finished result has taken the place of."""
+        for path in (self.folder / "parts").glob("*.parquet"):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            (self.folder / "parts").rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Refuse a second process in one folder; the lock ends with the process, however it ends.
+
+    Raises:
+        MismatchError: another process holds it.
+    """
+    import fcntl
+
+    with open(folder / ".lock", "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MismatchError(
+                f"{folder} is in use by another process; wait for it, or give another folder"
+            ) from error
+        except OSError as error:
+            # Some cluster file systems have no locks. Batches are still whole and equal, whoever writes them.
+            log.warning("%s cannot be locked (%s): make sure that no other process runs in it", folder, error)
+        yield
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """A file beside ``path`` to write to, which then takes its place in one step."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # the rename itself, where folders can be flushed
+            place = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(place)
+            finally:
+                os.close(place)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    with _replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def write_parquet(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table in one step."""
+    with _replacing(path) as temporary:
+        table.to_parquet(temporary, index=False, compression="zstd")
+
+
+def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
+    """What differs between two manifests, in words."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted({*theirs, *ours}):
+            yield from _differences(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
+    elif theirs != ours:
+        yield f"its {name} is {_short(theirs)}, not {_short(ours)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+# -- what was run, on what ---------------------------------------------------------------------------------------------
+
+
+def session() -> dict[str, Any]:
+    """When, where and from which state of the code a run is started."""
+    return {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "platform": platform.platform(),
+        "git": git_state(),
+    }
+
+
+def git_state(folder: "str | os.PathLike[str] | None" = None) -> dict[str, Any] | None:
+    """Commit of the repository that a folder (by default the working directory) is in, and whether it is changed.
+
+    None outside of a repository, or without git.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def digest_of_questions(questions: QuestionSet) -> str:
+    """A digest of what is asked: ids, prompts with their options as shown, answers and groups, in order.
+
+    Pictures enter by their number only: they are not read.
+    """
+    digest = hashlib.sha256()
+    for item in questions:
+        order = questions.order(item)
+        text = questions.prompt(item, [item.options[index] for index in order])
+        digest.update(json.dumps([item.id, text, item.options, order, item.answer, item.group, item.n_images]).encode())
+    return digest.hexdigest()[:16]
+
+
+def digest_of_weights(hf_model: nn.Module) -> str:
+    """A digest of a model's weights: of the names, shapes, and first and last values of every parameter.
+
+    Tells another checkpoint of the same name apart, in well under a second for 7 billion parameters. Parameters that
+    are not in memory (offloaded ones) enter by name and shape.
+    """
+    digest = hashlib.sha256()
+    for name, weight in hf_model.named_parameters():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.device.type != "meta" and weight.numel():
+            flat = weight.detach().reshape(-1)
+            ends = torch.cat([flat[:16], flat[-16:]]).to("cpu", torch.float64)
+            digest.update(ends.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,308 @@
+"""The statistics of a study against SciPy, statsmodels and sums by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from vlmneurons.controls import random_controls
+from vlmneurons.effects import benjamini_hochberg, excess, holm, mask_effects, mcnemar, sign_flips
+from vlmneurons.errors import MismatchError
+from vlmneurons.study import KnockoutResult, Mask, setting_name, split_setting
+
+CODES = ("BRA", "EGY", "JPN", "SGP")
+
+
+def random_result(seed: int = 0, n: int = 40, repeats: int = 5, controls: int = 30) -> KnockoutResult:
+    """Answers drawn at random: two selectors, a random control with repeats, a sweep, and a control group."""
+    generator = np.random.default_rng(seed)
+    sizes = [n - 3 * place for place in range(len(CODES))]
+    groups = np.repeat(np.array([*CODES, "general"]), [*sizes, controls])
+    order = generator.permutation(len(groups))
+    groups = groups[order]
+    answers = generator.integers(0, 4, len(groups))
+
+    def asked(right: np.ndarray) -> np.ndarray:
+        wrong = (answers + generator.integers(1, 4, len(groups))) % 4
+        chosen = np.where(right, answers, wrong)
+        return np.where(generator.random(len(groups)) < 0.02, -1, chosen)
+
+    clean = generator.random(len(groups)) < 0.7
+    masks, rows = [], [asked(clean)]
+    plan = [("CAS", 0, 0.5), ("MAD", 0, 0.7), *(("random", k, 0.05) for k in range(repeats))]
+    plan += [(setting_name("CAS", "r", r), 0, r * 20) for r in (0.01, 0.001, 0.02)]
+    for selector, repeat, strength in plan:
+        for group in CODES:
+            harmed = generator.random(len(groups)) < np.where(groups == group, strength, strength / 8)
+            masks.append(Mask(selector, repeat, group, 10))
+            rows.append(asked(np.where(harmed, False, np.where(generator.random(len(groups)) < 0.05, ~clean, clean))))
+    chosen = np.stack(rows)
+    margins = np.where(chosen == answers, 1.0, -1.0) * generator.random(chosen.shape)
+    ids = tuple(f"q{number}" for number in range(len(groups)))
+    return KnockoutResult(
+        ids, tuple(groups.tolist()), answers, tuple(masks), chosen, margins, controls=("general",) if controls else ()
+    )
+
+
+@pytest.fixture(scope="module")
+def result():
+    return random_result()
+
+
+@pytest.fixture(scope="module")
+def kept(result, tmp_path_factory) -> pd.DataFrame:
+    """What is on disk, read by pandas alone: all that the independent computations below are given."""
+    folder = tmp_path_factory.mktemp("result")
+    result.save(folder)
+    table = pd.read_parquet(folder / "answers.parquet")
+    clean = table[table["run"] == 0].set_index("id")
+    table = table[table["run"] > 0].astype({"selector": str, "mask": str, "group": str, "id": str})
+    table["clean"] = clean["correct"].reindex(table["id"]).to_numpy()
+    table["clean_chosen"] = clean["chosen"].reindex(table["id"]).to_numpy()
+    table["change"] = table["correct"].astype(int) - table["clean"].astype(int)
+    return table
+
+
+def test_kept_answers_hold_every_answer_of_every_run(result, kept):
+    assert len(kept) == len(result.masks) * len(result.ids)
+    assert len(result.answer_table()) == (1 + len(result.masks)) * len(result.ids)
+    assert (kept["correct"] == (kept["chosen"] == kept["answer"])).all()
+    assert set(kept["chosen"]) == {-1, 0, 1, 2, 3}
+
+
+def test_tables_and_effects_follow_from_the_kept_answers_by_pandas(result, kept):
+    delta = kept.groupby(["selector", "repeat", "mask", "group"], observed=True)["change"].mean()
+    table = result.table().set_index(["selector", "repeat", "mask", "group"])
+    np.testing.assert_allclose(table["delta"], delta.reindex(table.index))
+    failures = (kept["chosen"] < 0).groupby([kept["selector"], kept["repeat"], kept["mask"], kept["group"]]).mean()
+    np.testing.assert_allclose(table["failures"], failures.reindex(table.index))
+    mean = delta.groupby(["selector", "mask", "group"]).mean()
+    summary = result.summary(resamples=10, permutations=10).set_index(["selector", "group"])
+    for selector in result.selectors:
+        for group in CODES:
+            row, others = summary.loc[selector, group], [code for code in CODES if code != group]
+            cross = np.mean([mean[selector, other, group] for other in others])
+            assert row["self_effect"] == pytest.approx(mean[selector, group, group])
+            assert row["cross_effect"] == pytest.approx(cross)
+            assert row["cross_caused"] == pytest.approx(np.mean([mean[selector, group, other] for other in others]))
+            assert row["gap"] == pytest.approx(mean[selector, group, group] - cross)
+            assert row["control_effect"] == pytest.approx(mean[selector, group, "general"])
+
+
+def test_mcnemar_holm_and_bh_equal_statsmodels(result, kept):
+    summary = result.summary(resamples=10, permutations=10).set_index(["selector", "group"])
+    for selector in ("CAS", "MAD"):
+        expected = []
+        for group in CODES:
+            own = kept[(kept["selector"] == selector) & (kept["mask"] == group) & (kept["group"] == group)]
+            counts = pd.crosstab(own["clean"], own["correct"]).reindex(
+                index=[False, True], columns=[False, True], fill_value=0
+            )
+            expected.append(statsmodels_mcnemar(counts.to_numpy(), exact=True).pvalue)
+        rows = summary.loc[selector].loc[list(CODES)]
+        np.testing.assert_allclose(rows["p"], expected)
+        np.testing.assert_allclose(rows["p_holm"], multipletests(expected, method="holm")[1])
+        np.testing.assert_allclose(rows["p_bh"], multipletests(expected, method="fdr_bh")[1])
+        gaps = rows["gap_p"].tolist()
+        np.testing.assert_allclose(rows["gap_p_holm"], multipletests(gaps, method="holm")[1])
+        np.testing.assert_allclose(rows["gap_p_bh"], multipletests(gaps, method="fdr_bh")[1])
+    pairs = result.pairs("CAS", resamples=10)
+    assert len(pairs) == 16
+    np.testing.assert_allclose(pairs["p_holm"], multipletests(pairs["p"], method="holm")[1])
+    np.testing.assert_allclose(pairs["p_bh"], multipletests(pairs["p"], method="fdr_bh")[1])
+    for row in pairs.itertuples():
+        own = kept[(kept["selector"] == "CAS") & (kept["mask"] == row.mask) & (kept["group"] == row.group)]
+        counts = [[0, (own["change"] > 0).sum()], [(own["change"] < 0).sum(), 0]]
+        assert row.p == pytest.approx(statsmodels_mcnemar(counts, exact=True).pvalue)
+        assert row.delta == pytest.approx(own["change"].mean())
+
+
+def test_sign_flips_equal_scipys_permutation_test(result, kept):
+    summary = result.summary(resamples=10, permutations=20_000).set_index(["selector", "group"])
+    for selector in ("MAD", "random"):
+        for group in CODES:
+            here = kept[(kept["selector"] == selector) & (kept["group"] == group)]
+            by_mask = here.groupby(["mask", "id"], observed=True)["change"].mean().unstack("mask")
+            gap = by_mask[group] - by_mask[[code for code in CODES if code != group]].mean(axis=1)
+            for values, name in ((by_mask[group], "p_permutation"), (gap, "gap_p")):
+                expected = scipy_stats.permutation_test(
+                    (values.to_numpy(),),
+                    lambda x, axis: x.mean(axis=axis),
+                    permutation_type="samples",
+                    n_resamples=20_000,
+                    rng=np.random.default_rng(1),
+                ).pvalue
+                assert summary.loc[(selector, group), name] == pytest.approx(expected, abs=0.015)
+
+
+def test_a_sign_flip_test_of_one_mask_is_mcnemars_test():
+    generator = np.random.default_rng(3)
+    before = generator.random((6, 30)) < 0.6
+    after = np.where(generator.random((6, 30)) < 0.3, ~before, before)
+    change = after.astype(float) - before
+    p, overall = sign_flips(change, [np.arange(30)], 40_000, generator)
+    np.testing.assert_allclose(p[:, 0], mcnemar(before, after), atol=0.01)
+    np.testing.assert_allclose(overall, p[:, 0])
+
+
+def test_sign_flips_are_right_as_often_as_they_say_under_the_null():
+    generator = np.random.default_rng(5)
+    changes = generator.choice([-1.0, 0.0, 0.0, 1.0], (400, 60))
+    members = [np.arange(20), np.arange(20, 60)]
+    p, overall = sign_flips(changes, members, 500, generator)
+    for values in (p[:, 0], p[:, 1], overall):
+        assert 0.02 <= (values <= 0.05).mean() <= 0.08
+    assert p.min() >= 1 / 501
+
+
+def test_bootstrap_intervals_equal_scipys(result, kept):
+    summary = result.summary(resamples=4000, permutations=10).set_index(["selector", "group"])
+    for group in CODES[:2]:
+        here = kept[(kept["selector"] == "MAD") & (kept["group"] == group)]
+        by_mask = here.pivot_table(index="id", columns="mask", values="change", observed=True)
+        gap = (by_mask[group] - by_mask[[code for code in CODES if code != group]].mean(axis=1)).to_numpy()
+        for values, name in ((by_mask[group].to_numpy(), "self_effect"), (gap, "gap")):
+            interval = scipy_stats.bootstrap(
+                (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
+            ).confidence_interval
+            row = summary.loc["MAD", group]
+            assert row[f"{name}_low"] == pytest.approx(interval.low, abs=0.03)
+            assert row[f"{name}_high"] == pytest.approx(interval.high, abs=0.03)
+
+
+def test_conditions_keep_the_questions_that_the_clean_model_answers_right_or_wrong(result, kept):
+    for condition, clean in (("correct", True), ("wrong", False)):
+        part = kept[(kept["clean"] == clean) & (kept["selector"] == "CAS")]
+        expected = part.groupby(["mask", "group"], observed=True)["change"].mean()
+        matrix = result.matrix("CAS", condition=condition)
+        for mask in CODES:
+            for group in (*CODES, "general"):
+                assert matrix.loc[mask, group] == pytest.approx(expected[mask, group])
+        summary = result.summary(condition=condition, resamples=10, permutations=10)
+        assert (summary["self_effect"] * (1 if clean else -1) <= 0).all()
+    with pytest.raises(MismatchError, match="condition='easy' does not exist; choose from all, correct, wrong"):
+        result.table(condition="easy")
+
+
+def test_control_groups_stand_apart(result):
+    assert result.group_names == CODES
+    assert result.control_names == ("general",)
+    assert list(result.matrix("CAS").columns) == [*CODES, "general"]
+    with_controls = result.summary(resamples=20, permutations=20)
+    without = random_result()
+    places = [n for n, group in enumerate(without.groups) if group != "general"]
+    plain = without._keeping(np.array(places)).summary(resamples=20, permutations=20)
+    shared = [name for name in plain.columns if not name.startswith("control_effect")]
+    pd.testing.assert_frame_equal(with_controls[shared], plain[shared])
+
+
+def test_random_repeats_are_a_distribution(result, kept):
+    found = result.against_random("CAS", "random").set_index(["group", "effect"])
+    own = kept[kept["mask"] == kept["group"]]
+    delta = own.groupby(["selector", "repeat", "group"], observed=True)["change"].mean()
+    for group in CODES:
+        random = [delta["random", repeat, group] for repeat in range(5)]
+        row = found.loc[group, "self_effect"]
+        assert row["value"] == pytest.approx(delta["CAS", 0, group])
+        assert row["control_mean"] == pytest.approx(np.mean(random))
+        assert row["control_sd"] == pytest.approx(np.std(random, ddof=1))
+        assert (row["control_low"], row["control_high"]) == (pytest.approx(min(random)), pytest.approx(max(random)))
+        assert row["p"] == (1 + sum(value <= delta["CAS", 0, group] for value in random)) / 6
+        assert row["repeats"] == 5
+    whole = [np.mean([delta["random", repeat, group] for group in CODES]) for repeat in range(5)]
+    assert found.loc[("all", "self_effect"), "control_mean"] == pytest.approx(np.mean(whole))
+    with pytest.raises(MismatchError, match="'random' has 5 repeats of groups; a selector is compared as one"):
+        result.against_random("random", "CAS")
+
+
+def test_curves_are_in_the_order_of_their_setting(result):
+    curve = result.curve("CAS", "r", resamples=20, permutations=20)
+    assert curve["r"].tolist() == [r for r in (0.001, 0.01, 0.02) for _ in range(5)]
+    assert set(curve["selector"]) == {"CAS"}
+    summary = result.summary(resamples=20, permutations=20).set_index(["selector", "group"])
+    assert curve.iloc[-1]["self_effect"] == summary.loc[("CAS [r=0.02]", "all"), "self_effect"]
+    with pytest.raises(MismatchError, match="there is no sweep of 'CAS' over 'alpha' here"):
+        result.curve("CAS", "alpha")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("CAS", ("CAS", None)),
+        ("CAS [r=0.005]", ("CAS", ("r", 0.005))),
+        ("layer-matched CAS [alpha=-0.5]", ("layer-matched CAS", ("alpha", -0.5))),
+        ("CAS [r=many]", ("CAS [r=many]", None)),
+        ("[r=1]", ("[r=1]", None)),
+        ("CAS [a] [items=5]", ("CAS [a]", ("items", 5.0))),
+    ],
+)
+def test_names_of_settings_are_read_back(name, parts):
+    assert split_setting(name) == parts
+    if parts[1] is not None:
+        assert split_setting(setting_name(parts[0], *parts[1])) == parts
+
+
+def test_excess_takes_out_what_a_mask_does_to_all_and_what_harms_a_group_always():
+    generator = np.random.default_rng(0)
+    own, receives = generator.normal(size=6), generator.normal(size=6)
+    delta = own[:, None] + receives[None, :]
+    np.fill_diagonal(delta, -5.0)
+    column = list(range(6))
+    left = excess(delta, column)
+    assert np.isnan(np.diag(left)).all()
+    np.testing.assert_allclose(left[~np.eye(6, dtype=bool)], 0, atol=1e-12)
+    delta[1, 4] -= 1.0
+    left = excess(delta, column)
+    assert np.nanargmin(left) == 1 * 6 + 4
+    np.testing.assert_allclose(np.nansum(left, 0), 0, atol=1e-9)
+    np.testing.assert_allclose(np.nansum(left, 1), 0, atol=1e-9)
+
+
+def test_effects_of_masks_by_hand():
+    found = mask_effects(np.array([[-0.5, -0.1, 0.0], [-0.2, -0.4, -0.3]]), [0, 1])
+    np.testing.assert_allclose(found["self_effect"], [-0.5, -0.4])
+    np.testing.assert_allclose(found["cross_effect"], [-0.2, -0.1])
+    np.testing.assert_allclose(found["cross_caused"], [-0.05, -0.25])
+    np.testing.assert_allclose(found["gap"], [-0.3, -0.3])
+
+
+def test_corrections_leave_unknown_values_unknown():
+    values = [0.01, float("nan"), 0.04, 0.03]
+    known = [0.01, 0.04, 0.03]
+    for correct, method in ((holm, "holm"), (benjamini_hochberg, "fdr_bh")):
+        corrected = correct(values)
+        assert np.isnan(corrected[1])
+        np.testing.assert_allclose(corrected[[0, 2, 3]], multipletests(known, method=method)[1])
+    assert benjamini_hochberg([]).shape == (0,)
+
+
+def test_texts_controls_and_layers_survive_the_files(tmp_path):
+    result = random_result(n=12)
+    masks = tuple(Mask(m.selector, m.repeat, m.group, m.size, "scale 1.5", (3, 7)) for m in result.masks)
+    texts = np.array(
+        [[f"text {n} {m}\t\u0000é" for m in range(len(result.ids))] for n in range(1 + len(masks))], object
+    )
+    whole = KnockoutResult(
+        result.ids, result.groups, result.answers, masks, result.chosen, result.margins, {}, texts, ("general",)
+    )
+    whole.save(tmp_path)
+    loaded = KnockoutResult.load(tmp_path)
+    assert loaded.texts.tolist() == texts.tolist()
+    assert (loaded.masks, loaded.controls) == (masks, ("general",))
+
+
+def test_random_controls_match_the_selection_in_size_and_layers():
+    import vlmneurons as vn
+
+    space = vn.NeuronSpace.from_widths("language", "gate", [50, 50])
+    stats = vn.ActivationStatistics.from_counts(
+        space, ["A", "B"], np.random.default_rng(0).integers(0, 9, (2, 100)), [9, 9]
+    )
+    chosen = {"CAS": vn.CAS(count=10).select(stats)}
+    controls = random_controls(stats, chosen, repeats=6)
+    assert {name: len(given) for name, given in controls.items()} == {"random": 6, "layer-matched CAS": 6}
+    assert len({given["A"] for given in controls["random"]}) == 6
+    for given in controls["layer-matched CAS"]:
+        assert all(given[group].per_layer() == chosen["CAS"][group].per_layer() for group in "AB")

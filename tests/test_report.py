@@ -1,0 +1,136 @@
+"""The report of a study: a page that needs nothing else, figures and tables as files, names of any kind."""
+
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from test_effects import random_result
+from vlmneurons.commands import main
+from vlmneurons.errors import MismatchError
+from vlmneurons.plots import plot_effects
+from vlmneurons.report import latex
+from vlmneurons.study import KnockoutResult, Mask
+
+QUICK = {"resamples": 20, "permutations": 20}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A report with everything in it, and the result that it is of."""
+    result = random_result(n=15)
+    folder = tmp_path_factory.mktemp("report")
+    other = random_result(1, n=15)
+    table = pd.DataFrame({"group": ["EGY"], "p": [0.0004]})
+    page = result.report(folder, others={"blind": other}, tables={"a <table> of mine": table}, **QUICK)
+    return result, folder, page.read_text(encoding="utf-8")
+
+
+class Links(HTMLParser):
+    """Collects what a page refers to, and checks that its tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("href", "src")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_loads_nothing_and_every_link_leads_to_a_file(report):
+    _, folder, page = report
+    links = Links()
+    links.feed(page)
+    assert not links.open
+    ids = set(re.findall(r'id="([^"]+)"', page))
+    for link in links.found:
+        if link.startswith("#"):
+            assert link[1:] in ids
+        elif not link.startswith("data:image/svg+xml;base64,"):
+            assert (folder / link).stat().st_size > 0
+    assert "<script" not in page
+    assert "a &lt;table&gt; of mine" in page.lower()
+
+
+def test_every_figure_is_there_as_png_and_svg_and_every_table_as_csv_and_latex(report):
+    result, folder, _ = report
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    names = ["effects", "effects-by-group", "matrix-cas", "matrix-mad", "matrix-random", "flips", "random", "accuracy"]
+    for name in [*names, "curve-cas-r"]:
+        assert {f"{name}.png", f"{name}.svg"} <= figures
+    for name in ("effects-overall", "effects-cas", "tests-cas", "pairs", "random", "conditions", "accuracy"):
+        for ending in ("csv", "tex"):
+            assert (folder / "tables" / f"{name}.{ending}").stat().st_size
+    every = pd.read_csv(folder / "tables" / "every-mask.csv")
+    pd.testing.assert_frame_equal(every, result.table(), check_dtype=False)
+    assert set(pd.read_csv(folder / "tables" / "every-pair.csv")["selector"]) == {"CAS", "MAD", "random"}
+
+
+def test_printed_effects_are_those_of_the_summary_in_points(report):
+    result, folder, _ = report
+    printed = pd.read_csv(folder / "tables" / "effects-overall.csv").set_index("selector")
+    summary = result.summary(**QUICK).set_index(["selector", "group"])
+    for name in ("CAS", "MAD", "random"):
+        row = summary.loc[name, "all"]
+        value, low, high = (100 * row[f"self_effect{end}"] for end in ("", "_low", "_high"))
+        numbers = re.findall(r"[−\d.]+", printed.loc[name, "self effect"])
+        assert [float(number.replace("−", "-")) for number in numbers] == [
+            pytest.approx(number, abs=0.051) for number in (value, low, high)
+        ]
+
+
+def test_latex_escapes_every_character():
+    table = pd.DataFrame({"a_b": [r"50 % & \x {y} #1 $ ~ ^ < −1"], "n": [0.5]})
+    text = latex(table, "100 % sure", "tab:x")
+    assert r"50 \% \& \textbackslash{}x \{y\} \#1 \$ \textasciitilde{} \textasciicircum{} $<$ $-$1 & 0.500 \\" in text
+    assert r"a\_b & n \\" in text
+    assert r"\caption{100 \% sure}" in text
+    assert text.count(r"\begin{tabular}{lr}") == 1
+
+
+def test_a_result_without_effects_has_no_report(tmp_path):
+    result = random_result(n=15)
+    empty = KnockoutResult((), (), result.answers[:0], result.masks, result.chosen[:, :0], result.margins[:, :0])
+    with pytest.raises(MismatchError, match="there is nothing to report: the result has no questions"):
+        empty.report(tmp_path)
+    with pytest.raises(MismatchError, match="main='LAP' has no masks of groups here; there are CAS, MAD, random"):
+        result.report(tmp_path, main="LAP", **QUICK)
+    with pytest.raises(MismatchError, match="effect 'harm' is not in the summary; it has self_effect"):
+        plot_effects(result.summary(**QUICK), effects=["harm"])
+
+
+def test_groups_and_selectors_of_any_name_are_reported(tmp_path):
+    result = random_result(n=12, controls=0)
+    names = {"BRA": "<b>&amp;", "EGY": "مصر", "JPN": "日本 $x_1$ \\", "SGP": "a name that is far longer than any code"}
+    masks = tuple(Mask(f"{m.selector} <i>/..", m.repeat, names[m.group], m.size) for m in result.masks[:8])
+    groups = tuple(names[group] for group in result.groups)
+    odd = KnockoutResult(result.ids, groups, result.answers, masks, result.chosen[:9], result.margins[:9])
+    with pytest.warns(UserWarning, match="Glyph"):  # the font of figures has no Arabic or Chinese letters
+        page = odd.report(tmp_path, **QUICK)
+    text = page.read_text(encoding="utf-8")
+    assert "<i>" not in text.replace("<img", "")
+    assert "&lt;b&gt;" in text
+    assert {path.parent for path in tmp_path.rglob("*.svg")} == {tmp_path / "figures"}
+
+
+def test_the_command_line_tells_errors_in_a_line(tmp_path, capsys):
+    assert main(["report", "--run", str(tmp_path)]) == 1
+    assert "error:" in capsys.readouterr().err
+    assert main(["select", "--items", str(tmp_path), "--out", str(tmp_path / "x")]) == 1
+    assert "does not hold item statistics" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["dance"])
+
+
+def test_the_command_line_writes_a_report_again(tmp_path, capsys):
+    random_result(n=12).save(tmp_path / "run")
+    assert main(["report", "--run", str(tmp_path / "run"), "--main", "MAD", "--out", str(tmp_path / "page")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'page' / 'index.html'}\n"
+    assert (tmp_path / "page" / "figures" / "effects.svg").exists()
