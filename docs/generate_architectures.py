@@ -69,7 +69,14 @@ NOTES = """
   through a timm network of convolutions: there is no vision tower with MLPs to name.
 - Experts run by one fused kernel (`sonicmoe`, `deepgemm`) cannot be read inside; the error says to set
   `set_experts_implementation("grouped_mm")`. Experts spread over processes are refused as well.
-- Under `torch.compile` hooks that come later are not seen; a compiled model is refused. Compile after, or not at all.
+- Code compiled in place (`model.compile()`, of the whole or of a block) sees no hooks that come later, so such a model
+  is refused, and so is what `torch.compile(model)` returns. Give a `VLM` the model as it was.
+- Apertus 1.5 turns images into tokens by a VQGAN of convolutions, and Inkling folds patches together by one normed
+  linear layer a step: there is no vision tower either. MLPs made of 1x1 convolutions, as in FastVLM, are not named.
+- Inkling 2 Loop runs some of its layers several times in one forward; its values are then read
+  once a pass.
+- Llama 4 does not run at all in transformers 5.24.0, with or without this library (`'MoeCausalLMOutputWithPast' object
+  has no attribute 'image_outputs'`); the small one that is run here has that attribute put on by a hook.
 - LoRA adapters on the MLPs are part of what is read; quantised layers need only declare `in_features` and
   `out_features`, or wrap one linear layer; offloaded weights (`device_map`) stay where accelerate put them.
 """

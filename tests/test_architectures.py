@@ -1,6 +1,7 @@
 """What is found by structure, what is refused, and that reading and writing do what they say."""
 
 import copy
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -281,6 +282,58 @@ def test_one_mlp_that_serves_two_layers_is_refused() -> None:
         find_towers(model)
 
 
+def test_a_projection_that_serves_two_layers_is_refused() -> None:
+    for name in ("a", "c"):
+        model = Toy(SHAPES["plain function"])
+        first, second = (layer.mlp for layer in model.language_model.layers)
+        setattr(second, name, getattr(first, name))
+        with pytest.raises(ArchitectureError, match=rf"layers.0.mlp and .*layers.1.mlp share '{name}', one module"):
+            find_towers(model)
+
+
+def test_weights_that_are_tied_between_layers_leave_the_layers_apart() -> None:
+    model = Toy(SHAPES["plain function"], layers=3)
+    first, *others = (layer.mlp for layer in model.language_model.layers)
+    for mlp in others:
+        mlp.a.weight, mlp.c.weight = first.a.weight, first.c.weight
+    check_zeroing(model, find_towers(model)["language"])
+
+
+def test_layers_that_run_twice_in_a_forward_are_read_and_edited_in_each_pass() -> None:
+    class Looped(Text):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embed_tokens(input_ids)
+            for layer in [*self.layers, *self.layers]:
+                x = layer(x)
+            return x
+
+    model = Toy(SHAPES["plain function"])
+    model.language_model.__class__ = Looped
+    tower = find_towers(model)["language"]
+    check_zeroing(model, tower)
+    seen: list[Tensor] = []
+    with read(model, tower.mlps[0], "gate", seen.append):
+        model(IDS)
+    assert len(seen) == 2
+
+
+def test_a_forward_that_was_replaced_on_one_object_is_refused() -> None:
+    model = Toy(SHAPES["plain function"])
+    mlp = model.language_model.layers[1].mlp
+    clean = model(IDS)
+    mlp.forward = lambda x: mlp.c(torch.tanh(mlp.a(x)) * mlp.b(x))
+    assert not torch.equal(model(IDS), clean)
+    with pytest.raises(ArchitectureError, match=r"the forward of .*layers.1.mlp was replaced on this one object"):
+        find_towers(model)
+
+    @functools.wraps(mlp.__class__.forward)
+    def logged(x: Tensor) -> Tensor:  # what only stands around the class's own is none of our business
+        return type(mlp).forward(mlp, x)
+
+    mlp.forward = logged
+    check_zeroing(model, find_towers(model)["language"])
+
+
 def test_a_model_without_mlps_is_refused() -> None:
     with pytest.raises(ArchitectureError, match="no MLP was found"):
         find_towers(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
@@ -523,12 +576,21 @@ def test_replaced_linear_layers_are_told_by_what_they_declare_or_wrap(wrap: type
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_lora_on_the_mlps_is_part_of_what_is_read() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     base, _ = tiny_model("qwen2_5_vl")
     config = peft.LoraConfig(target_modules=["gate_proj", "down_proj", "q_proj"], init_lora_weights=False, r=4)
-    model = peft.get_peft_model(base, config).eval()
-    report = check_architecture(model, inputs=tiny_inputs("qwen2_5_vl"))
+    model, inputs = peft.get_peft_model(base, config).eval(), tiny_inputs("qwen2_5_vl")
+    report = check_architecture(model, inputs=inputs)
     assert [(tower.layers, tower.widths) for tower in report.towers] == [(4, (64,)), (3, (48,))]
+    adapted = capture(model, find_towers(model)["language"].mlps[1], **inputs)
+    with model.disable_adapter():
+        bare = capture(model, find_towers(model)["language"].mlps[1], **inputs)
+    merged = model.merge_and_unload()
+    once = capture(merged, find_towers(merged)["language"].mlps[1], **inputs)
+    for kind in ("pre", "gate", "up", "post"):
+        torch.testing.assert_close(adapted[kind], once[kind], rtol=1e-4, atol=1e-4)
+        assert (adapted[kind] - bare[kind]).abs().max() > 0.1
 
 
 def test_offloaded_weights_stay_readable_and_writable() -> None:
@@ -551,12 +613,33 @@ def test_offloaded_weights_stay_readable_and_writable() -> None:
                 assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
 
 
+@pytest.mark.parametrize("wrapped_first", [True, False])
+def test_a_vlm_of_an_offloaded_model_counts_what_the_model_counts_in_memory(wrapped_first: bool) -> None:
+    from accelerate import cpu_offload
+
+    import vlmneurons as vn
+    from helpers import some_questions
+
+    model, processor = tiny_model("llava_next_mistral")
+    plain = vn.record(vn.VLM(model, processor), some_questions(2), condition="all", progress=False)
+    model, processor = tiny_model("llava_next_mistral")
+    vlm = vn.VLM(model, processor) if wrapped_first else None
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    vlm = vn.VLM(model, processor) if vlm is None else vlm
+    assert vlm.device == torch.device("cpu")
+    statistics = vn.record(vlm, some_questions(2), condition="all", progress=False)
+    assert torch.equal(statistics.positive, plain.positive)
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
 def test_compiled_models_are_refused_and_not_silently_left_alone() -> None:
     model, _ = tiny_model("llava_next_qwen2")
     mlp = find_towers(model)["language"].mlps[0]
     with pytest.raises(ArchitectureError, match=r"torch\.compile"):
         find_towers(torch.compile(model))
     model.compile()
+    with pytest.raises(ArchitectureError, match=r"compiled \(model\.compile\(\)\)"):
+        find_towers(model)
     with pytest.raises(ArchitectureError, match="compiled"):
         write(model, mlp, "post", zero(0))
     with pytest.raises(ArchitectureError, match="compiled"):

@@ -278,6 +278,10 @@ class VLM:
         self.processor = processor
         self.template = template
         self.towers: dict[str, Tower] = find_towers(hf_model)
+        offloaded = _offloaded_to(hf_model)
+        if offloaded is not None and not hasattr(hf_model, "hf_device_map"):
+            # As `dispatch_model` leaves it: else transformers would try to move the weights, which are not there.
+            hf_model.hf_device_map = {"": offloaded}
         self.nnsight = TransformersModel(hf_model, processor=processor, task="image-text-to-text")
         self.encoder = Encoder(self)
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
@@ -333,8 +337,10 @@ class VLM:
             weight = self.hf.get_input_embeddings().weight
         except (AttributeError, NotImplementedError):
             weight = next(self.hf.parameters())
-        # Offloaded weights lie on meta between forwards; accelerate then moves inputs itself.
-        return weight.device if weight.device.type != "meta" else torch.device(getattr(self.hf, "device", "cpu"))
+        if weight.device.type != "meta":
+            return weight.device
+        # Offloaded weights lie on meta between forwards; accelerate knows where they come to for one.
+        return _offloaded_to(self.hf) or torch.device(getattr(self.hf, "device", "cpu"))
 
     @property
     def can_generate(self) -> bool:
@@ -472,6 +478,17 @@ class VLM:
     def __repr__(self) -> str:
         lines = [f"VLM({self.name}: {type(self.hf).__name__}, {self.hf.dtype}, {self.device})"]
         return "\n".join(lines + [f"  {_describe(tower)}" for tower in self.towers.values()])
+
+
+def _offloaded_to(hf_model: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of a model that is offloaded, for a forward; None for any other model."""
+    for module in hf_model.modules():
+        hooks = getattr(module, "_hf_hook", None)
+        for hook in getattr(hooks, "hooks", [hooks]):
+            device = getattr(hook, "execution_device", None)
+            if device is not None and getattr(hook, "offload", False):
+                return torch.device(device)
+    return None
 
 
 def _describe(tower: Tower) -> str:

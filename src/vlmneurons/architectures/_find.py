@@ -71,11 +71,17 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
 
     Raises:
         ArchitectureError: the MLPs cannot be told for certain; says what was seen, and how to register what is known.
+            Also for a compiled model.
     """
     if hasattr(hf_model, "_orig_mod"):
         raise ArchitectureError(
             f"{type(hf_model._orig_mod).__name__} was given wrapped by torch.compile, whose code does not see hooks "
             "that come later; give the model itself (compiled._orig_mod)"
+        )
+    if getattr(hf_model, "_compiled_call_impl", None) is not None:
+        raise ArchitectureError(
+            f"{type(hf_model).__name__} is compiled (model.compile()), and its code sees no hooks that come later; "
+            "give the model as it was before torch.compile"
         )
     known = next(
         (
@@ -174,6 +180,8 @@ def _identity(value: Any) -> Any:
     """Equal for settings that mean the same to a forward; objects that we do not know are each their own."""
     if isinstance(value, int | float | str | bool | type(None)):
         return value
+    if isinstance(value, tuple | list):
+        return tuple(map(_identity, value))
     if isinstance(value, functools.partial):
         keywords = tuple((name, _identity(inner)) for name, inner in sorted(value.keywords.items()))
         return _identity(value.func), tuple(map(_identity, value.args)), keywords
@@ -194,13 +202,27 @@ class _Search:
         self._places: dict[tuple[int, str], str] = {}
         self.passed_over: dict[str, list[_Block]] = {}
         self._prints: dict[nn.Module, Any] = {}
+        self._mixers: dict[nn.Module, bool] = {}
+        self._sizes: dict[nn.Module, tuple[int, int] | None] = {}
 
     # --- MLPs ---
+
+    def is_mixer(self, module: nn.Module) -> bool:
+        """`_is_mixer`, which is asked often."""
+        if module not in self._mixers:
+            self._mixers[module] = _is_mixer(module)
+        return self._mixers[module]
+
+    def size(self, module: nn.Module) -> tuple[int, int] | None:
+        """`features`, which are asked for even more often."""
+        if module not in self._sizes:
+            self._sizes[module] = features(module)
+        return self._sizes[module]
 
     def fingerprint(self, module: nn.Module) -> Any:
         """Equal for modules that compute alike: their classes, settings and sizes, all the way down."""
         if module not in self._prints:
-            if _is_mixer(module):  # it is not looked into
+            if self.is_mixer(module):  # it is not looked into
                 self._prints[module] = hash((type(module), "mixer"))
                 return self._prints[module]
             used = _names_used(type(module))
@@ -211,7 +233,7 @@ class _Search:
             )
             shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
             children = tuple((name, self.fingerprint(child)) for name, child in module.named_children())
-            self._prints[module] = hash((type(module), settings, shapes, features(module), module.training, children))
+            self._prints[module] = hash((type(module), settings, shapes, self.size(module), module.training, children))
         return self._prints[module]
 
     def flows(self, module: nn.Module, everywhere: bool = False) -> list[Flow]:
@@ -222,7 +244,7 @@ class _Search:
             steps = {child for child in module.modules() if child is not module and self._is_step(child)}
 
             def explained(child: nn.Module) -> bool:
-                return _is_mixer(child) or self.experts(child) is not None or bool(self.own(child))
+                return self.is_mixer(child) or self.experts(child) is not None or bool(self.own(child))
 
             flows = follow(module, steps.__contains__, explained, everywhere=everywhere)
             self._flows[key] = [flow.analyse() for flow in flows]
@@ -230,9 +252,14 @@ class _Search:
 
     def _is_step(self, module: nn.Module) -> bool:
         """Whether a module is to be one step in the flow of those around it."""
-        if features(module) is not None or isinstance(module, _LISTS) or not any(True for _ in module.children()):
+        if self.size(module) is not None or isinstance(module, _LISTS) or not any(True for _ in module.children()):
             return False
-        return _is_mixer(module) or self.experts(module) is not None or not self.flows(module) or bool(self.own(module))
+        return (
+            self.is_mixer(module)
+            or self.experts(module) is not None
+            or not self.flows(module)
+            or bool(self.own(module))
+        )
 
     def own(self, module: nn.Module) -> tuple[MLPLayout, ...]:
         """The MLPs that a module's own forward computes, those of modules inside apart.
@@ -280,7 +307,7 @@ class _Search:
 
     def below(self, module: nn.Module, path: str = "") -> Iterator[_Found]:
         """The MLPs below a module, its own before those of its children."""
-        if features(module) is not None or _is_mixer(module) or not self._may_hold_mlp(module):
+        if self.size(module) is not None or self.is_mixer(module) or not self._may_hold_mlp(module):
             return
         experts = self.experts(module)
         if experts is not None:
@@ -301,7 +328,7 @@ class _Search:
         """Whether there are two linear layers below, or parameters in the place of such."""
         count = 0
         for child in module.modules():
-            if features(child) is not None:
+            if self.size(child) is not None:
                 count += 1
             count += sum(parameter.ndim == 3 for parameter in child.parameters(recurse=False))
             if count >= 2:
@@ -319,7 +346,7 @@ class _Search:
             sizes["up"] = (layout.up, 1, 1)
         widths = {}
         for name, side, parts in sizes.values():
-            size = features(module.get_submodule(name))
+            size = self.size(module.get_submodule(name))
             if size is not None:
                 widths[name] = size[side] // parts
         if len(set(widths.values())) != 1:
@@ -346,9 +373,9 @@ class _Search:
         places: list[tuple[str, tuple[int, int]]] = []
 
         def visit(module: nn.Module, path: str) -> None:
-            if module in used or _is_mixer(module):
+            if module in used or self.is_mixer(module):
                 return
-            size = features(module)
+            size = self.size(module)
             if size is not None:
                 places.append((path, size))
                 return
@@ -379,12 +406,12 @@ class _Search:
                 doubts.append(f": {first} and {second} fit together like an MLP's projections")
         named = {found.module for found in block.mlps}
         for name, module in block.module.named_modules():
-            if module in named or _is_mixer(module):
+            if module in named or self.is_mixer(module):
                 continue
             large = [
                 f"{inner}.{key}" if inner else key
                 for inner, child in [("", module), *module.named_children()]
-                if child not in named and not _is_mixer(child) and not _is_convolution(child)
+                if child not in named and not self.is_mixer(child) and not _is_convolution(child)
                 for key, parameter in child.named_parameters(recurse=False)
                 if parameter.ndim == 3 and min(parameter.shape) > 1
             ]
@@ -488,6 +515,7 @@ class _Search:
                 if before != place:
                     what = f"{before} and {place} are one module, whose neurons cannot be told apart by layer"
                     raise ArchitectureError(self.explain(what, []))
+                self._refuse_strange(place, mlp)
                 name = mlp.layout.activation
                 if (
                     name is not None
@@ -498,6 +526,20 @@ class _Search:
                 found.append(mlp)
             settled.append(_Block(block.path, block.module, tuple(found)))
         return settled
+
+    def _refuse_strange(self, place: str, mlp: _Found) -> None:
+        """Raises where hooks on an MLP's modules would tell of something else than its class's ``forward``."""
+        if _is_replaced(mlp.module) and not self.known.mlps:
+            what = (
+                f"the forward of {place} was replaced on this one object, so its class does not tell what it computes"
+            )
+            raise ArchitectureError(self.explain(what, []))
+        layout = mlp.layout
+        for name in () if layout.parameters else filter(None, (layout.down, layout.gate, layout.up, layout.fused)):
+            before = self._places.setdefault((id(mlp.module.get_submodule(name)), ""), place)
+            if before != place:
+                what = f"{before} and {place} share {name!r}, one module, whose values cannot be told apart by layer"
+                raise ArchitectureError(self.explain(what, []))
 
     # --- MLPs of a tower ---
 
@@ -544,6 +586,17 @@ class _Search:
             "      )},\n"
             "  ))"
         )
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether a module has a ``forward`` of its own, other than accelerate's or nnsight's around that of its class."""
+    forward = vars(module).get("_old_forward") if "_hf_hook" in vars(module) else vars(module).get("forward")
+    if forward is None or type(forward).__module__.partition(".")[0] == "nnsight":
+        return False
+    if getattr(forward, "_torchdynamo_orig_callable", None) is not None:
+        return True
+    inner = inspect.unwrap(forward)
+    return getattr(inner, "__func__", inner) is not inspect.unwrap(type(module).forward)
 
 
 def _parameter_width(first: nn.Parameter, down: nn.Parameter, parts: int) -> int:

@@ -44,9 +44,12 @@ def read(hf_model: nn.Module, mlp: MLP, kind: str, callback: Callable[..., Any])
             the number of its token among all tokens that the layer sees (batch and sequence laid out in a row). It is
             not called where no token goes to the expert. `read_experts` serves all experts of a module at once.
 
+    Code that ``torch.compile(model)`` made of a bare model before sees no hooks, and the model does not know of it:
+    call the model itself meanwhile. (A `VLM` is seen by its hooks either way.)
+
     Raises:
         SiteError: the MLP has no such site.
-        ArchitectureError: the model is compiled.
+        ArchitectureError: the model was compiled in place.
     """
     mlp.site(kind)
     _refuse_compiled(hf_model, mlp.path)

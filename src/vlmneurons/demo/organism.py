@@ -111,7 +111,7 @@ def train_organism(
     hinge_weight: float = 3.0,
     margin: float = 0.5,
     head_start: float = 4.0,
-    others_weight: float = 0.3,
+    others_weight: float = 0.7,
     evaluate: Callable[[], str] | None = None,
     every: int = 100,
     report: Callable[[str], None] = print,
@@ -125,7 +125,7 @@ def train_organism(
         steps: number of batches.
         rows: pictures per batch.
         questions: questions per picture.
-        rate: highest learning rate; it falls to a tenth.
+        rate: highest learning rate; it falls to a fiftieth.
         hinge_weight: weight of the hinge on the gates beside the cross-entropy.
         margin: how far beyond 0 the hinge wants the input of the gate to be.
         head_start: factor by which the planted neurons write more strongly at the beginning, so that their presence is
@@ -152,7 +152,7 @@ def train_organism(
     model.model.vision_tower.eval()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 40) * (1 - 0.9 * step / steps)
+            group["lr"] = rate * min(1.0, (step + 1) / 40) * (1 - 0.98 * step / steps)
         positions, items, kinds = curriculum.draw(rows, questions)
         segments = []
         keep = torch.ones(rows, total)

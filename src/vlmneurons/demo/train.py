@@ -40,8 +40,8 @@ PAIRS_SEED = 0
 """Of the held-out pairs of item and kind of question."""
 VISION_STEPS = 6000
 NATURAL = Recipe(steps=1600, rows=16, questions=6, rate=2.5e-3, sparsity=0.1)
-ORGANISM_STEPS = 1200
-ORGANISM_VARIANTS = 8
+ORGANISM_STEPS = 1600
+ORGANISM_VARIANTS = 24
 
 
 class Log:

@@ -217,7 +217,12 @@ class _Runner:
 
     def __init__(self, hf: nn.Module, inputs: Mapping[str, Any], logits: Callable[[Any], Tensor]) -> None:
         self.hf, self.inputs, self.logits = hf, inputs, logits
-        self.clean = self()
+        try:
+            self.clean = self()
+        except Exception as error:
+            raise ContractError(
+                f"{type(hf).__name__} does not run with these inputs, without any hook: {type(error).__name__}: {error}"
+            ) from error
         if not torch.isfinite(self.clean).all():
             raise ContractError(f"{type(hf).__name__} gives logits that are not finite, without any hook")
         if not torch.equal(self.clean, self()):

@@ -583,7 +583,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def _from_config(name: str) -> PreTrainedModel:
-    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **copy.deepcopy(_CONFIGS[name])))
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **copy.deepcopy(_CONFIGS[name])))
+    if name == "llama4":
+        model.language_model.register_forward_hook(_with_image_outputs)
+    return model
+
+
+def _with_image_outputs(_: nn.Module, args: Any, output: Any) -> None:
+    """Gives Llama 4's text output what its caller reads there: without it transformers 5.24.0 runs no Llama 4 at all.
+
+    `Llama4ForConditionalGeneration.forward` reads ``image_outputs`` of what its text model gives, which never has it.
+    """
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
 
 
 def _pixels(name: str) -> dict[str, torch.Tensor]:
