@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmneurons.ablation import Ablation
     from vlmneurons.answers import AnswerReader, Generate, Letters, TextLikelihood, parse_answer
     from vlmneurons.architectures import Architecture, register_architecture
+    from vlmneurons.browser import inspect_neuron
     from vlmneurons.demo import demo_truth, load_demo
     from vlmneurons.errors import VLMNeuronsError
     from vlmneurons.items import ItemStatistics
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         RandomNeurons,
         Selector,
     )
+    from vlmneurons.sharing import from_hub, push_to_hub
     from vlmneurons.sites import NeuronSpace, Site
     from vlmneurons.statistics import ActivationStatistics
     from vlmneurons.study import KnockoutResult, knockout
@@ -52,6 +54,7 @@ _PLACES = {
     "ablation": ("Ablation",),
     "answers": ("AnswerReader", "Generate", "Letters", "TextLikelihood", "parse_answer"),
     "architectures": ("Architecture", "register_architecture"),
+    "browser": ("inspect_neuron",),
     "demo": ("demo_truth", "load_demo"),
     "errors": ("VLMNeuronsError",),
     "items": ("ItemStatistics",),
@@ -71,6 +74,7 @@ _PLACES = {
         "RandomNeurons",
         "Selector",
     ),
+    "sharing": ("from_hub", "push_to_hub"),
     "sites": ("NeuronSpace", "Site"),
     "statistics": ("ActivationStatistics",),
     "study": ("KnockoutResult", "knockout"),
@@ -128,6 +132,9 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "parse_answer",
     "plot_matrix",
     "plot_layers",
+    "inspect_neuron",
+    "push_to_hub",
+    "from_hub",
     "Architecture",
     "register_architecture",
     "VLMNeuronsError",

@@ -184,6 +184,25 @@ def read(
         raise FileFormatError(f"{path}: not a readable {kind} file: {error}") from error
 
 
+class Shareable:
+    """What `save` writes and `load` reads can be shared on the Hugging Face Hub."""
+
+    __slots__ = ()
+
+    def push_to_hub(self, repo_id: str, **how: Any) -> str:
+        """Put this into a repository of the Hub, with a card; see `vlmneurons.push_to_hub` for the arguments."""
+        from vlmneurons.sharing import push_to_hub
+
+        return push_to_hub(self, repo_id, **how)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
+        """What was put into a repository by `push_to_hub`; see `vlmneurons.from_hub`."""
+        from vlmneurons.sharing import from_hub
+
+        return from_hub(repo_id, revision=revision, kind=cls.__name__, token=token)
+
+
 def _check_kind(path: "str | os.PathLike[str]", kind: str, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != "vlmneurons":
         raise FileFormatError(f"{path}: a safetensors file, but not one that vlmneurons wrote; expected a {kind}")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-class NeuronSet:
+class NeuronSet(_files.Shareable):
     """An immutable set of neurons of one `NeuronSpace`.
 
     Two sets combine with ``& | - ^`` and compare with ``== <= < >= >`` if their spaces are equal; ``~`` gives the rest
@@ -385,7 +385,7 @@ def expected_jaccard(first: int, second: int, total: int) -> float:
     return math.fsum(weights * (shared / (first + second - shared))) / math.fsum(weights)
 
 
-class Selection(Mapping[str, NeuronSet]):
+class Selection(_files.Shareable, Mapping[str, NeuronSet]):
     """What a selector chose: a `NeuronSet` for each group, over one space. Immutable, in the order of the groups.
 
     Selections combine group by group with ``& | - ^``.
