@@ -132,7 +132,7 @@ class NeuronView:
         return f"{self.site}[{self.number}]"
 
     def table(self) -> "pandas.DataFrame":
-        """One row for each question shown: ``group``, ``id``, ``value``, ``question``, ``right``, ``top`` (its token)."""
+        """One row a question shown: ``group``, ``id``, ``value``, ``question``, ``right``, ``top`` (its highest word)."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -142,9 +142,7 @@ class NeuronView:
                 "value": item.value,
                 "question": item.question.question,
                 "right": item.question.right,
-                "top": max(item.words(), key=lambda word: np.nan_to_num(word[1], nan=-np.inf), default=("", 0, True))[
-                    0
-                ],
+                "top": max(item.words(), key=_height, default=("", 0.0, True))[0],
             }
             for item in self.items
         )
@@ -178,7 +176,7 @@ class NeuronView:
             f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
             f"<p>{html.escape(self.model)}. Shown are the questions of each group at which the neuron is highest, from "
-            f"highest to lowest; the redder, the higher (full red: {highest:.3g}, the highest on this page). Grey words "
+            f"highest to lowest; the redder, the higher (full red: {highest:.3g}, the highest on the page). Grey words "
             f"(chat template, special tokens) are not counted.</p>{note}{''.join(parts)}</html>"
         )
 
@@ -202,7 +200,7 @@ class NeuronView:
             for axis, (title, picture) in zip(row, _pictures(item, highest), strict=False):
                 axis.imshow(np.asarray(picture))
                 axis.set_title(title, fontsize=8)
-            top = sorted(item.words(), key=lambda word: -np.nan_to_num(word[1], nan=-np.inf))[:4]
+            top = sorted(item.words(), key=_height, reverse=True)[:4]
             words = "\n".join(f"{value:+.2f}  {text.strip()!r}" for text, value, counted in top if counted)
             asked = item.question.question[:70]
             text = f"{item.question.group}: {asked}\nright: {item.question.right[:40]}\n\n{words}"
@@ -281,7 +279,7 @@ def inspect_neuron(
     note = (
         ""
         if known
-        else f"Where in the picture an image token of {type(model.hf).__name__} lies is not known here: no map is drawn."
+        else f"Where in the picture an image token of {type(model.hf).__name__} lies is not known: no map is drawn."
     )
     return NeuronView(
         model.name,
@@ -415,6 +413,11 @@ def _llava_next(model: VLM, size: Tensor, picture: int) -> list[Patch | None] | 
     return [place(round(number)) for number in packed[0].flatten().tolist()]
 
 
+def _height(word: tuple[str, float, bool]) -> float:
+    """A word's value for sorting; one that did not reach the neuron comes last."""
+    return -math.inf if math.isnan(word[1]) else word[1]
+
+
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +468,6 @@ _STYLE = (
     "h1{font-size:1.4rem;overflow-wrap:anywhere}small{font-weight:normal;color:#6b7280}"
     "article{border:1px solid #d8dbe2;border-radius:6px;padding:.7rem;margin:.7rem 0}header{color:#6b7280}"
     ".pictures{display:flex;flex-wrap:wrap;gap:.7rem}figure{margin:.4rem 0}"
-    "figure img{max-width:min(15rem,80vw);max-height:15rem;image-rendering:auto}figcaption{font-size:.8rem;color:#6b7280}"
+    "figure img{max-width:min(15rem,80vw);max-height:15rem}figcaption{font-size:.8rem;color:#6b7280}"
     ".words{white-space:pre-wrap;overflow-wrap:anywhere}.off{color:#9aa0ab}.note{background:#fff6dd;padding:.5rem}"
 )

@@ -149,8 +149,8 @@ def card(thing: Shared, repo_id: str, *, license: str | None = None, notes: str 
         f"thing = vn.from_hub({json.dumps(repo_id)})",
         "```",
         "",
-        'Neurons that were selected for a group are those that a rule picked on some questions, not neurons that "are" the',
-        "group; see *Reading results* in the documentation.",
+        "Neurons that were selected for a group are those that a rule picked on some questions, not neurons that *are*",
+        "the group; see *Reading results* in the documentation.",
         "",
     ]
     return "\n".join(parts)
