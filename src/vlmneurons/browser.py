@@ -105,6 +105,9 @@ class InspectedItem:
         rows = zip(self.tokens, self.values.tolist(), self.counted.tolist(), self.image.tolist(), strict=True)
         return [(text, value, counted) for text, value, counted, image in rows if not image and text]
 
+    def _counted_words(self) -> list[tuple[str, float, bool]]:
+        return [word for word in self.words() if word[2]]
+
 
 @dataclass(frozen=True, eq=False)
 class NeuronView:
@@ -132,7 +135,7 @@ class NeuronView:
         return f"{self.site}[{self.number}]"
 
     def table(self) -> "pandas.DataFrame":
-        """One row a question shown: ``group``, ``id``, ``value``, ``question``, ``right``, ``top`` (its highest word)."""
+        """One row a question shown: ``group``, ``id``, ``value``, ``question``, ``right``, ``top`` (highest word)."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -142,7 +145,7 @@ class NeuronView:
                 "value": item.value,
                 "question": item.question.question,
                 "right": item.question.right,
-                "top": max(item.words(), key=_height, default=("", 0.0, True))[0],
+                "top": max(item._counted_words(), key=_height, default=("", 0.0, True))[0],
             }
             for item in self.items
         )
@@ -200,8 +203,8 @@ class NeuronView:
             for axis, (title, picture) in zip(row, _pictures(item, highest), strict=False):
                 axis.imshow(np.asarray(picture))
                 axis.set_title(title, fontsize=8)
-            top = sorted(item.words(), key=_height, reverse=True)[:4]
-            words = "\n".join(f"{value:+.2f}  {text.strip()!r}" for text, value, counted in top if counted)
+            top = sorted(item._counted_words(), key=_height, reverse=True)[:4]
+            words = "\n".join(f"{value:+.2f}  {text.strip()!r}" for text, value, _ in top)
             asked = item.question.question[:70]
             text = f"{item.question.group}: {asked}\nright: {item.question.right[:40]}\n\n{words}"
             row[-1].text(0, 0.95, text, va="top", fontsize=8, parse_math=False, wrap=True)
