@@ -32,3 +32,68 @@ def test_the_quickstart_writes_a_table_and_two_pictures_for_each_model(tmp_path)
                 assert min(image.size) > 400
     organism = pd.read_csv(tmp_path / "out" / "organism.csv").set_index(["selector", "group"])
     assert organism.loc[("CAS", "all"), "self_effect"] < -0.6
+
+
+def test_a_neuron_is_traced(tmp_path):
+    printed = run("trace_a_neuron.py", cwd=tmp_path)
+    assert "language.layers." in printed
+    assert printed.count("log-probability of") == 4
+    clean, off = (
+        float(part.split()[0])
+        for part in next(
+            line for line in printed.splitlines() if line.startswith(f"log-probability of {right_of(printed)!r}")
+        )
+        .split(": ")[1]
+        .split(", and ")
+    )
+    assert off < clean
+
+
+def right_of(printed: str) -> str:
+    """The right option that a script names."""
+    return printed.split("right: ")[1].splitlines()[0]
+
+
+def test_a_selector_of_ones_own_finds_planted_neurons(tmp_path):
+    printed = run("custom_selector.py", "--questions", "8", cwd=tmp_path)
+    assert "WorstRival meets the contract of a selector" in printed
+    found = {
+        line.split("(")[0]: int(line.split(": ")[1].split()[0]) for line in printed.splitlines() if "planted" in line
+    }
+    assert found["CAS"] > 40
+    assert found["WorstRival"] > 40
+    assert found["RandomNeurons"] < 10
+
+
+def test_an_architecture_of_ones_own_is_registered_and_passes_the_contract(tmp_path):
+    printed = run("custom_architecture.py", cwd=tmp_path)
+    assert "register_architecture(" in printed  # the error shows the call to fill in
+    assert "language: 4 layers x 64 = 256 neurons" in printed
+
+
+def test_generation_is_steered(tmp_path):
+    printed = run("steer_generation.py", "--questions", "4", cwd=tmp_path)
+    right = {line.split(":")[0]: line.split("Egypt ")[1].split()[0] for line in printed.splitlines() if "alpha" in line}
+    assert int(right["alpha -1.0"]) < int(right["alpha +0.0"])
+    assert len({line.split("Japan ")[1].split()[0] for line in printed.splitlines() if "alpha" in line}) <= 2
+
+
+def test_vision_neurons_are_selected_and_ablated(tmp_path):
+    printed = run("vision_neurons.py", "--questions", "4", cwd=tmp_path)
+    assert "CAS" in printed
+    assert "random" in printed
+
+
+def test_wordings_are_compared(tmp_path):
+    printed = run("language_against_culture.py", "--questions", "3", cwd=tmp_path)
+    values = {line.strip().split("  ")[0]: float(line.split()[-2]) for line in printed.splitlines() if "(0." in line}
+    assert values["English"] == 1.0
+    assert 0 <= values["local, words only"] < 1
+
+
+def test_a_neurons_page_is_written(tmp_path):
+    printed = run("inspect_neuron.py", "--out", "out", "--questions", "3", cwd=tmp_path)
+    assert "The page is out/neuron.html" in printed
+    assert (tmp_path / "out" / "neuron.html").stat().st_size > 20_000
+    with Image.open(tmp_path / "out" / "neuron.png") as image:
+        assert min(image.size) > 400

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vlmneurons.answers import AnswerReader, Generate, Letters, LogitReader, TextLikelihood, parse_answer
     from vlmneurons.architectures import Architecture, register_architecture
     from vlmneurons.attribution import attribute
+    from vlmneurons.browser import inspect_neuron
     from vlmneurons.cvqa import load_cvqa
     from vlmneurons.demo import demo_truth, load_demo
     from vlmneurons.errors import VLMNeuronsError
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         Selector,
         universal_neurons,
     )
+    from vlmneurons.sharing import from_hub, push_to_hub
     from vlmneurons.sites import NeuronSpace, Site
     from vlmneurons.statistics import ActivationStatistics, AttributionStatistics
     from vlmneurons.study import Intervention, KnockoutResult, knockout
@@ -70,6 +72,7 @@ _PLACES = {
     "architectures": ("Architecture", "register_architecture"),
     "attribution": ("attribute",),
     "cvqa": ("load_cvqa",),
+    "browser": ("inspect_neuron",),
     "demo": ("demo_truth", "load_demo"),
     "errors": ("VLMNeuronsError",),
     "items": ("GroupedItems", "ItemStatistics"),
@@ -100,6 +103,7 @@ _PLACES = {
         "Selector",
         "universal_neurons",
     ),
+    "sharing": ("from_hub", "push_to_hub"),
     "sites": ("NeuronSpace", "Site"),
     "statistics": ("ActivationStatistics", "AttributionStatistics"),
     "study": ("Intervention", "KnockoutResult", "knockout"),
@@ -181,6 +185,9 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
     "parse_answer",
     "plot_matrix",
     "plot_layers",
+    "inspect_neuron",
+    "push_to_hub",
+    "from_hub",
     "Architecture",
     "register_architecture",
     "VLMNeuronsError",

@@ -5,8 +5,10 @@ A file is data, never code, and it is trusted only after its kind, version, tens
 
 import hashlib
 import json
+import math
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,87 @@ def plain(data: Any, what: str) -> Any:
         VLMNeuronsError: the data cannot be written as JSON.
     """
     try:
-        return json.loads(json.dumps(data, allow_nan=False))
+        return parse(json.dumps(data, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise VLMNeuronsError(f"{what} must be plain values that JSON can hold: {error}") from error
 
 
+_DEEPEST = 100
+"""Nesting that JSON of a file may have: far more than the library writes, far less than Python's recursion allows."""
+
+
+def parse(text: str) -> Any:
+    """JSON of a file, strictly: what `plain` data cannot have been written as is refused, not repaired.
+
+    Raises:
+        ValueError: no JSON; NaN, infinity or a number that overflows; a name that stands twice in one object; nesting
+            deeper than 100.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number that JSON has")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits[:20])
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the name {next(name for name in made if names.count(name) > 1)!r} stands twice")
+        return made
+
+    data = json.loads(text, parse_constant=refuse, parse_float=number, object_pairs_hook=once)
+    level = [data]
+    for _ in range(_DEEPEST):
+        level = [part for thing in level for part in _parts(thing)]
+        if not level:
+            return data
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def _parts(thing: Any) -> Any:
+    return thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
+
+
+def check_regular(path: "str | os.PathLike[str]") -> None:
+    """Refuse what is there but is no ordinary file: a pipe would be waited for without end, a device never ends.
+
+    Raises:
+        IsADirectoryError: a folder.
+        FileFormatError: a pipe, socket or device.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)} is a folder, not a file")
+    if Path(path).exists() and not Path(path).is_file():
+        raise FileFormatError(f"{os.fspath(path)} is a pipe, socket or device, not a file")
+
+
+def check_uncompressed(path: "str | os.PathLike[str]") -> None:
+    """Refuse a zip archive that would unpack to more than its own size: PyTorch stores its archives as they are.
+
+    Raises:
+        FileFormatError: the archive is packed, or says that it is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError):
+        return  # no archive that could be unpacked
+    size = os.path.getsize(path)
+    if unpacked > size:
+        raise FileFormatError(
+            f"{os.fspath(path)}: {size:,} bytes that unpack to {unpacked:,}; torch.save packs nothing"
+        )
+
+
 def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tensor], data: Any) -> None:
-    """Write a file in one step: the path holds the whole new file or, after a crash, what was there before."""
+    """Write a file in one step: the path holds the whole new file or, after a crash, what was there before.
+
+    Raises:
+        OSError: the file cannot be written, for want of space or permission.
+    """
     path = Path(path)
     text = json.dumps(data, allow_nan=False, sort_keys=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -51,7 +127,10 @@ def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tenso
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # how it passes on what the system said
+            raise OSError(f"{path} cannot be written: {error}") from error
         # mkstemp makes a private file; what the user gets should be as readable as any file that they write.
         umask = os.umask(0)
         os.umask(umask)
@@ -78,8 +157,7 @@ def read(
         OSError: the file cannot be read.
     """
     allowed = {**required, **(optional or {})}
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)} is a folder, not a file that holds a {kind}")
+    check_regular(path)
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -99,11 +177,30 @@ def read(
                 tensors[name] = file.get_tensor(name).clone()
         if metadata.get("sha256") != _digest(kind, metadata["version"], metadata["data"], tensors):
             raise FileFormatError(f"{path}: the content does not agree with its checksum; the file is damaged")
-        return tensors, json.loads(metadata["data"])
+        return tensors, parse(metadata["data"])
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, RecursionError) as error:
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(f"{path}: not a readable {kind} file: {error}") from error
+
+
+class Shareable:
+    """What `save` writes and `load` reads can be shared on the Hugging Face Hub."""
+
+    __slots__ = ()
+
+    def push_to_hub(self, repo_id: str, **how: Any) -> str:
+        """Put this into a repository of the Hub, with a card; see `vlmneurons.push_to_hub` for the arguments."""
+        from vlmneurons.sharing import push_to_hub
+
+        return push_to_hub(self, repo_id, **how)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
+        """What was put into a repository by `push_to_hub`; see `vlmneurons.from_hub`."""
+        from vlmneurons.sharing import from_hub
+
+        return from_hub(repo_id, revision=revision, kind=cls.__name__, token=token)
 
 
 def _check_kind(path: "str | os.PathLike[str]", kind: str, metadata: Mapping[str, str]) -> None:

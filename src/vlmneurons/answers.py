@@ -426,12 +426,17 @@ def _parse_text(plain: str, options: Sequence[str]) -> int | None:
             before, after = plain[: match.start()][-1:], plain[match.end() :][:1]
             if not _joined(before, wanted[0]) and not _joined(wanted[-1], after):
                 spans.append((match.start(), match.end(), index))
-    outer = {
-        index
-        for start, end, index in spans
-        if not any(s <= start and end <= e and (e - s) > (end - start) for s, e, _ in spans)
-        and not _NEGATION.search(plain[:start])
-    }
+    # From left to right, the longer first where two begin together: what ends before something earlier did lies in it.
+    outer: set[int] = set()
+    reached, before_it = -1, -1
+    spans.sort(key=lambda span: (span[0], -span[1]))
+    for n, (start, end, index) in enumerate(spans):
+        if n and spans[n - 1][:2] != (start, end):
+            reached = max(reached, before_it)
+        before_it = end
+        # A denial is a few words: looking at all that was said before would take a long text's length squared.
+        if end > reached and not _NEGATION.search(plain[max(0, start - 60) : start]):
+            outer.add(index)
     return outer.pop() if len(outer) == 1 else None
 
 

@@ -8,7 +8,6 @@ import hashlib
 import math
 import operator
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-class NeuronSet:
+class NeuronSet(_files.Shareable):
     """An immutable set of neurons of one `NeuronSpace`.
 
     Two sets combine with ``& | - ^`` and compare with ``== <= < >= >`` if their spaces are equal; ``~`` gives the rest
@@ -386,7 +385,7 @@ def expected_jaccard(first: int, second: int, total: int) -> float:
     return math.fsum(weights * (shared / (first + second - shared))) / math.fsum(weights)
 
 
-class Selection(Mapping[str, NeuronSet]):
+class Selection(_files.Shareable, Mapping[str, NeuronSet]):
     """What a selector chose: a `NeuronSet` for each group, over one space. Immutable, in the order of the groups.
 
     Selections combine group by group with ``& | - ^``.
@@ -594,6 +593,8 @@ class Selection(Mapping[str, NeuronSet]):
         source = "LAPE selection"
         if isinstance(nested, (str, os.PathLike)):
             source = os.fspath(nested)
+            _files.check_regular(source)
+            _files.check_uncompressed(source)
             try:
                 # torch warns about pickles of other programs; they are refused below, or were read as plain lists.
                 with warnings.catch_warnings():
@@ -601,9 +602,7 @@ class Selection(Mapping[str, NeuronSet]):
                     nested = torch.load(source, weights_only=True, map_location="cpu")
             except OSError:
                 raise
-            except (RuntimeError, ValueError, KeyError, TypeError, EOFError, IndexError, AttributeError) as error:
-                raise FileFormatError(f"{source}: not a file of neuron lists: {error}") from error
-            except (pickle.UnpicklingError, MemoryError, RecursionError, AssertionError) as error:
+            except Exception as error:  # PyTorch's own reader fails in many ways on bytes that it did not write
                 raise FileFormatError(f"{source}: not a file of neuron lists: {error}") from error
         groups = tuple(groups) if not isinstance(groups, str) else (groups,)
         if not isinstance(nested, (list, tuple)) or len(nested) != len(groups):
@@ -618,10 +617,15 @@ class Selection(Mapping[str, NeuronSet]):
                 got = f"{len(layers)} layers" if isinstance(layers, (list, tuple)) else f"a {type(layers).__name__}"
                 raise FileFormatError(f"{source}: group {group!r} needs {depth} layers as the space has; got {got}")
             try:
+                for layer, numbers in enumerate(layers):
+                    # A tensor of one stored number can claim a billion: look at the length before the numbers.
+                    most = space.widths[_layer_position(space, layer)] if len(numbers) else 0
+                    if len(numbers) > most:
+                        raise SiteError(f"layer {layer} has {most} neurons, not the {len(numbers)} that are listed")
                 sets[group] = NeuronSet.from_indices(
                     space, {layer: numbers for layer, numbers in enumerate(layers) if len(numbers)}
                 )
-            except (SiteError, TypeError) as error:
+            except (SiteError, TypeError, RuntimeError) as error:
                 raise FileFormatError(f"{source}: group {group!r}: {error}") from error
         return cls(sets, selector=f"from_lape({source})")
 

@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -201,6 +202,13 @@ def _picture_key(source: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Formats that pictures are opened in: all but PostScript, which Pillow hands to another program to be run."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
 def _open_image(source: Any) -> Image.Image:
     source = _resolved(source)
     with warnings.catch_warnings():
@@ -209,8 +217,10 @@ def _open_image(source: Any) -> Image.Image:
             source.load()
             image = source
         else:
+            if not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
+                raise OSError(f"{source} is no ordinary file")  # a pipe would be waited for without end
             # Closed at once: Pillow would keep the file of an animation open for its later frames.
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
                 image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
@@ -503,8 +513,10 @@ class QuestionSet(Sequence[Question]):
             table = found[0]
         path = folder / table
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("it is no ordinary file")
             text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise QuestionError(f"the table {path} cannot be read: {error}") from error
         if path.suffix == ".jsonl":
             rows = _json_lines(text, path)
@@ -587,7 +599,7 @@ def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
             raise QuestionError(f"{path}, line {n} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise QuestionError(f"{path}, line {n} is not a JSON object")
@@ -605,7 +617,7 @@ def _question_of_row(
     if isinstance(options, str):
         try:
             options = json.loads(options)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise QuestionError(f"{where}: options must be a JSON list; got {options!r}") from error
     if options is None:
         letters = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
@@ -616,6 +628,8 @@ def _question_of_row(
             row.pop(letter, None)
     if not isinstance(options, Sequence) or isinstance(options, str):
         raise QuestionError(f"{where}: no options; give a list in 'options', or columns A, B, C, D")
+    if any(option is None for option in options):  # its text would read "None"
+        raise QuestionError(f"{where}: an option is missing; got {list(options)!r}")
     missing = [name for name in ("question", "answer", "group") if row.get(name) in (None, "")]
     if missing:
         raise QuestionError(f"{where}: no value for {', '.join(missing)}; the row has {', '.join(map(str, row))}")
@@ -646,7 +660,7 @@ def _inside(folder: Path, name: Any, where: str) -> Path:
     """A picture path of a table, which may not lead out of the table's folder."""
     try:
         inside = (folder / str(name)).resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that lead to each other
         raise QuestionError(f"{where}: {str(name)!r} is no path of an image: {error}") from error
     if not inside:
         raise QuestionError(f"{where}: the image path {str(name)!r} leads out of the folder {folder}")
@@ -663,7 +677,7 @@ def _answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
     text = str(answer).strip()
     same = [index for index, option in enumerate(options) if str(option).strip() == text][:1]
     place = None
-    if re.fullmatch(r"-?\d+", text):
+    if re.fullmatch(r"-?\d{1,9}", text):
         place = int(text)
     elif len(text) == 1 and text.upper() in LETTERS:
         place = LETTERS.index(text.upper())

@@ -26,10 +26,11 @@ from vlmneurons.answers import AnswerReader, LogitReader, reader_of
 from vlmneurons.architectures import write
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model import VLM
+from vlmneurons.neurons import NeuronSet
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import batches
 from vlmneurons.sites import NeuronSpace
-from vlmneurons.study import Masks, _listed_masks
+from vlmneurons.study import Intervention, Masks, listed_masks
 
 
 def screen(
@@ -75,13 +76,15 @@ def screen(
         raise QuestionError(f"{reader!r} gives no margin that could be derived; use answer='letters' or answer='text'")
     if batch_size < 1:
         raise QuestionError(f"batch_size {batch_size} is less than 1")
-    listed = _listed_masks(masks, questions.groups)
     space = model.space("language", "post")
+    listed = listed_masks(masks, questions.groups, Intervention(NeuronSet.empty(space), "zero"))
     sets = []
-    for _, neurons in listed:
-        if not neurons.space.same_neurons(space):
-            raise MismatchError(f"a mask is of {neurons.space}; screening is of the decoder's neurons, {space}")
-        sets.append(neurons.indices)
+    for mask, one in listed:
+        if not one.neurons.space.same_neurons(space):
+            raise MismatchError(f"a mask is of {one.neurons.space}; screening is of the decoder's neurons, {space}")
+        if one.mode != "zero":
+            raise MismatchError(f"mask {mask.selector!r} is to {one.name}; the estimate is of neurons set to zero")
+        sets.append(one.neurons.indices)
     estimates: dict[str, np.ndarray] = {}
     with tqdm(total=len(questions), unit="item", disable=not progress) as bar:
         for batch in batches(questions, batch_size):

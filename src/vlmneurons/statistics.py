@@ -38,7 +38,7 @@ MUST_AGREE = (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ActivationStatistics:
+class ActivationStatistics(_files.Shareable):
     """Counts of firing neurons per group, over a space.
 
     The tables belong to the object: do not write to them. Use `from_counts` for tables of your own, which copies.
