@@ -220,9 +220,8 @@ def florence() -> vn.VLM:
     """A Florence-2 with room in its vocabulary for a tokenizer."""
     hf, _ = tiny_model("florence2")
     inputs = tiny_inputs("florence2")
-    hf.resize_token_embeddings(600, mean_resizing=False)
     processor = Processor(int((inputs["input_ids"] == IMAGE).sum()), inputs["pixel_values"])
-    return vn.VLM(hf, processor, template=lambda text, n_images: "<image>" * n_images + text[:12])
+    return vn.VLM(hf, processor, template=lambda text, n_images: "<image>" * n_images + text)
 
 
 def fired_in(model: vn.VLM, tower: str, layer: int, counted: Tensor, run: Any) -> Tensor:
@@ -288,11 +287,13 @@ def test_what_an_encoder_decoder_cannot_be_asked_is_refused_and_the_way_is_named
                     answer=answer,
                     progress=False,
                 )
-    with pytest.raises(MismatchError, match=r"sees decoder_input_ids, not the question, and this run gives none"):
-        with vn.Recorder(florence):
-            florence.hf(**inputs, labels=inputs["input_ids"])
+    with (
+        pytest.raises(MismatchError, match=r"sees decoder_input_ids, not the question, and this run gives none"),
+        vn.Recorder(florence),
+    ):
+        florence.hf(**inputs, labels=inputs["input_ids"])
     with pytest.raises(MismatchError, match=r"its decoder sees other tokens than its other towers"):
         vn.Recorder(florence, florence.space(["language", "encoder"]))
-    with pytest.raises(QuestionError, match=r"in `generate` an encoder runs outside of the model's forward"):
-        with vn.Recorder(florence, florence.space("encoder")):
-            florence.hf.generate(**inputs, max_new_tokens=2)
+    outside = pytest.raises(QuestionError, match=r"in `generate` an encoder runs outside of the model's forward")
+    with outside, vn.Recorder(florence, florence.space("encoder")):
+        florence.hf.generate(**inputs, max_new_tokens=2)

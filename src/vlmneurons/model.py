@@ -286,9 +286,9 @@ class VLM:
         absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
         if absent:
             raise ArchitectureError(
-                f"{type(hf_model).__name__} has no {', '.join(absent)}: VLM wraps a transformers model. Put yours into one: "
-                "class MyVLM(transformers.PreTrainedModel) with config_class = a subclass of PreTrainedConfig, your "
-                "module as an attribute, and a forward that returns transformers.modeling_outputs.CausalLMOutput"
+                f"{type(hf_model).__name__} has no {', '.join(absent)}: VLM wraps a transformers model. Put yours into "
+                "one: class MyVLM(transformers.PreTrainedModel) with config_class = a subclass of PreTrainedConfig, "
+                "your module as an attribute, and a forward that returns transformers.modeling_outputs.CausalLMOutput"
             )
         offloaded = _offloaded_to(hf_model)
         if offloaded is not None and not hasattr(hf_model, "hf_device_map"):
