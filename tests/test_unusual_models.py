@@ -120,7 +120,7 @@ def test_a_model_that_transformers_does_not_know_is_found_by_its_structure() -> 
 
 def test_a_users_own_model_goes_through_the_whole_study(own: vn.VLM) -> None:
     questions, bare = some_questions(4), own_model()
-    inputs = own.prepare(questions)
+    inputs = own.prepare(questions, padding_side="right")  # as letters are read
     values: list[Tensor] = []
     handles = [block.act.register_forward_hook(lambda _, args, out: values.append(out)) for block in bare.blocks]
     with torch.no_grad():
@@ -194,7 +194,7 @@ class Looped(OwnVLM):
 
 def test_layers_that_run_twice_count_every_pass_of_every_token(tmp_path: Any) -> None:
     model, questions = vn.VLM(own_model(Looped), Processor(), template=template), some_questions(4, groups="A")
-    inputs, values = model.prepare(questions), []
+    inputs, values = model.prepare(questions, padding_side="right"), []
     handle = model.hf.blocks[0].act.register_forward_hook(lambda _, args, out: values.append(out > 0))
     with torch.no_grad():
         model.hf(**inputs)
@@ -277,16 +277,11 @@ def test_what_an_encoder_decoder_cannot_be_asked_is_refused_and_the_way_is_named
                 vn.record(florence, questions, florence.space(space), answer=answer, progress=False)
     with pytest.raises(MismatchError, match="is an encoder-decoder model"):
         vn.record_items(florence, questions, tmp_path / "items", florence.space("encoder"), progress=False)
+    selection = vn.Selection({"A": neurons, "B": neurons})
     for answer in ("letters", "text"):
-        for n in (1, 3):  # one question's only position must not be taken for the decoder's
+        for size in (1, 3):  # one question's only position must not be taken for the decoder's
             with pytest.raises(QuestionError, match=r"its answer begins in the decoder.*answer='generate'"):
-                vn.knockout(
-                    florence,
-                    questions[:n],
-                    {"mine": vn.Selection({"A": neurons})},
-                    answer=answer,
-                    progress=False,
-                )
+                vn.knockout(florence, questions, {"mine": selection}, answer=answer, batch_size=size, progress=False)
     with (
         pytest.raises(MismatchError, match=r"sees decoder_input_ids, not the question, and this run gives none"),
         vn.Recorder(florence),

@@ -251,8 +251,8 @@ class VLM:
     """A vision-language model whose MLP neurons have names.
 
     Args:
-        hf_model: a loaded transformers model, or a `transformers.PreTrainedModel` of your own. It is put into evaluation
-            mode and wrapped once by nnsight.
+        hf_model: a loaded transformers model, or a `transformers.PreTrainedModel` of your own. It is put into
+            evaluation mode and wrapped once by nnsight.
         processor: its processor.
         template: a function ``(text, n_images) -> prompt`` to use in place of the processor's chat template.
 
