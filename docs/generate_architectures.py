@@ -73,8 +73,16 @@ NOTES = """
   is refused, and so is what `torch.compile(model)` returns. Give a `VLM` the model as it was.
 - Apertus 1.5 turns images into tokens by a VQGAN of convolutions, and Inkling folds patches together by one normed
   linear layer a step: there is no vision tower either. MLPs made of 1x1 convolutions, as in FastVLM, are not named.
-- Inkling 2 Loop runs some of its layers several times in one forward; its values are then read
-  once a pass.
+- Inkling 2 Loop runs some of its layers several times in one forward; its values are then read once a pass. Every pass
+  of a token counts: `routed` of the statistics holds tokens x passes, and `probability` divides by it. `record_items`
+  refuses such a model.
+- Encoder-decoder models (Florence-2, T5Gemma 2, UDOP …) show their decoder `decoder_input_ids` and not the question. A
+  `Recorder` counts the tower `encoder` over the question and `language` over the decoder's own tokens, each in a run of
+  your own; `record`, and answers read by letters or text, refuse them. `Ablation` and a `knockout` with
+  `answer="generate"` work as elsewhere.
+- Questions hold pictures, not videos. Sites are read and ablated in your own runs of a video's inputs as in any other,
+  but a `Recorder` does not take a video's placeholders for `"content"` or `"image"`: count them with a rule of your
+  own, such as `tokens=lambda table: table.attention`.
 - Llama 4 does not run at all in transformers 5.24.0, with or without this library (`'MoeCausalLMOutputWithPast' object
   has no attribute 'image_outputs'`); the small one that is run here has that attribute put on by a hook.
 - LoRA adapters on the MLPs are part of what is read; quantised layers need only declare `in_features` and

@@ -146,13 +146,30 @@ def logits_at(
         model: the model.
         batch: its inputs.
         positions: for each row of the batch the wanted positions.
+
+    Raises:
+        QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
     """
     wanted = sorted({position for row in positions for position in row})
     place = {position: index for index, position in enumerate(wanted)}
+    if getattr(model.hf.config, "is_encoder_decoder", False):
+        raise QuestionError(
+            f"{type(model.hf).__name__} is an encoder-decoder model: its answer begins in the decoder, not after the "
+            "question, so the question's logits do not hold it; read answers by generation (answer='generate')"
+        )
     inputs = dict(batch)
-    if "logits_to_keep" in inspect.signature(type(model.hf).forward).parameters:
+    taken = inspect.signature(type(model.hf).forward).parameters
+    if "logits_to_keep" in taken:
         inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
-    logits = model.hf(**inputs, use_cache=False).logits
+    if "use_cache" in taken or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+        inputs["use_cache"] = False
+    output = model.hf(**inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise QuestionError(
+            f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
+            "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
+        )
     if logits.shape[1] != len(wanted):
         if logits.shape[1] != batch["input_ids"].shape[1]:
             raise QuestionError(

@@ -243,11 +243,16 @@ class _Layers(Sequence[NamedLayer]):
         return f"<{len(self)} layers of {self._owner.name}>"
 
 
+_NEEDED = ("config", "device", "dtype")
+"""What nnsight, transformers' pipelines and the records of what was run ask of any model."""
+
+
 class VLM:
     """A vision-language model whose MLP neurons have names.
 
     Args:
-        hf_model: a loaded transformers model. It is put into evaluation mode and wrapped once by nnsight.
+        hf_model: a loaded transformers model, or a `transformers.PreTrainedModel` of your own. It is put into
+            evaluation mode and wrapped once by nnsight.
         processor: its processor.
         template: a function ``(text, n_images) -> prompt`` to use in place of the processor's chat template.
 
@@ -258,7 +263,7 @@ class VLM:
         towers: what was found, by name.
 
     Raises:
-        ArchitectureError: the model's MLPs cannot be told for certain.
+        ArchitectureError: the model's MLPs cannot be told for certain, or it is no transformers model.
 
     Example:
         ``model = VLM.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct", device_map="auto", dtype="auto")``
@@ -278,6 +283,13 @@ class VLM:
         self.processor = processor
         self.template = template
         self.towers: dict[str, Tower] = find_towers(hf_model)
+        absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
+        if absent:
+            raise ArchitectureError(
+                f"{type(hf_model).__name__} has no {', '.join(absent)}: VLM wraps a transformers model. Put yours into "
+                "one: class MyVLM(transformers.PreTrainedModel) with config_class = a subclass of PreTrainedConfig, "
+                "your module as an attribute, and a forward that returns transformers.modeling_outputs.CausalLMOutput"
+            )
         offloaded = _offloaded_to(hf_model)
         if offloaded is not None and not hasattr(hf_model, "hf_device_map"):
             # As `dispatch_model` leaves it: else transformers would try to move the weights, which are not there.

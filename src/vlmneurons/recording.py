@@ -140,6 +140,13 @@ class Recorder:
                 raise MismatchError(
                     f"{site} has {model.mlp_of(site).width} neurons in this model; the space has {width}"
                 )
+        # The decoder of an encoder-decoder model sees tokens of its own, every other tower the question.
+        self._second = _is_encoder_decoder(model) and any(site.tower == "language" for site in self.space)
+        if self._second and any(site.tower != "language" for site in self.space):
+            raise MismatchError(
+                f"{type(model.hf).__name__} is an encoder-decoder model: its decoder sees other tokens than its other "
+                "towers. Record model.space('language') in a Recorder of its own"
+            )
         if isinstance(tokens, str) and tokens not in TOKEN_RULES:
             raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
         self._in_vision = [site.tower == "vision" for site in self.space.sites]
@@ -239,15 +246,36 @@ class Recorder:
         arguments = dict(kwargs)
         if args:
             arguments.setdefault("input_ids", args[0])
+        if self._second:
+            arguments = self._decoder_arguments(arguments)
         ids = arguments.get("input_ids")
         table = None if ids is None else free_tokens(self.model, arguments, ids.shape[1])
         if table is None:
-            raise QuestionError("a Recorder tells tokens apart by input_ids; this run gives none")
+            why = " (in `generate` an encoder runs outside of the model's forward: call model.hf(**inputs))"
+            raise QuestionError(
+                "a Recorder tells tokens apart by input_ids; this run gives none"
+                + (why if _is_encoder_decoder(self.model) else "")
+            )
         self._mask = table.counted(self.tokens)
         self._vision = None
         # A later step of `generate` brings a new token of an item that was counted before.
         attention = arguments.get("attention_mask")
         self._continues = attention is not None and attention.ndim == 2 and attention.shape[1] > ids.shape[1]
+        if self._second:  # its attention mask is not always given, but a later step has a cache that holds tokens
+            caches = (kwargs.get(name) for name in ("past_key_values", "cache"))
+            self._continues = any(cache is not None and cache.get_seq_length() > 0 for cache in caches)
+
+    def _decoder_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that say which tokens an encoder-decoder model's decoder sees: they are not the question's."""
+        if arguments.get("decoder_input_ids") is None:
+            raise MismatchError(
+                f"the decoder of {type(self.model.hf).__name__} sees decoder_input_ids, not the question, and this run "
+                "gives none: call model.hf(**inputs, decoder_input_ids=…), or record model.space('encoder')"
+            )
+        return {
+            "input_ids": arguments["decoder_input_ids"],
+            "attention_mask": arguments.get("decoder_attention_mask"),
+        }
 
     def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """The model's forward is over: in a run of the user's own, everything is counted."""
@@ -479,6 +507,12 @@ class Recorder:
     @contextlib.contextmanager
     def _watch(self, batch: Batch, rows: list[int]) -> Iterator[None]:
         """Count the first forward of a prepared batch; its rows wait for `_commit`."""
+        if _is_encoder_decoder(self.model):
+            raise MismatchError(
+                f"{type(self.model.hf).__name__} is an encoder-decoder model: no single forward shows its decoder the "
+                "question and gives the answer. Count in runs of your own: with vn.Recorder(model, "
+                "model.space('encoder')) as recorder, recorder.group(…): model.hf(**model.prepare(questions))"
+            )
         self._prepared, self._rows, self._steps, self._mask = batch, rows, 0, None
         yield
         self._mask = batch.tokens.counted(self.tokens)  # a generation's later steps have cleared it
@@ -494,6 +528,10 @@ def _maxima_of(values: Float[Tensor, "part neuron"], owner: Int64[Tensor, " part
     for row in owner.unique().tolist():  # a batch has few rows, and index_reduce_ warns that it may change
         highest[row] = values[owner == row].amax(0)
     return highest
+
+
+def _is_encoder_decoder(model: VLM) -> bool:
+    return bool(getattr(model.hf.config, "is_encoder_decoder", False))
 
 
 class _NotFinite(ActivationError):
@@ -632,7 +670,8 @@ def record_items(
         progress: show a progress bar.
 
     Raises:
-        MismatchError: the folder holds another recording, or another process is recording into it.
+        MismatchError: the folder holds another recording, or another process is recording into it; or the model runs
+            its layers several times in a forward, or is an encoder-decoder model.
         QuestionError: a question cannot be asked. What was recorded before it stays.
         ActivationError: NaN or infinite activations; the message names the site and the question.
     """
@@ -674,6 +713,11 @@ def record_items(
                 try:
                     ((part, reading),) = _read(model, reader, recorder, batch, None)
                     tables, counted = recorder._by_row()
+                    if not uneven and (tables["reached"] != counted[:, None]).any():
+                        raise MismatchError(
+                            f"{type(model.hf).__name__} computes its sites several times for a token in one forward, "
+                            "which the files of record_items do not hold; vn.record does, in its `routed`"
+                        )
                     chosen = [-1 if choice is None else choice for choice in reading.chosen]
                     statistics._write(rows, chosen, counted, reading.margins(part).numpy(), tables)
                 finally:

@@ -567,7 +567,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "florence2": {
         "text_config": {
-            **{"model_type": "bart", "vocab_size": 256, "d_model": 32, "max_position_embeddings": 64},
+            **{"model_type": "bart", "vocab_size": 1024, "d_model": 32, "max_position_embeddings": 256},
             **{"encoder_layers": 2, "encoder_ffn_dim": 64, "encoder_attention_heads": 4},
             **{"decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4},
             **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},

@@ -1,0 +1,294 @@
+"""Models that are unlike the three of the paper: a user's own, encoder-decoders, looped layers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BatchFeature, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+import vlmneurons as vn
+from helpers import some_questions
+from vlmneurons.architectures import Architecture, _find, register_architecture
+from vlmneurons.errors import ArchitectureError, MismatchError, QuestionError
+from vlmneurons.testing import check_architecture, tiny_inputs, tiny_model
+from vlmneurons.testing._tiny import tiny_tokenizer
+
+WIDTH, IMAGE = 64, 10
+
+
+class Processor:
+    """As small as a processor can be: a picture becomes four patches of colour, each with a placeholder of its own."""
+
+    def __init__(self, n_tokens: int = 4, pixels: Tensor | None = None) -> None:
+        special = ["<s>", "<pad>", "</s>", *(f"<{number}>" for number in range(3, IMAGE)), "<image>"]
+        self.tokenizer = tiny_tokenizer(
+            special,
+            **{"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"},
+            extra_special_tokens={"image_token": "<image>"},
+        )
+        self.image_token, self.image_token_id = "<image>", IMAGE
+        self.n_tokens, self.pixels = n_tokens, pixels
+
+    def __call__(self, text: list[str], images: Any = None, **how: Any) -> BatchFeature:
+        encoded = self.tokenizer([one.replace("<image>", "<image>" * self.n_tokens) for one in text], **how)
+        data = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        if images is not None and self.pixels is not None:
+            data["pixel_values"] = self.pixels.repeat(len(text), 1, 1, 1)
+        elif images is not None:
+            small = [np.array(picture.resize((2, 2)), dtype=np.float32) / 255 for row in images for picture in row]
+            data["pixel_values"] = torch.from_numpy(np.stack(small).reshape(len(small), 4, 3))
+        return BatchFeature(data)
+
+
+def template(text: str, n_images: int) -> str:
+    return "<image>" * n_images + text + "\nAnswer:"
+
+
+class Block(nn.Module):
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.mix, self.act = nn.Linear(size, size), nn.GELU()
+        self.w1, self.w2 = nn.Linear(size, width), nn.Linear(width, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x).cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+        return x + self.w2(self.act(self.w1(x)))
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+
+class OwnVLM(PreTrainedModel):
+    """A model that transformers does not know: other names, no image features, no `get_input_embeddings`."""
+
+    config_class = OwnConfig
+    passes = 1
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.words, self.patches = nn.Embedding(600, 32), nn.Linear(3, 32)
+        self.eye = nn.ModuleList(Block(32, 48) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(32, WIDTH) for _ in range(3))
+        self.head = nn.Linear(32, 600)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None) -> CausalLMOutput:
+        x = self.words(input_ids)
+        if pixel_values is not None:
+            seen = self.patches(pixel_values)
+            for block in self.eye:
+                seen = block(seen)
+            x = x.masked_scatter((input_ids == IMAGE)[..., None], seen)
+        for _ in range(self.passes):
+            for block in self.blocks:
+                x = block(x * attention_mask[..., None])
+        return CausalLMOutput(logits=self.head(x))
+
+
+def own_model(kind: type[OwnVLM] = OwnVLM) -> OwnVLM:
+    torch.manual_seed(0)
+    return kind(OwnConfig()).eval()
+
+
+@pytest.fixture
+def own() -> Iterator[vn.VLM]:
+    """The user's own model, its towers named in one place."""
+    known = len(_find._REGISTERED)
+    register_architecture("OwnVLM", Architecture(towers={"language": "blocks", "vision": "eye"}))
+    try:
+        yield vn.VLM(own_model(), Processor(), template=template)
+    finally:
+        del _find._REGISTERED[: len(_find._REGISTERED) - known]
+
+
+# --- a user's own model ---
+
+
+def test_a_model_that_transformers_does_not_know_is_found_by_its_structure() -> None:
+    model = vn.VLM(own_model(), Processor(), template=template)
+    assert repr(model).splitlines()[1:] == [
+        "  language: 3 layers x 64 = 192 neurons; mlp.{pre,gate,post} at blocks",
+        "  eye: 2 layers x 48 = 96 neurons; mlp.{pre,gate,post} at eye",
+    ]
+    check_architecture(model.hf, inputs=dict(model.prepare(some_questions(1))))
+
+
+def test_a_users_own_model_goes_through_the_whole_study(own: vn.VLM) -> None:
+    questions, bare = some_questions(4), own_model()
+    inputs = own.prepare(questions, padding_side="right")  # as letters are read
+    values: list[Tensor] = []
+    handles = [block.act.register_forward_hook(lambda _, args, out: values.append(out)) for block in bare.blocks]
+    with torch.no_grad():
+        plain = bare(**inputs).logits
+    for handle in handles:
+        handle.remove()
+
+    with torch.no_grad(), own.trace(**inputs):
+        own.vision.layers[0].mlp.post[:] = 0
+        gate = own.language.layers[1].mlp.gate.save()
+        logits = own.head.output.save()
+    assert gate.shape == values[1].shape
+    assert not torch.equal(logits, plain)
+
+    counted = inputs.tokens.counted("content")
+    rows = [item.group == "A" for item in questions]
+    expected = torch.cat([((value > 0) & counted[..., None])[rows].sum((0, 1)) for value in values])
+    statistics = vn.record(own, questions, condition="all", batch_size=4, progress=False)
+    assert torch.equal(statistics.positive[statistics.groups.index("A")], expected)
+    with vn.Recorder(own) as recorder, torch.no_grad():
+        assert torch.equal(own.hf(**inputs).logits, plain)
+    assert int(recorder.statistics.items.sum()) == 4
+
+    neurons = vn.NeuronSet.from_indices(own.space(), {1: [3, 5]})
+    handle = bare.blocks[1].act.register_forward_hook(
+        lambda _, args, out: out.index_fill(-1, torch.tensor([3, 5]), 0.0)
+    )
+    with torch.no_grad(), vn.Ablation(own, neurons):
+        assert torch.equal(own.hf(**inputs).logits, bare(**inputs).logits)
+    handle.remove()
+    chosen = vn.Selection({"A": neurons, "B": neurons})
+    for answer in ("letters", "text"):
+        result = vn.knockout(own, questions, {"mine": chosen}, answer=answer, progress=False)
+        assert len(result.table()) == 4
+
+
+def test_what_a_users_own_model_lacks_is_said(own: vn.VLM) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = own_model()
+            self.words, self.blocks, self.head = whole.words, whole.blocks, whole.head
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.words(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    with pytest.raises(ArchitectureError, match=r"Bare has no config, device, dtype: VLM wraps a transformers model"):
+        vn.VLM(Bare(), Processor(), template=template)
+    with pytest.raises(QuestionError, match=r"Processor has no chat template; give VLM\(…, template=function\)"):
+        vn.VLM(own_model(), Processor()).prepare(some_questions(1))
+    with pytest.raises(QuestionError, match="OwnVLM cannot generate; read answers by letters or text"):
+        vn.record(own, some_questions(2), answer="generate", progress=False)
+
+    class Silent(OwnVLM):
+        def forward(self, **inputs: Any) -> Any:
+            return super().forward(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).to_tuple()
+
+    with pytest.raises(QuestionError, match=r"Silent gives tuple without logits; answers are read from output.logits"):
+        vn.record(vn.VLM(own_model(Silent), Processor(), template=template), some_questions(2), progress=False)
+
+
+# --- layers that run several times ---
+
+
+class Looped(OwnVLM):
+    passes = 2
+
+
+def test_layers_that_run_twice_count_every_pass_of_every_token(tmp_path: Any) -> None:
+    model, questions = vn.VLM(own_model(Looped), Processor(), template=template), some_questions(4, groups="A")
+    inputs, values = model.prepare(questions, padding_side="right"), []
+    handle = model.hf.blocks[0].act.register_forward_hook(lambda _, args, out: values.append(out > 0))
+    with torch.no_grad():
+        model.hf(**inputs)
+    handle.remove()
+    counted = inputs.tokens.counted("content")
+    statistics = vn.record(model, questions, condition="all", batch_size=4, progress=False)
+    assert len(values) == 2
+    fired = sum((value & counted[..., None]).sum((0, 1)) for value in values)
+    assert torch.equal(statistics.positive[0, :WIDTH], fired)
+    assert statistics.tokens.tolist() == [int(counted.sum())]
+    assert statistics.routed is not None
+    assert statistics.routed.tolist() == [[2 * int(counted.sum())] * 3]
+    assert torch.equal(statistics.probability[0, :WIDTH].double(), fired.double() / (2 * counted.sum()))
+    with pytest.raises(MismatchError, match="Looped computes its sites several times for a token in one forward"):
+        vn.record_items(model, questions, tmp_path / "items", progress=False)
+
+
+# --- encoder-decoders ---
+
+
+@pytest.fixture(scope="module")
+def florence() -> vn.VLM:
+    """A Florence-2 with room in its vocabulary for a tokenizer."""
+    hf, _ = tiny_model("florence2")
+    inputs = tiny_inputs("florence2")
+    processor = Processor(int((inputs["input_ids"] == IMAGE).sum()), inputs["pixel_values"])
+    return vn.VLM(hf, processor, template=lambda text, n_images: "<image>" * n_images + text)
+
+
+def fired_in(model: vn.VLM, tower: str, layer: int, counted: Tensor, run: Any) -> Tensor:
+    """How often the neurons of one MLP fire at the counted tokens, by a hook of plain PyTorch."""
+    block, values = getattr(model.hf.model.language_model, tower).layers[layer], []
+    handle = block.fc2.register_forward_pre_hook(lambda _, args: values.append(args[0] > 0))
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return (torch.cat(values, 1) & counted[..., None]).sum((0, 1))
+
+
+def test_an_encoder_is_counted_over_the_question_and_a_decoder_over_its_own_tokens(florence: vn.VLM) -> None:
+    inputs = florence.prepare(some_questions(3))
+    length = inputs["input_ids"].shape[1]
+    for n_tokens in (3, length):  # as many tokens as the question has must not be taken for the question's
+        ids = torch.randint(20, 200, (3, n_tokens), generator=torch.Generator().manual_seed(n_tokens))
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0
+        extra = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        for tower, space, counted in (
+            ("encoder", "encoder", inputs["attention_mask"].bool() & (inputs["input_ids"] > 2)),
+            ("decoder", "language", mask.bool()),
+        ):
+            with vn.Recorder(florence, florence.space(space, "post")) as recorder:
+                florence.hf(**inputs, **extra)
+            expected = fired_in(florence, tower, 1, counted, lambda extra=extra: florence.hf(**inputs, **extra))
+            assert recorder.statistics.tokens.tolist() == [int(counted.sum())]
+            assert torch.equal(recorder.statistics.positive[0, WIDTH:], expected)
+
+
+def test_a_decoder_is_counted_in_every_step_of_generate(florence: vn.VLM) -> None:
+    inputs, how = florence.prepare(some_questions(3)), {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 1}
+    with vn.Recorder(florence, florence.space("language", "post"), tokens=lambda table: table.attention) as recorder:
+        florence.hf.generate(**inputs, **how)
+    expected = fired_in(
+        florence, "decoder", 1, torch.ones(3, 4, dtype=torch.bool), lambda: florence.hf.generate(**inputs, **how)
+    )
+    assert recorder.statistics.items.tolist() == [3]
+    assert recorder.statistics.tokens.tolist() == [3 * 4]
+    assert torch.equal(recorder.statistics.positive[0, WIDTH:], expected)
+
+
+def test_what_an_encoder_decoder_cannot_be_asked_is_refused_and_the_way_is_named(
+    florence: vn.VLM, tmp_path: Any
+) -> None:
+    questions = some_questions(3)
+    inputs = florence.prepare(questions)
+    neurons = vn.NeuronSet.from_indices(florence.space(), {0: [1, 2]})
+    for answer in ("letters", "text", "generate"):
+        for space in ("language", "encoder", "vision"):
+            with pytest.raises(MismatchError, match=r"is an encoder-decoder model: no single forward .*vn.Recorder"):
+                vn.record(florence, questions, florence.space(space), answer=answer, progress=False)
+    with pytest.raises(MismatchError, match="is an encoder-decoder model"):
+        vn.record_items(florence, questions, tmp_path / "items", florence.space("encoder"), progress=False)
+    selection = vn.Selection({"A": neurons, "B": neurons})
+    for answer in ("letters", "text"):
+        for size in (1, 3):  # one question's only position must not be taken for the decoder's
+            with pytest.raises(QuestionError, match=r"its answer begins in the decoder.*answer='generate'"):
+                vn.knockout(florence, questions, {"mine": selection}, answer=answer, batch_size=size, progress=False)
+    with (
+        pytest.raises(MismatchError, match=r"sees decoder_input_ids, not the question, and this run gives none"),
+        vn.Recorder(florence),
+    ):
+        florence.hf(**inputs, labels=inputs["input_ids"])
+    with pytest.raises(MismatchError, match=r"its decoder sees other tokens than its other towers"):
+        vn.Recorder(florence, florence.space(["language", "encoder"]))
+    outside = pytest.raises(QuestionError, match=r"in `generate` an encoder runs outside of the model's forward")
+    with outside, vn.Recorder(florence, florence.space("encoder")):
+        florence.hf.generate(**inputs, max_new_tokens=2)
