@@ -130,7 +130,6 @@ def test_activations_that_are_no_numbers_end_the_recording_by_name_and_spare_wha
 # -- one model, several at once ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="Ablation tells threads apart, not asyncio tasks: see the report's patch", strict=False)
 def test_a_task_of_asyncio_does_not_run_under_another_tasks_ablation(model):
     inputs = model.prepare(some_questions(1))
     clean = logits_of(model.hf, inputs)

@@ -4,6 +4,7 @@ The intervention is a hook on the model's own modules, so it acts in every way o
 calls, and every token of every step of ``generate``. Ablations nest: each acts on what the ones entered before it left.
 """
 
+import asyncio
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -26,37 +27,57 @@ MODES = ("zero", "scale", "mean", "add", "replace")
 
 
 class _Owners:
-    """Which thread is ablating a model. Two threads with one model would silently share each other's ablations."""
+    """Who is ablating a model: which thread, and in it which task of asyncio (None outside of a loop).
+
+    Two threads, or two tasks, with one model would silently share each other's ablations. A task does run under what
+    was entered outside of its event loop: that is around all of them.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: weakref.WeakKeyDictionary[nn.Module, tuple[int, str, int]] = weakref.WeakKeyDictionary()
+        self._held: weakref.WeakKeyDictionary[nn.Module, tuple[int, str, list[Any]]] = weakref.WeakKeyDictionary()
 
     def take(self, module: nn.Module) -> None:
         with self._lock:
-            thread, name, count = self._held.get(module, (threading.get_ident(), threading.current_thread().name, 0))
-            if thread != threading.get_ident():
-                raise AblationError(
-                    f"this model is being ablated in thread {name!r}; its ablations would act on the runs of this "
-                    "thread too. Wait for it to end, or give each thread a model of its own"
-                )
-            self._held[module] = (thread, name, count + 1)
+            self._refuse_others(module, "its ablations would act on the runs of this one too")
+            name = threading.current_thread().name
+            self._held.setdefault(module, (threading.get_ident(), name, []))[2].append(_current_task())
 
     def give(self, module: nn.Module) -> None:
         with self._lock:
-            thread, name, count = self._held[module]
-            if count > 1:
-                self._held[module] = (thread, name, count - 1)
-            else:
+            tasks, mine = self._held[module][2], _current_task()
+            place = max((n for n, task in enumerate(tasks) if task is mine), default=len(tasks) - 1)
+            del tasks[place]
+            if not tasks:
                 del self._held[module]
 
     def check(self, module: nn.Module) -> None:
+        self._refuse_others(module, "and ran in another one: that run would have been ablated too")
+
+    def _refuse_others(self, module: nn.Module, what: str) -> None:
         held = self._held.get(module)
-        if held is not None and held[0] != threading.get_ident():
-            raise AblationError(
-                f"this model is being ablated in thread {held[1]!r}, and ran in another one: that run would have been "
-                "ablated too. Wait for the ablation to end, or give each thread a model of its own"
-            )
+        if held is None:
+            return
+        thread, name, tasks = held
+        mine = _current_task()
+        if thread != threading.get_ident():
+            where = f"thread {name!r}"
+        elif any(task is not None and task is not mine for task in tasks):
+            where = "another task of asyncio"
+        else:
+            return
+        raise AblationError(
+            f"this model is being ablated in {where}, {what}. Wait for the ablation to end, or give each a model of "
+            "its own"
+        )
+
+
+def _current_task() -> Any:
+    """The task of asyncio that this is running in; None outside of a loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 _OWNERS = _Owners()

@@ -368,7 +368,7 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     option's text within a longer one. A lone letter is always the letter of an option. What is ambiguous is None, never
     a guess.
 
-    Example:
+    Examples:
         >>> options = ["Cairo", "Paris", "Rome", "Oslo"]
         >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]
         [1, 2, 3, 1, None]

@@ -286,7 +286,7 @@ def parse_subset(subset: Any, where: str = "Subset") -> tuple[str, str]:
     Raises:
         QuestionError: it is no pair of two texts.
 
-    Example:
+    Examples:
         >>> parse_subset("('Telugu', 'India')")
         ('Telugu', 'India')
     """

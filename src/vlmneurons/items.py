@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
+from vlmneurons import _files
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.questions import _hash
 from vlmneurons.sites import NeuronSpace
@@ -100,7 +101,7 @@ class ItemStatistics:
         """
         folder = Path(folder)
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = _files.parse((folder / "manifest.json").read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
                 raise ValueError("not a recording of items")
             if manifest.get("version") != _VERSION:
@@ -108,7 +109,7 @@ class ItemStatistics:
             if not set(manifest["tables"]) <= set(_FILES) or "positive" not in manifest["tables"]:
                 raise ValueError(f"tables {manifest['tables']!r}")
             statistics = cls(folder, manifest, NeuronSpace.from_json(manifest["space"]))
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold item statistics: {error}") from error
         for name, size in statistics._sizes().items():
             path = folder / f"{name}.bin"

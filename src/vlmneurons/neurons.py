@@ -31,7 +31,7 @@ class NeuronSet(_files.Shareable):
     Two sets combine with ``& | - ^`` and compare with ``== <= < >= >`` if their spaces are equal; ``~`` gives the rest
     of the space. A set read at another kind of site is made with `at`.
 
-    Example:
+    Examples:
         >>> space = NeuronSpace.from_widths("language", "gate", [8, 8])
         >>> neurons = NeuronSet(space, [3, 9, 12])
         >>> neurons.per_layer(), len(~neurons), (1, 4) in neurons.to_pairs()
@@ -103,7 +103,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             SiteError: a layer, site or neuron that the space does not have, or a layer with several sites.
 
-        Example:
+        Examples:
             >>> space = NeuronSpace.from_widths("language", "gate", [8, 8])
             >>> NeuronSet.from_indices(space, {0: [7, 5], "language.layers.1.mlp.gate": [2]}).indices
             tensor([ 5,  7, 10])
@@ -363,7 +363,7 @@ def expected_jaccard(first: int, second: int, total: int) -> float:
     Raises:
         MismatchError: a size is negative or larger than ``total``.
 
-    Example:
+    Examples:
         >>> expected_jaccard(1, 1, 4)  # equal with probability 1/4, else disjoint
         0.25
     """
@@ -395,7 +395,7 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         budget: number of neurons that each group was to get, or None if the rule has no such number. A set is never
             larger than the budget; it is smaller where fewer neurons were eligible.
 
-    Example:
+    Examples:
         >>> space = NeuronSpace.from_widths("language", "gate", [8, 8])
         >>> Selection({"EGY": NeuronSet(space, [3, 9]), "SGP": NeuronSet(space, [4])}, selector="by hand", budget=2)
         Selection by hand: 2 groups, NeuronSpace(language.gate: 2 layers x 8 = 16 neurons)

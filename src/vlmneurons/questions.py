@@ -52,7 +52,7 @@ class Question:
     Raises:
         QuestionError: the answer is not the index of an option, or a field has the wrong form.
 
-    Example:
+    Examples:
         >>> Question(None, "What is the capital?", ("Cairo", "Paris"), 0, "Egypt", id="q1").options[0]
         'Cairo'
     """

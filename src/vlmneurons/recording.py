@@ -320,7 +320,12 @@ class Recorder:
         mask = self._mask
         assert mask is not None
         state = self._sites[number]
-        if values.shape[:-1].numel() != mask.numel():
+        if state.site.tower not in ("language", "encoder"):
+            raise MismatchError(
+                f"{state.site}: what the tower {state.site.tower!r} sees is neither the text's tokens nor, for all "
+                "that is known, pictures; name a vision tower 'vision' with register_architecture"
+            )
+        if tuple(values.shape[:-1]) not in (tuple(mask.shape), (mask.numel(),)):
             raise MismatchError(
                 f"{state.site} has values at {tuple(values.shape[:-1])} tokens, the input has {tuple(mask.shape)}: "
                 "this model's decoder does not see its input tokens one to one, so they cannot be told apart"

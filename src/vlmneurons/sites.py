@@ -114,7 +114,7 @@ class NeuronSpace:
     def from_widths(cls, tower: str, kind: str, widths: Sequence[int]) -> "NeuronSpace":
         """The space of a tower with one MLP per layer, from its widths alone; no model is needed.
 
-        Example:
+        Examples:
             >>> NeuronSpace.from_widths("language", "gate", [14336] * 32)
             NeuronSpace(language.gate: 32 layers x 14,336 = 458,752 neurons)
         """

@@ -5,6 +5,7 @@ recording the whole. 28 layers x 18,944 neurons x 25 groups are 13.3 million cou
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ class ActivationStatistics(_files.Shareable):
         total: sum of each neuron's activation over the counted tokens, if it was recorded.
         provenance: where the counts come from, as plain values: model, revision, token rule, condition, …
 
-    Example:
+    Examples:
         >>> space = NeuronSpace.from_widths("language", "gate", [2, 2])
         >>> stats = ActivationStatistics.from_counts(
         ...     space, groups=["EGY", "SGP"], positive=[[4, 0, 1, 2], [1, 0, 3, 3]], tokens=[4, 6]
@@ -560,7 +561,7 @@ def _checked_groups(groups: Any) -> tuple[str, ...]:
     for group in groups:
         if not isinstance(group, str) or not group:
             raise MismatchError(f"a group's name is a text that is not empty; got {group!r}")
-    twice = sorted({group for group in groups if groups.count(group) > 1})
+    twice = sorted(group for group, count in Counter(groups).items() if count > 1)
     if twice:
         raise MismatchError(f"a group's name may stand once; {', '.join(twice)} stands twice")
     return groups

@@ -29,7 +29,7 @@ class Architecture:
             are looked for; blocks that lack a path have no such MLP.
         names: what an MLP at such a path is to be called in the names of sites; chosen by itself if not given.
 
-    Example:
+    Examples:
         >>> from vlmneurons.architectures import Architecture, MLPLayout, register_architecture
         >>> register_architecture(
         ...     "MyVLMForConditionalGeneration",

@@ -48,7 +48,7 @@ def load_demo(name: str = "natural") -> tuple[VLM, QuestionSet]:
         VLMNeuronsError: there is no demo of that name.
         FileFormatError: a file of the installed package is damaged.
 
-    Example:
+    Examples:
         >>> model, questions = load_demo()
         >>> len(questions.groups)
         8
@@ -73,7 +73,7 @@ def demo_truth() -> Selection:
         a selection over all decoder neurons at the gate, comparable with what a selector finds on
         ``load_demo("organism")``.
 
-    Example:
+    Examples:
         >>> {len(neurons) for neurons in demo_truth().values()}
         {12}
     """

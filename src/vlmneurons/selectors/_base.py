@@ -51,7 +51,7 @@ class Selector(ABC):
         reads: class attribute; the kind of table that `score` gets: `ActivationStatistics`, unless the rule needs
             single questions (`GroupedItems`), gradients (`AttributionStatistics`) or several conditions (`Conditions`).
 
-    Example:
+    Examples:
         >>> class Rare(Selector):
         ...     def score(self, stats):
         ...         return -stats.probability
@@ -177,7 +177,7 @@ class Selector(ABC):
         Raises:
             SelectionError: a setting that is not allowed.
 
-        Example:
+        Examples:
             >>> class Rare(Selector):
             ...     def score(self, stats):
             ...         return -stats.probability
@@ -360,7 +360,7 @@ class Selector(ABC):
             gate: a comparison of a selector's scores with a number, such as ``LAP() > 0.1`` (of the same group), or
                 several joined by ``&``, ``|`` and ``~``; or the neurons themselves: one set, or a set for each group.
 
-        Example:
+        Examples:
             >>> from vlmneurons.selectors import CAS, LAP, MostActive
             >>> CAS(0.005).where((LAP() > 0.1) & ~(MostActive() > 0.9))
             CAS().where((LAP() > 0.1) & ~(MostActive() > 0.9)).take(fraction=0.005)

@@ -19,7 +19,7 @@ class CombinedSelector(Selector):
     Each part selects by its own settings, so the sizes of the combined sets differ between groups, and the combination
     has no budget and no scores of its own.
 
-    Example:
+    Examples:
         >>> from vlmneurons.selectors import CAS, LAPE, MAD
         >>> (CAS(0.01) & MAD(0.01)) | LAPE(0.005)
         (CAS(fraction=0.01) & MAD(fraction=0.01)) | LAPE(fraction=0.005)

@@ -124,7 +124,7 @@ class SummedSelector(DerivedSelector):
 
     Scores of different rules have different units: give them one with `Selector.zscore` or `Selector.rank` first.
 
-    Example:
+    Examples:
         >>> from vlmneurons.selectors import CAS, MAD
         >>> CAS().zscore() * 0.7 + MAD().zscore() * 0.3
         (CAS().zscore() * 0.7 + MAD().zscore() * 0.3).take(fraction=0.005)

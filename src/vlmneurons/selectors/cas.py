@@ -20,7 +20,7 @@ class CAS(Selector):
     Activation Margin) in version 2; defined in more detail in arXiv 2601.03115. Never selecting a margin of 0 is ours:
     the papers do not say what fills a budget beyond the neurons with a margin.
 
-    Example:
+    Examples:
         >>> from vlmneurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])

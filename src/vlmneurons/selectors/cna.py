@@ -29,7 +29,7 @@ class CNA(Selector):
     question counting the same): ours. In a mixture of experts, means are over the questions whose last token reached
     the expert, and 0 where none did. Known to us from public summaries of the paper, not from its code.
 
-    Example:
+    Examples:
         >>> from vlmneurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "post", [3])
         >>> total = [[4.0, 1.0, 0.0], [0.0, 1.0, -1.0]]

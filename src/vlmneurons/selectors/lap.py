@@ -13,7 +13,7 @@ class LAP(Selector):
     ``score[c, n] = P[c, n]``, a probability. Zhao et al. 2025, arXiv 2510.24942 (LAP); Tang et al. 2024, arXiv
     2402.16438, compare with it. Sets of different groups overlap a lot.
 
-    Example:
+    Examples:
         >>> from vlmneurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])
@@ -33,7 +33,7 @@ class MostActive(Selector):
     ``score[c, n]`` is the mean of ``P[:, n]`` over groups, each group counting the same. A selection whose ablation
     does no more than this one's found busy neurons, not particular ones. Ours; no paper.
 
-    Example:
+    Examples:
         >>> from vlmneurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])

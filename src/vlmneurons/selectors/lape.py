@@ -39,7 +39,7 @@ class LAPE(Selector):
     agree to 12 decimals count as equal, so that rounding in the logarithm, which differs between machines, decides
     nothing); a group with no neuron keeps its place, where the authors' list drops it if it is the last.
 
-    Example:
+    Examples:
         >>> from vlmneurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])

@@ -19,7 +19,7 @@ class MAD(Selector):
     mean includes ``c`` and counts every group the same. Zhao et al. 2025, arXiv 2510.24942 (MAD). The paper gives
     the rule in words; that both directions count and that the mean includes the group itself is our reading.
 
-    Example:
+    Examples:
         >>> from vlmneurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 5], [9, 1, 7, 4]], [10, 10])

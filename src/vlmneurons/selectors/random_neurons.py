@@ -22,7 +22,7 @@ class RandomNeurons(Selector):
     The set depends only on the seed, the group's name and the size of the space: it is the same on every machine and
     whatever other groups there are. With the same seed, the set of a smaller fraction lies within that of a larger.
 
-    Example:
+    Examples:
         >>> from vlmneurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [50])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY"], torch.zeros(1, 50, dtype=torch.int64), [1])
@@ -73,7 +73,7 @@ class LayerMatchedRandom(Selector):
     neurons flatter results). Uniform within each site; the neurons of ``like`` itself may be drawn unless excluded:
     ``LayerMatchedRandom(like, exclude=like)``. Depends on the seed, the group's name and the counts only.
 
-    Example:
+    Examples:
         >>> from vlmneurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [50, 50])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY"], torch.zeros(1, 100, dtype=torch.int64), [1])

@@ -78,7 +78,7 @@ class Mask:
 def setting_name(selector: str, axis: str, value: float) -> str:
     """The name of a selector's masks under one setting of a sweep, which `KnockoutResult.curve` finds again.
 
-    Example:
+    Examples:
         >>> setting_name("CAS", "r", 0.005)
         'CAS [r=0.005]'
     """
@@ -88,7 +88,7 @@ def setting_name(selector: str, axis: str, value: float) -> str:
 def split_setting(name: str) -> tuple[str, tuple[str, float] | None]:
     """The selector's bare name and its setting, if it has one.
 
-    Example:
+    Examples:
         >>> split_setting("CAS [r=0.005]"), split_setting("CAS")
         (('CAS', ('r', 0.005)), ('CAS', None))
     """

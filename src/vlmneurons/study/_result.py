@@ -597,7 +597,7 @@ class KnockoutResult:
             kept = pd.read_parquet(folder / "answers.parquet", columns=columns)
             n_runs = int(kept["run"].max()) + 1 if len(kept) else 1 + len(masks)
             found = (n_runs, len(kept) // n_runs)
-        except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold a knockout result: {error}") from error
         shape = (1 + len(masks), len(ids))
         if found != shape or len(kept) != shape[0] * shape[1]:

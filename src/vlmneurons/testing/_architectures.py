@@ -126,7 +126,7 @@ def check_architecture(
         ContractError: a clause does not hold.
         ArchitectureError: the MLPs cannot be told for certain.
 
-    Example:
+    Examples:
         >>> from vlmneurons.testing import check_architecture, tiny_inputs, tiny_model
         >>> model, processor = tiny_model("qwen2_5_vl")
         >>> print(check_architecture(model, inputs=tiny_inputs("qwen2_5_vl")))  # doctest: +SKIP

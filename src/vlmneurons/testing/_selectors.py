@@ -53,7 +53,7 @@ def check_selector(selector: Selector | type[Selector], *, equivariant: bool = T
     Raises:
         ContractError: a clause does not hold.
 
-    Example:
+    Examples:
         >>> class Loudest(Selector):
         ...     def score(self, stats):
         ...         return stats.probability
