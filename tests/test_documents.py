@@ -35,6 +35,7 @@ def as_a_reader(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
+@pytest.mark.usefixtures("unchecked")
 def test_every_block_of_python_runs_in_order(page, as_a_reader):
     # A trace reads its own source, so the blocks of a page are one file.
     script = as_a_reader / "page.py"

@@ -39,7 +39,7 @@ class _Owners:
 
     def take(self, module: nn.Module) -> None:
         with self._lock:
-            self._refuse_others(module, "its ablations would act on the runs of this one too")
+            self._refuse_others(module, "; its ablations would act on the runs of this one too")
             name = threading.current_thread().name
             self._held.setdefault(module, (threading.get_ident(), name, []))[2].append(_current_task())
 
@@ -52,7 +52,7 @@ class _Owners:
                 del self._held[module]
 
     def check(self, module: nn.Module) -> None:
-        self._refuse_others(module, "and ran in another one: that run would have been ablated too")
+        self._refuse_others(module, ", and ran in another one: that run would have been ablated too")
 
     def _refuse_others(self, module: nn.Module, what: str) -> None:
         held = self._held.get(module)
@@ -67,7 +67,7 @@ class _Owners:
         else:
             return
         raise AblationError(
-            f"this model is being ablated in {where}, {what}. Wait for the ablation to end, or give each a model of "
+            f"this model is being ablated in {where}{what}. Wait for the ablation to end, or give each a model of "
             "its own"
         )
 

@@ -532,8 +532,8 @@ class KnockoutResult:
         table.insert(0, axis, [values[name] for name in table["selector"]])
         return table.assign(selector=selector)
 
-    def plot_matrix(self, selector: str | None = None, *, value: str = "delta") -> "Figure":
-        """A heat map of `matrix`, masks by groups of questions; see `vlmneurons.plots.plot_matrix`."""
+    def plot_matrix(self, selector: str | Sequence[str] | None = None, *, value: str = "delta") -> "Figure":
+        """Heat maps of `matrix`, masks by groups of questions; see `vlmneurons.plots.plot_matrix`."""
         from vlmneurons.plots import plot_matrix
 
         return plot_matrix(self, selector, value=value)
