@@ -15,6 +15,10 @@ from vlmneurons.selectors._base import Selector
 
 _BLOCK = 48 * 2**20
 """Bytes of values held at once."""
+_FEW = 192
+"""Up to so many items are compared two by two; with more, sorting is faster."""
+_CACHED = 4096
+"""Neurons whose values stay in a CPU's cache while items are compared."""
 
 
 class AveragePrecision(Selector):
@@ -104,6 +108,8 @@ def average_precision(
 def _at_least(values: Float64[np.ndarray, "neuron item"]) -> Int64[np.ndarray, "neuron item"]:
     """For each value the number of values of its neuron that are at least as high, itself among them."""
     n_items = values.shape[1]
+    if n_items <= _FEW:
+        return _at_least_by_pairs(values)
     order = np.argsort(values, axis=1)
     ordered = np.take_along_axis(values, order, 1)
     starts = np.zeros(values.shape, dtype=np.int64)
@@ -112,3 +118,15 @@ def _at_least(values: Float64[np.ndarray, "neuron item"]) -> Int64[np.ndarray, "
     counts = np.empty_like(starts)
     np.put_along_axis(counts, order, n_items - starts, 1)
     return counts
+
+
+def _at_least_by_pairs(values: Float64[np.ndarray, "neuron item"]) -> Int64[np.ndarray, "neuron item"]:
+    """The same by comparing every two items, for many neurons at once: faster than sorting as long as items are few."""
+    by_item = np.ascontiguousarray(values.T)
+    counts = np.empty(by_item.shape, dtype=np.int64)
+    for start in range(0, by_item.shape[1], _CACHED):
+        part = slice(start, start + _CACHED)
+        block = by_item[:, part]
+        for item, own in enumerate(block):
+            counts[item, part] = (block >= own).sum(0, dtype=np.int16)
+    return counts.T
