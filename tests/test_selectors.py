@@ -152,7 +152,8 @@ def test_conact_is_cas():
 def test_average_precision_equals_a_computation_item_by_item(seed):
     rng = np.random.default_rng(seed)
     few = seed < 8  # few items are compared two by two, many are sorted
-    n_items, n_neurons, n_groups = int(rng.integers(4, 30) if few else rng.integers(200, 260)), 9, int(rng.integers(2, 4))
+    n_items, n_neurons = int(rng.integers(4, 30) if few else rng.integers(200, 260)), 9
+    n_groups = int(rng.integers(2, 4))
     owner = np.concatenate([np.arange(n_groups), rng.integers(0, n_groups, n_items - n_groups)])
     values = rng.integers(0, 4 if seed % 2 else 1000, (n_neurons, n_items)).astype(float)
     result = average_precision(values, owner, n_groups)
