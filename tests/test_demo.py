@@ -272,6 +272,7 @@ def test_load_demo_gives_a_model_and_questions_that_fit_together():
     identify, _ = questions.split(0.5, seed=0)
     stats = vn.record(model, identify[:32], condition="all")
     assert stats.space == model.space("language", "gate")
+    assert stats.provenance["model"] == "vlmneurons-demo/natural"  # the same on every machine
     answer = model.hf.generate(**model.prepare([questions[0]]), max_new_tokens=3, do_sample=False)
     assert model.tokenizer.decode(answer[0]).endswith("</s>")
 
