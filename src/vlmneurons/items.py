@@ -29,7 +29,7 @@ from vlmneurons import _files
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.questions import _hash
 from vlmneurons.sites import NeuronSpace
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics import ActivationStatistics, refuse_uncounted
 
 _KIND, _VERSION = "vlmneurons items", 1
 _RECORD = np.dtype(
@@ -440,12 +440,7 @@ class GroupedItems:
         Raises:
             SelectionError: some have none; the message names them.
         """
-        missing = [group for group, n in zip(self.groups, self.tokens.tolist(), strict=True) if n == 0]
-        if missing:
-            raise SelectionError(
-                f"no token was counted for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out of "
-                "the grouping, or record more questions (perhaps none met the condition)"
-            )
+        refuse_uncounted(self.groups, self.tokens, "of the grouping, or record more questions")
 
     def balanced(self, size: int | None = None, *, seed: int = 0) -> "GroupedItems":
         """The same number of questions of every group, chosen by a seeded hash of their ids.

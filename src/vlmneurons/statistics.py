@@ -209,12 +209,7 @@ class ActivationStatistics(_files.Shareable):
         Raises:
             SelectionError: some have none; the message names them.
         """
-        missing = [group for group, count in zip(self.groups, self.tokens.tolist(), strict=True) if count == 0]
-        if missing:
-            raise SelectionError(
-                f"no token was counted for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out "
-                "with select_groups, or record more items (perhaps none met the condition)"
-            )
+        refuse_uncounted(self.groups, self.tokens, "with select_groups, or record more items")
 
     def index(self, group: str) -> int:
         """Row of a group in the tables.
@@ -550,6 +545,20 @@ class AttributionStatistics:
         counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
         method = self.provenance.get("method", "unknown method")
         return f"AttributionStatistics({method}; questions: {counts}; {self.space!r})"
+
+
+def refuse_uncounted(groups: Iterable[str], tokens: Int64[Tensor, " group"], advice: str) -> None:
+    """Make sure that every group has counted tokens; ``advice`` says how a group is left out, and what else helps.
+
+    Raises:
+        SelectionError: some have none; the message names them.
+    """
+    missing = [group for group, count in zip(groups, tokens.tolist(), strict=True) if count == 0]
+    if missing:
+        raise SelectionError(
+            f"no token was counted for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out "
+            f"{advice} (perhaps none met the condition)"
+        )
 
 
 def _checked_groups(groups: Any) -> tuple[str, ...]:
