@@ -232,6 +232,12 @@ class Encoder:
                 if len(items) == 1
                 else f"the processor refuses these questions together ({type(error).__name__}: {error})"
             ) from error
+        if "aspect_ratio_mask" in data and len(set(map(len, pictures))) > 1:
+            # In Mllama what stands before a picture sees all of the row, the pictures that another row has more too.
+            raise QuestionError(
+                f"{type(self.model.hf).__name__} lets the padding of questions with fewer pictures through to their "
+                "words: encode questions with different numbers of pictures apart"
+            )
         attention = data["attention_mask"].bool()
         ids = data["input_ids"]
         image = self._image_mask(data)

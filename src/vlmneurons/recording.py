@@ -574,9 +574,9 @@ class _NotFinite(ActivationError):
 
 
 def batches(questions: QuestionSet, size: int) -> Iterator[QuestionSet]:
-    """Batches of questions in order, those without a picture apart from the others."""
-    for picture in (True, False):
-        part = [item for item in questions if bool(item.n_images) == picture]
+    """Batches of questions in order, those with as many pictures together: most first, those without one last."""
+    for n_images in sorted({item.n_images for item in questions}, reverse=True):
+        part = [item for item in questions if item.n_images == n_images]
         for start in range(0, len(part), size):
             yield questions._with(part[start : start + size])
 

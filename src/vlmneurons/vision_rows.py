@@ -6,6 +6,7 @@ model's inputs. Here they are read. What is not known for certain is None, and t
 counted, or a patch that is counted for another question, would spoil statistics without a sign.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ _MASKED_PATCH = {
     "aria": lambda covered, whole: covered > 0,
 }
 """Whether a patch is real, from how many of its pixels a mask of pixels covers: as each family's model decides it."""
+
+_OF_PICTURES = re.compile("pixel|image|patch|tile|vision|visual|spatial|aspect|crop")
+_OF_TEXT = ("image_embeds_position_mask",)
+"""Names of masks in a model's inputs: of pictures, save these, which are of the text's tokens."""
 
 
 class UnknownPadding(Exception):
@@ -89,6 +94,7 @@ def real_patches(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patc
     Raises:
         UnknownPadding: the inputs say that something is padding in a way that is not known here.
     """
+    data = {name: value for name, value in data.items() if value is not None}
     pixels, real = data.get("pixel_values"), None
     if not isinstance(pixels, Tensor):
         return None
@@ -103,8 +109,9 @@ def real_patches(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patc
     elif "pixel_mask" in data and pixels.ndim == 4:
         real = _covered(data["pixel_mask"], config)
     else:
-        known = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")
-        unknown = [name for name, value in data.items() if "mask" in name and name not in known and value is not None]
+        unknown = [name for name in data if "mask" in name and _OF_PICTURES.search(name) and name not in _OF_TEXT]
+        if pixels.ndim == 4 and "image_sizes" in data and not _is_one_row(data, config):
+            unknown.append("image_sizes")
         if unknown:
             raise UnknownPadding(", ".join(unknown))
     return None if real is None or real.all() else real

@@ -8,7 +8,7 @@ from vlmneurons.testing._architectures import (
 )
 from vlmneurons.testing._planted import PlantedModel, plant_neurons
 from vlmneurons.testing._selectors import ContractError, check_selector, selector_tables
-from vlmneurons.testing._tiny import tiny_image, tiny_inputs, tiny_model, tiny_names
+from vlmneurons.testing._tiny import tiny_image, tiny_inputs, tiny_model, tiny_names, tiny_template
 
 __all__ = [
     "ArchitectureReport",
@@ -24,4 +24,5 @@ __all__ = [
     "tiny_inputs",
     "tiny_model",
     "tiny_names",
+    "tiny_template",
 ]

@@ -53,6 +53,7 @@ _GLM_TOKENS = {
     "image_start_token_id": START,
     "image_end_token_id": END,
 }
+_COHERE = {**_TEXT, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 _GLM_TEXT = {**_TEXT, "rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0}}
 _PLAIN_EYE = {**_EYE, "vision_use_head": False}
 
@@ -107,7 +108,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_QWEN_TOKENS,
     },
     "gemma3": {
-        "text_config": {**_TEXT, "sliding_window": 32},
+        "text_config": {**_TEXT, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
         "vision_config": _PLAIN_EYE,
         "mm_tokens_per_image": 4,
         "image_token_index": IMAGE,
@@ -196,14 +197,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_GLM_TOKENS,
     },
     "aya_vision": {
-        "text_config": {**_TEXT, "model_type": "cohere2", "sliding_window": 16},
+        "text_config": {**_COHERE, "model_type": "cohere2"},
         "vision_config": _PLAIN_EYE,
         "image_token_index": IMAGE,
         "downsample_factor": 2,
         "adapter_layer_norm_eps": 1e-6,
     },
     "cohere2_vision": {
-        "text_config": {**_TEXT, "model_type": "cohere2", "sliding_window": 16},
+        "text_config": {**_COHERE, "model_type": "cohere2"},
         "vision_config": _PLAIN_EYE,
         "image_token_id": IMAGE,
         "downsample_factor": 2,

@@ -6,7 +6,6 @@ are cut down so that a picture of the tests, of some 24 by 40 pixels, still make
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import transformers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
@@ -391,7 +390,7 @@ def _molmo2() -> ProcessorMixin:
 
 
 def _florence2() -> ProcessorMixin:
-    """As florence-community/Florence-2-base: no chat template; the processor itself puts the picture before the text."""
+    """As florence-community/Florence-2-base: no chat template; the processor puts the picture before the text."""
     image = transformers.CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
     image.image_seq_length = 17
     return transformers.Florence2Processor(
