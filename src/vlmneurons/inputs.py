@@ -183,7 +183,8 @@ class Encoder:
 
         Args:
             questions: what to ask, and how.
-            padding_side: ``"left"`` (as generation needs) or ``"right"``.
+            padding_side: ``"left"`` (as generation needs) or ``"right"``; the questions of an encoder-decoder model,
+                whose answers begin in its decoder, are always padded on the right.
 
         Raises:
             QuestionError: a picture cannot be opened, the text holds the model's image placeholder, or text-only
@@ -207,6 +208,10 @@ class Encoder:
         """
         if not items:
             raise QuestionError("there are no questions to encode")
+        if getattr(self.model.hf.config, "is_encoder_decoder", False):
+            padding_side = (
+                "right"  # its encoder may count positions from the first token, and its answer begins elsewhere
+            )
         texts = [asked.prompt(item, [item.options[index] for index in asked.order(item)]) for item in items]
         for item, text in zip(items, texts, strict=True):
             if not isinstance(text, str):
