@@ -58,6 +58,27 @@ have an `up` branch, *fused* ones compute it and the gate in one projection. *ru
 passes the whole contract, *meta* that its sites were found at full size.
 """
 NOTES = """
+## Questions, through each family's own processor
+
+The small models that are run have processors of their families' own classes, and `tests/test_every_processor.py` asks
+each of them questions: with a picture, with two, and without; in batches, padded on either side. Counts of both towers,
+answers by letters and by option texts, and answers under masks of either tower's neurons are held to plain forwards of
+single questions. All of it works for all of them, but for this, which is refused with an error that says so:
+
+- PaliGemma and GOT-OCR 2 answer no question without a picture (their processors refuse it), and Florence-2 takes one
+  picture a question.
+- PaliGemma's and Florence-2's processors end the prompt themselves, so the text of an option cannot follow it: read
+  answers by letters or by generation. PaliGemma needs no `template`; GOT-OCR 2, Florence-2 and all others whose
+  processor has no chat template do.
+- Masks by row (`Ablation(model, [mask, mask, …])`) do not reach routed experts; one mask for all rows does.
+- Mllama's batches hold questions with equally many pictures: padding would reach the words of those with fewer.
+  `record` and `knockout` batch them so by themselves.
+
+What a vision tower sees besides pictures is not counted: the padding around a picture (Idefics 2 and 3, SmolVLM, Aria),
+to as many patches (Gemma 4, LFM2-VL) or tiles (Mllama), nor pictures that a batch's other questions have more. A
+`Recorder` in runs of your own leaves the same out. Inputs with a mask of pictures that is not known here are refused.
+What the processor draws into a picture, such as the border of a LLaVA-NeXT crop, is a part of it, and counts.
+
 ## What does not fit in a row
 
 - Some towers of the table are images' only in part: BLIP-2's and InstructBLIP's `qformer`, Idefics2's `connector`,
