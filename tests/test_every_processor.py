@@ -18,7 +18,6 @@ import vlmneurons as vn
 from helpers import picture
 from vlmneurons.answers import Letters, TextLikelihood
 from vlmneurons.architectures import MLP
-from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.masked import read_masked
 from vlmneurons.testing import tiny_model, tiny_names, tiny_template
 
