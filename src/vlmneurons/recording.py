@@ -25,6 +25,7 @@ from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
 from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.model import VLM
 from vlmneurons.questions import Question, QuestionSet
+from vlmneurons.remote import Remote, SiteCounts, reader_at, reader_provenance
 from vlmneurons.sites import NeuronSpace, Site
 from vlmneurons.statistics import ActivationStatistics
 
@@ -155,6 +156,7 @@ class Recorder:
         self.tokens = tokens
         self.magnitudes = magnitudes
         self._maxima = False
+        self._elsewhere = False
         self._counter = _FiringCounter()
         self._weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._sites = [_SiteCount(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
@@ -183,6 +185,8 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         if self._handles:
             raise VLMNeuronsError("this recorder is already counting; make another one to nest them")
+        if self._elsewhere:
+            return self
         hf = self.model.hf
         try:
             for number, site in enumerate(self.space.sites):
@@ -401,6 +405,22 @@ class Recorder:
         maximum = _maxima_of(per_row.amax(1), owner, n_rows) if self._maxima else None
         state.add(sums, torch.bincount(owner, minlength=n_rows) * per_row.shape[1], total, maximum)
 
+    def _take(self, counts: Mapping[int, SiteCounts]) -> None:
+        """Take over what was counted elsewhere, of the rows that are watched, as if it had been counted here."""
+        assert self._prepared is not None
+        self._vision = self._prepared.vision
+        n_rows, rows = len(self._prepared.tokens.ids), torch.tensor(self._rows)
+        for number, one in counts.items():
+            if one.bad.any():
+                raise _NotFinite(self.space.sites[number], self._rows[int(one.bad.nonzero()[0])], True)
+            state = self._sites[number]
+            state.seen = one.seen if self._in_vision[number] else 0
+
+            def of_batch(part: Tensor | None, rest: float = 0) -> Tensor | None:
+                return None if part is None else part.new_full((n_rows, *part.shape[1:]), rest).index_copy_(0, rows, part)
+
+            state.add(*map(of_batch, (one.fired, one.tokens, one.total)), of_batch(one.maximum, -torch.inf))
+
     # -- adding up -----------------------------------------------------------------------------------------------------
 
     # What adds up must not be made in inference mode, or no run outside of it could be added.
@@ -565,6 +585,7 @@ def record(
     magnitudes: bool = False,
     on_error: str = "raise",
     progress: bool = True,
+    remote: Remote = False,
 ) -> ActivationStatistics:
     """Ask questions and count, group by group, how often each neuron fires.
 
@@ -584,6 +605,7 @@ def record(
         on_error: what to do with a question that cannot be asked, such as one whose picture does not open:
             ``"raise"``, or ``"skip"`` it (its id is kept in the provenance).
         progress: show a progress bar.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
 
     Returns:
         Counts ``[group, neuron]``, groups sorted. A group none of whose questions met the condition has zeros.
@@ -609,12 +631,14 @@ def record(
     reader = reader_of(questions.answer)
     recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
     recorder._strict = False
+    reader = reader_at(model, reader, remote, recorder)
     skipped: list[str] = []
     n_correct = 0
 
     def provenance() -> dict[str, Any]:
         return {
             **_provenance(model),
+            **reader_provenance(reader),
             "tokens": _rule_name(tokens),
             "condition": condition,
             "answer": repr(reader),
@@ -655,6 +679,7 @@ def record_items(
     magnitudes: bool = False,
     maxima: bool = False,
     progress: bool = True,
+    remote: Remote = False,
 ) -> ItemStatistics:
     """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
 
@@ -673,6 +698,7 @@ def record_items(
         magnitudes: also keep each question's sum of every neuron's values, in float32 (4 bytes a neuron and question).
         maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
         progress: show a progress bar.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
 
     Raises:
         MismatchError: the folder holds another recording, or another process is recording into it; or the model runs
@@ -691,6 +717,7 @@ def record_items(
     recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
     recorder._strict = False
     recorder._maxima = maxima
+    reader = reader_at(model, reader, remote, recorder)
     uneven = len({site.tower for site in recorder.space}) > 1 or any(
         model.mlp_of(site).expert is not None or site.tower != "language" for site in recorder.space
     )

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import _provenance, _rule_name, batches
+from vlmneurons.remote import Remote, RemoteReader, edits_of, reader_at, reader_provenance
 from vlmneurons.runs import RunFolder, digest_of_questions, digest_of_weights
 from vlmneurons.study._masks import Intervention, Mask, Masks, digest_of_mask, listed_masks, per_layer
 from vlmneurons.study._result import KnockoutResult
@@ -41,6 +42,7 @@ def knockout(
     folder: str | Path | None = None,
     distributed: bool = False,
     progress: bool = True,
+    remote: Remote = False,
 ) -> KnockoutResult:
     """Ask every question with the model as it is and under every mask.
 
@@ -64,6 +66,8 @@ def knockout(
         distributed: share the batches with the other processes of a ``torchrun``; each gets the whole result, which
             equals that of one process. With a folder, it must be one that all processes see.
         progress: show a progress bar.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`. The manifest of a
+            folder says it, so that answers from here and there are not mixed.
 
     Raises:
         QuestionError: fewer than two groups; a question cannot be asked (``error.partial``, also of any other error
@@ -91,7 +95,7 @@ def knockout(
         raise QuestionError(f"the control questions are of {', '.join(both)}, which the study's own questions are too")
     given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
     listed = listed_masks(masks, questions.groups, given)
-    run = _Run(model, asked, listed, batch_size, on_error, progress)
+    run = _Run(model, asked, listed, batch_size, on_error, progress, remote)
     run.controls = () if controls is None else controls.groups
     run.processes = current_processes() if distributed else Processes()
     run.about = {
@@ -116,10 +120,11 @@ class _Run:
         batch_size: int,
         on_error: str,
         progress: bool,
+        remote: Remote,
     ) -> None:
         self.model, self.questions, self.batch_size = model, questions, batch_size
-        self.on_error, self.progress = on_error, progress
-        self.reader = reader_of(questions.answer)
+        self.on_error, self.progress, self.remote = on_error, progress, remote
+        self.reader = reader_at(model, reader_of(questions.answer), remote)
         self.batches = list(batches(questions, batch_size))
         self.listed = listed
         self.ablations: list[Ablation] = []
@@ -139,6 +144,9 @@ class _Run:
                 )
                 known[key] = len(self.ablations)
             self.run_of.append(known[key])
+        if remote:
+            for ablation in self.ablations:  # what cannot be sent is refused before anything is
+                edits_of(model, ablation, remote)
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -150,9 +158,8 @@ class _Run:
         skipped: list[str] | None = [] if self.on_error == "skip" else None
         tables = []
         for part, encoded in self._encoded(batch, skipped):
-            readings = [self.reader.read(self.model, part, encoded)]
-            told(len(part))
-            for reading in read_masked(self.model, self.reader, part, encoded, self.ablations):
+            readings = []
+            for reading in self._readings(part, encoded):
                 readings.append(reading)
                 told(len(part))
             tables.append(_table(part, readings))
@@ -161,6 +168,14 @@ class _Run:
                 pd.DataFrame({"run": -1, "id": skipped, "chosen": -1, "margin": np.nan, "text": None}, columns=_COLUMNS)
             )
         return tables[0] if len(tables) == 1 else pd.concat([table.astype(_DTYPES) for table in tables])
+
+    def _readings(self, questions: QuestionSet, encoded: Any) -> Iterator[Reading]:
+        """The clean answers to one batch, and those under every mask."""
+        if isinstance(self.reader, RemoteReader):
+            yield from self.reader.read_masked(self.model, questions, encoded, self.ablations)
+            return
+        yield self.reader.read(self.model, questions, encoded)
+        yield from read_masked(self.model, self.reader, questions, encoded, self.ablations)
 
     def _encoded(self, batch: QuestionSet, skipped: list[str] | None) -> list[tuple[QuestionSet, Any]]:
         try:
@@ -264,6 +279,7 @@ class _Run:
             "shuffle": self.questions.shuffle,
             "batch_size": self.batch_size,
             "on_error": self.on_error,
+            **({"remote": self.remote} if self.remote else {}),
             "masks": {name: digest.hexdigest()[:16] for name, digest in masks.items()},
         }
 
@@ -298,6 +314,7 @@ class _Run:
             margins=margins[rows],
             provenance={
                 **_provenance(self.model),
+                **reader_provenance(self.reader),
                 "weights": digest_of_weights(self.model.hf),
                 "answer": repr(self.reader),
                 "prompt": _rule_name(self.questions.prompt),
