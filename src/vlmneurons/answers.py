@@ -173,9 +173,7 @@ def logits_at(
     return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
 
 
-def forward_inputs(
-    model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]
-) -> tuple[dict[str, Any], list[int]]:
+def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[dict[str, Any], list[int]]:
     """The arguments of the forward that `logits_at` makes, and the positions that some row wants, in order."""
     wanted = sorted({position for row in positions for position in row})
     if getattr(model.hf.config, "is_encoder_decoder", False):

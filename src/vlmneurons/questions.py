@@ -475,6 +475,22 @@ class QuestionSet(Sequence[Question]):
             clusters.setdefault(root(key), []).append(item)
         return clusters
 
+    def pictures(self) -> tuple[str, ...]:
+        """For each question the name of its picture: the same for questions that share one.
+
+        Questions that share a picture through others do so too, as in `split`. A question without a picture, or whose
+        picture does not open, shares it with none unless its ``image_id`` says otherwise.
+        """
+
+        def opens(item: Question) -> bool:
+            try:
+                return bool(item.image_key)
+            except QuestionError:
+                return False
+
+        found = {item.id: key for key, items in self.filter(opens)._by_picture().items() for item in items}
+        return tuple(found.get(item.id, f"no image: {item.id}") for item in self._items)
+
     def order(self, question: Question) -> tuple[int, ...]:
         """The order in which a question's options are shown: position shown → index in ``question.options``."""
         indices = range(len(question.options))

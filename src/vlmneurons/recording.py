@@ -417,7 +417,9 @@ class Recorder:
             state.seen = one.seen if self._in_vision[number] else 0
 
             def of_batch(part: Tensor | None, rest: float = 0) -> Tensor | None:
-                return None if part is None else part.new_full((n_rows, *part.shape[1:]), rest).index_copy_(0, rows, part)
+                return (
+                    None if part is None else part.new_full((n_rows, *part.shape[1:]), rest).index_copy_(0, rows, part)
+                )
 
             state.add(*map(of_batch, (one.fired, one.tokens, one.total)), of_batch(one.maximum, -torch.inf))
 
@@ -727,6 +729,7 @@ def record_items(
         [Item(item.id, item.group, item.answer, item.metadata) for item in questions],
         {
             **_provenance(model),
+            **reader_provenance(reader),
             "tokens": _rule_name(tokens),
             "answer": repr(reader),
             "prompt": _rule_name(questions.prompt),

@@ -20,12 +20,12 @@ from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, LogitReader, Reading, Wanted, Watch, forward_inputs, places_of
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
 from vlmneurons.inputs import Batch
-from vlmneurons.model import VLM
+from vlmneurons.model import VLM, _offloaded_to
 from vlmneurons.questions import QuestionSet
 from vlmneurons.sites import Site
 
 Remote = bool | str
-"""False: here. True: the host that nnsight is set up for. A URL: that host. ``"local"``: nnsight's simulation of one."""
+"""False: here. True: the host that nnsight is set up for. A URL: that one. ``"local"``: nnsight's simulation of one."""
 
 _RUNS = 64
 """Masks of one job: their questions, pictures included, are sent once for all of them."""
@@ -58,21 +58,15 @@ def refuse_unknown(model: VLM, remote: Remote) -> None:
     Raises:
         MismatchError: one of the two.
     """
-    if not isinstance(remote, bool) and not (isinstance(remote, str) and remote.startswith(("http://", "https://"))):
-        if remote != "local":
-            raise MismatchError(
-                f"remote={remote!r} is no place to run; choose from False, True, 'local', or the URL of a host"
-            )
-    if remote in (False, "local") and any(weight.device.type == "meta" for weight in _own_weights(model)):
+    if not (isinstance(remote, bool) or remote == "local" or remote.startswith(("http://", "https://"))):
+        raise MismatchError(
+            f"remote={remote!r} is no place to run; choose from False, True, 'local', or the URL of a host"
+        )
+    without = _offloaded_to(model.hf) is None and any(one.device.type == "meta" for one in model.hf.parameters())
+    if remote in (False, "local") and without:
         raise MismatchError(
             f"{model.name} was made without its weights and cannot run here: pass remote=True, or load it whole"
         )
-
-
-def _own_weights(model: VLM) -> Iterator[Tensor]:
-    """The first weight, unless accelerate brings weights that lie elsewhere for a forward."""
-    if model.device.type == "cpu" and model.hf.device.type == "meta":
-        yield next(model.hf.parameters())
 
 
 def reader_at(model: VLM, reader: AnswerReader, remote: Remote, recorder: Any = None) -> AnswerReader:
@@ -94,7 +88,8 @@ def reader_provenance(reader: AnswerReader) -> dict[str, Any]:
     """Where the model ran, and in which precision: nothing for a reader that reads here."""
     if not isinstance(reader, RemoteReader):
         return {}
-    return {"remote": reader.remote, "dtype": reader.dtype or "as the host holds it"}
+    dtype = reader.dtype or (None if reader.remote == "local" else "as the host holds it")
+    return {"remote": reader.remote, **({} if dtype is None else {"dtype": dtype})}
 
 
 class RemoteReader(AnswerReader):
@@ -139,9 +134,9 @@ class RemoteReader(AnswerReader):
             return next(self.read_masked(model, questions, encoded, []))
         wanted = self.inner.wants(encoded)
         with watch(wanted.batch, wanted.questions):
-            ((reading, counts),) = self._run(model, questions, encoded, wanted, [[]], self._recorder)
+            ((answers, counts),) = self._run(model, questions, encoded, wanted, [[]], self._recorder)
             self._recorder._take(counts)
-        return reading
+        return self._reading(model, questions, encoded, answers)
 
     def read_masked(
         self, model: VLM, questions: QuestionSet, encoded: Any, ablations: Sequence[Ablation]
@@ -155,20 +150,20 @@ class RemoteReader(AnswerReader):
         wanted = self.inner.wants(encoded)
         runs = [[], *(edits_of(model, one, self.remote) for one in ablations)]
         for start in range(0, len(runs), _RUNS):
-            for reading, _ in self._run(model, questions, encoded, wanted, runs[start : start + _RUNS], None):
-                yield reading
+            for answers, _ in self._run(model, questions, encoded, wanted, runs[start : start + _RUNS], None):
+                yield self._reading(model, questions, encoded, answers)
 
     def _run(
         self, model: VLM, questions: QuestionSet, encoded: Any, wanted: Wanted, runs: list[Any], recorder: Any
-    ) -> list[tuple[Reading, dict[int, SiteCounts]]]:
+    ) -> list[tuple[list[Tensor], dict[int, SiteCounts]]]:
         """One job: the batch under each of some lists of edits, and in each run the counts of a recorder's sites."""
-        batch, inner = wanted.batch, self.inner
+        batch = wanted.batch
         inputs, positions = forward_inputs(model, batch, wanted.positions)
         places = [
             [list(places_of(model, batch, positions, n)[p] for p in row) for row in wanted.positions]
             for n in (len(positions), batch["input_ids"].shape[1])
         ]
-        tokens = inner.tokens(model, questions, encoded) if _names_its_tokens(inner) else None
+        tokens = self._tokens(model, questions, encoded)
         pictures = batch.vision is None or sum(batch.vision) > 0
         runs = [[edit for edit in edits if pictures or edit[0].tower != "vision"] for edits in runs]
         sites, owner, mask = [], None, None
@@ -200,15 +195,27 @@ class RemoteReader(AnswerReader):
                 places_of(model, batch, positions, given)  # raises
                 raise AssertionError("unreachable")
             counted = {number: _site_counts(recorder, batch, number, one) for number, one in counts.items()}
-            results.append((_read_answers(inner, model, questions, encoded, tokens, answers), counted))
+            results.append(([row.cpu() for row in answers], counted))
         return results
+
+    def _tokens(self, model: VLM, questions: QuestionSet, encoded: Any) -> list[int] | None:
+        return self.inner.tokens(model, questions, encoded) if _names_its_tokens(self.inner) else None
+
+    def _reading(self, model: VLM, questions: QuestionSet, encoded: Any, rows: list[Tensor]) -> Reading:
+        """The answers from what came back: log-probabilities of a few tokens, or logits."""
+        tokens = self._tokens(model, questions, encoded)
+        if tokens is None:
+            return self.inner.score(model, questions, encoded, rows)
+        size = max(len(model.tokenizer), max(tokens) + 1)
+        shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
+        return self.inner.score_shares(model, questions, encoded, shares)
 
     def _refuse_visits(self, model: VLM, sites: Sequence[Site], visits: Sequence[int]) -> None:
         for site, n in zip(sites, visits, strict=True):
             if n != 1:
                 raise MismatchError(
-                    f"remote={self.remote!r}: {type(model.hf).__name__} computes {site} {n} times in one forward, and a "
-                    "trace stops at the first only; run the model here"
+                    f"remote={self.remote!r}: {type(model.hf).__name__} computes {site} {n} times in one forward, and "
+                    "a trace stops at the first only; run the model here"
                 )
 
     def __repr__(self) -> str:
@@ -222,17 +229,6 @@ def _names_its_tokens(reader: LogitReader) -> bool:
         for name in ("score", "score_shares", "tokens")
     }
     return len(set(owners.values())) == 1 and owners["tokens"] is not LogitReader
-
-
-def _read_answers(
-    reader: LogitReader, model: VLM, questions: QuestionSet, encoded: Any, tokens: list[int] | None, rows: list[Tensor]
-) -> Reading:
-    rows = [row.cpu() for row in rows]
-    if tokens is None:
-        return reader.score(model, questions, encoded, rows)
-    size = max(len(model.tokenizer), max(tokens) + 1)
-    shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
-    return reader.score_shares(model, questions, encoded, shares)
 
 
 # -- where a trace stops -----------------------------------------------------------------------------------------------

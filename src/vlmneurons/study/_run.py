@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vlmneurons.processes import Processes, current_processes
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import _provenance, _rule_name, batches
 from vlmneurons.remote import Remote, RemoteReader, edits_of, reader_at, reader_provenance
-from vlmneurons.runs import RunFolder, digest_of_questions, digest_of_weights
+from vlmneurons.runs import RunFolder, Stopped, digest_of_questions, digest_of_weights
 from vlmneurons.study._masks import Intervention, Mask, Masks, digest_of_mask, listed_masks, per_layer
 from vlmneurons.study._result import KnockoutResult
 
@@ -216,6 +217,8 @@ class _Run:
                     table = self.ask(batch, bar.update)
                     keep(name, table)
                     new[name] = table
+                except Stopped:  # there is no time to lose; what is finished is in the folder
+                    raise
                 except BaseException as error:
                     error.partial = self.result({**known, **new})  # type: ignore[attr-defined]
                     raise
@@ -327,7 +330,13 @@ class _Run:
             },
             texts=None if no_text else texts[rows],
             controls=self.controls,
+            pictures=tuple(self.pictures[item.id] for item in kept),
         )
+
+    @cached_property
+    def pictures(self) -> dict[str, str]:
+        """The picture of each question; pictures are looked at once, and not at all where questions name them."""
+        return dict(zip((item.id for item in self.questions), self.questions.pictures(), strict=True))
 
 
 _COLUMNS = ["run", "id", "chosen", "margin", "text"]
