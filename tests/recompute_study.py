@@ -90,9 +90,7 @@ def _summary(folder: Path, masked: pd.DataFrame, resamples: int) -> int:
             for group in groups:
                 here = own[own["group"] == group]
                 before, after = here["clean_correct"].to_numpy(bool), here["correct"].to_numpy(bool)
-                table = [
-                    [sum(a & b for a, b in zip(x, y, strict=True)) for y in (after, ~after)] for x in (before, ~before)
-                ]
+                table = [[(x & y).sum() for y in (after, ~after)] for x in (before, ~before)]
                 pvalues.append(mcnemar(table, exact=True).pvalue)
             _close(of_groups["p"], pvalues, f"{selector} p", 1e-9)
             for name, method in (("p_holm", "holm"), ("p_bh", "fdr_bh")):
@@ -112,9 +110,7 @@ def _summary(folder: Path, masked: pd.DataFrame, resamples: int) -> int:
             weight = draws[group][:, code]
             means = weight @ change.to_numpy()[:, here].T / weight.sum(1, keepdims=True)
             place = list(change.index).index(group)
-            gaps = (
-                means[:, place] - np.delete(means, place, 1).mean(1) if means.shape[1] > 1 else means[:, place] * np.nan
-            )
+            gaps = means[:, place] - np.delete(means, place, 1).mean(1)
             for name, value in (("self_effect", means[:, place]), ("gap", gaps)):
                 lows[group, name], highs[group, name] = np.percentile(value, [2.5, 97.5])
                 spreads[group, name] = value.std()
@@ -145,7 +141,7 @@ def _random(run: Path, masked: pd.DataFrame) -> int:
     selves = masked[masked["mask"] == masked["group"]].groupby(["selector", "repeat", "mask"])["change"].mean()
     for _, row in ours[ours["effect"] == "self_effect"].iterrows():
         values = selves.loc[row["control"]].unstack()
-        drawn = values.mean(1) if row["group"] == "all" else values[row["group"]]
+        drawn = values.mean(axis=1) if row["group"] == "all" else values[row["group"]]
         _close(row["control_mean"], drawn.mean(), f"{row['control']} mean")
         _close(row["control_low"], drawn.min(), f"{row['control']} low")
         if len(drawn) > 1:
@@ -162,7 +158,7 @@ def _accuracy(run: Path, clean: pd.DataFrame) -> int:
         found[name] = answers[answers["run"] == 0].set_index("id")
     for name, answers in found.items():
         shares = 100 * answers.groupby(answers["group"].astype(str))["correct"].mean()
-        theirs = ours.loc[shares.index, name].str.replace("−", "-").astype(float)
+        theirs = ours.loc[shares.index, name].astype(float)
         _close(theirs, shares, name, 0.0501)
     return ours.size
 

@@ -1,4 +1,4 @@
-"""The command line: its numbers, and kill -9, SIGTERM and ctrl-C, after which a folder is gone on with to the same end."""
+"""The command line: its numbers, and kill -9, SIGTERM and ctrl-C, after which a run goes on to the same end."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from vlmneurons.runs import _ASKED, Stopped, stop_if_asked, stopped_by_signals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
-SETTINGS = {"fraction": 0.05, "repeats": 2, "permutations": 0, "minimum": 1, "batch-size": 2}
+SETTINGS = {"fraction": 0.5, "repeats": 2, "permutations": 0, "minimum": 1, "batch-size": 2}
 FLAGS = ["--selectors", "CAS", "--quiet", "--fractions", "--alphas", "--sizes", "--conditions"]
 
 
