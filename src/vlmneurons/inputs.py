@@ -16,6 +16,7 @@ from transformers import BatchFeature
 
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.questions import Question, QuestionSet
+from vlmneurons.vision_rows import Rows, vision_rows
 
 if TYPE_CHECKING:
     from vlmneurons.model import VLM
@@ -86,16 +87,25 @@ class Batch(BatchFeature):
     Attributes:
         tokens: what each token is.
         vision: for each row of the batch the number of leading-dimension rows of the vision tower that are its
-            pictures' (patches, or crops); None where that cannot be told.
+            pictures' (patches, tiles, or pictures); None where that cannot be told.
+        patches: which patches of each of the vision tower's rows are real; None where none is padding.
     """
 
     tokens: TokenTable
     vision: tuple[int, ...] | None
+    patches: Bool[Tensor, "row patch"] | None
 
-    def __init__(self, data: Any, tokens: TokenTable, vision: tuple[int, ...] | None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        tokens: TokenTable,
+        vision: tuple[int, ...] | None,
+        patches: Bool[Tensor, "row patch"] | None = None,
+    ) -> None:
         super().__init__(data)
         self.tokens = tokens
         self.vision = vision
+        self.patches = patches
 
 
 class Encoder:
@@ -126,6 +136,8 @@ class Encoder:
             return rendered
         own = getattr(self.processor, "chat_template", None)
         template = own or getattr(self.tokenizer, "chat_template", None)
+        if template is None and type(self.processor).__name__ in _PLAIN_PROMPTS:
+            return self.processor.image_token * n_images + text
         if template is None:
             raise QuestionError(
                 f"the processor {type(self.processor).__name__} has no chat template; give VLM(…, template=function), "
@@ -155,6 +167,8 @@ class Encoder:
     def _adds_special(self, rendered: str) -> bool:
         # As in transformers' own apply_chat_template(tokenize=True): a template that writes the beginning-of-text
         # token itself must not be given a second one.
+        if (getattr(self.processor, "text_kwargs", None) or {}).get("add_special_tokens") is False:
+            return False  # the processor puts them where they belong itself, as Florence-2's does
         bos = getattr(self.tokenizer, "bos_token", None)
         return not (bos and rendered.startswith(bos))
 
@@ -206,15 +220,9 @@ class Encoder:
         with_picture = [bool(part) for part in pictures]
         if any(with_picture) and not all(with_picture):
             raise QuestionError("questions with and without a picture cannot share a batch: encode them apart")
+        texts = [text + more for text, more in zip(rendered, added, strict=True)]
         try:
-            data = self.processor(
-                **({"images": pictures} if all(with_picture) else {}),
-                text=[text + more for text, more in zip(rendered, added, strict=True)],
-                padding=True,
-                padding_side=padding_side,
-                add_special_tokens=self._adds_special(rendered[0]),
-                return_tensors="pt",
-            )
+            data = self._process(texts, pictures, padding_side)
         except Exception as error:
             if len(items) > 1:  # say whose fault it is, if it is one question's
                 for item, more in zip(items, added, strict=True):
@@ -236,9 +244,29 @@ class Encoder:
             template[row, places[own]] = False
             last[row] = places[len(places) - n_added - 1]
         tokens = TokenTable(ids, attention, image, special, template & ~image, last)
-        return Batch(dict(data), tokens, self._vision_rows(data, [len(part) for part in pictures])).to(
-            self.model.device
+        seen = self._vision_rows(data, pictures, lambda n: self._process([texts[n]], [pictures[n]], padding_side))
+        vision, patches = (None, None) if seen is None else seen
+        return Batch(dict(data), tokens, vision, patches).to(self.model.device)
+
+    def _process(self, texts: Sequence[str], pictures: Sequence[Sequence[Any]], padding_side: str) -> BatchFeature:
+        """What the processor makes of texts, their image placeholders unexpanded, and of each one's pictures."""
+        images: Any = list(pictures)
+        if getattr(self.processor, "multi_page", None) is False:  # GOT-OCR: a list of lists would be pages of documents
+            images = [picture for row in pictures for picture in row]
+        data = self.processor(
+            **({"images": images} if any(pictures) else {}),
+            text=list(texts),
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=self._adds_special(texts[0]),
+            return_tensors="pt",
         )
+        data.pop("labels", None)  # PaliGemma's are for training: with them a forward computes a loss
+        wanted = self.model.hf.dtype
+        for name, value in data.items():  # Llama 4's pixels are bfloat16, whatever the model is
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) and value.dtype != wanted:
+                data[name] = value.to(wanted)
+        return data
 
     def _content_tokens(self, ids: list[int], rendered: str, more: str, item: Question) -> tuple[Tensor, int]:
         """Positions (among a row's real tokens) of the user's own text, and how many tokens a continuation added.
@@ -247,20 +275,41 @@ class Encoder:
         all that differs is the image placeholder's expansion.
         """
         before, after = self._frame(item.n_images)
-        start, end = len(before), len(rendered) - len(after)
-        try:
-            plain = self.tokenizer(
-                rendered + more, add_special_tokens=self._adds_special(rendered), return_offsets_mapping=True
+        text = rendered[len(before) : len(rendered) - len(after)]
+        # What processors do besides: a space after a picture that a word follows directly (Idefics2), and the end of a
+        # line (PaliGemma) or of the text (Florence-2) after the prompt, which no continuation can then follow.
+        ends = [] if more else ["\n", getattr(self.tokenizer, "eos_token", None) or ""]
+        for inserted, end in (("", ""), (" ", ""), *(("", end) for end in ends)):
+            prompt = before + inserted + text + after + end
+            found = self._aligned(ids, prompt, more, len(before + inserted), len(before + inserted + text))
+            if found is not None:
+                return found
+        if more:
+            raise QuestionError(
+                f"question {item.id!r}: {type(self.processor).__name__} puts text of its own after the prompt, so no "
+                "text of an option continues it; read answers by letters or generation"
             )
+        raise QuestionError(
+            f"question {item.id!r}: the processor rewrote the question's own text, so its tokens cannot be "
+            "told from the template's; count with a token rule of your own (tokens=function)"
+        )
+
+    def _aligned(self, ids: list[int], prompt: str, more: str, start: int, end: int) -> tuple[Tensor, int] | None:
+        """What `_content_tokens` gives, if a prompt was tokenized to these ids; its own text is at ``[start, end)``."""
+        special = self._adds_special(prompt)
+        try:
+            plain = self.tokenizer(prompt + more, add_special_tokens=special, return_offsets_mapping=True)
         except NotImplementedError as error:
             raise QuestionError(
                 f"{type(self.tokenizer).__name__} gives no character offsets, so template tokens cannot be told from "
                 "the question's: use a fast tokenizer"
             ) from error
         theirs, offsets = list(plain["input_ids"]), plain["offset_mapping"]
-        n_prompt = len(self.token_ids(rendered)) if more else len(theirs)
+        n_prompt = len(self.token_ids(prompt)) if more else len(theirs)
         tail = _common(reversed(theirs), reversed(ids))
         head = _common(iter(theirs), iter(ids)) if tail < len(theirs) else 0
+        if tail < len(theirs) - n_prompt:
+            return None
         own = []
         for position, (left, right) in enumerate(offsets):
             if right <= start or left >= end or right <= left or position >= n_prompt:
@@ -270,10 +319,7 @@ class Encoder:
             elif position < head:
                 own.append(position)
             else:
-                raise QuestionError(
-                    f"question {item.id!r}: the processor rewrote the question's own text, so its tokens cannot be "
-                    "told from the template's; count with a token rule of your own (tokens=function)"
-                )
+                return None
         return torch.tensor(own, dtype=torch.int64), len(theirs) - n_prompt
 
     @property
@@ -291,56 +337,39 @@ class Encoder:
 
     def _image_mask(self, data: Any) -> Bool[Tensor, "row token"]:
         ids = data["input_ids"]
+        config = self.model.hf.config
+        numbers = (
+            getattr(source, name, None)
+            for source, name in (
+                (config, "image_token_id"),
+                (config, "image_token_index"),
+                (self.processor, "image_token_id"),
+            )
+        )
+        number = next((one for one in numbers if isinstance(one, int)), None)
         if "mm_token_type_ids" in data:
-            return data["mm_token_type_ids"] == 1
-        config = self.model.hf.config
-        for source, name in (
-            (config, "image_token_id"),
-            (config, "image_token_index"),
-            (self.processor, "image_token_id"),
-        ):
-            number = getattr(source, name, None)
-            if isinstance(number, int):
-                return ids == number
-        return torch.zeros_like(ids, dtype=torch.bool)
+            # A video may have the same placeholder; what stands around and between an image's counts as its own here.
+            image = data["mm_token_type_ids"] == 1
+            placeholder = image & (ids == number)
+            return placeholder if placeholder.any() else image
+        return torch.zeros_like(ids, dtype=torch.bool) if number is None else ids == number
 
-    def _vision_rows(self, data: Any, n_images: Sequence[int]) -> tuple[int, ...] | None:
-        """How many rows of the vision tower's leading dimension belong to each question, in order."""
-        if sum(n_images) == 0:
-            return (0,) * len(n_images)
-        pixels = data.get("pixel_values")
-        per_image: list[int] | None = None
-        if "image_grid_thw" in data:
-            per_image = data["image_grid_thw"].prod(-1).tolist()
-        elif isinstance(pixels, Tensor) and pixels.ndim == 5 and "image_sizes" in data:
-            # Crops are padded to the batch's largest number; the model drops the padding again.
-            per_image = self._crops(data, pixels.shape[1])
-        elif isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[0] == sum(n_images):
-            per_image = [1] * sum(n_images)
-        if per_image is None or len(per_image) != sum(n_images):
-            return None
-        rows, at = [], 0
-        for n in n_images:
-            rows.append(sum(per_image[at : at + n]))
-            at += n
-        return tuple(rows)
+    def _vision_rows(self, data: Any, pictures: Sequence[Sequence[Any]], alone: Callable[[int], Any]) -> Rows | None:
+        """Which rows of the vision tower belong to each question; see `vision_rows`."""
 
-    def _crops(self, data: Any, most: int) -> list[int] | None:
-        config = self.model.hf.config
-        pinpoints = getattr(config, "image_grid_pinpoints", None)
-        if pinpoints is None:
-            return None
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+        def tiles() -> Sequence[int] | None:
+            count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+            sizes = [(picture.height, picture.width) for row in pictures for picture in row]
+            try:
+                return None if count is None else getattr(count(image_sizes=sizes), "num_image_patches", None)
+            except Exception:  # it is nowhere promised: then each question is encoded on its own
+                return None
 
-        sizes = data["image_sizes"]
-        crops = [
-            image_size_to_num_patches(size, grid_pinpoints=pinpoints, patch_size=config.vision_config.image_size)
-            for size in sizes
-        ]
-        if "batch_num_images" in data:  # LLaVA-OneVision: several images are given one base crop each
-            return None if any(n > 1 for n in data["batch_num_images"]) else crops
-        return crops if max(crops) == most else None
+        return vision_rows(data, [len(row) for row in pictures], self.model.hf.config, alone, tiles)
 
+
+_PLAIN_PROMPTS = ("PaliGemmaProcessor",)
+"""Processors without a chat template whose prompts are a text after its pictures' placeholders, and nothing else."""
 
 _TOKEN_NAMES = ("image_token", "video_token", "boi_token", "image_pad_token")
 

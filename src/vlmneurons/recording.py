@@ -28,6 +28,7 @@ from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.remote import Remote, SiteCounts, reader_at, reader_provenance
 from vlmneurons.sites import NeuronSpace, Site
 from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.vision_rows import UnknownPadding, real_patches
 
 CONDITIONS = ("correct", "wrong", "all")
 """Which questions enter the statistics: those answered right, those answered wrong, or every one."""
@@ -173,6 +174,7 @@ class Recorder:
         self._items = torch.zeros((0,), dtype=torch.int64)
         self._mask: Tensor | None = None
         self._vision: tuple[int, ...] | None = None
+        self._patches: Tensor | None = None
         self._prepared: Batch | None = None
         self._rows: list[int] = []
         self._strict = True
@@ -245,7 +247,7 @@ class Recorder:
         self._clear()
         if self._prepared is not None:
             self._mask = self._prepared.tokens.counted(self.tokens)
-            self._vision = self._prepared.vision
+            self._vision, self._patches = self._prepared.vision, self._prepared.patches
             return
         arguments = dict(kwargs)
         if args:
@@ -261,13 +263,25 @@ class Recorder:
                 + (why if _is_encoder_decoder(self.model) else "")
             )
         self._mask = table.counted(self.tokens)
-        self._vision = None
+        self._vision, self._patches = None, self._patches_of(arguments)
         # A later step of `generate` brings a new token of an item that was counted before.
         attention = arguments.get("attention_mask")
         self._continues = attention is not None and attention.ndim == 2 and attention.shape[1] > ids.shape[1]
         if self._second:  # its attention mask is not always given, but a later step has a cache that holds tokens
             caches = (kwargs.get(name) for name in ("past_key_values", "cache"))
             self._continues = any(cache is not None and cache.get_seq_length() > 0 for cache in caches)
+
+    def _patches_of(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Which patches of the vision tower's rows are no padding, in a run of the user's own; None where none is."""
+        if not any(self._in_vision):
+            return None
+        try:
+            return real_patches(arguments, self.model.hf.config)
+        except UnknownPadding as what:
+            raise MismatchError(
+                f"some of what the vision tower of {type(self.model.hf).__name__} sees is padding ({what}), and it "
+                "cannot be told what: padding would be counted"
+            ) from None
 
     def _decoder_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that say which tokens an encoder-decoder model's decoder sees: they are not the question's."""
@@ -371,39 +385,50 @@ class Recorder:
         self._sites[number].add(fired, torch.bincount(row, minlength=n_rows), total, maximum)
 
     def _count_vision(self, number: int, values: Float[Tensor, "*any neuron"]) -> None:
-        """Vision towers run on patches or crops; the leading dimension is cut into the questions' shares, in order."""
+        """Vision towers run on patches, tiles or pictures; the leading dimension is cut into the questions' shares."""
         assert self._mask is not None
         state = self._sites[number]
         n_rows = len(self._mask)
         per_row = values.reshape(values.shape[0], -1, values.shape[-1])
         if values.ndim == 3 and values.shape[0] == 1 and self._vision is not None and sum(self._vision) != 1:
             per_row = values.reshape(values.shape[1], 1, values.shape[-1])  # one long row of patches
+        owner = self._owner_of_rows(state, len(per_row)).to(values.device)
         counted = torch.ones(per_row.shape[:2], dtype=torch.bool, device=values.device)
+        if self._patches is not None:
+            counted = self._patches[state.seen : state.seen + len(per_row)].to(values.device)
+            if counted.shape != per_row.shape[:2]:
+                raise MismatchError(
+                    f"{state.site} has {per_row.shape[1]} patches in a row where the pictures have "
+                    f"{self._patches.shape[1]}: its padding cannot be told from its patches"
+                )
         self._check(number, per_row, counted)
-        total = per_row.sum(1, dtype=torch.float64) if self.magnitudes else None
+        state.seen += len(per_row)
+        rows = torch.arange(n_rows, device=values.device)[:, None]
+        weights = ((rows == owner)[..., None] & counted).flatten(1).to(torch.float32)
+        sums = self._counter.by_owner(per_row.flatten(0, 1), weights)
+        total = maximum = None
+        if self.magnitudes:
+            by_row = torch.where(counted[..., None], per_row, 0).sum(1, dtype=torch.float64)
+            total = torch.zeros(sums.shape, dtype=torch.float64, device=values.device).index_add_(0, owner, by_row)
+        if self._maxima:
+            maximum = _maxima_of(torch.where(counted[..., None], per_row, -torch.inf).amax(1), owner, n_rows)
+        state.add(sums, weights.sum(1).to(torch.int64), total, maximum)
+
+    def _owner_of_rows(self, state: _SiteCount, n: int) -> Int64[Tensor, " row"]:
+        """Which row of the batch each of the next rows of a vision tower belongs to."""
+        assert self._mask is not None
         if self._vision is None:
             if self._prepared is not None or not isinstance(self._labels, str):
                 raise MismatchError(
                     f"{state.site}: the rows of this vision tower cannot be told apart by question; record one "
                     "question at a time, in a Recorder of your own"
                 )
-            owner = torch.zeros(len(per_row), dtype=torch.int64)  # one group: any row will do
-        else:
-            owners = torch.repeat_interleave(torch.arange(n_rows), torch.tensor(self._vision))
-            owner = owners[state.seen : state.seen + len(per_row)]
-            if len(owner) != len(per_row):
-                raise MismatchError(
-                    f"{state.site} has {state.seen + len(per_row)} rows where the pictures have {len(owners)}"
-                )
-        state.seen += len(per_row)
-        owner = owner.to(values.device)
-        rows = torch.arange(n_rows, device=values.device)[:, None]
-        weights = (rows == owner.repeat_interleave(per_row.shape[1])).to(torch.float32)
-        sums = self._counter.by_owner(per_row.flatten(0, 1), weights)
-        if total is not None:
-            total = torch.zeros(sums.shape, dtype=torch.float64, device=values.device).index_add_(0, owner, total)
-        maximum = _maxima_of(per_row.amax(1), owner, n_rows) if self._maxima else None
-        state.add(sums, torch.bincount(owner, minlength=n_rows) * per_row.shape[1], total, maximum)
+            return torch.zeros(n, dtype=torch.int64)  # one group: any row will do
+        owners = torch.repeat_interleave(torch.arange(len(self._mask)), torch.tensor(self._vision))
+        owner = owners[state.seen : state.seen + n]
+        if len(owner) != n:
+            raise MismatchError(f"{state.site} has {state.seen + n} rows where the pictures have {len(owners)}")
+        return owner
 
     def _take(self, counts: Mapping[int, SiteCounts]) -> None:
         """Take over what was counted elsewhere, of the rows that are watched, as if it had been counted here."""
@@ -461,10 +486,13 @@ class Recorder:
             return
         row, group = (torch.tensor(part) for part in zip(*kept, strict=True))
         for count, in_vision in zip(self._sites, self._in_vision, strict=True):
-            if in_vision and count.fired is not None and self._vision is not None and count.seen != sum(self._vision):
+            n_rows = sum(self._vision) if self._vision is not None else None
+            if n_rows is None and self._patches is not None:
+                n_rows = len(self._patches)
+            if in_vision and count.fired is not None and n_rows is not None and count.seen != n_rows:
                 raise MismatchError(
-                    f"{count.site} had {count.seen} rows where the pictures have {sum(self._vision)}: its rows cannot "
-                    "be told apart by question"
+                    f"{count.site} had {count.seen} rows where the pictures have {n_rows}: its rows cannot be told "
+                    "apart by question"
                 )
         self._whole = False
         # All sites of a device share the counted tokens, and only those of experts have their own.

@@ -1,0 +1,203 @@
+"""Which rows of a vision tower belong to which question, and which of their patches are padding.
+
+A vision tower does not run on questions but on *rows*: pictures, tiles of pictures, or patches. How many each question
+has, and what of them is padding, is written nowhere in one form; each family's processor leaves its own traces in the
+model's inputs. Here they are read. What is not known for certain is None, and then nothing is counted: padding that is
+counted, or a patch that is counted for another question, would spoil statistics without a sign.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+Rows = tuple[tuple[int, ...], Bool[Tensor, "row patch"] | None]
+"""How many rows each question has, in order; and which patches of each row are real, None where all are."""
+
+_MASKED_PATCH = {
+    "idefics2": lambda covered, whole: covered == whole,
+    "idefics3": lambda covered, whole: covered > 0,
+    "smolvlm": lambda covered, whole: covered > 0,
+    "aria": lambda covered, whole: covered > 0,
+}
+"""Whether a patch is real, from how many of its pixels a mask of pixels covers: as each family's model decides it."""
+
+
+class UnknownPadding(Exception):
+    """Raised where some of what a vision tower sees is padding, and it is not known what."""
+
+
+def vision_rows(
+    data: Mapping[str, Any],
+    n_images: Sequence[int],
+    config: Any,
+    alone: Callable[[int], Mapping[str, Any]],
+    tiles: Callable[[], Sequence[int] | None] = lambda: None,
+) -> Rows | None:
+    """The rows of the vision tower that are each question's, in the order of the questions.
+
+    Args:
+        data: the model's inputs, as its processor gave them for a batch of questions.
+        n_images: how many pictures each question has.
+        config: the model's configuration.
+        alone: gives the inputs of one question encoded on its own, for families that say nowhere how many tiles they
+            make of a picture.
+        tiles: gives the number of tiles of every picture where the processor can tell it, else None.
+
+    Returns:
+        The rows, or None where they cannot be told for certain.
+    """
+    if sum(n_images) == 0:
+        return (0,) * len(n_images), None
+    pixels = data.get("pixel_values")
+    if not isinstance(pixels, Tensor):
+        return None
+    try:
+        real = real_patches(data, config)
+    except UnknownPadding:
+        return None
+    rows: Sequence[int] | None = None
+    if "image_grid_thw" in data:  # one long row of patches: Qwen-VL, GLM-4V
+        rows = _by_question(data["image_grid_thw"].prod(-1).tolist(), n_images)
+    elif "aspect_ratio_mask" in data:  # Mllama: as many pictures as the question with the most has
+        rows = [pixels.shape[1]] * len(pixels)
+    elif pixels.ndim == 5 and "image_sizes" in data:
+        rows = _by_question(_crops(data, n_images, config, pixels.shape[1]), n_images)
+    elif pixels.ndim == 5 and "pixel_attention_mask" in data:
+        rows = _pictures(data).sum(1).tolist()
+    elif pixels.ndim == 4 and _is_one_row(data, config):
+        patch = config.vision_config.patch_size
+        rows = _by_question((data["image_sizes"] // patch).prod(-1).tolist(), n_images)
+    elif "image_num_crops" in data:  # Molmo 2
+        rows = _by_question(data["image_num_crops"].tolist(), n_images)
+    elif pixels.ndim == 4 or real is not None or "image_position_ids" in data:
+        rows = _by_tiles(len(pixels), n_images, alone, tiles)
+    if rows is None or len(rows) != len(n_images) or (real is not None and len(real) != sum(rows)):
+        return None
+    return tuple(rows), real
+
+
+def real_patches(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patch"] | None:
+    """Which patches of each row of the vision tower are of a picture, and not padding; None where all are.
+
+    Args:
+        data: the model's inputs.
+        config: the model's configuration.
+
+    Raises:
+        UnknownPadding: the inputs say that something is padding in a way that is not known here.
+    """
+    pixels, real = data.get("pixel_values"), None
+    if not isinstance(pixels, Tensor):
+        return None
+    if "image_position_ids" in data:  # Gemma 4: pictures padded to as many patches, padding at (-1, -1)
+        real = ~(data["image_position_ids"] == -1).all(-1)
+    elif "aspect_ratio_mask" in data:
+        real = _of_mllama(data, config)
+    elif "pixel_attention_mask" in data and pixels.ndim == 5:
+        real = _covered(data["pixel_attention_mask"].flatten(0, 1), config)[_pictures(data).flatten()]
+    elif "pixel_attention_mask" in data and data["pixel_attention_mask"].shape == pixels.shape[:2]:
+        real = data["pixel_attention_mask"].bool()  # NaFlex, as in LFM2-VL: tiles padded to as many patches
+    elif "pixel_mask" in data and pixels.ndim == 4:
+        real = _covered(data["pixel_mask"], config)
+    else:
+        known = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")
+        unknown = [name for name, value in data.items() if "mask" in name and name not in known and value is not None]
+        if unknown:
+            raise UnknownPadding(", ".join(unknown))
+    return None if real is None or real.all() else real
+
+
+def _by_question(per_image: Sequence[int] | None, n_images: Sequence[int]) -> list[int] | None:
+    if per_image is None or len(per_image) != sum(n_images):
+        return None
+    rows, at = [], 0
+    for n in n_images:
+        rows.append(int(sum(per_image[at : at + n])))
+        at += n
+    return rows
+
+
+def _of(config: Any, *names: str) -> Any:
+    """An attribute of a part of a configuration; None where there is none."""
+    for name in names:
+        config = getattr(config, name, None)
+    return config
+
+
+def _crops(data: Mapping[str, Any], n_images: Sequence[int], config: Any, most: int) -> list[int] | None:
+    """LLaVA-NeXT and LLaVA-OneVision: crops are padded to the batch's largest number; the model drops the padding."""
+    pinpoints = getattr(config, "image_grid_pinpoints", None)
+    if pinpoints is None:
+        return None
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    whole = [False] * len(data["image_sizes"])
+    if "batch_num_images" in data:  # LLaVA-OneVision makes no crops of a question's several pictures
+        whole = [n > 1 for n in n_images for _ in range(n)]
+        if data["batch_num_images"].tolist() != list(n_images):
+            return None
+    side = config.vision_config.image_size
+    crops = [
+        1 if is_whole else image_size_to_num_patches(size, grid_pinpoints=pinpoints, patch_size=side)
+        for size, is_whole in zip(data["image_sizes"], whole, strict=True)
+    ]
+    return crops if max(crops) == most else None
+
+
+def _is_one_row(data: Mapping[str, Any], config: Any) -> bool:
+    """Whether all pictures are one long row of patches, without the padding around them: Pixtral's tower."""
+    return "image_sizes" in data and _of(config, "vision_config", "model_type") == "pixtral"
+
+
+def _pictures(data: Mapping[str, Any]) -> Bool[Tensor, "question picture"]:
+    """Idefics2, Idefics3 and SmolVLM: which pictures there are. Those of zeros are padding, which the model drops."""
+    pictures = (data["pixel_values"] != 0).flatten(2).any(-1)
+    if not pictures.any():
+        raise UnknownPadding("all pictures are zeros")
+    return pictures
+
+
+def _covered(mask: Tensor, config: Any) -> Bool[Tensor, "row patch"]:
+    """Which patches are real, from masks of pixels ``[row, height, width]``."""
+    rule = _MASKED_PATCH.get(getattr(config, "model_type", ""))
+    size = _of(config, "vision_config", "patch_size")
+    if rule is None or not isinstance(size, int) or mask.ndim != 3:
+        raise UnknownPadding("a mask of pixels")
+    covered = mask.long().unfold(1, size, size).unfold(2, size, size).sum((-1, -2))
+    return rule(covered, size * size).flatten(1)
+
+
+def _of_mllama(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patch"]:
+    """Mllama: each picture of each question is a row of tiles, each filled up to a multiple of eight patches.
+
+    A tile that a picture does not have is masked; a picture that a question does not have is of no aspect ratio.
+    """
+    tiles, vision = data["aspect_ratio_mask"], config.vision_config
+    if tiles.ndim != 3 or "aspect_ratio_ids" not in data:
+        raise UnknownPadding("aspect_ratio_mask")
+    tiles = tiles.bool() & (data["aspect_ratio_ids"] != 0)[..., None]
+    n_patches = (vision.image_size // vision.patch_size) ** 2 + 1  # and the class token
+    real = torch.zeros((*tiles.shape, -(-n_patches // 8) * 8), dtype=torch.bool, device=tiles.device)
+    real[..., :n_patches] = tiles[..., None]
+    return real.flatten(0, 1).flatten(1)
+
+
+def _by_tiles(
+    n_rows: int,
+    n_images: Sequence[int],
+    alone: Callable[[int], Mapping[str, Any]],
+    tiles: Callable[[], Sequence[int] | None],
+) -> list[int] | None:
+    """One row a tile; how many tiles a picture makes follows from its size."""
+    if len(n_images) == 1:
+        return [n_rows]
+    if n_rows == sum(n_images):
+        return list(n_images)
+    known = tiles()
+    if known is not None and sum(known) == n_rows:
+        return _by_question(known, n_images)
+    rows = [len(alone(number)["pixel_values"]) if n else 0 for number, n in enumerate(n_images)]
+    return rows if sum(rows) == n_rows else None
