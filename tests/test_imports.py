@@ -16,7 +16,7 @@ ORDER = [
     ["errors", "_version", "effects"],
     ["_files", "sites", "questions", "processes"],
     ["neurons", "architectures", "inputs", "cvqa", "runs"],
-    ["statistics", "answers"],
+    ["statistics", "answers", "packing"],
     ["items", "model", "sharing"],
     ["selectors"],
     ["trust", "recording", "ablation", "browser"],

@@ -5,12 +5,14 @@ and wraps the user's text in a chat template; which tokens are the picture, whic
 template, padding or special tokens decides what is counted, so it is worked out here, once, per token, and checked.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int64
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
@@ -87,15 +89,25 @@ class Batch(BatchFeature):
         tokens: what each token is.
         vision: for each row of the batch the number of leading-dimension rows of the vision tower that are its
             pictures' (patches, or crops); None where that cannot be told.
+        pictures: for each row a digest of its pictures' pixels, in order: rows with the same one show the same; None
+            where that is not known.
     """
 
     tokens: TokenTable
     vision: tuple[int, ...] | None
+    pictures: tuple[bytes, ...] | None
 
-    def __init__(self, data: Any, tokens: TokenTable, vision: tuple[int, ...] | None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        tokens: TokenTable,
+        vision: tuple[int, ...] | None,
+        pictures: tuple[bytes, ...] | None = None,
+    ) -> None:
         super().__init__(data)
         self.tokens = tokens
         self.vision = vision
+        self.pictures = pictures
 
 
 class Encoder:
@@ -236,9 +248,9 @@ class Encoder:
             template[row, places[own]] = False
             last[row] = places[len(places) - n_added - 1]
         tokens = TokenTable(ids, attention, image, special, template & ~image, last)
-        return Batch(dict(data), tokens, self._vision_rows(data, [len(part) for part in pictures])).to(
-            self.model.device
-        )
+        digests = {name: _digest(part) for name, part in opened.items()}
+        vision = self._vision_rows(data, [len(part) for part in pictures])
+        return Batch(dict(data), tokens, vision, tuple(digests[item.id] for item in items)).to(self.model.device)
 
     def _content_tokens(self, ids: list[int], rendered: str, more: str, item: Question) -> tuple[Tensor, int]:
         """Positions (among a row's real tokens) of the user's own text, and how many tokens a continuation added.
@@ -343,6 +355,15 @@ class Encoder:
 
 
 _TOKEN_NAMES = ("image_token", "video_token", "boi_token", "image_pad_token")
+
+
+def _digest(pictures: Sequence[Image.Image]) -> bytes:
+    """Of the pixels that some pictures show."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in pictures:
+        digest.update(repr((picture.mode, picture.size)).encode())
+        digest.update(picture.tobytes())
+    return digest.digest()
 
 
 def _common(one: Any, other: Any) -> int:
