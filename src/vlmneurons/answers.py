@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.errors import ActivationError, QuestionError
-from vlmneurons.inputs import Batch
+from vlmneurons.inputs import TOKENIZING, Batch
+from vlmneurons.pictures import each_once
 from vlmneurons.questions import LETTERS, QuestionSet, normalize
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ def logits_at(
         inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
     if "use_cache" in taken or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
         inputs["use_cache"] = False
-    output = model.hf(**inputs)
+    with each_once(model.hf, batch):
+        output = model.hf(**inputs)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise QuestionError(
@@ -301,7 +303,8 @@ class Generate(AnswerReader):
             ids = model.hf.generate(**encoded, max_new_tokens=self.max_new_tokens, **how)
         if not getattr(model.hf.config, "is_encoder_decoder", False):
             ids = ids[:, encoded["input_ids"].shape[1] :]
-        texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        with TOKENIZING:
+            texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
         chosen = []
         for item, text in zip(questions, texts, strict=True):
             order = questions.order(item)

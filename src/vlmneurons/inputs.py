@@ -6,6 +6,7 @@ template, padding or special tokens decides what is counted, so it is worked out
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,16 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from vlmneurons.errors import MismatchError, QuestionError
-from vlmneurons.questions import Question, QuestionSet
+from vlmneurons.questions import Question, QuestionSet, picture_size
 
 if TYPE_CHECKING:
     from vlmneurons.model import VLM
 
 TOKEN_RULES = ("content", "image", "text", "last")
 """Names of the built-in token rules; see `TokenTable.counted`."""
+
+TOKENIZING = threading.RLock()
+"""Held while a batch is encoded or generated texts are decoded: fast tokenizers refuse two threads at once."""
 
 _MARK = "QUESTIONTEXTGOESHERE"
 
@@ -189,6 +193,25 @@ class Encoder:
         """
         return self.rows(questions, list(questions), [""] * len(questions), padding_side=padding_side)
 
+    def length(self, asked: QuestionSet, item: Question) -> int:
+        """About how many tokens a question has, for putting questions of like length together.
+
+        Pictures are not decoded: their sizes are in their first bytes, and processors of transformers tell how many
+        tokens a size takes. Where that is not known, or a picture cannot be opened, it counts nothing.
+
+        Args:
+            asked: the set that says how the questions are asked.
+            item: the question.
+        """
+        shown = [item.options[index] for index in asked.order(item)]
+        with TOKENIZING:
+            n_text = len(self.token_ids(self.render(asked.prompt(item, shown), item.n_images)))
+        try:
+            sizes = [picture_size(source) for source in item._sources]
+            return n_text + sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+        except Exception:  # only the order of the work depends on it; what cannot be asked is named when its turn comes
+            return n_text
+
     def rows(
         self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], *, padding_side: str = "left"
     ) -> Batch:
@@ -205,6 +228,10 @@ class Encoder:
         """
         if not items:
             raise QuestionError("there are no questions to encode")
+        with TOKENIZING:
+            return self._rows(asked, items, added, padding_side)
+
+    def _rows(self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], padding_side: str) -> Batch:
         texts = [asked.prompt(item, [item.options[index] for index in asked.order(item)]) for item in items]
         for item, text in zip(items, texts, strict=True):
             if not isinstance(text, str):

@@ -21,6 +21,7 @@ alone.
 import contextlib
 import functools
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +36,15 @@ from vlmneurons.answers import Wanted, logits_at
 from vlmneurons.architectures import MLP, write
 from vlmneurons.errors import AblationError, QuestionError
 from vlmneurons.inputs import Batch
+from vlmneurons.memory import is_out_of_memory, release
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet
 from vlmneurons.packing import Packing
+from vlmneurons.pictures import each_once
 from vlmneurons.questions import QuestionSet
 from vlmneurons.sites import Site
+
+log = logging.getLogger(__name__)
 
 _CPU_BYTES = 2**21
 """On a CPU, chunks whose widest activations fit its cache are faster than larger ones, by up to a half."""
@@ -99,6 +104,10 @@ class Structure:
                 known[key] = _found(model, questions)
             except CannotReplay as why:
                 known[key] = str(why)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                known[key] = "there is not enough memory to try it out on three questions at once"
         structure = known[key]
         if isinstance(structure, str):
             raise CannotReplay(structure)
@@ -210,7 +219,7 @@ class _Pass:
 
     def run(self) -> Iterator[list[Tensor]]:
         """The logits of each tile, in the order of the ablations."""
-        with self._hooked():
+        with self._hooked(), each_once(self.model.hf, self.wanted.batch):
             logits = self.model.hf(**_inputs(self.model, self.wanted.batch, self.depth)).logits
         n_tiles, n_rows = 1 + len(self.ablations), len(self.wanted.positions)
         if logits.shape[:2] != (n_tiles * n_rows, self.depth):
@@ -364,14 +373,19 @@ class _Pass:
             with self._edited():
                 while order:
                     size = self._chunk_size(plain)
+                    done = None
                     try:
-                        hidden, numbers = self._chunk(order[:size])
-                    except RuntimeError as error:
-                        if size == 1 or not _is_out_of_memory(error):
+                        done = self._chunk(order[:size])
+                    except (RuntimeError, MemoryError) as error:
+                        if size == 1 or not is_out_of_memory(error):
                             raise
                         self.structure.most_tiles = size // 2
+                        log.warning("out of memory with %d masks at once: going on with %d", size, size // 2)
+                    if done is None:
                         self.tiled.clear()
+                        release()
                         continue
+                    hidden, numbers = done
                     for number, part in zip(numbers, hidden.split(len(self.wanted.positions)), strict=True):
                         results[1 + number] = part
                     self.tiled.clear()
@@ -553,10 +567,6 @@ def _is_sum(call: _Call) -> bool:
     return torch.equal(call.residual + call.added.view_as(call.output), call.output)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 # -- nests of arguments ------------------------------------------------------------------------------------------------
 
 
@@ -642,7 +652,7 @@ def structure_of(model: VLM, two: Batch, three: Batch, parting: Batch | None = N
         except AblationError:
             raise
         except Exception as error:  # whatever another model's code may raise: then it is run the plain way
-            if _is_out_of_memory(error) if isinstance(error, RuntimeError) else False:
+            if is_out_of_memory(error):
                 raise
             reasons.append(f"{type(error).__name__}: {error}" if not isinstance(error, CannotReplay) else str(error))
     raise CannotReplay("; ".join(reasons))
@@ -839,9 +849,9 @@ def _pack(model: VLM, structure: Structure, three: Batch, parting: Batch) -> Non
     except AblationError:
         raise
     except Exception as error:  # whatever another model's code may raise: then rows are not packed
-        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
-            raise
         structure.tokens = None
+        if is_out_of_memory(error):
+            raise
 
 
 def _prove(model: VLM, structure: Structure, wanted: Wanted) -> None:
