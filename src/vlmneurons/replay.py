@@ -137,7 +137,7 @@ def replayed(
     """
     if any(site.tower != "language" for one in ablations for site in one._edits):
         raise CannotReplay("an ablation acts outside the language tower")
-    if _foreign_hook(model.hf):
+    if has_foreign_hook(model.hf):
         raise CannotReplay("there are hooks of somebody else, which would see other runs than one for each mask")
     vocabulary = getattr(model.hf.get_output_embeddings(), "out_features", 2**18)
     size = len(wanted.positions) * max(map(len, wanted.positions)) * vocabulary
@@ -153,7 +153,8 @@ def replayed(
             yield from _Pass(model, structure, wanted, one.ablations).run()
 
 
-def _foreign_hook(hf: nn.Module) -> bool:
+def has_foreign_hook(hf: nn.Module) -> bool:
+    """Whether hooks of somebody else are on a model: of the user, or of a recorder or an ablation that is in force."""
     hooks = (
         hook
         for module in hf.modules()
