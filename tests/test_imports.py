@@ -14,11 +14,12 @@ PACKAGE = Path(vn.__file__).parent
 # Each part may import those before it, and no other. What is not listed may import any, and is imported by none.
 ORDER = [
     ["errors", "_version", "effects"],
-    ["_files", "sites", "questions", "processes"],
+    ["_files", "sites", "questions", "processes", "vision_rows"],
     ["neurons", "architectures", "inputs", "cvqa", "runs"],
+    ["pictures", "packing", "memory"],
     ["statistics", "answers"],
     ["items", "model", "sharing"],
-    ["selectors"],
+    ["selectors", "batching"],
     ["trust", "ablation", "browser"],
     ["remote"],
     ["recording"],

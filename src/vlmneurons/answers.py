@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.errors import ActivationError, QuestionError
-from vlmneurons.inputs import Batch
+from vlmneurons.inputs import TOKENIZING, Batch
+from vlmneurons.pictures import each_once
 from vlmneurons.questions import LETTERS, QuestionSet, normalize
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ def logits_at(
         QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
     """
     inputs, wanted = forward_inputs(model, batch, positions)
-    output = model.hf(**inputs)
+    with each_once(model.hf, batch):
+        output = model.hf(**inputs)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise _without_logits(model, output)
@@ -344,7 +346,8 @@ class Generate(AnswerReader):
             ids = model.hf.generate(**encoded, max_new_tokens=self.max_new_tokens, **how)
         if not getattr(model.hf.config, "is_encoder_decoder", False):
             ids = ids[:, encoded["input_ids"].shape[1] :]
-        texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        with TOKENIZING:
+            texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
         chosen = []
         for item, text in zip(questions, texts, strict=True):
             order = questions.order(item)

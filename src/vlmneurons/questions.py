@@ -209,6 +209,15 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name != "EPS")
 
 
+def picture_size(source: Any) -> tuple[int, int]:
+    """Height and width of a picture, from its first bytes where it is a file."""
+    source = _resolved(source)
+    if isinstance(source, Image.Image):
+        return source.height, source.width
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+        return image.height, image.width
+
+
 def _open_image(source: Any) -> Image.Image:
     source = _resolved(source)
     with warnings.catch_warnings():
