@@ -6,7 +6,6 @@ are cut down so that a picture of the tests, of some 24 by 40 pixels, still make
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import transformers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
