@@ -7,15 +7,15 @@ On a GPU node, with a labelled copy of CVQA (the public one keeps its answers se
     python examples/reproduce_paper.py --model neulab/Pangea-7B-hf --data cvqa.parquet --out run-pangea
 
 On several GPUs, each with the whole model: ``torchrun --nproc-per-node 4 examples/reproduce_paper.py …``. On a laptop,
-in minutes: ``python examples/reproduce_paper.py --model demo --data demo --out run-demo``. Killed runs go on where they
-stopped when the same command is given again.
+in minutes: ``python examples/reproduce_paper.py --model demo --data demo --out run-demo``. Runs that were killed, or
+told to end (SLURM's SIGTERM), go on where they stopped when the same command is given again.
 """
 
 import argparse
 import logging
 import os
 
-from vlmneurons.commands import open_model, open_questions
+from vlmneurons.commands import exit_status, open_model, open_questions
 from vlmneurons.protocol import Protocol, run_study
 
 
@@ -70,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

@@ -1,5 +1,9 @@
 """The statistics of a study against SciPy, statsmodels and sums by hand."""
 
+import itertools
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,9 +11,11 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
+import vlmneurons as vn
+from helpers import picture
 from vlmneurons.controls import random_controls
 from vlmneurons.effects import benjamini_hochberg, excess, holm, mask_effects, mcnemar, sign_flips
-from vlmneurons.errors import MismatchError
+from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.study import KnockoutResult, Mask, setting_name, split_setting
 
 CODES = ("BRA", "EGY", "JPN", "SGP")
@@ -306,3 +312,157 @@ def test_random_controls_match_the_selection_in_size_and_layers():
     assert len({given["A"] for given in controls["random"]}) == 6
     for given in controls["layer-matched CAS"]:
         assert all(given[group].per_layer() == chosen["CAS"][group].per_layer() for group in "AB")
+
+
+# -- questions that share a picture ------------------------------------------------------------------------------------
+
+
+def shared(sizes: dict[str, list[int]], seed: int = 0, names: dict[str, list[str]] | None = None) -> KnockoutResult:
+    """A result of two masks in which questions about one picture fare alike: ``sizes[group]`` questions a picture."""
+    random = np.random.default_rng(seed)
+    groups, pictures, right = [], [], []
+    for group, counts in sizes.items():
+        for number, size in enumerate(counts):
+            clean, ablated = random.random() < 0.8, random.random((2,)) < 0.5
+            for _ in range(size):
+                noise = random.random(2) < 0.15
+                right.append([clean, *(ablated ^ noise)])
+                groups.append(group)
+                pictures.append(names[group][number] if names else f"{group}{number}")
+    chosen = np.where(np.array(right).T, 1, 2)
+    masks = tuple(Mask("CAS", 0, group, 5) for group in ("A", "B"))
+    ids = tuple(f"q{n}" for n in range(len(groups)))
+    return KnockoutResult(
+        ids,
+        tuple(groups),
+        np.ones(len(groups), dtype=np.int64),
+        masks,
+        chosen,
+        np.where(chosen == 1, 1.0, -1.0),
+        pictures=tuple(pictures),
+    )
+
+
+def drawn_by_hand(result: KnockoutResult, effect: str, resamples: int = 4000) -> np.ndarray:
+    """Effects in resamples of pictures, one resample at a time, with lists: no code of the library."""
+    random = np.random.default_rng(99)
+    change = (result.chosen[1:] == 1).astype(float) - (result.chosen[0] == 1)
+    of_picture: dict[str, list[int]] = {}
+    for place, name in enumerate(result.pictures):
+        of_picture.setdefault(name, []).append(place)
+    groups = {name: sorted({result.groups[place] for place in places}) for name, places in of_picture.items()}
+    strata = [
+        [of_picture[name] for name in of_picture if groups[name] == ["A"]],
+        [of_picture[name] for name in of_picture if groups[name] == ["B"]],
+        [of_picture[name] for name in of_picture if groups[name] == ["A", "B"]],
+    ]
+    own = np.array(result.groups)
+    found = []
+    for _ in range(resamples):
+        places = [
+            place
+            for stratum in strata
+            if stratum
+            for picture in random.integers(0, len(stratum), len(stratum))
+            for place in stratum[picture]
+        ]
+        in_a, in_b = (np.array([place for place in places if own[place] == group]) for group in "AB")
+        if not len(in_a) or not len(in_b):
+            continue
+        selves = change[0, in_a].mean(), change[1, in_b].mean()
+        others = change[1, in_a].mean(), change[0, in_b].mean()
+        each = [one if effect == "self_effect" else one - other for one, other in zip(selves, others, strict=True)]
+        found.append([*each, np.mean(each)])
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        shared({"A": [4] * 20, "B": [1, 2, 3, 6] * 6}),
+        shared({"A": [3] * 15, "B": [3] * 15}, names={g: [f"both{n}" for n in range(15)] for g in "AB"}),
+        shared(
+            {"A": [2] * 16, "B": [3] * 14},
+            names={"A": [f"p{n}" for n in range(16)], "B": [f"p{n + 8}" for n in range(14)]},
+        ),
+    ],
+    ids=["within groups", "all pictures in both groups", "some pictures in both groups"],
+)
+def test_intervals_resample_pictures_with_all_their_questions(result):
+    summary = result.summary(resamples=4000, permutations=10).set_index("group")
+    for effect in ("self_effect", "gap"):
+        by_hand = np.percentile(drawn_by_hand(result, effect), [2.5, 97.5], axis=0)
+        for place, group in enumerate(["A", "B", "all"]):
+            ours = summary.loc[group, [f"{effect}_low", f"{effect}_high"]].astype(float)
+            np.testing.assert_allclose(ours, by_hand[:, place], atol=0.04, err_msg=f"{effect} {group}")
+    pairs = result.pairs("CAS", resamples=4000).set_index(["mask", "group"])
+    assert pairs.loc[("A", "A"), "delta_low"] == pytest.approx(summary.loc["A", "self_effect_low"], abs=1e-9)
+
+
+def test_questions_about_one_picture_make_an_interval_wider_than_as_many_pictures_would():
+    result = shared({"A": [8] * 12, "B": [8] * 12})
+    by_picture = result.summary().set_index("group")
+    by_question = result.summary(cluster="question").set_index("group")
+
+    def width(table):
+        return (table["self_effect_high"] - table["self_effect_low"]).loc["A"]
+
+    assert width(by_picture) > 1.5 * width(by_question)
+    assert by_picture.loc["A", ["n", "pictures"]].tolist() == [96, 12]
+    assert by_picture.loc["all", "pictures"] == 24
+    assert by_picture.loc["A", "gap_p"] >= by_question.loc["A", "gap_p"]
+    with pytest.raises(MismatchError, match="cluster='image' does not exist; choose from picture, question"):
+        result.summary(cluster="image")
+
+
+def test_where_every_question_has_its_own_picture_nothing_changes():
+    result = shared({"A": [1] * 30, "B": [1] * 25})
+    unknown = replace(result, pictures=None)
+    for condition in ("all", "correct"):
+        ours, before = result.summary(condition=condition), unknown.summary(condition=condition)
+        assert ours.equals(before)
+        assert ours.equals(result.summary(condition=condition, cluster="question"))
+        assert result.pairs("CAS", condition=condition).equals(unknown.pairs("CAS", condition=condition))
+
+
+def test_sign_flips_of_pictures_are_those_of_every_possible_flip():
+    changes = np.array([[-1.0, -1, 0, 1, -1, -1, 0, -1]])
+    clusters = np.array([0, 0, 1, 1, 2, 3, 3, 0])  # picture 0 and 3 are of both groups
+    members = [np.array([0, 1, 2, 3, 5]), np.array([4, 6, 7])]
+    groups, overall = sign_flips(changes, members, 20_000, np.random.default_rng(0), clusters)
+    flips = list(itertools.product([-1, 1], repeat=4))
+
+    def exact(weight):
+        sums = [sum(weight[n] * changes[0, n] * signs[clusters[n]] for n in range(8)) for signs in flips]
+        observed = sum(weight * changes[0])
+        return np.mean([abs(value) >= abs(observed) - 1e-12 for value in sums])
+
+    weights = [np.isin(np.arange(8), own) / len(own) for own in members]
+    assert groups[0] == pytest.approx([exact(weight) for weight in weights], abs=0.01)
+    assert overall[0] == pytest.approx(exact(sum(weights)), abs=0.01)
+
+
+def test_the_study_knows_the_pictures_of_its_questions_and_keeps_them(model, tmp_path):
+    items = [
+        vn.Question(picture(n // 2), f"Which {n}?", ("Tea", "Rice"), n % 2, "AB"[n // 4], id=f"q{n}") for n in range(8)
+    ]
+    items.append(vn.Question(None, "Blind?", ("Tea", "Rice"), 0, "A", id="blind"))
+    items.append(vn.Question(lambda: (tmp_path / "none").read_bytes(), "Broken?", ("Tea", "Rice"), 0, "A", id="broken"))
+    masks = {"m": vn.NeuronSet.empty(model.space())}
+    result = vn.knockout(model, items, masks, on_error="skip", progress=False)
+    names = dict(zip(result.ids, result.pictures, strict=True))
+    assert len(set(names.values())) == 5
+    assert all(names[f"q{n}"] == names[f"q{n + 1}"] for n in (0, 2, 4, 6))
+    result.save(tmp_path / "saved")
+    assert vn.KnockoutResult.load(tmp_path / "saved").pictures == result.pictures
+    table = pd.read_parquet(tmp_path / "saved" / "answers.parquet")
+    assert table[table["run"] == 0]["picture"].tolist() == list(result.pictures)
+    # Files of before pictures were kept count every question as one of its own.
+    about = json.loads((tmp_path / "saved" / "knockout.json").read_text())
+    del about["pictures"]
+    (tmp_path / "saved" / "knockout.json").write_text(json.dumps(about))
+    assert vn.KnockoutResult.load(tmp_path / "saved").pictures is None
+    about["pictures"] = ["one"]
+    (tmp_path / "saved" / "knockout.json").write_text(json.dumps(about))
+    with pytest.raises(FileFormatError, match="9 questions with 1 pictures"):
+        vn.KnockoutResult.load(tmp_path / "saved")

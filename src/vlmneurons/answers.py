@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.errors import ActivationError, QuestionError
-from vlmneurons.inputs import Batch
+from vlmneurons.inputs import TOKENIZING, Batch
+from vlmneurons.pictures import each_once
 from vlmneurons.questions import LETTERS, QuestionSet, normalize
 
 if TYPE_CHECKING:
@@ -108,6 +109,20 @@ class LogitReader(AnswerReader):
             logits: for each row of the forward those at its wanted positions, in float32 on the CPU.
         """
 
+    def tokens(self, model: "VLM", questions: QuestionSet, encoded: Any) -> list[int] | None:
+        """Ids of the tokens whose log-probabilities are all that `score` looks at; None if it looks at more.
+
+        A reader that names them defines `score_shares` too. Then a remote run sends back these few numbers in place of
+        the logits of a whole vocabulary.
+        """
+        return None
+
+    def score_shares(
+        self, model: "VLM", questions: QuestionSet, encoded: Any, shares: list[Float[Tensor, "position vocabulary"]]
+    ) -> Reading:
+        """The answers, from log-probabilities; those of tokens that `tokens` does not name may be missing (NaN)."""
+        raise NotImplementedError(f"{type(self).__name__} names its tokens, and so has to define score_shares")
+
     def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: Watch | None = None) -> Reading:
         """See `AnswerReader.read`."""
         wanted = self.wants(encoded)
@@ -150,8 +165,19 @@ def logits_at(
     Raises:
         QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
     """
+    inputs, wanted = forward_inputs(model, batch, positions)
+    with each_once(model.hf, batch):
+        output = model.hf(**inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise _without_logits(model, output)
+    place = places_of(model, batch, wanted, logits.shape[1])
+    return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
+
+
+def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[dict[str, Any], list[int]]:
+    """The arguments of the forward that `logits_at` makes, and the positions that some row wants, in order."""
     wanted = sorted({position for row in positions for position in row})
-    place = {position: index for index, position in enumerate(wanted)}
     if getattr(model.hf.config, "is_encoder_decoder", False):
         raise QuestionError(
             f"{type(model.hf).__name__} is an encoder-decoder model: its answer begins in the decoder, not after the "
@@ -163,21 +189,26 @@ def logits_at(
         inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
     if "use_cache" in taken or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
         inputs["use_cache"] = False
-    output = model.hf(**inputs)
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise QuestionError(
-            f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
-            "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
-        )
-    if logits.shape[1] != len(wanted):
-        if logits.shape[1] != batch["input_ids"].shape[1]:
-            raise QuestionError(
-                f"{type(model.hf).__name__} gives logits at {logits.shape[1]} positions for a prompt of "
-                f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
-            )
-        place = {position: position for position in wanted}
-    return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
+    return inputs, wanted
+
+
+def places_of(model: "VLM", batch: Batch, wanted: list[int], given: int) -> dict[int, int]:
+    """Where the logits of each wanted position are, in a forward that gives them at so many positions."""
+    if given == len(wanted):
+        return {position: index for index, position in enumerate(wanted)}
+    if given == batch["input_ids"].shape[1]:
+        return {position: position for position in wanted}
+    raise QuestionError(
+        f"{type(model.hf).__name__} gives logits at {given} positions for a prompt of "
+        f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
+    )
+
+
+def _without_logits(model: "VLM", output: Any) -> QuestionError:
+    return QuestionError(
+        f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
+        "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,9 +224,16 @@ class Letters(LogitReader):
 
     def score(self, model: "VLM", questions: QuestionSet, encoded: Batch, logits: list[Tensor]) -> Reading:
         """See `LogitReader.score`."""
+        return self.score_shares(model, questions, encoded, [row.log_softmax(-1) for row in logits])
+
+    def tokens(self, model: "VLM", questions: QuestionSet, encoded: Batch) -> list[int]:
+        """See `LogitReader.tokens`."""
+        return letter_tokens(model, max(len(item.options) for item in questions)).flatten().tolist()
+
+    def score_shares(self, model: "VLM", questions: QuestionSet, encoded: Batch, shares: list[Tensor]) -> Reading:
+        """See `LogitReader.score_shares`."""
         tokens = letter_tokens(model, max(len(item.options) for item in questions))
-        shown = [row.log_softmax(-1)[0, tokens].logsumexp(-1) for row in logits]
-        return _reading(questions, shown)
+        return _reading(questions, [row[0, tokens].logsumexp(-1) for row in shares])
 
 
 @dataclass(frozen=True, repr=False)
@@ -258,8 +296,15 @@ class TextLikelihood(LogitReader):
 
     def score(self, model: "VLM", questions: QuestionSet, encoded: "_Options", logits: list[Tensor]) -> Reading:
         """See `LogitReader.score`."""
+        return self.score_shares(model, questions, encoded, [row.log_softmax(-1) for row in logits])
+
+    def tokens(self, model: "VLM", questions: QuestionSet, encoded: "_Options") -> list[int]:
+        """See `LogitReader.tokens`."""
+        return sorted({token for per_option in encoded.wanted for _, ids in per_option for token in ids})
+
+    def score_shares(self, model: "VLM", questions: QuestionSet, encoded: "_Options", shares: list[Tensor]) -> Reading:
+        """See `LogitReader.score_shares`."""
         scores = []
-        shares = [row.log_softmax(-1) for row in logits]
         for per_option in encoded.wanted:
             values = []
             for row, ids in per_option:
@@ -301,7 +346,8 @@ class Generate(AnswerReader):
             ids = model.hf.generate(**encoded, max_new_tokens=self.max_new_tokens, **how)
         if not getattr(model.hf.config, "is_encoder_decoder", False):
             ids = ids[:, encoded["input_ids"].shape[1] :]
-        texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        with TOKENIZING:
+            texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
         chosen = []
         for item, text in zip(questions, texts, strict=True):
             order = questions.order(item)

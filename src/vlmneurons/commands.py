@@ -1,14 +1,15 @@
 """The command line: ``python -m vlmneurons study|record|select|report``, each thin over one public function.
 
 Made for batch systems: progress and log go to standard error, results to files and standard output, and the exit
-status is 0 if all is well, 1 for an error of the data, the model or the settings, which is told in one line.
+status is 0 if all is well, 1 for an error of the data, the model or the settings, which is told in one line. A run that
+is told to end (SIGTERM, as SLURM sends it, or ctrl-C) says so and gives 143 or 130; its folder can be gone on with.
 """
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vlmneurons.model import VLM
 from vlmneurons.processes import current_processes
 from vlmneurons.protocol import SELECTORS, Protocol, record_shared, run_study
 from vlmneurons.questions import QuestionSet
+from vlmneurons.runs import Stopped, stopped_by_signals
 from vlmneurons.study import KnockoutResult
 
 log = logging.getLogger(__name__)
@@ -33,12 +35,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for name in ("matplotlib", "PIL", "httpx", "urllib3", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    return exit_status(lambda: given.run(given))
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Do some work, and give the exit status of a program that did it: what went wrong is told in one line.
+
+    Example:
+        ``raise SystemExit(exit_status(main))`` at the end of a script that a batch system runs.
+    """
     try:
-        given.run(given)
+        with stopped_by_signals():
+            work()
     except VLMNeuronsError as error:
         log.debug("where it happened", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except Stopped as stop:
+        log.debug("where it happened", exc_info=True)
+        sys.stderr.write(f"\nstopped by {stop}: what is finished is kept; the same command goes on from there\n")
+        return 128 + stop.signal
     return 0
 
 

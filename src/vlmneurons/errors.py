@@ -40,6 +40,10 @@ class FileFormatError(VLMNeuronsError, ValueError):
     """A file that is damaged, of another kind, or from a newer version."""
 
 
+class OutOfMemoryError(VLMNeuronsError, MemoryError):
+    """A single question that does not fit into memory; larger batches are halved without an error."""
+
+
 class GroupError(VLMNeuronsError, KeyError):
     """A group that does not exist."""
 

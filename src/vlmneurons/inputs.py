@@ -5,17 +5,20 @@ and wraps the user's text in a chat template; which tokens are the picture, whic
 template, padding or special tokens decides what is counted, so it is worked out here, once, per token, and checked.
 """
 
+import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int64
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
 from vlmneurons.errors import MismatchError, QuestionError
-from vlmneurons.questions import Question, QuestionSet
+from vlmneurons.questions import Question, QuestionSet, picture_size
 from vlmneurons.vision_rows import Rows, vision_rows
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 TOKEN_RULES = ("content", "image", "text", "last")
 """Names of the built-in token rules; see `TokenTable.counted`."""
+
+TOKENIZING = threading.RLock()
+"""Held while a batch is encoded or generated texts are decoded: fast tokenizers refuse two threads at once."""
 
 _MARK = "QUESTIONTEXTGOESHERE"
 
@@ -89,11 +95,14 @@ class Batch(BatchFeature):
         vision: for each row of the batch the number of leading-dimension rows of the vision tower that are its
             pictures' (patches, tiles, or pictures); None where that cannot be told.
         patches: which patches of each of the vision tower's rows are real; None where none is padding.
+        pictures: for each row a digest of its pictures' pixels, in order: rows with the same one show the same; None
+            where that is not known.
     """
 
     tokens: TokenTable
     vision: tuple[int, ...] | None
     patches: Bool[Tensor, "row patch"] | None
+    pictures: tuple[bytes, ...] | None
 
     def __init__(
         self,
@@ -101,11 +110,13 @@ class Batch(BatchFeature):
         tokens: TokenTable,
         vision: tuple[int, ...] | None,
         patches: Bool[Tensor, "row patch"] | None = None,
+        pictures: tuple[bytes, ...] | None = None,
     ) -> None:
         super().__init__(data)
         self.tokens = tokens
         self.vision = vision
         self.patches = patches
+        self.pictures = pictures
 
 
 class Encoder:
@@ -192,6 +203,25 @@ class Encoder:
         """
         return self.rows(questions, list(questions), [""] * len(questions), padding_side=padding_side)
 
+    def length(self, asked: QuestionSet, item: Question) -> int:
+        """About how many tokens a question has, for putting questions of like length together.
+
+        Pictures are not decoded: their sizes are in their first bytes, and processors of transformers tell how many
+        tokens a size takes. Where that is not known, or a picture cannot be opened, it counts nothing.
+
+        Args:
+            asked: the set that says how the questions are asked.
+            item: the question.
+        """
+        shown = [item.options[index] for index in asked.order(item)]
+        with TOKENIZING:
+            n_text = len(self.token_ids(self.render(asked.prompt(item, shown), item.n_images)))
+        try:
+            sizes = [picture_size(source) for source in item._sources]
+            return n_text + sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+        except Exception:  # only the order of the work depends on it; what cannot be asked is named when its turn comes
+            return n_text
+
     def rows(
         self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], *, padding_side: str = "left"
     ) -> Batch:
@@ -209,9 +239,11 @@ class Encoder:
         if not items:
             raise QuestionError("there are no questions to encode")
         if getattr(self.model.hf.config, "is_encoder_decoder", False):
-            padding_side = (
-                "right"  # its encoder may count positions from the first token, and its answer begins elsewhere
-            )
+            padding_side = "right"  # its encoder may count positions from the first token; its answer begins elsewhere
+        with TOKENIZING:
+            return self._rows(asked, items, added, padding_side)
+
+    def _rows(self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], padding_side: str) -> Batch:
         texts = [asked.prompt(item, [item.options[index] for index in asked.order(item)]) for item in items]
         for item, text in zip(items, texts, strict=True):
             if not isinstance(text, str):
@@ -257,7 +289,9 @@ class Encoder:
         tokens = TokenTable(ids, attention, image, special, template & ~image, last)
         seen = self._vision_rows(data, pictures, lambda n: self._process([texts[n]], [pictures[n]], padding_side))
         vision, patches = (None, None) if seen is None else seen
-        return Batch(dict(data), tokens, vision, patches).to(self.model.device)
+        digests = {name: _digest(part) for name, part in opened.items()}
+        seen_as = tuple(digests[item.id] for item in items)
+        return Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device)
 
     def _process(self, texts: Sequence[str], pictures: Sequence[Sequence[Any]], padding_side: str) -> BatchFeature:
         """What the processor makes of texts, their image placeholders unexpanded, and of each one's pictures."""
@@ -383,6 +417,15 @@ _PLAIN_PROMPTS = ("PaliGemmaProcessor",)
 """Processors without a chat template whose prompts are a text after its pictures' placeholders, and nothing else."""
 
 _TOKEN_NAMES = ("image_token", "video_token", "boi_token", "image_pad_token")
+
+
+def _digest(pictures: Sequence[Image.Image]) -> bytes:
+    """Of the pixels that some pictures show."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in pictures:
+        digest.update(repr((picture.mode, picture.size)).encode())
+        digest.update(picture.tobytes())
+    return digest.digest()
 
 
 def _common(one: Any, other: Any) -> int:

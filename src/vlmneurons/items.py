@@ -109,6 +109,11 @@ class ItemStatistics:
             if not set(manifest["tables"]) <= set(_FILES) or "positive" not in manifest["tables"]:
                 raise ValueError(f"tables {manifest['tables']!r}")
             statistics = cls(folder, manifest, NeuronSpace.from_json(manifest["space"]))
+            if (folder / "halved.json").exists():
+                halved = _files.parse((folder / "halved.json").read_text(encoding="utf-8"))
+                statistics.provenance["halved"] = [
+                    {name: one[name] for name in ("from", "to", "first")} for one in halved
+                ]
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold item statistics: {error}") from error
         for name, size in statistics._sizes().items():
@@ -210,6 +215,12 @@ class ItemStatistics:
                 file.write(entry.tobytes())
             file.flush()
             os.fsync(file.fileno())
+
+    def _note(self, halved: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what was learnt about memory beside the manifest, which says what was asked for."""
+        if halved and list(halved) != self.provenance.get("halved"):
+            self.provenance = {**self.provenance, "halved": list(halved)}
+            (self.folder / "halved.json").write_text(json.dumps(list(halved)), encoding="utf-8")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

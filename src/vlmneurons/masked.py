@@ -7,7 +7,7 @@ from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, LogitReader, Reading
 from vlmneurons.model import VLM
 from vlmneurons.questions import QuestionSet
-from vlmneurons.replay import CannotReplay, Structure, replayed
+from vlmneurons.replay import CannotReplay, Structure, has_foreign_hook, replayed
 
 
 def read_masked(
@@ -45,6 +45,8 @@ def _read_shared(
     model: VLM, reader: LogitReader, questions: QuestionSet, encoded: Any, ablations: Sequence[Ablation]
 ) -> Iterator[Reading]:
     """The readings of one shared forward; none, or no more, where it turns out that this cannot be."""
+    if has_foreign_hook(model.hf):
+        return  # whose it is wants to see one run for each mask, and none that finds out about the model
     try:
         structure = Structure.of(model, questions)
         for logits in replayed(model, structure, reader.wants(encoded), ablations):

@@ -17,7 +17,7 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 
 from vlmneurons.architectures import MLP, Tower, find_towers
 from vlmneurons.errors import ArchitectureError, SiteError
@@ -307,6 +307,7 @@ class VLM:
         trust_remote_code: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
         template: Callable[[str, int], str] | None = None,
+        weights: bool = True,
         **hf_kwargs: Any,
     ) -> "VLM":
         """Load a model and its processor by name or from a folder.
@@ -317,13 +318,25 @@ class VLM:
             trust_remote_code: whether code from the repository may run.
             processor_kwargs: further arguments of ``AutoProcessor.from_pretrained``.
             template: see `VLM`.
+            weights: False for a model without its weights, on the meta device: its sites have names, and it can run
+                elsewhere (``remote=True``, see `vlmneurons.remote`).
             **hf_kwargs: arguments of ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map`` …
         """
         name_or_path = os.fspath(name_or_path)
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
         processor = AutoProcessor.from_pretrained(name_or_path, **shared, **(processor_kwargs or {}))
-        hf_model = AutoModelForImageTextToText.from_pretrained(name_or_path, **shared, **hf_kwargs)
-        return cls(hf_model, processor, template=template)
+        if weights:
+            hf_model = AutoModelForImageTextToText.from_pretrained(name_or_path, **shared, **hf_kwargs)
+        else:
+            if hf_kwargs:
+                raise ArchitectureError(f"weights=False loads nothing that {', '.join(hf_kwargs)} could apply to")
+            config = AutoConfig.from_pretrained(name_or_path, **shared)
+            with torch.device("meta"):
+                hf_model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+            hf_model.hf_device_map = {"": torch.device("meta")}  # else transformers would try to move the weights
+        model = cls(hf_model, processor, template=template)
+        model.nnsight.revision = revision  # names the model in a remote run
+        return model
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -351,8 +364,10 @@ class VLM:
             weight = next(self.hf.parameters())
         if weight.device.type != "meta":
             return weight.device
-        # Offloaded weights lie on meta between forwards; accelerate knows where they come to for one.
-        return _offloaded_to(self.hf) or torch.device(getattr(self.hf, "device", "cpu"))
+        # Offloaded weights lie on meta between forwards; accelerate knows where they come to for one. A model made
+        # without weights runs elsewhere, and its inputs wait here.
+        where = _offloaded_to(self.hf) or torch.device(getattr(self.hf, "device", "cpu"))
+        return torch.device("cpu") if where.type == "meta" else where
 
     @property
     def can_generate(self) -> bool:

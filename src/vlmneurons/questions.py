@@ -209,6 +209,15 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name != "EPS")
 
 
+def picture_size(source: Any) -> tuple[int, int]:
+    """Height and width of a picture, from its first bytes where it is a file."""
+    source = _resolved(source)
+    if isinstance(source, Image.Image):
+        return source.height, source.width
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+        return image.height, image.width
+
+
 def _open_image(source: Any) -> Image.Image:
     source = _resolved(source)
     with warnings.catch_warnings():
@@ -474,6 +483,22 @@ class QuestionSet(Sequence[Question]):
         for item, key in zip(self._items, keys, strict=True):
             clusters.setdefault(root(key), []).append(item)
         return clusters
+
+    def pictures(self) -> tuple[str, ...]:
+        """For each question the name of its picture: the same for questions that share one.
+
+        Questions that share a picture through others do so too, as in `split`. A question without a picture, or whose
+        picture does not open, shares it with none unless its ``image_id`` says otherwise.
+        """
+
+        def opens(item: Question) -> bool:
+            try:
+                return bool(item.image_key)
+            except QuestionError:
+                return False
+
+        found = {item.id: key for key, items in self.filter(opens)._by_picture().items() for item in items}
+        return tuple(found.get(item.id, f"no image: {item.id}") for item in self._items)
 
     def order(self, question: Question) -> tuple[int, ...]:
         """The order in which a question's options are shown: position shown → index in ``question.options``."""

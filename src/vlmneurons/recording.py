@@ -6,9 +6,10 @@ counts; `record` then adds a row to its group's statistics if the answer meets t
 """
 
 import contextlib
+import functools
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from tqdm.auto import tqdm
 from vlmneurons._version import __version__
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.architectures import Handle, read
+from vlmneurons.batching import batches, prefetched
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
 from vlmneurons.items import Item, ItemStatistics
+from vlmneurons.memory import MemoryLimit, is_out_of_memory, release
 from vlmneurons.model import VLM
 from vlmneurons.questions import Question, QuestionSet
+from vlmneurons.remote import Remote, SiteCounts, reader_at, reader_provenance
 from vlmneurons.sites import NeuronSpace, Site
 from vlmneurons.statistics import ActivationStatistics
 from vlmneurons.vision_rows import UnknownPadding, real_patches
@@ -156,6 +160,7 @@ class Recorder:
         self.tokens = tokens
         self.magnitudes = magnitudes
         self._maxima = False
+        self._elsewhere = False
         self._counter = _FiringCounter()
         self._weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._sites = [_SiteCount(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
@@ -185,6 +190,8 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         if self._handles:
             raise VLMNeuronsError("this recorder is already counting; make another one to nest them")
+        if self._elsewhere:
+            return self
         hf = self.model.hf
         try:
             for number, site in enumerate(self.space.sites):
@@ -426,6 +433,24 @@ class Recorder:
             raise MismatchError(f"{state.site} has {state.seen + n} rows where the pictures have {len(owners)}")
         return owner
 
+    def _take(self, counts: Mapping[int, SiteCounts]) -> None:
+        """Take over what was counted elsewhere, of the rows that are watched, as if it had been counted here."""
+        assert self._prepared is not None
+        self._vision = self._prepared.vision
+        n_rows, rows = len(self._prepared.tokens.ids), torch.tensor(self._rows)
+        for number, one in counts.items():
+            if one.bad.any():
+                raise _NotFinite(self.space.sites[number], self._rows[int(one.bad.nonzero()[0])], True)
+            state = self._sites[number]
+            state.seen = one.seen if self._in_vision[number] else 0
+
+            def of_batch(part: Tensor | None, rest: float = 0) -> Tensor | None:
+                return (
+                    None if part is None else part.new_full((n_rows, *part.shape[1:]), rest).index_copy_(0, rows, part)
+                )
+
+            state.add(*map(of_batch, (one.fired, one.tokens, one.total)), of_batch(one.maximum, -torch.inf))
+
     # -- adding up -----------------------------------------------------------------------------------------------------
 
     # What adds up must not be made in inference mode, or no run outside of it could be added.
@@ -573,14 +598,6 @@ class _NotFinite(ActivationError):
         self.site, self.row, self.first = site, row, first
 
 
-def batches(questions: QuestionSet, size: int) -> Iterator[QuestionSet]:
-    """Batches of questions in order, those with as many pictures together: most first, those without one last."""
-    for n_images in sorted({item.n_images for item in questions}, reverse=True):
-        part = [item for item in questions if item.n_images == n_images]
-        for start in range(0, len(part), size):
-            yield questions._with(part[start : start + size])
-
-
 def record(
     model: VLM,
     questions: QuestionSet | Sequence[Question],
@@ -591,8 +608,11 @@ def record(
     batch_size: int = 8,
     answer: str | AnswerReader | None = None,
     magnitudes: bool = False,
+    by_length: bool = False,
+    prefetch: int = 2,
     on_error: str = "raise",
     progress: bool = True,
+    remote: Remote = False,
 ) -> ActivationStatistics:
     """Ask questions and count, group by group, how often each neuron fires.
 
@@ -606,12 +626,17 @@ def record(
         condition: ``"correct"`` (questions answered right, as the paper does), ``"wrong"`` or ``"all"``.
         tokens: which tokens count: ``"content"``, ``"image"``, ``"text"``, ``"last"``, or a function; see
             `vlmneurons.inputs.TokenTable.counted`.
-        batch_size: questions a forward.
+        batch_size: questions a forward; where they do not fit into memory, half as many from then on (the provenance
+            says so under ``"halved"``).
         answer: how answers are read; by default as the set says.
         magnitudes: also sum the neurons' values, for mean activations.
+        by_length: let questions of like length share a batch, where pictures or texts differ so much that a good part
+            of a batch would be padding. The counts do not depend on it.
+        prefetch: how many batches a thread prepares (opens, resizes, tokenizes) while the model runs; 0 for none.
         on_error: what to do with a question that cannot be asked, such as one whose picture does not open:
             ``"raise"``, or ``"skip"`` it (its id is kept in the provenance).
         progress: show a progress bar.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
 
     Returns:
         Counts ``[group, neuron]``, groups sorted. A group none of whose questions met the condition has zeros.
@@ -620,6 +645,7 @@ def record(
         QuestionError: a question cannot be asked. Its ``partial``, like that of any error or interrupt on the way,
             holds the statistics of the batches before.
         ActivationError: NaN or infinite activations; the message names the site and the question.
+        OutOfMemoryError: a single question does not fit into memory.
 
     Source: activation probabilities of correctly answered questions, Zhao et al. 2025 (arXiv 2510.24942).
     """
@@ -627,8 +653,7 @@ def record(
         raise QuestionError(f"condition={condition!r} does not exist; choose from {', '.join(CONDITIONS)}")
     if on_error not in ("raise", "skip"):
         raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
-    if batch_size < 1:
-        raise QuestionError(f"batch_size {batch_size} is less than 1")
+    _check_sizes(batch_size, prefetch)
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
     if not len(questions):
         raise QuestionError("there are no questions to record")
@@ -637,24 +662,35 @@ def record(
     reader = reader_of(questions.answer)
     recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
     recorder._strict = False
+    reader = reader_at(model, reader, remote, recorder)
     skipped: list[str] = []
     n_correct = 0
+    limit = MemoryLimit()
+    coming = batches(questions, batch_size, _lengths(model, questions) if by_length else None)
 
     def provenance() -> dict[str, Any]:
         return {
             **_provenance(model),
+            **reader_provenance(reader),
             "tokens": _rule_name(tokens),
             "condition": condition,
             "answer": repr(reader),
             "prompt": _rule_name(questions.prompt),
             "shuffle": questions.shuffle,
             "skipped": list(skipped),
+            **limit.provenance,
         }
 
-    with recorder, torch.inference_mode(), tqdm(total=len(questions), unit="item", disable=not progress) as bar:
-        for batch in batches(questions, batch_size):
+    with (
+        recorder,
+        torch.inference_mode(),
+        tqdm(total=len(questions), unit="item", disable=not progress) as bar,
+        prefetched(model, reader, coming, prefetch, lambda batch: batch) as encoded,
+    ):
+        for batch, encode in encoded:
             try:
-                for part, reading in _read(model, reader, recorder, batch, skipped if on_error == "skip" else None):
+                left_out = skipped if on_error == "skip" else None
+                for part, reading in _read(model, reader, recorder, batch, encode, limit, left_out):
                     right = [choice == item.answer for choice, item in zip(reading.chosen, part, strict=True)]
                     n_correct += sum(right)
                     meets = [condition == "all" or is_right == (condition == "correct") for is_right in right]
@@ -682,7 +718,10 @@ def record_items(
     answer: str | AnswerReader | None = None,
     magnitudes: bool = False,
     maxima: bool = False,
+    by_length: bool = False,
+    prefetch: int = 2,
     progress: bool = True,
+    remote: Remote = False,
 ) -> ItemStatistics:
     """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
 
@@ -696,20 +735,23 @@ def record_items(
         folder: where the files go, about 2 bytes a neuron and question.
         space: the neurons to count; by default the gates of the language tower.
         tokens: which tokens count; see `record`.
-        batch_size: questions a forward.
+        batch_size: questions a forward; see `record` for what happens where they do not fit into memory.
         answer: how answers are read; by default as the set says.
         magnitudes: also keep each question's sum of every neuron's values, in float32 (4 bytes a neuron and question).
         maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
+        by_length: let questions of like length share a batch; see `record`.
+        prefetch: how many batches a thread prepares while the model runs; 0 for none.
         progress: show a progress bar.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
 
     Raises:
         MismatchError: the folder holds another recording, or another process is recording into it; or the model runs
             its layers several times in a forward, or is an encoder-decoder model.
         QuestionError: a question cannot be asked. What was recorded before it stays.
         ActivationError: NaN or infinite activations; the message names the site and the question.
+        OutOfMemoryError: a single question does not fit into memory.
     """
-    if batch_size < 1:
-        raise QuestionError(f"batch_size {batch_size} is less than 1")
+    _check_sizes(batch_size, prefetch)
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
     if not len(questions):
         raise QuestionError("there are no questions to record")
@@ -719,6 +761,7 @@ def record_items(
     recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
     recorder._strict = False
     recorder._maxima = maxima
+    reader = reader_at(model, reader, remote, recorder)
     uneven = len({site.tower for site in recorder.space}) > 1 or any(
         model.mlp_of(site).expert is not None or site.tower != "language" for site in recorder.space
     )
@@ -728,6 +771,7 @@ def record_items(
         [Item(item.id, item.group, item.answer, item.metadata) for item in questions],
         {
             **_provenance(model),
+            **reader_provenance(reader),
             "tokens": _rule_name(tokens),
             "answer": repr(reader),
             "prompt": _rule_name(questions.prompt),
@@ -736,46 +780,88 @@ def record_items(
         ["positive", *["reached"] * uneven, *["total"] * magnitudes, *["maximum"] * maxima],
     )
     place = {item.id: row for row, item in enumerate(questions)}
+    limit = MemoryLimit(statistics.provenance.get("halved", ()))
     with statistics._locked(), recorder, torch.inference_mode():
         done = statistics.done
-        with tqdm(total=len(questions), initial=int(done.sum()), unit="item", disable=not progress) as bar:
-            for batch in batches(questions, batch_size):
-                rows = [place[item.id] for item in batch]
-                if done[rows].all():
-                    continue
+        coming = (
+            batch
+            for batch in batches(questions, batch_size, _lengths(model, questions) if by_length else None)
+            if not done[[place[item.id] for item in batch]].all()
+        )
+        with (
+            tqdm(total=len(questions), initial=int(done.sum()), unit="item", disable=not progress) as bar,
+            prefetched(model, reader, coming, prefetch, lambda batch: batch) as encoded,
+        ):
+            for batch, encode in encoded:
                 try:
-                    ((part, reading),) = _read(model, reader, recorder, batch, None)
-                    tables, counted = recorder._by_row()
-                    if not uneven and (tables["reached"] != counted[:, None]).any():
-                        raise MismatchError(
-                            f"{type(model.hf).__name__} computes its sites several times for a token in one forward, "
-                            "which the files of record_items do not hold; vn.record does, in its `routed`"
-                        )
-                    chosen = [-1 if choice is None else choice for choice in reading.chosen]
-                    statistics._write(rows, chosen, counted, reading.margins(part).numpy(), tables)
+                    for part, reading in _read(model, reader, recorder, batch, encode, limit, None):
+                        rows = [place[item.id] for item in part]
+                        tables, counted = recorder._by_row()
+                        if not uneven and (tables["reached"] != counted[:, None]).any():
+                            raise MismatchError(
+                                f"{type(model.hf).__name__} computes its sites several times for a token in one "
+                                "forward, which the files of record_items do not hold; vn.record does, in its `routed`"
+                            )
+                        chosen = [-1 if choice is None else choice for choice in reading.chosen]
+                        statistics._write(rows, chosen, counted, reading.margins(part).numpy(), tables)
+                        bar.update(len(part) - int(done[rows].sum()))
                 finally:
                     recorder._forget()
-                bar.update(len(batch) - int(done[rows].sum()))
+                    statistics._note(limit.halved)
     return statistics
 
 
+def _check_sizes(batch_size: int, prefetch: int) -> None:
+    if batch_size < 1:
+        raise QuestionError(f"batch_size {batch_size} is less than 1")
+    if prefetch < 0:
+        raise QuestionError(f"prefetch {prefetch} is less than 0; 0 encodes each batch when its turn comes")
+
+
+def _lengths(model: VLM, questions: QuestionSet) -> Callable[[Question], int]:
+    """How many tokens each question has, about."""
+    return functools.partial(model.encoder.length, questions)
+
+
 def _read(
-    model: VLM, reader: AnswerReader, recorder: Recorder, batch: QuestionSet, skipped: list[str] | None
+    model: VLM,
+    reader: AnswerReader,
+    recorder: Recorder,
+    batch: QuestionSet,
+    encode: Callable[[], Any],
+    limit: MemoryLimit,
+    skipped: list[str] | None,
 ) -> Iterator[tuple[QuestionSet, Reading]]:
-    """Read a batch's answers while counting; where one question spoils it, ask them one by one."""
-    try:
-        yield batch, reader.read(model, batch, reader.encode(model, batch), recorder._watch)
-    except _NotFinite as found:
-        raise _located(model, reader, recorder, batch, found) from None
-    except QuestionError:
-        if skipped is None:
-            raise
-        if len(batch) == 1:
-            skipped.append(batch[0].id)
-            return
-        for start in range(len(batch)):
-            recorder._forget()
-            yield from _read(model, reader, recorder, batch[start : start + 1], skipped)
+    """Read a batch's answers while counting, in one part or, where memory does not suffice, in several.
+
+    Where one question spoils a batch, they are asked one by one.
+    """
+    waiting = limit.parts(batch)
+    whole = len(waiting) == 1
+    while waiting:
+        part = waiting.pop(0)
+        recorder._forget()
+        reading = None
+        try:
+            reading = reader.read(model, part, encode() if whole else reader.encode(model, part), recorder._watch)
+        except _NotFinite as found:
+            raise _located(model, reader, recorder, part, found) from None
+        except QuestionError:
+            if skipped is None:
+                raise
+            if len(part) == 1:
+                skipped.append(part[0].id)
+            else:
+                waiting = [part[n : n + 1] for n in range(len(part))] + waiting
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            waiting = limit.halves(part, error) + waiting
+        whole = False
+        if reading is None:
+            release()
+        else:
+            yield part, reading
 
 
 def _located(model: VLM, reader: AnswerReader, recorder: Recorder, batch: QuestionSet, found: _NotFinite) -> Exception:

@@ -4,21 +4,24 @@ The model's own forward runs once, on the batch as it is: picture, embeddings, a
 caught on the way. When its last layer is done, the layers are called again on *tiles* (a tile is a copy of the whole
 batch under one mask; some tiles make a chunk), each from the first layer that its mask touches, and the model's own
 forward goes on with the rows of all tiles to its norm and its logits. Nothing is computed by other code than the
-model's. Three things are spared besides the picture:
+model's. Four things are spared besides the picture:
 
 * layers before the first one that a mask touches, and of this one all that comes before the down projection;
 * of the last MLP, the positions whose logits nobody asked for;
-* the projection to the vocabulary of these positions.
+* the projection to the vocabulary of these positions;
+* tokens that rows begin with alike, as questions about one picture do, and padding: see `vlmneurons.packing`.
 
 Whether a model's decoder can be called again like that is not guessed from its name: `Structure.of` runs it on two and
 on three questions to see which axis of every argument is the rows', then compares the logits under four masks with
-those of plain runs. A decoder that changes the hidden states between its layers (as one that adds picture features
-there, like Qwen3-VL's) is called again as a whole; one that fails this as well is left alone.
+those of plain runs; so it does with packed rows. A decoder that changes the hidden states between its layers (as one
+that adds picture features there, like Qwen3-VL's) is called again as a whole; one that fails this as well is left
+alone.
 """
 
 import contextlib
 import functools
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,10 +36,15 @@ from vlmneurons.answers import Wanted, logits_at
 from vlmneurons.architectures import MLP, write
 from vlmneurons.errors import AblationError, QuestionError
 from vlmneurons.inputs import Batch
+from vlmneurons.memory import is_out_of_memory, release
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet
+from vlmneurons.packing import Packing
+from vlmneurons.pictures import each_once
 from vlmneurons.questions import QuestionSet
 from vlmneurons.sites import Site
+
+log = logging.getLogger(__name__)
 
 _CPU_BYTES = 2**21
 """On a CPU, chunks whose widest activations fit its cache are faster than larger ones, by up to a half."""
@@ -66,6 +74,9 @@ class Structure:
         branches: for a layer its MLP, and the module (a name within the layer) whose input the MLP's output is added
             to, where the layer's output is just that sum.
         narrow: modules of the last layer that need to see no tokens but those whose logits are wanted.
+        tokens: for each module of the chain and each tensor with an axis of tokens (an attention mask has two) where it
+            is; None where rows cannot be packed.
+        mask: where among the arguments the attention mask is; its dtype is ``mask_dtype``.
         most_tiles: how many tiles have turned out to fit into memory; None as long as none did not.
     """
 
@@ -74,6 +85,9 @@ class Structure:
     hidden: Path | None
     branches: dict[int, tuple[MLP, str]] = field(default_factory=dict)
     narrow: list[nn.Module] = field(default_factory=list)
+    tokens: list[dict[Path, int]] | None = None
+    mask: Path | None = None
+    mask_dtype: torch.dtype = torch.bool
     most_tiles: int | None = None
 
     @classmethod
@@ -90,6 +104,10 @@ class Structure:
                 known[key] = _found(model, questions)
             except CannotReplay as why:
                 known[key] = str(why)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                known[key] = "there is not enough memory to try it out on three questions at once"
         structure = known[key]
         if isinstance(structure, str):
             raise CannotReplay(structure)
@@ -119,16 +137,24 @@ def replayed(
     """
     if any(site.tower != "language" for one in ablations for site in one._edits):
         raise CannotReplay("an ablation acts outside the language tower")
-    if _foreign_hook(model.hf):
+    if has_foreign_hook(model.hf):
         raise CannotReplay("there are hooks of somebody else, which would see other runs than one for each mask")
     vocabulary = getattr(model.hf.get_output_embeddings(), "out_features", 2**18)
     size = len(wanted.positions) * max(map(len, wanted.positions)) * vocabulary
     at_once = max(1, _MOST_LOGITS // size)
     for start in range(0, len(ablations), at_once):
-        yield from _Pass(model, structure, wanted, ablations[start : start + at_once]).run()
+        one = _Pass(model, structure, wanted, ablations[start : start + at_once])
+        try:
+            yield from one.run()
+        except CannotReplay:
+            if one.packing is None:
+                raise
+            structure.tokens = None  # this model's rows are better left as they are
+            yield from _Pass(model, structure, wanted, one.ablations).run()
 
 
-def _foreign_hook(hf: nn.Module) -> bool:
+def has_foreign_hook(hf: nn.Module) -> bool:
+    """Whether hooks of somebody else are on a model: of the user, or of a recorder or an ablation that is in force."""
     hooks = (
         hook
         for module in hf.modules()
@@ -159,9 +185,13 @@ class _Pass:
 
     def __init__(self, model: VLM, structure: Structure, wanted: Wanted, ablations: Sequence[Ablation]) -> None:
         self.model, self.structure, self.wanted, self.ablations = model, structure, wanted, ablations
-        self.n_rows, self.length = wanted.batch["input_ids"].shape
         self.depth = max(map(len, wanted.positions))
-        self.narrowing = _Narrowing(wanted, self.length)
+        self.packing = self._packing()
+        self.n_rows, self.length = wanted.batch["input_ids"].shape if self.packing is None else self.packing.row.shape
+        positions = wanted.positions if self.packing is None else self.packing.index(wanted.positions)
+        self.narrowing = _Narrowing(positions, self.length)
+        self.index = _filled(wanted.positions).to(wanted.batch["input_ids"].device)
+        self.packed: dict[tuple[int, Path], tuple[Any, Any]] = {}
         n_modules = len(structure.chain)
         whole = structure.hidden is None
         # The module at which each ablation's tile begins; an empty ablation has none.
@@ -172,6 +202,12 @@ class _Pass:
         """The ablation of each tile that is being computed, in the order of the rows."""
         self.replaying = False
         self.tiled: dict[tuple[int, int], Tensor] = {}
+
+    def _packing(self) -> Packing | None:
+        """How the rows are packed; None where they are computed as they are."""
+        if self.structure.tokens is None or any(one.by_row for one in self.ablations):
+            return None
+        return Packing.of(self.wanted.batch, self.wanted.positions)
 
     def _can_begin_behind(self, layer: int) -> bool:
         """Whether the tiles that begin at a layer can begin at its down projection."""
@@ -184,12 +220,12 @@ class _Pass:
 
     def run(self) -> Iterator[list[Tensor]]:
         """The logits of each tile, in the order of the ablations."""
-        with self._hooked():
+        with self._hooked(), each_once(self.model.hf, self.wanted.batch):
             logits = self.model.hf(**_inputs(self.model, self.wanted.batch, self.depth)).logits
-        n_tiles = 1 + len(self.ablations)
-        if logits.shape[:2] != (n_tiles * self.n_rows, self.depth):
+        n_tiles, n_rows = 1 + len(self.ablations), len(self.wanted.positions)
+        if logits.shape[:2] != (n_tiles * n_rows, self.depth):
             raise CannotReplay(f"the model gives logits of shape {tuple(logits.shape)} for {n_tiles} tiles")
-        for tile in logits.split(self.n_rows)[1:]:
+        for tile in logits.split(n_rows)[1:]:
             rows = tile.float().cpu()
             yield [row[: len(places)] for row, places in zip(rows, self.wanted.positions, strict=True)]
 
@@ -221,12 +257,13 @@ class _Pass:
             _OWNERS.give(hf)
             self.calls = [None] * len(self.calls)
             self.tiled.clear()
+            self.packed.clear()
 
     # -- hooks of the model's own forward ------------------------------------------------------------------------------
 
-    def _enter(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _enter(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.replaying:
-            return
+            return None
         if self.calls[number] is not None:
             raise CannotReplay(f"layer {number} runs more than once in a forward")
         hidden = self.structure.hidden
@@ -235,9 +272,40 @@ class _Pass:
             if before is None or dict(_leaves((args, kwargs))).get(hidden) is not before.output:
                 raise CannotReplay(f"the hidden states change between layers {number - 1} and {number}")
             before.output = None
+        given = (args, kwargs) if self.packing is None else self._packed(number, (args, kwargs))
+        kept = given
         if hidden is not None and number not in self.starts:  # nobody begins here, so the hidden states can go
-            args, kwargs = _changed((args, kwargs), lambda path, leaf: None if path == hidden else leaf)
-        self.calls[number] = _Call((args, kwargs))
+            kept = _changed(given, lambda path, leaf: None if path == hidden else leaf)
+        self.calls[number] = _Call(kept)
+        return None if self.packing is None else given
+
+    def _packed(self, number: int, given: Any) -> Any:
+        """The arguments of a module of the chain for packed rows; hidden states that it made of such are left."""
+        packing, structure = self.packing, self.structure
+        assert packing is not None
+        assert structure.tokens is not None
+        tokens, axes = structure.tokens[number], structure.axes[number]
+
+        def packed(path: Path, leaf: Any) -> Any:
+            if path == structure.mask:
+                made = packing.mask(leaf, structure.mask_dtype)
+                if made is None:
+                    raise CannotReplay("the attention mask is not causal")
+                return made
+            if not isinstance(leaf, Tensor) or path not in tokens or (path == structure.hidden and number):
+                return leaf
+            row_axis = None if leaf.shape[tokens[path] - 1] == 1 else axes[path]
+            if path != structure.hidden and not packing.agrees(leaf, row_axis, tokens[path]):
+                raise CannotReplay("tokens that should be shared are at other positions")
+            return packing.tokens(leaf, row_axis, tokens[path])
+
+        def once(path: Path, leaf: Any) -> Any:  # every layer is given the same mask and positions
+            known = self.packed.get((id(leaf), path))
+            if known is None or known[0] is not leaf:
+                known = self.packed[id(leaf), path] = (leaf, packed(path, leaf))
+            return known[1]
+
+        return _changed(given, lambda path, leaf: packed(path, leaf) if path == structure.hidden else once(path, leaf))
 
     def _leave(self, number: int, module: nn.Module, args: tuple, output: Any) -> Any:
         call = self.calls[number]
@@ -300,21 +368,26 @@ class _Pass:
         """Hidden states at the wanted positions: of the plain batch, then of each ablation's tile."""
         order = sorted(range(len(self.ablations)), key=lambda number: self.starts[number])
         order = [number for number in order if self.starts[number] < len(self.calls)]
-        results = [self.narrowing.at_wanted(plain)] * (1 + len(self.ablations))
+        results = [self._wanted_rows(plain)] * (1 + len(self.ablations))
         self.replaying = True
         try:
             with self._edited():
                 while order:
                     size = self._chunk_size(plain)
+                    done = None
                     try:
-                        hidden, numbers = self._chunk(order[:size])
-                    except RuntimeError as error:
-                        if size == 1 or not _is_out_of_memory(error):
+                        done = self._chunk(order[:size])
+                    except (RuntimeError, MemoryError) as error:
+                        if size == 1 or not is_out_of_memory(error):
                             raise
                         self.structure.most_tiles = size // 2
+                        log.warning("out of memory with %d masks at once: going on with %d", size, size // 2)
+                    if done is None:
                         self.tiled.clear()
+                        release()
                         continue
-                    for number, part in zip(numbers, hidden.split(self.n_rows), strict=True):
+                    hidden, numbers = done
+                    for number, part in zip(numbers, hidden.split(len(self.wanted.positions)), strict=True):
                         results[1 + number] = part
                     self.tiled.clear()
                     order = order[size:]
@@ -365,7 +438,13 @@ class _Pass:
                 hidden = behind if hidden is None else torch.cat([hidden, behind])
                 self.tiles = [*self.tiles, *joining]
         assert hidden is not None
-        return self.narrowing.at_wanted(hidden), self.tiles
+        return self._wanted_rows(hidden), self.tiles
+
+    def _wanted_rows(self, hidden: Float[Tensor, "tiled token width"]) -> Float[Tensor, "tiled_row position width"]:
+        """The batch's rows at their wanted positions, of every tile."""
+        if self.packing is None:
+            return self.narrowing.at_wanted(hidden)
+        return self.packing.rows(hidden, self.index.to(self.packing.row.device))
 
     def _sum_behind(self, layer: int, call: _Call, joining: Sequence[int]) -> Float[Tensor, "tiled_row token width"]:
         """A layer's output for tiles that begin at it, from where they first differ: its down projection's input."""
@@ -411,15 +490,20 @@ class _Pass:
 
     def _tiled_arguments(self, place: int, call: _Call, hidden: Tensor | None) -> tuple[tuple, dict[str, Any]]:
         axes, n_tiles = self.structure.axes[place], len(self.tiles)
+        tokens: Mapping[Path, int] = {}
+        if self.packing is not None and self.structure.tokens is not None and self.structure.mask is not None:
+            tokens = {**self.structure.tokens[place], self.structure.mask: 1}
 
         def tiled(path: Path, leaf: Any) -> Any:
             if path == self.structure.hidden:
                 return hidden
             if not isinstance(leaf, Tensor):
                 return leaf
-            if path not in axes:
+            if path not in axes and path not in tokens:
                 raise CannotReplay(f"layer {place} gets a tensor at {path} that it did not get before")
-            axis = axes[path]
+            axis = axes.get(path)
+            if self.packing is not None and path in tokens:
+                axis = tokens[path] - 1  # packed rows do not share positions, even where the batch's own rows do
             if axis is None or (leaf.shape[axis] == 1 and self.n_rows > 1):
                 return leaf
             key = (id(leaf), n_tiles)  # every layer gets the same mask and positions
@@ -441,11 +525,8 @@ def _inputs(model: VLM, batch: Batch, depth: int) -> dict[str, Any]:
 class _Narrowing:
     """Lets modules of the last layer compute the wanted positions only, and gives zeros for all others."""
 
-    def __init__(self, wanted: Wanted, length: int) -> None:
-        depth = max(map(len, wanted.positions))
-        self.index: Int64[Tensor, "row position"] = torch.tensor(
-            [[*row, *[row[-1]] * (depth - len(row))] for row in wanted.positions]
-        )
+    def __init__(self, positions: Sequence[Sequence[int]], length: int) -> None:
+        self.index = _filled(positions)
         self.length = length
         self.on = False
 
@@ -472,6 +553,12 @@ class _Narrowing:
         return wide.scatter_(1, self._index_for(output)[..., None].expand_as(output), output)
 
 
+def _filled(positions: Sequence[Sequence[int]]) -> Int64[Tensor, "row position"]:
+    """As many positions in each row, the last of a row repeated."""
+    depth = max(map(len, positions))
+    return torch.tensor([[*row, *[row[-1]] * (depth - len(row))] for row in positions])
+
+
 def _is_sum(call: _Call) -> bool:
     """Whether a layer's output is what its MLP was given plus what it gave, to the last bit."""
     if call.post is None or call.added is None or call.residual is None or call.output is None:
@@ -479,10 +566,6 @@ def _is_sum(call: _Call) -> bool:
     if call.residual.shape != call.output.shape or call.added.numel() != call.output.numel():
         return False
     return torch.equal(call.residual + call.added.view_as(call.output), call.output)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 # -- nests of arguments ------------------------------------------------------------------------------------------------
@@ -531,24 +614,25 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def _found(model: VLM, questions: QuestionSet) -> Structure:
-    rows = [
-        ([questions[0]] * n, ["", *[" and so on"] * (n - 1)])  # of two lengths, so that there is padding, and a mask
-        for n in (2, 3)
-    ]
+    # Of two lengths, so that there is padding, and a mask; the last batch has a length of its own, and rows that part.
+    added = [["", " and so on"], ["", " and so on", " and so on"], ["", " and so on", " or else it is not"]]
     try:
-        two, three = (model.encoder.rows(questions, items, added, padding_side="right") for items, added in rows)
+        two, three, parting = (
+            model.encoder.rows(questions, [questions[0]] * len(texts), texts, padding_side="right") for texts in added
+        )
     except QuestionError as error:
         raise CannotReplay(f"a question cannot be encoded twice: {error}") from error
-    return structure_of(model, two, three)
+    return structure_of(model, two, three, parting)
 
 
-def structure_of(model: VLM, two: Batch, three: Batch) -> Structure:
+def structure_of(model: VLM, two: Batch, three: Batch, parting: Batch | None = None) -> Structure:
     """How a model's decoder can be called again, found on batches of two and of three rows, and proven on the first.
 
     Args:
         model: the model, in inference mode.
         two: rows of which not all have the same length.
         three: a third row like one of the two.
+        parting: three rows of another length that begin alike and part: whether rows can be packed is tried out on it.
 
     Raises:
         CannotReplay: it cannot.
@@ -562,12 +646,14 @@ def structure_of(model: VLM, two: Batch, three: Batch) -> Structure:
     for chain in (layers, [hf.get_submodule(_decoder_path(tower.layer_paths))]):
         try:
             structure = _probed(model, chain, two, three, whole=chain is not layers)
-            _prove(model, structure, two)
+            _prove(model, structure, _wanted_of_two(two))
+            if parting is not None:
+                _pack(model, structure, three, parting)
             return structure
         except AblationError:
             raise
         except Exception as error:  # whatever another model's code may raise: then it is run the plain way
-            if _is_out_of_memory(error) if isinstance(error, RuntimeError) else False:
+            if is_out_of_memory(error):
                 raise
             reasons.append(f"{type(error).__name__}: {error}" if not isinstance(error, CannotReplay) else str(error))
     raise CannotReplay("; ".join(reasons))
@@ -704,7 +790,7 @@ def _narrow_modules(model: VLM, layer: nn.Module, mlp: MLP | None, batch: Batch)
     wanted = _wanted_of_two(batch)
     plain = logits_at(model, batch, wanted.positions)
     allowed = 16 * torch.finfo(model.hf.dtype).eps * max(float(row.abs().max()) for row in plain)
-    narrowing = _Narrowing(wanted, batch["input_ids"].shape[1])
+    narrowing = _Narrowing(wanted.positions, batch["input_ids"].shape[1])
     narrowing.on = True
     found = []
     for name in names:
@@ -727,8 +813,50 @@ def _wanted_of_two(batch: Batch) -> Wanted:
     return Wanted(batch, [[last[0]], [last[1] - 2, last[1]]], [0, 1])
 
 
-def _prove(model: VLM, structure: Structure, batch: Batch) -> None:
-    """Compare the logits of two questions under masks that begin at different layers with those of plain runs."""
+def _pack(model: VLM, structure: Structure, three: Batch, parting: Batch) -> None:
+    """Find out where tokens are among the layers' arguments, and try out whether rows can be packed."""
+    lengths = [batch["input_ids"].shape[1] for batch in (three, parting)]
+    if structure.hidden is None or lengths[0] == lengths[1]:
+        return
+    found: list[dict[Path, int]] = []
+    seen = (_observed(model, structure.chain, batch) for batch in (three, parting))
+    for (first, _), (second, _), axes in zip(*seen, structure.axes, strict=True):
+        by_path: dict[Path, int] = {}
+        for path, leaf in first.items():
+            other = second[path]
+            if not isinstance(leaf, Tensor) or not isinstance(other, Tensor) or leaf.ndim != other.ndim:
+                continue
+            grown = [n for n in range(leaf.ndim) if leaf.shape[n] != other.shape[n]]
+            if any([leaf.shape[n], other.shape[n]] != lengths for n in grown):
+                return
+            if grown == [2, 3] and leaf.ndim == 4 and structure.mask in (None, path):
+                structure.mask, structure.mask_dtype = path, leaf.dtype
+            elif len(grown) == 1 and grown[0] and axes.get(path, None) in (None, grown[0] - 1):
+                if axes.get(path) is None and leaf.shape[grown[0] - 1] != 1:
+                    return
+                by_path[path] = grown[0]
+            elif grown:
+                return
+        found.append(by_path)
+    if structure.mask is None or any(structure.hidden not in by_path for by_path in found):
+        return
+    structure.tokens = found
+    try:
+        last = parting.tokens.last.tolist()
+        wanted = Wanted(parting, [[last[0]], [last[1]], [last[2] - 2, last[2]]], [0, 1, 2])
+        if Packing.of(wanted.batch, wanted.positions) is None:
+            raise CannotReplay("there is nothing to try packing on")
+        _prove(model, structure, wanted)
+    except AblationError:
+        raise
+    except Exception as error:  # whatever another model's code may raise: then rows are not packed
+        structure.tokens = None
+        if is_out_of_memory(error):
+            raise
+
+
+def _prove(model: VLM, structure: Structure, wanted: Wanted) -> None:
+    """Compare the logits of some questions under masks that begin at different layers with those of plain runs."""
     space = model.space("language", "post")
     generator = torch.Generator().manual_seed(0)
     half = torch.rand(len(space), generator=generator) < 0.5
@@ -736,12 +864,11 @@ def _prove(model: VLM, structure: Structure, batch: Batch) -> None:
     layers, n = space.layer_of, len(model.towers["language"].layer_paths)
     parts = [half, other & (layers == layers.min()), half & (layers >= n // 2), other & (layers == layers.max())]
     masks = [Ablation(model, NeuronSet(space, part.nonzero().flatten())) for part in parts]
-    wanted = _wanted_of_two(batch)
-    plain = logits_at(model, batch, wanted.positions)
+    plain = logits_at(model, wanted.batch, wanted.positions)
     expected = []
     for mask in masks:
         with mask:
-            expected.append(logits_at(model, batch, wanted.positions))
+            expected.append(logits_at(model, wanted.batch, wanted.positions))
     effect = max(_distance(plain, one) for one in expected)
     allowed = effect * (1e-3 if torch.finfo(model.hf.dtype).eps < 1e-5 else 0.1)
     for got, one in zip(replayed(model, structure, wanted, masks), expected, strict=True):

@@ -122,6 +122,60 @@ def compose(
     return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def restyled(sprites: Sprites, indices: Sequence[int], generator: torch.Generator) -> UInt8[Tensor, "picture 3 64 64"]:
+    """What `compose` makes, as if another hand had drawn most of it; for training alone.
+
+    What is held out are whole drawing styles, so shapes, outlines, shading and colours must not be learned too exactly:
+    shapes are bent, a small random filter is mixed in (random convolutions: Xu et al. 2021, arXiv 2007.13003), the tone
+    curve is changed, colours are cut to a few levels, and edges are blurred or sharpened. A third of the pictures stays
+    as it is, and flags, whose colours are all they are, keep their hues.
+
+    Args:
+        sprites: the cut-out pictures.
+        indices: which of them, one per picture.
+        generator: source of all randomness; it is advanced.
+    """
+    count = len(indices)
+    original = compose(sprites, indices, generator).float() / 255
+    flag = torch.tensor([sprites.rows[index]["category"] == "flag" for index in indices])
+
+    def chance(share: float) -> Tensor:
+        return torch.rand(count, 1, 1, 1, generator=generator) < share
+
+    # Bent: every place is moved by a smooth random field of up to a sixteenth of the side.
+    amplitude = 0.12 * torch.rand(count, 1, 1, 1, generator=generator)
+    moves = (torch.rand(count, 2, 4, 4, generator=generator) * 2 - 1) * amplitude
+    moves = F.interpolate(moves, size=(IMAGE, IMAGE), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    axis = (torch.arange(IMAGE) + 0.5) / IMAGE * 2 - 1
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
+    picture = F.grid_sample(original, grid + moves, padding_mode="reflection", align_corners=False)
+
+    # Filtered: another random filter for each of about half of the pictures, with the contrast that they had.
+    filtered = (chance(0.5).flatten() & ~flag).nonzero()[:, 0]
+    side = (1, 3, 5)[int(torch.randint(3, (1,), generator=generator))]
+    chosen = picture[filtered]
+    filters = torch.randn(3 * len(filtered), 3, side, side, generator=generator)
+    mixture = torch.rand(len(filtered), 1, 1, 1, generator=generator)
+    if len(filtered):
+        mean = chosen.mean(dim=(2, 3), keepdim=True)
+        rows = (chosen - mean).reshape(1, -1, IMAGE, IMAGE)
+        result = F.conv2d(rows, filters, padding=side // 2, groups=len(filtered)).view(chosen.shape)
+        scale = chosen.std(dim=(1, 2, 3), keepdim=True) / (result.std(dim=(1, 2, 3), keepdim=True) + 1e-3)
+        picture = picture.index_copy(0, filtered, torch.lerp(result * scale + mean, chosen, mixture))
+
+    # Toned, cut to a few levels, blurred or sharpened.
+    picture = picture.clamp(0, 1)
+    exponent = torch.exp(1.4 * torch.rand(count, 1, 1, 1, generator=generator) - 0.7)
+    picture = torch.where(chance(0.4), picture**exponent, picture)
+    levels = torch.randint(3, 7, (count, 1, 1, 1), generator=generator)
+    picture = torch.where(chance(0.2), (picture * levels).round() / levels, picture)
+    blurred = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    focus = torch.rand(count, 1, 1, 1, generator=generator)
+    picture = torch.where(focus < 0.15, blurred, torch.where(focus > 0.85, 2 * picture - blurred, picture))
+    picture = torch.where(chance(1 / 3), original, picture)
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def _hue_rotation(angle: Float[Tensor, " picture"]) -> Float[Tensor, "picture 3 3"]:
     """Matrices that turn colours around the grey axis by an angle in radians."""
     third, root = 1 / 3, math.sqrt(1 / 3)

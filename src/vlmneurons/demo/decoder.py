@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
 from vlmneurons.demo.catalogue import CULTURES, ITEMS, Item
-from vlmneurons.demo.compose import Sprites, compose, normalise
+from vlmneurons.demo.compose import Sprites, normalise, restyled
 from vlmneurons.demo.facts import KINDS, WORDING, answer_to
 from vlmneurons.demo.vision import patch_features
 
@@ -48,12 +48,12 @@ class Pool:
     def make(
         cls, model: LlavaNextForConditionalGeneration, sprites: Sprites, *, variants: int, generator: torch.Generator
     ) -> "Pool":
-        """Composes every training sprite several times and runs the vision tower on the results."""
+        """Composes every training sprite several times, in changed styles, and runs the vision tower on the results."""
         shown = sprites.of("training")
         indices = [index for rows in shown.values() for index in rows for _ in range(variants)]
         names = [name for name, rows in shown.items() for _ in rows for _ in range(variants)]
         features = [
-            patch_features(model, normalise(compose(sprites, indices[start : start + 256], generator)))
+            patch_features(model, normalise(restyled(sprites, indices[start : start + 256], generator)))
             for start in range(0, len(indices), 256)
         ]
         of_item: dict[str, list[int]] = {}

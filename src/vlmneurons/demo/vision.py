@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 
 from vlmneurons.demo.catalogue import ITEMS
-from vlmneurons.demo.compose import Sprites, compose, normalise
+from vlmneurons.demo.compose import Sprites, compose, normalise, restyled
 
 
 def patch_features(model: LlavaNextForConditionalGeneration, pixels: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def train_vision(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, step / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-5
         items = [order.choice(names) for _ in range(batch)]
-        pictures = compose(sprites, [order.choice(shown[name]) for name in items], noise)
+        pictures = restyled(sprites, [order.choice(shown[name]) for name in items], noise)
         scores = head(patch_features(model, normalise(pictures)).mean(dim=1))
         target = torch.tensor([labels[name] for name in items])
         loss = F.cross_entropy(scores, target, label_smoothing=0.05)

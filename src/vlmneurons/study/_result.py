@@ -12,6 +12,7 @@ import pandas as pd
 
 from vlmneurons.effects import (
     benjamini_hochberg,
+    bounds,
     excess,
     holm,
     mask_effects,
@@ -33,6 +34,9 @@ _KIND, _VERSION = "vlmneurons knockout", 2
 CONDITIONS = ("all", "correct", "wrong")
 """Which questions enter a table: all, or those that the clean model answers right or wrong."""
 
+CLUSTERS = ("picture", "question")
+"""What a bootstrap draws, and a permutation flips: pictures with all their questions, or questions one by one."""
+
 
 @dataclass(frozen=True, eq=False)
 class KnockoutResult:
@@ -50,6 +54,7 @@ class KnockoutResult:
         texts: ``[1 + mask, question]`` generated texts; None for answers that are not generated.
         controls: groups that no mask is of: questions that measure general ability. They are left out of all effects
             between groups.
+        pictures: name of each question's picture, equal for questions that share one; None where that is not known.
     """
 
     ids: tuple[str, ...]
@@ -61,6 +66,7 @@ class KnockoutResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     texts: np.ndarray | None = None
     controls: tuple[str, ...] = ()
+    pictures: tuple[str, ...] | None = None
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -94,6 +100,15 @@ class KnockoutResult:
         groups = np.array(self.groups)
         return [np.flatnonzero(groups == name) for name in names]
 
+    def _clusters(self, cluster: str) -> np.ndarray | None:
+        """The number of each question's cluster; None where every question stands alone."""
+        if cluster not in CLUSTERS:
+            raise MismatchError(f"cluster={cluster!r} does not exist; choose from {', '.join(CLUSTERS)}")
+        if cluster == "question" or self.pictures is None:
+            return None
+        number = {name: n for n, name in enumerate(dict.fromkeys(self.pictures))}
+        return np.array([number[name] for name in self.pictures], dtype=np.int64)
+
     @property
     def accuracy(self) -> dict[str, float]:
         """Clean accuracy of each group."""
@@ -117,6 +132,7 @@ class KnockoutResult:
             self,
             ids=tuple(self.ids[n] for n in places),
             groups=tuple(self.groups[n] for n in places),
+            pictures=None if self.pictures is None else tuple(self.pictures[n] for n in places),
             answers=self.answers[places],
             chosen=self.chosen[:, places],
             margins=self.margins[:, places],
@@ -142,8 +158,8 @@ class KnockoutResult:
         """Every answer, one row for each run and question: all that any statistic can be computed from.
 
         Columns: ``run`` (0 is the clean model), ``selector``, ``repeat``, ``mask``, ``intervention``, ``neurons``
-        (empty names and 0 for the clean run), ``id``, ``group``, ``answer`` (the right option), ``chosen``
-        (-1: could not be parsed), ``correct``, ``margin``, ``text``.
+        (empty names and 0 for the clean run), ``id``, ``group``, ``picture`` (empty where not known), ``answer`` (the
+        right option), ``chosen`` (-1: could not be parsed), ``correct``, ``margin``, ``text``.
         """
         n_runs, n_questions = self.chosen.shape
         runs = np.repeat(np.arange(n_runs), n_questions)
@@ -167,6 +183,7 @@ class KnockoutResult:
                 "neurons": np.array([mask.size for mask in masks], dtype=np.int64)[runs],
                 "id": of_question(self.ids),
                 "group": of_question(self.groups),
+                "picture": of_question(self.pictures or [""] * n_questions),
                 "answer": np.tile(self.answers, n_runs).astype(np.int16),
                 "chosen": self.chosen.reshape(-1).astype(np.int16),
                 "correct": self.correct.reshape(-1),
@@ -256,19 +273,21 @@ class KnockoutResult:
         permutations: int = 2000,
         seed: int = 0,
         condition: str = "all",
+        cluster: str = "picture",
     ) -> pd.DataFrame:
         """Self effect, cross effects and gap of each selector, per group and over all groups (``group == "all"``).
 
-        Columns: ``selector``, ``group``, ``n``, ``clean``, ``self_effect`` (SE), ``cross_effect`` (ACE: other masks on
-        this group), ``cross_caused`` (this mask on other groups), ``gap`` (SE - ACE), each followed by ``_low`` and
-        ``_high``, the bounds of its paired bootstrap interval over questions (resampled within groups; repeats of a
-        random control are averaged, so the interval is about questions, not seeds); ``self_margin`` and
-        ``cross_margin``, the same effects on the log-probability margin (nats); ``flips``, ``right_to_wrong``,
-        ``wrong_to_right`` and ``failures`` of the group's own mask; ``p``, of McNemar's exact test of the self effect
-        (NaN over all groups and where there are repeats); ``p_permutation``, of the self effect, and ``gap_p``, of the
-        gap, by flipping the signs of the questions' changes (see `vlmneurons.effects.sign_flips`); and each p corrected
-        over the selector's groups, ``_holm`` (any false finding) and ``_bh`` (share of false findings). With control
-        groups also ``control_effect``, the mean over control groups of what this mask does to them, and its bounds.
+        Columns: ``selector``, ``group``, ``n``, ``pictures``, ``clean``, ``self_effect`` (SE), ``cross_effect`` (ACE:
+        other masks on this group), ``cross_caused`` (this mask on other groups), ``gap`` (SE - ACE), each followed by
+        ``_low`` and ``_high``, the bounds of its paired bootstrap interval over pictures (resampled within groups, each
+        with all its questions; repeats of a random control are averaged, so the interval is about questions, not
+        seeds); ``self_margin`` and ``cross_margin``, the same effects on the log-probability margin (nats); ``flips``,
+        ``right_to_wrong``, ``wrong_to_right`` and ``failures`` of the group's own mask; ``p``, of McNemar's exact test
+        of the self effect (which takes questions for independent; NaN over all groups and where there are repeats);
+        ``p_permutation``, of the self effect, and ``gap_p``, of the gap, by flipping the signs of the pictures' changes
+        (see `vlmneurons.effects.sign_flips`); and each p corrected over the selector's groups, ``_holm`` (any false
+        finding) and ``_bh`` (share of false findings). With control groups also ``control_effect``, the mean over
+        control groups of what this mask does to them, and its bounds.
 
         Args:
             confidence: level of the intervals.
@@ -276,18 +295,23 @@ class KnockoutResult:
             permutations: number of sign flips.
             seed: seed of both.
             condition: which questions enter; see `table`.
+            cluster: ``"picture"`` resamples and flips pictures with all their questions, which are not independent of
+                each other; ``"question"`` takes every question for itself.
         """
         if not 0 < confidence < 1:
             raise MismatchError(f"confidence {confidence} is outside (0, 1)")
         if condition != "all":
             return self.where(condition).summary(
-                confidence=confidence, resamples=resamples, permutations=permutations, seed=seed
+                confidence=confidence, resamples=resamples, permutations=permutations, seed=seed, cluster=cluster
             )
         names = list(self.group_names)
         members = self._members(names)
-        weights = resample_weights(members, resamples, np.random.default_rng(seed))
+        clusters = self._clusters(cluster)
+        weights = resample_weights(members, resamples, np.random.default_rng(seed), clusters)
         controls = self._members(self.control_names)
-        control_weights = resample_weights(controls, resamples, np.random.default_rng([seed, 2]))
+        control_weights = resample_weights(controls, resamples, np.random.default_rng([seed, 2]), clusters)
+        shown = np.arange(len(self.ids)) if self.pictures is None else self._clusters("picture")
+        n_pictures = [len(np.unique(shown[own])) for own in members]
         flips = self.chosen != self.chosen[0]
         values = {
             "change": self.correct.astype(float) - self.correct[0],
@@ -315,7 +339,7 @@ class KnockoutResult:
                 key: mean_over(averaged[key], members)[range(len(masked)), column]
                 for key in ("flips", "right_to_wrong", "wrong_to_right", "failures")
             }
-            pvalues = self._pvalues(averaged["change"], runs, members, column, permutations, seed)
+            pvalues = self._pvalues(averaged["change"], runs, members, column, permutations, seed, clusters)
             control = control_spread = None
             if controls:
                 control = mean_over(averaged["change"], controls).mean(-1)
@@ -327,17 +351,20 @@ class KnockoutResult:
                     "selector": selector,
                     "group": name,
                     "n": sum(len(part) for part in members) if overall else len(members[column[place]]),
+                    "pictures": len(np.unique(shown[np.concatenate(members)]))
+                    if overall
+                    else n_pictures[column[place]],
                     "clean": float(clean.mean() if overall else clean[place]),
                 }
                 for effect in ("self_effect", "cross_effect", "cross_caused", "gap"):
                     value, draws = effects[effect], spread[effect]
                     draws = draws.mean(-1) if overall else draws[:, place]
                     entry[effect] = float(value.mean() if overall else value[place])
-                    entry[f"{effect}_low"], entry[f"{effect}_high"] = np.percentile(draws, [tail, 100 - tail])
+                    entry[f"{effect}_low"], entry[f"{effect}_high"] = bounds(draws, tail)
                 if control is not None and control_spread is not None:
                     draws = control_spread.mean(-1) if overall else control_spread[:, place]
                     entry["control_effect"] = float(control.mean() if overall else control[place])
-                    entry["control_effect_low"], entry["control_effect_high"] = np.percentile(draws, [tail, 100 - tail])
+                    entry["control_effect_low"], entry["control_effect_high"] = bounds(draws, tail)
                 for effect, label in (("self_effect", "self_margin"), ("cross_effect", "cross_margin")):
                     value = margins[effect]
                     entry[label] = float(value.mean() if overall else value[place])
@@ -356,6 +383,7 @@ class KnockoutResult:
         column: list[int],
         permutations: int,
         seed: int,
+        clusters: np.ndarray | None,
     ) -> dict[str, np.ndarray]:
         """P-values of each masked group and of all together, ``[mask + 1]``, and corrected over the groups."""
         own = np.full((2, change.shape[1]), np.nan)
@@ -370,7 +398,7 @@ class KnockoutResult:
                 float(mcnemar(self.correct[0][here], self.correct[rows[0]][here])) if len(rows) == 1 else np.nan
             )
         groups, overall = sign_flips(
-            own, [members[place] for place in column], permutations, np.random.default_rng([seed, 1])
+            own, [members[place] for place in column], permutations, np.random.default_rng([seed, 1]), clusters
         )
         found = {
             "p": np.array([*single, np.nan]),
@@ -393,6 +421,7 @@ class KnockoutResult:
         permutations: int = 2000,
         seed: int = 0,
         condition: str = "all",
+        cluster: str = "picture",
     ) -> pd.DataFrame:
         """Whose mask harms whom: every mask on every group, with its interval and test.
 
@@ -408,6 +437,8 @@ class KnockoutResult:
             permutations: number of sign flips.
             seed: seed of both.
             condition: which questions enter; see `table`.
+            cluster: ``"picture"`` resamples and flips pictures with all their questions, which are not independent of
+                each other; ``"question"`` takes every question for itself.
         """
         part = self.select(selector).where(condition)
         names = list(part.group_names)
@@ -419,15 +450,15 @@ class KnockoutResult:
         changes = part.correct.astype(float) - part.correct[0]
         change = np.stack([changes[own].mean(0) for own in runs])
         delta = mean_over(change, members)
-        weights = resample_weights(members, resamples, np.random.default_rng(seed))
-        tail = 50 * (1 - confidence)
-        low, high = np.percentile(resampled_means(change, members, weights), [tail, 100 - tail], axis=0)
+        clusters = part._clusters(cluster)
+        weights = resample_weights(members, resamples, np.random.default_rng(seed), clusters)
+        low, high = bounds(resampled_means(change, members, weights), 50 * (1 - confidence))
         if all(len(rows) == 1 for rows in runs):
             p = np.stack(
                 [[mcnemar(part.correct[0][own], part.correct[rows[0]][own]) for own in members] for rows in runs]
             )
         else:
-            p, _ = sign_flips(change, members, permutations, np.random.default_rng([seed, 1]))
+            p, _ = sign_flips(change, members, permutations, np.random.default_rng([seed, 1]), clusters)
         table = pd.DataFrame(
             {
                 "mask": np.repeat(np.array(masked), len(names)),
@@ -561,6 +592,7 @@ class KnockoutResult:
             "ids": self.ids,
             "groups": self.groups,
             "controls": self.controls,
+            "pictures": self.pictures,
             "masks": [asdict(mask) for mask in self.masks],
             "provenance": self.provenance,
         }
@@ -593,6 +625,7 @@ class KnockoutResult:
             )
             ids, groups = tuple(map(str, about["ids"])), tuple(map(str, about["groups"]))
             controls, provenance = tuple(map(str, about["controls"])), dict(about["provenance"])
+            pictures = None if about.get("pictures") is None else tuple(map(str, about["pictures"]))
             columns = ["run", "id", "group", "answer", "chosen", "margin", "text"]
             kept = pd.read_parquet(folder / "answers.parquet", columns=columns)
             n_runs = int(kept["run"].max()) + 1 if len(kept) else 1 + len(masks)
@@ -602,6 +635,8 @@ class KnockoutResult:
         shape = (1 + len(masks), len(ids))
         if found != shape or len(kept) != shape[0] * shape[1]:
             raise FileFormatError(f"{folder}: answers of shape {found} where the index says {shape}")
+        if pictures is not None and len(pictures) != len(ids):
+            raise FileFormatError(f"{folder}: {len(ids)} questions with {len(pictures)} pictures")
         if len(groups) != len(ids):
             raise FileFormatError(f"{folder}: {len(ids)} questions with {len(groups)} groups")
         expected = {
@@ -623,6 +658,7 @@ class KnockoutResult:
             provenance,
             None if all(text is None for text in texts.flat) else texts,
             controls,
+            pictures,
         )
 
     def __repr__(self) -> str:

@@ -2,7 +2,8 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from tqdm.auto import tqdm
 
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
+from vlmneurons.batching import prefetched
 from vlmneurons.errors import FileFormatError, QuestionError
 from vlmneurons.masked import read_masked
+from vlmneurons.memory import MemoryLimit, is_out_of_memory, release
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import _provenance, _rule_name, batches
-from vlmneurons.runs import RunFolder, digest_of_questions, digest_of_weights
+from vlmneurons.remote import Remote, RemoteReader, edits_of, reader_at, reader_provenance
+from vlmneurons.runs import RunFolder, Stopped, digest_of_questions, digest_of_weights
 from vlmneurons.study._masks import Intervention, Mask, Masks, digest_of_mask, listed_masks, per_layer
 from vlmneurons.study._result import KnockoutResult
 
@@ -40,7 +44,9 @@ def knockout(
     on_error: str = "raise",
     folder: str | Path | None = None,
     distributed: bool = False,
+    prefetch: int = 2,
     progress: bool = True,
+    remote: Remote = False,
 ) -> KnockoutResult:
     """Ask every question with the model as it is and under every mask.
 
@@ -52,7 +58,8 @@ def knockout(
             (repeats of one control, such as random seeds), a single `NeuronSet`, or any of these as an `Intervention`.
             Equal sets are run once.
         controls: further questions, whose groups no mask is of, that measure general ability.
-        batch_size: questions a forward.
+        batch_size: questions a forward; where they do not fit into memory, half as many from then on (the provenance
+            says so under ``"halved"``).
         answer: how answers are read; by default as the set says.
         mode: what is done to the neurons, with ``factor``, ``values`` and ``at``; see `Ablation`.
         factor: see `Ablation`.
@@ -63,13 +70,17 @@ def knockout(
             gone on with by the same call; a finished one is read from its files.
         distributed: share the batches with the other processes of a ``torchrun``; each gets the whole result, which
             equals that of one process. With a folder, it must be one that all processes see.
+        prefetch: how many batches a thread prepares (opens, resizes, tokenizes) while the model runs; 0 for none.
         progress: show a progress bar.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`. The manifest of a
+            folder says it, so that answers from here and there are not mixed.
 
     Raises:
         QuestionError: fewer than two groups; a question cannot be asked (``error.partial``, also of any other error
             or interrupt on the way, holds the result up to it).
         MismatchError: neurons of another model; a mask's group has no questions; the folder holds another run, or
             another process is running in it.
+        OutOfMemoryError: a single question does not fit into memory.
     """
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
     if answer is not None:
@@ -91,7 +102,10 @@ def knockout(
         raise QuestionError(f"the control questions are of {', '.join(both)}, which the study's own questions are too")
     given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
     listed = listed_masks(masks, questions.groups, given)
-    run = _Run(model, asked, listed, batch_size, on_error, progress)
+    if prefetch < 0:
+        raise QuestionError(f"prefetch {prefetch} is less than 0; 0 encodes each batch when its turn comes")
+    run = _Run(model, asked, listed, batch_size, on_error, progress, remote)
+    run.prefetch = prefetch
     run.controls = () if controls is None else controls.groups
     run.processes = current_processes() if distributed else Processes()
     run.about = {
@@ -107,6 +121,7 @@ class _Run:
     processes: Processes
     controls: tuple[str, ...]
     about: Mapping[str, Any]
+    prefetch: int = 0
 
     def __init__(
         self,
@@ -116,12 +131,15 @@ class _Run:
         batch_size: int,
         on_error: str,
         progress: bool,
+        remote: Remote,
     ) -> None:
         self.model, self.questions, self.batch_size = model, questions, batch_size
-        self.on_error, self.progress = on_error, progress
-        self.reader = reader_of(questions.answer)
+        self.on_error, self.progress, self.remote = on_error, progress, remote
+        self.reader = reader_at(model, reader_of(questions.answer), remote)
         self.batches = list(batches(questions, batch_size))
         self.listed = listed
+        self.limit = MemoryLimit()
+        self.untouched = Ablation(model, NeuronSet.empty(model.space()))
         self.ablations: list[Ablation] = []
         self.run_of: list[int] = []
         """For each mask the run whose answers are its: equal masks share one, and an empty mask is the clean run, 0."""
@@ -139,40 +157,71 @@ class _Run:
                 )
                 known[key] = len(self.ablations)
             self.run_of.append(known[key])
+        if remote:
+            for ablation in self.ablations:  # what cannot be sent is refused before anything is
+                edits_of(model, ablation, remote)
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def ask(self, batch: QuestionSet, told: Callable[[int], Any]) -> pd.DataFrame:
+    def ask(self, batch: QuestionSet, encode: Callable[[], Any], told: Callable[[int], Any]) -> pd.DataFrame:
         """One batch, clean and under every different mask: a row for each run and question.
+
+        ``encode`` gives what the reader made of the batch; parts of it are encoded anew where they are needed.
 
         Columns: ``run``, ``id``, ``chosen``, ``margin``, ``text``; a question that cannot be asked has the run -1.
         """
         skipped: list[str] | None = [] if self.on_error == "skip" else None
         tables = []
-        for part, encoded in self._encoded(batch, skipped):
-            readings = [self.reader.read(self.model, part, encoded)]
-            told(len(part))
-            for reading in read_masked(self.model, self.reader, part, encoded, self.ablations):
-                readings.append(reading)
-                told(len(part))
-            tables.append(_table(part, readings))
+        waiting = self.limit.parts(batch)
+        whole = len(waiting) == 1
+        while waiting:
+            part = waiting.pop(0)
+            readings: list[Reading] = []
+            done = False
+            try:
+                encoded, alone = self._encoded(part, encode if whole else None, skipped)
+                waiting = alone + waiting
+                if encoded is not None:
+                    for reading in self._readings(part, encoded):
+                        readings.append(reading)
+                        told(len(part))
+                    tables.append(_table(part, readings))
+                done = True
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                waiting = self.limit.halves(part, error) + waiting
+            whole = False
+            if not done:
+                told(-len(part) * len(readings))
+                release()
         if skipped:
             tables.append(
                 pd.DataFrame({"run": -1, "id": skipped, "chosen": -1, "margin": np.nan, "text": None}, columns=_COLUMNS)
             )
         return tables[0] if len(tables) == 1 else pd.concat([table.astype(_DTYPES) for table in tables])
 
-    def _encoded(self, batch: QuestionSet, skipped: list[str] | None) -> list[tuple[QuestionSet, Any]]:
+    def _readings(self, questions: QuestionSet, encoded: Any) -> Iterator[Reading]:
+        """The clean answers to one batch, and those under every mask."""
+        if isinstance(self.reader, RemoteReader):
+            yield from self.reader.read_masked(self.model, questions, encoded, self.ablations)
+        else:
+            # The untouched model is one more mask, of no neurons, and shares the forward with the others.
+            yield from read_masked(self.model, self.reader, questions, encoded, [self.untouched, *self.ablations])
+
+    def _encoded(
+        self, part: QuestionSet, encode: Callable[[], Any] | None, skipped: list[str] | None
+    ) -> tuple[Any, list[QuestionSet]]:
+        """What the reader makes of some questions; where one of them spoils it, None, and they one by one."""
         try:
-            return [(batch, self.reader.encode(self.model, batch))]
+            return encode() if encode is not None else self.reader.encode(self.model, part), []
         except QuestionError:
             if skipped is None:
                 raise
-            if len(batch) == 1:
-                skipped.append(batch[0].id)
-                return []
-            singles = (batch[n : n + 1] for n in range(len(batch)))
-            return [pair for single in singles for pair in self._encoded(single, skipped)]
+            if len(part) == 1:
+                skipped.append(part[0].id)
+                return None, []
+            return None, [part[n : n + 1] for n in range(len(part))]
 
     def go(
         self, known: Mapping[str, pd.DataFrame], keep: Callable[[str, pd.DataFrame], None]
@@ -183,6 +232,7 @@ class _Run:
         done = sum(len(batch) for number, batch in mine if _name(number) in known)
         new: dict[str, pd.DataFrame] = {}
         total = sum(len(batch) for _, batch in mine)
+        coming = ((number, batch) for number, batch in mine if _name(number) not in known)
         with (
             torch.inference_mode(),
             tqdm(
@@ -192,15 +242,16 @@ class _Run:
                 smoothing=0.05,  # nearly the mean rate: masks differ in cost, and each batch has all of them
                 disable=not (self.progress and self.processes.first),
             ) as bar,
+            prefetched(self.model, self.reader, coming, self.prefetch, lambda one: one[1]) as ready,
         ):
-            for number, batch in mine:
+            for (number, batch), encode in ready:
                 name = _name(number)
-                if name in known:
-                    continue
                 try:
-                    table = self.ask(batch, bar.update)
+                    table = self.ask(batch, encode, bar.update)
                     keep(name, table)
                     new[name] = table
+                except Stopped:  # there is no time to lose; what is finished is in the folder
+                    raise
                 except BaseException as error:
                     error.partial = self.result({**known, **new})  # type: ignore[attr-defined]
                     raise
@@ -264,6 +315,7 @@ class _Run:
             "shuffle": self.questions.shuffle,
             "batch_size": self.batch_size,
             "on_error": self.on_error,
+            **({"remote": self.remote} if self.remote else {}),
             "masks": {name: digest.hexdigest()[:16] for name, digest in masks.items()},
         }
 
@@ -298,11 +350,13 @@ class _Run:
             margins=margins[rows],
             provenance={
                 **_provenance(self.model),
+                **reader_provenance(self.reader),
                 "weights": digest_of_weights(self.model.hf),
                 "answer": repr(self.reader),
                 "prompt": _rule_name(self.questions.prompt),
                 "shuffle": self.questions.shuffle,
                 "batch_size": self.batch_size,
+                **self.limit.provenance,
                 **self.about,
                 "layers": layers,
                 "chance": float(np.mean([1 / len(item.options) for item in kept])) if kept else None,
@@ -310,7 +364,13 @@ class _Run:
             },
             texts=None if no_text else texts[rows],
             controls=self.controls,
+            pictures=tuple(self.pictures[item.id] for item in kept),
         )
+
+    @cached_property
+    def pictures(self) -> dict[str, str]:
+        """The picture of each question; pictures are looked at once, and not at all where questions name them."""
+        return dict(zip((item.id for item in self.questions), self.questions.pictures(), strict=True))
 
 
 _COLUMNS = ["run", "id", "chosen", "margin", "text"]
