@@ -105,6 +105,8 @@ def test_naflex_tiles_are_padded_to_as_many_patches() -> None:
     rows, patches = vision_rows(data, [1, 1], config("lfm2_vl"), no_more)
     assert rows == (1, 1)
     assert torch.equal(patches, mask.bool())
+    whole = {**data, "pixel_attention_mask": torch.ones_like(mask)}
+    assert vision_rows(whole, [1, 1], config("lfm2_vl"), no_more) == ((1, 1), None)
 
 
 # --- with models ---

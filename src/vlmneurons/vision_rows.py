@@ -77,7 +77,7 @@ def vision_rows(
         rows = _by_question((data["image_sizes"] // patch).prod(-1).tolist(), n_images)
     elif "image_num_crops" in data:  # Molmo 2
         rows = _by_question(data["image_num_crops"].tolist(), n_images)
-    elif pixels.ndim == 4 or real is not None or "image_position_ids" in data:
+    elif pixels.ndim == 4 or "image_position_ids" in data or "pixel_attention_mask" in data:
         rows = _by_tiles(len(pixels), n_images, alone, tiles)
     if rows is None or len(rows) != len(n_images) or (real is not None and len(real) != sum(rows)):
         return None
