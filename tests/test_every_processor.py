@@ -425,3 +425,21 @@ def test_each_column_works_or_says_what_does_not(name: str) -> None:
         except vn.VLMNeuronsError as error:
             row[column] = f"{type(error).__name__}: {error}"
     assert row == {column: TABLE.get((name, column), "works") for column in COLUMNS}
+
+
+def test_paligemma_is_prompted_as_it_was_trained_without_a_template() -> None:
+    plain, told = vn.VLM(*tiny_model("paligemma")), Case("paligemma")
+    batch = plain.prepare(WITH_PICTURES[:1])
+    assert torch.equal(batch["input_ids"], told.inputs(WITH_PICTURES[0])["input_ids"])
+    text = plain.tokenizer.decode(batch["input_ids"][0])
+    assert text.startswith("<image>" * 16 + "<bos>What is this")
+    assert text.endswith("\n")
+    assert "labels" not in batch
+
+
+def test_an_encoder_decoders_questions_are_padded_on_the_right_whatever_is_asked_for() -> None:
+    case = Case("florence2")
+    left, right = (case.model.prepare(WITH_PICTURES, padding_side=side) for side in ("left", "right"))
+    assert torch.equal(left["input_ids"], right["input_ids"])
+    for row, alone in enumerate(case.singles):
+        assert torch.equal(left["input_ids"][row][left.tokens.attention[row]], alone["input_ids"][0])

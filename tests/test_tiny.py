@@ -1,10 +1,13 @@
 """The small models that the other tests run."""
 
+import importlib.util
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from vlmneurons.testing import tiny_image, tiny_inputs, tiny_model, tiny_names
+from vlmneurons.testing import tiny_image, tiny_inputs, tiny_model, tiny_names, tiny_template
 
 NAMES = tiny_names()
 
@@ -14,6 +17,8 @@ def test_there_are_the_three_models_of_the_paper_and_many_others() -> None:
     assert len(tiny_names(processor=False)) >= 25
     with pytest.raises(ValueError, match="there is no tiny model 'gpt'"):
         tiny_model("gpt")
+    with pytest.raises(ValueError, match="there is no tiny model 'gpt'"):
+        tiny_template("gpt")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,3 +82,13 @@ def test_every_small_model_sees_its_image(name: str) -> None:
         other = model(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0, -1) * 0.5 + 0.1}).logits
     assert logits.isfinite().all()
     assert not torch.equal(logits, other)
+
+
+@pytest.mark.parametrize("name", tiny_names(processor=False))
+def test_every_small_model_has_its_familys_processor_and_knows_all_of_its_tokens(name: str) -> None:
+    model, processor = tiny_model(name)
+    if name != "smolvlm" or importlib.util.find_spec("num2words"):  # without it Idefics3's processor stands in
+        assert type(processor) is PROCESSOR_MAPPING[type(model.config)]
+    assert len(processor.tokenizer) <= model.get_input_embeddings().weight.shape[0]
+    assert (processor.chat_template is None) == (tiny_template(name) is not None)
+    assert all(len(processor.tokenizer.encode(letter, add_special_tokens=False)) == 1 for letter in "ABCD")
