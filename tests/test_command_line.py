@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import signal
 import sys
 import time
@@ -11,11 +12,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from helpers import some_questions
+import vlmneurons as vn
+from helpers import PAPER_MODELS, some_questions
 from recompute_study import compare
 from vlmneurons.commands import exit_status, main
 from vlmneurons.errors import QuestionError
 from vlmneurons.runs import _ASKED, Stopped, stop_if_asked, stopped_by_signals
+from vlmneurons.study import split_setting
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -163,3 +168,34 @@ def test_errors_of_the_library_are_one_line_and_a_status(capsys):
     assert exit_status(lambda: None) == 0
     assert exit_status(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_the_papers_script_runs_on_each_of_its_models_with_only_the_model_changed(
+    name, tiny_folder, arguments, tmp_path, monkeypatch, capsys
+):
+    data, out = arguments[arguments.index("--data") + 1], tmp_path / "run"
+    given = ["--model", str(tiny_folder(name)), "--data", data, "--min-items", "8", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["reproduce_paper.py", *given])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / "reproduce_paper.py"), run_name="__main__")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for selector in ("LAP", "LAPE", "MAD", "CAS"):
+        assert f" {selector} " in printed
+    assert f"report: {out / 'report' / 'index.html'}" in printed
+    result = vn.KnockoutResult.load(out / "knockout")
+    assert (
+        json.loads((out / "knockout" / "manifest.json").read_text())["model"]["class"]
+        == {
+            "llava_next_mistral": "LlavaNextForConditionalGeneration",
+            "llava_next_qwen2": "LlavaNextForConditionalGeneration",
+            "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        }[name]
+    )
+    assert {split_setting(selector)[0] for selector in result.selectors} >= {
+        *("LAP", "LAPE", "MAD", "CAS", "random", "layer-matched CAS", "CAS (all)"),
+    }
+    assert [mask.repeat for mask in result.masks if (mask.selector, mask.group) == ("random", "A")] == [0, 1, 2, 3, 4]
+    assert len(result.curve("CAS", "r")) == 5 * 3
+    assert all(compare(out).values())

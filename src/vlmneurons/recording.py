@@ -24,6 +24,7 @@ from vlmneurons.errors import ActivationError, MismatchError, QuestionError, VLM
 from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
 from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.model import VLM
+from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.remote import Remote, SiteCounts, reader_at, reader_provenance
 from vlmneurons.sites import NeuronSpace, Site
@@ -680,7 +681,7 @@ def record_items(
     answer: str | AnswerReader | None = None,
     magnitudes: bool = False,
     maxima: bool = False,
-    progress: bool = True,
+    progress: Progress = True,
     remote: Remote = False,
 ) -> ItemStatistics:
     """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
@@ -740,7 +741,7 @@ def record_items(
     place = {item.id: row for row, item in enumerate(questions)}
     with statistics._locked(), recorder, torch.inference_mode():
         done = statistics.done
-        with tqdm(total=len(questions), initial=int(done.sum()), unit="item", disable=not progress) as bar:
+        with progress_bar(progress, len(questions), initial=int(done.sum()), unit="item") as bar:
             for batch in batches(questions, batch_size):
                 rows = [place[item.id] for item in batch]
                 if done[rows].all():

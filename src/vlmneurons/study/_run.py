@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
@@ -19,6 +18,7 @@ from vlmneurons.masked import read_masked
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
+from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import _provenance, _rule_name, batches
 from vlmneurons.remote import Remote, RemoteReader, edits_of, reader_at, reader_provenance
@@ -42,7 +42,7 @@ def knockout(
     on_error: str = "raise",
     folder: str | Path | None = None,
     distributed: bool = False,
-    progress: bool = True,
+    progress: Progress = True,
     remote: Remote = False,
 ) -> KnockoutResult:
     """Ask every question with the model as it is and under every mask.
@@ -120,7 +120,7 @@ class _Run:
         listed: list[tuple[Mask, Intervention]],
         batch_size: int,
         on_error: str,
-        progress: bool,
+        progress: Progress,
         remote: Remote,
     ) -> None:
         self.model, self.questions, self.batch_size = model, questions, batch_size
@@ -201,12 +201,12 @@ class _Run:
         total = sum(len(batch) for _, batch in mine)
         with (
             torch.inference_mode(),
-            tqdm(
+            progress_bar(
+                self.progress if self.processes.first else False,
                 total=total * n_runs,
                 initial=done * n_runs,
                 unit="answer",
                 smoothing=0.05,  # nearly the mean rate: masks differ in cost, and each batch has all of them
-                disable=not (self.progress and self.processes.first),
             ) as bar,
         ):
             for number, batch in mine:
