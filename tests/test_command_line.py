@@ -197,5 +197,5 @@ def test_the_papers_script_runs_on_each_of_its_models_with_only_the_model_change
         *("LAP", "LAPE", "MAD", "CAS", "random", "layer-matched CAS", "CAS (all)"),
     }
     assert [mask.repeat for mask in result.masks if (mask.selector, mask.group) == ("random", "A")] == [0, 1, 2, 3, 4]
-    assert len(result.curve("CAS", "r")) == 5 * 3
+    assert len(result.curve("CAS", "r")) == 3 * 3  # two of five shares are less than one neuron of so small a model
     assert all(compare(out).values())
