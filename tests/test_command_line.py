@@ -9,11 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 import vlmneurons as vn
-from helpers import PAPER_MODELS, some_questions
+from helpers import PAPER_MODELS, save_questions
 from recompute_study import compare
 from vlmneurons.commands import exit_status, main
 from vlmneurons.errors import QuestionError
@@ -32,20 +31,7 @@ FLAGS = ["--selectors", "CAS", "--quiet", "--fractions", "--alphas", "--sizes", 
 def arguments(tiny_folder, tmp_path_factory):
     """The command, but for its folder: a small model, and a folder with a table and pictures."""
     folder = tmp_path_factory.mktemp("data")
-    rows = []
-    for number, item in enumerate(some_questions(40)):
-        item.load_images()[0].save(folder / f"{number}.png")
-        rows.append(
-            {
-                "image": f"{number}.png",
-                "question": item.question,
-                "options": json.dumps(item.options),
-                "answer": item.answer,
-                "group": item.group,
-                "id": item.id,
-            }
-        )
-    pd.DataFrame(rows).to_csv(folder / "questions.csv", index=False)
+    save_questions(folder, 40)
     settings = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
     return ["study", "--model", str(tiny_folder("qwen2_5_vl")), "--data", str(folder), *settings, *FLAGS, "--out"]
 
