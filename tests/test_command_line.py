@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import vlmneurons as vn
@@ -73,8 +74,19 @@ def ended(child: int) -> int:
 
 def test_every_number_of_a_run_follows_from_its_kept_answers(undisturbed):
     compared = compare(undisturbed)
-    assert compared["answers"] == 20 * (1 + 2 + 4 + 4)
+    assert compared["answers"] == 20 * (1 + 2 + 4 + 4 + 2)
     assert all(compared.values())
+
+
+def test_the_whole_study_of_a_model_that_runs_elsewhere_gives_the_same_answers(arguments, undisturbed, tmp_path):
+    assert main([*arguments, str(tmp_path / "run"), "--remote", "local"]) == 0
+    here, there = undisturbed / "items", tmp_path / "run" / "items"
+    assert (there / "positive.bin").read_bytes() == (here / "positive.bin").read_bytes()
+    for name in ("knockout", "blind", "options-only"):
+        ours, theirs = vn.KnockoutResult.load(undisturbed / name), vn.KnockoutResult.load(tmp_path / "run" / name)
+        assert ours.masks == theirs.masks
+        assert np.array_equal(ours.chosen, theirs.chosen)
+        assert theirs.provenance["remote"] == "local"
 
 
 def test_the_command_killed_at_ten_random_moments_ends_with_the_same_tables(arguments, undisturbed, tmp_path):

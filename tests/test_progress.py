@@ -87,7 +87,7 @@ def test_the_bar_names_the_step_and_the_time(clock, monkeypatch):
         record.update(5)
     line = written.getvalue().split("\r")[-1]
     assert line.startswith("record:  ")
-    assert "5/10 items, 01:05 gone, about 12:25 left" in line  # 5 + 50 forwards of 13 s, and 30 s
+    assert "| 5/10 items, 01:05 gone, about 12:25 left" in line  # 5 + 50 forwards of 13 s, and 30 s
     assert written.getvalue().count("\n") == 1  # one bar
 
 

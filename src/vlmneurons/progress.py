@@ -76,7 +76,7 @@ class Steps:
 
     def __init__(self, steps: Sequence[Step], *, disable: bool = False) -> None:
         self.steps = list(steps)
-        self._bar = tqdm(total=1.0, disable=disable, bar_format="{desc}{percentage:3.0f}%|{bar}| {postfix}", leave=True)
+        self._bar = tqdm(total=1.0, disable=disable, bar_format="{desc}{percentage:3.0f}%|{bar}| {unit}", unit="")
         self._began, self._shown = time.monotonic(), 0.0
         for step in self.steps:
             step.changed = self._refresh
@@ -137,7 +137,7 @@ class Steps:
         ahead = "?" if left is None else tqdm.format_interval(left)
         self._bar.set_description_str(f"{at.name}: ", refresh=False)
         counted = f"{at.n:,.0f}/{at.total:,.0f} {at.unit}, " if at.unit else ""
-        self._bar.set_postfix_str(f"{counted}{tqdm.format_interval(gone)} gone, about {ahead} left", refresh=False)
+        self._bar.unit = f"{counted}{tqdm.format_interval(gone)} gone, about {ahead} left"  # a postfix begins with ", "
         self._bar.n = self.share()
         self._bar.refresh()
 
