@@ -1,9 +1,12 @@
 """Small things that several test files need: questions, pictures, and counts by hooks of plain PyTorch."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -32,6 +35,16 @@ def some_questions(n: int = 6, *, groups: str = "AB", **how: Any) -> vn.Question
         for i in range(n)
     ]
     return vn.QuestionSet(items, **how)
+
+
+def save_questions(folder: Path, n: int) -> None:
+    """Some questions as a folder with a table and its pictures."""
+    rows = []
+    for number, item in enumerate(some_questions(n)):
+        item.load_images()[0].save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "options": json.dumps(item.options)})
+        rows[-1] |= {name: getattr(item, name) for name in ("question", "answer", "group", "id")}
+    pd.DataFrame(rows).to_csv(folder / "questions.csv", index=False)
 
 
 def language_blocks(hf: torch.nn.Module) -> Any:

@@ -3,19 +3,24 @@
 import json
 import os
 import random
+import runpy
 import signal
 import sys
 import time
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
 import pytest
 
-from helpers import some_questions
+import vlmneurons as vn
+from helpers import PAPER_MODELS, save_questions
 from recompute_study import compare
 from vlmneurons.commands import exit_status, main
 from vlmneurons.errors import QuestionError
 from vlmneurons.runs import _ASKED, Stopped, stop_if_asked, stopped_by_signals
+from vlmneurons.study import split_setting
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -27,20 +32,7 @@ FLAGS = ["--selectors", "CAS", "--quiet", "--fractions", "--alphas", "--sizes", 
 def arguments(tiny_folder, tmp_path_factory):
     """The command, but for its folder: a small model, and a folder with a table and pictures."""
     folder = tmp_path_factory.mktemp("data")
-    rows = []
-    for number, item in enumerate(some_questions(40)):
-        item.load_images()[0].save(folder / f"{number}.png")
-        rows.append(
-            {
-                "image": f"{number}.png",
-                "question": item.question,
-                "options": json.dumps(item.options),
-                "answer": item.answer,
-                "group": item.group,
-                "id": item.id,
-            }
-        )
-    pd.DataFrame(rows).to_csv(folder / "questions.csv", index=False)
+    save_questions(folder, 40)
     settings = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
     return ["study", "--model", str(tiny_folder("qwen2_5_vl")), "--data", str(folder), *settings, *FLAGS, "--out"]
 
@@ -82,8 +74,19 @@ def ended(child: int) -> int:
 
 def test_every_number_of_a_run_follows_from_its_kept_answers(undisturbed):
     compared = compare(undisturbed)
-    assert compared["answers"] == 20 * (1 + 2 + 4 + 4)
+    assert compared["answers"] == 20 * (1 + 2 + 4 + 4 + 2)
     assert all(compared.values())
+
+
+def test_the_whole_study_of_a_model_that_runs_elsewhere_gives_the_same_answers(arguments, undisturbed, tmp_path):
+    assert main([*arguments, str(tmp_path / "run"), "--remote", "local"]) == 0
+    here, there = undisturbed / "items", tmp_path / "run" / "items"
+    assert (there / "positive.bin").read_bytes() == (here / "positive.bin").read_bytes()
+    for name in ("knockout", "blind", "options-only"):
+        ours, theirs = vn.KnockoutResult.load(undisturbed / name), vn.KnockoutResult.load(tmp_path / "run" / name)
+        assert ours.masks == theirs.masks
+        assert np.array_equal(ours.chosen, theirs.chosen)
+        assert theirs.provenance["remote"] == "local"
 
 
 def test_the_command_killed_at_ten_random_moments_ends_with_the_same_tables(arguments, undisturbed, tmp_path):
@@ -163,3 +166,34 @@ def test_errors_of_the_library_are_one_line_and_a_status(capsys):
     assert exit_status(lambda: None) == 0
     assert exit_status(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_the_papers_script_runs_on_each_of_its_models_with_only_the_model_changed(
+    name, tiny_folder, arguments, tmp_path, monkeypatch, capsys
+):
+    data, out = arguments[arguments.index("--data") + 1], tmp_path / "run"
+    given = ["--model", str(tiny_folder(name)), "--data", data, "--min-items", "8", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["reproduce_paper.py", *given])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / "reproduce_paper.py"), run_name="__main__")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for selector in ("LAP", "LAPE", "MAD", "CAS"):
+        assert f" {selector} " in printed
+    assert f"report: {out / 'report' / 'index.html'}" in printed
+    result = vn.KnockoutResult.load(out / "knockout")
+    assert (
+        json.loads((out / "knockout" / "manifest.json").read_text())["model"]["class"]
+        == {
+            "llava_next_mistral": "LlavaNextForConditionalGeneration",
+            "llava_next_qwen2": "LlavaNextForConditionalGeneration",
+            "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        }[name]
+    )
+    assert {split_setting(selector)[0] for selector in result.selectors} >= {
+        *("LAP", "LAPE", "MAD", "CAS", "random", "layer-matched CAS", "CAS (all)"),
+    }
+    assert [mask.repeat for mask in result.masks if (mask.selector, mask.group) == ("random", "A")] == [0, 1, 2, 3, 4]
+    assert len(result.curve("CAS", "r")) == 3 * 3  # two of five shares are less than one neuron of so small a model
+    assert all(compare(out).values())

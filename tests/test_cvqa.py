@@ -376,3 +376,39 @@ def test_a_table_keeps_options_that_look_like_missing_values_or_numbers(tmp_path
     (tmp_path / "s.tsv").write_text(secret)
     with pytest.raises(QuestionError, match="Label is '-1' in all 1 rows"):
         vn.load_cvqa(tmp_path / "s.tsv")
+
+
+def test_a_dataset_on_the_hub_is_asked_for_by_name_split_and_revision(copies, monkeypatch):
+    asked = []
+
+    def load_dataset(name, **how):
+        asked.append((name, how))
+        return made(secret=how["revision"] == "secret", text_options=how["revision"] == "old")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    expected = plain(vn.load_cvqa(copies / "labelled.parquet"))
+    assert plain(vn.load_cvqa()) == expected
+    assert plain(vn.load_cvqa("someone/cvqa-labelled", revision="old", split="validation")) == expected
+    assert asked == [
+        ("afaji/cvqa", {"split": "test", "revision": None}),
+        ("someone/cvqa-labelled", {"split": "validation", "revision": "old"}),
+    ]
+    with pytest.raises(QuestionError, match=r"afaji/cvqa.*Label is -1 in all 117 rows"):
+        vn.load_cvqa("afaji/cvqa", revision="secret")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ValueError("Unknown split")))
+    with pytest.raises(QuestionError, match=r"cannot be loaded from the Hub \(ValueError: Unknown split\)"):
+        vn.load_cvqa("afaji/cvqa", split="train")
+
+
+def test_the_command_line_passes_a_hub_dataset_on(monkeypatch):
+    from vlmneurons.commands import open_questions
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: asked.append((name, how)) or made())
+    questions = open_questions(
+        "afaji/cvqa", language="local", revision="abc", group_by="subset", min_items=2, per_group=2, seed=3
+    )
+    assert asked == [("afaji/cvqa", {"split": "test", "revision": "abc"})]
+    assert len(questions.groups) == 39
+    assert set(questions.counts().values()) == {2}
+    assert questions[0].question.startswith("lokal")

@@ -1,17 +1,15 @@
 """Two processes of a torchrun give what one process gives, to the last integer; and the command line around them."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import vlmneurons as vn
-from helpers import some_questions
+from helpers import save_questions, some_questions
 from vlmneurons.errors import VLMNeuronsError
 from vlmneurons.items import ItemStatistics
 from vlmneurons.processes import Processes, current_processes
@@ -46,20 +44,7 @@ def command(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
 def data(tmp_path_factory):
     """A folder with a table and pictures, two groups."""
     folder = tmp_path_factory.mktemp("data")
-    rows = []
-    for number, item in enumerate(some_questions(32)):
-        item.load_images()[0].save(folder / f"{number}.png")
-        rows.append(
-            {
-                "image": f"{number}.png",
-                "question": item.question,
-                "options": json.dumps(item.options),
-                "answer": item.answer,
-                "group": item.group,
-                "id": item.id,
-            }
-        )
-    pd.DataFrame(rows).to_csv(folder / "questions.csv", index=False)
+    save_questions(folder, 32)
     return folder
 
 

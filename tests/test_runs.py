@@ -80,6 +80,7 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_answers(model, tm
 
 
 def test_a_run_that_is_resumed_asks_only_what_is_left(model, tmp_path):
+    run(model, None)  # the first run of a model looks at how it is built
     forwards = []
     handle = model.hf.register_forward_pre_hook(lambda *_: forwards.append(1))
     try:

@@ -131,6 +131,7 @@ def _study(given: argparse.Namespace) -> None:
         general=general,
         distributed=_processes() > 1,
         progress=not given.quiet,
+        remote=given.remote,
     )
     if study.page is not None:
         summary = study.knockout.summary()
@@ -153,6 +154,7 @@ def _record(given: argparse.Namespace) -> None:
         tokens=given.tokens,
         batch_size=given.batch_size or 8,
         progress=not given.quiet,
+        remote=given.remote,
     )
     sys.stdout.write(f"{items!r}\n")
 
@@ -238,6 +240,13 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="of the model")
     parser.add_argument("--dtype", help="of the weights (default: as they are stored)")
     parser.add_argument("--device-map", help="where the weights go (default: the GPUs, if there are any)")
+    parser.add_argument(
+        "--remote",
+        nargs="?",
+        const=True,
+        default=False,
+        help="run the model elsewhere by nnsight: on its own host, that of a URL, or local for a simulation",
+    )
     parser.add_argument("--data", required=True, help="demo, a folder with a table, or CVQA: Hub name, file or folder")
     parser.add_argument("--data-revision", help="of a dataset on the Hub")
     parser.add_argument("--language", choices=list(LANGUAGES), default="english")
@@ -256,6 +265,8 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(given: argparse.Namespace) -> VLM:
+    if given.remote not in (False, "local"):
+        return VLM.from_pretrained(given.model, revision=given.revision, weights=False)
     return open_model(given.model, revision=given.revision, dtype=given.dtype, device_map=given.device_map)
 
 

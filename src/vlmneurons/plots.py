@@ -72,12 +72,12 @@ def plot_matrix(
         if n_columns <= 12:
             for row, column in np.ndindex(values.shape):
                 shade = abs(values[row, column]) / most
-                text = f"{values[row, column]:.0f}" if scale != 1.0 else f"{values[row, column]:.1f}"
-                text = text.replace("-0.0", "0.0") if text in ("-0", "-0.0") else text
+                # A cell that is coloured says by how much: whole numbers would turn small effects into 0.
+                text = f"{values[row, column]:.{1 if most < 10 else 0}f}"
                 axis.text(
                     column,
                     row,
-                    "0" if text == "-0" else text.replace("-", "−"),
+                    "0" if float(text) == 0 else text.replace("-", "−"),
                     ha="center",
                     va="center",
                     fontsize=7,
@@ -381,9 +381,13 @@ def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]
     for n, name in enumerate(controls):
         colour, marker = styles[n % len(styles)]
         rows = table[table["selector"] == name]
-        at = [groups.index(group) + 0.14 * (n - (len(controls) - 1) / 2) for group in rows["group"]]
+        # Repeats stand below each other, each control in a band of its own: many are equal, and would hide each other.
+        repeats = sorted(set(rows["repeat"]))
+        places = (n + (np.arange(len(repeats)) + 0.5) / len(repeats)) / len(controls) - 0.5
+        shift = dict(zip(repeats, 0.76 * places, strict=True))
+        at = [groups.index(one.group) + shift[one.repeat] for one in rows.itertuples()]
         axis.scatter(
-            100 * rows["delta"], at, color=colour, marker=marker, s=28, linewidths=1.1, label=_plain([name])[0]
+            100 * rows["delta"], at, color=colour, marker=marker, s=18, linewidths=1.0, label=_plain([name])[0]
         )
     own = table[table["selector"] == selector]
     at = [groups.index(group) for group in own["group"]]

@@ -35,8 +35,10 @@ from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
+from vlmneurons.progress import Step, Steps
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import batches, record_items
+from vlmneurons.remote import Remote
 from vlmneurons.runs import git_state, write_text
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, Selector
 from vlmneurons.study import KnockoutResult, Masks, knockout
@@ -123,6 +125,7 @@ def run_study(
     general: QuestionSet | None = None,
     distributed: bool = False,
     progress: bool = True,
+    remote: Remote = False,
 ) -> StudyResult:
     """Run, or go on with, a whole study in a folder.
 
@@ -133,7 +136,8 @@ def run_study(
         protocol: the settings.
         general: questions that measure general ability, asked under every mask.
         distributed: share the work with the other processes of a ``torchrun``.
-        progress: show a progress bar for each step.
+        progress: show one progress bar over all steps, with the time that is left.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
 
     Raises:
         MismatchError: the folder holds another study, or another process is running in it.
@@ -158,6 +162,40 @@ def run_study(
     if protocol.on_error == "skip":
         identify = _openable(identify)
     log.info("recording %d identification questions", len(identify))
+    with Steps(_steps(identify, evaluate, protocol), disable=not (progress and processes.first)) as steps:
+        return _carried_out(model, identify, evaluate, folder, protocol, processes, general, distributed, remote, steps)
+
+
+def _steps(identify: QuestionSet, evaluate: QuestionSet, protocol: Protocol) -> list[Step]:
+    """The steps of a study, and what they will cost, for its progress bar."""
+    kinds = len(protocol.selectors) + 2 * protocol.repeats + len(protocol.fractions) + len(protocol.alphas)
+    kinds += len(protocol.sizes) + len(protocol.conditions)
+    answers = len(evaluate) * (1 + kinds * len(evaluate.groups))
+    return [
+        Step("identification questions", len(identify), forwards=1.0),
+        # Masks share what lies before them; how much that spares is only known once they run.
+        Step("answers under masks", answers, forwards=0.3),
+        Step("blind questions", len(evaluate), forwards=0.7),
+        Step("options only", len(evaluate), forwards=0.5),
+        Step("shuffled labels", 1, seconds=0.1 * protocol.permutations),
+        Step("report", 1, seconds=60.0),
+    ]
+
+
+def _carried_out(
+    model: VLM,
+    identify: QuestionSet,
+    evaluate: QuestionSet,
+    folder: Path,
+    protocol: Protocol,
+    processes: Processes,
+    general: QuestionSet | None,
+    distributed: bool,
+    remote: Remote,
+    steps: Steps,
+) -> StudyResult:
+    """The steps one after the other, each skipped where its files are whole."""
+    shown = not steps.hidden
     items = record_shared(
         model,
         identify,
@@ -165,8 +203,10 @@ def run_study(
         processes,
         tokens=protocol.tokens,
         batch_size=protocol.batch_size,
-        progress=progress,
+        progress=shown and steps["identification questions"],
+        remote=remote,
     )
+    steps["identification questions"].finish()
     selections, masks = study_masks(items, protocol)
     if processes.first:
         (folder / "selections").mkdir(exist_ok=True)
@@ -177,15 +217,22 @@ def run_study(
         "batch_size": protocol.batch_size,
         "on_error": protocol.on_error,
         "distributed": distributed,
-        "progress": progress,
+        "remote": remote,
     }
-    result = knockout(model, evaluate, masks, controls=general, folder=folder / "knockout", **how)
+
+    def asked(name: str, questions: QuestionSet, masks: Masks, part: str, **more: Any) -> KnockoutResult:
+        found = knockout(model, questions, masks, folder=folder / part, progress=shown and steps[name], **how, **more)
+        steps[name].finish()
+        return found
+
+    result = asked("answers under masks", evaluate, masks, "knockout", controls=general)
     nothing = {"none": NeuronSet.empty(items.space)}
     others = {
-        "blind": knockout(model, blind(evaluate), nothing, folder=folder / "blind", **how),
-        "options only": knockout(model, options_only(evaluate), nothing, folder=folder / "options-only", **how),
+        "blind": asked("blind questions", blind(evaluate), nothing, "blind"),
+        "options only": asked("options only", options_only(evaluate), nothing, "options-only"),
     }
     tables = {}
+    steps["shuffled labels"].start(1)
     if protocol.permutations and processes.first:
         from vlmneurons.trust import null_distribution
 
@@ -193,10 +240,13 @@ def run_study(
         tables["null of the selection"] = null_distribution(
             items, selector, permutations=protocol.permutations, seed=protocol.seed
         )
+    steps["shuffled labels"].finish()
     page = None
+    steps["report"].start(1)
     if processes.first:
         log.info("writing the report")
         page = result.report(folder / "report", main=protocol.main, others=others, tables=tables)
+    steps["report"].finish()
     processes.wait()
     return StudyResult(result, others, selections, tables, page)
 
@@ -248,7 +298,7 @@ def record_shared(
         own = share_of(questions, int(how.get("batch_size", 8)), processes)
         part = folder.with_name(f"{folder.name}-{processes.rank + 1}-of-{processes.count}")
         if len(own):
-            record_items(model, own, part, **{**how, "progress": how.get("progress", True) and processes.first})
+            record_items(model, own, part, **{**how, "progress": processes.first and how.get("progress", True)})
         parts = [one for one in processes.gather(str(part) if len(own) else None) if one is not None]
         if processes.first:
             _put_together(folder, questions, [ItemStatistics.load(one) for one in parts])

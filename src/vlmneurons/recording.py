@@ -27,6 +27,7 @@ from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
 from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.memory import MemoryLimit, is_out_of_memory, release
 from vlmneurons.model import VLM
+from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.remote import Remote, SiteCounts, reader_at, reader_provenance
 from vlmneurons.sites import NeuronSpace, Site
@@ -720,7 +721,7 @@ def record_items(
     maxima: bool = False,
     by_length: bool = False,
     prefetch: int = 2,
-    progress: bool = True,
+    progress: Progress = True,
     remote: Remote = False,
 ) -> ItemStatistics:
     """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
@@ -789,7 +790,7 @@ def record_items(
             if not done[[place[item.id] for item in batch]].all()
         )
         with (
-            tqdm(total=len(questions), initial=int(done.sum()), unit="item", disable=not progress) as bar,
+            progress_bar(progress, len(questions), initial=int(done.sum()), unit="item") as bar,
             prefetched(model, reader, coming, prefetch, lambda batch: batch) as encoded,
         ):
             for batch, encode in encoded:

@@ -121,8 +121,8 @@ class RemoteReader(AnswerReader):
         self.dtype: str | None = None
         """The precision in which the model ran, once it has."""
         if recorder is not None:
-            numbered = sorted(enumerate(recorder.space.sites), key=lambda pair: _computed(model, pair[1]))
-            self._sites = [(number, site, *stop(model, site, remote)) for number, site in numbered]
+            placed = [(number, site, *stop(model, site, remote)) for number, site in enumerate(recorder.space.sites)]
+            self._sites = sorted(placed, key=lambda one: _computed(model, one[1]))
 
     def encode(self, model: VLM, questions: QuestionSet) -> Any:
         """See `AnswerReader.encode`."""
@@ -285,12 +285,11 @@ def edits_of(model: VLM, ablation: Ablation, remote: Remote = True) -> list[tupl
             f"remote={remote!r}: one set of neurons for each row cannot be sent; give one set for all rows"
         )
     edits = []
-    for site in sorted(ablation._edits, key=lambda site: _computed(model, site)):
-        edit = ablation._edits[site]
+    for site, edit in ablation._edits.items():
         envoy, end, part = stop(model, site.at(ablation.at), remote)
         assert part is None  # gate and post are never parts
         edits.append((site, envoy, end, edit.columns, ablation.mode, ablation.factor, edit.values))
-    return edits
+    return sorted(edits, key=lambda edit: _computed(model, edit[0]))
 
 
 def _owners(batch: Batch, sites: Sequence[Any]) -> Tensor:
@@ -418,5 +417,6 @@ def _job(
                             wanted = reading["tokens"].to(logits.device)
                             answers = [row.log_softmax(-1)[:, wanted] for row in answers]
                     visits = [nn.interleaver.counts.get(name, 0) - started.get(name, 0) for name in stops]
-                    found.append((answers, given, visits, counts, str(logits.dtype)))
+                    dtype = values.dtype if stops else logits.dtype  # some models give their logits in float32
+                    found.append((answers, given, visits, counts, str(dtype)))
     return found

@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from vlmneurons.plots import (
 )
 from vlmneurons.runs import write_text
 from vlmneurons.study import KnockoutResult, split_setting
+
+_CONDITION = re.compile(r" \((all|wrong|correct)\)$")
+"""Ends the name of a selection from questions of another condition; see `vlmneurons.controls.condition_masks`."""
 
 _AXES = {"r": "share of neurons", "alpha": "strength", "items": "identification questions"}
 
@@ -128,7 +132,7 @@ def _effects(
     overall = summary[(summary["group"] == "all") & summary["selector"].isin(plain)]
     own = summary[(summary["selector"] == main) & (summary["group"] != "all")]
     shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
-    level = f"{100 * how['confidence']:g} % paired bootstrap intervals over questions"
+    level = f"{100 * how['confidence']:g} % paired bootstrap intervals over pictures"
     return [
         _Part(
             "effects",
@@ -155,9 +159,10 @@ def _effects(
         _Part(
             f"tests-{_slug(main)}",
             f"Tests of {main} by group",
-            "p: McNemar's exact test of the self effect; gap p: sign-flip permutation test of the gap; each corrected "
-            "over the groups by Holm's method and by Benjamini and Hochberg's (BH).",
-            _test_table(own, "group", [name for name in _TESTS if name != "p_permutation"]),
+            "p: McNemar's exact test of the self effect, which takes questions for independent; p by pictures and gap "
+            "p: permutation tests of the self effect and of the gap, which flip pictures with all their questions; "
+            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH).",
+            _test_table(own, "group", list(_TESTS)),
         ),
     ]
 
@@ -184,7 +189,8 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapp
                 "pairs",
                 f"Whose mask harms whom: {main}",
                 "The fifteen cross effects that are most below what the mask and the group show on average (excess): "
-                "groups that depend on each other's neurons. p: McNemar's exact test, corrected over all pairs.",
+                "groups that depend on each other's neurons. p: McNemar's exact test, which takes questions for "
+                "independent, corrected over all pairs.",
                 _points_table(cross, ["delta", "delta_low", "delta_high", "excess"]),
             )
         )
@@ -208,7 +214,7 @@ def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part
                 "layers",
                 "Where the neurons lie",
                 "Share of a mask's neurons in each layer, mean over groups; the band is the range of groups.",
-                plot_depth(result, single[:6]),
+                plot_depth(result, [name for name in single if not _CONDITION.search(name)][:6] or single[:6]),
             )
         )
     return parts
@@ -323,6 +329,8 @@ def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) ->
 def _effect_table(summary: pd.DataFrame, label: str) -> pd.DataFrame:
     """The columns of a summary that a paper prints, effects in points with their intervals."""
     table = pd.DataFrame({label: summary[label].to_numpy(), "n": summary["n"].to_numpy()})
+    if (summary["pictures"] != summary["n"]).any():
+        table["pictures"] = summary["pictures"].to_numpy()
     table["clean"] = [_number(100 * value) for value in summary["clean"]]
     effects = {
         "self_effect": "self effect",
@@ -347,7 +355,8 @@ _TESTS = {
     "p": "p",
     "p_holm": "Holm",
     "p_bh": "BH",
-    "p_permutation": "p by permutation",
+    "p_permutation": "p by pictures",
+    "p_permutation_holm": "Holm by pictures",
     "gap_p": "gap p",
     "gap_p_holm": "gap Holm",
     "gap_p_bh": "gap BH",
@@ -500,8 +509,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; m
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; } dt { color: #555; } dd { margin: 0; }
 dd { overflow-wrap: anywhere; }
-nav { columns: 2; font-size: .9rem; } nav a { display: block; }
-.scroll { overflow-x: auto; } img { max-width: min(100%, 52rem); height: auto; }
+nav { columns: 2 18rem; font-size: .9rem; } nav a { display: block; }
+.scroll { overflow-x: auto; } img { max-width: min(100%, 52rem); min-width: 30rem; height: auto; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; border-bottom: 1.5px solid #333; } td { border-bottom: 1px solid #e4e4e4; }
 th, td { padding: .25rem .5rem; white-space: nowrap; } .n { text-align: right; }

@@ -427,8 +427,9 @@ class KnockoutResult:
 
         Columns: ``mask``, ``group``, ``n``, ``delta``, ``delta_low``, ``delta_high`` (paired bootstrap), ``excess``
         (what is left of a cross effect when the mask's and the group's averages are taken out, see
-        `vlmneurons.effects.excess`; related groups have it below zero), ``p`` (McNemar's exact test, or sign flips
-        where there are repeats), ``p_holm`` and ``p_bh`` (over all pairs of the table). Control groups are left out.
+        `vlmneurons.effects.excess`; related groups have it below zero), ``p`` (McNemar's exact test, which takes
+        questions for independent, or sign flips where there are repeats), ``p_holm`` and ``p_bh`` (over all pairs of
+        the table). Control groups are left out.
 
         Args:
             selector: which one.

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
@@ -21,6 +20,7 @@ from vlmneurons.memory import MemoryLimit, is_out_of_memory, release
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
+from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import _provenance, _rule_name, batches
 from vlmneurons.remote import Remote, RemoteReader, edits_of, reader_at, reader_provenance
@@ -45,7 +45,7 @@ def knockout(
     folder: str | Path | None = None,
     distributed: bool = False,
     prefetch: int = 2,
-    progress: bool = True,
+    progress: Progress = True,
     remote: Remote = False,
 ) -> KnockoutResult:
     """Ask every question with the model as it is and under every mask.
@@ -130,7 +130,7 @@ class _Run:
         listed: list[tuple[Mask, Intervention]],
         batch_size: int,
         on_error: str,
-        progress: bool,
+        progress: Progress,
         remote: Remote,
     ) -> None:
         self.model, self.questions, self.batch_size = model, questions, batch_size
@@ -235,12 +235,12 @@ class _Run:
         coming = ((number, batch) for number, batch in mine if _name(number) not in known)
         with (
             torch.inference_mode(),
-            tqdm(
+            progress_bar(
+                self.progress if self.processes.first else False,
                 total=total * n_runs,
                 initial=done * n_runs,
                 unit="answer",
                 smoothing=0.05,  # nearly the mean rate: masks differ in cost, and each batch has all of them
-                disable=not (self.progress and self.processes.first),
             ) as bar,
             prefetched(self.model, self.reader, coming, self.prefetch, lambda one: one[1]) as ready,
         ):
