@@ -102,7 +102,7 @@ def about_two_pictures(n=6, answer="letters"):
         )
         for k in range(n)
     ]
-    return vn.QuestionSet(items, answer=answer)
+    return vn.QuestionSet(items, answer=answer, prompt=lambda item, options: item.question)
 
 
 def packed_tokens(model, questions):
@@ -147,8 +147,9 @@ def test_an_image_id_alone_does_not_make_pictures_the_same(model):
         vn.Question(picture(seed, 48, 48), "What is this?", ("a", "b"), 0, "A", id=str(seed), image_id="one sight")
         for seed in range(2)
     ]
-    shared, plain = both(model, vn.QuestionSet(items), masks_of(model))
-    assert_same(items, shared, plain)
+    questions = vn.QuestionSet(items)
+    shared, plain = both(model, questions, masks_of(model))
+    assert_same(questions, shared, plain)
     assert not torch.allclose(plain[0].scores[0], plain[0].scores[1])
 
 
