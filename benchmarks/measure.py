@@ -43,7 +43,12 @@ def device_of(name: str | None) -> torch.device:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """What one call takes: CPU time of this process, or the time that a GPU is busy with it."""
+    """What one call takes: CPU time of this process, or the time that a GPU is busy with it.
+
+    A function with an attribute ``seconds`` runs in another process, and says itself what it took.
+    """
+    if hasattr(run, "seconds"):
+        return run.seconds()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -56,11 +61,15 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def paired(
-    base: Callable[[], Any], variants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+    base: Callable[[], Any],
+    variants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    warm: int = 2,
 ) -> dict[str, list[tuple[float, float]]]:
     """For every variant and round the seconds of a base run, and of the variant's run right after or before it.
 
-    Two rounds more are run first and thrown away.
+    ``warm`` rounds more are run first and thrown away.
     """
     order: list[str] = list(variants)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
@@ -68,7 +77,7 @@ def paired(
     gc.collect()
     gc.disable()
     try:
-        for number in range(-2, rounds):
+        for number in range(-warm, rounds):
             generator.shuffle(order)
             for name in order:
                 if generator.random() < 0.5:
@@ -122,6 +131,8 @@ def qwen(
     width: int = 1024,
     vision: Mapping[str, int] | None = None,
     longest: int = 12_800,
+    heads: int = 8,
+    shared_heads: int = 2,
 ) -> tuple[Any, Any]:
     """A Qwen2.5-VL of that size, whose pictures have up to ``longest`` pixels in patches of 4 x 4."""
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -129,16 +140,16 @@ def qwen(
     hf, processor = _tiny.tiny_model("qwen2_5_vl")
     config = hf.config
     sizes = {"hidden_size": 96, "intermediate_size": 256, "depth": 4, "num_heads": 4, **(vision or {})}
-    for name, value in {**sizes, "out_hidden_size": hidden, "fullatt_block_indexes": [sizes["depth"] - 1]}.items():
+    fourths = [(part + 1) * sizes["depth"] // 4 - 1 for part in range(4)]
+    for name, value in {**sizes, "out_hidden_size": hidden, "fullatt_block_indexes": fourths}.items():
         setattr(config.vision_config, name, value)
-    heads = 8
     for name, value in {
         "hidden_size": hidden,
         "intermediate_size": width,
         "num_hidden_layers": layers,
         "layer_types": ["full_attention"] * layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": shared_heads,
     }.items():
         setattr(config.text_config, name, value)
     half = hidden // heads // 2

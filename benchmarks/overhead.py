@@ -7,9 +7,15 @@ never wrapped by anything. Peers that are not installed are left out.
 
 import argparse
 import copy
+import importlib.metadata
 import importlib.util
 import itertools
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -88,51 +94,87 @@ def our_trace(model: vn.VLM, inputs: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-def peers(hf: Any, processor: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], None]]:
+class Nnterp:
+    """The same count by nnterp, in a process of its own: it needs an nnsight older than ours.
+
+    A call of `seconds` runs once there and gives the CPU time of that process.
+    """
+
+    def __init__(self, folder: str, hf: Any, inputs: dict[str, Any]) -> None:
+        self.saved = tempfile.TemporaryDirectory()
+        hf.save_pretrained(self.saved.name)
+        torch.save(inputs, Path(self.saved.name) / "inputs.pt")
+        script = Path(__file__).with_name("peer_nnterp.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), self.saved.name],
+            env={**os.environ, "PYTHONPATH": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.version = self._answer()
+
+    def _answer(self) -> str:
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError(self.process.stderr.read().strip().splitlines()[-1])
+        return line
+
+    def __call__(self) -> None:
+        self.seconds()
+
+    def seconds(self) -> float:
+        """Run once."""
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+
+def transformer_lens(hf: Any, processor: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    """The same count in TransformerLens's hooks on the gate's projection, as its bridge names it."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:  # it asks a tokenizer where it was loaded from
+        processor.tokenizer.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        bridge = TransformerBridge.boot_transformers(
+            "llava-hf/llava-v1.6-mistral-7b-hf", hf_model=copy.deepcopy(hf), tokenizer=tokenizer
+        )
+    names = [f"blocks.{n}.mlp.gate.hook_out" for n in range(len(hf.model.language_model.layers))]
+    counts: dict[str, Any] = {}
+
+    def count(value: torch.Tensor, hook: Any) -> None:
+        counts[hook.name] = counts.get(hook.name, 0) + (value > 0).sum((0, 1))
+
+    ids, more = inputs["input_ids"], {key: value for key, value in inputs.items() if key != "input_ids"}
+
+    def run() -> None:
+        bridge.run_with_hooks(ids, fwd_hooks=[(name, count) for name in names], **more)
+
+    with torch.inference_mode():
+        run()
+    if len(counts) != len(names):
+        raise RuntimeError(f"its hooks fired at {len(counts)} of {len(names)} layers")
+    return run
+
+
+def peers(hf: Any, processor: Any, inputs: dict[str, Any], nnterp: str | None) -> dict[str, Callable[[], None]]:
     """Other libraries that can count in this very model; what they cannot do is printed."""
     found: dict[str, Callable[[], None]] = {}
-    if importlib.util.find_spec("nnterp"):
+    if nnterp:
         try:
-            import nnsight
-            from nnterp import StandardizedTransformer
-
-            model = StandardizedTransformer(copy.deepcopy(hf), tokenizer=processor.tokenizer)
-            layers = model.num_layers
-
-            def nnterp() -> None:
-                with model.trace(**inputs):
-                    counts = nnsight.save([])
-                    for number in range(layers):
-                        counts.append((model.layers[number].mlp.act_fn.output > 0).sum((0, 1)))
-
-            nnterp()
-            found["nnterp, trace"] = nnterp
+            peer = Nnterp(nnterp, hf, inputs)
+            found[f"{peer.version}, trace"] = peer
         except Exception as error:
             print(f"nnterp left out: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
     else:
-        print("nnterp left out: not installed")
+        print("nnterp left out: --nnterp FOLDER names no installation of it")
     if importlib.util.find_spec("transformer_lens"):
         try:
-            from transformer_lens.model_bridge import TransformerBridge
-
-            bridge = TransformerBridge.boot_transformers(
-                "llava-hf/llava-v1.6-mistral-7b-hf", hf_model=copy.deepcopy(hf), tokenizer=processor.tokenizer
-            )
-            names = [f"blocks.{n}.mlp.hook_pre" for n in range(len(hf.model.language_model.layers))]
-            counts: dict[str, Any] = {}
-
-            def count(value: torch.Tensor, hook: Any) -> None:
-                counts[hook.name] = counts.get(hook.name, 0) + (value > 0).sum((0, 1))
-
-            ids, more = inputs["input_ids"], {k: v for k, v in inputs.items() if k not in ("input_ids", "use_cache")}
-
-            def lens() -> None:
-                bridge.run_with_hooks(ids, fwd_hooks=[(name, count) for name in names], **more)
-
-            lens()
-            if len(counts) != len(names):
-                raise RuntimeError(f"its hooks fired at {len(counts)} of {len(names)} layers")
-            found["TransformerLens, run_with_hooks"] = lens
+            run = transformer_lens(hf, processor, inputs)
+            found[f"TransformerLens {importlib.metadata.version('transformer_lens')}, hooks"] = run
         except Exception as error:
             print(f"TransformerLens left out: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
     else:
@@ -152,6 +194,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--nnterp", help="folder with nnterp and its nnsight")
     parser.add_argument("--only", nargs="+", help="only variants whose names hold one of these words")
     options = parser.parse_args()
     device, dtype = measure.device_of(options.device), getattr(torch, options.dtype)
@@ -195,7 +238,7 @@ def main() -> None:
 
         alone = TransformersModel(copy.deepcopy(bare), processor=processor, task="image-text-to-text")
         variants["nnsight, count in a trace"] = nnsight_alone(alone, inputs)
-        variants |= peers(bare, processor, inputs)
+        variants |= peers(bare, processor, inputs, options.nnterp)
     if options.only:
         variants = {name: run for name, run in variants.items() if any(word in name for word in options.only)}
     print(measure.about(device))

@@ -41,7 +41,8 @@ def batches(
         by_picture: dict[Any, list[Question]] = {}
         for item in questions:
             if item.n_images == n_images:
-                by_picture.setdefault(_shown(item), []).append(item)
+                shown = _shown(item) if size > 1 else item.id  # alone, nothing is shared
+                by_picture.setdefault(shown, []).append(item)
         together = [item for items in by_picture.values() for item in items]
         if lengths is not None:
             windows = (together[start : start + _WINDOW * size] for start in range(0, len(together), _WINDOW * size))

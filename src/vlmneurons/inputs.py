@@ -218,7 +218,8 @@ class Encoder:
             n_text = len(self.token_ids(self.render(asked.prompt(item, shown), item.n_images)))
         try:
             sizes = [picture_size(source) for source in item._sources]
-            return n_text + sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+            n_image = sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+            return n_text - len(sizes) + n_image  # in the place of one placeholder each
         except Exception:  # only the order of the work depends on it; what cannot be asked is named when its turn comes
             return n_text
 

@@ -46,12 +46,13 @@ class MemoryLimit:
         size = self.most or len(batch)
         return [batch[start : start + size] for start in range(0, len(batch), size)]
 
-    def halves(self, batch: QuestionSet, error: BaseException) -> list[QuestionSet]:
-        """The parts of a batch that did not fit; later batches are not larger than these.
+    def halves(self, waiting: Sequence[QuestionSet], error: BaseException) -> list[QuestionSet]:
+        """The parts to ask instead of some, the first of which did not fit; later batches are not larger than these.
 
         Raises:
             OutOfMemoryError: it is a single question.
         """
+        batch = waiting[0]
         if len(batch) == 1:
             raise OutOfMemoryError(
                 f"question {batch[0].id!r} does not fit into memory on its own ({_short(error)}): use a smaller "
@@ -66,7 +67,7 @@ class MemoryLimit:
             self.most,
             self.most,
         )
-        return self.parts(batch)
+        return [part for one in waiting for part in self.parts(one)]
 
     @property
     def provenance(self) -> dict[str, Any]:

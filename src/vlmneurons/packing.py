@@ -6,8 +6,8 @@ tree: each shared token is there once, every row's own tokens follow, and a mask
 sees in its own row, at the positions that they have there. Padding, and tokens that come after the last one whose
 logits are wanted, are left out; small trees are put beside each other where a large one leaves room.
 
-Two questions about a picture of a thousand tokens then cost little more than one, under every mask: a study of CVQA,
-which asks two questions about most pictures, runs through the decoder in about half the time.
+Two questions about a picture of a thousand tokens then cost little more than one, under every mask: where a data set
+asks two questions about each picture, the decoder's part of a study takes about half the time.
 """
 
 from collections.abc import Hashable, Sequence

@@ -857,7 +857,7 @@ def _read(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            waiting = limit.halves(part, error) + waiting
+            waiting = limit.halves([part, *waiting], error)
         whole = False
         if reading is None:
             release()

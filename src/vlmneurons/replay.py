@@ -335,7 +335,8 @@ class _Pass:
         handles: list[Any] = []
         try:
             for site, by_ablation in edits.items():
-                edit_tiles = functools.partial(self._edit_tiles, by_ablation)
+                # What a down projection is given is made for it, and nobody else looks on: no copy is needed.
+                edit_tiles = functools.partial(self._edit_tiles, by_ablation, site.kind == "post")
                 handles.append(write(self.model.hf, self.model.mlp_of(site), site.kind, edit_tiles))
             yield
         finally:
@@ -343,12 +344,17 @@ class _Pass:
                 handle.remove()
 
     def _edit_tiles(
-        self, by_ablation: Mapping[int, Callable[..., None]], values: Tensor, tokens: Tensor | None = None
+        self,
+        by_ablation: Mapping[int, Callable[..., None]],
+        in_place: bool,
+        values: Tensor,
+        tokens: Tensor | None = None,
     ) -> Tensor | None:
         here = [(tile, by_ablation[number]) for tile, number in enumerate(self.tiles) if number in by_ablation]
         if not here:
             return None
-        values = values.clone()
+        if tokens is not None or not in_place:
+            values = values.clone()
         if tokens is None:
             parts = values.chunk(len(self.tiles))
             for tile, edit in here:
@@ -748,33 +754,41 @@ def _branches(
 ) -> dict[int, tuple[MLP, str]]:
     """For each layer whose output is ``x`` plus what its MLP gives, the module within it that is given ``x``."""
     found: dict[int, tuple[MLP, str]] = {}
-    for layer, mlp in alone.items():
-        inputs: dict[str, Tensor] = {}
-        calls = _Call(((), {}))
+    with contextlib.ExitStack() as stack:  # one forward: each layer is judged, and forgotten, as soon as it is done
+        for layer, mlp in alone.items():
+            inputs: dict[str, Tensor] = {}
+            calls = _Call(((), {}))
 
-        def before(name: str, module: nn.Module, args: tuple, inputs: dict[str, Tensor] = inputs) -> None:
-            if args and isinstance(args[0], Tensor):
-                inputs.setdefault(name, args[0])
+            def before(name: str, module: nn.Module, args: tuple, inputs: dict[str, Tensor] = inputs) -> None:
+                if args and isinstance(args[0], Tensor):
+                    inputs.setdefault(name, args[0])
 
-        def after_down(module: nn.Module, args: tuple, output: Tensor, call: _Call = calls) -> None:
-            call.post, call.added = args[0] if args else None, output
+            def after_down(module: nn.Module, args: tuple, output: Tensor, call: _Call = calls) -> None:
+                call.post, call.added = args[0] if args else None, output
 
-        def after(module: nn.Module, args: tuple, output: Any, call: _Call = calls) -> None:
-            call.output = _hidden(output)
+            def after(
+                module: nn.Module,
+                args: tuple,
+                output: Any,
+                call: _Call = calls,
+                inputs: dict[str, Tensor] = inputs,
+                own: tuple[int, MLP] = (layer, mlp),
+            ) -> None:
+                call.output = _hidden(output)
+                for name, call.residual in inputs.items():
+                    if _is_sum(call):
+                        found[own[0]] = (own[1], name)
+                        break
+                inputs.clear()
+                call.post = call.added = call.residual = call.output = None
 
-        with contextlib.ExitStack() as stack:
             for name, module in chain[layer].named_modules():
                 if name:
                     stack.callback(module.register_forward_pre_hook(functools.partial(before, name)).remove)
             down = model.hf.get_submodule(mlp.path).get_submodule(mlp.layout.down)
             stack.callback(down.register_forward_hook(after_down).remove)
             stack.callback(chain[layer].register_forward_hook(after).remove)
-            model.hf(**batch, use_cache=False)
-        for name, value in inputs.items():
-            calls.residual = value
-            if _is_sum(calls):
-                found[layer] = (mlp, name)
-                break
+        model.hf(**batch, use_cache=False)
     return found
 
 

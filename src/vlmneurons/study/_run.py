@@ -190,7 +190,7 @@ class _Run:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                waiting = self.limit.halves(part, error) + waiting
+                waiting = self.limit.halves([part, *waiting], error)
             whole = False
             if not done:
                 told(-len(part) * len(readings))
