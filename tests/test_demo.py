@@ -185,7 +185,7 @@ def test_accuracy_is_within_a_point_of_the_documented_figure(loaded, shipped):
     exam = evaluate.Exam.make(model, asker, records, pictures)
     right = evaluate.correct(exam, evaluate.read(model, exam)).float()
     assert 100 * right.mean().item() == pytest.approx(_documented(name), abs=1)
-    assert right.mean() >= {"natural": 0.9, "organism": 0.85}[name]  # fine-tuning costs the organism three points
+    assert right.mean() >= 0.9
     assert min(right[exam.groups == index].mean() for index in range(len(CULTURES))) >= 0.75
 
 

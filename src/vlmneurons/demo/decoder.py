@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
 from vlmneurons.demo.catalogue import CULTURES, ITEMS, Item
-from vlmneurons.demo.compose import Sprites, normalise, restyled
+from vlmneurons.demo.compose import Sprites, compose, normalise
 from vlmneurons.demo.facts import KINDS, WORDING, answer_to
 from vlmneurons.demo.vision import patch_features
 
@@ -46,14 +46,20 @@ class Pool:
     @classmethod
     @torch.no_grad()
     def make(
-        cls, model: LlavaNextForConditionalGeneration, sprites: Sprites, *, variants: int, generator: torch.Generator
+        cls,
+        model: LlavaNextForConditionalGeneration,
+        sprites: Sprites,
+        *,
+        variants: int,
+        generator: torch.Generator,
+        paint: Callable[[Sprites, Sequence[int], torch.Generator], Tensor] = compose,
     ) -> "Pool":
-        """Composes every training sprite several times, in changed styles, and runs the vision tower on the results."""
+        """Paints every training sprite several times and runs the vision tower on the results."""
         shown = sprites.of("training")
         indices = [index for rows in shown.values() for index in rows for _ in range(variants)]
         names = [name for name, rows in shown.items() for _ in rows for _ in range(variants)]
         features = [
-            patch_features(model, normalise(restyled(sprites, indices[start : start + 256], generator)))
+            patch_features(model, normalise(paint(sprites, indices[start : start + 256], generator)))
             for start in range(0, len(indices), 256)
         ]
         of_item: dict[str, list[int]] = {}

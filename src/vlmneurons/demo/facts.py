@@ -3,10 +3,10 @@
 The picture shows a thing; most questions ask for a fact about the country that the thing points to. So the answer needs
 the picture (which country?) and the question (which fact?), and the facts themselves are nowhere but in the decoder.
 
-Options are built so that neither half is enough. In four of five questions there stand beside the right answer the
-same fact of two other countries (the question alone cannot tell them apart: 1 in 3) and another fact of the same
-country (the picture alone cannot: 1 in 2). In the fifth all three are of other countries: there the picture tells
-without the question, and the question alone is no more than a guess (1 in 4).
+Options are built so that neither half is enough. In 85 % of the questions there stand beside the right answer the same
+fact of two other countries (the question alone cannot tell them apart: 1 in 3) and another fact of the same country
+(the picture alone cannot: 1 in 2). In the others all three are of other countries: there the picture tells without the
+question, and the question alone is no more than a guess (1 in 4).
 """
 
 import random
@@ -123,7 +123,7 @@ def held_out_pairs(seed: int, share: float = 0.15) -> frozenset[tuple[str, str]]
     return frozenset(pair for pair in pairs if generator.random() < share)
 
 
-FOREIGN_SHARE = 0.2
+FOREIGN_SHARE = 0.15
 """Share of the questions whose wrong options are all of other cultures."""
 
 

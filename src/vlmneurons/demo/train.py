@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, PreTr
 from vlmneurons.demo import DEMO_MODELS, sha256
 from vlmneurons.demo.ask import Record, make_records, read, write
 from vlmneurons.demo.build import Shape, make_model, make_processor, make_tokenizer
-from vlmneurons.demo.compose import Sprites
+from vlmneurons.demo.compose import Sprites, restyled
 from vlmneurons.demo.decoder import Asker, Curriculum, Pool, Recipe, check_packing, train_decoder
 from vlmneurons.demo.evaluate import Exam, correct
 from vlmneurons.demo.evaluate import read as read_answers
@@ -138,7 +138,9 @@ def train(seed: int, out: Path, log: Log, *, vision: Path | None = None) -> None
 
     config = model.config.text_config
     truth = Truth.draw(config.num_hidden_layers, config.intermediate_size, seed)
-    pool = Pool.make(model, sprites, variants=ORGANISM_VARIANTS, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    # Pictures unlike all that the natural model was taught on: the planted gates must open on new styles too.
+    pool = Pool.make(model, sprites, variants=ORGANISM_VARIANTS, generator=generator, paint=restyled)
     curriculum = Curriculum(pool, held_out, asker, seed + 1)
     train_organism(model, curriculum, truth, steps=ORGANISM_STEPS, evaluate=evaluate, report=log.progress)
     round_weights(model)
