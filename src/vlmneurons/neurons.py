@@ -83,12 +83,20 @@ class NeuronSet(_files.Shareable):
 
     @classmethod
     def empty(cls, space: NeuronSpace) -> "NeuronSet":
-        """The set of no neuron."""
+        """The set of no neuron.
+
+        Args:
+            space: the space that numbers the neurons.
+        """
         return cls._of(space, torch.empty(0, dtype=torch.int64))
 
     @classmethod
     def full(cls, space: NeuronSpace) -> "NeuronSet":
-        """The set of all neurons of a space."""
+        """The set of all neurons of a space.
+
+        Args:
+            space: the space that numbers the neurons.
+        """
         return cls._of(space, torch.arange(len(space)))
 
     @classmethod
@@ -120,6 +128,10 @@ class NeuronSet(_files.Shareable):
     def from_pairs(cls, space: NeuronSpace, pairs: Iterable[Any]) -> "NeuronSet":
         """The set of (layer, neuron) pairs; a `Site` or a site's name may stand for the layer.
 
+        Args:
+            space: the space that numbers the neurons.
+            pairs: pairs of a layer (or site) and a neuron's number within it.
+
         Raises:
             SiteError: a layer, site or neuron that the space does not have, or a layer with several sites.
         """
@@ -135,6 +147,10 @@ class NeuronSet(_files.Shareable):
     @classmethod
     def from_mask(cls, space: NeuronSpace, mask: Any) -> "NeuronSet":
         """The set of the neurons where a boolean mask ``[neuron]`` over the whole space is true.
+
+        Args:
+            space: the space that numbers the neurons.
+            mask: a tensor, array or list of bools, one a neuron.
 
         Raises:
             MismatchError: the mask is not boolean or not as long as the space.
@@ -234,7 +250,14 @@ class NeuronSet(_files.Shareable):
         return self._of(self._space, (~self.mask()).nonzero().flatten())
 
     def isdisjoint(self, other: "NeuronSet") -> bool:
-        """Whether no neuron is in both sets."""
+        """Whether no neuron is in both sets.
+
+        Args:
+            other: another set.
+
+        Raises:
+            MismatchError: the sets are of different spaces.
+        """
         return not len(self & other)
 
     def __le__(self, other: "NeuronSet") -> bool:
@@ -258,7 +281,11 @@ class NeuronSet(_files.Shareable):
         return self >= other and len(self) > len(other)
 
     def at(self, kind: str) -> "NeuronSet":
-        """The same neurons, read at another point of their MLPs: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``."""
+        """The same neurons, read at another point of their MLPs: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+        """
         return self._of(self._space.at(kind), self._indices)
 
     def per_site(self) -> Int64[Tensor, " site"]:
@@ -312,6 +339,9 @@ class NeuronSet(_files.Shareable):
     def jaccard(self, other: "NeuronSet") -> float:
         """Size of the intersection over size of the union, from 0 to 1; two empty sets are equal, so 1.
 
+        Args:
+            other: another set.
+
         Raises:
             MismatchError: the sets are of different spaces.
         """
@@ -322,6 +352,9 @@ class NeuronSet(_files.Shareable):
     def expected_jaccard(self, other: "NeuronSet") -> float:
         """The Jaccard index to expect of two random sets of these sizes: the chance level of `jaccard`.
 
+        Args:
+            other: another set.
+
         Raises:
             MismatchError: the sets are of different spaces.
         """
@@ -329,12 +362,22 @@ class NeuronSet(_files.Shareable):
         return expected_jaccard(len(self), len(other), len(self._space))
 
     def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write the set and its space to a safetensors file."""
+        """Write the set and its space to a safetensors file.
+
+        Args:
+            path: the file, such as ``"neurons.safetensors"``.
+
+        Raises:
+            OSError: the file cannot be written; what was there before stays.
+        """
         _files.write(path, "NeuronSet", {"indices": self._indices}, {"space": self._space.to_json()})
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "NeuronSet":
         """The set that `save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             FileFormatError: the file is damaged, of another kind, or from a newer version.
@@ -414,6 +457,12 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """A selection from its sets.
+
+        Args:
+            sets: the neurons of each group.
+            selector: what made it, such as ``"CAS(fraction=0.005)"``.
+            budget: the largest number of neurons a set may have; None if nothing limits it.
+            provenance: where it comes from: plain values that JSON can hold.
 
         Raises:
             SelectionError: no group, or a group name that is no text, or a set larger than the budget.
@@ -514,7 +563,11 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         return self._combine(other, "^", operator.xor)
 
     def at(self, kind: str) -> "Selection":
-        """The same neurons, read at another point of their MLPs."""
+        """The same neurons, read at another point of their MLPs.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+        """
         return self._with({group: neurons.at(kind) for group, neurons in self._sets.items()})
 
     def _with(self, sets: Mapping[str, NeuronSet]) -> "Selection":
@@ -630,7 +683,14 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         return cls(sets, selector=f"from_lape({source})")
 
     def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write the selection, with its space, selector and provenance, to a safetensors file."""
+        """Write the selection, with its space, selector and provenance, to a safetensors file.
+
+        Args:
+            path: the file, such as ``"neurons.safetensors"``.
+
+        Raises:
+            OSError: the file cannot be written; what was there before stays.
+        """
         tensors = {
             "indices": torch.cat([neurons._indices for neurons in self._sets.values()]),
             "sizes": torch.tensor([len(neurons) for neurons in self._sets.values()], dtype=torch.int64),
@@ -647,6 +707,9 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "Selection":
         """The selection that `save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             FileFormatError: the file is damaged, of another kind, or from a newer version.

@@ -135,9 +135,13 @@ def run_study(
         distributed: share the work with the other processes of a ``torchrun``.
         progress: show a progress bar for each step.
 
+    Returns:
+        The selections, the answers under every mask, further tables, and the path of the report.
+
     Raises:
         MismatchError: the folder holds another study, or another process is running in it.
         SelectionError: a group has too few identification questions that meet the condition.
+        QuestionError: a group has fewer identification questions than ``protocol.minimum``.
     """
     protocol = protocol or Protocol()
     folder = Path(folder)

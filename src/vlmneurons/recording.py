@@ -206,7 +206,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def group(self, label: str | Sequence[str]) -> Iterator[None]:
-        """Within, rows of the batch belong to this group; a list gives each row its own."""
+        """Within, rows of the batch belong to this group; a list gives each row its own.
+
+        Args:
+            label: the group of all rows, or a list with the group of each row.
+        """
         before, self._labels = self._labels, label if isinstance(label, str) else tuple(label)
         try:
             yield
@@ -673,6 +677,9 @@ def record_items(
         magnitudes: also keep each question's sum of every neuron's values, in float32 (4 bytes a neuron and question).
         maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
         progress: show a progress bar.
+
+    Returns:
+        The recording, open for reading: counts of every question, whatever its answer.
 
     Raises:
         MismatchError: the folder holds another recording, or another process is recording into it; or the model runs

@@ -65,6 +65,9 @@ def knockout(
             equals that of one process. With a folder, it must be one that all processes see.
         progress: show a progress bar.
 
+    Returns:
+        Every answer of every run, from which tables, tests and figures are computed.
+
     Raises:
         QuestionError: fewer than two groups; a question cannot be asked (``error.partial``, also of any other error
             or interrupt on the way, holds the result up to it).

@@ -96,6 +96,9 @@ def tiny_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin | None]:
 def tiny_inputs(name: str) -> dict[str, torch.Tensor]:
     """Inputs of one question with one image, as keyword arguments of the model that `tiny_model` gives.
 
+    Args:
+        name: one of `tiny_names`.
+
     Raises:
         ValueError: no such name.
     """
@@ -113,7 +116,13 @@ def tiny_inputs(name: str) -> dict[str, torch.Tensor]:
 
 
 def tiny_image(seed: int = 0, height: int = 24, width: int = 32) -> Image.Image:
-    """An image of random colours."""
+    """An image of random colours.
+
+    Args:
+        seed: of the colours.
+        height: in pixels.
+        width: in pixels.
+    """
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
