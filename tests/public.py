@@ -3,29 +3,43 @@
 import ast
 import functools
 import inspect
+import pkgutil
 import re
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import vlmneurons as vn
-from vlmneurons import browser, controls, errors, testing
+from vlmneurons import errors, testing
 
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Examples?|Source|Note):(?: *(\S.*))?$")
 _ENTRY = re.compile(r"^(\*{0,2}[\w., /*`]+?)(?: \([^)]*\))?: ")
 
 
+API = Path(__file__).parent.parent / "docs" / "api.md"
+
+
+@functools.cache
 def public_things() -> dict[str, Any]:
-    """Every function and class that a user may name, by the path under which the documentation has it."""
+    """Every function and class that a user may name, by the path under which the documentation has it.
+
+    These are the names of the package and of its module for tests, and whatever else the API page has entries for.
+    """
     things = {f"vlmneurons.{name}": getattr(vn, name) for name in vn.__all__ if name != "__version__"}
-    for module in (testing, controls, errors):
-        names = getattr(module, "__all__", None) or [
-            name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__
-        ]
-        things |= {f"{module.__name__}.{name}": getattr(module, name) for name in names if not name.startswith("_")}
-    for name in ("NeuronView", "InspectedItem", "Patch"):
-        things[f"vlmneurons.browser.{name}"] = getattr(browser, name)
+    things |= {f"vlmneurons.testing.{name}": getattr(testing, name) for name in testing.__all__}
+    for path in re.findall(r"^::: ([\w.]+)", API.read_text(encoding="utf-8"), re.MULTILINE):
+        thing = pkgutil.resolve_name(path)
+        if not isinstance(thing, ModuleType):
+            things[path] = thing
+        elif thing is not testing:
+            things |= {
+                f"{path}.{name}": value
+                for name, value in vars(thing).items()
+                if getattr(value, "__module__", None) == path and not name.startswith("_")
+            }
     return things
 
 

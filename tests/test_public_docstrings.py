@@ -30,7 +30,7 @@ VERBS = {"Ask", "Build", "Load", "Make", "Open", "Put", "Run", "Runs", "Write", 
 
 UNITS = re.compile(
     r"probabilit|nats|logit|points|share|accuracy|from -?\d to \d|standard deviation|Jaccard|correlation|activation|"
-    r"uniform numbers|average precision|z-score|in the unit of",
+    r"uniform numbers|average precision|z-score|in the unit of|exact p of|p-values|bit for bit|``pre`` or ``up``",
     re.IGNORECASE,
 )
 
@@ -122,8 +122,10 @@ def test_arrays_have_shapes_and_those_of_floats_have_units():
     for name, one in CALLEES.items():
         if not re.search("Tensor|ndarray", one.returns):
             continue
-        annotated = re.search(r"(Float|Int|Bool)\d*\[\w+, '[\w ]*'\]", one.returns)
-        if not annotated and not re.search(r"``\[[\w, +]+\]``|``result\[group\]\[layer\]``|keyword arguments", one.doc):
+        annotated = re.search(r"(Float|Int|Bool)\d*\[\w+, '[\w. ]*'\]", one.returns)
+        if not annotated and not re.search(
+            r"``\[[\w., +]+\]``|``result\[group\]\[layer\]``|keyword arguments", one.doc
+        ):
             wrong.append(f"{name} returns {one.returns}, and does not say of what shape")
         about = one.doc + inspect.cleandoc((one.owner.__doc__ if one.owner else "") or "")
         is_float = "Float" in one.returns or one.returns == repr(np.ndarray)

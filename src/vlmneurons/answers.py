@@ -46,7 +46,11 @@ class Reading:
     texts: tuple[str, ...] | None = None
 
     def margins(self, questions: QuestionSet) -> Float[Tensor, " question"]:
-        """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers."""
+        """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers.
+
+        Args:
+            questions: the questions that were answered.
+        """
         if self.scores is None:
             return torch.full((len(questions),), float("nan"), dtype=torch.float64)
         scores = self.scores.double().nan_to_num(nan=-torch.inf)

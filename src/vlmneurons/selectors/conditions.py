@@ -178,8 +178,6 @@ class Joint(_OverConditions):
         self.check_statistics(stats)
         return self.of.score(stats.pooled())
 
-    def eligible(
-        self, stats: Conditions, scores: Float[Tensor, "group neuron"]
-    ) -> Bool[Tensor, "group neuron"] | None:
+    def eligible(self, stats: Conditions, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
         """What the rule finds eligible."""
         return self.of.eligible(stats.pooled(), scores)
