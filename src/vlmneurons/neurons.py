@@ -598,12 +598,20 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         ``chance`` is the mean Jaccard index of random sets of the same sizes (see `expected_jaccard`).
         """
         import pandas as pd
+        from scipy.sparse import csr_array
 
         sets = list(self._sets.values())
-        jaccard = [[one.jaccard(other) for other in sets] for one in sets]
-        sizes = {(len(one), len(other)) for one in sets for other in sets}
-        levels = {pair: expected_jaccard(*pair, len(self.space)) for pair in sizes}
-        chance = [[levels[len(one), len(other)] for other in sets] for one in sets]
+        # The product of groups by neurons with itself counts what they share; sparse, as sets are small and spaces not.
+        ends = np.cumsum([0, *map(len, sets)])
+        places = np.concatenate([one._indices.numpy() for one in sets])
+        table = csr_array((np.ones(len(places), dtype=np.int64), places, ends), shape=(len(sets), len(self.space)))
+        shared = (table @ table.T).toarray()
+        sizes = np.array([len(one) for one in sets])
+        union = sizes[:, None] + sizes - shared
+        jaccard = np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
+        pairs = {tuple(sorted((first, second))) for first in set(sizes.tolist()) for second in set(sizes.tolist())}
+        levels = {pair: expected_jaccard(*pair, len(self.space)) for pair in pairs}
+        chance = [[levels[min(first, second), max(first, second)] for second in sizes] for first in sizes]
         index = pd.Index(self.groups, name="group")
         tables = [pd.DataFrame(values, index=index, columns=list(self.groups)) for values in (jaccard, chance)]
         return pd.concat(tables, axis=1, keys=["jaccard", "chance"], names=["measure", "other"])
