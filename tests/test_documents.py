@@ -1,5 +1,6 @@
 """README and documentation are true: every block of Python runs, and the strict build of the site has no warning."""
 
+import json
 import os
 import re
 import runpy
@@ -86,3 +87,18 @@ def test_every_page_is_in_the_navigation_and_every_picture_exists():
         assert name == "README.md" or path.relative_to(DOCS).as_posix() in navigation, f"{name} is not in mkdocs.yml"
         for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
             assert (path.parent / picture).is_file(), f"{name} shows {picture}, which does not exist"
+
+
+def test_the_notebook_of_the_tutorial_is_in_step_with_its_page_and_was_run():
+    notebook = json.loads((DOCS / "tutorial.ipynb").read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    assert code == [block.strip("\n") for block in BLOCK.findall(page)], "run python docs/generate_notebook.py"
+    text = "".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    for heading in re.findall(r"^#+ .*$", page, re.MULTILINE):
+        assert heading in text
+    assert all(cell["execution_count"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    outputs = [one for cell in notebook["cells"] for one in cell.get("outputs", ())]
+    assert len(outputs) >= 10
+    assert not [one for one in outputs if one["output_type"] == "error"]
+    assert (DOCS / "tutorial.ipynb").stat().st_size < 2**20

@@ -136,6 +136,8 @@ class NeuronSet(_files.Shareable):
             SiteError: a layer, site or neuron that the space does not have, or a layer with several sites.
         """
         grouped: dict[Any, list[int]] = {}
+        if not isinstance(pairs, Iterable):
+            raise SiteError(f"from_pairs takes pairs of a layer and a neuron's number; got {type(pairs).__name__}")
         for pair in pairs:
             try:
                 place, neuron = pair
@@ -155,7 +157,13 @@ class NeuronSet(_files.Shareable):
         Raises:
             MismatchError: the mask is not boolean or not as long as the space.
         """
-        tensor = torch.as_tensor(mask).detach().cpu()
+        try:
+            tensor = torch.as_tensor(mask).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MismatchError(
+                f"a mask is boolean, one value for each of the {len(space)} neurons of the space; got "
+                f"{type(mask).__name__}: {error}"
+            ) from error
         if tensor.dtype != torch.bool or tensor.shape != (len(space),):
             raise MismatchError(
                 f"a mask is boolean, one value per neuron of the space ({len(space)}); got {tensor.dtype} of shape "
@@ -468,7 +476,13 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
             SelectionError: no group, or a group name that is no text, or a set larger than the budget.
             MismatchError: the sets are not all of one space.
         """
-        sets = dict(sets)
+        try:
+            sets = dict(sets)
+            budget = None if budget is None else operator.index(budget)
+        except (TypeError, ValueError) as error:
+            raise SelectionError(f"a selection is a NeuronSet for each group, and a whole budget: {error}") from error
+        if budget is not None and budget < 0:
+            raise SelectionError(f"a budget is a number of neurons; got {budget}")
         if not sets:
             raise SelectionError("a selection needs at least one group; none was given")
         first = next(iter(sets.values()))
@@ -478,11 +492,11 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
             if not isinstance(neurons, NeuronSet):
                 raise SelectionError(f"group {group!r} must have a NeuronSet; got {type(neurons).__name__}")
             _check_same_space(first.space, neurons.space)
-            if budget is not None and len(neurons) > operator.index(budget):
+            if budget is not None and len(neurons) > budget:
                 raise SelectionError(f"group {group!r} has {len(neurons)} neurons, more than the budget of {budget}")
         object.__setattr__(self, "_sets", sets)
         object.__setattr__(self, "_selector", str(selector))
-        object.__setattr__(self, "_budget", None if budget is None else operator.index(budget))
+        object.__setattr__(self, "_budget", budget)
         object.__setattr__(self, "_provenance", _files.plain(dict(provenance or {}), "provenance"))
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -52,7 +52,7 @@ class Site:
         object.__setattr__(self, "layer", _whole(self.layer, "layer"))
         if self.kind not in KINDS:
             raise SiteError(f"site kind {self.kind!r} does not exist; the kinds are {', '.join(KINDS)}")
-        if not _NAME.fullmatch(str(self)):
+        if not isinstance(self.tower, str) or not isinstance(self.mlp, str) or not _NAME.fullmatch(str(self)):
             raise SiteError(f"{self.tower!r}, {self.layer!r}, {self.mlp!r} do not make a site name")
 
     def __str__(self) -> str:
