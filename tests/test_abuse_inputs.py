@@ -270,7 +270,7 @@ def test_no_text_and_no_options_make_the_parser_guess_or_fail():
             vn.parse_answer(text, ["x", "answer", "not", "A"])
 
 
-# -- arguments that are none --------------------------------------------------------------------------------------------
+# -- arguments that are none -------------------------------------------------------------------------------------------
 
 SPACE = vn.NeuronSpace.from_widths("language", "gate", [8, 8])
 STATS = vn.ActivationStatistics.from_counts(SPACE, ["A", "B"], [[n % 10 for n in range(16)], [3] * 16], [10, 10])
