@@ -55,8 +55,8 @@ def main() -> None:
     register_architecture(
         "CarefulVLM",
         Architecture(
-            towers={"language": "model.language_model.layers"},
-            mlps={"mlp": MLPLayout(gate="w1", up="w3", down="w2", function=silu)},
+            towers={"language": "model.language_model.layers", "vision": "model.vision_tower.encoder.layers"},
+            mlps={"language": {"mlp": MLPLayout(gate="w1", up="w3", down="w2", function=silu)}},
         ),
     )
     model = vn.VLM(hf, processor)

@@ -270,6 +270,62 @@ def test_no_text_and_no_options_make_the_parser_guess_or_fail():
             vn.parse_answer(text, ["x", "answer", "not", "A"])
 
 
+# -- arguments that are none -------------------------------------------------------------------------------------------
+
+SPACE = vn.NeuronSpace.from_widths("language", "gate", [8, 8])
+STATS = vn.ActivationStatistics.from_counts(SPACE, ["A", "B"], [[n % 10 for n in range(16)], [3] * 16], [10, 10])
+
+STRANGE = {
+    "a width that is no whole number": lambda: vn.NeuronSpace.from_widths("language", "gate", [8.5]),
+    "widths as text": lambda: vn.NeuronSpace.from_widths("language", "gate", "88"),
+    "a tower that is a number": lambda: vn.NeuronSpace.from_widths(3, "gate", [8]),
+    "a tower of two lines": lambda: vn.NeuronSpace.from_widths("a\nb", "gate", [8]),
+    "a site of layer 10^23": lambda: SPACE.position("language.layers.99999999999999999999999.mlp.gate"),
+    "a site of layer -1": lambda: vn.Site.parse("language.layers.-1.mlp.gate"),
+    "a site with other digits": lambda: vn.Site.parse("language.layers.٣.mlp.gate"),
+    "a site with a line end": lambda: vn.Site.parse("language.layers.3.mlp.gate\n"),
+    "no site": lambda: vn.Site.parse(None),
+    "a flat index that is NaN": lambda: SPACE.locate(float("nan")),
+    "a flat index of 10^30": lambda: SPACE.flat("language.layers.0.mlp.gate", 10**30),
+    "a mask of floats": lambda: vn.NeuronSet.from_mask(SPACE, torch.ones(16)),
+    "a mask of text": lambda: vn.NeuronSet.from_mask(SPACE, "x" * 16),
+    "no mask": lambda: vn.NeuronSet.from_mask(SPACE, None),
+    "a ragged mask": lambda: vn.NeuronSet.from_mask(SPACE, [[True], [True, False]]),
+    "pairs of three": lambda: vn.NeuronSet.from_pairs(SPACE, [(1, 2, 3)]),
+    "a number for pairs": lambda: vn.NeuronSet.from_pairs(SPACE, 5),
+    "a layer that is none": lambda: vn.NeuronSet.from_indices(SPACE, {None: [1]}),
+    "a layer that is true": lambda: vn.NeuronSet.from_indices(SPACE, {True: [1]}),
+    "a selection of lists": lambda: vn.Selection({"A": [1]}),
+    "no selection": lambda: vn.Selection(None),
+    "a budget of text": lambda: vn.Selection({"A": vn.NeuronSet(SPACE)}, budget="x"),
+    "a budget below 0": lambda: vn.Selection({"A": vn.NeuronSet(SPACE)}, budget=-1),
+    "provenance that no file can hold": lambda: vn.Selection({"A": vn.NeuronSet(SPACE)}, provenance={"x": object()}),
+    "counts below 0": lambda: vn.ActivationStatistics.from_counts(SPACE, ["A"], [[-1] * 16], [1]),
+    "counts above the tokens": lambda: vn.ActivationStatistics.from_counts(SPACE, ["A"], [[9] * 16], [1]),
+    "counts of a half": lambda: vn.ActivationStatistics.from_counts(SPACE, ["A"], [[0.5] * 16], [1]),
+    "a group twice": lambda: vn.ActivationStatistics.from_counts(SPACE, ["A", "A"], [[0] * 16] * 2, [1, 1]),
+    "a fraction of text": lambda: vn.CAS("0.1"),
+    "an infinite fraction": lambda: vn.CAS(float("inf")),
+    "a count of 10^30": lambda: vn.CAS(count=10**30).select(STATS),
+    "layers that are not there": lambda: vn.CAS(0.5, layers=[99]).select(STATS),
+    "layers of text": lambda: vn.CAS(0.5, layers="abc").select(STATS),
+    "nothing to select from": lambda: vn.CAS(0.5).select(),
+    "two tables to select from": lambda: vn.CAS(0.5).select(STATS, STATS),
+    "a rule times NaN": lambda: (vn.CAS(0.5) * float("nan")).select(STATS),
+    "a rule over 0": lambda: (vn.CAS(0.5) / 0).select(STATS),
+    "no conditions": lambda: vn.CRFusion(0.5).select({}),
+    "nothing to match": lambda: vn.LayerMatchedRandom(None).select(STATS),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+@pytest.mark.usefixtures("unchecked")
+def test_arguments_that_make_no_sense_get_an_error_of_the_library(what):
+    with limits(20), pytest.raises(vn.VLMNeuronsError) as caught:
+        STRANGE[what]()
+    assert len(str(caught.value)) > 15
+
+
 # -- how many ----------------------------------------------------------------------------------------------------------
 
 

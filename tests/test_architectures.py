@@ -373,6 +373,29 @@ def test_a_registered_architecture_is_followed() -> None:
         del finding._REGISTERED[: len(finding._REGISTERED) - known]
 
 
+def test_one_tower_can_be_registered_and_the_other_found_where_both_call_their_mlps_the_same() -> None:
+    small, _ = tiny_model("llava_next_mistral")
+    language, vision = "model.language_model.layers", "model.vision_tower.encoder.layers"
+    found = find_towers(small)
+    towers = {"language": language, "vision": vision}
+    known = len(finding._REGISTERED)
+    try:
+        layout = MLPLayout(gate="gate_proj", up="up_proj", down="down_proj", function=F.silu)
+        register_architecture(type(small).__name__, Architecture(towers, mlps={"language": {"mlp": layout}}))
+        again = find_towers(small)
+        assert [mlp.layout for mlp in again["language"].mlps] == [layout] * len(found["language"].mlps)
+        assert again["vision"] == found["vision"]
+        assert [mlp.path for mlp in again["language"].mlps] == [mlp.path for mlp in found["language"].mlps]
+        with pytest.raises(ArchitectureError, match="either a layout for each path, or such a mapping for each tower"):
+            Architecture(towers, mlps={"language": {"mlp": layout}, "mlp": layout})
+        with pytest.raises(
+            ArchitectureError, match=r"mlps= is of 'ears', and towers= gives no path .* has 'language', 'vis"
+        ):
+            Architecture(towers, mlps={"ears": {"mlp": layout}})
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+
+
 def test_a_layout_that_says_too_little_is_refused() -> None:
     with pytest.raises(ArchitectureError, match="give gate=, or fused="):
         MLPLayout(down="down")

@@ -5,6 +5,7 @@ import inspect
 import json
 import pickle
 import struct
+import time
 from fractions import Fraction
 from math import comb
 
@@ -417,6 +418,19 @@ def test_the_overlap_table_has_jaccard_and_its_chance_level(selection):
     assert overlap["jaccard"].loc["Egypt", "Egypt"] == 1.0
     assert overlap["chance"].loc["Egypt", "Japan"] == pytest.approx(float(exact_expected_jaccard(3, 2, 60)))
     assert overlap["chance"].shape == (3, 3)
+
+
+def test_the_overlap_of_five_hundred_groups_is_that_of_each_pair_and_takes_no_time():
+    space = NeuronSpace.from_widths("language", "gate", [18944] * 28)
+    generator = torch.Generator().manual_seed(0)
+    sets = {f"g{n:03}": torch.randint(0, len(space), (n * 5,), generator=generator) for n in range(499)}
+    many = Selection({group: NeuronSet(space, indices) for group, indices in sets.items()} | {"none": NeuronSet(space)})
+    began = time.process_time()
+    overlap = many.overlap()
+    assert time.process_time() - began < 60
+    for first, second in (("g000", "none"), ("g000", "g001"), ("g480", "g498"), ("g377", "g377"), ("g498", "g480")):
+        assert overlap["jaccard"].loc[first, second] == many[first].jaccard(many[second])
+        assert overlap["chance"].loc[first, second] == many[first].expected_jaccard(many[second])
 
 
 def test_the_repr_of_a_selection_shows_sizes_and_where_too_few_were_eligible(selection):

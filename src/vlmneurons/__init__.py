@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vlmneurons._version import __version__
 
 if TYPE_CHECKING:
+    from vlmneurons import errors as errors
+    from vlmneurons import testing as testing
     from vlmneurons.ablation import Ablation
     from vlmneurons.answers import AnswerReader, Generate, Letters, LogitReader, TextLikelihood, parse_answer
     from vlmneurons.architectures import Architecture, register_architecture
@@ -195,15 +197,18 @@ __all__ = [  # noqa: RUF022 (in the order of the flow)
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # No module may bear the name of a public function: importing `vlmneurons.record` would put the module in its place.
-    if name in _MODULE_OF:
-        value = getattr(importlib.import_module(f"vlmneurons.{_MODULE_OF[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(f"vlmneurons.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take a typing mistake for a name that is found here
+
+    def __getattr__(name: str) -> Any:
+        # No module may bear the name of a public function: importing `vlmneurons.record` would put the module in its
+        # place.
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(f"vlmneurons.{_MODULE_OF[name]}"), name)
+            globals()[name] = value
+            return value
+        if name in _MODULES:
+            return importlib.import_module(f"vlmneurons.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -190,14 +190,28 @@ class Shareable:
     __slots__ = ()
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
-        """Put this into a repository of the Hub, with a card; see `vlmneurons.push_to_hub` for the arguments."""
+        """Put this into a repository of the Hub, with a card; see `vlmneurons.push_to_hub` for the arguments.
+
+        Args:
+            repo_id: ``"name/repository"``.
+            how: further arguments of `vlmneurons.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+        """
         from vlmneurons.sharing import push_to_hub
 
         return push_to_hub(self, repo_id, **how)  # type: ignore[arg-type]
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
-        """What was put into a repository by `push_to_hub`; see `vlmneurons.from_hub`."""
+        """What was put into a repository by `push_to_hub`; see `vlmneurons.from_hub`.
+
+        Args:
+            repo_id: ``"name/repository"``.
+            revision: branch, tag or commit.
+            token: a token of the Hub, for private repositories.
+        """
         from vlmneurons.sharing import from_hub
 
         return from_hub(repo_id, revision=revision, kind=cls.__name__, token=token)

@@ -47,7 +47,11 @@ class Reading:
     texts: tuple[str, ...] | None = None
 
     def margins(self, questions: QuestionSet) -> Float[Tensor, " question"]:
-        """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers."""
+        """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers.
+
+        Args:
+            questions: the questions that were answered.
+        """
         if self.scores is None:
             return torch.full((len(questions),), float("nan"), dtype=torch.float64)
         scores = self.scores.double().nan_to_num(nan=-torch.inf)
@@ -66,7 +70,12 @@ class AnswerReader(ABC):
     """Right padding leaves every token at the position it has alone; generation needs the left."""
 
     def encode(self, model: "VLM", questions: QuestionSet) -> Any:
-        """What `read` runs the model on: made once for a batch, and run as often as is wanted."""
+        """What `read` runs the model on: made once for a batch, and run as often as is wanted.
+
+        Args:
+            model: the model.
+            questions: one batch of questions.
+        """
         return model.encoder(questions, padding_side=self.padding_side)
 
     @abstractmethod
@@ -78,6 +87,9 @@ class AnswerReader(ABC):
             questions: the batch; they share whether they have pictures.
             encoded: what `encode` made of them.
             watch: to be entered around the run that shows the questions to the model.
+
+        Returns:
+            What was answered to each question.
         """
 
     def __repr__(self) -> str:
@@ -94,7 +106,11 @@ class LogitReader(AnswerReader):
 
     @abstractmethod
     def wants(self, encoded: Any) -> "Wanted":
-        """The forward that is needed, and what of it."""
+        """The forward that is needed, and what of it.
+
+        Args:
+            encoded: what `encode` gave.
+        """
 
     @abstractmethod
     def score(
@@ -223,7 +239,11 @@ class Letters(LogitReader):
         return Wanted(encoded, encoded.tokens.last[:, None].tolist(), list(range(len(encoded.tokens.last))))
 
     def score(self, model: "VLM", questions: QuestionSet, encoded: Batch, logits: list[Tensor]) -> Reading:
-        """See `LogitReader.score`."""
+        """See `LogitReader.score`.
+
+        Raises:
+            ActivationError: the logits of a question are NaN.
+        """
         return self.score_shares(model, questions, encoded, [row.log_softmax(-1) for row in logits])
 
     def tokens(self, model: "VLM", questions: QuestionSet, encoded: Batch) -> list[int]:
@@ -253,7 +273,11 @@ class TextLikelihood(LogitReader):
     shows_options = False
 
     def encode(self, model: "VLM", questions: QuestionSet) -> "_Options":
-        """See `AnswerReader.encode`."""
+        """See `AnswerReader.encode`.
+
+        Raises:
+            QuestionError: an option does not continue the prompt token by token.
+        """
         encoder = model.encoder
         rows: list[tuple[int, str]] = []  # question, continuation
         wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
@@ -295,7 +319,11 @@ class TextLikelihood(LogitReader):
         return Wanted(encoded.batch, encoded.positions, encoded.first_rows)
 
     def score(self, model: "VLM", questions: QuestionSet, encoded: "_Options", logits: list[Tensor]) -> Reading:
-        """See `LogitReader.score`."""
+        """See `LogitReader.score`.
+
+        Raises:
+            ActivationError: the logits of a question are NaN.
+        """
         return self.score_shares(model, questions, encoded, [row.log_softmax(-1) for row in logits])
 
     def tokens(self, model: "VLM", questions: QuestionSet, encoded: "_Options") -> list[int]:
@@ -337,7 +365,11 @@ class Generate(AnswerReader):
     padding_side = "left"
 
     def read(self, model: "VLM", questions: QuestionSet, encoded: Batch, watch: Watch | None = None) -> Reading:
-        """See `AnswerReader.read`."""
+        """See `AnswerReader.read`.
+
+        Raises:
+            QuestionError: the model cannot generate.
+        """
         if not model.can_generate:
             raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
         # One beam and no sampling, whatever the checkpoint's own settings are.
@@ -413,6 +445,10 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     A text that is one option, word for word, is that option; else a letter wins over a number, and a number over an
     option's text within a longer one. A lone letter is always the letter of an option. What is ambiguous is None, never
     a guess.
+
+    Args:
+        text: what the model wrote.
+        options: the options, in the order in which they were shown.
 
     Examples:
         >>> options = ["Cairo", "Paris", "Rome", "Oslo"]

@@ -80,6 +80,8 @@ class InspectedItem:
     def heat(self, picture: int = 0, view: str = "picture", size: tuple[int, int] = (256, 256)) -> np.ndarray:
         """The neuron's value over a picture, ``[height, width]``; NaN where no token stands for that part.
 
+        Values are in the unit of the site: the activation itself.
+
         Args:
             picture: which of the question's pictures.
             view: ``"picture"`` or ``"tiles"``.
@@ -152,6 +154,9 @@ class NeuronView:
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write a page (``.html``: one file, no scripts, nothing loaded from elsewhere) or a picture (``.png``).
+
+        Args:
+            path: the file; its ending says which.
 
         Raises:
             QuestionError: the name ends in neither.

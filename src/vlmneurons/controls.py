@@ -27,12 +27,19 @@ def blind(questions: QuestionSet) -> QuestionSet:
     """The same questions without their pictures: what can be answered without looking.
 
     Questions keep their ids, and so the order in which their options are shown.
+
+    Args:
+        questions: any questions.
     """
     return questions._with(replace(item, image=None, image_id=item.image_id or item.id) for item in questions)
 
 
 def options_only(questions: QuestionSet) -> QuestionSet:
-    """The options alone, without the question's text or picture: what the options give away by themselves."""
+    """The options alone, without the question's text or picture: what the options give away by themselves.
+
+    Args:
+        questions: any questions.
+    """
     return questions._with(
         replace(item, image=None, question="", image_id=item.image_id or item.id) for item in questions
     )
@@ -112,7 +119,12 @@ def random_controls(
 
 
 def with_fraction(selector: Selector, fraction: float) -> Selector:
-    """The same rule with another budget."""
+    """The same rule with another budget.
+
+    Args:
+        selector: a rule, or a combination of rules.
+        fraction: share of the neurons that each group gets, in (0, 1].
+    """
     other = copy.copy(selector)
     other.fraction, other.count = fraction, None
     return other
@@ -121,7 +133,14 @@ def with_fraction(selector: Selector, fraction: float) -> Selector:
 def fraction_sweep(
     name: str, selector: Selector, stats: ActivationStatistics, fractions: Sequence[float]
 ) -> dict[str, Selection]:
-    """Selections of different sizes, named ``"NAME [r=…]"``: how much must be switched off?"""
+    """Selections of different sizes, named ``"NAME [r=…]"``: how much must be switched off?
+
+    Args:
+        name: what the selections are called.
+        selector: what selects; its own budget does not matter.
+        stats: statistics that it reads.
+        fractions: shares of the neurons, in (0, 1].
+    """
     return {setting_name(name, "r", r): with_fraction(selector, r).select(stats) for r in fractions}
 
 
@@ -129,6 +148,11 @@ def strength_sweep(name: str, selection: Selection, alphas: Sequence[float]) -> 
     """One selection scaled by ``1 + alpha``, named ``"NAME [alpha=…]"``: from zero (-1) over none (0) to steering.
 
     Source: Zhao et al. 2026 (arXiv 2601.03115), who steer with alpha 0.5.
+
+    Args:
+        name: what the interventions are called.
+        selection: the neurons of each group.
+        alphas: -1 switches off, 0 changes nothing, 0.5 is half as much again.
     """
     return {
         setting_name(name, "alpha", alpha): Intervention(selection, mode="scale", factor=1 + alpha) for alpha in alphas
@@ -148,6 +172,15 @@ def item_sweep(
     """Selections from different numbers of identification questions a group, named ``"NAME [items=…]"``.
 
     Effects level off at about 50 (arXiv 2608.08772). Smaller samples lie within larger ones.
+
+    Args:
+        name: what the selections are called.
+        selector: what selects.
+        items: counts of every question.
+        sizes: numbers of questions of each group.
+        by: the grouping; see `ItemStatistics.labels`.
+        condition: which questions enter.
+        seed: of the samples.
 
     Raises:
         SelectionError: a group has fewer questions than a size.
@@ -172,6 +205,14 @@ def condition_masks(
     """Selections from questions that meet other conditions than "correct", named ``"NAME (all)"``, ``"NAME (wrong)"``.
 
     A condition that some group has no question for is left out.
+
+    Args:
+        name: what the selections are called.
+        selector: what selects.
+        items: counts of every question.
+        conditions: of ``"correct"``, ``"all"`` and ``"wrong"``.
+        by: the grouping; see `ItemStatistics.labels`.
+        seed: of the balanced samples.
     """
     masks = {}
     for condition in conditions:

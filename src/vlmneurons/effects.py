@@ -22,10 +22,15 @@ def mean_over(values: np.ndarray, members: Members) -> np.ndarray:
 def mask_effects(delta: np.ndarray, column: Sequence[int]) -> dict[str, np.ndarray]:
     """Effects of each mask from ``delta[..., mask, group]``; mask ``i`` is of the group in column ``column[i]``.
 
+    Args:
+        delta: ``[..., mask, group]`` changes, such as of accuracy (a share of 1) or margin (nats).
+        column: the column of each mask's own group.
+
     Returns:
         ``self_effect`` = ``delta[c, c]``; ``cross_effect``, mean of ``delta[m, c]`` over ``m != c`` (the average cross
         effect of arXiv 2608.08772); ``cross_caused``, mean of ``delta[c, e]`` over ``e != c`` (that of arXiv
-        2510.24942); ``gap``, self less cross effect. NaN where there is no other mask or group.
+        2510.24942); ``gap``, self less cross effect. Each is ``[..., mask]``, in the unit of ``delta``; NaN where there
+        is no other mask or group.
     """
     n_masks, n_groups = delta.shape[-2:]
     own = delta[..., range(n_masks), column]
@@ -119,6 +124,10 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Two-sided exact p of McNemar's test, over the last axis: did as many answers turn right as turned wrong?
 
     1 where no answer changed.
+
+    Args:
+        before: ``[..., question]`` whether the answer was right.
+        after: the same, under the mask.
     """
     worse, better = (before & ~after).sum(-1), (~before & after).sum(-1)
     tail = scipy_stats.binom.cdf(np.minimum(worse, better), worse + better, 0.5)
@@ -175,7 +184,11 @@ def sign_flips(
 
 
 def holm(pvalues: Sequence[float]) -> np.ndarray:
-    """P-values corrected by Holm's step-down method, which bounds the chance of any false finding; NaN stay NaN."""
+    """P-values corrected by Holm's step-down method, which bounds the chance of any false finding; NaN stay NaN.
+
+    Args:
+        pvalues: ``[test]``; NaN where there is no test.
+    """
     values = np.asarray(pvalues, dtype=float)
     corrected = np.full(values.shape, np.nan)
     known = np.flatnonzero(~np.isnan(values))
@@ -186,7 +199,11 @@ def holm(pvalues: Sequence[float]) -> np.ndarray:
 
 
 def benjamini_hochberg(pvalues: Sequence[float]) -> np.ndarray:
-    """P-values corrected by Benjamini & Hochberg's method, which bounds the share of false findings; NaN stay NaN."""
+    """P-values corrected by Benjamini & Hochberg's method, which bounds the share of false findings; NaN stay NaN.
+
+    Args:
+        pvalues: ``[test]``; NaN where there is no test.
+    """
     values = np.asarray(pvalues, dtype=float)
     corrected = np.full(values.shape, np.nan)
     known = ~np.isnan(values)
@@ -203,7 +220,7 @@ def excess(delta: np.ndarray, column: Sequence[int]) -> np.ndarray:
     returned, negative where a mask harms a group more than expected. NaN at the self effects.
 
     Args:
-        delta: ``[mask, group]``.
+        delta: ``[mask, group]`` changes; the result is in the unit of these.
         column: the column of each mask's own group.
     """
     n_masks, n_groups = delta.shape

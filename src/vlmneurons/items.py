@@ -96,6 +96,9 @@ class ItemStatistics:
             folder: the folder that `vlmneurons.record_items` wrote.
             verify: read every row and compare its checksum.
 
+        Returns:
+            The recording; its tables are read from disk as they are needed.
+
         Raises:
             FileFormatError: there is no recording there, or it is damaged.
         """
@@ -283,6 +286,10 @@ class ItemStatistics:
     def labels(self, by: Grouping = "group") -> list[str | None]:
         """The label of each question under a grouping.
 
+        Args:
+            by: a column that was recorded; a function from a question's record to its label; or a list with the label
+                of each question. None as a label leaves the question out.
+
         Raises:
             MismatchError: no such column, or a list of another length.
         """
@@ -301,7 +308,14 @@ class ItemStatistics:
         return labels
 
     def kept(self, condition: str = "correct") -> Bool[Tensor, " item"]:
-        """Which recorded questions meet a condition: ``"correct"``, ``"wrong"`` or ``"all"``."""
+        """Which recorded questions meet a condition: ``"correct"``, ``"wrong"`` or ``"all"``.
+
+        Args:
+            condition: how the untouched model answered.
+
+        Raises:
+            MismatchError: no such condition.
+        """
         if condition not in ("correct", "wrong", "all"):
             raise MismatchError(f"condition={condition!r} does not exist; choose from correct, wrong, all")
         if condition == "all":
@@ -311,7 +325,16 @@ class ItemStatistics:
     def chunks(
         self, rows: Sequence[int] | np.ndarray, table: str = "positive", size: int = 64
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Rows of a table, some at a time: their places within ``rows``, and the values ``[row, neuron]``."""
+        """Rows of a table, some at a time: their places within ``rows``, and the values ``[row, neuron]``.
+
+        Args:
+            rows: numbers of questions, from 0, in any order.
+            table: one of ``tables``, such as ``"positive"``.
+            size: rows at a time.
+
+        Raises:
+            MismatchError: a table that was not recorded.
+        """
         if table not in self.tables:
             raise MismatchError(f"{table!r} was not recorded; there are {', '.join(self.tables)}")
         values = self._table(table)
@@ -372,6 +395,13 @@ class ItemStatistics:
 
         The arguments are those of `grouped`. A group none of whose questions meets the condition has zeros.
 
+        Args:
+            by: the label of each question; see `labels`.
+            condition: which questions enter: ``"correct"``, ``"wrong"`` or ``"all"``.
+            balanced: cut all groups to the size of the smallest (True), or to this many questions.
+            minimum: least number of questions of every group.
+            seed: of the balanced sample.
+
         Raises:
             MismatchError: the grouping does not fit.
             SelectionError: no question has a label, or groups are too thin.
@@ -430,6 +460,9 @@ class GroupedItems:
     def check_size(self, minimum: int) -> None:
         """Make sure that every group has questions enough.
 
+        Args:
+            minimum: least number of questions of every group.
+
         Raises:
             SelectionError: some have fewer; the message names them and says how many they have.
         """
@@ -473,12 +506,20 @@ class GroupedItems:
         return self.taken(np.sort(kept))
 
     def taken(self, places: np.ndarray, owner: np.ndarray | None = None) -> "GroupedItems":
-        """Some of the questions, by their places in `rows`, in the groups they have or in others."""
+        """Some of the questions, by their places in `rows`, in the groups they have or in others.
+
+        Args:
+            places: places within ``rows``, repeated where a question counts twice.
+            owner: row of the group of each of them; as they are, unless given.
+        """
         own = self.owner[places] if owner is None else owner
         return GroupedItems(self.recording, self.rows[places], own, self.groups, self.condition)
 
     def select_groups(self, groups: Sequence[str]) -> "GroupedItems":
         """The questions of some groups, in the given order of groups.
+
+        Args:
+            groups: names of groups.
 
         Raises:
             GroupError: no such group.

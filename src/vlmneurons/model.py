@@ -321,6 +321,14 @@ class VLM:
             weights: False for a model without its weights, on the meta device: its sites have names, and it can run
                 elsewhere (``remote=True``, see `vlmneurons.remote`).
             **hf_kwargs: arguments of ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map`` …
+
+        Returns:
+            The model in evaluation mode, its weights loaded.
+
+        Raises:
+            ArchitectureError: the MLPs cannot be told for certain; the message shows what was seen and what to
+                register.
+            OSError: transformers finds no such model or processor.
         """
         name_or_path = os.fspath(name_or_path)
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
@@ -378,12 +386,20 @@ class VLM:
 
     @property
     def language(self) -> NamedTower:
-        """The text decoder."""
+        """The text decoder.
+
+        Raises:
+            SiteError: the model has no such tower.
+        """
         return self._tower("language")
 
     @property
     def vision(self) -> NamedTower:
-        """The vision tower."""
+        """The vision tower.
+
+        Raises:
+            SiteError: the model has no such tower.
+        """
         return self._tower("vision")
 
     def _tower(self, name: str) -> NamedTower:
@@ -399,6 +415,10 @@ class VLM:
     def space(self, tower: str | Sequence[str] = "language", kind: str = "gate") -> NeuronSpace:
         """The neurons of one tower (or several) at one kind of site, numbered.
 
+        Args:
+            tower: ``"language"``, ``"vision"``, or several in the order in which they are to be numbered.
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+
         Raises:
             SiteError: no such tower or kind, or an MLP of the tower has no such site.
         """
@@ -413,6 +433,9 @@ class VLM:
 
     def mlp_of(self, site: Site | str) -> MLP:
         """The MLP that a site belongs to.
+
+        Args:
+            site: a `Site`, or its name.
 
         Raises:
             SiteError: no such tower, layer, MLP or kind; the message says what there is.
@@ -433,12 +456,26 @@ class VLM:
         """The value of a site by its name, inside a trace: ``model.site("language.layers.3.mlp.gate")``.
 
         Assign with ``model.set_site(name, value)``; editing the value in place works as well.
+
+        Args:
+            name: a `Site`, or its name.
+
+        Raises:
+            SiteError: no such site; the message says what there is.
         """
         site = Site.parse(name) if isinstance(name, str) else name
         return getattr(self._named_mlp(site), site.kind)
 
     def set_site(self, name: Site | str, value: Tensor) -> None:
-        """Replace the value of a site inside a trace."""
+        """Replace the value of a site inside a trace.
+
+        Args:
+            name: a `Site`, or its name.
+            value: the new value ``[batch, token, neuron]``, of the shape of the old one.
+
+        Raises:
+            SiteError: no such site; the message says what there is.
+        """
         site = Site.parse(name) if isinstance(name, str) else name
         setattr(self._named_mlp(site), site.kind, value)
 
@@ -447,7 +484,11 @@ class VLM:
         return self._named[site.tower].layers[site.layer]._mlps[mlp.name]
 
     def envoy(self, path: str) -> Envoy:
-        """nnsight's envoy of a module of ``hf``, by the module's path."""
+        """nnsight's envoy of a module of ``hf``, by the module's path.
+
+        Args:
+            path: the path of a module of ``hf``, such as ``"model.language_model.norm"``.
+        """
         envoy: Envoy = self.nnsight
         for part in path.split("."):
             children = envoy._child_map

@@ -83,12 +83,20 @@ class NeuronSet(_files.Shareable):
 
     @classmethod
     def empty(cls, space: NeuronSpace) -> "NeuronSet":
-        """The set of no neuron."""
+        """The set of no neuron.
+
+        Args:
+            space: the space that numbers the neurons.
+        """
         return cls._of(space, torch.empty(0, dtype=torch.int64))
 
     @classmethod
     def full(cls, space: NeuronSpace) -> "NeuronSet":
-        """The set of all neurons of a space."""
+        """The set of all neurons of a space.
+
+        Args:
+            space: the space that numbers the neurons.
+        """
         return cls._of(space, torch.arange(len(space)))
 
     @classmethod
@@ -120,10 +128,16 @@ class NeuronSet(_files.Shareable):
     def from_pairs(cls, space: NeuronSpace, pairs: Iterable[Any]) -> "NeuronSet":
         """The set of (layer, neuron) pairs; a `Site` or a site's name may stand for the layer.
 
+        Args:
+            space: the space that numbers the neurons.
+            pairs: pairs of a layer (or site) and a neuron's number within it.
+
         Raises:
             SiteError: a layer, site or neuron that the space does not have, or a layer with several sites.
         """
         grouped: dict[Any, list[int]] = {}
+        if not isinstance(pairs, Iterable):
+            raise SiteError(f"from_pairs takes pairs of a layer and a neuron's number; got {type(pairs).__name__}")
         for pair in pairs:
             try:
                 place, neuron = pair
@@ -136,10 +150,20 @@ class NeuronSet(_files.Shareable):
     def from_mask(cls, space: NeuronSpace, mask: Any) -> "NeuronSet":
         """The set of the neurons where a boolean mask ``[neuron]`` over the whole space is true.
 
+        Args:
+            space: the space that numbers the neurons.
+            mask: a tensor, array or list of bools, one a neuron.
+
         Raises:
             MismatchError: the mask is not boolean or not as long as the space.
         """
-        tensor = torch.as_tensor(mask).detach().cpu()
+        try:
+            tensor = torch.as_tensor(mask).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MismatchError(
+                f"a mask is boolean, one value for each of the {len(space)} neurons of the space; got "
+                f"{type(mask).__name__}: {error}"
+            ) from error
         if tensor.dtype != torch.bool or tensor.shape != (len(space),):
             raise MismatchError(
                 f"a mask is boolean, one value per neuron of the space ({len(space)}); got {tensor.dtype} of shape "
@@ -234,7 +258,14 @@ class NeuronSet(_files.Shareable):
         return self._of(self._space, (~self.mask()).nonzero().flatten())
 
     def isdisjoint(self, other: "NeuronSet") -> bool:
-        """Whether no neuron is in both sets."""
+        """Whether no neuron is in both sets.
+
+        Args:
+            other: another set.
+
+        Raises:
+            MismatchError: the sets are of different spaces.
+        """
         return not len(self & other)
 
     def __le__(self, other: "NeuronSet") -> bool:
@@ -258,7 +289,11 @@ class NeuronSet(_files.Shareable):
         return self >= other and len(self) > len(other)
 
     def at(self, kind: str) -> "NeuronSet":
-        """The same neurons, read at another point of their MLPs: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``."""
+        """The same neurons, read at another point of their MLPs: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+        """
         return self._of(self._space.at(kind), self._indices)
 
     def per_site(self) -> Int64[Tensor, " site"]:
@@ -312,6 +347,9 @@ class NeuronSet(_files.Shareable):
     def jaccard(self, other: "NeuronSet") -> float:
         """Size of the intersection over size of the union, from 0 to 1; two empty sets are equal, so 1.
 
+        Args:
+            other: another set.
+
         Raises:
             MismatchError: the sets are of different spaces.
         """
@@ -322,6 +360,9 @@ class NeuronSet(_files.Shareable):
     def expected_jaccard(self, other: "NeuronSet") -> float:
         """The Jaccard index to expect of two random sets of these sizes: the chance level of `jaccard`.
 
+        Args:
+            other: another set.
+
         Raises:
             MismatchError: the sets are of different spaces.
         """
@@ -329,12 +370,22 @@ class NeuronSet(_files.Shareable):
         return expected_jaccard(len(self), len(other), len(self._space))
 
     def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write the set and its space to a safetensors file."""
+        """Write the set and its space to a safetensors file.
+
+        Args:
+            path: the file, such as ``"neurons.safetensors"``.
+
+        Raises:
+            OSError: the file cannot be written; what was there before stays.
+        """
         _files.write(path, "NeuronSet", {"indices": self._indices}, {"space": self._space.to_json()})
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "NeuronSet":
         """The set that `save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             FileFormatError: the file is damaged, of another kind, or from a newer version.
@@ -415,11 +466,23 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
     ) -> None:
         """A selection from its sets.
 
+        Args:
+            sets: the neurons of each group.
+            selector: what made it, such as ``"CAS(fraction=0.005)"``.
+            budget: the largest number of neurons a set may have; None if nothing limits it.
+            provenance: where it comes from: plain values that JSON can hold.
+
         Raises:
             SelectionError: no group, or a group name that is no text, or a set larger than the budget.
             MismatchError: the sets are not all of one space.
         """
-        sets = dict(sets)
+        try:
+            sets = dict(sets)
+            budget = None if budget is None else operator.index(budget)
+        except (TypeError, ValueError) as error:
+            raise SelectionError(f"a selection is a NeuronSet for each group, and a whole budget: {error}") from error
+        if budget is not None and budget < 0:
+            raise SelectionError(f"a budget is a number of neurons; got {budget}")
         if not sets:
             raise SelectionError("a selection needs at least one group; none was given")
         first = next(iter(sets.values()))
@@ -429,11 +492,11 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
             if not isinstance(neurons, NeuronSet):
                 raise SelectionError(f"group {group!r} must have a NeuronSet; got {type(neurons).__name__}")
             _check_same_space(first.space, neurons.space)
-            if budget is not None and len(neurons) > operator.index(budget):
+            if budget is not None and len(neurons) > budget:
                 raise SelectionError(f"group {group!r} has {len(neurons)} neurons, more than the budget of {budget}")
         object.__setattr__(self, "_sets", sets)
         object.__setattr__(self, "_selector", str(selector))
-        object.__setattr__(self, "_budget", None if budget is None else operator.index(budget))
+        object.__setattr__(self, "_budget", budget)
         object.__setattr__(self, "_provenance", _files.plain(dict(provenance or {}), "provenance"))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -514,7 +577,11 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         return self._combine(other, "^", operator.xor)
 
     def at(self, kind: str) -> "Selection":
-        """The same neurons, read at another point of their MLPs."""
+        """The same neurons, read at another point of their MLPs.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+        """
         return self._with({group: neurons.at(kind) for group, neurons in self._sets.items()})
 
     def _with(self, sets: Mapping[str, NeuronSet]) -> "Selection":
@@ -545,12 +612,20 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         ``chance`` is the mean Jaccard index of random sets of the same sizes (see `expected_jaccard`).
         """
         import pandas as pd
+        from scipy.sparse import csr_array
 
         sets = list(self._sets.values())
-        jaccard = [[one.jaccard(other) for other in sets] for one in sets]
-        sizes = {(len(one), len(other)) for one in sets for other in sets}
-        levels = {pair: expected_jaccard(*pair, len(self.space)) for pair in sizes}
-        chance = [[levels[len(one), len(other)] for other in sets] for one in sets]
+        # The product of groups by neurons with itself counts what they share; sparse, as sets are small and spaces not.
+        ends = np.cumsum([0, *map(len, sets)])
+        places = np.concatenate([one._indices.numpy() for one in sets])
+        table = csr_array((np.ones(len(places), dtype=np.int64), places, ends), shape=(len(sets), len(self.space)))
+        shared = (table @ table.T).toarray()
+        sizes = np.array([len(one) for one in sets])
+        union = sizes[:, None] + sizes - shared
+        jaccard = np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
+        pairs = {tuple(sorted((first, second))) for first in set(sizes.tolist()) for second in set(sizes.tolist())}
+        levels = {pair: expected_jaccard(*pair, len(self.space)) for pair in pairs}
+        chance = [[levels[min(first, second), max(first, second)] for second in sizes] for first in sizes]
         index = pd.Index(self.groups, name="group")
         tables = [pd.DataFrame(values, index=index, columns=list(self.groups)) for values in (jaccard, chance)]
         return pd.concat(tables, axis=1, keys=["jaccard", "chance"], names=["measure", "other"])
@@ -630,7 +705,14 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         return cls(sets, selector=f"from_lape({source})")
 
     def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write the selection, with its space, selector and provenance, to a safetensors file."""
+        """Write the selection, with its space, selector and provenance, to a safetensors file.
+
+        Args:
+            path: the file, such as ``"neurons.safetensors"``.
+
+        Raises:
+            OSError: the file cannot be written; what was there before stays.
+        """
         tensors = {
             "indices": torch.cat([neurons._indices for neurons in self._sets.values()]),
             "sizes": torch.tensor([len(neurons) for neurons in self._sets.values()], dtype=torch.int64),
@@ -647,6 +729,9 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "Selection":
         """The selection that `save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             FileFormatError: the file is damaged, of another kind, or from a newer version.

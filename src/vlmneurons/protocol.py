@@ -139,9 +139,13 @@ def run_study(
         progress: show one progress bar over all steps, with the time that is left.
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
 
+    Returns:
+        The selections, the answers under every mask, further tables, and the path of the report.
+
     Raises:
         MismatchError: the folder holds another study, or another process is running in it.
         SelectionError: a group has too few identification questions that meet the condition.
+        QuestionError: a group has fewer identification questions than ``protocol.minimum``.
     """
     protocol = protocol or Protocol()
     folder = Path(folder)

@@ -313,7 +313,11 @@ class QuestionSet(Sequence[Question]):
         return _PROMPTS[self._prompt] if isinstance(self._prompt, str) else self._prompt
 
     def asked(self, **how: Any) -> "QuestionSet":
-        """The same questions, asked another way: any of ``prompt``, ``answer``, ``shuffle``."""
+        """The same questions, asked another way: any of ``prompt``, ``answer``, ``shuffle``.
+
+        Args:
+            how: arguments of `QuestionSet` other than the questions; what is not given stays as it is.
+        """
         return QuestionSet(
             self._items, **{"prompt": self._prompt, "answer": self.answer, "shuffle": self.shuffle, **how}
         )
@@ -370,6 +374,9 @@ class QuestionSet(Sequence[Question]):
     def group_by(self, key: str | Callable[[Question], str]) -> "QuestionSet":
         """The same questions, grouped by a metadata column, or by a function of the question.
 
+        Args:
+            key: a column of `Question.metadata`, or a function from a question to its group.
+
         Raises:
             QuestionError: a question has no such column.
         """
@@ -379,6 +386,13 @@ class QuestionSet(Sequence[Question]):
         """The questions for which ``keep`` is true, and whose fields or metadata have the given values.
 
         A value may be a set, list or tuple of allowed values.
+
+        Args:
+            keep: a function from a question to whether it stays.
+            where: fields or metadata, by name, and the value or values that they may have.
+
+        Raises:
+            QuestionError: a question has no field or metadata of such a name.
 
         Example:
             ``questions.filter(group={"Egypt", "Japan"}, category="food")``
@@ -398,6 +412,7 @@ class QuestionSet(Sequence[Question]):
 
         Args:
             size: questions per group; by default the size of the smallest group.
+            seed: of the hash; another one chooses other questions.
 
         Raises:
             QuestionError: a group has fewer; the message names the thin groups.
@@ -416,6 +431,9 @@ class QuestionSet(Sequence[Question]):
 
     def at_least(self, size: int) -> "QuestionSet":
         """The questions of the groups that have at least ``size`` of them; thinner groups are left out.
+
+        Args:
+            size: least number of questions of a group.
 
         Example:
             ``questions.group_by("country").at_least(100).balanced(seed=0)``
@@ -438,6 +456,7 @@ class QuestionSet(Sequence[Question]):
 
         Args:
             fraction: share of the questions that goes to the first set, in (0, 1).
+            seed: of the division; another one divides otherwise.
 
         Raises:
             QuestionError: the fraction is not in (0, 1).
@@ -501,7 +520,11 @@ class QuestionSet(Sequence[Question]):
         return tuple(found.get(item.id, f"no image: {item.id}") for item in self._items)
 
     def order(self, question: Question) -> tuple[int, ...]:
-        """The order in which a question's options are shown: position shown → index in ``question.options``."""
+        """The order in which a question's options are shown: position shown → index in ``question.options``.
+
+        Args:
+            question: one of the questions.
+        """
         indices = range(len(question.options))
         if self.shuffle is None:
             return tuple(indices)

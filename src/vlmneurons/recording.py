@@ -216,7 +216,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def group(self, label: str | Sequence[str]) -> Iterator[None]:
-        """Within, rows of the batch belong to this group; a list gives each row its own."""
+        """Within, rows of the batch belong to this group; a list gives each row its own.
+
+        Args:
+            label: the group of all rows, or a list with the group of each row.
+        """
         before, self._labels = self._labels, label if isinstance(label, str) else tuple(label)
         try:
             yield
@@ -744,6 +748,9 @@ def record_items(
         prefetch: how many batches a thread prepares while the model runs; 0 for none.
         progress: show a progress bar.
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
+
+    Returns:
+        The recording, open for reading: counts of every question, whatever its answer.
 
     Raises:
         MismatchError: the folder holds another recording, or another process is recording into it; or the model runs

@@ -85,6 +85,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, kind: str | None = No
     Raises:
         FileFormatError: the repository holds none, or several and none was named; or the file is damaged.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses, or there is no such repository.
+        VLMNeuronsError: no such kind.
 
     Examples:
         >>> selection = from_hub("someone/culture-neurons", revision="4c1f…")  # doctest: +SKIP

@@ -52,7 +52,7 @@ class Site:
         object.__setattr__(self, "layer", _whole(self.layer, "layer"))
         if self.kind not in KINDS:
             raise SiteError(f"site kind {self.kind!r} does not exist; the kinds are {', '.join(KINDS)}")
-        if not _NAME.fullmatch(str(self)):
+        if not isinstance(self.tower, str) or not isinstance(self.mlp, str) or not _NAME.fullmatch(str(self)):
             raise SiteError(f"{self.tower!r}, {self.layer!r}, {self.mlp!r} do not make a site name")
 
     def __str__(self) -> str:
@@ -61,6 +61,9 @@ class Site:
     @classmethod
     def parse(cls, name: str) -> "Site":
         """The site that a name such as ``"language.layers.3.mlp.gate"`` stands for.
+
+        Args:
+            name: ``TOWER.layers.LAYER.MLP.KIND``.
 
         Raises:
             SiteError: the name is not of that form.
@@ -74,7 +77,11 @@ class Site:
         return cls(match["tower"], int(match["layer"]), match["mlp"], match["kind"])
 
     def at(self, kind: str) -> "Site":
-        """The site of the same MLP at another point of its computation."""
+        """The site of the same MLP at another point of its computation.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+        """
         return Site(self.tower, self.layer, self.mlp, kind)
 
 
@@ -114,6 +121,11 @@ class NeuronSpace:
     def from_widths(cls, tower: str, kind: str, widths: Sequence[int]) -> "NeuronSpace":
         """The space of a tower with one MLP per layer, from its widths alone; no model is needed.
 
+        Args:
+            tower: name of the tower.
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+            widths: number of neurons of each layer, from layer 0.
+
         Examples:
             >>> NeuronSpace.from_widths("language", "gate", [14336] * 32)
             NeuronSpace(language.gate: 32 layers x 14,336 = 458,752 neurons)
@@ -144,6 +156,9 @@ class NeuronSpace:
     def position(self, site: "Site | str") -> int:
         """Place of a site within `sites`.
 
+        Args:
+            site: a `Site`, or its name.
+
         Raises:
             SiteError: the site is not in this space; the message names what is.
         """
@@ -162,12 +177,20 @@ class NeuronSpace:
         raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {_some(here)}")
 
     def slice(self, site: "Site | str") -> slice:
-        """The flat indices of one site's neurons: ``table[..., space.slice(site)]`` is that site's part of a table."""
+        """The flat indices of one site's neurons: ``table[..., space.slice(site)]`` is that site's part of a table.
+
+        Args:
+            site: a `Site`, or its name.
+        """
         position = self.position(site)
         return slice(self.offsets[position], self.offsets[position + 1])
 
     def flat(self, site: "Site | str", neuron: SupportsIndex) -> int:
         """Flat index of one neuron of a site; the inverse of `locate`.
+
+        Args:
+            site: a `Site`, or its name.
+            neuron: the neuron's number within the site, from 0.
 
         Raises:
             SiteError: no such site, or the site has no neuron of that number.
@@ -180,6 +203,9 @@ class NeuronSpace:
 
     def locate(self, index: SupportsIndex) -> tuple[Site, int]:
         """The site of a flat index, and the neuron's number within that site.
+
+        Args:
+            index: a flat index, from 0.
 
         Raises:
             SiteError: the index is not in the space.
@@ -218,11 +244,19 @@ class NeuronSpace:
         return kinds[0]
 
     def at(self, kind: str) -> "NeuronSpace":
-        """The same neurons, numbered the same, read at another point of their MLPs."""
+        """The same neurons, numbered the same, read at another point of their MLPs.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+        """
         return NeuronSpace(tuple(site.at(kind) for site in self.sites), self.widths)
 
     def same_neurons(self, other: "NeuronSpace") -> bool:
-        """Whether both number the same neurons the same way, at whatever kind of site."""
+        """Whether both number the same neurons the same way, at whatever kind of site.
+
+        Args:
+            other: another space.
+        """
         return self.widths == other.widths and all(
             (a.tower, a.layer, a.mlp) == (b.tower, b.layer, b.mlp) for a, b in zip(self.sites, other.sites, strict=True)
         )
@@ -231,6 +265,10 @@ class NeuronSpace:
         self, *, towers: Iterable[str] | None = None, layers: Iterable[SupportsIndex] | None = None
     ) -> Int64[Tensor, " part"]:
         """Flat indices of the neurons in the given towers and layers, sorted (all, where None).
+
+        Args:
+            towers: names of towers; None for all.
+            layers: numbers of layers, of whichever of these towers has them; None for all.
 
         Raises:
             SiteError: a tower or layer that the space does not have.
@@ -258,6 +296,9 @@ class NeuronSpace:
     @classmethod
     def from_json(cls, data: Any) -> "NeuronSpace":
         """The space that `to_json` wrote.
+
+        Args:
+            data: what `to_json` gave, or JSON that was read from a file.
 
         Raises:
             FileFormatError: the data is not of that form.

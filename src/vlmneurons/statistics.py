@@ -214,6 +214,9 @@ class ActivationStatistics(_files.Shareable):
     def index(self, group: str) -> int:
         """Row of a group in the tables.
 
+        Args:
+            group: its name.
+
         Raises:
             GroupError: no such group.
         """
@@ -284,6 +287,9 @@ class ActivationStatistics(_files.Shareable):
     def select_groups(self, groups: Iterable[str]) -> "ActivationStatistics":
         """The statistics of some groups, in the given order.
 
+        Args:
+            groups: names of groups.
+
         Raises:
             GroupError: no such group.
             MismatchError: a group twice, or none.
@@ -299,6 +305,9 @@ class ActivationStatistics(_files.Shareable):
 
         Counts add up, so a group weighs by its tokens. A pooled group stands where its first member stood; groups
         that are not mentioned stay as they are.
+
+        Args:
+            merged: for each new group the names of those that it pools.
 
         Raises:
             GroupError: no such group.
@@ -336,9 +345,10 @@ class ActivationStatistics(_files.Shareable):
         )
 
     def table(self) -> "pandas.DataFrame":
-        """For each group: items, tokens, neurons that fired at least once, and the mean probability over neurons.
+        """One row for each ``group``.
 
-        The mean probability is NaN for a group with no counted token.
+        Columns: ``items``, ``tokens``, ``active neurons`` (those that fired at least once) and ``mean probability``
+        (over neurons; NaN for a group with no counted token).
         """
         import pandas as pd
 
@@ -360,7 +370,14 @@ class ActivationStatistics(_files.Shareable):
         )
 
     def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write everything to a safetensors file."""
+        """Write everything to a safetensors file.
+
+        Args:
+            path: the file, such as ``"statistics.safetensors"``.
+
+        Raises:
+            OSError: the file cannot be written; what was there before stays.
+        """
         tensors = {"positive": self.positive, "tokens": self.tokens, "items": self.items}
         if self.routed is not None:
             tensors["routed"] = self.routed
@@ -372,6 +389,9 @@ class ActivationStatistics(_files.Shareable):
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "ActivationStatistics":
         """The statistics that `save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             FileFormatError: the file is damaged, of another kind, or from a newer version.
@@ -470,6 +490,9 @@ class AttributionStatistics:
     def select_groups(self, groups: Iterable[str]) -> "AttributionStatistics":
         """The attributions of some groups, in the given order.
 
+        Args:
+            groups: names of groups.
+
         Raises:
             GroupError: no such group.
         """
@@ -521,7 +544,14 @@ class AttributionStatistics:
     __hash__ = None  # type: ignore[assignment]
 
     def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write everything to a safetensors file."""
+        """Write everything to a safetensors file.
+
+        Args:
+            path: the file, such as ``"attributions.safetensors"``.
+
+        Raises:
+            OSError: the file cannot be written; what was there before stays.
+        """
         data = {"space": self.space.to_json(), "groups": list(self.groups), "provenance": self.provenance}
         tensors = {"total": self.total, "strong": self.strong, "items": self.items}
         _files.write(path, "AttributionStatistics", tensors, data)
@@ -529,6 +559,9 @@ class AttributionStatistics:
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "AttributionStatistics":
         """The attributions that `save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             FileFormatError: the file is damaged, of another kind, or from a newer version.

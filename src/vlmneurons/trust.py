@@ -205,11 +205,11 @@ def stability(
         seed: of the draws, and of the balanced pool.
 
     Returns:
-        A row for each group, and their mean as ``"all"``: ``jaccard`` (mean overlap), ``jaccard_low``,
-        ``jaccard_high``, ``chance`` (expected overlap of two random sets of these sizes), ``spearman`` (mean rank
-        correlation of the scores of all neurons; NaN for selectors without scores). Halves are smaller than the pool,
-        so they understate how stable a selection from the whole pool is; a bootstrap shares questions with it, so it
-        overstates.
+        A row for each ``group``, and their mean as ``"all"``: ``questions`` in the pool, ``jaccard`` (mean overlap),
+        ``jaccard_low``, ``jaccard_high``, ``chance`` (expected overlap of two random sets of these sizes), ``spearman``
+        (mean rank correlation of the scores of all neurons; NaN for selectors without scores). Halves are smaller than
+        the pool, so they understate how stable a selection from the whole pool is; a bootstrap shares questions with
+        it, so it overstates.
 
     Raises:
         SelectionError: a group has fewer questions than are needed (the message names it), or no such method.
@@ -278,6 +278,10 @@ def selection_strength(evidence: Any, selector: Selector) -> dict[str, float]:
     """Mean score of each group's selected neurons: what `null_distribution` compares unless told otherwise.
 
     A group for which nothing is selected has ``-inf``, less than any selection.
+
+    Args:
+        evidence: statistics, or counts of single questions, that the selector reads.
+        selector: what selects.
     """
     stats = selector.read(evidence)
     scores, selection = selector.score(stats), selector.select(stats)
@@ -318,8 +322,9 @@ def null_distribution(
         seed: of the shuffles, and of the balanced pool.
 
     Returns:
-        A row for each group: ``strength``, ``null_mean``, ``null_high`` (95th percentile of the shuffles), ``p``,
-        ``p_holm`` (Holm: any false finding) and ``p_bh`` (Benjamini & Hochberg: share of false findings).
+        A row for each ``group``: ``questions``, ``strength``, ``null_mean``, ``null_high`` (95th percentile of the
+        shuffles), ``p``, ``p_holm`` (Holm: any false finding) and ``p_bh`` (Benjamini & Hochberg: share of false
+        findings).
 
     Raises:
         SelectionError: a single group, or one with fewer questions than ``minimum``; the message names it.
@@ -420,6 +425,9 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     """How far selectors agree: for each pair and group the Jaccard overlap, and what chance would give.
 
     Columns: ``first``, ``second``, ``group``, ``jaccard``, ``chance``.
+
+    Args:
+        selections: selections of the same groups and space, by name.
 
     Raises:
         MismatchError: the selections are of different groups or spaces.
@@ -552,7 +560,7 @@ def layer_profile(
         seed: of the uniform choices.
 
     Returns:
-        A row for each group: ``neurons``; ``gini`` (0: spread evenly over layers, towards 1: in one layer) and
+        A row for each ``group``: ``neurons``; ``gini`` (0: spread evenly over layers, towards 1: in one layer) and
         ``entropy`` (nats, of the shares of the layers), each with ``_uniform_low`` and ``_uniform_high``, the interval
         that a uniform choice of as many neurons falls into, and, if there are resampled selections, ``_low`` and
         ``_high``; and ``top_tower`` and ``top_layer``, where most neurons are, with ``top_share`` of the neurons and
@@ -615,6 +623,10 @@ def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> "pd.DataFrame":
 
     Columns: ``tower``, ``layer``, ``first``, ``second``, ``both``, ``expected`` (of two random sets of these sizes in
     the layer).
+
+    Args:
+        first: a set of neurons.
+        second: another one of the same space.
 
     Raises:
         MismatchError: the sets are of different spaces.

@@ -26,23 +26,46 @@ class Architecture:
         towers: name of each tower, and the path of its list of blocks (several paths, for stages). If given, there are
             no others.
         mlps: path of each MLP relative to its block (``""`` for the block itself), and its layout. If given, no others
-            are looked for; blocks that lack a path have no such MLP.
+            are looked for; blocks that lack a path have no such MLP. Where towers differ, for each tower's name such a
+            mapping: those of a tower without one are found.
         names: what an MLP at such a path is to be called in the names of sites; chosen by itself if not given.
 
     Examples:
+        >>> from torch.nn.functional import silu
         >>> from vlmneurons.architectures import Architecture, MLPLayout, register_architecture
         >>> register_architecture(
         ...     "MyVLMForConditionalGeneration",
         ...     Architecture(
         ...         towers={"language": "model.text.blocks", "vision": "model.eye.blocks"},
-        ...         mlps={"ff": MLPLayout(gate="w1", up="w3", down="w2", function=torch.nn.functional.silu)},
+        ...         mlps={"language": {"ff": MLPLayout(gate="w1", up="w3", down="w2", function=silu)}},
         ...     ),
         ... )
     """
 
     towers: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
-    mlps: Mapping[str, MLPLayout] = field(default_factory=dict)
+    mlps: Mapping[str, MLPLayout | Mapping[str, MLPLayout]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        by_tower = [name for name, value in self.mlps.items() if not isinstance(value, MLPLayout)]
+        if by_tower and len(by_tower) < len(self.mlps):
+            raise ArchitectureError("mlps= has either a layout for each path, or such a mapping for each tower's name")
+        strange = [name for name in by_tower if name not in self.towers]
+        if strange:
+            raise ArchitectureError(
+                f"mlps= is of {', '.join(map(repr, strange))}, and towers= gives no path to such a tower; it has "
+                f"{', '.join(map(repr, self.towers)) or 'none'}"
+            )
+
+    def layouts(self, tower: str | None = None) -> Mapping[str, MLPLayout]:
+        """The layouts that are known of a tower's MLPs, by their paths in a block; none if they are to be found.
+
+        Args:
+            tower: its name; None where towers are not known by name.
+        """
+        if any(isinstance(value, MLPLayout) for value in self.mlps.values()):
+            return self.mlps  # type: ignore[return-value]
+        return self.mlps.get(tower, {})  # type: ignore[arg-type, return-value]
 
 
 _REGISTERED: list[tuple[str | Callable[[nn.Module], bool], Architecture]] = []
@@ -131,6 +154,8 @@ class _Block:
     path: str
     module: nn.Module
     mlps: tuple[_Found, ...]
+    registered: bool = False
+    """Whether somebody has said what its MLPs are."""
 
 
 _MIXER = re.compile(r"attention|attn|mamba|deltanet|ssm|retention|recurrent|rotary|indexer|router", re.IGNORECASE)
@@ -392,7 +417,7 @@ class _Search:
 
     def doubts(self, block: _Block) -> list[str]:
         """What a block has that may be an MLP, and is neither named as one nor known to be none."""
-        if self.known.mlps:
+        if block.registered:
             return []
         key = self.fingerprint(block.module), tuple((found.inner, found.layout) for found in block.mlps)
         if key not in self._doubts:
@@ -434,11 +459,12 @@ class _Search:
 
     # --- lists of blocks ---
 
-    def block(self, path: str, module: nn.Module) -> _Block:
-        if not self.known.mlps:
+    def block(self, path: str, module: nn.Module, tower: str | None = None) -> _Block:
+        layouts = self.known.layouts(tower)
+        if not layouts:
             return _Block(path, module, tuple(self.below(module)))
         found = []
-        for inner, layout in self.known.mlps.items():
+        for inner, layout in layouts.items():
             try:
                 place = module.get_submodule(inner)
             except AttributeError:
@@ -452,7 +478,7 @@ class _Search:
                     what = f"the Architecture names {name!r} in {path}.{inner}, which has {has or 'no modules'}"
                     raise ArchitectureError(self.explain(what, [])) from None
             found.append(self._measured(inner, place, layout))
-        return _Block(path, module, tuple(found))
+        return _Block(path, module, tuple(found), registered=True)
 
     def given(self) -> dict[str, tuple[str, list[_Block]]]:
         """The towers of a registered architecture."""
@@ -466,7 +492,7 @@ class _Search:
                 except AttributeError:
                     what = f"the Architecture has tower {name!r} at {path!r}, which does not exist"
                     raise ArchitectureError(self.explain(what, [])) from None
-                blocks += [self.block(f"{path}.{key}", child) for key, child in module._modules.items()]
+                blocks += [self.block(f"{path}.{key}", child, name) for key, child in module._modules.items()]
             towers[name] = (_common(paths), blocks)
         return towers
 
@@ -515,7 +541,7 @@ class _Search:
                 if before != place:
                     what = f"{before} and {place} are one module, whose neurons cannot be told apart by layer"
                     raise ArchitectureError(self.explain(what, []))
-                self._refuse_strange(place, mlp)
+                self._refuse_strange(place, mlp, block.registered)
                 name = mlp.layout.activation
                 if (
                     name is not None
@@ -524,12 +550,12 @@ class _Search:
                 ):
                     mlp = dataclasses.replace(mlp, layout=dataclasses.replace(mlp.layout, activation=None))
                 found.append(mlp)
-            settled.append(_Block(block.path, block.module, tuple(found)))
+            settled.append(dataclasses.replace(block, mlps=tuple(found)))
         return settled
 
-    def _refuse_strange(self, place: str, mlp: _Found) -> None:
+    def _refuse_strange(self, place: str, mlp: _Found, registered: bool) -> None:
         """Raises where hooks on an MLP's modules would tell of something else than its class's ``forward``."""
-        if _is_replaced(mlp.module) and not self.known.mlps:
+        if _is_replaced(mlp.module) and not registered:
             what = (
                 f"the forward of {place} was replaced on this one object, so its class does not tell what it computes"
             )
@@ -579,11 +605,11 @@ class _Search:
             "  from vlmneurons.architectures import Architecture, MLPLayout, register_architecture\n"
             f"  register_architecture({name!r}, Architecture(\n"
             "      towers={'language': '<path of the list of blocks>', 'vision': '<path>'},\n"
-            "      mlps={'<path of the MLP in a block>': MLPLayout(\n"
+            "      mlps={'<tower>': {'<path of the MLP in a block>': MLPLayout(\n"
             "          gate='<projection before the activation>', up='<the other, or None>', "
             "down='<last projection>',\n"
             "          activation='<module>',  # or function=torch.nn.functional.silu\n"
-            "      )},\n"
+            "      )}},  # a tower that is left out here is found\n"
             "  ))"
         )
 

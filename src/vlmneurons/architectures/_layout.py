@@ -173,6 +173,10 @@ class MLPLayout:
     def gate_of(self, module: nn.Module, pre: Float[Tensor, "... neuron"]) -> Float[Tensor, "... neuron"]:
         """``gate`` computed from ``pre`` by the model's own operations: equal to the model's bit for bit.
 
+        Args:
+            module: the MLP.
+            pre: what the activation is of.
+
         Raises:
             ArchitectureError: ``gate`` depends on more than its neuron of ``pre``.
         """
@@ -184,6 +188,11 @@ class MLPLayout:
         self, module: nn.Module, gate: Float[Tensor, "... neuron"], up: Float[Tensor, "... neuron"] | None = None
     ) -> Float[Tensor, "... neuron"]:
         """``post`` computed from ``gate`` (and ``up``, where there is one) by the model's own operations.
+
+        Args:
+            module: the MLP.
+            gate: the activations.
+            up: the other branch; None for an MLP without one.
 
         Raises:
             ArchitectureError: ``post`` depends on more than these.
@@ -200,7 +209,12 @@ class MLPLayout:
         return self.product is None or "other" not in self.product.inputs
 
     def part(self, fused: Float[Tensor, "... both"], kind: str) -> Float[Tensor, "... neuron"]:
-        """The view of a fused projection's output that is ``pre`` or ``up``."""
+        """The view of a fused projection's output that is ``pre`` or ``up``.
+
+        Args:
+            fused: the output of the fused projection.
+            kind: ``"pre"`` or ``"up"``.
+        """
         width = fused.shape[-1] // 2
         first = (kind == "pre") == (self.split in ("gate_up", "interleaved"))
         if self.split in ("gate_up", "up_gate"):
@@ -234,6 +248,9 @@ class MLP:
 
     def site(self, kind: str) -> Site:
         """The site of this MLP at a point of its computation.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
 
         Raises:
             SiteError: this MLP has no such point.

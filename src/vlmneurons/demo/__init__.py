@@ -75,6 +75,9 @@ def demo_truth() -> Selection:
         a selection over all decoder neurons at the gate, comparable with what a selector finds on
         ``load_demo("organism")``.
 
+    Raises:
+        FileFormatError: the installed files are damaged.
+
     Examples:
         >>> {len(neurons) for neurons in demo_truth().values()}
         {12}

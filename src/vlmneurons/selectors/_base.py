@@ -107,6 +107,9 @@ class Selector(ABC):
         """For each group and neuron how much the neuron is the group's: higher is chosen first.
 
         ``-inf`` is never chosen; NaN is an error. The statistics must not be written to.
+
+        Args:
+            stats: the one table that the rule reads (`reads`).
         """
 
     def eligible(self, stats: Any, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
@@ -114,6 +117,10 @@ class Selector(ABC):
 
         A rule overrides this if a finite score can still mean "not this group's". Neurons with a score of ``-inf``
         are never chosen, whatever this says.
+
+        Args:
+            stats: the one table that the rule reads (`reads`).
+            scores: what `score` gave.
         """
         return None
 
@@ -174,6 +181,13 @@ class Selector(ABC):
     ) -> "Selector":
         """The same rule with another budget, layers or exclusions; what is not given stays as it is.
 
+        Args:
+            fraction: share of the neurons that each group gets, in (0, 1].
+            count: number of neurons per group, instead of a fraction.
+            layers: numbers of the layers to choose from.
+            exclude: neurons never to choose.
+            per_layer: whether the budget is of each layer's neurons, layer by layer.
+
         Raises:
             SelectionError: a setting that is not allowed.
 
@@ -201,6 +215,9 @@ class Selector(ABC):
 
     def check_statistics(self, stats: Any) -> None:
         """Make sure that the statistics can be selected from: counted tokens for every group, and enough groups.
+
+        Args:
+            stats: the one table that the rule reads (`reads`).
 
         Raises:
             SelectionError: they cannot; the message says why.

@@ -99,7 +99,14 @@ class Conditions:
         return replace(sum(bare[1:], bare[0]), provenance=self.provenance)
 
     def select_groups(self, groups: Sequence[str]) -> "Conditions":
-        """The conditions with some groups, in the given order."""
+        """The conditions with some groups, in the given order.
+
+        Args:
+            groups: names of groups.
+
+        Raises:
+            GroupError: no such group.
+        """
         return Conditions({name: stats.select_groups(groups) for name, stats in self.statistics.items()})
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
@@ -174,10 +174,10 @@ class Joint(_OverConditions):
     """
 
     def score(self, stats: Conditions) -> Float64[Tensor, "group neuron"]:
-        """The rule's scores on pooled counts."""
+        """The rule's scores on pooled counts, in the unit of that rule."""
         self.check_statistics(stats)
         return self.of.score(stats.pooled())
 
-    def eligible(self, stats: Conditions, scores: Tensor) -> Tensor | None:
+    def eligible(self, stats: Conditions, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
         """What the rule finds eligible."""
         return self.of.eligible(stats.pooled(), scores)

@@ -101,6 +101,9 @@ class LAPE(Selector):
         """Minus the entropy in nats, from ``-log(G)`` to 0, where the neuron can be the group's; else ``-inf``.
 
         With ``variant="tang"``, where that is depends on the bars, and the scores are those of neurons that pass them.
+
+        Raises:
+            SelectionError: a quantile that is less than one of so few probabilities.
         """
         self.check_statistics(stats)
         probability = stats.probability
@@ -121,6 +124,7 @@ class LAPE(Selector):
 
         Raises:
             SelectionError: see `Selector.select`; also a ``top_rate`` or quantile too small for so few neurons.
+            MismatchError: excluded neurons of another space or without one of the groups.
         """
         if self.variant != "tang":
             return super().select(*evidence)

@@ -17,7 +17,7 @@ from vlmneurons.statistics import ActivationStatistics
 
 
 class RandomNeurons(Selector):
-    """A uniform random set for each group, independent between groups and of the statistics' counts.
+    """A control: a uniform random set for each group, independent between groups and of the statistics' counts.
 
     The set depends only on the seed, the group's name and the size of the space: it is the same on every machine and
     whatever other groups there are. With the same seed, the set of a smaller fraction lies within that of a larger.

@@ -78,6 +78,11 @@ class Mask:
 def setting_name(selector: str, axis: str, value: float) -> str:
     """The name of a selector's masks under one setting of a sweep, which `KnockoutResult.curve` finds again.
 
+    Args:
+        selector: the name before the setting.
+        axis: what is varied, such as ``"r"``.
+        value: the setting.
+
     Examples:
         >>> setting_name("CAS", "r", 0.005)
         'CAS [r=0.005]'

@@ -118,6 +118,9 @@ class KnockoutResult:
     def where(self, condition: str) -> "KnockoutResult":
         """The questions that the clean model answers right (``"correct"``) or wrong (``"wrong"``), or ``"all"``.
 
+        Args:
+            condition: ``"correct"``, ``"wrong"`` or ``"all"``.
+
         Raises:
             MismatchError: no such condition.
         """
@@ -206,6 +209,9 @@ class KnockoutResult:
 
         Args:
             condition: ``"all"`` questions, or those that the clean model answers ``"correct"`` or ``"wrong"``.
+
+        Raises:
+            MismatchError: no such condition.
         """
         if condition != "all":
             return self.where(condition).table()
@@ -255,6 +261,9 @@ class KnockoutResult:
             selector: which one.
             value: any numeric column of `table`.
             condition: which questions enter; see `table`.
+
+        Raises:
+            MismatchError: no such selector, column or condition.
         """
         self._of(selector)
         part = self.select(selector).where(condition)
@@ -297,6 +306,9 @@ class KnockoutResult:
             condition: which questions enter; see `table`.
             cluster: ``"picture"`` resamples and flips pictures with all their questions, which are not independent of
                 each other; ``"question"`` takes every question for itself.
+
+        Raises:
+            MismatchError: no such condition, or a confidence outside (0, 1).
         """
         if not 0 < confidence < 1:
             raise MismatchError(f"confidence {confidence} is outside (0, 1)")
@@ -440,6 +452,9 @@ class KnockoutResult:
             condition: which questions enter; see `table`.
             cluster: ``"picture"`` resamples and flips pictures with all their questions, which are not independent of
                 each other; ``"question"`` takes every question for itself.
+
+        Raises:
+            MismatchError: no such selector or condition, or a selector without masks of groups.
         """
         part = self.select(selector).where(condition)
         names = list(part.group_names)
@@ -565,13 +580,26 @@ class KnockoutResult:
         return table.assign(selector=selector)
 
     def plot_matrix(self, selector: str | Sequence[str] | None = None, *, value: str = "delta") -> "Figure":
-        """Heat maps of `matrix`, masks by groups of questions; see `vlmneurons.plots.plot_matrix`."""
+        """Heat maps of `matrix`, masks by groups of questions; see `vlmneurons.plots.plot_matrix`.
+
+        Args:
+            selector: one of `selectors`, or several side by side; all of them unless given.
+            value: what is shown; see `matrix`.
+        """
         from vlmneurons.plots import plot_matrix
 
         return plot_matrix(self, selector, value=value)
 
     def report(self, folder: str | Path, **how: Any) -> Path:
-        """A page with every figure and table, and their files, into a folder; see `vlmneurons.report.write_report`."""
+        """A page with every figure and table, and their files, into a folder; see `vlmneurons.report.write_report`.
+
+        Args:
+            folder: where the page, pictures and tables go.
+            how: further arguments of `vlmneurons.report.write_report`.
+
+        Returns:
+            The path of the page.
+        """
         from vlmneurons.report import write_report
 
         return write_report(self, folder, **how)
@@ -582,6 +610,9 @@ class KnockoutResult:
         """Write every answer (``answers.parquet``), what they are of (``knockout.json``) and the tables (CSV).
 
         Each file appears whole, ``knockout.json`` as the last: where it is, the result is complete.
+
+        Args:
+            folder: where the files go; it is made if it is not there.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -604,6 +635,9 @@ class KnockoutResult:
     @classmethod
     def load(cls, folder: str | Path) -> "KnockoutResult":
         """What `save` wrote.
+
+        Args:
+            folder: the folder that was saved to.
 
         Raises:
             FileFormatError: the files are damaged, of another kind, or do not fit together.

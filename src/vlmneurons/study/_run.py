@@ -75,6 +75,9 @@ def knockout(
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`. The manifest of a
             folder says it, so that answers from here and there are not mixed.
 
+    Returns:
+        Every answer of every run, from which tables, tests and figures are computed.
+
     Raises:
         QuestionError: fewer than two groups; a question cannot be asked (``error.partial``, also of any other error
             or interrupt on the way, holds the result up to it).

@@ -73,6 +73,9 @@ class PlantedModel:
 
         A group with its neurons is always right. Without them its answer is suppressed, and never chosen; or, in a
         model that does not suppress it, the highest ranked of a question's options is chosen.
+
+        Args:
+            off: a group; None for the model as it is.
         """
         accuracy = dict.fromkeys(self.questions.groups, 1.0)
         if off is not None:
@@ -106,6 +109,9 @@ def plant_neurons(
         width: neurons of each layer.
         suppress: whether a group's questions are all answered wrong without its neurons; else by a fixed ranking.
         seed: of weights, places and questions.
+
+    Returns:
+        The model, its questions, and where its neurons are.
 
     Raises:
         VLMNeuronsError: numbers that do not fit together.

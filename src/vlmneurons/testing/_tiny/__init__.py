@@ -79,6 +79,9 @@ def tiny_template(name: str) -> Callable[[str, int], str] | None:
 def tiny_inputs(name: str) -> dict[str, torch.Tensor]:
     """Inputs of one question with one image, as keyword arguments of the model that `tiny_model` gives.
 
+    Args:
+        name: one of `tiny_names`.
+
     Raises:
         ValueError: no such name.
     """

@@ -17,7 +17,13 @@ _LETTERS = "ABCDEFGH"
 
 
 def tiny_image(seed: int = 0, height: int = 24, width: int = 32) -> Image.Image:
-    """An image of random colours."""
+    """An image of random colours.
+
+    Args:
+        seed: of the colours.
+        height: in pixels.
+        width: in pixels.
+    """
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
