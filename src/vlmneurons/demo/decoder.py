@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
@@ -99,7 +100,8 @@ def picture_embeddings(
     rows, patches, hidden = projected.shape
     side = math.isqrt(patches)
     newline = inner.image_newline.expand(rows, side, 1, hidden)
-    tile = torch.cat([projected.view(rows, side, side, hidden), newline], dim=2).flatten(1, 2)
+    grid = rearrange(projected, "row (y x) hidden -> row y x hidden", y=side)
+    tile = rearrange(torch.cat([grid, newline], dim=2), "row y x hidden -> row (y x) hidden")
     start = torch.full((rows, 1), model.config.text_config.bos_token_id)
     return torch.cat([inner.language_model.embed_tokens(start), projected, tile], dim=1)
 
