@@ -21,7 +21,7 @@ def batch_of(rows, *, left=False, pictures=None, image=()):
     is_image = torch.isin(ids, torch.tensor(image, dtype=ids.dtype)) if image else torch.zeros_like(attention)
     last = torch.where(attention, torch.arange(length), -1).amax(1)
     table = TokenTable(ids, attention, is_image, torch.zeros_like(attention), None, last)
-    return Batch({"input_ids": ids}, table, None, pictures)
+    return Batch({"input_ids": ids}, table, None, pictures=pictures)
 
 
 def last_of(batch):

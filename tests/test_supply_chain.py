@@ -52,6 +52,7 @@ def test_every_dependency_has_a_lower_bound_and_is_imported():
         name, bound, _ = requirement.partition(">=")
         assert bound, f"{requirement} has no lower bound"
         module = {"pillow": "PIL"}.get(name, name)
-        # accelerate places a model on devices (device_map), and torchvision is what the stock image processors need.
+        # accelerate places a model on devices (device_map), torchvision is what the stock image processors need, and
+        # pyarrow is how pandas writes parquet.
         used = f"import {module}" in text or f"from {module}" in text
-        assert used or name in ("accelerate", "torchvision"), f"{name} is not imported"
+        assert used or name in ("accelerate", "pyarrow", "torchvision"), f"{name} is not imported"

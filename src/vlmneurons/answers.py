@@ -130,13 +130,25 @@ class LogitReader(AnswerReader):
 
         A reader that names them defines `score_shares` too. Then a remote run sends back these few numbers in place of
         the logits of a whole vocabulary.
+
+        Args:
+            model: the model.
+            questions: the questions.
+            encoded: what `AnswerReader.encode` made of them.
         """
         return None
 
     def score_shares(
         self, model: "VLM", questions: QuestionSet, encoded: Any, shares: list[Float[Tensor, "position vocabulary"]]
     ) -> Reading:
-        """The answers, from log-probabilities; those of tokens that `tokens` does not name may be missing (NaN)."""
+        """The answers, from log-probabilities; those of tokens that `tokens` does not name may be missing (NaN).
+
+        Args:
+            model: the model.
+            questions: the questions.
+            encoded: what `AnswerReader.encode` made of them.
+            shares: for each row the log-probabilities (nats) at its wanted positions.
+        """
         raise NotImplementedError(f"{type(self).__name__} names its tokens, and so has to define score_shares")
 
     def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: Watch | None = None) -> Reading:
@@ -251,7 +263,11 @@ class Letters(LogitReader):
         return letter_tokens(model, max(len(item.options) for item in questions)).flatten().tolist()
 
     def score_shares(self, model: "VLM", questions: QuestionSet, encoded: Batch, shares: list[Tensor]) -> Reading:
-        """See `LogitReader.score_shares`."""
+        """See `LogitReader.score_shares`.
+
+        Raises:
+            ActivationError: the log-probabilities of a question are NaN.
+        """
         tokens = letter_tokens(model, max(len(item.options) for item in questions))
         return _reading(questions, [row[0, tokens].logsumexp(-1) for row in shares])
 
@@ -331,7 +347,11 @@ class TextLikelihood(LogitReader):
         return sorted({token for per_option in encoded.wanted for _, ids in per_option for token in ids})
 
     def score_shares(self, model: "VLM", questions: QuestionSet, encoded: "_Options", shares: list[Tensor]) -> Reading:
-        """See `LogitReader.score_shares`."""
+        """See `LogitReader.score_shares`.
+
+        Raises:
+            ActivationError: the log-probabilities of a question are NaN.
+        """
         scores = []
         for per_option in encoded.wanted:
             values = []

@@ -28,7 +28,8 @@ def each_once(hf: nn.Module, batch: Batch) -> Iterator[None]:
 
     The features differ by no more than rounding from those that the model computes with all pictures: this is tried
     out on the first batch, and a model whose pictures depend on each other, or that has no ``get_image_features`` that
-    gives a list of them, is left alone. So is one with hooks of others on its vision tower, which would see fewer rows.
+    gives a list of them, is left alone. So is one with hooks of others on its vision tower, which would see fewer rows,
+    and a run that is differentiated.
 
     Args:
         hf: the model.
@@ -37,10 +38,12 @@ def each_once(hf: nn.Module, batch: Batch) -> Iterator[None]:
     owner = _owner(hf)
     rows = batch.pictures
     repeated = rows is not None and len(set(rows)) < len(rows)
-    if owner is None or not repeated or batch.vision is None or not _WORKS.get(hf, True) or _is_watched(hf):
+    known = owner is not None and repeated and batch.vision is not None and _WORKS.get(hf, True)
+    if not known or torch.is_grad_enabled() or _is_watched(hf):
         yield
         return
-    assert rows is not None
+    assert owner is not None and rows is not None
+    assert batch.vision is not None
     plain = owner.get_image_features
     first = {key: row for row, key in reversed(list(enumerate(rows)))}
     kept = sorted(first.values())

@@ -68,6 +68,9 @@ def tiny_model(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 def tiny_template(name: str) -> Callable[[str, int], str] | None:
     """A prompt for a model whose processor has no chat template, as `vlmneurons.VLM` takes it; None where one has.
 
+    Args:
+        name: one of `tiny_names`.
+
     Raises:
         ValueError: no such name.
     """
