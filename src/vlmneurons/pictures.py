@@ -42,7 +42,8 @@ def each_once(hf: nn.Module, batch: Batch) -> Iterator[None]:
     if not known or torch.is_grad_enabled() or _is_watched(hf):
         yield
         return
-    assert owner is not None and rows is not None
+    assert owner is not None
+    assert rows is not None
     assert batch.vision is not None
     plain = owner.get_image_features
     first = {key: row for row, key in reversed(list(enumerate(rows)))}
