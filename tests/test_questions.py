@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 import vlmneurons as vn
-from helpers import picture
+from helpers import picture, save_questions
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import normalize, open_prompt
 
@@ -560,3 +561,18 @@ def test_normalized_text_ignores_case_form_spaces_and_outer_punctuation():
 def test_replacing_a_field_checks_again():
     with pytest.raises(QuestionError, match="answer 7 is outside the options"):
         replace(ask(), answer=7)
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_ids_and_division_do_not_depend_on_where_the_folder_lies(tmp_path, ids):
+    divisions = []
+    for place in (tmp_path / "here", tmp_path / "elsewhere" / "deep"):
+        place.mkdir(parents=True)
+        save_questions(place, 20)
+        if not ids:
+            table = pd.read_csv(place / "questions.csv")
+            table.drop(columns="id").to_csv(place / "questions.csv", index=False)
+        parts = vn.QuestionSet.from_folder(place).split(0.5, seed=3)
+        divisions.append([[item.id for item in part] for part in parts])
+    assert divisions[0] == divisions[1]
+    assert len(divisions[0][0]) == 10

@@ -102,8 +102,7 @@ class Question:
 
     def _derived_id(self) -> str:
         pictures = [_picture_key(image) for image in self._sources if not _is_function(image)]
-        text = json.dumps([self.question, self.options, self.answer, self.group, pictures, self.image_id])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _derived_id(self.question, self.options, self.answer, self.group, pictures, self.image_id)
 
     @property
     def _sources(self) -> tuple[ImageSource, ...]:
@@ -188,6 +187,11 @@ def _resolved(source: Any) -> Any:
     if not isinstance(source, Image.Image | bytes | str | Path):
         raise TypeError(f"an image is a PIL image, a path, bytes or a function; got {type(source).__name__}")
     return source
+
+
+def _derived_id(*parts: Any) -> str:
+    """An id for a question that has none, from all that it is."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _picture_key(source: Any) -> str:
@@ -452,7 +456,8 @@ class QuestionSet(Sequence[Question]):
         """Two disjoint sets, such as one to identify neurons on and one to evaluate on.
 
         Questions that share a picture stay together, every group is divided in the same proportion as nearly as that
-        allows, and the result depends on ids, pictures and seed alone, not on the order of the questions.
+        allows, and the result depends on ids, pictures and seed alone: not on the order of the questions, nor on where
+        picture files lie.
 
         Args:
             fraction: share of the questions that goes to the first set, in (0, 1).
@@ -468,11 +473,12 @@ class QuestionSet(Sequence[Question]):
         given = dict.fromkeys(wanted, 0)
         first: set[str] = set()
         # Large clusters go first, so that small ones can even out what they leave.
-        for key in sorted(clusters, key=lambda key: (-len(clusters[key]), _hash(seed, key))):
+        names = {key: _name_of_cluster(key, items) for key, items in clusters.items()}
+        for key in sorted(clusters, key=lambda key: (-len(clusters[key]), _hash(seed, names[key]))):
             sizes = Counter(item.group for item in clusters[key])
             lacking = sum((wanted[group] - given[group] - n / 2) * n for group, n in sizes.items())
             # An exact tie (one question, two sides) is decided by the hash, or one side would always win it.
-            if lacking > 1e-9 or (abs(lacking) <= 1e-9 and int(_hash(seed, key, "side"), 16) % 2):
+            if lacking > 1e-9 or (abs(lacking) <= 1e-9 and int(_hash(seed, names[key], "side"), 16) % 2):
                 first.update(item.id for item in clusters[key])
                 for group, n in sizes.items():
                     given[group] += n
@@ -609,6 +615,12 @@ class QuestionSet(Sequence[Question]):
         return cls(questions, **how)
 
 
+def _name_of_cluster(key: str, items: Sequence[Question]) -> str:
+    """What stands for some questions about a picture in a division: not the folder that its file lies in today."""
+    paths = any(isinstance(source, str | Path) for item in items if item.image_id is None for source in item._sources)
+    return " ".join(sorted(item.id for item in items)) if paths else key
+
+
 def _rows_of_dataset(dataset: Any, image_column: str | None) -> Iterator[tuple[dict[str, Any], "_DatasetImage | None"]]:
     """The rows of a `datasets.Dataset` without their pictures, and each row's picture, which is not read yet."""
     import datasets
@@ -684,17 +696,25 @@ def _question_of_row(
     image = row.pop("image", None)
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
+    named: list[Any] = []
     if folder is not None and image not in (None, ""):
-        image = tuple(_inside(folder, part, where) for part in (image if isinstance(image, list) else [image]))
+        named = image if isinstance(image, list) else [image]
+        image = tuple(_inside(folder, part, where) for part in named)
         image = image[0] if len(image) == 1 else image
     identity, image_id = row.pop("id", None), row.pop("image_id", None)
     answer, question, group = row.pop("answer"), row.pop("question"), row.pop("group")
+    texts = tuple(str(option) for option in options)
     try:
+        right = _answer_index(answer, options, where)
+        if identity in (None, "") and named:  # the same wherever the folder lies
+            identity = _derived_id(
+                str(question), texts, right, str(group), [str(part) for part in named], str(image_id)
+            )
         return Question(
             image or None,
             str(question),
-            tuple(str(option) for option in options),
-            _answer_index(answer, options, where),
+            texts,
+            right,
             str(group),
             id="" if identity in (None, "") else str(identity),
             metadata={str(key): value for key, value in {**row, **(more or {})}.items()},
