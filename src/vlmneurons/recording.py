@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vlmneurons._version import __version__
 from vlmneurons.answers import AnswerReader, Reading, reader_of
@@ -689,7 +688,7 @@ def record(
     with (
         recorder,
         torch.inference_mode(),
-        tqdm(total=len(questions), unit="item", disable=not progress) as bar,
+        progress_bar(progress, len(questions), unit="item") as bar,
         prefetched(model, reader, coming, prefetch, lambda batch: batch) as encoded,
     ):
         for batch, encode in encoded:
