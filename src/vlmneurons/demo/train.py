@@ -61,9 +61,9 @@ class Log:
         self.kept.append(line)
 
 
-def round_weights(model: LlavaNextForConditionalGeneration) -> None:
-    """Rounds all weights to half precision, as they are shipped, and goes on in single: tables are of what ships."""
-    model.half().float()
+def round_weights(part: torch.nn.Module) -> None:
+    """Rounds weights to half precision, as they are shipped, and goes on in single: what follows is of what ships."""
+    part.half().float()
 
 
 def save(model: LlavaNextForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -123,6 +123,7 @@ def train(seed: int, out: Path, log: Log, *, vision: Path | None = None) -> None
     model = make_model(tokenizer, Shape(), seed)
     if vision is None:
         train_vision(model, sprites, seed=seed, steps=VISION_STEPS, report=log.progress)
+        round_weights(model.model.vision_tower)  # so that --vision goes on from exactly here
     else:
         other = LlavaNextForConditionalGeneration.from_pretrained(vision, dtype=torch.float32)
         model.model.vision_tower.load_state_dict(other.model.vision_tower.state_dict())
