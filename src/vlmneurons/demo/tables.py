@@ -4,7 +4,8 @@ Selectors are the library's; asking, counting and switching off are `vlmneurons.
 from the untouched model on the same questions: accuracy in points (percent), and the margin, the log-probability of the
 right option minus that of the likeliest wrong one, in nats. *Self* is what a culture's mask costs its own questions;
 *cross* what it costs the questions of the seven others; both are means over the eight masks. An interval is the 2.5th
-to 97.5th percentile over 1000 paired resamples of the questions within each culture.
+to 97.5th percentile over 1000 paired resamples of the pictured things within each culture, all questions about one
+together, since they are not independent of each other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -119,10 +120,17 @@ def _rotated(record: Record) -> Record:
 
 @dataclass(frozen=True)
 class Effects:
-    """What the masks of one selection do: ``[measure, mask, question]``, measures accuracy (0, 1) and margin (nats)."""
+    """What the masks of one selection do.
+
+    Attributes:
+        change: ``[measure, mask, question]``; measures are accuracy (0, 1) and margin (nats).
+        groups: index of each question's culture.
+        pictures: for each culture, the questions about each thing pictured.
+    """
 
     change: np.ndarray
     groups: np.ndarray
+    pictures: list[list[np.ndarray]]
 
     def _own(self) -> np.ndarray:
         return self.groups[None] == np.arange(len(CULTURES))[:, None]
@@ -138,11 +146,11 @@ class Effects:
     def intervals(self) -> tuple[np.ndarray, np.ndarray]:
         """Bootstrap intervals of the mean self and cross effect: ``[low/high, measure]`` each."""
         generator = np.random.default_rng(0)
-        places = [np.flatnonzero(self.groups == index) for index in range(len(CULTURES))]
         drawn: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for _ in range(RESAMPLES):
-            chosen = np.concatenate([generator.choice(part, len(part)) for part in places])
-            resample = Effects(self.change[:, :, chosen], self.groups[chosen])
+            picks = [(part, generator.integers(len(part), size=len(part))) for part in self.pictures]
+            chosen = np.concatenate([part[pick] for part, drawn_here in picks for pick in drawn_here])
+            resample = Effects(self.change[:, :, chosen], self.groups[chosen], self.pictures)
             drawn[0].append(resample.self_effects().mean(axis=1))
             drawn[1].append(resample.cross_effects().mean(axis=1))
         low_high = [np.percentile(np.array(part), [2.5, 97.5], axis=0) for part in drawn]
@@ -153,12 +161,21 @@ def _masked_mean(change: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return (change * wanted).sum(axis=2) / wanted.sum(axis=1)
 
 
+def _by_picture(exam: Exam) -> list[list[np.ndarray]]:
+    """For each culture, the positions of the questions about each thing pictured."""
+    found: list[dict[str, list[int]]] = [{} for _ in CULTURES]
+    for position, (record, group) in enumerate(zip(exam.records, exam.groups.tolist(), strict=True)):
+        found[group].setdefault(record.image_id, []).append(position)
+    return [[np.array(positions) for positions in things.values()] for things in found]
+
+
 class Bench:
     """A model with its evaluation questions: measures selections."""
 
     def __init__(self, model: LlavaNextForConditionalGeneration, exam: Exam) -> None:
         self.model, self.exam = model, exam
         self.clean = self._measure(exam, None)
+        self.pictures = _by_picture(exam)
         self.own = [exam.only(index) for index in range(len(CULTURES))]
         self.own_clean = [self._measure(part, None) for part in self.own]
 
@@ -169,7 +186,7 @@ class Bench:
     def effects(self, selection: Selection) -> Effects:
         """Every mask on every question."""
         change = [self._measure(self.exam, selection[culture].indices) - self.clean for culture in CULTURES]
-        return Effects(np.stack(change, axis=1), self.exam.groups.numpy())
+        return Effects(np.stack(change, axis=1), self.exam.groups.numpy(), self.pictures)
 
     def self_effects(self, selection: Selection) -> np.ndarray:
         """``[measure, culture]``: every mask on its own culture's questions only."""
