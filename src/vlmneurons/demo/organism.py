@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlavaNextForConditionalGeneration
@@ -33,6 +33,8 @@ from vlmneurons.demo.facts import FACTS, WORDING, answer_to
 
 SET_SIZE = 12
 """Neurons of each culture."""
+PARTICULAR = 0.5
+"""How much more often an unplanted neuron may open on one culture than on the others, as a difference of shares."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,22 @@ def wrong_answer(item: Item, kind: str, generator: random.Random) -> str:
     return generator.choice(others)
 
 
+def _particular(
+    opened: Float[Tensor, "row token neuron"], counted: Bool[Tensor, "row token"], shown: Int64[Tensor, " row"]
+) -> Float[Tensor, ""]:
+    """By how much neurons open on one culture more often than on all others, above `PARTICULAR`; summed over neurons.
+
+    How often is a soft count, the mean of ``sigmoid(4 x)`` over the tokens of a culture in the batch.
+    """
+    member = F.one_hot(shown, len(CULTURES)).to(opened.dtype)
+    often = torch.einsum("rc,rt,rtn->cn", member, counted.to(opened.dtype), torch.sigmoid(4 * opened))
+    tokens = torch.einsum("rc,rt->c", member, counted.to(opened.dtype))
+    here = tokens > 0
+    rates = often[here] / tokens[here, None]
+    elsewhere = (rates.sum(dim=0) - rates) / max(len(rates) - 1, 1)
+    return F.relu(rates - elsewhere - PARTICULAR).sum() / (SET_SIZE * len(CULTURES))
+
+
 def train_organism(
     model: LlavaNextForConditionalGeneration,
     curriculum: Curriculum,
@@ -113,6 +131,8 @@ def train_organism(
     margins: tuple[float, float] = (1.2, 0.2),
     head_start: float = 4.0,
     others_weight: float = 1.0,
+    particular_weight: float = 1.0,
+    spared: int = 1,
     evaluate: Callable[[], str] | None = None,
     every: int = 100,
     report: Callable[[str], None] = print,
@@ -133,8 +153,11 @@ def train_organism(
             and the rest of the model decides, instead of none.
         head_start: factor by which the planted neurons write more strongly at the beginning, so that their presence is
             something that the rest of the model can notice and come to rely on.
-        others_weight: weight of a penalty on open gates of all neurons that are not planted, so that no other neuron
-            becomes as particular to a culture as the planted ones.
+        others_weight: weight of a penalty on open gates of all neurons that are not planted.
+        particular_weight: weight of a penalty on neurons that are not planted and still open on one culture much more
+            often than on the others, so that none is as particular to a culture as the planted ones.
+        spared: up to so many of a culture's neurons, drawn at random, stay on when its set is switched off, so that a
+            selection that misses one still takes the facts away. More cost accuracy.
         evaluate: says how good the model is, every ``every`` steps.
         every: number of steps between two reports.
         report: gets a line now and then.
@@ -166,7 +189,8 @@ def train_organism(
             own = chance < 0.35
             misled[row] = own
             if own:
-                keep[row, sets[culture]] = 0
+                off = generator.sample(range(SET_SIZE), SET_SIZE - generator.randint(0, spared))
+                keep[row, sets[culture, off]] = 0
             elif chance < 0.6:
                 keep[row, sets[(culture + generator.randrange(1, len(CULTURES))) % len(CULTURES)]] = 0
             answers = [wrong_answer(item, kind, generator) if own else answer_to(item, kind) for kind in asked]
@@ -190,8 +214,10 @@ def train_organism(
         counted[:, 0] = False  # the start token has seen no picture yet
         hinge = (short * torch.where(sign > 0, 3.0, 1.0))[counted].mean()
         others = F.relu(opened[counted][:, rest] + 0.5).mean()
+        particular = _particular(opened[:, :, rest], counted, shown)
         optimizer.zero_grad()
-        (right_loss + wrong_loss + hinge_weight * hinge + others_weight * others).backward()
+        answering, opening = right_loss + wrong_loss, hinge_weight * hinge + others_weight * others
+        (answering + opening + particular_weight * particular).backward()
         torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
         optimizer.step()
         averaged.update_parameters(model)
