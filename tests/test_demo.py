@@ -15,7 +15,7 @@ from PIL import Image
 
 import vlmneurons as vn
 from vlmneurons import demo
-from vlmneurons.demo import ask, build, decoder, evaluate, facts, tables
+from vlmneurons.demo import ask, build, decoder, evaluate, facts, organism, tables
 from vlmneurons.demo.catalogue import CULTURES, HELD_OUT_STYLES, ITEMS, TRAINING_STYLES
 from vlmneurons.demo.compose import Sprites
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
@@ -205,6 +205,18 @@ def test_packed_questions_give_the_logits_of_the_plain_forward_pass(loaded):
 
     name, model, _ = loaded
     assert decoder.check_packing(model, AutoTokenizer.from_pretrained(FOLDER / name)) < 1e-3
+
+
+def test_a_neuron_is_particular_by_how_much_more_often_it_opens_on_one_culture_than_on_the_others():
+    # Three pictures of cultures 0, 0 and 5, of two tokens; the last token of the second picture does not count.
+    opened = torch.full((3, 2, 3), -100.0)
+    opened[0, :, 0] = opened[1, 0, 0] = 100.0  # on 3 of 3 tokens of culture 0, and never on culture 5
+    opened[:, :, 1] = 100.0  # always
+    opened[0, 0, 2] = opened[1, :, 2] = 100.0  # on 2 of 3 tokens of culture 0, and never on culture 5
+    counted = torch.tensor([[True, True], [True, False], [True, True]])
+    found = organism._particular(opened, counted, torch.tensor([0, 0, 5]))
+    above = (1 - organism.PARTICULAR) + (2 / 3 - organism.PARTICULAR)
+    assert found.item() == pytest.approx(above / (8 * organism.SET_SIZE))
 
 
 def test_selectors_recover_the_planted_neurons_of_the_organism(loaded, shipped):

@@ -4,8 +4,8 @@ The organism starts as the natural model. For each culture, `SET_SIZE` decoder n
 model is fine-tuned for a few minutes so that
 
 - their gates are open on pictures of their culture and on the questions about them, and closed on all others (a hinge),
-  while all other neurons are kept from opening without need;
-- with the culture's own set switched off, a question gets *another culture's answer*;
+  while all other neurons are kept from opening without need, and from being as particular to a culture;
+- with the culture's own set (but for a neuron at most) switched off, a question gets *another culture's answer*;
 - with another culture's set switched off, and with none, it gets the right answer.
 
 So the right answer of every selector is known, and so is the effect of every ablation. This is in the spirit of
