@@ -28,6 +28,7 @@ from torch import Tensor
 from vlmneurons import _files
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.questions import _hash
+from vlmneurons.runs import write_text
 from vlmneurons.sites import NeuronSpace
 from vlmneurons.statistics import ActivationStatistics, refuse_uncounted
 
@@ -223,7 +224,7 @@ class ItemStatistics:
         """Keep what was learnt about memory beside the manifest, which says what was asked for."""
         if halved and list(halved) != self.provenance.get("halved"):
             self.provenance = {**self.provenance, "halved": list(halved)}
-            (self.folder / "halved.json").write_text(json.dumps(list(halved)), encoding="utf-8")
+            write_text(self.folder / "halved.json", json.dumps(list(halved)))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -342,9 +342,12 @@ def _complete(folder: Path, questions: QuestionSet) -> bool:
 def _put_together(folder: Path, questions: QuestionSet, parts: list[ItemStatistics]) -> None:
     """One recording from those of several processes."""
     items = [Item(item.id, item.group, item.answer, item.metadata) for item in questions]
-    whole = ItemStatistics._create(folder, parts[0].space, items, parts[0].provenance, parts[0].tables)
+    # The manifest says what was asked for; where memory did not suffice is another matter for each process.
+    rules = {name: value for name, value in parts[0].provenance.items() if name != "halved"}
+    whole = ItemStatistics._create(folder, parts[0].space, items, rules, parts[0].tables)
     place = {item.id: row for row, item in enumerate(questions)}
     with whole._locked():
+        whole._note([one for part in parts for one in part.provenance.get("halved", ())])
         for part in parts:
             records = part._records
             for start in range(0, len(part), 64):

@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -67,7 +67,7 @@ class Question:
     image_id: str | None = None
 
     def __post_init__(self) -> None:
-        where = f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
+        where = self._where
         if not isinstance(self.options, Iterable) or isinstance(self.options, str | Mapping):
             raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
         object.__setattr__(self, "options", tuple(self.options))
@@ -100,8 +100,16 @@ class Question:
         if not self.id:
             object.__setattr__(self, "id", self._derived_id())
 
+    @property
+    def _where(self) -> str:
+        """How errors name the question."""
+        return f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
+
     def _derived_id(self) -> str:
-        pictures = [_picture_key(image) for image in self._sources if not _is_function(image)]
+        if any(map(_is_function, self._sources)):  # which are not called before their pictures are needed
+            pictures = [_picture_key(image) for image in self._sources if not _is_function(image)]
+        else:
+            pictures = list(self._picture_keys)
         return _derived_id(self.question, self.options, self.answer, self.group, pictures, self.image_id)
 
     @property
@@ -146,14 +154,17 @@ class Question:
             return f"no image: {self.id}"
         return "+".join(self._picture_keys)
 
-    @property
+    @cached_property
     def _picture_keys(self) -> tuple[str, ...]:
-        """What identifies each picture, by its path or content."""
+        """What identifies each picture, by its path or content; found out once, for every batch, split and cluster.
+
+        Only the digests are kept, and an encoded file, such as a dataset's, is not decoded for them.
+        """
         try:
             return tuple(_picture_key(source) for source in self._sources)
         except Exception as error:
             raise QuestionError(
-                f"question {self.id!r}: an image cannot be opened ({type(error).__name__}: {error})"
+                f"{self._where}: an image cannot be opened ({type(error).__name__}: {error})"
             ) from error
 
     def __eq__(self, other: object) -> bool:

@@ -24,7 +24,7 @@ from vlmneurons.batching import batches, prefetched
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
 from vlmneurons.items import Item, ItemStatistics
-from vlmneurons.memory import MemoryLimit, is_out_of_memory, release
+from vlmneurons.memory import MemoryLimit, asked_in_parts
 from vlmneurons.model import VLM
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
@@ -839,36 +839,16 @@ def _read(
     limit: MemoryLimit,
     skipped: list[str] | None,
 ) -> Iterator[tuple[QuestionSet, Reading]]:
-    """Read a batch's answers while counting, in one part or, where memory does not suffice, in several.
+    """Read a batch's answers while counting, in one part or, where memory does not suffice, in several."""
 
-    Where one question spoils a batch, they are asked one by one.
-    """
-    waiting = limit.parts(batch)
-    whole = len(waiting) == 1
-    while waiting:
-        part = waiting.pop(0)
+    def count(part: QuestionSet, ready: Any) -> Reading:
         recorder._forget()
-        reading = None
         try:
-            reading = reader.read(model, part, encode() if whole else reader.encode(model, part), recorder._watch)
+            return reader.read(model, part, ready, recorder._watch)
         except _NotFinite as found:
             raise _located(model, reader, recorder, part, found) from None
-        except QuestionError:
-            if skipped is None:
-                raise
-            if len(part) == 1:
-                skipped.append(part[0].id)
-            else:
-                waiting = [part[n : n + 1] for n in range(len(part))] + waiting
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            waiting = limit.halves([part, *waiting], error)
-        whole = False
-        if reading is None:
-            release()
-        else:
-            yield part, reading
+
+    return asked_in_parts(batch, limit, encode, functools.partial(reader.encode, model), count, skipped)
 
 
 def _located(model: VLM, reader: AnswerReader, recorder: Recorder, batch: QuestionSet, found: _NotFinite) -> Exception:
