@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vlmneurons._arguments import names, of_kind, whole
 from vlmneurons._version import __version__
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.architectures import Handle, read
@@ -138,6 +139,10 @@ class Recorder:
         tokens: TokenRule = "content",
         magnitudes: bool = False,
     ) -> None:
+        of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+        of_kind(
+            "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('vision')"
+        )
         self.model = model
         self.space = model.space() if space is None else space
         for site, width in zip(self.space.sites, self.space.widths, strict=True):
@@ -220,7 +225,7 @@ class Recorder:
         Args:
             label: the group of all rows, or a list with the group of each row.
         """
-        before, self._labels = self._labels, label if isinstance(label, str) else tuple(label)
+        before, self._labels = self._labels, label if isinstance(label, str) else names("label", label, MismatchError)
         try:
             yield
         finally:
@@ -819,9 +824,8 @@ def record_items(
 
 
 def _check_sizes(batch_size: int, prefetch: int) -> None:
-    if batch_size < 1:
-        raise QuestionError(f"batch_size {batch_size} is less than 1")
-    if prefetch < 0:
+    whole("batch_size", batch_size, QuestionError, least=1)
+    if whole("prefetch", prefetch, QuestionError) < 0:
         raise QuestionError(f"prefetch {prefetch} is less than 0; 0 encodes each batch when its turn comes")
 
 

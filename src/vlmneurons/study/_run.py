@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vlmneurons._arguments import of_kind
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.batching import prefetched
-from vlmneurons.errors import FileFormatError, QuestionError
+from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.masked import read_masked
 from vlmneurons.memory import MemoryLimit, asked_in_parts
 from vlmneurons.model import VLM
@@ -22,7 +23,7 @@ from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
-from vlmneurons.recording import _provenance, _rule_name, batches
+from vlmneurons.recording import _check_sizes, _provenance, _rule_name, batches
 from vlmneurons.remote import Remote, RemoteReader, edits_of, reader_at, reader_provenance
 from vlmneurons.runs import RunFolder, Stopped, digest_of_questions, digest_of_weights
 from vlmneurons.study._masks import Intervention, Mask, Masks, digest_of_mask, listed_masks, per_layer
@@ -90,8 +91,10 @@ def knockout(
         questions = questions.asked(answer=answer)
     if on_error not in ("raise", "skip"):
         raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
-    if batch_size < 1:
-        raise QuestionError(f"batch_size {batch_size} is less than 1")
+    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    _check_sizes(batch_size, prefetch)
+    batch_size = int(batch_size)  # as the manifest has it
+    controls = QuestionSet(controls) if controls is not None and not isinstance(controls, QuestionSet) else controls
     if len(questions.groups) < 2:
         raise QuestionError(
             "a knockout compares groups, and needs questions of at least two; "
@@ -105,8 +108,6 @@ def knockout(
         raise QuestionError(f"the control questions are of {', '.join(both)}, which the study's own questions are too")
     given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
     listed = listed_masks(masks, questions.groups, given)
-    if prefetch < 0:
-        raise QuestionError(f"prefetch {prefetch} is less than 0; 0 encodes each batch when its turn comes")
     run = _Run(model, asked, listed, batch_size, on_error, progress, remote)
     run.prefetch = prefetch
     run.controls = () if controls is None else controls.groups
