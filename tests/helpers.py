@@ -68,6 +68,16 @@ def activation_of(mlp: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextmanager
+def removed_after(handles: list[Any]) -> Iterator[None]:
+    """Within, hooks stay; then they are removed."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def plain_hooks(hf: torch.nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
     """Every value of every MLP, by site name, one entry a forward; hooks of PyTorch on modules named by hand."""
     values: dict[str, list[torch.Tensor]] = {}
@@ -89,11 +99,8 @@ def plain_hooks(hf: torch.nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
                 handles.append(
                     block.mlp.up_proj.register_forward_hook(lambda _, a, out, name=name: keep(f"{name}.up", out))
                 )
-    try:
+    with removed_after(handles):
         yield values
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -106,11 +113,8 @@ def plain_edit(hf: torch.nn.Module, at: str, edits: dict[int, Any]) -> Iterator[
             handles.append(mlp.down_proj.register_forward_pre_hook(lambda _, a, edit=edit: (edit(a[0].clone()),)))
         else:
             handles.append(mlp.act_fn.register_forward_hook(lambda _, a, out, edit=edit: edit(out.clone())))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()

@@ -1,16 +1,20 @@
 """Which questions share a forward, and preparing the next ones meanwhile: results do not depend on either."""
 
+import io
 import threading
 import time
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 
 import vlmneurons as vn
 from helpers import picture, some_questions
 from vlmneurons.answers import Letters, reader_of
 from vlmneurons.batching import batches, prefetched
 from vlmneurons.errors import QuestionError
+from vlmneurons.questions import _DatasetImage
 
 
 def ids_of(made):
@@ -41,6 +45,27 @@ def test_pictures_behind_functions_are_not_opened_to_be_compared():
 
     list(batches(asked(source, source, picture(1)), 2))
     assert opened == []
+
+
+def test_a_datasets_pictures_are_digested_once_undecoded_and_not_kept(monkeypatch):
+    files = []
+    for n in (0, 1, 0):
+        file = io.BytesIO()
+        picture(n).save(file, "PNG")
+        files.append({"bytes": file.getvalue(), "path": None})
+    rows = {"image": files, "question": ["What?"] * 3, "answer": [0] * 3, "group": list("ABA"), "id": list("abc")}
+    dataset = datasets.Dataset.from_dict({**rows, "A": ["Tea"] * 3, "B": ["Rice"] * 3})
+    questions = vn.QuestionSet.from_dataset(dataset.cast_column("image", datasets.Image()))
+    read = []
+    original = _DatasetImage.__call__
+    monkeypatch.setattr(_DatasetImage, "__call__", lambda self: read.append(self.row) or original(self))
+    monkeypatch.setattr(Image, "open", None)  # nothing is decoded
+    assert ids_of(batches(questions, 2)) == [["a", "c"], ["b"]]
+    assert ids_of(batches(questions, 2, lambda item: 1)) == [["a", "c"], ["b"]]
+    assert questions.pictures()[0] == questions.pictures()[2] != questions.pictures()[1]
+    questions.split(0.5)
+    assert read == [0, 1, 2]
+    assert max(len(repr(value)) for value in vars(questions[0]).values()) < 1000
 
 
 def test_by_length_batches_are_of_like_length_longest_first_within_a_window():

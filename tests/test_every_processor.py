@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import vlmneurons as vn
-from helpers import picture
+from helpers import picture, removed_after
 from vlmneurons.answers import Letters, TextLikelihood
 from vlmneurons.architectures import MLP
 from vlmneurons.masked import read_masked
@@ -139,11 +139,8 @@ class Case:
                 handles.append(
                     down.register_forward_pre_hook(lambda _, args, p=place: values.setdefault(p, []).append(args[0]))
                 )
-        try:
+        with removed_after(handles):
             yield values
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def zeroed(self, neurons: vn.NeuronSet, tower: str) -> Iterator[None]:
@@ -151,11 +148,8 @@ class Case:
         for mlp, columns in self.columns(neurons, tower):
             down = self.bare.get_submodule(mlp.path).get_submodule(mlp.layout.down)
             handles.append(down.register_forward_pre_hook(lambda _, args, c=columns: (args[0].index_fill(-1, c, 0.0),)))
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def columns(self, neurons: vn.NeuronSet, tower: str) -> Iterator[tuple[MLP, Tensor]]:
         for place, mlp in enumerate(self.model.towers[tower].mlps):

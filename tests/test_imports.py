@@ -14,6 +14,7 @@ PACKAGE = Path(vn.__file__).parent
 # Each part may import those before it, and no other. What is not listed may import any, and is imported by none.
 ORDER = [
     ["errors", "_version", "effects", "progress"],
+    ["_arguments"],
     ["_files", "sites", "questions", "processes", "vision_rows"],
     ["neurons", "architectures", "inputs", "cvqa", "runs"],
     ["pictures", "packing", "memory"],

@@ -1,5 +1,6 @@
 """Two processes of a torchrun give what one process gives, to the last integer; and the command line around them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -108,6 +109,53 @@ def test_whole_batches_are_dealt_out_and_stay_the_same():
             own = [q.id for q in share]
             batches = [[q.id for q in questions[start : start + 4]] for start in range(0, 23, 4)]
             assert [own[start : start + 4] for start in range(0, len(own), 4)] == [b for b in batches if b[0] in own]
+
+
+LITTLE_MEMORY = """
+import json, sys
+from pathlib import Path
+import torch
+import vlmneurons as vn
+from vlmneurons.processes import current_processes
+from vlmneurons.protocol import record_shared
+
+model, data, out = vn.VLM.from_pretrained(sys.argv[1]), vn.QuestionSet.from_folder(sys.argv[2]), Path(sys.argv[3])
+processes = current_processes()
+forward, most = model.hf.forward, [3, 2][processes.rank]
+
+def failing(*args, **kwargs):
+    if len(kwargs["input_ids"]) > most:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return forward(*args, **kwargs)
+
+items = record_shared(model, data, out / "items", processes, batch_size=4, progress=False)
+model.hf.forward = failing
+halved = record_shared(model, data, out / "halved", processes, batch_size=4, progress=False)
+assert halved.group_by(condition="all") == items.group_by(condition="all")
+masks = {"x": vn.NeuronSet(model.space(), [1, 70])}
+result = vn.knockout(model, data, masks, batch_size=4, progress=False, folder=out / "study", distributed=True)
+Path(f"{out}/rank-{processes.rank}.json").write_text(json.dumps(result.provenance["halved"]))
+"""
+
+
+def test_what_each_process_learns_about_memory_is_in_the_whole_result(tiny_folder, data, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LITTLE_MEMORY)
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    model = str(tiny_folder("llava_next_qwen2"))
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*started, model, str(data), str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    each = [{"from": 4, "to": 2, "first": first} for first in ("q0", "q4")]  # the first batch of either process
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank-{rank}.json").read_text()) == each
+    assert KnockoutResult.load(tmp_path / "study").provenance["halved"] == each
+    recorded = ItemStatistics.load(tmp_path / "halved", verify=True)
+    assert recorded.provenance["halved"] == each
+    manifest = json.loads((tmp_path / "halved" / "manifest.json").read_text())
+    assert "halved" not in manifest["provenance"]  # or the same call could not go on with it
+    for name in ("items.bin", "positive.bin"):
+        assert (tmp_path / "items" / name).stat().st_size == (tmp_path / "halved" / name).stat().st_size
 
 
 def test_one_process_needs_no_messages(monkeypatch):

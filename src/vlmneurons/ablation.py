@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vlmneurons._arguments import of_kind, real
 from vlmneurons.architectures import Handle, write
 from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.model import VLM
@@ -147,11 +148,10 @@ class Ablation:
             raise AblationError(f"mode {mode!r} needs values=…")
         if mode in ("zero", "scale") and values is not None:
             raise AblationError(f"mode {mode!r} takes no values")
+        of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
         self.model = model
         self.mode, self.at = mode, at
-        self.factor = 1.0 if factor is None else float(factor)
-        if not torch.isfinite(torch.tensor(self.factor)):
-            raise AblationError(f"factor {factor} is not finite")
+        self.factor = 1.0 if factor is None else real("factor", factor, AblationError)
         if isinstance(neurons, Mapping):
             raise AblationError(
                 f"a {type(neurons).__name__} has a set of neurons for each group; give the one to ablate, "
@@ -201,7 +201,13 @@ class Ablation:
                     f"with space=model.space(…, {self.at!r})"
                 )
             return values.merge_groups({"all": list(values.groups)}).mean[0]
-        tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        try:
+            given = torch.as_tensor(values).dtype
+            if given == torch.bool or given.is_complex:
+                raise TypeError(f"they are {given}")
+            tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AblationError(f"values are a number or a tensor of numbers: {error}") from error
         if not torch.isfinite(tensor).all():
             raise AblationError("values hold NaN or infinity")
         if tensor.ndim == 0:

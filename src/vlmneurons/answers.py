@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmneurons._arguments import names, of_kind, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.inputs import TOKENIZING, Batch
 from vlmneurons.pictures import each_once
@@ -288,6 +289,10 @@ class TextLikelihood(LogitReader):
     per_token: bool = False
     shows_options = False
 
+    def __post_init__(self) -> None:
+        of_kind("prefix", self.prefix, str, QuestionError, "a text")
+        of_kind("per_token", self.per_token, bool, QuestionError, "True or False")
+
     def encode(self, model: "VLM", questions: QuestionSet) -> "_Options":
         """See `AnswerReader.encode`.
 
@@ -384,6 +389,9 @@ class Generate(AnswerReader):
     max_new_tokens: int = 20
     padding_side = "left"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, QuestionError, least=1))
+
     def read(self, model: "VLM", questions: QuestionSet, encoded: Batch, watch: Watch | None = None) -> Reading:
         """See `AnswerReader.read`.
 
@@ -475,6 +483,10 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
         >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]
         [1, 2, 3, 1, None]
     """
+    of_kind("text", text, str, QuestionError, "a text")
+    options = names("options", options, QuestionError)
+    if not options:
+        raise QuestionError("there are no options that the text could name")
     stripped = unicodedata.normalize("NFKC", text).strip()
     plain = normalize(stripped)
     if not plain:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vlmneurons._arguments import of_kind, real, whole
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.architectures import write
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
@@ -77,9 +78,11 @@ def attribute(
     for name, given, allowed in (("method", method, METHODS), ("condition", condition, CONDITIONS)):
         if given not in allowed:
             raise QuestionError(f"{name}={given!r} does not exist; choose from {', '.join(allowed)}")
-    if steps < 1:
+    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    of_kind("space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')")
+    if whole("steps", steps, QuestionError) < 1:
         raise QuestionError(f"steps={steps} is less than 1")
-    if not 0 < threshold < 1:
+    if not 0 < real("threshold", threshold, QuestionError) < 1:
         raise QuestionError(f"threshold={threshold} is not between 0 and 1")
     if isinstance(tokens, str) and tokens not in TOKEN_RULES:
         raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")

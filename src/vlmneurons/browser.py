@@ -23,8 +23,9 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from vlmneurons._arguments import of_kind, whole
 from vlmneurons.architectures import read
-from vlmneurons.errors import QuestionError, SiteError
+from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.inputs import Batch, TokenRule
 from vlmneurons.model import VLM
 from vlmneurons.questions import Question, QuestionSet
@@ -246,14 +247,19 @@ def inspect_neuron(
         >>> view = inspect_neuron(model, questions, ("language.layers.2.mlp.gate", 17), k=2)  # doctest: +SKIP
         >>> view.save("neuron.html")  # doctest: +SKIP
     """
-    site, number = model.space().locate(neuron) if isinstance(neuron, int) else neuron
-    site = Site.parse(site) if isinstance(site, str) else site
+    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    if isinstance(neuron, tuple) and len(neuron) == 2:
+        site = Site.parse(neuron[0]) if isinstance(neuron[0], str) else neuron[0]
+        of_kind("the neuron's site", site, Site, SiteError, "a Site, or the name of one")
+        number = whole("the neuron's number", neuron[1], SiteError)
+    else:
+        site, number = model.space().locate(neuron)
     mlp = model.mlp_of(site)
     if not 0 <= number < mlp.width:
         raise SiteError(f"neuron {number} is not in site {site} (0–{mlp.width - 1})")
     if site.tower != "language":
         raise SiteError(f"{site}: only neurons of the language tower see words and pictures as tokens; record others")
-    if k < 1 or batch_size < 1:
+    if whole("k", k, QuestionError) < 1 or whole("batch_size", batch_size, QuestionError) < 1:
         raise QuestionError(f"k={k} and batch_size={batch_size} are at least 1")
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
     if not len(questions):

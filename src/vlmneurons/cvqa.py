@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vlmneurons._arguments import of_kind, whole
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import Question, QuestionSet, _inside, _listed, _question_of_row, _rows_of_dataset
 
@@ -86,6 +87,8 @@ def load_cvqa(
         raise QuestionError(f"language={language!r} does not exist; choose from {', '.join(LANGUAGES)}")
     if on_error not in ("raise", "skip"):
         raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
+    min_items = whole("min_items", min_items, QuestionError)
+    per_group = None if per_group is None else whole("per_group", per_group, QuestionError, least=1)
     name, rows = _rows(source, language, revision, split)
     read = []
     for row in rows:
@@ -135,6 +138,7 @@ def _rows(source: Any, language: str, revision: str | None, split: str) -> tuple
     """What the source is called, and its rows."""
     if hasattr(source, "column_names") and hasattr(source, "features"):
         return "the dataset", _dataset_rows(source, language)
+    of_kind("source", source, (str, os.PathLike), QuestionError, "a name on the Hub, a path or a datasets.Dataset")
     path = Path(os.fspath(source))
     if not path.exists():
         if path.suffix in (".parquet", ".arrow", ".tsv", ".csv") or str(source).count("/") != 1 or path.is_absolute():

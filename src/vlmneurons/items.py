@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,10 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from vlmneurons import _files
+from vlmneurons._arguments import is_missing, names, of_kind, whole
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.questions import _hash
+from vlmneurons.runs import write_text
 from vlmneurons.sites import NeuronSpace
 from vlmneurons.statistics import ActivationStatistics, refuse_uncounted
 
@@ -223,7 +225,7 @@ class ItemStatistics:
         """Keep what was learnt about memory beside the manifest, which says what was asked for."""
         if halved and list(halved) != self.provenance.get("halved"):
             self.provenance = {**self.provenance, "halved": list(halved)}
-            (self.folder / "halved.json").write_text(json.dumps(list(halved)), encoding="utf-8")
+            write_text(self.folder / "halved.json", json.dumps(list(halved)))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -294,7 +296,8 @@ class ItemStatistics:
             MismatchError: no such column, or a list of another length.
         """
         if not isinstance(by, str) and not callable(by):
-            labels = [None if label is None else str(label) for label in by]
+            of_kind("by", by, Iterable, MismatchError, "a column, a function, or a label for each question")
+            labels = [_label(label) for label in by]
             if len(labels) != len(self.items):
                 raise MismatchError(f"{len(labels)} labels were given for {len(self.items)} questions")
             return labels
@@ -304,7 +307,7 @@ class ItemStatistics:
         for item, right in zip(self.items, self.correct.tolist(), strict=True):
             row = {**item.metadata, "id": item.id, "group": item.group, "answer": item.answer, "correct": right}
             label = by(row) if callable(by) else row.get(by)
-            labels.append(None if label is None else str(label))
+            labels.append(_label(label))
         return labels
 
     def kept(self, condition: str = "correct") -> Bool[Tensor, " item"]:
@@ -466,6 +469,7 @@ class GroupedItems:
         Raises:
             SelectionError: some have fewer; the message names them and says how many they have.
         """
+        minimum = whole("minimum", minimum, SelectionError)
         thin = [f"{group} ({n})" for group, n in zip(self.groups, self.items.tolist(), strict=True) if n < minimum]
         if thin:
             condition = "" if self.condition == "all" else f" that were answered {self._answered}"
@@ -496,7 +500,8 @@ class GroupedItems:
         Raises:
             SelectionError: a group has fewer, or none; the message names the thin groups.
         """
-        if size is not None and (isinstance(size, bool) or size < 1):
+        seed = whole("seed", seed, SelectionError)
+        if size is not None and (size := whole("size", size, SelectionError)) < 1:
             raise SelectionError(f"{size} questions per group were asked for; the least is 1")
         self.check_size(1 if size is None else size)
         size = int(self.items.min()) if size is None else size
@@ -523,7 +528,13 @@ class GroupedItems:
 
         Raises:
             GroupError: no such group.
+            MismatchError: a group twice, or none.
         """
+        groups = names("groups", groups, MismatchError)
+        if not groups or len(set(groups)) < len(groups):
+            raise MismatchError(
+                f"groups are some of {', '.join(self.groups)}, each once; got {', '.join(groups) or 'none'}"
+            )
         unknown = [group for group in groups if group not in self.groups]
         if unknown:
             raise GroupError(f"group {unknown[0]!r} is not among these questions; they have {', '.join(self.groups)}")
@@ -588,6 +599,11 @@ class GroupedItems:
     def __repr__(self) -> str:
         counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
         return f"GroupedItems({len(self.rows)} questions: {counts}; {self.condition}, over {self.space!r})"
+
+
+def _label(value: Any) -> str | None:
+    """A question's label; None, and NaN, which is what a table has for it, leave the question out."""
+    return None if is_missing(value) else str(value)
 
 
 def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:

@@ -5,15 +5,17 @@ How many questions fit into memory together is not known before: pictures differ
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-from vlmneurons.errors import OutOfMemoryError
+from vlmneurons.errors import OutOfMemoryError, QuestionError
 from vlmneurons.questions import QuestionSet
 
 log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
 
@@ -39,7 +41,7 @@ class MemoryLimit:
 
     def __init__(self, halved: Sequence[Mapping[str, Any]] = ()) -> None:
         self.halved = [dict(one) for one in halved]
-        self.most: int | None = self.halved[-1]["to"] if self.halved else None
+        self.most: int | None = min((one["to"] for one in self.halved), default=None)
 
     def parts(self, batch: QuestionSet) -> list[QuestionSet]:
         """A batch in parts that fit, as far as is known."""
@@ -73,6 +75,64 @@ class MemoryLimit:
     def provenance(self) -> dict[str, Any]:
         """``{"halved": [...]}``, or nothing where all fitted."""
         return {"halved": list(self.halved)} if self.halved else {}
+
+
+def asked_in_parts(
+    batch: QuestionSet,
+    limit: MemoryLimit,
+    encoded: Callable[[], Any],
+    encode: Callable[[QuestionSet], Any],
+    read: Callable[[QuestionSet, Any], Made],
+    skipped: list[str] | None = None,
+) -> Iterator[tuple[QuestionSet, Made]]:
+    """Ask a batch in one part or, where memory does not suffice, in several; where one question spoils it, one by one.
+
+    What spoils a batch is seen when it is encoded. A `QuestionError` of reading is of the model or of a rule: it would
+    meet every question, and is raised.
+
+    Args:
+        batch: the questions.
+        limit: what is known of memory; it learns.
+        encoded: gives what the reader made of the whole batch, perhaps in advance.
+        encode: makes it of a part.
+        read: runs the model on a part, with what was made of it. What it has noted of a part that it did not finish, it
+            takes back itself.
+        skipped: takes the ids of questions that cannot be asked; None raises instead.
+
+    Yields:
+        Each part in order, and what ``read`` gave of it.
+
+    Raises:
+        OutOfMemoryError: a single question does not fit into memory.
+    """
+    waiting = limit.parts(batch)
+    whole = len(waiting) == 1
+    while waiting:
+        part = waiting.pop(0)
+        made: list[Made] = []
+        try:
+            try:
+                ready = encoded() if whole else encode(part)
+            except QuestionError:
+                if skipped is None:
+                    raise
+                if len(part) == 1:
+                    skipped.append(part[0].id)
+                else:
+                    waiting = [part[n : n + 1] for n in range(len(part))] + waiting
+                continue
+            finally:
+                whole = False
+            made.append(read(part, ready))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            waiting = limit.halves([part, *waiting], error)
+        ready = None  # what did not fit is not to be held while the next part is made
+        if made:
+            yield part, made[0]
+        else:
+            release()
 
 
 def release() -> None:

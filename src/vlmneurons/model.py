@@ -19,6 +19,7 @@ from nnsight.intervention.interleaver import Mediator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 
+from vlmneurons._arguments import of_kind
 from vlmneurons.architectures import MLP, Tower, find_towers
 from vlmneurons.errors import ArchitectureError, SiteError
 from vlmneurons.inputs import Batch, Encoder
@@ -424,6 +425,7 @@ class VLM:
         """
         if kind not in KINDS:
             raise SiteError(f"site kind {kind!r} does not exist; the kinds are {', '.join(KINDS)}")
+        of_kind("tower", tower, (str, Sequence), SiteError, "the name of a tower, or a list of names")
         mlps = [mlp for name in ([tower] if isinstance(tower, str) else tower) for mlp in self._tower(name).tower.mlps]
         return NeuronSpace(tuple(mlp.site(kind) for mlp in mlps), tuple(mlp.width for mlp in mlps))
 
@@ -463,6 +465,7 @@ class VLM:
         Raises:
             SiteError: no such site; the message says what there is.
         """
+        of_kind("name", name, (str, Site), SiteError, "a Site, or the name of one")
         site = Site.parse(name) if isinstance(name, str) else name
         return getattr(self._named_mlp(site), site.kind)
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from vlmneurons import _files
+from vlmneurons._arguments import names, of_kind
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError, SiteError
 from vlmneurons.sites import NeuronSpace, Site
 
@@ -53,8 +54,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             SiteError: an index is no integer or not in the space.
         """
-        if not isinstance(space, NeuronSpace):
-            raise SiteError(f"a NeuronSet needs a NeuronSpace; got {type(space).__name__}")
+        _check_space(space)
         flat = _flat_indices(indices)
         if flat.numel():
             lowest, highest = int(flat.min()), int(flat.max())
@@ -88,6 +88,7 @@ class NeuronSet(_files.Shareable):
         Args:
             space: the space that numbers the neurons.
         """
+        _check_space(space)
         return cls._of(space, torch.empty(0, dtype=torch.int64))
 
     @classmethod
@@ -97,6 +98,7 @@ class NeuronSet(_files.Shareable):
         Args:
             space: the space that numbers the neurons.
         """
+        _check_space(space)
         return cls._of(space, torch.arange(len(space)))
 
     @classmethod
@@ -116,6 +118,7 @@ class NeuronSet(_files.Shareable):
             >>> NeuronSet.from_indices(space, {0: [7, 5], "language.layers.1.mlp.gate": [2]}).indices
             tensor([ 5,  7, 10])
         """
+        _check_space(space)
         if not isinstance(indices, Mapping):
             return cls(space, indices)
         parts = []
@@ -157,6 +160,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             MismatchError: the mask is not boolean or not as long as the space.
         """
+        _check_space(space)
         try:
             tensor = torch.as_tensor(mask).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -226,6 +230,7 @@ class NeuronSet(_files.Shareable):
         return hashlib.sha256(self._space.fingerprint.encode() + little_endian.tobytes()).hexdigest()[:16]
 
     def _check_same_space(self, other: "NeuronSet") -> None:
+        of_kind("other", other, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
         _check_same_space(self._space, other._space)
 
     def __and__(self, other: "NeuronSet") -> "NeuronSet":
@@ -266,6 +271,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             MismatchError: the sets are of different spaces.
         """
+        self._check_same_space(other)
         return not len(self & other)
 
     def __le__(self, other: "NeuronSet") -> bool:
@@ -353,6 +359,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             MismatchError: the sets are of different spaces.
         """
+        self._check_same_space(other)
         shared = len(self & other)
         union = len(self) + len(other) - shared
         return shared / union if union else 1.0
@@ -664,6 +671,7 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
             FileFormatError: not of that form, or not of this space or number of groups.
             SiteError: a layer of the space has several sites (towers, experts).
         """
+        _check_space(space)
         _check_one_site_per_layer(space, "the LAPE format has one list per layer")
         source = "LAPE selection"
         if isinstance(nested, (str, os.PathLike)):
@@ -679,7 +687,7 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
                 raise
             except Exception as error:  # PyTorch's own reader fails in many ways on bytes that it did not write
                 raise FileFormatError(f"{source}: not a file of neuron lists: {error}") from error
-        groups = tuple(groups) if not isinstance(groups, str) else (groups,)
+        groups = names("groups", (groups,) if isinstance(groups, str) else groups, MismatchError)
         if not isinstance(nested, (list, tuple)) or len(nested) != len(groups):
             got = f"{len(nested)} lists" if isinstance(nested, (list, tuple)) else f"a {type(nested).__name__}"
             raise FileFormatError(f"{source}: expected one list for each of {len(groups)} groups; got {got}")
@@ -786,6 +794,11 @@ def in_parentheses(expression: str) -> str:
 
 def _rebuild_selection(sets: Any, selector: str, budget: int | None, provenance: Any) -> Selection:
     return Selection(sets, selector=selector, budget=budget, provenance=provenance)
+
+
+def _check_space(space: Any) -> None:
+    if not isinstance(space, NeuronSpace):
+        raise SiteError(f"a NeuronSet needs a NeuronSpace; got {type(space).__name__}")
 
 
 def _check_same_space(first: NeuronSpace, second: NeuronSpace) -> None:

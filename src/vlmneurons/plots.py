@@ -5,7 +5,7 @@ Colours are safe for colour-blind readers (Okabe & Ito's, each with a marker of 
 centred on zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vlmneurons._arguments import of_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.neurons import Selection
 
@@ -47,7 +48,14 @@ def plot_matrix(
         limit: the value, as drawn, at which colours end, so that several figures can share a scale; by default the
             largest that is drawn.
     """
-    names = list(result.selectors) if selector is None else [selector] if isinstance(selector, str) else list(selector)
+    from vlmneurons.study import KnockoutResult
+
+    of_kind("result", result, KnockoutResult, MismatchError, "a KnockoutResult, which knockout gives")
+    if selector is None or isinstance(selector, str):
+        names = list(result.selectors) if selector is None else [selector]
+    else:
+        of_kind("selector", selector, Iterable, MismatchError, "the name of a selector, or a list of names")
+        names = list(selector)
     title, scale = _LABELS.get(value, (value, 1.0))
     matrices = {name: result.matrix(name, value=value) * scale for name in names}
     n_columns = max(matrix.shape[1] for matrix in matrices.values())
@@ -99,6 +107,7 @@ def plot_layers(selection: Selection, *, expected: bool = True) -> Figure:
     Raises:
         MismatchError: the selection spans several towers; restrict it to one.
     """
+    of_kind("selection", selection, Selection, MismatchError)
     towers = sorted({site.tower for site in selection.space.sites})
     if len(towers) > 1:
         raise MismatchError(f"layers are drawn for one tower; this selection spans {', '.join(towers)}")

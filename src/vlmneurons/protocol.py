@@ -13,13 +13,14 @@ what is theirs. Each step keeps its own files under the folder and is skipped wh
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlmneurons._arguments import names, of_kind, real, share, whole
 from vlmneurons.controls import (
     balanced_statistics,
     blind,
@@ -31,13 +32,14 @@ from vlmneurons.controls import (
     strength_sweep,
 )
 from vlmneurons.errors import MismatchError, QuestionError, SelectionError
+from vlmneurons.inputs import TOKEN_RULES
 from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
 from vlmneurons.progress import Step, Steps
-from vlmneurons.questions import Question, QuestionSet
-from vlmneurons.recording import batches, record_items
+from vlmneurons.questions import ANSWERS, Question, QuestionSet
+from vlmneurons.recording import CONDITIONS, batches, record_items
 from vlmneurons.remote import Remote
 from vlmneurons.runs import git_state, write_text
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, Selector
@@ -90,11 +92,37 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("selectors", "conditions"):
+            names(name, getattr(self, name), SelectionError)
+        for name in ("fractions", "alphas", "sizes"):
+            of_kind(name, getattr(self, name), Sequence, SelectionError, "a list of numbers")
         unknown = [name for name in (*self.selectors, self.main) if name not in SELECTORS]
         if unknown:
             raise SelectionError(f"selector {unknown[0]!r} does not exist; choose from {', '.join(SELECTORS)}")
         if self.main not in self.selectors:
             raise SelectionError(f"main={self.main!r} is not among the selectors {', '.join(self.selectors)}")
+        # What is wrong is said before hours of recording, not after them.
+        for fraction in (self.fraction, *self.fractions):
+            if not 0 < real("fraction", fraction, SelectionError) <= 1:
+                raise SelectionError(f"fraction {fraction} is outside (0, 1]")
+        for alpha in self.alphas:
+            real("each of alphas", alpha, SelectionError)
+        for size in self.sizes:
+            if whole("each of sizes", size, SelectionError) < 1:
+                raise SelectionError(f"sizes are numbers of questions, at least 1; got {list(self.sizes)}")
+        for name, least in (("repeats", 0), ("permutations", 0), ("minimum", 0), ("batch_size", 1), ("seed", 0)):
+            whole(name, getattr(self, name), SelectionError, least=least)
+        share("share", self.share, SelectionError)
+        for name, given, allowed in (
+            *(("conditions", condition, CONDITIONS) for condition in self.conditions),
+            ("tokens", self.tokens, TOKEN_RULES),
+            ("answer", self.answer, (None, *ANSWERS)),
+            ("on_error", self.on_error, ("raise", "skip")),
+        ):
+            if given not in allowed:
+                raise SelectionError(
+                    f"{name}={given!r} does not exist; choose from {', '.join(str(one) for one in allowed)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -148,6 +176,9 @@ def run_study(
         QuestionError: a group has fewer identification questions than ``protocol.minimum``.
     """
     protocol = protocol or Protocol()
+    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    of_kind("questions", questions, QuestionSet, QuestionError)
+    of_kind("protocol", protocol, Protocol, SelectionError)
     folder = Path(folder)
     processes = current_processes() if distributed else Processes()
     if protocol.answer is not None:
@@ -342,9 +373,12 @@ def _complete(folder: Path, questions: QuestionSet) -> bool:
 def _put_together(folder: Path, questions: QuestionSet, parts: list[ItemStatistics]) -> None:
     """One recording from those of several processes."""
     items = [Item(item.id, item.group, item.answer, item.metadata) for item in questions]
-    whole = ItemStatistics._create(folder, parts[0].space, items, parts[0].provenance, parts[0].tables)
+    # The manifest says what was asked for; where memory did not suffice is another matter for each process.
+    rules = {name: value for name, value in parts[0].provenance.items() if name != "halved"}
+    whole = ItemStatistics._create(folder, parts[0].space, items, rules, parts[0].tables)
     place = {item.id: row for row, item in enumerate(questions)}
     with whole._locked():
+        whole._note([one for part in parts for one in part.provenance.get("halved", ())])
         for part in parts:
             records = part._records
             for start in range(0, len(part), 64):

@@ -9,19 +9,21 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from vlmneurons._arguments import is_missing, of_kind, share, whole
 from vlmneurons.errors import QuestionError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -67,8 +69,8 @@ class Question:
     image_id: str | None = None
 
     def __post_init__(self) -> None:
-        where = f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
-        if not isinstance(self.options, Iterable) or isinstance(self.options, str | Mapping):
+        where = self._where
+        if not isinstance(self.options, Iterable) or isinstance(self.options, str | bytes | Mapping | set | frozenset):
             raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
         object.__setattr__(self, "options", tuple(self.options))
         if not all(isinstance(option, str) for option in self.options):
@@ -92,16 +94,40 @@ class Question:
             )
         if not isinstance(self.group, str) or not self.group:
             raise QuestionError(f"{where}: the group is a non-empty string; got {self.group!r}")
+        of_kind(f"{where}: metadata", self.metadata, Mapping, QuestionError, "a dictionary of values by name")
         object.__setattr__(self, "metadata", dict(self.metadata))
         if isinstance(self.image, list):
             object.__setattr__(self, "image", tuple(self.image))
+        for source in self._sources:
+            if not isinstance(source, Image.Image | str | Path | bytes | Mapping) and not callable(source):
+                raise QuestionError(
+                    f"{where}: an image is a PIL image, a path, bytes or a function; got {type(source).__name__}"
+                    + (": PIL.Image.fromarray makes an image of an array" if hasattr(source, "__array__") else "")
+                )
+            if isinstance(source, str) and not source:
+                raise QuestionError(f"{where}: an image's path is empty; give image=None for a question without one")
+        for name, value in (("id", self.id), ("image_id", self.image_id)):
+            number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not isinstance(value, str) and not number and (name, value) != ("image_id", None):
+                raise QuestionError(
+                    f"{where}: {name} is a text or a whole number; got {value!r}. Leave it out, and it is derived from "
+                    "the content"
+                )
         if not isinstance(self.id, str):
             object.__setattr__(self, "id", str(self.id))
         if not self.id:
             object.__setattr__(self, "id", self._derived_id())
 
+    @property
+    def _where(self) -> str:
+        """How errors name the question."""
+        return f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
+
     def _derived_id(self) -> str:
-        pictures = [_picture_key(image) for image in self._sources if not _is_function(image)]
+        if any(map(_is_function, self._sources)):  # which are not called before their pictures are needed
+            pictures = [_picture_key(image) for image in self._sources if not _is_function(image)]
+        else:
+            pictures = list(self._picture_keys)
         return _derived_id(self.question, self.options, self.answer, self.group, pictures, self.image_id)
 
     @property
@@ -146,14 +172,17 @@ class Question:
             return f"no image: {self.id}"
         return "+".join(self._picture_keys)
 
-    @property
+    @cached_property
     def _picture_keys(self) -> tuple[str, ...]:
-        """What identifies each picture, by its path or content."""
+        """What identifies each picture, by its path or content; found out once, for every batch, split and cluster.
+
+        Only the digests are kept, and an encoded file, such as a dataset's, is not decoded for them.
+        """
         try:
             return tuple(_picture_key(source) for source in self._sources)
         except Exception as error:
             raise QuestionError(
-                f"question {self.id!r}: an image cannot be opened ({type(error).__name__}: {error})"
+                f"{self._where}: an image cannot be opened ({type(error).__name__}: {error})"
             ) from error
 
     def __eq__(self, other: object) -> bool:
@@ -290,6 +319,8 @@ class QuestionSet(Sequence[Question]):
         answer: Any = "letters",
         shuffle: int | None = 0,
     ) -> None:
+        if isinstance(questions, str | Question) or not isinstance(questions, Iterable):
+            raise QuestionError(f"a QuestionSet is made of a list of Question objects; got {type(questions).__name__}")
         items = tuple(questions)
         for item in items:
             if not isinstance(item, Question):
@@ -301,8 +332,24 @@ class QuestionSet(Sequence[Question]):
             )
         if isinstance(answer, str) and answer not in ANSWERS:
             raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}")
+        if not isinstance(answer, str) and (isinstance(answer, type) or not callable(getattr(answer, "read", None))):
+            raise QuestionError(
+                f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}, or give an "
+                "AnswerReader, such as Generate()"
+            )
         if isinstance(prompt, str) and prompt not in _PROMPTS:
             raise QuestionError(f"prompt={prompt!r} is not a built-in prompt; choose from {', '.join(_PROMPTS)}")
+        if prompt is not None and not isinstance(prompt, str) and not callable(prompt):
+            raise QuestionError(
+                f"prompt={prompt!r} is no prompt: give a function of a question and its options, or one of "
+                f"{', '.join(_PROMPTS)}"
+            )
+        if isinstance(shuffle, bool):
+            raise QuestionError(
+                f"shuffle is the seed of the options' order, or None to show them as they are; got {shuffle}"
+            )
+        if shuffle is not None:
+            shuffle = whole("shuffle", shuffle, QuestionError)
         self._items = items
         self._prompt = prompt
         self.answer = answer
@@ -351,6 +398,8 @@ class QuestionSet(Sequence[Question]):
         return hash(self._items)
 
     def __add__(self, other: Iterable[Question]) -> "QuestionSet":
+        if not isinstance(other, Iterable):
+            return NotImplemented
         return self._with((*self._items, *other))
 
     def __repr__(self) -> str:
@@ -382,14 +431,16 @@ class QuestionSet(Sequence[Question]):
             key: a column of `Question.metadata`, or a function from a question to its group.
 
         Raises:
-            QuestionError: a question has no such column.
+            QuestionError: a question has no such column, or nothing in it, such as None.
         """
-        return self._with(replace(item, group=str(_value(item, key))) for item in self._items)
+        if not isinstance(key, str) and not callable(key):
+            raise QuestionError(f"questions are grouped by a column or a function of the question; got {key!r}")
+        return self._with(replace(item, group=_label(item, key)) for item in self._items)
 
     def filter(self, keep: Callable[[Question], bool] | None = None, **where: Any) -> "QuestionSet":
         """The questions for which ``keep`` is true, and whose fields or metadata have the given values.
 
-        A value may be a set, list or tuple of allowed values.
+        A value may be a set, list or other collection of allowed values.
 
         Args:
             keep: a function from a question to whether it stays.
@@ -401,10 +452,17 @@ class QuestionSet(Sequence[Question]):
         Example:
             ``questions.filter(group={"Egypt", "Japan"}, category="food")``
         """
+        if keep is not None and not callable(keep):
+            raise QuestionError(f"questions are kept by a function, or by values such as group='Japan'; got {keep!r}")
+        of_key = {
+            key: (value,)
+            if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
+            else tuple(value)
+            for key, value in where.items()
+        }
 
         def wanted(item: Question) -> bool:
-            for key, value in where.items():
-                allowed = value if isinstance(value, set | frozenset | list | tuple) else (value,)
+            for key, allowed in of_key.items():
                 if _value(item, key) not in allowed:
                     return False
             return keep is None or bool(keep(item))
@@ -422,7 +480,8 @@ class QuestionSet(Sequence[Question]):
             QuestionError: a group has fewer; the message names the thin groups.
         """
         counts = self.counts()
-        if size is not None and size < 1:
+        seed = whole("seed", seed, QuestionError)
+        if size is not None and (size := whole("size", size, QuestionError)) < 1:
             raise QuestionError(f"{size} questions per group were asked for; the least is 1")
         size = min(counts.values(), default=0) if size is None else size
         thin = [f"{group} ({n})" for group, n in counts.items() if n < size]
@@ -445,6 +504,7 @@ class QuestionSet(Sequence[Question]):
         Raises:
             QuestionError: no group has as many; the message names the largest.
         """
+        size = whole("size", size, QuestionError)
         counts = self.counts()
         kept = {group for group, n in counts.items() if n >= size}
         if counts and not kept:
@@ -466,8 +526,7 @@ class QuestionSet(Sequence[Question]):
         Raises:
             QuestionError: the fraction is not in (0, 1).
         """
-        if not 0 < fraction < 1:
-            raise QuestionError(f"fraction {fraction} is outside (0, 1)")
+        fraction, seed = share("fraction", fraction, QuestionError), whole("seed", seed, QuestionError)
         clusters = self._by_picture()
         wanted = {group: fraction * n for group, n in self.counts().items()}
         given = dict.fromkeys(wanted, 0)
@@ -531,6 +590,7 @@ class QuestionSet(Sequence[Question]):
         Args:
             question: one of the questions.
         """
+        of_kind("question", question, Question, QuestionError)
         indices = range(len(question.options))
         if self.shuffle is None:
             return tuple(indices)
@@ -556,6 +616,8 @@ class QuestionSet(Sequence[Question]):
             QuestionError: no table or several, a row that is not a question (which one is said), or a picture path
                 that leads out of the folder.
         """
+        of_kind("folder", folder, (str, os.PathLike), QuestionError, "a path")
+        of_kind("table", table, (str, type(None)), QuestionError, "the name of a file")
         folder = Path(folder)
         if table is None:
             found = sorted(path.name for path in folder.glob("*") if path.suffix in (".csv", ".tsv", ".jsonl"))
@@ -594,16 +656,28 @@ class QuestionSet(Sequence[Question]):
         Raises:
             QuestionError: a column is missing, or a row is not a question.
         """
-        names = {name: name for name in ("image", "question", "options", "answer", "group", "id", "image_id")}
-        names.update(columns or {})
+        if not hasattr(dataset, "column_names") or not hasattr(dataset, "remove_columns"):
+            raise QuestionError(
+                f"from_dataset takes a datasets.Dataset; got {type(dataset).__name__}. Dataset.from_list makes one of "
+                "dictionaries, and QuestionSet.from_folder reads a table"
+            )
+        if isinstance(dataset.column_names, Mapping):
+            splits = ", ".join(dataset.column_names)
+            raise QuestionError(f"from_dataset takes one split; got a {type(dataset).__name__} of {splits}: choose one")
+        column_of = {name: name for name in ("image", "question", "options", "answer", "group", "id", "image_id")}
+        of_kind("columns", {} if columns is None else columns, Mapping, QuestionError, "a dictionary {field: column}")
+        unknown = [name for name in columns or {} if name not in column_of]
+        if unknown:
+            raise QuestionError(f"columns has no field {unknown[0]!r}; a question has {', '.join(column_of)}")
+        column_of.update(columns or {})
         have = list(dataset.column_names)
         for wanted in {"question", "answer", "group"} | set(columns or {}):
-            if names[wanted] not in have:
+            if column_of[wanted] not in have:
                 raise QuestionError(
-                    f"the dataset has no column {names[wanted]!r} for {wanted!r}; it has {', '.join(have)}"
+                    f"the dataset has no column {column_of[wanted]!r} for {wanted!r}; it has {', '.join(have)}"
                 )
-        image_column = names["image"] if names["image"] in have else None
-        theirs = {column: name for name, column in names.items() if column in have}
+        image_column = column_of["image"] if column_of["image"] in have else None
+        theirs = {column: name for name, column in column_of.items() if column in have}
         questions = []
         for n, (values, image) in enumerate(_rows_of_dataset(dataset, image_column)):
             row = {theirs[column]: value for column, value in values.items() if column in theirs}
@@ -767,6 +841,17 @@ def _value(item: Question, key: str | Callable[[Question], Any]) -> Any:
     if key in item.metadata:
         return item.metadata[key]
     raise QuestionError(f"question {item.id!r} has no column {key!r}; it has {', '.join(item.metadata) or 'none'}")
+
+
+def _label(item: Question, key: str | Callable[[Question], Any]) -> str:
+    """A question's group by a column or function; what stands for nothing is no group."""
+    value = _value(item, key)
+    if is_missing(value):
+        where = f"in the column {key!r}" if isinstance(key, str) else "from the function that groups"
+        raise QuestionError(
+            f"question {item.id!r} has {value} {where}, which is no group: leave such questions out with filter()"
+        )
+    return str(value)
 
 
 def _hash(*parts: Any) -> str:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vlmneurons._arguments import names, of_kind, whole
 from vlmneurons._version import __version__
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.architectures import Handle, read
@@ -24,7 +25,7 @@ from vlmneurons.batching import batches, prefetched
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
 from vlmneurons.items import Item, ItemStatistics
-from vlmneurons.memory import MemoryLimit, is_out_of_memory, release
+from vlmneurons.memory import MemoryLimit, asked_in_parts
 from vlmneurons.model import VLM
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
@@ -138,6 +139,10 @@ class Recorder:
         tokens: TokenRule = "content",
         magnitudes: bool = False,
     ) -> None:
+        of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+        of_kind(
+            "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('vision')"
+        )
         self.model = model
         self.space = model.space() if space is None else space
         for site, width in zip(self.space.sites, self.space.widths, strict=True):
@@ -220,7 +225,7 @@ class Recorder:
         Args:
             label: the group of all rows, or a list with the group of each row.
         """
-        before, self._labels = self._labels, label if isinstance(label, str) else tuple(label)
+        before, self._labels = self._labels, label if isinstance(label, str) else names("label", label, MismatchError)
         try:
             yield
         finally:
@@ -819,9 +824,8 @@ def record_items(
 
 
 def _check_sizes(batch_size: int, prefetch: int) -> None:
-    if batch_size < 1:
-        raise QuestionError(f"batch_size {batch_size} is less than 1")
-    if prefetch < 0:
+    whole("batch_size", batch_size, QuestionError, least=1)
+    if whole("prefetch", prefetch, QuestionError) < 0:
         raise QuestionError(f"prefetch {prefetch} is less than 0; 0 encodes each batch when its turn comes")
 
 
@@ -839,36 +843,16 @@ def _read(
     limit: MemoryLimit,
     skipped: list[str] | None,
 ) -> Iterator[tuple[QuestionSet, Reading]]:
-    """Read a batch's answers while counting, in one part or, where memory does not suffice, in several.
+    """Read a batch's answers while counting, in one part or, where memory does not suffice, in several."""
 
-    Where one question spoils a batch, they are asked one by one.
-    """
-    waiting = limit.parts(batch)
-    whole = len(waiting) == 1
-    while waiting:
-        part = waiting.pop(0)
+    def count(part: QuestionSet, ready: Any) -> Reading:
         recorder._forget()
-        reading = None
         try:
-            reading = reader.read(model, part, encode() if whole else reader.encode(model, part), recorder._watch)
+            return reader.read(model, part, ready, recorder._watch)
         except _NotFinite as found:
             raise _located(model, reader, recorder, part, found) from None
-        except QuestionError:
-            if skipped is None:
-                raise
-            if len(part) == 1:
-                skipped.append(part[0].id)
-            else:
-                waiting = [part[n : n + 1] for n in range(len(part))] + waiting
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            waiting = limit.halves([part, *waiting], error)
-        whole = False
-        if reading is None:
-            release()
-        else:
-            yield part, reading
+
+    return asked_in_parts(batch, limit, encode, functools.partial(reader.encode, model), count, skipped)
 
 
 def _located(model: VLM, reader: AnswerReader, recorder: Recorder, batch: QuestionSet, found: _NotFinite) -> Exception:

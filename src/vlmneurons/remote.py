@@ -58,7 +58,7 @@ def refuse_unknown(model: VLM, remote: Remote) -> None:
     Raises:
         MismatchError: one of the two.
     """
-    if not (isinstance(remote, bool) or remote == "local" or remote.startswith(("http://", "https://"))):
+    if not (isinstance(remote, bool) or remote == "local" or str(remote).startswith(("http://", "https://"))):
         raise MismatchError(
             f"remote={remote!r} is no place to run; choose from False, True, 'local', or the URL of a host"
         )

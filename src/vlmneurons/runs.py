@@ -18,7 +18,7 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,9 @@ def stop_if_asked() -> None:
 
 class RunFolder:
     """The folder of one run: ``manifest.json``, ``sessions.jsonl``, and ``parts/`` with the finished batches.
+
+    What is to be remembered of a batch (that it did not fit into memory) stands beside it, as JSON: several processes
+    can write into one folder, because a batch is one process's.
 
     Args:
         folder: where; made if it is not there.
@@ -159,9 +162,31 @@ class RunFolder:
         (self.folder / "parts").mkdir(exist_ok=True)
         write_parquet(self.folder / "parts" / f"{name}.parquet", table)
 
+    def note(self, name: str, halved: Sequence[Mapping[str, Any]]) -> None:
+        """Keep how a batch was halved for want of memory; to be called before the batch is kept."""
+        (self.folder / "parts").mkdir(exist_ok=True)
+        write_text(self.folder / "parts" / f"{name}.json", json.dumps(list(halved)))
+
+    def notes(self) -> dict[str, list[dict[str, Any]]]:
+        """How batches were halved for want of memory, by the name of the batch.
+
+        Raises:
+            FileFormatError: a note is damaged; delete it, and only the provenance will lack it.
+        """
+        read = {}
+        for path in sorted((self.folder / "parts").glob("*.json")):
+            try:
+                halved = json.loads(path.read_text(encoding="utf-8"))
+                read[path.stem] = [
+                    {"from": int(one["from"]), "to": int(one["to"]), "first": str(one["first"])} for one in halved
+                ]
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                raise FileFormatError(f"{path} is damaged ({error}): delete it, and the run goes on") from error
+        return read
+
     def clear(self) -> None:
         """Remove the batches' files, which the finished result has taken the place of."""
-        for path in (self.folder / "parts").glob("*.parquet"):
+        for path in [*(self.folder / "parts").glob("*.parquet"), *(self.folder / "parts").glob("*.json")]:
             path.unlink()
         with contextlib.suppress(OSError):
             (self.folder / "parts").rmdir()

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vlmneurons._arguments import of_kind, whole
 from vlmneurons.answers import AnswerReader, LogitReader, reader_of
 from vlmneurons.architectures import write
 from vlmneurons.errors import MismatchError, QuestionError
@@ -66,6 +67,7 @@ def screen(
     Example:
         ``screen(model, questions, {"CAS": [CAS(r).select(stats) for r in (0.001, 0.005, 0.02)]})``
     """
+    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
     if not len(questions):
         raise QuestionError("there are no questions to screen with")
@@ -74,8 +76,7 @@ def screen(
     reader = reader_of(questions.answer)
     if not isinstance(reader, LogitReader):
         raise QuestionError(f"{reader!r} gives no margin that could be derived; use answer='letters' or answer='text'")
-    if batch_size < 1:
-        raise QuestionError(f"batch_size {batch_size} is less than 1")
+    whole("batch_size", batch_size, QuestionError, least=1)
     space = model.space("language", "post")
     listed = listed_masks(masks, questions.groups, Intervention(NeuronSet.empty(space), "zero"))
     sets = []

@@ -13,7 +13,7 @@ import bisect
 import hashlib
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, SupportsIndex
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from vlmneurons._arguments import of_kind
 from vlmneurons.errors import FileFormatError, SiteError
 
 KINDS = ("pre", "gate", "up", "post")
@@ -100,6 +101,8 @@ class NeuronSpace:
     widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        of_kind("sites", self.sites, Iterable, SiteError, "a sequence of sites")
+        of_kind("widths", self.widths, Iterable, SiteError, "a sequence of numbers")
         object.__setattr__(self, "sites", tuple(self.sites))
         try:
             object.__setattr__(self, "widths", tuple(operator.index(width) for width in self.widths))
@@ -130,6 +133,7 @@ class NeuronSpace:
             >>> NeuronSpace.from_widths("language", "gate", [14336] * 32)
             NeuronSpace(language.gate: 32 layers x 14,336 = 458,752 neurons)
         """
+        of_kind("widths", widths, Sized, SiteError, "a list with the width of each layer")
         return cls(tuple(Site(tower, layer, "mlp", kind) for layer in range(len(widths))), tuple(widths))
 
     @cached_property
@@ -257,6 +261,7 @@ class NeuronSpace:
         Args:
             other: another space.
         """
+        of_kind("other", other, NeuronSpace, SiteError)
         return self.widths == other.widths and all(
             (a.tower, a.layer, a.mlp) == (b.tower, b.layer, b.mlp) for a, b in zip(self.sites, other.sites, strict=True)
         )
@@ -275,6 +280,7 @@ class NeuronSpace:
         """
         kept = torch.ones(len(self), dtype=torch.bool)
         if towers is not None:
+            of_kind("towers", towers, Iterable, SiteError, "a list of names")
             wanted_towers = {towers} if isinstance(towers, str) else set(towers)
             missing = wanted_towers - {site.tower for site in self.sites}
             if missing:
@@ -282,6 +288,7 @@ class NeuronSpace:
                 raise SiteError(f"tower {min(missing)!r} is not in this space; it has {have}")
             kept &= torch.tensor([site.tower in wanted_towers for site in self.sites])[self.site_of]
         if layers is not None:
+            of_kind("layers", layers, Iterable, SiteError, "a list of numbers")
             wanted_layers = {_whole(layer, "layer") for layer in layers}
             unknown = wanted_layers - set(self.layers)
             if unknown:

@@ -16,6 +16,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from vlmneurons import _files
+from vlmneurons._arguments import names, of_kind
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError, VLMNeuronsError
 from vlmneurons.neurons import _check_same_space, _space_of_file
 from vlmneurons.sites import NeuronSpace
@@ -76,6 +77,7 @@ class ActivationStatistics(_files.Shareable):
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        of_kind("space", self.space, NeuronSpace, MismatchError)
         object.__setattr__(self, "groups", _checked_groups(self.groups))
         if not isinstance(self.provenance, Mapping):
             raise MismatchError(f"provenance is a dictionary; got {type(self.provenance).__name__}")
@@ -154,9 +156,7 @@ class ActivationStatistics(_files.Shareable):
             MismatchError: shapes that do not fit, counts that are not whole or negative, NaN, a group twice, no group,
                 or a neuron that fired for more tokens than were counted.
         """
-        if isinstance(groups, str):
-            raise MismatchError(f"groups must be a list of names; got the single text {groups!r}")
-        groups = tuple(groups)
+        groups = names("groups", groups, MismatchError)
         return cls(
             space,
             groups,
@@ -294,11 +294,9 @@ class ActivationStatistics(_files.Shareable):
             GroupError: no such group.
             MismatchError: a group twice, or none.
         """
-        if isinstance(groups, str):
-            raise MismatchError(f"groups must be a list of names; got the single text {groups!r}")
-        names = tuple(groups)
-        rows = torch.tensor([self.index(group) for group in names], dtype=torch.int64)
-        return self._with_rows(names, lambda table: table.index_select(0, rows))
+        chosen = names("groups", groups, MismatchError)
+        rows = torch.tensor([self.index(group) for group in chosen], dtype=torch.int64)
+        return self._with_rows(chosen, lambda table: table.index_select(0, rows))
 
     def merge_groups(self, merged: Mapping[str, Iterable[str]]) -> "ActivationStatistics":
         """The statistics with some groups pooled: ``merge_groups({"Asia": ["Japan", "China"]})``.
@@ -313,9 +311,10 @@ class ActivationStatistics(_files.Shareable):
             GroupError: no such group.
             MismatchError: a group in two pools, an empty pool, or a new name that another group already has.
         """
+        of_kind("merged", merged, Mapping, MismatchError, "a dictionary, such as {'Asia': ['Japan', 'China']}")
         pool_of: dict[str, str] = {}
         for name, members in merged.items():
-            members = [members] if isinstance(members, str) else list(members)
+            members = [members] if isinstance(members, str) else names(f"merged[{name!r}]", members, MismatchError)
             if not members:
                 raise MismatchError(f"merged group {name!r} has no members")
             for group in members:
@@ -327,10 +326,10 @@ class ActivationStatistics(_files.Shareable):
             if name in self.groups and pool_of.get(name) != name:
                 raise MismatchError(f"merged group {name!r} would have the name of another group")
         targets = [pool_of.get(group, group) for group in self.groups]
-        names = tuple(dict.fromkeys(targets))
-        rows = torch.tensor([names.index(target) for target in targets])
+        kept = tuple(dict.fromkeys(targets))
+        rows = torch.tensor([kept.index(target) for target in targets])
         return self._with_rows(
-            names, lambda table: table.new_zeros((len(names), *table.shape[1:])).index_add_(0, rows, table)
+            kept, lambda table: table.new_zeros((len(kept), *table.shape[1:])).index_add_(0, rows, table)
         )
 
     def _with_rows(self, groups: tuple[str, ...], change: Any) -> "ActivationStatistics":
@@ -496,13 +495,13 @@ class AttributionStatistics:
         Raises:
             GroupError: no such group.
         """
-        names = tuple(groups)
-        unknown = [group for group in names if group not in self.groups]
+        chosen = names("groups", groups, MismatchError)
+        unknown = [group for group in chosen if group not in self.groups]
         if unknown:
             raise GroupError(f"group {unknown[0]!r} is not in these attributions; they have {', '.join(self.groups)}")
-        rows = torch.tensor([self.groups.index(group) for group in names], dtype=torch.int64)
+        rows = torch.tensor([self.groups.index(group) for group in chosen], dtype=torch.int64)
         tables = (self.total, self.strong, self.items)
-        return AttributionStatistics(self.space, names, *(table[rows] for table in tables), self.provenance)
+        return AttributionStatistics(self.space, chosen, *(table[rows] for table in tables), self.provenance)
 
     def __add__(self, other: "AttributionStatistics") -> "AttributionStatistics":
         """Attributions of both sets of questions together; groups of either.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy import stats as scipy_stats
 
+from vlmneurons._arguments import of_kind, share, whole
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.items import GroupedItems, Grouping, ItemStatistics
 from vlmneurons.neurons import NeuronSet, Selection
@@ -40,6 +41,8 @@ def _pool(
     seed: int,
 ) -> GroupedItems:
     """The questions to draw from: those of a recording under a grouping, or the pool that is already there."""
+    whole("seed", seed, SelectionError, least=0)
+    minimum = whole("minimum", minimum, SelectionError)
     if isinstance(items, ItemStatistics):
         return items.grouped(by, condition=condition, balanced=balanced, minimum=minimum, seed=seed)
     if not isinstance(items, GroupedItems):
@@ -48,6 +51,10 @@ def _pool(
         raise SelectionError("these questions are grouped already: leave by and condition out")
     items.check_size(minimum)
     return items if balanced is False else items.balanced(None if balanced is True else balanced, seed=seed)
+
+
+def _check_selector(selector: Any) -> None:
+    of_kind("selector", selector, Selector, SelectionError, "a Selector, such as CAS(0.01)")
 
 
 def _drawn(pool: GroupedItems, owners: np.ndarray, weights: np.ndarray) -> Iterator[GroupedItems]:
@@ -165,10 +172,11 @@ def resampled_selections(
     Raises:
         SelectionError: a group has fewer questions than ``minimum``; the message names it.
     """
+    _check_selector(selector)
+    resamples = whole("resamples", resamples, SelectionError, least=1)
     pool = _pool(items, by, condition, balanced, minimum, seed)
     (weights,) = _draw_weights(pool, "bootstrap", resamples, None, seed)
-    for one in _drawn(pool, np.broadcast_to(pool.owner, weights.shape), weights):
-        yield selector.select(one)
+    return (selector.select(one) for one in _drawn(pool, np.broadcast_to(pool.owner, weights.shape), weights))
 
 
 def stability(
@@ -220,17 +228,20 @@ def stability(
         raise SelectionError(f"method={method!r} does not exist; choose from {', '.join(METHODS)}")
     if size is not None and method != "pools":
         raise SelectionError(f"size belongs to method='pools'; {method!r} takes none")
-    pool = _pool(items, by, condition, balanced, max(2, minimum), seed)
+    _check_selector(selector)
+    resamples = whole("resamples", resamples, SelectionError, least=1)
+    confidence = share("confidence", confidence, SelectionError)
+    pool = _pool(items, by, condition, balanced, max(2, whole("minimum", minimum, SelectionError)), seed)
     if method == "pools":
-        size = int(pool.items.min()) // 2 if size is None else size
+        size = int(pool.items.min()) // 2 if size is None else whole("size", size, SelectionError, least=1)
         pool.check_size(size)
     owners = np.broadcast_to(pool.owner, (resamples, len(pool.rows)))
     sides = [_drawn(pool, owners, weights) for weights in _draw_weights(pool, method, resamples, size, seed)]
-    whole = (selector.select(pool), _ranks(selector, pool)) if len(sides) == 1 else None
+    of_all = (selector.select(pool), _ranks(selector, pool)) if len(sides) == 1 else None
     overlaps, chances, correlations = [], [], []
     for draws in zip(*sides, strict=True):
         chosen = [(selector.select(one), _ranks(selector, one)) for one in draws]
-        (first, first_ranks), (second, second_ranks) = (whole, chosen[0]) if whole is not None else chosen
+        (first, first_ranks), (second, second_ranks) = (of_all, chosen[0]) if of_all is not None else chosen
         overlaps.append([first[group].jaccard(second[group]) for group in pool.groups])
         chances.append([first[group].expected_jaccard(second[group]) for group in pool.groups])
         correlations.append(_correlations(first_ranks, second_ranks, len(pool.groups)))
@@ -283,6 +294,7 @@ def selection_strength(evidence: Any, selector: Selector) -> dict[str, float]:
         evidence: statistics, or counts of single questions, that the selector reads.
         selector: what selects.
     """
+    _check_selector(selector)
     stats = selector.read(evidence)
     scores, selection = selector.score(stats), selector.select(stats)
     return {
@@ -333,7 +345,10 @@ def null_distribution(
 
     from vlmneurons.study import holm
 
-    pool = _pool(items, by, condition, balanced, max(1, minimum), seed)
+    _check_selector(selector)
+    permutations = whole("permutations", permutations, SelectionError, least=1)
+    of_kind("measure", measure, Callable, SelectionError, "a function")  # type: ignore[arg-type]
+    pool = _pool(items, by, condition, balanced, max(1, whole("minimum", minimum, SelectionError)), seed)
     if len(pool.groups) < 2:
         raise SelectionError(f"labels of one group cannot be shuffled; got only {pool.groups[0]}")
     generator = np.random.default_rng(seed)
@@ -389,6 +404,10 @@ def sample_sizes(
     """
     import pandas as pd
 
+    _check_selector(selector)
+    repeats = whole("repeats", repeats, SelectionError, least=1)
+    of_kind("sizes", sizes, Iterable, SelectionError, "a list of numbers of questions")
+    sizes = [whole("each of sizes", size, SelectionError) for size in sizes]
     if not len(sizes) or min(sizes) < 1:
         raise SelectionError(f"sizes are numbers of questions, at least 1; got {list(sizes)}")
     pool = _pool(items, by, condition, False, max(sizes), seed)
@@ -434,6 +453,9 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     """
     import pandas as pd
 
+    of_kind("selections", selections, Mapping, MismatchError, "a dictionary of selections by name")
+    for name, one in selections.items():
+        of_kind(f"selections[{name!r}]", one, Selection, MismatchError)
     names = list(selections)
     rows: list[dict[str, Any]] = []
     for n, first in enumerate(names):
@@ -470,6 +492,7 @@ def relatedness(evidence: Any, selector: Selector) -> "pd.DataFrame":
     """
     import pandas as pd
 
+    _check_selector(selector)
     selection = selector.select(evidence)
     ranks = _ranks(selector, evidence)
     stats = evidence.grouped() if isinstance(evidence, ItemStatistics) else evidence
@@ -519,6 +542,8 @@ def layer_counts(selection: Selection, *, confidence: float = 0.95) -> "pd.DataF
     """
     import pandas as pd
 
+    of_kind("selection", selection, Selection, MismatchError)
+    confidence = share("confidence", confidence, SelectionError)
     labels, layer_of, sizes = _layers(selection.space)
     tail = (1 - confidence) / 2
     rows = []
@@ -569,8 +594,14 @@ def layer_profile(
     """
     import pandas as pd
 
+    of_kind("selection", selection, Selection, MismatchError)
+    if isinstance(resampled, Selection):
+        raise MismatchError("resampled is several selections, such as resampled_selections gives; got a single one")
+    of_kind("resampled", resampled, Iterable, MismatchError, "several selections, such as resampled_selections gives")
+    confidence = share("confidence", confidence, SelectionError)
+    uniform = whole("uniform", uniform, SelectionError, least=1)
     labels, layer_of, sizes = _layers(selection.space)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(whole("seed", seed, SelectionError, least=0))
     tails = [50 * (1 - confidence), 100 - 50 * (1 - confidence)]
 
     def counted(neurons: NeuronSet) -> np.ndarray:
@@ -633,6 +664,8 @@ def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> "pd.DataFrame":
     """
     import pandas as pd
 
+    for name, one in (("first", first), ("second", second)):
+        of_kind(name, one, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
     both = first & second
     labels, layer_of, sizes = _layers(first.space)
     ours, theirs, shared = (

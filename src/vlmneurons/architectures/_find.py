@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmneurons._arguments import of_kind
 from vlmneurons.architectures._flow import Flow, features, follow, follow_gating, probe
 from vlmneurons.architectures._layout import MLP, MLPLayout, Tower
 from vlmneurons.errors import ArchitectureError
@@ -78,6 +79,9 @@ def register_architecture(which: str | Callable[[nn.Module], bool], architecture
         which: name of the model's class, or a function that tells of a model whether the architecture is meant for it.
         architecture: what is known about such models. What was registered last is asked first.
     """
+    if not isinstance(which, str) and not callable(which):
+        raise ArchitectureError(f"an architecture is registered for a class's name or a function; got {which!r}")
+    of_kind("architecture", architecture, Architecture, ArchitectureError)
     _REGISTERED.insert(0, (which, architecture))
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from vlmneurons._arguments import whole
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
 from vlmneurons.selectors._evidence import the_one_read
@@ -533,9 +534,10 @@ def _layers(layers: Any) -> tuple[int, ...]:
     if isinstance(layers, (str, bytes)):
         raise SelectionError(f"layers are numbers; got the text {layers!r}")
     try:
-        numbers = (operator.index(layers),) if not isinstance(layers, Iterable) else tuple(map(operator.index, layers))
-    except TypeError as error:
-        raise SelectionError(f"layers are whole numbers: {error}") from error
+        several = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    except TypeError:  # a tensor of one number cannot be gone through
+        several = (layers,)
+    numbers = tuple(whole("a layer's number", one, SelectionError) for one in several)
     if not numbers:
         raise SelectionError("layers is empty: give at least one layer, or None for all")
     return tuple(sorted(set(numbers)))

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Int64
 from torch import Tensor
 
+from vlmneurons._arguments import of_kind
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.items import GroupedItems, ItemStatistics
 from vlmneurons.neurons import _check_same_space
@@ -31,6 +32,7 @@ class Conditions:
     """
 
     def __init__(self, statistics: Mapping[str, ActivationStatistics]) -> None:
+        of_kind("statistics", statistics, Mapping, SelectionError, "a dictionary of statistics by condition")
         if len(statistics) < 2:
             raise SelectionError(f"conditions are compared, so at least two are needed; got {len(statistics)}")
         made: dict[str, ActivationStatistics] = {}

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from vlmneurons._arguments import of_kind, real
 from vlmneurons.errors import SelectionError
 from vlmneurons.items import GroupedItems
 from vlmneurons.neurons import NeuronSet, Selection
@@ -120,7 +121,9 @@ def universal_neurons(items: GroupedItems, *, fraction: float = 0.001, share: fl
     Raises:
         SelectionError: a number outside (0, 1], or sums were not recorded.
     """
+    of_kind("items", items, GroupedItems, SelectionError, "GroupedItems, which ItemStatistics.grouped gives")
     for name, number in (("fraction", fraction), ("share", share)):
+        real(f"universal_neurons: {name}", number, SelectionError)
         if not 0 < number <= 1:
             raise SelectionError(f"universal_neurons: {name} is in (0, 1]; got {number!r}")
     size = len(items.space)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from vlmneurons.errors import MismatchError
+from vlmneurons._arguments import real
+from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.sites import NeuronSpace
 from vlmneurons.statistics import ActivationStatistics
@@ -35,6 +37,10 @@ class Intervention:
     factor: float | None = None
     values: Any = None
     at: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor is not None:
+            real("factor", self.factor, AblationError)
 
     def __repr__(self) -> str:
         return f"Intervention({self.neurons!r}, {self.name})"
@@ -124,6 +130,8 @@ def listed_masks(masks: Masks, groups: Sequence[str], default: Intervention) -> 
         raise MismatchError("masks are a mapping from names to selections, such as {'CAS': selection}; none was given")
     listed: list[tuple[Mask, Intervention]] = []
     for name, given in masks.items():
+        if not isinstance(name, str) or not name:
+            raise MismatchError(f"a mask's name is a text that is not empty; got {name!r}")
         several = isinstance(given, Sequence) and not isinstance(given, str)
         repeats = list(given) if several else [given]
         if not repeats:
@@ -170,6 +178,8 @@ def digest_of_mask(one: Intervention) -> str:
     values = one.values
     if isinstance(values, ActivationStatistics):
         values = values.mean
+    if isinstance(values, np.ndarray):  # whose text leaves out what is in the middle
+        values = torch.as_tensor(values)
     digest.update(
         values.detach().cpu().double().numpy().tobytes() if isinstance(values, Tensor) else repr(values).encode()
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from vlmneurons._arguments import share, whole
 from vlmneurons.effects import (
     benjamini_hochberg,
     bounds,
@@ -36,6 +37,13 @@ CONDITIONS = ("all", "correct", "wrong")
 
 CLUSTERS = ("picture", "question")
 """What a bootstrap draws, and a permutation flips: pictures with all their questions, or questions one by one."""
+
+
+def _check_resampling(confidence: float, resamples: int, permutations: int, seed: int) -> float:
+    whole("resamples", resamples, MismatchError, least=1)
+    whole("permutations", permutations, MismatchError, least=0)
+    whole("seed", seed, MismatchError, least=0)
+    return share("confidence", confidence, MismatchError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,8 +318,7 @@ class KnockoutResult:
         Raises:
             MismatchError: no such condition, or a confidence outside (0, 1).
         """
-        if not 0 < confidence < 1:
-            raise MismatchError(f"confidence {confidence} is outside (0, 1)")
+        confidence = _check_resampling(confidence, resamples, permutations, seed)
         if condition != "all":
             return self.where(condition).summary(
                 confidence=confidence, resamples=resamples, permutations=permutations, seed=seed, cluster=cluster
@@ -456,6 +463,7 @@ class KnockoutResult:
         Raises:
             MismatchError: no such selector or condition, or a selector without masks of groups.
         """
+        confidence = _check_resampling(confidence, resamples, permutations, seed)
         part = self.select(selector).where(condition)
         names = list(part.group_names)
         members = part._members(names)

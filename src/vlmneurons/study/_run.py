@@ -1,9 +1,9 @@
 """Running a study: every question, clean and under every mask, each batch kept as soon as it is finished."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vlmneurons._arguments import of_kind
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.batching import prefetched
-from vlmneurons.errors import FileFormatError, QuestionError
+from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.masked import read_masked
-from vlmneurons.memory import MemoryLimit, is_out_of_memory, release
+from vlmneurons.memory import MemoryLimit, asked_in_parts
 from vlmneurons.model import VLM
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
-from vlmneurons.recording import _provenance, _rule_name, batches
+from vlmneurons.recording import _check_sizes, _provenance, _rule_name, batches
 from vlmneurons.remote import Remote, RemoteReader, edits_of, reader_at, reader_provenance
 from vlmneurons.runs import RunFolder, Stopped, digest_of_questions, digest_of_weights
 from vlmneurons.study._masks import Intervention, Mask, Masks, digest_of_mask, listed_masks, per_layer
@@ -90,8 +91,10 @@ def knockout(
         questions = questions.asked(answer=answer)
     if on_error not in ("raise", "skip"):
         raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
-    if batch_size < 1:
-        raise QuestionError(f"batch_size {batch_size} is less than 1")
+    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    _check_sizes(batch_size, prefetch)
+    batch_size = int(batch_size)  # as the manifest has it
+    controls = QuestionSet(controls) if controls is not None and not isinstance(controls, QuestionSet) else controls
     if len(questions.groups) < 2:
         raise QuestionError(
             "a knockout compares groups, and needs questions of at least two; "
@@ -105,8 +108,6 @@ def knockout(
         raise QuestionError(f"the control questions are of {', '.join(both)}, which the study's own questions are too")
     given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
     listed = listed_masks(masks, questions.groups, given)
-    if prefetch < 0:
-        raise QuestionError(f"prefetch {prefetch} is less than 0; 0 encodes each batch when its turn comes")
     run = _Run(model, asked, listed, batch_size, on_error, progress, remote)
     run.prefetch = prefetch
     run.controls = () if controls is None else controls.groups
@@ -142,6 +143,8 @@ class _Run:
         self.batches = list(batches(questions, batch_size))
         self.listed = listed
         self.limit = MemoryLimit()
+        self.halved: dict[str, list[dict[str, Any]]] = {}
+        """How each batch was halved for want of memory, in this session or an earlier one of the same folder."""
         self.untouched = Ablation(model, NeuronSet.empty(model.space()))
         self.ablations: list[Ablation] = []
         self.run_of: list[int] = []
@@ -173,31 +176,21 @@ class _Run:
 
         Columns: ``run``, ``id``, ``chosen``, ``margin``, ``text``; a question that cannot be asked has the run -1.
         """
-        skipped: list[str] | None = [] if self.on_error == "skip" else None
-        tables = []
-        waiting = self.limit.parts(batch)
-        whole = len(waiting) == 1
-        while waiting:
-            part = waiting.pop(0)
+
+        def read(part: QuestionSet, ready: Any) -> pd.DataFrame:
             readings: list[Reading] = []
-            done = False
             try:
-                encoded, alone = self._encoded(part, encode if whole else None, skipped)
-                waiting = alone + waiting
-                if encoded is not None:
-                    for reading in self._readings(part, encoded):
-                        readings.append(reading)
-                        told(len(part))
-                    tables.append(_table(part, readings))
-                done = True
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                waiting = self.limit.halves([part, *waiting], error)
-            whole = False
-            if not done:
+                for reading in self._readings(part, ready):
+                    readings.append(reading)
+                    told(len(part))
+                return _table(part, readings)
+            except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
                 told(-len(part) * len(readings))
-                release()
+                raise
+
+        skipped: list[str] | None = [] if self.on_error == "skip" else None
+        anew = functools.partial(self.reader.encode, self.model)
+        tables = [table for _, table in asked_in_parts(batch, self.limit, encode, anew, read, skipped)]
         if skipped:
             tables.append(
                 pd.DataFrame({"run": -1, "id": skipped, "chosen": -1, "margin": np.nan, "text": None}, columns=_COLUMNS)
@@ -211,20 +204,6 @@ class _Run:
         else:
             # The untouched model is one more mask, of no neurons, and shares the forward with the others.
             yield from read_masked(self.model, self.reader, questions, encoded, [self.untouched, *self.ablations])
-
-    def _encoded(
-        self, part: QuestionSet, encode: Callable[[], Any] | None, skipped: list[str] | None
-    ) -> tuple[Any, list[QuestionSet]]:
-        """What the reader makes of some questions; where one of them spoils it, None, and they one by one."""
-        try:
-            return encode() if encode is not None else self.reader.encode(self.model, part), []
-        except QuestionError:
-            if skipped is None:
-                raise
-            if len(part) == 1:
-                skipped.append(part[0].id)
-                return None, []
-            return None, [part[n : n + 1] for n in range(len(part))]
 
     def go(
         self, known: Mapping[str, pd.DataFrame], keep: Callable[[str, pd.DataFrame], None]
@@ -250,7 +229,8 @@ class _Run:
             for (number, batch), encode in ready:
                 name = _name(number)
                 try:
-                    table = self.ask(batch, encode, bar.update)
+                    with self._noting(name):
+                        table = self.ask(batch, encode, bar.update)
                     keep(name, table)
                     new[name] = table
                 except Stopped:  # there is no time to lose; what is finished is in the folder
@@ -258,7 +238,19 @@ class _Run:
                 except BaseException as error:
                     error.partial = self.result({**known, **new})  # type: ignore[attr-defined]
                     raise
+        for theirs in self.processes.gather(self.halved):
+            self.halved.update(theirs)
         return {**known, **{name: table for part in self.processes.gather(new) for name, table in part.items()}}
+
+    @contextlib.contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        """Within, what is learnt about memory is noted under a batch's name."""
+        before = len(self.limit.halved)
+        try:
+            yield
+        finally:
+            if self.limit.halved[before:]:
+                self.halved.setdefault(name, []).extend(self.limit.halved[before:])
 
     def alone(self) -> KnockoutResult:
         """The whole study, in memory."""
@@ -275,8 +267,16 @@ class _Run:
             self.processes.wait()  # nobody begins before the first process holds the folder
             known = run.parts()
             self._check(known, run)
+            self.halved = run.notes()
+            self.limit = MemoryLimit(self._all_halved)
             self.processes.wait()  # nor before all know what was there
-            result = self.result(self.go(known, run.write))
+
+            def keep(name: str, table: pd.DataFrame) -> None:
+                if name in self.halved:
+                    run.note(name, self.halved[name])
+                run.write(name, table)
+
+            result = self.result(self.go(known, keep))
             if self.processes.first:
                 result.save(folder)
                 run.clear()
@@ -359,7 +359,7 @@ class _Run:
                 "prompt": _rule_name(self.questions.prompt),
                 "shuffle": self.questions.shuffle,
                 "batch_size": self.batch_size,
-                **self.limit.provenance,
+                **({"halved": self._all_halved} if self.halved else {}),
                 **self.about,
                 "layers": layers,
                 "chance": float(np.mean([1 / len(item.options) for item in kept])) if kept else None,
@@ -370,7 +370,12 @@ class _Run:
             pictures=tuple(self.pictures[item.id] for item in kept),
         )
 
-    @cached_property
+    @property
+    def _all_halved(self) -> list[dict[str, Any]]:
+        """Every time that a batch was halved, in the order of the batches, whichever process ran them."""
+        return [one for name in sorted(self.halved) for one in self.halved[name]]
+
+    @functools.cached_property
     def pictures(self) -> dict[str, str]:
         """The picture of each question; pictures are looked at once, and not at all where questions name them."""
         return dict(zip((item.id for item in self.questions), self.questions.pictures(), strict=True))

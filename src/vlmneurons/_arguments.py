@@ -1,0 +1,131 @@
+"""Checks of what a caller gave: the library's own error at once, in place of another program's from deep below.
+
+A whole number may be NumPy's or PyTorch's, as such numbers come out of tables; a boolean is none, although Python takes
+True for 1, and neither is NaN, with which every comparison is false.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from vlmneurons.errors import VLMNeuronsError
+
+
+def whole(name: str, value: Any, error: type[VLMNeuronsError], *, least: int | None = None) -> int:
+    """A whole number as an int.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        error: the kind of error to raise.
+        least: the lowest that is allowed.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is none, or less than the least.
+    """
+    try:
+        if _is_boolean(value):
+            raise TypeError("a boolean")
+        number = operator.index(value)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise error(f"{name} is a whole number; got {_shown(value)}") from cause
+    if least is not None and number < least:
+        raise error(f"{name} {number} is less than {least}")
+    return number
+
+
+def real(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
+    """A finite number as a float.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        error: the kind of error to raise.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is none, NaN or infinite.
+    """
+    scalar = isinstance(value, numbers.Real) or (hasattr(value, "item") and getattr(value, "shape", None) == ())
+    try:
+        if not scalar or _is_boolean(value):
+            raise TypeError("no number")
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as cause:
+        raise error(f"{name} is a number; got {_shown(value)}") from cause
+    if not math.isfinite(number):
+        raise error(f"{name} {number} is not finite")
+    return number
+
+
+def share(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
+    """A number between 0 and 1, which it may not be, as a float; see `real`.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is none, or outside.
+    """
+    if isinstance(value, numbers.Real) and not _is_boolean(value) and not 0 < value < 1:  # also NaN
+        raise error(f"{name} {value} is outside (0, 1)")
+    return real(name, value, error)
+
+
+def names(name: str, value: Any, error: type[VLMNeuronsError]) -> tuple[str, ...]:
+    """Several texts, where a single one would be taken for its letters.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        error: the kind of error to raise.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is a text, or holds something else.
+    """
+    if isinstance(value, str):
+        raise error(f"{name} must be a list of names; got the single text {value!r}")
+    if not isinstance(value, Iterable):
+        raise error(f"{name} must be a list of names; got {_shown(value)}")
+    found = tuple(value)
+    wrong = [one for one in found if not isinstance(one, str)]
+    if wrong:
+        raise error(f"{name} must be a list of names; one is {_shown(wrong[0])}")
+    return found
+
+
+def of_kind(name: str, value: Any, kind: type | tuple[type, ...], error: type[VLMNeuronsError], what: str = "") -> None:
+    """Refuse what is of another class.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        kind: the class, or several.
+        error: the kind of error to raise.
+        what: how the error calls what is allowed; by default by the class's name.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is of another class.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        allowed = what or " or ".join(
+            f"{'an' if one.__name__[0] in 'AEIOaeio' else 'a'} {one.__name__}" for one in kinds
+        )
+        raise error(f"{name} is {allowed}; got {_shown(value)}")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN, and what pandas has in their place."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, numbers.Real) and math.isnan(value)
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def _shown(value: Any) -> str:
+    """What was given, in a few words: the value of plain ones, and of others what they are."""
+    plain = value is None or isinstance(value, str | int | float)
+    text = repr(value) if plain else f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:59]}…"
