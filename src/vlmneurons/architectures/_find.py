@@ -100,6 +100,7 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
         ArchitectureError: the MLPs cannot be told for certain; says what was seen, and how to register what is known.
             Also for a compiled model.
     """
+    of_kind("hf_model", hf_model, nn.Module, ArchitectureError, "a loaded transformers model")
     if hasattr(hf_model, "_orig_mod"):
         raise ArchitectureError(
             f"{type(hf_model._orig_mod).__name__} was given wrapped by torch.compile, whose code does not see hooks "
