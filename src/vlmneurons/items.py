@@ -293,7 +293,7 @@ class ItemStatistics:
                 of each question. None as a label leaves the question out.
 
         Raises:
-            MismatchError: no such column, or a list of another length.
+            MismatchError: no such column, or labels that are of another number or have no order.
         """
         if not isinstance(by, str) and not callable(by):
             in_order("by", by, MismatchError, "a column, a function, or a label for each question")

@@ -87,6 +87,9 @@ class NeuronSet(_files.Shareable):
 
         Args:
             space: the space that numbers the neurons.
+
+        Raises:
+            SiteError: it is no space.
         """
         _check_space(space)
         return cls._of(space, torch.empty(0, dtype=torch.int64))
@@ -97,6 +100,9 @@ class NeuronSet(_files.Shareable):
 
         Args:
             space: the space that numbers the neurons.
+
+        Raises:
+            SiteError: it is no space.
         """
         _check_space(space)
         return cls._of(space, torch.arange(len(space)))
@@ -159,6 +165,7 @@ class NeuronSet(_files.Shareable):
 
         Raises:
             MismatchError: the mask is not boolean or not as long as the space.
+            SiteError: the space is none.
         """
         _check_space(space)
         try:
@@ -480,7 +487,7 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
             provenance: where it comes from: plain values that JSON can hold.
 
         Raises:
-            SelectionError: no group, or a group name that is no text, or a set larger than the budget.
+            SelectionError: no group, a group twice or whose name is no text, or a set larger than the budget.
             MismatchError: the sets are not all of one space.
         """
         try:

@@ -47,6 +47,9 @@ def plot_matrix(
         value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats).
         limit: the value, as drawn, at which colours end, so that several figures can share a scale; by default the
             largest that is drawn.
+
+    Raises:
+        MismatchError: no such selector or value, or a limit that is not above 0.
     """
     from vlmneurons.study import KnockoutResult
 

@@ -591,6 +591,10 @@ def layer_profile(
         ``_high``; and ``top_tower`` and ``top_layer``, where most neurons are, with ``top_share`` of the neurons and
         ``top_expected``, that layer's share of all neurons. Resampled selections are less concentrated the less stable
         they are, so their interval need not contain the value.
+
+    Raises:
+        MismatchError: something else than selections, or selections of different spaces.
+        SelectionError: a confidence, number of choices or seed that is none.
     """
     import pandas as pd
 

@@ -78,6 +78,9 @@ def register_architecture(which: str | Callable[[nn.Module], bool], architecture
     Args:
         which: name of the model's class, or a function that tells of a model whether the architecture is meant for it.
         architecture: what is known about such models. What was registered last is asked first.
+
+    Raises:
+        ArchitectureError: neither a name nor a function, or no `Architecture`.
     """
     if not isinstance(which, str) and not callable(which):
         raise ArchitectureError(f"an architecture is registered for a class's name or a function; got {which!r}")

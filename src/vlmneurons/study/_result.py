@@ -509,7 +509,7 @@ class KnockoutResult:
             control: name of the random masks, given as a list of selections.
 
         Raises:
-            MismatchError: a name that is not there, or groups that only one of the two has.
+            MismatchError: a name that is not there, one name for both, or groups that only one of the two has.
         """
         if selector == control:
             raise MismatchError(f"{selector!r} is compared with another name's masks; got it as its own control")
