@@ -275,8 +275,10 @@ class VLM:
     ) -> None:
         if processor is None:
             raise ArchitectureError("a VLM needs its processor: VLM(model, AutoProcessor.from_pretrained(name))")
-        if not callable(processor):
-            raise ArchitectureError(f"a processor makes inputs of texts and pictures; got {type(processor).__name__}")
+        if isinstance(processor, str | int | float | type):
+            raise ArchitectureError(
+                f"a processor makes inputs of texts and pictures; got {processor!r}: AutoProcessor.from_pretrained(name)"
+            )
         if template is not None and not callable(template):
             raise ArchitectureError(f"template is a function (text, n_images) -> prompt; got {template!r}")
         if isinstance(hf_model, VLM) or not isinstance(hf_model, nn.Module):
