@@ -399,7 +399,7 @@ WITH_MODEL = {
         QuestionError,
         "padding_side=None does not exist",
     ),
-    "a processor of 3": (lambda m: vn.VLM(m.hf, 3), ArchitectureError, "a processor makes inputs of texts .*; got 3: Auto"),
+    "a processor of 3": (lambda m: vn.VLM(m.hf, 3), ArchitectureError, "a processor makes .*; got 3. Make one"),
     "a template of text": (
         lambda m: vn.VLM(m.hf, m.processor, template="{}"),
         ArchitectureError,

@@ -277,7 +277,8 @@ class VLM:
             raise ArchitectureError("a VLM needs its processor: VLM(model, AutoProcessor.from_pretrained(name))")
         if isinstance(processor, str | int | float | type):
             raise ArchitectureError(
-                f"a processor makes inputs of texts and pictures; got {processor!r}: AutoProcessor.from_pretrained(name)"
+                f"a processor makes inputs of texts and pictures; got {processor!r}. Make one with "
+                "AutoProcessor.from_pretrained(name)"
             )
         if template is not None and not callable(template):
             raise ArchitectureError(f"template is a function (text, n_images) -> prompt; got {template!r}")
