@@ -5,6 +5,9 @@ every comparison is false, None that turns into a group named "None", a set whos
 `docs/abuse.md` has the table of these cases.
 """
 
+import dataclasses
+import json
+
 import datasets
 import numpy as np
 import pandas as pd
@@ -17,16 +20,19 @@ from vlmneurons._arguments import is_missing, names, of_kind, real, share, whole
 from vlmneurons.errors import (
     AblationError,
     ArchitectureError,
+    FileFormatError,
     MismatchError,
     QuestionError,
     SelectionError,
     SiteError,
+    VLMNeuronsError,
 )
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # the library's own checks are tried, not the tests' type checker
 
 NAN = float("nan")
 SPACE = vn.NeuronSpace.from_widths("language", "gate", [8, 8])
+OTHER = vn.NeuronSpace.from_widths("language", "gate", [8, 9])
 COUNTS = np.random.default_rng(0).integers(0, 9, (3, 16))
 STATS = vn.ActivationStatistics.from_counts(SPACE, ["A", "B", "C"], COUNTS, [10] * 3, [4] * 3)
 SELECTION = vn.CAS(0.2).select(STATS)
@@ -114,6 +120,11 @@ QUESTION = {
     "no new tokens": (lambda: vn.Generate(max_new_tokens=0), "max_new_tokens 0 is less than 1"),
     "new tokens of text": (lambda: vn.Generate(max_new_tokens="x"), "max_new_tokens is a whole number; got 'x'"),
     "a prefix of 3": (lambda: vn.TextLikelihood(prefix=3), "prefix is a text; got 3"),
+    "a set of questions": (lambda: vn.QuestionSet({ask()}), "made of a list of Question objects; got set"),
+    "a set of options": (
+        lambda: vn.parse_answer("A", {"x", "y"}),
+        "options is a list of names; got a set, which has no",
+    ),
 }
 
 TABLES = {
@@ -145,6 +156,22 @@ TABLES = {
     "screen no model": (lambda: vn.screen(3, QUESTIONS, {"x": NEURONS}), "model is a VLM, .*; got 3"),
     "attribute no model": (lambda: vn.attribute(3, QUESTIONS), "model is a VLM, .*; got 3"),
     "run no model": (lambda: vn.run_study(None, QUESTIONS, "x"), "model is a VLM, .*; got None"),
+    "a set of groups": (
+        lambda: vn.ActivationStatistics.from_counts(SPACE, {"A", "B"}, [[0] * 16] * 2, [1, 1]),
+        r"groups is a list of names; got a set, which has no order: sorted\(…\) gives it one",
+    ),
+    "a set to choose": (lambda: STATS.select_groups({"A", "B"}), "groups is a list of names; got a set, which"),
+    "a set for LAPE": (lambda: vn.Selection.from_lape([[[1], [2]]], SPACE, {"A"}), "got a set, which has no order"),
+    "resampled neurons": (
+        lambda: vn.layer_profile(SELECTION, resampled=[3]),
+        "each of resampled is a Selection; got 3",
+    ),
+    "resampled elsewhere": (
+        lambda: vn.layer_profile(SELECTION, resampled=[vn.Selection({g: vn.NeuronSet(OTHER, [1]) for g in "ABC"})]),
+        "the neurons are of different spaces",
+    ),
+    "no folder for items": (lambda: vn.record_items(None, QUESTIONS, "x"), "model is a VLM, .*; got None"),
+    "no folder to load": (lambda: vn.KnockoutResult.load(None), "folder is a path; got None"),
 }
 
 SITES = {
@@ -160,6 +187,15 @@ SITES = {
     "a full set of 3": (lambda: vn.NeuronSet.full(3), "a NeuronSet needs a NeuronSpace; got int"),
     "indices of no space": (lambda: vn.NeuronSet.from_indices(None, {0: [1]}), "needs a NeuronSpace; got NoneType"),
     "a mask of no space": (lambda: vn.NeuronSet.from_mask(None, [True]), "needs a NeuronSpace; got NoneType"),
+    "a set of widths": (
+        lambda: vn.NeuronSpace.from_widths("language", "gate", {8, 9}),
+        "widths is a list with the width of each layer; got a set, which has no order",
+    ),
+    "a set of sites": (
+        lambda: vn.NeuronSpace({vn.Site("language", 0), vn.Site("language", 1)}, (8, 9)),
+        "sites is a sequence of sites; got a set, which has no order",
+    ),
+    "a boolean of PyTorch": (lambda: vn.NeuronSet(SPACE, [torch.tensor(True)]), r"tensor\(True\) is a boolean"),
 }
 
 SELECTORS = {
@@ -204,6 +240,15 @@ SELECTORS = {
         "answer='letter' does not exist; choose from None, letters",
     ),
     "other errors": (lambda: vn.Protocol(on_error="pass"), "on_error='pass' does not exist; choose from raise, skip"),
+    "a group twice": (
+        lambda: vn.Selection([("A", NEURONS), ("A", vn.NeuronSet(SPACE, [5]))]),
+        "a NeuronSet for each group, .* a group stands in it twice",
+    ),
+    "a condition of 3": (lambda: vn.Conditions({"3": STATS, 3: STATS}), "a condition's name is a text .*; got 3"),
+    "a study of a set": (
+        lambda: vn.Protocol(conditions={"all"}),
+        "conditions is a list of names; got a set, which has",
+    ),
 }
 
 OTHERS = {
@@ -218,6 +263,22 @@ OTHERS = {
         ArchitectureError,
         "registered for a class's name or a function; got 3",
     ),
+    "the towers of 3": (
+        lambda: vn.testing.check_architecture(3),
+        ArchitectureError,
+        "hf_model is a loaded transformers model; got 3",
+    ),
+    "a model named 3": (
+        lambda: vn.VLM.from_pretrained(3),
+        ArchitectureError,
+        "name_or_path is a name on the Hub, or a folder; got 3",
+    ),
+    "a file named 3": (lambda: NEURONS.save(3), FileFormatError, "path is a path; got 3"),
+    "a file named None": (lambda: vn.Selection.load(None), FileFormatError, "path is a path; got None"),
+    "a LAPE file named 3": (lambda: SELECTION.to_lape(3), FileFormatError, "path is a path; got 3"),
+    "a recording named 3": (lambda: vn.ItemStatistics.load(3), FileFormatError, "folder is a path; got 3"),
+    "a repository named 3": (lambda: vn.from_hub(3), VLMNeuronsError, "repo_id is a repository's name, .*; got 3"),
+    "no repository": (lambda: vn.push_to_hub(NEURONS, None), VLMNeuronsError, "repo_id is a repository's .*; got None"),
 }
 
 CASES = {
@@ -317,6 +378,33 @@ WITH_MODEL = {
     "neuron True": (lambda m: vn.inspect_neuron(m, some_questions(2), True), SiteError, "whole number; got True"),
     "a study of 3": (lambda m: vn.run_study(m, 3, "x"), QuestionError, "questions is a QuestionSet; got 3"),
     "a protocol of 3": (lambda m: vn.run_study(m, QUESTIONS, "x", 3), SelectionError, "protocol is a Protocol; got 3"),
+    "sums by text": (lambda m: run(m, magnitudes="no"), MismatchError, "magnitudes is True or False; got 'no'"),
+    "items' folder": (
+        lambda m: vn.record_items(m, some_questions(2), 3, progress=False),
+        MismatchError,
+        "folder is a path; got 3",
+    ),
+    "a study's folder": (lambda m: study(m, folder=3), MismatchError, "folder is a path; got 3"),
+    "a whole study's folder": (lambda m: vn.run_study(m, QUESTIONS, 3), MismatchError, "folder is a path; got 3"),
+    "an MLP of 3": (lambda m: m.mlp_of(3), SiteError, "site is a Site, or the name of one; got 3"),
+    "a value at 3": (lambda m: m.set_site(3, 0), SiteError, "name is a Site, or the name of one; got 3"),
+    "a module of 3": (lambda m: m.envoy(3), SiteError, "path is the path of a module, .*; got 3"),
+    "padding in the middle": (
+        lambda m: m.prepare(some_questions(1), padding_side="middle"),
+        QuestionError,
+        "padding_side='middle' does not exist; choose from left, right",
+    ),
+    "padding nowhere": (
+        lambda m: m.prepare(some_questions(1), padding_side=None),
+        QuestionError,
+        "padding_side=None does not exist",
+    ),
+    "a processor of 3": (lambda m: vn.VLM(m.hf, 3), ArchitectureError, "a processor makes .*; got 3. Make one"),
+    "a template of text": (
+        lambda m: vn.VLM(m.hf, m.processor, template="{}"),
+        ArchitectureError,
+        "template is a function .*; got '{}'",
+    ),
 }
 
 
@@ -412,6 +500,20 @@ RECORDED = {
         SelectionError,
         "questions are drawn from Item",
     ),
+    "labels by id": (
+        lambda i, g: i.labels({item.id: "A" for item in i.items}),
+        MismatchError,
+        r"got a dict: give lambda row: labels\[row\['id'\]\]",
+    ),
+    "a set of labels": (lambda i, g: i.labels(set("ABCDEFGH")), MismatchError, "got a set, which has no order"),
+    "row -1": (
+        lambda i, g: list(i.chunks([-1])),
+        MismatchError,
+        r"rows are numbers of questions, from 0 to 7; got \[-1",
+    ),
+    "row 8": (lambda i, g: list(i.chunks([8])), MismatchError, "rows are numbers of questions, from 0 to 7"),
+    "a mask of rows": (lambda i, g: list(i.chunks([True] * 8)), MismatchError, "rows are numbers of questions"),
+    "rows by 0": (lambda i, g: list(i.chunks([0], size=0)), MismatchError, "size 0 is less than 1"),
 }
 
 
@@ -430,6 +532,16 @@ STUDIED = {
     "pairs' confidence": (lambda r: r.pairs("x", confidence=95), r"confidence 95 is outside \(0, 1\)"),
     "pairs' resamples": (lambda r: r.pairs("x", resamples=2.5), "resamples is a whole number; got 2.5"),
     "a plot of 3": (lambda r: r.plot_matrix(3), "selector is the name of a selector, or a list of names; got 3"),
+    "colours up to NaN": (lambda r: vn.plot_matrix(r, limit=NAN), "limit nan is not finite"),
+    "colours up to -1": (
+        lambda r: vn.plot_matrix(r, limit=-1),
+        "limit -1 is the value at which colours end, and above 0",
+    ),
+    "colours up to True": (lambda r: vn.plot_matrix(r, limit=True), "limit is a number; got True"),
+    "nothing drawn": (lambda r: r.plot_matrix([]), "there is no selector to draw"),
+    "its own control": (lambda r: r.against_random("x", "x"), "'x' is compared with another name's masks; got it as"),
+    "a report's folder": (lambda r: r.report(3), "folder is a path; got 3"),
+    "a result's folder": (lambda r: r.save(3), "folder is a path; got 3"),
 }
 
 
@@ -453,6 +565,30 @@ def test_numbers_of_numpy_and_pytorch_are_numbers(model):
         assert ablated(model, "scale", factor=number).factor == 0.5
     assert vn.QuestionSet([ask()], shuffle=np.int64(3)).order(ask()) == vn.QuestionSet([ask()], shuffle=3).order(ask())
     assert ask(id=3).id == ask(id=np.int64(3)).id == "3"
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones(model, tmp_path):
+    """Else a study could not note its settings, and one selection would have two names."""
+    numbers = vn.Protocol(fraction=np.float32(0.5), fractions=[np.float64(0.1)], sizes=(np.int64(5),), seed=np.int8(3))
+    plain = vn.Protocol(fraction=0.5, fractions=(0.1,), sizes=(5,), seed=3)
+    assert numbers == plain
+    assert json.dumps(dataclasses.asdict(numbers)) == json.dumps(dataclasses.asdict(plain))
+    assert repr(vn.CAS(np.float64(0.1))) == repr(vn.CAS(0.1)) == "CAS(fraction=0.1)"
+    assert repr(vn.CAS(count=np.int64(3))) == "CAS(count=3)"
+    found = vn.attribute(
+        model, some_questions(2), condition="all", threshold=np.float32(0.5), steps=np.int64(2), progress=False
+    )
+    assert found.provenance["threshold"] == 0.5
+    items = vn.record_items(model, some_questions(2), tmp_path, magnitudes=np.True_, progress=False)
+    assert "total" in items.tables
+
+
+def test_names_of_numpy_and_pandas_are_names():
+    for names_given in (np.array(["B", "A"]), pd.Series(["B", "A"]), dict.fromkeys("BA").keys(), iter("BA")):
+        groups = STATS.select_groups(names_given).groups
+        assert groups == ("B", "A")
+        assert {type(group) for group in groups} == {str}
+    assert STATS.merge_groups({"X": {"A", "B"}}) == STATS.merge_groups({"X": ["A", "B"]})  # a pool has no order
 
 
 def test_any_collection_of_values_filters():

@@ -7,7 +7,9 @@ True for 1, and neither is NaN, with which every comparison is false.
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, KeysView, Set
+from pathlib import Path
 from typing import Any
 
 from vlmneurons.errors import VLMNeuronsError
@@ -70,8 +72,46 @@ def share(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
     return real(name, value, error)
 
 
+def flag(name: str, value: Any, error: type[VLMNeuronsError]) -> bool:
+    """True or False, NumPy's too; a text such as ``"no"`` would count as true.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is something else.
+    """
+    if not _is_boolean(value) or getattr(value, "shape", ()) != ():
+        raise error(f"{name} is True or False; got {_shown(value)}")
+    return bool(value)
+
+
+def path_of(name: str, value: Any, error: type[VLMNeuronsError]) -> Path:
+    """A path as a `pathlib.Path`.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is no path.
+    """
+    of_kind(name, value, (str, os.PathLike), error, "a path")
+    return Path(value)
+
+
+def in_order(name: str, value: Any, error: type[VLMNeuronsError], what: str) -> None:
+    """Refuse what cannot be gone through, and a set where places count: its order is another in the next run.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        error: the kind of error to raise.
+        what: how the error calls what is allowed.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is a set, or nothing to go through.
+    """
+    of_kind(name, value, Iterable, error, what)
+    if isinstance(value, Set) and not isinstance(value, KeysView):
+        raise error(f"{name} is {what}; got a {type(value).__name__}, which has no order: sorted(…) gives it one")
+
+
 def names(name: str, value: Any, error: type[VLMNeuronsError]) -> tuple[str, ...]:
-    """Several texts, where a single one would be taken for its letters.
+    """Several texts in order, where a single one would be taken for its letters.
 
     Args:
         name: of the argument, for the error.
@@ -79,17 +119,18 @@ def names(name: str, value: Any, error: type[VLMNeuronsError]) -> tuple[str, ...
         error: the kind of error to raise.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is a text, or holds something else.
+        VLMNeuronsError: of the given kind: it is a text or a set, or holds something else.
     """
     if isinstance(value, str):
         raise error(f"{name} must be a list of names; got the single text {value!r}")
     if not isinstance(value, Iterable):
         raise error(f"{name} must be a list of names; got {_shown(value)}")
+    in_order(name, value, error, "a list of names")
     found = tuple(value)
     wrong = [one for one in found if not isinstance(one, str)]
     if wrong:
         raise error(f"{name} must be a list of names; one is {_shown(wrong[0])}")
-    return found
+    return tuple(map(str, found))  # of NumPy's texts too
 
 
 def of_kind(name: str, value: Any, kind: type | tuple[type, ...], error: type[VLMNeuronsError], what: str = "") -> None:
@@ -111,6 +152,11 @@ def of_kind(name: str, value: Any, kind: type | tuple[type, ...], error: type[VL
             f"{'an' if one.__name__[0] in 'AEIOaeio' else 'a'} {one.__name__}" for one in kinds
         )
         raise error(f"{name} is {allowed}; got {_shown(value)}")
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch as Python's own, which JSON can hold; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
 
 
 def is_missing(value: Any) -> bool:

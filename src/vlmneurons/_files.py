@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmneurons._arguments import path_of
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 
 VERSION = 1
@@ -84,7 +85,7 @@ def check_regular(path: "str | os.PathLike[str]") -> None:
         IsADirectoryError: a folder.
         FileFormatError: a pipe, socket or device.
     """
-    if Path(path).is_dir():
+    if path_of("path", path, FileFormatError).is_dir():
         raise IsADirectoryError(f"{os.fspath(path)} is a folder, not a file")
     if Path(path).exists() and not Path(path).is_file():
         raise FileFormatError(f"{os.fspath(path)} is a pipe, socket or device, not a file")
@@ -114,7 +115,7 @@ def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tenso
     Raises:
         OSError: the file cannot be written, for want of space or permission.
     """
-    path = Path(path)
+    path = path_of("path", path, FileFormatError)
     text = json.dumps(data, allow_nan=False, sort_keys=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {

@@ -478,6 +478,9 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
         text: what the model wrote.
         options: the options, in the order in which they were shown.
 
+    Raises:
+        QuestionError: the text or an option is no text, or there are no options.
+
     Examples:
         >>> options = ["Cairo", "Paris", "Rome", "Oslo"]
         >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]

@@ -80,9 +80,9 @@ def attribute(
             raise QuestionError(f"{name}={given!r} does not exist; choose from {', '.join(allowed)}")
     of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
     of_kind("space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')")
-    if whole("steps", steps, QuestionError) < 1:
+    if (steps := whole("steps", steps, QuestionError)) < 1:
         raise QuestionError(f"steps={steps} is less than 1")
-    if not 0 < real("threshold", threshold, QuestionError) < 1:
+    if not 0 < (threshold := real("threshold", threshold, QuestionError)) < 1:
         raise QuestionError(f"threshold={threshold} is not between 0 and 1")
     if isinstance(tokens, str) and tokens not in TOKEN_RULES:
         raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")

@@ -14,7 +14,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from vlmneurons._arguments import of_kind, whole
+from vlmneurons._arguments import of_kind, path_of, whole
 from vlmneurons.architectures import read
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.inputs import Batch, TokenRule
@@ -162,9 +161,10 @@ class NeuronView:
         Raises:
             QuestionError: the name ends in neither.
         """
-        suffix = Path(path).suffix.lower()
+        path = path_of("path", path, QuestionError)
+        suffix = path.suffix.lower()
         if suffix == ".html":
-            Path(path).write_text(self.to_html(), encoding="utf-8")
+            path.write_text(self.to_html(), encoding="utf-8")
         elif suffix == ".png":
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph")  # of scripts that the font lacks

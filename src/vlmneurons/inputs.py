@@ -239,6 +239,8 @@ class Encoder:
         """
         if not items:
             raise QuestionError("there are no questions to encode")
+        if padding_side not in ("left", "right"):
+            raise QuestionError(f"padding_side={padding_side!r} does not exist; choose from left, right")
         if getattr(self.model.hf.config, "is_encoder_decoder", False):
             padding_side = "right"  # its encoder may count positions from the first token; its answer begins elsewhere
         with TOKENIZING:

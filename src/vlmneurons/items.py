@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from vlmneurons import _files
-from vlmneurons._arguments import is_missing, names, of_kind, whole
+from vlmneurons._arguments import in_order, is_missing, names, path_of, whole
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.questions import _hash
 from vlmneurons.runs import write_text
@@ -104,7 +104,7 @@ class ItemStatistics:
         Raises:
             FileFormatError: there is no recording there, or it is damaged.
         """
-        folder = Path(folder)
+        folder = path_of("folder", folder, FileFormatError)
         try:
             manifest = _files.parse((folder / "manifest.json").read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
@@ -293,10 +293,15 @@ class ItemStatistics:
                 of each question. None as a label leaves the question out.
 
         Raises:
-            MismatchError: no such column, or a list of another length.
+            MismatchError: no such column, or labels that are of another number or have no order.
         """
         if not isinstance(by, str) and not callable(by):
-            of_kind("by", by, Iterable, MismatchError, "a column, a function, or a label for each question")
+            in_order("by", by, MismatchError, "a column, a function, or a label for each question")
+            if isinstance(by, Mapping):  # whose keys would be taken for the labels
+                raise MismatchError(
+                    f"by is a column, a function, or a label for each question; got a {type(by).__name__}: give "
+                    "lambda row: labels[row['id']]"
+                )
             labels = [_label(label) for label in by]
             if len(labels) != len(self.items):
                 raise MismatchError(f"{len(labels)} labels were given for {len(self.items)} questions")
@@ -336,13 +341,17 @@ class ItemStatistics:
             size: rows at a time.
 
         Raises:
-            MismatchError: a table that was not recorded.
+            MismatchError: a table that was not recorded, a row that is not there, or a size below 1.
         """
         if table not in self.tables:
             raise MismatchError(f"{table!r} was not recorded; there are {', '.join(self.tables)}")
+        size = whole("size", size, MismatchError, least=1)
+        numbers = np.asarray(rows)
+        if len(numbers) and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(self)):
+            raise MismatchError(f"rows are numbers of questions, from 0 to {len(self) - 1}; got {rows!r}")
         values = self._table(table)
-        for start in range(0, len(rows), size):
-            yield slice(start, start + size), values[np.asarray(rows[start : start + size])]
+        for start in range(0, len(numbers), size):
+            yield slice(start, start + size), values[numbers[start : start + size]]
 
     def grouped(
         self,

@@ -275,6 +275,13 @@ class VLM:
     ) -> None:
         if processor is None:
             raise ArchitectureError("a VLM needs its processor: VLM(model, AutoProcessor.from_pretrained(name))")
+        if isinstance(processor, str | int | float | type):
+            raise ArchitectureError(
+                f"a processor makes inputs of texts and pictures; got {processor!r}. Make one with "
+                "AutoProcessor.from_pretrained(name)"
+            )
+        if template is not None and not callable(template):
+            raise ArchitectureError(f"template is a function (text, n_images) -> prompt; got {template!r}")
         if isinstance(hf_model, VLM) or not isinstance(hf_model, nn.Module):
             raise ArchitectureError(
                 f"VLM wraps a loaded transformers model; got {type(hf_model).__name__}. "
@@ -331,6 +338,7 @@ class VLM:
                 register.
             OSError: transformers finds no such model or processor.
         """
+        of_kind("name_or_path", name_or_path, (str, os.PathLike), ArchitectureError, "a name on the Hub, or a folder")
         name_or_path = os.fspath(name_or_path)
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
         processor = AutoProcessor.from_pretrained(name_or_path, **shared, **(processor_kwargs or {}))
@@ -442,6 +450,7 @@ class VLM:
         Raises:
             SiteError: no such tower, layer, MLP or kind; the message says what there is.
         """
+        of_kind("site", site, (str, Site), SiteError, "a Site, or the name of one")
         site = Site.parse(site) if isinstance(site, str) else site
         tower = self._tower(site.tower).tower
         if site.layer >= len(tower):
@@ -479,6 +488,7 @@ class VLM:
         Raises:
             SiteError: no such site; the message says what there is.
         """
+        of_kind("name", name, (str, Site), SiteError, "a Site, or the name of one")
         site = Site.parse(name) if isinstance(name, str) else name
         setattr(self._named_mlp(site), site.kind, value)
 
@@ -492,6 +502,7 @@ class VLM:
         Args:
             path: the path of a module of ``hf``, such as ``"model.language_model.norm"``.
         """
+        of_kind("path", path, str, SiteError, "the path of a module, such as 'model.language_model.norm'")
         envoy: Envoy = self.nnsight
         for part in path.split("."):
             children = envoy._child_map

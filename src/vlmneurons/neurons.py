@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from vlmneurons import _files
-from vlmneurons._arguments import names, of_kind
+from vlmneurons._arguments import names, of_kind, path_of
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError, SiteError
 from vlmneurons.sites import NeuronSpace, Site
 
@@ -87,6 +87,9 @@ class NeuronSet(_files.Shareable):
 
         Args:
             space: the space that numbers the neurons.
+
+        Raises:
+            SiteError: it is no space.
         """
         _check_space(space)
         return cls._of(space, torch.empty(0, dtype=torch.int64))
@@ -97,6 +100,9 @@ class NeuronSet(_files.Shareable):
 
         Args:
             space: the space that numbers the neurons.
+
+        Raises:
+            SiteError: it is no space.
         """
         _check_space(space)
         return cls._of(space, torch.arange(len(space)))
@@ -159,6 +165,7 @@ class NeuronSet(_files.Shareable):
 
         Raises:
             MismatchError: the mask is not boolean or not as long as the space.
+            SiteError: the space is none.
         """
         _check_space(space)
         try:
@@ -480,11 +487,14 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
             provenance: where it comes from: plain values that JSON can hold.
 
         Raises:
-            SelectionError: no group, or a group name that is no text, or a set larger than the budget.
+            SelectionError: no group, a group twice or whose name is no text, or a set larger than the budget.
             MismatchError: the sets are not all of one space.
         """
         try:
-            sets = dict(sets)
+            given = sets if isinstance(sets, Mapping) else list(sets)
+            sets = dict(given)
+            if len(sets) < len(given):
+                raise ValueError("a group stands in it twice")
             budget = None if budget is None else operator.index(budget)
         except (TypeError, ValueError) as error:
             raise SelectionError(f"a selection is a NeuronSet for each group, and a whole budget: {error}") from error
@@ -654,7 +664,7 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
             by_layer = neurons.by_layer()
             nested.append([by_layer.get(layer, none.clone()) for layer in range(max(self.space.layers) + 1)])
         if path is not None:
-            torch.save(nested, os.fspath(path))
+            torch.save(nested, path_of("path", path, FileFormatError))
         return nested
 
     @classmethod
@@ -838,7 +848,7 @@ def _flat_indices(indices: Any) -> Int64[Tensor, " index"]:
 
 
 def _index(value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)):
+    if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
         raise TypeError(f"{value!r} is a boolean; NeuronSet.from_mask makes a set of a mask")
     return operator.index(value)
 

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlmneurons._arguments import of_kind
+from vlmneurons._arguments import of_kind, real
 from vlmneurons.errors import MismatchError
 from vlmneurons.neurons import Selection
 
@@ -47,6 +47,9 @@ def plot_matrix(
         value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats).
         limit: the value, as drawn, at which colours end, so that several figures can share a scale; by default the
             largest that is drawn.
+
+    Raises:
+        MismatchError: no such selector or value, or a limit that is not above 0.
     """
     from vlmneurons.study import KnockoutResult
 
@@ -56,6 +59,10 @@ def plot_matrix(
     else:
         of_kind("selector", selector, Iterable, MismatchError, "the name of a selector, or a list of names")
         names = list(selector)
+    if not names:
+        raise MismatchError("there is no selector to draw: the study has no masks, or selector is an empty list")
+    if limit is not None and real("limit", limit, MismatchError) <= 0:
+        raise MismatchError(f"limit {limit} is the value at which colours end, and above 0")
     title, scale = _LABELS.get(value, (value, 1.0))
     matrices = {name: result.matrix(name, value=value) * scale for name in names}
     n_columns = max(matrix.shape[1] for matrix in matrices.values())

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmneurons._arguments import names, of_kind, real, share, whole
+from vlmneurons._arguments import names, of_kind, path_of, plain, real, share, whole
 from vlmneurons.controls import (
     balanced_statistics,
     blind,
@@ -123,6 +123,9 @@ class Protocol:
                 raise SelectionError(
                     f"{name}={given!r} does not exist; choose from {', '.join(str(one) for one in allowed)}"
                 )
+        for name, given in vars(self).items():  # the study's folder keeps them as JSON
+            several = isinstance(given, Sequence) and not isinstance(given, str)
+            object.__setattr__(self, name, tuple(map(plain, given)) if several else plain(given))
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def run_study(
     of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
     of_kind("questions", questions, QuestionSet, QuestionError)
     of_kind("protocol", protocol, Protocol, SelectionError)
-    folder = Path(folder)
+    folder = path_of("folder", folder, MismatchError)
     processes = current_processes() if distributed else Processes()
     if protocol.answer is not None:
         questions = questions.asked(answer=protocol.answer)

@@ -319,7 +319,7 @@ class QuestionSet(Sequence[Question]):
         answer: Any = "letters",
         shuffle: int | None = 0,
     ) -> None:
-        if isinstance(questions, str | Question) or not isinstance(questions, Iterable):
+        if isinstance(questions, str | Question | set | frozenset) or not isinstance(questions, Iterable):
             raise QuestionError(f"a QuestionSet is made of a list of Question objects; got {type(questions).__name__}")
         items = tuple(questions)
         for item in items:

@@ -10,14 +10,13 @@ import functools
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vlmneurons._arguments import names, of_kind, whole
+from vlmneurons._arguments import flag, names, of_kind, path_of, whole
 from vlmneurons._version import __version__
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.architectures import Handle, read
@@ -163,7 +162,7 @@ class Recorder:
         if tokens in ("text", "last") and any(self._in_vision):
             raise QuestionError(f"tokens={tokens!r} counts words; a vision tower has none. Record it with 'image'")
         self.tokens = tokens
-        self.magnitudes = magnitudes
+        self.magnitudes = flag("magnitudes", magnitudes, MismatchError)
         self._maxima = False
         self._elsewhere = False
         self._counter = _FiringCounter()
@@ -778,7 +777,7 @@ def record_items(
         model.mlp_of(site).expert is not None or site.tower != "language" for site in recorder.space
     )
     statistics = ItemStatistics._create(
-        Path(folder),
+        path_of("folder", folder, MismatchError),
         recorder.space,
         [Item(item.id, item.group, item.answer, item.metadata) for item in questions],
         {
@@ -789,7 +788,7 @@ def record_items(
             "prompt": _rule_name(questions.prompt),
             "shuffle": questions.shuffle,
         },
-        ["positive", *["reached"] * uneven, *["total"] * magnitudes, *["maximum"] * maxima],
+        ["positive", *["reached"] * uneven, *["total"] * recorder.magnitudes, *["maximum"] * maxima],
     )
     place = {item.id: row for row, item in enumerate(questions)}
     limit = MemoryLimit(statistics.provenance.get("halved", ()))

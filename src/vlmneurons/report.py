@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from vlmneurons._arguments import path_of
 from vlmneurons._version import __version__
 from vlmneurons.errors import MismatchError
 from vlmneurons.plots import (
@@ -81,7 +82,7 @@ def write_report(
     Raises:
         MismatchError: there is nothing to report: no questions, or no masks of groups; or no such main selector.
     """
-    folder = Path(folder)
+    folder = path_of("folder", folder, MismatchError)
     how: dict[str, Any] = {
         "confidence": confidence,
         "resamples": resamples,

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmneurons._arguments import of_kind
 from vlmneurons._version import __version__
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.statistics import ActivationStatistics
 
 Shared = NeuronSet | Selection | ActivationStatistics
+
+_REPOSITORY = "a repository's name, such as 'someone/culture-neurons'"
 
 KINDS: Mapping[str, type] = {kind.__name__: kind for kind in (NeuronSet, Selection, ActivationStatistics)}
 """What can be shared, by the name of its class."""
@@ -57,6 +60,7 @@ def push_to_hub(
         >>> push_to_hub(selection, "someone/culture-neurons", license="cc-by-4.0")  # doctest: +SKIP
     """
     kind = _kind_of(thing)
+    of_kind("repo_id", repo_id, str, VLMNeuronsError, _REPOSITORY)
     import huggingface_hub
 
     api = huggingface_hub.HfApi(token=token, library_name="vlmneurons", library_version=__version__)
@@ -90,6 +94,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, kind: str | None = No
     Examples:
         >>> selection = from_hub("someone/culture-neurons", revision="4c1f…")  # doctest: +SKIP
     """
+    of_kind("repo_id", repo_id, str, VLMNeuronsError, _REPOSITORY)
     if kind is not None and kind not in KINDS:
         raise VLMNeuronsError(f"kind={kind!r} cannot be shared; choose from {', '.join(KINDS)}")
     import huggingface_hub

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons._arguments import of_kind
+from vlmneurons._arguments import in_order, of_kind
 from vlmneurons.errors import FileFormatError, SiteError
 
 KINDS = ("pre", "gate", "up", "post")
@@ -101,8 +101,8 @@ class NeuronSpace:
     widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        of_kind("sites", self.sites, Iterable, SiteError, "a sequence of sites")
-        of_kind("widths", self.widths, Iterable, SiteError, "a sequence of numbers")
+        in_order("sites", self.sites, SiteError, "a sequence of sites")
+        in_order("widths", self.widths, SiteError, "a sequence of numbers")
         object.__setattr__(self, "sites", tuple(self.sites))
         try:
             object.__setattr__(self, "widths", tuple(operator.index(width) for width in self.widths))
@@ -134,6 +134,7 @@ class NeuronSpace:
             NeuronSpace(language.gate: 32 layers x 14,336 = 458,752 neurons)
         """
         of_kind("widths", widths, Sized, SiteError, "a list with the width of each layer")
+        in_order("widths", widths, SiteError, "a list with the width of each layer")
         return cls(tuple(Site(tower, layer, "mlp", kind) for layer in range(len(widths))), tuple(widths))
 
     @cached_property

@@ -6,7 +6,7 @@ recording the whole. 28 layers x 18,944 neurons x 25 groups are 13.3 million cou
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -314,7 +314,9 @@ class ActivationStatistics(_files.Shareable):
         of_kind("merged", merged, Mapping, MismatchError, "a dictionary, such as {'Asia': ['Japan', 'China']}")
         pool_of: dict[str, str] = {}
         for name, members in merged.items():
-            members = [members] if isinstance(members, str) else names(f"merged[{name!r}]", members, MismatchError)
+            if isinstance(members, (str, Set)):  # a pool has no order
+                members = [members] if isinstance(members, str) else list(members)
+            members = names(f"merged[{name!r}]", members, MismatchError)
             if not members:
                 raise MismatchError(f"merged group {name!r} has no members")
             for group in members:

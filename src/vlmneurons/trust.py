@@ -15,7 +15,7 @@ from scipy import stats as scipy_stats
 from vlmneurons._arguments import of_kind, share, whole
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.items import GroupedItems, Grouping, ItemStatistics
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
 from vlmneurons.selectors import CombinedSelector, Selector
 from vlmneurons.sites import NeuronSpace
 from vlmneurons.statistics import ActivationStatistics
@@ -591,6 +591,10 @@ def layer_profile(
         ``_high``; and ``top_tower`` and ``top_layer``, where most neurons are, with ``top_share`` of the neurons and
         ``top_expected``, that layer's share of all neurons. Resampled selections are less concentrated the less stable
         they are, so their interval need not contain the value.
+
+    Raises:
+        MismatchError: something else than selections, or selections of different spaces.
+        SelectionError: a confidence, number of choices or seed that is none.
     """
     import pandas as pd
 
@@ -609,6 +613,8 @@ def layer_profile(
 
     again: dict[str, list[np.ndarray]] = {group: [] for group in selection}
     for other in resampled:
+        of_kind("each of resampled", other, Selection, MismatchError)
+        _check_same_space(selection.space, other.space)
         for group in selection:
             if len(other[group]):
                 again[group].append(counted(other[group]))

@@ -78,6 +78,9 @@ def register_architecture(which: str | Callable[[nn.Module], bool], architecture
     Args:
         which: name of the model's class, or a function that tells of a model whether the architecture is meant for it.
         architecture: what is known about such models. What was registered last is asked first.
+
+    Raises:
+        ArchitectureError: neither a name nor a function, or no `Architecture`.
     """
     if not isinstance(which, str) and not callable(which):
         raise ArchitectureError(f"an architecture is registered for a class's name or a function; got {which!r}")
@@ -100,6 +103,7 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
         ArchitectureError: the MLPs cannot be told for certain; says what was seen, and how to register what is known.
             Also for a compiled model.
     """
+    of_kind("hf_model", hf_model, nn.Module, ArchitectureError, "a loaded transformers model")
     if hasattr(hf_model, "_orig_mod"):
         raise ArchitectureError(
             f"{type(hf_model._orig_mod).__name__} was given wrapped by torch.compile, whose code does not see hooks "

@@ -260,6 +260,9 @@ class Selector(ABC):
             raise SelectionError(f"{name}: exclude is a NeuronSet or a Selection; got {type(self.exclude).__name__}")
         if not isinstance(self.per_layer, bool):
             raise SelectionError(f"{name}: per_layer is True or False; got {self.per_layer!r}")
+        for setting in ("fraction", "count"):  # its name, and so its selections' and files', is that of a plain number
+            if isinstance(getattr(self, setting), np.generic):
+                object.__setattr__(self, setting, getattr(self, setting).item())
 
     def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
         """What is ranked together: flat indices (None for the whole space), and how many neurons each group gets."""

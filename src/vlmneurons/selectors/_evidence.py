@@ -37,6 +37,8 @@ class Conditions:
             raise SelectionError(f"conditions are compared, so at least two are needed; got {len(statistics)}")
         made: dict[str, ActivationStatistics] = {}
         for name, given in statistics.items():
+            if not isinstance(name, str) or not name:
+                raise SelectionError(f"a condition's name is a text that is not empty; got {name!r}")
             stats = given.group_by() if isinstance(given, ItemStatistics) else given
             stats = stats.statistics if isinstance(stats, GroupedItems) else stats
             if not isinstance(stats, ActivationStatistics):
@@ -48,7 +50,7 @@ class Conditions:
                     f"condition {name!r} has the groups {', '.join(stats.groups)}; the first has "
                     f"{', '.join(first.groups)}"
                 )
-            made[str(name)] = stats if stats.groups == first.groups else stats.select_groups(first.groups)
+            made[name] = stats if stats.groups == first.groups else stats.select_groups(first.groups)
         self.statistics: Mapping[str, ActivationStatistics] = made
         self._first = next(iter(made.values()))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons._arguments import share, whole
+from vlmneurons._arguments import path_of, share, whole
 from vlmneurons.effects import (
     benjamini_hochberg,
     bounds,
@@ -509,8 +509,10 @@ class KnockoutResult:
             control: name of the random masks, given as a list of selections.
 
         Raises:
-            MismatchError: a name that is not there, or groups that only one of the two has.
+            MismatchError: a name that is not there, one name for both, or groups that only one of the two has.
         """
+        if selector == control:
+            raise MismatchError(f"{selector!r} is compared with another name's masks; got it as its own control")
         names = list(self.group_names)
         members = self._members(names)
         change = self.correct.astype(float) - self.correct[0]
@@ -622,7 +624,7 @@ class KnockoutResult:
         Args:
             folder: where the files go; it is made if it is not there.
         """
-        folder = Path(folder)
+        folder = path_of("folder", folder, MismatchError)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "knockout.json").unlink(missing_ok=True)
         write_parquet(folder / "answers.parquet", self.answer_table())
@@ -650,7 +652,7 @@ class KnockoutResult:
         Raises:
             FileFormatError: the files are damaged, of another kind, or do not fit together.
         """
-        folder = Path(folder)
+        folder = path_of("folder", folder, MismatchError)
         try:
             about = json.loads((folder / "knockout.json").read_text(encoding="utf-8"))
             if about["kind"] != _KIND or about["version"] != _VERSION:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vlmneurons._arguments import of_kind
+from vlmneurons._arguments import of_kind, path_of
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.batching import prefetched
@@ -116,7 +116,7 @@ def knockout(
         "intervention": {"mode": mode, "factor": factor, "at": at or "post", "values": values is not None},
         "selections": {str(name): _describe(one) for name, one in masks.items()},
     }
-    return run.alone() if folder is None else run.in_folder(Path(folder))
+    return run.alone() if folder is None else run.in_folder(path_of("folder", folder, MismatchError))
 
 
 class _Run:
