@@ -4,9 +4,9 @@ Run: ``python benchmarks/memory.py``; Linux only. The peak is the kernel's own (
 above the resident size before. glibc is told to give memory back as soon as it is free: left to itself it keeps what
 was freed, of every thread, and the same run's peak differs by tens of MiB from one process to the next. *Forward* asks
 the same batches without a recorder, encoding each in its turn; *record* is ``vn.record`` as it is by default, *in turn*
-with ``prefetch=0``, and *items* ``vn.record_items``, whose files are written through mapped memory, so that pages of
-them are counted while the kernel keeps them. *Beyond* is the recording's peak above the forward's; *kept* what is still there when the recording
-has ended; *Python* the peak of what tracemalloc sees while recording: every object and array, but no tensor of torch.
+with ``prefetch=0``, and *items* ``vn.record_items``. *Beyond* is the recording's peak above the forward's; *kept* what
+is still there when the recording has ended; *Python* the peak of what tracemalloc sees while recording: every object
+and array, but no tensor of torch.
 """
 
 import argparse
@@ -119,9 +119,7 @@ def main() -> None:
     for n in options.items:
         results = context.Queue()
         rounds = options.rounds if n <= 1000 else 1
-        process = context.Process(
-            target=work, args=(n, options.layers, options.width, rounds, options.what, results)
-        )
+        process = context.Process(target=work, args=(n, options.layers, options.width, rounds, options.what, results))
         process.start()
         found, tokens = results.get()
         process.join()
