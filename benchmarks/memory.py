@@ -1,16 +1,25 @@
 """What recording holds in memory: beside the model's own forward, and as the questions grow in number.
 
-Run: ``python benchmarks/memory.py``. Each number of questions runs in a process of its own. *Peak* is the resident size
-(on CUDA: what torch has allocated) at its highest above that before the run; *Python* is the peak that tracemalloc
-sees, which counts every array and object but torch's tensors. *Forward* is the peak of the same batches being asked
-without recording. Both are left out above 1,000 questions.
+Run: ``python benchmarks/memory.py``; Linux only. The peak is the kernel's own (``VmHWM``, set back before each run),
+above the resident size before. glibc is told to give memory back as soon as it is free: left to itself it keeps what
+was freed, of every thread, and the same run's peak differs by tens of MiB from one process to the next. *Forward* asks
+the same batches without a recorder, encoding each in its turn; *record* is ``vn.record`` as it is by default, *in turn*
+with ``prefetch=0``, and *items* ``vn.record_items``. *Beyond* is the recording's peak above the forward's; *kept* what
+is still there when the recording has ended; *Python* the peak of what tracemalloc sees while recording: every object
+and array, but no tensor of torch.
 """
 
 import argparse
+import ctypes
+import gc
 import multiprocessing
-import resource
-import threading
+import os
+import re
+import statistics
+import tempfile
 import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -20,60 +29,76 @@ import vlmneurons as vn
 from vlmneurons.answers import Letters
 from vlmneurons.batching import batches
 
-
-def resident() -> int:
-    """Resident size of this process in bytes."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+GIVING_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Environment in which glibc maps every tensor of its own, and unmaps it when it is freed."""
+HIDDEN = 32
 
 
-class Peak:
-    """The highest resident size within a block, above that at its beginning."""
-
-    def __enter__(self) -> "Peak":
-        self.before, self.highest, self._done = resident(), 0, threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.001):
-            self.highest = max(self.highest, resident() - self.before)
-
-    def __exit__(self, *_: Any) -> None:
-        self._done.set()
-        self._watcher.join()
+def status(name: str) -> int:
+    """A size in bytes that the kernel tells of this process."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
-def run(n: int, layers: int, width: int, what: str, results: "multiprocessing.Queue[Any]") -> None:
-    """Put the peaks of one run in the queue."""
-    torch.set_num_threads(1)
-    hf, processor = measure.llava(layers, width, 64)
-    model = vn.VLM(hf, processor)
+def settle() -> None:
+    """Give back all that is free."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def peak_of(run: Callable[[], Any]) -> tuple[int, int]:
+    """The resident size at its highest during a run, and after it; above that before."""
+    settle()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    run()
+    peak = status("VmHWM")
+    settle()
+    return peak - before, status("VmRSS") - before
+
+
+def questions(n: int) -> vn.QuestionSet:
+    """Questions about eight pictures."""
     few = measure.questions(8, words=2, height=24, width=32)
-    items = [
+    return vn.QuestionSet(
         vn.Question(few[k % 8].image, few[k % 8].question, few[k % 8].options, 0, "AB"[k % 2], id=str(k))
         for k in range(n)
-    ]
-    questions = vn.QuestionSet(items)
+    )
+
+
+def work(n: int, layers: int, width: int, rounds: int, what: list[str], results: "multiprocessing.Queue[Any]") -> None:
+    """Put ``{what: [(peak, kept), …]}`` of one number of questions into the queue."""
+    torch.set_num_threads(1)
+    hf, processor = measure.llava(layers, width, HIDDEN)
+    model = vn.VLM(hf, processor)
     reader = Letters()
 
-    def ask(questions: vn.QuestionSet) -> None:
+    def forward(asked: vn.QuestionSet) -> None:
         with torch.inference_mode():
-            for batch in batches(questions, 8):
+            for batch in batches(asked, 8):
                 reader.read(model, batch, reader.encode(model, batch))
 
-    vn.record(model, few, condition="all", progress=False)  # what is imported and set up once
-    if what == "python":
+    def record(asked: vn.QuestionSet) -> None:
+        vn.record(model, asked, condition="all", progress=False)
+
+    def in_turn(asked: vn.QuestionSet) -> None:
+        vn.record(model, asked, condition="all", progress=False, prefetch=0)
+
+    def items(asked: vn.QuestionSet) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            vn.record_items(model, asked, folder, progress=False)
+
+    runs = {"forward": forward, "record": record, "in turn": in_turn, "items": items}
+    few, asked = questions(32), questions(n)
+    for name in what:  # what is imported and set up once
+        runs[name](few)
+    found = {name: [peak_of(lambda run=runs[name]: run(asked)) for _ in range(rounds)] for name in what}
+    if n <= 1000:
         tracemalloc.start()
-    with Peak() as peak:
-        if what == "forward":
-            ask(questions)
-        else:
-            vn.record(model, questions, condition="all", progress=False)
-    python = tracemalloc.get_traced_memory()[1] if what == "python" else 0
-    tokens = model.prepare(few)["input_ids"].numel()
-    results.put((peak.highest, python, 2 * 8 * layers * width, tokens * width * 4))
+        record(asked)
+        found["Python"] = [(tracemalloc.get_traced_memory()[1], 0)]
+    results.put((found, model.prepare(few[:8])["input_ids"].numel()))
 
 
 def main() -> None:
@@ -81,24 +106,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind; one above 1,000 questions")
+    parser.add_argument("--what", nargs="+", default=["forward", "record", "in turn", "items"])
     options = parser.parse_args()
+    os.environ.update(GIVING_BACK)
     print(measure.about(torch.device("cpu")))
-    print(f"{options.layers} layers x {options.width:,} neurons, batches of 8, 2 groups; MiB")
-    print(f"{'items':>7} {'forward':>9} {'record':>9} {'Python':>9} {'accumulators':>13} {'one layer':>10}")
+    print(f"{options.layers} layers x {options.width:,} neurons, batches of 8, 2 groups; MiB, median and range")
+    print(f"{'questions':>9} {'what':<8} {'peak':>7} {'range':>15} {'beyond':>7} {'kept':>6} {'Python':>7}")
     context = multiprocessing.get_context("spawn")
+    tokens = 0
     for n in options.items:
-        found = []
-        for what in ("resident", *["forward", "python"] * (n <= 1000)):
-            results = context.Queue()
-            process = context.Process(target=run, args=(n, options.layers, options.width, what, results))
-            process.start()
-            found.append(results.get())
-            process.join()
-        peak, _, accumulators, layer = found[0]
-        peak, accumulators, layer = (size / 2**20 for size in (peak, accumulators, layer))
-        plain, python = (f"{size / 2**20:.1f}" for size in (found[1][0], found[2][1])) if len(found) > 1 else "––"
-        print(f"{n:>7,} {plain:>9} {peak:>9.1f} {python:>9} {accumulators:>13.1f} {layer:>10.1f}", flush=True)
+        results = context.Queue()
+        rounds = options.rounds if n <= 1000 else 1
+        process = context.Process(target=work, args=(n, options.layers, options.width, rounds, options.what, results))
+        process.start()
+        found, tokens = results.get()
+        process.join()
+        plain = None
+        for name in options.what:
+            peaks, kept = ([size / 2**20 for size in column] for column in zip(*found[name], strict=True))
+            middle = statistics.median(peaks)
+            plain = middle if name == "forward" else plain
+            beyond = f"{middle - plain:.1f}" if plain is not None and name != "forward" else "–"
+            python = f"{found['Python'][0][0] / 2**20:.1f}" if name == "record" and "Python" in found else "–"
+            print(
+                f"{n:>9,} {name:<8} {middle:>7.1f} {f'{min(peaks):.1f}–{max(peaks):.1f}':>15} {beyond:>7} "
+                f"{statistics.median(kept):>6.1f} {python:>7}",
+                flush=True,
+            )
+    one_layer, accumulators = tokens * options.width * 4, 2 * 8 * options.layers * options.width
+    print(f"one layer's activations {one_layer / 2**20:.1f} MiB, accumulators {accumulators / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":

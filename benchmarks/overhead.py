@@ -3,6 +3,10 @@
 Run: ``python benchmarks/overhead.py`` (``--layers 1 --width 18944 --hidden 3584 --batch 1`` is one layer of a 7B
 model). Every variant runs the same weights on the same batch; the plain forward and plain hooks run on a model that was
 never wrapped by anything. Peers that are not installed are left out.
+
+Peers go into folders of their own that hold neither torch nor transformers, so that all run on the same: nnterp 1.3.0
+with nnsight 0.7.0 into the folder that ``--nnterp`` names, TransformerLens 4.3.0 into one that is the last of
+``PYTHONPATH`` (``pip install --no-deps --target FOLDER …`` for each and for what it says is missing).
 """
 
 import argparse
