@@ -3,6 +3,7 @@
 As a script: ``python tests/recompute_study.py RUN`` compares all of them, at any size. No code of the library is used.
 """
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -126,8 +127,13 @@ def _summary(folder: Path, masked: pd.DataFrame, resamples: int) -> int:
             group = groups[0]
             here = groups_of == group
             sums = pd.Series(change.loc[group].to_numpy()[here]).groupby(pictures[here]).sum().to_numpy()
+            seeded = "rng" if "rng" in inspect.signature(scipy_stats.permutation_test).parameters else "random_state"
             test = scipy_stats.permutation_test(
-                (sums,), np.sum, permutation_type="samples", n_resamples=4000, rng=np.random.default_rng(1)
+                (sums,),
+                np.sum,
+                permutation_type="samples",
+                n_resamples=4000,
+                **{seeded: np.random.default_rng(1)},  # renamed in SciPy 1.15
             )
             _close(of_groups.loc[group, "p_permutation"], test.pvalue, f"{selector} {group} permutation", 0.05)
     return ours.size
