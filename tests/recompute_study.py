@@ -3,15 +3,24 @@
 As a script: ``python tests/recompute_study.py RUN`` compares all of them, at any size. No code of the library is used.
 """
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+
+
+def generator_for(function: Callable[..., Any], seed: int) -> dict[str, np.random.Generator]:
+    """The argument that seeds a function of SciPy: ``random_state``, which SciPy 1.15 renamed to ``rng``."""
+    name = "rng" if "rng" in inspect.signature(function).parameters else "random_state"
+    return {name: np.random.default_rng(seed)}
 
 
 def compare(run: Path, resamples: int = 2000) -> dict[str, int]:
@@ -126,9 +135,8 @@ def _summary(folder: Path, masked: pd.DataFrame, resamples: int) -> int:
             group = groups[0]
             here = groups_of == group
             sums = pd.Series(change.loc[group].to_numpy()[here]).groupby(pictures[here]).sum().to_numpy()
-            test = scipy_stats.permutation_test(
-                (sums,), np.sum, permutation_type="samples", n_resamples=4000, rng=np.random.default_rng(1)
-            )
+            seeded = generator_for(scipy_stats.permutation_test, 1)
+            test = scipy_stats.permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=4000, **seeded)
             _close(of_groups.loc[group, "p_permutation"], test.pvalue, f"{selector} {group} permutation", 0.05)
     return ours.size
 

@@ -13,6 +13,7 @@ from statsmodels.stats.multitest import multipletests
 
 import vlmneurons as vn
 from helpers import picture
+from recompute_study import generator_for
 from vlmneurons.controls import random_controls
 from vlmneurons.effects import benjamini_hochberg, excess, holm, mask_effects, mcnemar, sign_flips
 from vlmneurons.errors import FileFormatError, MismatchError
@@ -138,7 +139,7 @@ def test_sign_flips_equal_scipys_permutation_test(result, kept):
                     lambda x, axis: x.mean(axis=axis),
                     permutation_type="samples",
                     n_resamples=20_000,
-                    rng=np.random.default_rng(1),
+                    **generator_for(scipy_stats.permutation_test, 1),
                 ).pvalue
                 assert summary.loc[(selector, group), name] == pytest.approx(expected, abs=0.015)
 
@@ -170,8 +171,9 @@ def test_bootstrap_intervals_equal_scipys(result, kept):
         by_mask = here.pivot_table(index="id", columns="mask", values="change", observed=True)
         gap = (by_mask[group] - by_mask[[code for code in CODES if code != group]].mean(axis=1)).to_numpy()
         for values, name in ((by_mask[group].to_numpy(), "self_effect"), (gap, "gap")):
+            seeded = generator_for(scipy_stats.bootstrap, 2)
             interval = scipy_stats.bootstrap(
-                (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
+                (values,), np.mean, n_resamples=4000, method="percentile", **seeded
             ).confidence_interval
             row = summary.loc["MAD", group]
             assert row[f"{name}_low"] == pytest.approx(interval.low, abs=0.03)

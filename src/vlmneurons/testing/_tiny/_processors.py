@@ -350,7 +350,10 @@ def _got_ocr2() -> ProcessorMixin:
         image_processor=transformers.GotOcr2ImageProcessor(size={"height": 64, "width": 64}),
         tokenizer=_tokenizer({**_CHATML, IMAGE: "<imgpad>", START: "<img>", END: "</img>"}),
     )
-    processor.num_image_tokens = 16
+    if hasattr(transformers.GotOcr2Processor, "num_image_tokens"):
+        processor.num_image_tokens = 16
+    else:  # up to transformers 5.20, which has it from what the tokenizer was made with
+        processor.tokenizer.init_kwargs["num_image_tokens"] = 16
     return processor
 
 
