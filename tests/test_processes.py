@@ -158,6 +158,26 @@ def test_what_each_process_learns_about_memory_is_in_the_whole_result(tiny_folde
         assert (tmp_path / "items" / name).stat().st_size == (tmp_path / "halved" / name).stat().st_size
 
 
+def test_a_process_leaves_the_others_in_order_when_it_ends(tmp_path):
+    # Left as it is at Python's end, the group's threads could abort a process that had done its work (SIGABRT), and
+    # torchrun would then kill the one that still wrote the report. What is registered first is called last.
+    script = tmp_path / "end.py"
+    script.write_text(
+        "import atexit, os, pathlib, torch.distributed as dist\n"
+        "said = pathlib.Path(os.environ['RANK'])\n"
+        "atexit.register(lambda: said.write_text(f'{said.read_text()} {dist.is_initialized()}'))\n"
+        "from vlmneurons.processes import current_processes\n"
+        "processes = current_processes()\n"
+        "assert processes.gather(processes.rank) == [0, 1]\n"
+        "said.write_text(str(dist.is_initialized()))\n"
+    )
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(started, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True False"] * 2
+
+
 def test_one_process_needs_no_messages(monkeypatch):
     alone = current_processes()
     assert alone == Processes(0, 1)

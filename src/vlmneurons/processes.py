@@ -6,6 +6,7 @@ which process runs a batch changes nothing. Messages between the processes are p
 models are on GPUs.
 """
 
+import atexit
 import datetime
 import os
 from collections.abc import Iterator, Sequence
@@ -74,7 +75,16 @@ def current_processes() -> Processes:
             f"WORLD_SIZE is {count}, but {', '.join(missing)} is not set: start with torchrun --nproc-per-node {count}"
         )
     dist.init_process_group("gloo", timeout=_WAIT)
+    # Python's end does not wait for gloo's threads, and a process whose work is done would then end in an abort.
+    atexit.register(_leave)
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    """End the group that this module began, unless the caller has."""
+    if dist.is_initialized():
+        _GROUP.clear()
+        dist.destroy_process_group()
 
 
 def _group() -> Any:
