@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vlmneurons._arguments import of_kind, real
+from vlmneurons._arguments import real
 from vlmneurons.architectures import Handle, write
 from vlmneurons.errors import AblationError, MismatchError
-from vlmneurons.model import VLM
+from vlmneurons.model import VLM, check_model
 from vlmneurons.neurons import NeuronSet
 from vlmneurons.sites import NeuronSpace, Site
 from vlmneurons.statistics import ActivationStatistics
@@ -148,7 +148,7 @@ class Ablation:
             raise AblationError(f"mode {mode!r} needs values=…")
         if mode in ("zero", "scale") and values is not None:
             raise AblationError(f"mode {mode!r} takes no values")
-        of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+        check_model(model)
         self.model = model
         self.mode, self.at = mode, at
         self.factor = 1.0 if factor is None else real("factor", factor, AblationError)

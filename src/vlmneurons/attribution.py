@@ -19,7 +19,7 @@ from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.architectures import write
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule
-from vlmneurons.model import VLM
+from vlmneurons.model import VLM, check_model
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import CONDITIONS, _provenance, _rule_name
 from vlmneurons.sites import NeuronSpace
@@ -78,7 +78,7 @@ def attribute(
     for name, given, allowed in (("method", method, METHODS), ("condition", condition, CONDITIONS)):
         if given not in allowed:
             raise QuestionError(f"{name}={given!r} does not exist; choose from {', '.join(allowed)}")
-    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    check_model(model)
     of_kind("space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')")
     if (steps := whole("steps", steps, QuestionError)) < 1:
         raise QuestionError(f"steps={steps} is less than 1")

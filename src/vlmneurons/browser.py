@@ -22,13 +22,13 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from vlmneurons._arguments import of_kind, path_of, whole
+from vlmneurons._arguments import path_of, whole
 from vlmneurons.architectures import read
-from vlmneurons.errors import MismatchError, QuestionError, SiteError
+from vlmneurons.errors import QuestionError, SiteError
 from vlmneurons.inputs import Batch, TokenRule
-from vlmneurons.model import VLM
+from vlmneurons.model import VLM, check_model
 from vlmneurons.questions import Question, QuestionSet
-from vlmneurons.sites import Site
+from vlmneurons.sites import Site, site_of
 
 if TYPE_CHECKING:
     import pandas
@@ -247,10 +247,9 @@ def inspect_neuron(
         >>> view = inspect_neuron(model, questions, ("language.layers.2.mlp.gate", 17), k=2)  # doctest: +SKIP
         >>> view.save("neuron.html")  # doctest: +SKIP
     """
-    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    check_model(model)
     if isinstance(neuron, tuple) and len(neuron) == 2:
-        site = Site.parse(neuron[0]) if isinstance(neuron[0], str) else neuron[0]
-        of_kind("the neuron's site", site, Site, SiteError, "a Site, or the name of one")
+        site = site_of("the neuron's site", neuron[0])
         number = whole("the neuron's number", neuron[1], SiteError)
     else:
         site, number = model.space().locate(neuron)

@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from vlmneurons._arguments import of_kind
 from vlmneurons.architectures import MLP, Tower, find_towers
-from vlmneurons.errors import ArchitectureError, SiteError
+from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
 from vlmneurons.inputs import Batch, Encoder
 from vlmneurons.questions import Question, QuestionSet
-from vlmneurons.sites import KINDS, NeuronSpace, Site, _ranges
+from vlmneurons.sites import KINDS, NeuronSpace, Site, _ranges, site_of
 
 
 class _Value(eproperty):
@@ -450,8 +450,7 @@ class VLM:
         Raises:
             SiteError: no such tower, layer, MLP or kind; the message says what there is.
         """
-        of_kind("site", site, (str, Site), SiteError, "a Site, or the name of one")
-        site = Site.parse(site) if isinstance(site, str) else site
+        site = site_of("site", site)
         tower = self._tower(site.tower).tower
         if site.layer >= len(tower):
             raise SiteError(f"layer {site.layer} is not in tower {site.tower!r} (0–{len(tower) - 1})")
@@ -474,8 +473,7 @@ class VLM:
         Raises:
             SiteError: no such site; the message says what there is.
         """
-        of_kind("name", name, (str, Site), SiteError, "a Site, or the name of one")
-        site = Site.parse(name) if isinstance(name, str) else name
+        site = site_of("name", name)
         return getattr(self._named_mlp(site), site.kind)
 
     def set_site(self, name: Site | str, value: Tensor) -> None:
@@ -488,8 +486,7 @@ class VLM:
         Raises:
             SiteError: no such site; the message says what there is.
         """
-        of_kind("name", name, (str, Site), SiteError, "a Site, or the name of one")
-        site = Site.parse(name) if isinstance(name, str) else name
+        site = site_of("name", name)
         setattr(self._named_mlp(site), site.kind, value)
 
     def _named_mlp(self, site: Site) -> NamedMLP:
@@ -592,3 +589,12 @@ def _named_parts(model: VLM) -> Iterator[NamedMLP]:
     for tower in model._named.values():
         for layer in tower.layers:
             yield from layer._mlps.values()
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no `VLM`, such as transformers' model by itself.
+
+    Raises:
+        MismatchError: it is of another class.
+    """
+    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")

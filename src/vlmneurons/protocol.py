@@ -34,7 +34,7 @@ from vlmneurons.controls import (
 from vlmneurons.errors import MismatchError, QuestionError, SelectionError
 from vlmneurons.inputs import TOKEN_RULES
 from vlmneurons.items import Item, ItemStatistics
-from vlmneurons.model import VLM
+from vlmneurons.model import VLM, check_model
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
 from vlmneurons.progress import Step, Steps
@@ -179,7 +179,7 @@ def run_study(
         QuestionError: a group has fewer identification questions than ``protocol.minimum``.
     """
     protocol = protocol or Protocol()
-    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    check_model(model)
     of_kind("questions", questions, QuestionSet, QuestionError)
     of_kind("protocol", protocol, Protocol, SelectionError)
     folder = path_of("folder", folder, MismatchError)

@@ -25,7 +25,7 @@ from vlmneurons.errors import ActivationError, MismatchError, QuestionError, VLM
 from vlmneurons.inputs import TOKEN_RULES, Batch, TokenRule, free_tokens
 from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.memory import MemoryLimit, asked_in_parts
-from vlmneurons.model import VLM
+from vlmneurons.model import VLM, check_model
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.remote import Remote, SiteCounts, reader_at, reader_provenance
@@ -138,7 +138,7 @@ class Recorder:
         tokens: TokenRule = "content",
         magnitudes: bool = False,
     ) -> None:
-        of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+        check_model(model)
         of_kind(
             "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('vision')"
         )

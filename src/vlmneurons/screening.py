@@ -22,11 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vlmneurons._arguments import of_kind, whole
+from vlmneurons._arguments import whole
 from vlmneurons.answers import AnswerReader, LogitReader, reader_of
 from vlmneurons.architectures import write
 from vlmneurons.errors import MismatchError, QuestionError
-from vlmneurons.model import VLM
+from vlmneurons.model import VLM, check_model
 from vlmneurons.neurons import NeuronSet
 from vlmneurons.questions import Question, QuestionSet
 from vlmneurons.recording import batches
@@ -67,7 +67,7 @@ def screen(
     Example:
         ``screen(model, questions, {"CAS": [CAS(r).select(stats) for r in (0.001, 0.005, 0.02)]})``
     """
-    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    check_model(model)
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
     if not len(questions):
         raise QuestionError("there are no questions to screen with")

@@ -86,6 +86,20 @@ class Site:
         return Site(self.tower, self.layer, self.mlp, kind)
 
 
+def site_of(name: str, value: Any) -> Site:
+    """A site that a caller gave, itself or by its name.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+
+    Raises:
+        SiteError: it is neither, or the text is no site's name.
+    """
+    of_kind(name, value, (str, Site), SiteError, "a Site, or the name of one")
+    return Site.parse(value) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class NeuronSpace:
     """An ordered tuple of sites with their widths: the numbering of neurons that all tables follow.

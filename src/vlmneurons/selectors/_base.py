@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from vlmneurons._arguments import whole
+from vlmneurons._arguments import plain, whole
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
 from vlmneurons.selectors._evidence import the_one_read
@@ -261,8 +261,7 @@ class Selector(ABC):
         if not isinstance(self.per_layer, bool):
             raise SelectionError(f"{name}: per_layer is True or False; got {self.per_layer!r}")
         for setting in ("fraction", "count"):  # its name, and so its selections' and files', is that of a plain number
-            if isinstance(getattr(self, setting), np.generic):
-                object.__setattr__(self, setting, getattr(self, setting).item())
+            object.__setattr__(self, setting, plain(getattr(self, setting)))
 
     def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
         """What is ranked together: flat indices (None for the whole space), and how many neurons each group gets."""

@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vlmneurons._arguments import of_kind, path_of
+from vlmneurons._arguments import path_of
 from vlmneurons.ablation import Ablation
 from vlmneurons.answers import AnswerReader, Reading, reader_of
 from vlmneurons.batching import prefetched
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.masked import read_masked
 from vlmneurons.memory import MemoryLimit, asked_in_parts
-from vlmneurons.model import VLM
+from vlmneurons.model import VLM, check_model
 from vlmneurons.neurons import NeuronSet, Selection
 from vlmneurons.processes import Processes, current_processes
 from vlmneurons.progress import Progress, progress_bar
@@ -91,7 +91,7 @@ def knockout(
         questions = questions.asked(answer=answer)
     if on_error not in ("raise", "skip"):
         raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
-    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    check_model(model)
     _check_sizes(batch_size, prefetch)
     batch_size = int(batch_size)  # as the manifest has it
     controls = QuestionSet(controls) if controls is not None and not isinstance(controls, QuestionSet) else controls
