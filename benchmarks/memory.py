@@ -3,10 +3,10 @@
 Run: ``python benchmarks/memory.py``; Linux only. The peak is the kernel's own (``VmHWM``, set back before each run),
 above the resident size before. glibc is told to give memory back as soon as it is free: left to itself it keeps what
 was freed, of every thread, and the same run's peak differs by tens of MiB from one process to the next. *Forward* asks
-the same batches without a recorder, encoding each in its turn; *record* is ``vn.record`` as it is by default, *in turn*
-with ``prefetch=0``, and *items* ``vn.record_items``. *Beyond* is the recording's peak above the forward's; *kept* what
-is still there when the recording has ended; *Python* the peak of what tracemalloc sees while recording: every object
-and array, but no tensor of torch.
+the same batches without a recorder; *record* is ``vn.record`` as it is by default (for a model on the CPU each batch is
+encoded in its turn), *ahead* with ``prefetch=2``, and *items* ``vn.record_items``. *Beyond* is the recording's peak
+above the forward's; *kept* what is still there when the recording has ended; *Python* the peak of what tracemalloc sees
+while recording: every object and array, but no tensor of torch.
 """
 
 import argparse
@@ -82,14 +82,14 @@ def work(n: int, layers: int, width: int, rounds: int, what: list[str], results:
     def record(asked: vn.QuestionSet) -> None:
         vn.record(model, asked, condition="all", progress=False)
 
-    def in_turn(asked: vn.QuestionSet) -> None:
-        vn.record(model, asked, condition="all", progress=False, prefetch=0)
+    def ahead(asked: vn.QuestionSet) -> None:
+        vn.record(model, asked, condition="all", progress=False, prefetch=2)
 
     def items(asked: vn.QuestionSet) -> None:
         with tempfile.TemporaryDirectory() as folder:
             vn.record_items(model, asked, folder, progress=False)
 
-    runs = {"forward": forward, "record": record, "in turn": in_turn, "items": items}
+    runs = {"forward": forward, "record": record, "ahead": ahead, "items": items}
     few, asked = questions(32), questions(n)
     for name in what:  # what is imported and set up once
         runs[name](few)
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind; one above 1,000 questions")
-    parser.add_argument("--what", nargs="+", default=["forward", "record", "in turn", "items"])
+    parser.add_argument("--what", nargs="+", default=["forward", "record", "ahead", "items"])
     options = parser.parse_args()
     os.environ.update(GIVING_BACK)
     print(measure.about(torch.device("cpu")))

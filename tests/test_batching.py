@@ -3,6 +3,7 @@
 import io
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
@@ -117,6 +118,30 @@ def test_a_study_does_not_depend_on_preparing_ahead(model):
     one, other = (vn.knockout(model, questions, masks, batch_size=2, prefetch=n, progress=False) for n in (0, 3))
     assert one.ids == other.ids
     assert (one.margins == other.margins).all()
+
+
+def test_by_default_nothing_is_prepared_ahead_for_a_model_on_the_cpu(model, monkeypatch):
+    threads = []
+
+    def executor(workers, name):
+        threads.append(name)
+        return ThreadPoolExecutor(workers, name)
+
+    monkeypatch.setattr("vlmneurons.batching.ThreadPoolExecutor", executor)
+
+    def made(depth=None):
+        with prefetched(model, Letters(), batches(some_questions(3), 1), depth, lambda one: one) as ready:
+            return ids_of(one for one, _ in ready)
+
+    one_by_one = [["q0"], ["q1"], ["q2"]]
+    assert made() == one_by_one
+    assert not threads
+    assert made(1) == one_by_one
+    assert threads == ["vlmneurons-encode"]
+    # As for offloaded weights or a model that runs elsewhere, whose inputs wait on the CPU all the same.
+    monkeypatch.setattr(model.hf, "parameters", lambda: iter([torch.empty(1, device="meta")]))
+    assert made() == one_by_one
+    assert len(threads) == 2
 
 
 def test_an_error_of_the_thread_comes_at_its_batch_and_names_the_question(model):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import vlmneurons as vn
 from helpers import picture, save_questions
-from vlmneurons.errors import QuestionError
+from vlmneurons.errors import GroupError, QuestionError
 from vlmneurons.questions import normalize, open_prompt
 
 FOUR = ("Tea", "Rice", "Bread", "Soup")
@@ -268,6 +268,21 @@ def test_filter_takes_a_function_fields_and_metadata():
     assert ids(questions.filter(right="Soup")) == ["q3"]
     with pytest.raises(QuestionError, match="question 'q0' has no column 'colour'; it has kind, group"):
         questions.filter(colour="red")
+
+
+def test_a_misspelt_group_is_refused_by_filter_where_it_would_be_missing_without_a_word():
+    questions = vn.QuestionSet([ask(0), ask(1, "B")])
+    for groups in ("Egipt", {"A", "Egipt"}, ["A", "B", "Egipt"]):
+        with pytest.raises(
+            GroupError, match=r"no question is of group 'Egipt'; the groups are A, B\. For those of a list"
+        ):
+            questions.filter(group=groups)
+    with pytest.raises(GroupError, match="no question is of group 1; the groups are A, B"):
+        questions.filter(group=1)
+    with pytest.raises(GroupError, match="the groups are none"):
+        questions.filter(lambda item: False).filter(group="A")
+    assert len(questions.filter(lambda item: item.group in {"A", "Egipt"})) == 1
+    assert len(questions.filter(group=())) == 0
 
 
 def test_group_by_takes_a_column_or_a_function():

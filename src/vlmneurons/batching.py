@@ -1,7 +1,8 @@
 """Which questions share a forward, and making the next ones ready meanwhile.
 
 Decoding and resizing a picture takes the CPU tens of milliseconds, in which a GPU would wait; so a thread encodes the
-next batches while the model runs on this one. One thread, in order: what comes out does not depend on it.
+next batches while the model runs on this one. One thread, in order: what comes out does not depend on it. A model on
+the CPU waits for nothing: there the two would only share its cores, and the batches ahead would lie in its memory.
 """
 
 import contextlib
@@ -19,6 +20,9 @@ from vlmneurons.questions import Question, QuestionSet, _DatasetImage, _is_funct
 
 _WINDOW = 16
 """Batches within which questions are sorted by length."""
+
+_AHEAD = 2
+"""Batches that are encoded ahead, where that is worth it."""
 
 Batched = TypeVar("Batched")
 
@@ -76,7 +80,11 @@ def _shown(item: Question) -> Any:
 
 @contextlib.contextmanager
 def prefetched(
-    model: VLM, reader: AnswerReader, coming: Iterable[Batched], depth: int, questions: Callable[[Batched], QuestionSet]
+    model: VLM,
+    reader: AnswerReader,
+    coming: Iterable[Batched],
+    depth: int | None,
+    questions: Callable[[Batched], QuestionSet],
 ) -> Iterator[Iterator[tuple[Batched, Callable[[], Any]]]]:
     """Batches in order, each with a function that gives what the reader made of it; the next are encoded meanwhile.
 
@@ -88,9 +96,13 @@ def prefetched(
         reader: how answers are read.
         coming: the batches, or things that have one.
         depth: how many batches are encoded ahead; 0 encodes each in its turn, in the caller's thread. So is what a
-            reader with an ``encode`` of its own makes, which might run the model.
+            reader with an ``encode`` of its own makes, which might run the model. None is 0 for a model on the CPU, and
+            2 for any other.
         questions: the batch of each of ``coming``.
     """
+    if depth is None:
+        on_cpu = next(model.hf.parameters()).device.type == "cpu"  # offloaded or remote weights lie on meta
+        depth = 0 if on_cpu else _AHEAD
     if depth == 0 or type(reader).encode not in (AnswerReader.encode, TextLikelihood.encode):
         yield ((one, lambda one=one: reader.encode(model, questions(one))) for one in coming)
         return

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlmneurons._arguments import is_missing, of_kind, share, whole
-from vlmneurons.errors import QuestionError
+from vlmneurons.errors import GroupError, QuestionError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -440,7 +440,8 @@ class QuestionSet(Sequence[Question]):
     def filter(self, keep: Callable[[Question], bool] | None = None, **where: Any) -> "QuestionSet":
         """The questions for which ``keep`` is true, and whose fields or metadata have the given values.
 
-        A value may be a set, list or other collection of allowed values.
+        A value may be a set, list or other collection of allowed values. Each group that is named must be there, as a
+        misspelt one would be missing from every table without a word; with ``keep`` it need not.
 
         Args:
             keep: a function from a question to whether it stays.
@@ -448,6 +449,7 @@ class QuestionSet(Sequence[Question]):
 
         Raises:
             QuestionError: a question has no field or metadata of such a name.
+            GroupError: ``group`` names one that no question has.
 
         Example:
             ``questions.filter(group={"Egypt", "Japan"}, category="food")``
@@ -460,6 +462,12 @@ class QuestionSet(Sequence[Question]):
             else tuple(value)
             for key, value in where.items()
         }
+        absent = [group for group in of_key.get("group", ()) if group not in self.groups]
+        if absent:
+            raise GroupError(
+                f"no question is of group {absent[0]!r}; the groups are {', '.join(self.groups) or 'none'}. For "
+                "those of a list that are there, filter with a function: filter(lambda item: item.group in wanted)"
+            )
 
         def wanted(item: Question) -> bool:
             for key, allowed in of_key.items():

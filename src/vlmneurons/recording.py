@@ -617,7 +617,7 @@ def record(
     answer: str | AnswerReader | None = None,
     magnitudes: bool = False,
     by_length: bool = False,
-    prefetch: int = 2,
+    prefetch: int | None = None,
     on_error: str = "raise",
     progress: bool = True,
     remote: Remote = False,
@@ -640,7 +640,8 @@ def record(
         magnitudes: also sum the neurons' values, for mean activations.
         by_length: let questions of like length share a batch, where pictures or texts differ so much that a good part
             of a batch would be padding. The counts do not depend on it.
-        prefetch: how many batches a thread prepares (opens, resizes, tokenizes) while the model runs; 0 for none.
+        prefetch: how many batches a thread prepares (opens, resizes, tokenizes) while the model runs; by default 2, and
+            none for a model on the CPU, whose cores the thread would take.
         on_error: what to do with a question that cannot be asked, such as one whose picture does not open:
             ``"raise"``, or ``"skip"`` it (its id is kept in the provenance).
         progress: show a progress bar.
@@ -727,7 +728,7 @@ def record_items(
     magnitudes: bool = False,
     maxima: bool = False,
     by_length: bool = False,
-    prefetch: int = 2,
+    prefetch: int | None = None,
     progress: Progress = True,
     remote: Remote = False,
 ) -> ItemStatistics:
@@ -748,7 +749,7 @@ def record_items(
         magnitudes: also keep each question's sum of every neuron's values, in float32 (4 bytes a neuron and question).
         maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
         by_length: let questions of like length share a batch; see `record`.
-        prefetch: how many batches a thread prepares while the model runs; 0 for none.
+        prefetch: how many batches a thread prepares while the model runs; see `record`.
         progress: show a progress bar.
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
 
@@ -822,9 +823,9 @@ def record_items(
     return statistics
 
 
-def _check_sizes(batch_size: int, prefetch: int) -> None:
+def _check_sizes(batch_size: int, prefetch: int | None) -> None:
     whole("batch_size", batch_size, QuestionError, least=1)
-    if whole("prefetch", prefetch, QuestionError) < 0:
+    if prefetch is not None and whole("prefetch", prefetch, QuestionError) < 0:
         raise QuestionError(f"prefetch {prefetch} is less than 0; 0 encodes each batch when its turn comes")
 
 

@@ -400,7 +400,8 @@ def sample_sizes(
         group; ``between`` is not flattered in this way as long as the size is well below it.
 
     Raises:
-        SelectionError: no size, one below 1, or a group that has fewer questions than a size; the message names it.
+        SelectionError: no size, one below 1 or twice, or a group that has fewer questions than a size; the message
+            names it.
     """
     import pandas as pd
 
@@ -408,8 +409,8 @@ def sample_sizes(
     repeats = whole("repeats", repeats, SelectionError, least=1)
     of_kind("sizes", sizes, Iterable, SelectionError, "a list of numbers of questions")
     sizes = [whole("each of sizes", size, SelectionError) for size in sizes]
-    if not len(sizes) or min(sizes) < 1:
-        raise SelectionError(f"sizes are numbers of questions, at least 1; got {list(sizes)}")
+    if not len(sizes) or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise SelectionError(f"sizes are numbers of questions, at least 1 and each once; got {list(sizes)}")
     pool = _pool(items, by, condition, False, max(sizes), seed)
     generator = np.random.default_rng(seed)
     reference = selector.select(pool)

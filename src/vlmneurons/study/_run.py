@@ -45,7 +45,7 @@ def knockout(
     on_error: str = "raise",
     folder: str | Path | None = None,
     distributed: bool = False,
-    prefetch: int = 2,
+    prefetch: int | None = None,
     progress: Progress = True,
     remote: Remote = False,
 ) -> KnockoutResult:
@@ -71,7 +71,8 @@ def knockout(
             gone on with by the same call; a finished one is read from its files.
         distributed: share the batches with the other processes of a ``torchrun``; each gets the whole result, which
             equals that of one process. With a folder, it must be one that all processes see.
-        prefetch: how many batches a thread prepares (opens, resizes, tokenizes) while the model runs; 0 for none.
+        prefetch: how many batches a thread prepares (opens, resizes, tokenizes) while the model runs; by default 2, and
+            none for a model on the CPU, whose cores the thread would take.
         progress: show a progress bar.
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`. The manifest of a
             folder says it, so that answers from here and there are not mixed.
@@ -125,7 +126,7 @@ class _Run:
     processes: Processes
     controls: tuple[str, ...]
     about: Mapping[str, Any]
-    prefetch: int = 0
+    prefetch: int | None = None
 
     def __init__(
         self,
