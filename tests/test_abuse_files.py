@@ -118,7 +118,8 @@ def test_a_damaged_file_is_refused_or_unharmed(kind, tmp_path):
 def test_a_folder_with_a_damaged_file_is_refused_or_still_makes_sense(kind, tmp_path):
     folder = FOLDERS[kind](tmp_path / "good")
     loader = getattr(vn, kind).load
-    look_at(loader(folder))
+    whole = loader(folder)
+    look_at(whole)
     files = sorted(path.name for path in folder.iterdir() if path.suffix not in (".csv", ".lock"))
     assert len(files) >= 2
     with limits(60):
@@ -128,7 +129,11 @@ def test_a_folder_with_a_damaged_file_is_refused_or_still_makes_sense(kind, tmp_
                 shutil.copytree(folder, tmp_path / "bad")
                 (tmp_path / "bad" / name).write_bytes(data)
                 with contextlib.suppress(FileFormatError):
-                    look_at(loader(tmp_path / "bad"))
+                    loaded = loader(tmp_path / "bad")
+                    look_at(loaded)
+                    if kind == "KnockoutResult":  # such as other white space; nothing of the answers
+                        assert loaded.answer_table().equals(whole.answer_table())
+                        assert loaded.masks == whole.masks
             shutil.rmtree(tmp_path / "bad", ignore_errors=True)
             shutil.copytree(folder, tmp_path / "bad")
             (tmp_path / "bad" / name).unlink()

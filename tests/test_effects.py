@@ -14,6 +14,7 @@ from statsmodels.stats.multitest import multipletests
 import vlmneurons as vn
 from helpers import picture
 from recompute_study import generator_for
+from vlmneurons import _files
 from vlmneurons.controls import random_controls
 from vlmneurons.effects import benjamini_hochberg, excess, holm, mask_effects, mcnemar, sign_flips
 from vlmneurons.errors import FileFormatError, MismatchError
@@ -459,12 +460,11 @@ def test_the_study_knows_the_pictures_of_its_questions_and_keeps_them(model, tmp
     assert vn.KnockoutResult.load(tmp_path / "saved").pictures == result.pictures
     table = pd.read_parquet(tmp_path / "saved" / "answers.parquet")
     assert table[table["run"] == 0]["picture"].tolist() == list(result.pictures)
-    # Files of before pictures were kept count every question as one of its own.
-    about = json.loads((tmp_path / "saved" / "knockout.json").read_text())
-    del about["pictures"]
-    (tmp_path / "saved" / "knockout.json").write_text(json.dumps(about))
+    replace(result, pictures=None).save(tmp_path / "saved")  # then every question counts as one of its own
     assert vn.KnockoutResult.load(tmp_path / "saved").pictures is None
+    about = json.loads((tmp_path / "saved" / "knockout.json").read_text())
+    del about["sha256"]
     about["pictures"] = ["one"]
-    (tmp_path / "saved" / "knockout.json").write_text(json.dumps(about))
+    (tmp_path / "saved" / "knockout.json").write_text(json.dumps(_files.sealed(about)))
     with pytest.raises(FileFormatError, match="9 questions with 1 pictures"):
         vn.KnockoutResult.load(tmp_path / "saved")

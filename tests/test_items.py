@@ -16,6 +16,7 @@ import torch
 
 import vlmneurons as vn
 from helpers import plain_hooks, some_questions
+from vlmneurons import _files
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.items import Item, ItemStatistics
 from vlmneurons.sites import NeuronSpace
@@ -107,7 +108,16 @@ def test_damaged_folders_are_refused(planted, tmp_path):
     with pytest.raises(FileFormatError, match=r"positive\.bin should have 8,192 bytes; it has 8,191"):
         ItemStatistics.load(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    for broken in ("[]", "{", json.dumps({**manifest, "version": 99}), json.dumps({**manifest, "tables": ["../x"]})):
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    regrouped = [{**item, "group": "Egypt"} for item in rest["items"]]
+    for broken in (
+        "[]",
+        "{",
+        json.dumps(_files.sealed({**rest, "version": 99})),
+        json.dumps(_files.sealed({**rest, "tables": ["../x"]})),
+        json.dumps({**manifest, "items": regrouped}),
+        json.dumps(rest),
+    ):
         (folder / "manifest.json").write_text(broken)
         with pytest.raises(FileFormatError, match="does not hold item statistics"):
             ItemStatistics.load(folder)

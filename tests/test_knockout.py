@@ -10,6 +10,7 @@ from scipy import stats as scipy_stats
 
 import vlmneurons as vn
 from helpers import logits_of, picture, some_questions
+from vlmneurons import _files
 from vlmneurons.answers import Reading
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.study import KnockoutResult, Mask, holm
@@ -432,8 +433,8 @@ def without(name):
     [
         (without("kind"), "does not hold a knockout result: 'kind'"),
         (without("masks"), "does not hold a knockout result: 'masks'"),
-        (lambda about: about.update(kind="other"), "kind 'other', version 2"),
-        (lambda about: about.update(version=3), "kind 'vlmneurons knockout', version 3"),
+        (lambda about: about.update(kind="other"), "kind 'other', version 3"),
+        (lambda about: about.update(version=4), "kind 'vlmneurons knockout', version 4"),
         (lambda about: about["ids"].pop(), r"answers of shape \(15, 30\) where the index says \(15, 29\)"),
         (lambda about: about["groups"].pop(), "30 questions with 29 groups"),
         (lambda about: about["masks"].pop(), r"where the index says \(14, 30\)"),
@@ -445,9 +446,27 @@ def test_files_that_were_changed_are_refused(study, tmp_path, damage, message):
     *_, result = study
     result.save(tmp_path)
     about = json.loads((tmp_path / "knockout.json").read_text())
+    del about["sha256"]
     damage(about)
-    (tmp_path / "knockout.json").write_text(json.dumps(about))
+    (tmp_path / "knockout.json").write_text(json.dumps(_files.sealed(about)))
     with pytest.raises(FileFormatError, match=message):
+        KnockoutResult.load(tmp_path)
+
+
+def test_an_answer_or_a_mask_that_was_changed_is_noticed(study, tmp_path):
+    *_, result = study
+    result.save(tmp_path)
+    text = (tmp_path / "knockout.json").read_text()
+    (tmp_path / "knockout.json").write_text(json.dumps(json.loads(text)))  # other white space, the same content
+    assert KnockoutResult.load(tmp_path).masks == result.masks
+    (tmp_path / "knockout.json").write_text(text.replace('"selector": "CAS"', '"selector": "LAP"', 1))
+    with pytest.raises(FileFormatError, match="the content does not agree with its checksum"):
+        KnockoutResult.load(tmp_path)
+    (tmp_path / "knockout.json").write_text(text)
+    table = pd.read_parquet(tmp_path / "answers.parquet")
+    table.loc[3, "chosen"] += 1
+    table.to_parquet(tmp_path / "answers.parquet", index=False)
+    with pytest.raises(FileFormatError, match=r"answers\.parquet does not agree with its checksum in knockout\.json"):
         KnockoutResult.load(tmp_path)
 
 

@@ -74,6 +74,29 @@ def parse(text: str) -> Any:
     raise ValueError(f"it is nested more than {_DEEPEST} deep")
 
 
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data with a checksum over the rest, under ``sha256``, as a file of JSON keeps it; see `unsealed`."""
+    return {**data, "sha256": _seal(data)}
+
+
+def unsealed(data: Any) -> dict[str, Any]:
+    """Plain data of a file without its checksum, which must agree.
+
+    Raises:
+        ValueError: it does not, or there is none.
+    """
+    if not isinstance(data, dict):
+        raise ValueError("no names and values")
+    rest = {name: value for name, value in data.items() if name != "sha256"}
+    if data.get("sha256") != _seal(rest):
+        raise ValueError("the content does not agree with its checksum; the file is damaged")
+    return rest
+
+
+def _seal(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def _parts(thing: Any) -> Any:
     return thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
 

@@ -111,6 +111,7 @@ class ItemStatistics:
                 raise ValueError("not a recording of items")
             if manifest.get("version") != _VERSION:
                 raise ValueError(f"version {manifest.get('version')!r} is not one that this release reads ({_VERSION})")
+            manifest = _files.unsealed(manifest)
             if not set(manifest["tables"]) <= set(_FILES) or "positive" not in manifest["tables"]:
                 raise ValueError(f"tables {manifest['tables']!r}")
             statistics = cls(folder, manifest, NeuronSpace.from_json(manifest["space"]))
@@ -152,13 +153,13 @@ class ItemStatistics:
             ],
             "provenance": _plain(dict(provenance)),
         }
-        manifest = json.loads(json.dumps(manifest))
+        manifest = _files.sealed(json.loads(json.dumps(manifest)))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "manifest.json"
         if path.exists():
             there = cls.load(folder)
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            for key in manifest:
+            for key in manifest:  # the checksum, which differs where anything does, comes last
                 if manifest[key] != theirs[key]:
                     raise MismatchError(
                         f"{folder} holds another recording: {_difference(key, theirs[key], manifest[key])}"

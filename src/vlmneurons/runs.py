@@ -146,12 +146,10 @@ class RunFolder:
         Raises:
             FileFormatError: one of them is damaged; delete it, and it is run again.
         """
-        import pandas as pd
-
         read = {}
         for path in sorted((self.folder / "parts").glob("*.parquet")):
             try:
-                read[path.stem] = pd.read_parquet(path)
+                read[path.stem] = read_parquet(path)
             except (OSError, ValueError) as error:
                 raise FileFormatError(f"{path} is damaged ({error}): delete it, and its batch is run again") from error
         return read
@@ -245,9 +243,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_parquet(path: Path, table: "pd.DataFrame") -> None:
-    """Write a table in one step."""
+    """Write a table in one step, each of its pages with a checksum."""
     with _replacing(path) as temporary:
-        table.to_parquet(temporary, index=False, compression="zstd")
+        table.to_parquet(temporary, index=False, compression="zstd", write_page_checksum=True)
+
+
+def read_parquet(path: Path) -> "pd.DataFrame":
+    """A table that `write_parquet` wrote.
+
+    Raises:
+        OSError: a page does not agree with its checksum.
+    """
+    import pandas as pd
+
+    return pd.read_parquet(path, page_checksum_verification=True)
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
@@ -306,6 +315,15 @@ def digest_of_questions(questions: QuestionSet) -> str:
         text = questions.prompt(item, [item.options[index] for index in order])
         digest.update(json.dumps([item.id, text, item.options, order, item.answer, item.group, item.n_images]).encode())
     return digest.hexdigest()[:16]
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def digest_of_weights(hf_model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from vlmneurons import _files
 from vlmneurons._arguments import path_of, share, whole
 from vlmneurons.effects import (
     benjamini_hochberg,
@@ -24,13 +25,13 @@ from vlmneurons.effects import (
     sign_flips,
 )
 from vlmneurons.errors import FileFormatError, MismatchError
-from vlmneurons.runs import write_parquet, write_text
+from vlmneurons.runs import digest_of_file, read_parquet, write_parquet, write_text
 from vlmneurons.study._masks import Mask, split_setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_KIND, _VERSION = "vlmneurons knockout", 2
+_KIND, _VERSION = "vlmneurons knockout", 3
 
 CONDITIONS = ("all", "correct", "wrong")
 """Which questions enter a table: all, or those that the clean model answers right or wrong."""
@@ -619,7 +620,8 @@ class KnockoutResult:
     def save(self, folder: str | Path) -> None:
         """Write every answer (``answers.parquet``), what they are of (``knockout.json``) and the tables (CSV).
 
-        Each file appears whole, ``knockout.json`` as the last: where it is, the result is complete.
+        Each file appears whole, ``knockout.json`` as the last: where it is, the result is complete. It has checksums of
+        itself and of the answers, so that an answer that has changed since is noticed.
 
         Args:
             folder: where the files go; it is made if it is not there.
@@ -637,10 +639,12 @@ class KnockoutResult:
             "pictures": self.pictures,
             "masks": [asdict(mask) for mask in self.masks],
             "provenance": self.provenance,
+            "answers": digest_of_file(folder / "answers.parquet"),
         }
         write_text(folder / "table.csv", self.table().to_csv(index=False))
         write_text(folder / "summary.csv", self.summary().to_csv(index=False))
-        write_text(folder / "knockout.json", json.dumps(about, indent=1, default=str))
+        plain = json.loads(json.dumps(about, default=str))
+        write_text(folder / "knockout.json", json.dumps(_files.sealed(plain), indent=1))
 
     @classmethod
     def load(cls, folder: str | Path) -> "KnockoutResult":
@@ -657,6 +661,9 @@ class KnockoutResult:
             about = json.loads((folder / "knockout.json").read_text(encoding="utf-8"))
             if about["kind"] != _KIND or about["version"] != _VERSION:
                 raise ValueError(f"kind {about['kind']!r}, version {about['version']!r}")
+            about = _files.unsealed(about)
+            if about["answers"] != digest_of_file(folder / "answers.parquet"):
+                raise ValueError("answers.parquet does not agree with its checksum in knockout.json; it was changed")
             masks = tuple(
                 Mask(
                     str(m["selector"]),
@@ -670,9 +677,8 @@ class KnockoutResult:
             )
             ids, groups = tuple(map(str, about["ids"])), tuple(map(str, about["groups"]))
             controls, provenance = tuple(map(str, about["controls"])), dict(about["provenance"])
-            pictures = None if about.get("pictures") is None else tuple(map(str, about["pictures"]))
-            columns = ["run", "id", "group", "answer", "chosen", "margin", "text"]
-            kept = pd.read_parquet(folder / "answers.parquet", columns=columns)
+            pictures = None if about["pictures"] is None else tuple(map(str, about["pictures"]))
+            kept = read_parquet(folder / "answers.parquet")
             n_runs = int(kept["run"].max()) + 1 if len(kept) else 1 + len(masks)
             found = (n_runs, len(kept) // n_runs)
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
