@@ -8,6 +8,7 @@ from torch.nn.functional import log_softmax
 import vlmneurons as vn
 from helpers import language_blocks, picture, plain_hooks, some_questions
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, SelectionError, VLMNeuronsError
+from vlmneurons.recording import _FiringCounter
 from vlmneurons.statistics import ActivationStatistics
 
 
@@ -430,3 +431,21 @@ def test_runs_that_a_recorder_cannot_tell_apart_are_refused(model):
     finally:
         with torch.no_grad():
             weight[0] = kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("block", [1, 11, 40, 100, 10_000])
+def test_counts_are_exact_however_many_values_are_compared_at_once(block, dtype, monkeypatch):
+    monkeypatch.setattr("vlmneurons.recording._CPU_BLOCK", block)
+    values = torch.randn(5, 7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[0, 0] = 0
+    counted = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.6
+    counted[3] = False
+    counter = _FiringCounter()
+    expected = ((values.double().numpy() > 0) & counted.numpy()[..., None]).sum(1)
+    assert counter.by_row(values, counted.float()).numpy().tolist() == expected.tolist()
+    most = max(11, min(block, values.numel() * values.element_size() // 4))  # one token's values, or a block
+    assert counter._buffers[values.device].numel() <= most
+    owner = torch.eye(5).repeat_interleave(7, 1) * counted.flatten()
+    assert counter.by_owner(values.flatten(0, 1), owner).numpy().tolist() == expected.tolist()
+    assert counter.by_row(values[:, :0], counted[:, :0].float()).tolist() == [[0] * 11] * 5

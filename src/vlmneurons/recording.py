@@ -37,9 +37,17 @@ CONDITIONS = ("correct", "wrong", "all")
 """Which questions enter the statistics: those answered right, those answered wrong, or every one."""
 
 
-_CPU_BLOCK = 2**21
+_CPU_BLOCK = 2**20
 _BLOCK = 2**26
-"""How many values are compared at once: as many as a CPU's cache holds, or few beside what a GPU holds."""
+
+
+def _block(values: Tensor) -> int:
+    """How many values are compared at once, as float32.
+
+    As many as a CPU's cache holds, or few beside what a GPU holds; never more than take the memory of the values.
+    """
+    most = _CPU_BLOCK if values.device.type == "cpu" else _BLOCK
+    return min(most, values.numel() * values.element_size() // 4)
 
 
 class _FiringCounter:
@@ -58,17 +66,20 @@ class _FiringCounter:
         self, values: Float[Tensor, "row token neuron"], weights: Float[Tensor, "row token"]
     ) -> Int64[Tensor, "row neuron"]:
         """For each row how many counted tokens a neuron fires at."""
-        most = _CPU_BLOCK if values.device.type == "cpu" else _BLOCK
-        if values.numel() <= most:
-            return torch.bmm(weights[:, None], self._fires(values)).squeeze(1).to(torch.int64)
-        return torch.cat([self.by_owner(part, weights[row, None]) for row, part in enumerate(values)])
+        rows = _block(values) // max(1, values.shape[1] * values.shape[2])
+        if rows == 0:
+            return torch.cat([self.by_owner(part, weights[row, None]) for row, part in enumerate(values)])
+        fired = [
+            torch.bmm(weights[start : start + rows, None], self._fires(values[start : start + rows])).squeeze(1)
+            for start in range(0, len(values), rows)
+        ]
+        return torch.cat(fired).to(torch.int64)
 
     def by_owner(
         self, values: Float[Tensor, "token neuron"], weights: Float[Tensor, "row token"]
     ) -> Int64[Tensor, "row neuron"]:
         """The same for values that lie in one row, where ``weights[row, token]`` is 1 if the token is the row's."""
-        most = _CPU_BLOCK if values.device.type == "cpu" else _BLOCK
-        step = max(1, most // values.shape[-1])
+        step = max(1, _block(values) // values.shape[-1])
         fired = values.new_zeros((len(weights), values.shape[-1]), dtype=torch.float32)
         for start in range(0, len(values), step):
             fired.addmm_(weights[:, start : start + step], self._fires(values[start : start + step]))
