@@ -210,6 +210,8 @@ def test_layers_that_run_twice_count_every_pass_of_every_token(tmp_path: Any) ->
     assert torch.equal(statistics.probability[0, :WIDTH].double(), fired.double() / (2 * counted.sum()))
     with pytest.raises(MismatchError, match="Looped computes its sites several times for a token in one forward"):
         vn.record_items(model, questions, tmp_path / "items", progress=False)
+    with pytest.raises(MismatchError, match="Looped does not compute the neuron once for each token of a forward"):
+        vn.inspect_neuron(model, questions, 3)
 
 
 # --- encoder-decoders ---
@@ -277,6 +279,8 @@ def test_what_an_encoder_decoder_cannot_be_asked_is_refused_and_the_way_is_named
                 vn.record(florence, questions, florence.space(space), answer=answer, progress=False)
     with pytest.raises(MismatchError, match="is an encoder-decoder model"):
         vn.record_items(florence, questions, tmp_path / "items", florence.space("encoder"), progress=False)
+    with pytest.raises(MismatchError, match="its decoder does not see the question's tokens"):
+        vn.inspect_neuron(florence, questions, 3)
     selection = vn.Selection({"A": neurons, "B": neurons})
     for answer in ("letters", "text"):
         for size in (1, 3):  # one question's only position must not be taken for the decoder's

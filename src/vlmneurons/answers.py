@@ -207,7 +207,7 @@ def logits_at(
 def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[dict[str, Any], list[int]]:
     """The arguments of the forward that `logits_at` makes, and the positions that some row wants, in order."""
     wanted = sorted({position for row in positions for position in row})
-    if getattr(model.hf.config, "is_encoder_decoder", False):
+    if model.is_encoder_decoder:
         raise QuestionError(
             f"{type(model.hf).__name__} is an encoder-decoder model: its answer begins in the decoder, not after the "
             "question, so the question's logits do not hold it; read answers by generation (answer='generate')"
@@ -404,7 +404,7 @@ class Generate(AnswerReader):
         how = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         with (watch or _no_watch)(encoded, list(range(len(questions)))):
             ids = model.hf.generate(**encoded, max_new_tokens=self.max_new_tokens, **how)
-        if not getattr(model.hf.config, "is_encoder_decoder", False):
+        if not model.is_encoder_decoder:
             ids = ids[:, encoded["input_ids"].shape[1] :]
         with TOKENIZING:
             texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))

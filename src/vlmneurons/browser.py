@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vlmneurons._arguments import path_of, whole
 from vlmneurons.architectures import read
-from vlmneurons.errors import QuestionError, SiteError
+from vlmneurons.batching import batches
+from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.inputs import Batch, TokenRule
 from vlmneurons.model import VLM, check_model
 from vlmneurons.questions import Question, QuestionSet
@@ -242,6 +243,8 @@ def inspect_neuron(
     Raises:
         SiteError: no such neuron, or one of another tower than the language model.
         QuestionError: there are no questions, or one cannot be asked.
+        MismatchError: an encoder-decoder model, whose decoder does not see the question; or one that runs its layers
+            several times in a forward.
 
     Examples:
         >>> view = inspect_neuron(model, questions, ("language.layers.2.mlp.gate", 17), k=2)  # doctest: +SKIP
@@ -260,35 +263,35 @@ def inspect_neuron(
         raise SiteError(f"{site}: only neurons of the language tower see words and pictures as tokens; record others")
     if whole("k", k, QuestionError) < 1 or whole("batch_size", batch_size, QuestionError) < 1:
         raise QuestionError(f"k={k} and batch_size={batch_size} are at least 1")
+    if model.is_encoder_decoder:
+        raise MismatchError(
+            f"{type(model.hf).__name__} is an encoder-decoder model: its decoder does not see the question's tokens"
+        )
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
     if not len(questions):
         raise QuestionError("there are no questions to look at")
     best: dict[str, list[InspectedItem]] = {group: [] for group in questions.groups}
     maxima: dict[str, list[float]] = {group: [] for group in questions.groups}
     known = True
-    # Questions without a picture cannot share a batch with others.
-    for picture in (True, False):
-        part = [item for item in questions if bool(item.n_images) == picture]
-        for start in range(0, len(part), batch_size):
-            asked = questions._with(part[start : start + batch_size])
-            batch = model.prepare(asked)
-            values = _values(model, mlp, site.kind, number, batch)
-            counted = batch.tokens.counted(tokens).cpu()
-            firsts = np.cumsum([0, *(item.n_images for item in asked)])
-            for row, item in enumerate(asked):
-                here = batch.tokens.attention[row].cpu()
-                high = values[row][counted[row] & ~values[row].isnan()]
-                value = float(high.max()) if len(high) else float("-inf")
-                maxima[item.group].append(value)
-                best[item.group].sort(key=lambda one: -one.value)
-                if len(best[item.group]) == k and best[item.group][-1].value >= value:
-                    continue
-                image = batch.tokens.image[row].cpu()[here]
-                patches = _patches(model, batch, int(firsts[row]), item.n_images, int(image.sum()))
-                known &= patches is not None
-                texts = _texts(model.tokenizer, batch["input_ids"][row].cpu()[here].tolist(), image.tolist())
-                found = InspectedItem(item, value, texts, values[row][here], counted[row][here], image, patches)
-                best[item.group] = sorted([*best[item.group], found], key=lambda one: -one.value)[:k]
+    for asked in batches(questions, batch_size):
+        batch = model.prepare(asked)
+        values = _values(model, mlp, site.kind, number, batch)
+        counted = batch.tokens.counted(tokens).cpu()
+        firsts = np.cumsum([0, *(item.n_images for item in asked)])
+        for row, item in enumerate(asked):
+            here = batch.tokens.attention[row].cpu()
+            high = values[row][counted[row] & ~values[row].isnan()]
+            value = float(high.max()) if len(high) else float("-inf")
+            maxima[item.group].append(value)
+            best[item.group].sort(key=lambda one: -one.value)
+            if len(best[item.group]) == k and best[item.group][-1].value >= value:
+                continue
+            image = batch.tokens.image[row].cpu()[here]
+            patches = _patches(model, batch, int(firsts[row]), item.n_images, int(image.sum()))
+            known &= patches is not None
+            texts = _texts(model.tokenizer, batch["input_ids"][row].cpu()[here].tolist(), image.tolist())
+            found = InspectedItem(item, value, texts, values[row][here], counted[row][here], image, patches)
+            best[item.group] = sorted([*best[item.group], found], key=lambda one: -one.value)[:k]
     note = (
         ""
         if known
@@ -307,10 +310,18 @@ def inspect_neuron(
 def _values(model: VLM, mlp: Any, kind: str, number: int, batch: Batch) -> Float[Tensor, "row token"]:
     """The neuron's value at every token of a batch; NaN where a token was not routed to it."""
     kept = torch.full(batch["input_ids"].shape, torch.nan)
+    passes = 0
 
     def keep(values: Tensor, tokens: Tensor | None = None) -> None:
+        nonlocal passes
         column = values[..., number].detach().to("cpu", torch.float32)
         if tokens is None:
+            passes += 1
+            if passes > 1 or column.numel() != kept.numel():
+                raise MismatchError(
+                    f"{type(model.hf).__name__} does not compute the neuron once for each token of a forward, so there "
+                    "is no one value to show at it; vn.record counts all of them"
+                )
             kept.copy_(column.reshape(kept.shape))
         else:
             kept.view(-1)[tokens.cpu()] = column

@@ -241,7 +241,7 @@ class Encoder:
             raise QuestionError("there are no questions to encode")
         if padding_side not in ("left", "right"):
             raise QuestionError(f"padding_side={padding_side!r} does not exist; choose from left, right")
-        if getattr(self.model.hf.config, "is_encoder_decoder", False):
+        if self.model.is_encoder_decoder:
             padding_side = "right"  # its encoder may count positions from the first token; its answer begins elsewhere
         with TOKENIZING:
             return self._rows(asked, items, added, padding_side)

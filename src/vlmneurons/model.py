@@ -391,6 +391,11 @@ class VLM:
         """Whether the model has ``generate``."""
         return isinstance(self.hf, GenerationMixin) or hasattr(self.hf, "generate")
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder sees the question and a decoder gives the answer, as in Florence-2."""
+        return bool(getattr(self.hf.config, "is_encoder_decoder", False))
+
     # -- sites ---------------------------------------------------------------------------------------------------------
 
     @property

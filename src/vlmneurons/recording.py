@@ -161,7 +161,7 @@ class Recorder:
                     f"{site} has {model.mlp_of(site).width} neurons in this model; the space has {width}"
                 )
         # The decoder of an encoder-decoder model sees tokens of its own, every other tower the question.
-        self._second = _is_encoder_decoder(model) and any(site.tower == "language" for site in self.space)
+        self._second = model.is_encoder_decoder and any(site.tower == "language" for site in self.space)
         if self._second and any(site.tower != "language" for site in self.space):
             raise MismatchError(
                 f"{type(model.hf).__name__} is an encoder-decoder model: its decoder sees other tokens than its other "
@@ -282,7 +282,7 @@ class Recorder:
             why = " (in `generate` an encoder runs outside of the model's forward: call model.hf(**inputs))"
             raise QuestionError(
                 "a Recorder tells tokens apart by input_ids; this run gives none"
-                + (why if _is_encoder_decoder(self.model) else "")
+                + (why if self.model.is_encoder_decoder else "")
             )
         self._mask = table.counted(self.tokens)
         self._vision, self._patches = None, self._patches_of(arguments)
@@ -584,7 +584,7 @@ class Recorder:
     @contextlib.contextmanager
     def _watch(self, batch: Batch, rows: list[int]) -> Iterator[None]:
         """Count the first forward of a prepared batch; its rows wait for `_commit`."""
-        if _is_encoder_decoder(self.model):
+        if self.model.is_encoder_decoder:
             raise MismatchError(
                 f"{type(self.model.hf).__name__} is an encoder-decoder model: no single forward shows its decoder the "
                 "question and gives the answer. Count in runs of your own: with vn.Recorder(model, "
@@ -605,10 +605,6 @@ def _maxima_of(values: Float[Tensor, "part neuron"], owner: Int64[Tensor, " part
     for row in owner.unique().tolist():  # a batch has few rows, and index_reduce_ warns that it may change
         highest[row] = values[owner == row].amax(0)
     return highest
-
-
-def _is_encoder_decoder(model: VLM) -> bool:
-    return bool(getattr(model.hf.config, "is_encoder_decoder", False))
 
 
 class _NotFinite(ActivationError):
