@@ -339,6 +339,15 @@ def test_a_model_without_mlps_is_refused() -> None:
         find_towers(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_layout_is_made_of_names_and_a_function() -> None:
+    with pytest.raises(ArchitectureError, match=r"function= computes gate from pre, such as F\.silu; got 'silu'"):
+        MLPLayout(gate="w1", down="w2", function="silu")
+    for wrong in ({"gate": nn.Linear(2, 2)}, {"gate": ""}, {"up": 3}, {"down": None}, {"activation": F.silu}):
+        with pytest.raises(ArchitectureError, match=f"{next(iter(wrong))}= is the name of a module within the MLP"):
+            MLPLayout(**{"gate": "w1", "down": "w2", "function": F.silu, **wrong})
+
+
 def test_a_registered_architecture_is_followed() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmneurons import check
+from vlmneurons.architectures import Architecture, MLPLayout, register_architecture
+from vlmneurons.architectures import _find as finding
 from vlmneurons.errors import ArchitectureError
 from vlmneurons.testing import _architectures as contract
 from vlmneurons.testing import tiny_inputs, tiny_model, tiny_names
@@ -87,6 +90,52 @@ def test_values_that_are_not_the_models_are_found(monkeypatch: pytest.MonkeyPatc
     broken(monkeypatch, "read", lambda hf, mlp, kind, call: read(hf, mlp, kind, lambda v, *_: call(v * (1 + 1e-6))))
     with pytest.raises(ContractError, match="differs from what a plain hook sees"):
         check_architecture(tiny_model("llava")[0], inputs=tiny_inputs("llava"))
+
+
+WRONG_LAYOUTS = {
+    "up forgotten": (MLPLayout(gate="gate_proj", down="down_proj", function=F.silu), "post is not gate, as the"),
+    "up for gate": (MLPLayout(gate="up_proj", down="down_proj", function=F.silu), "post is not gate, as the layout"),
+    "gate and down exchanged": (MLPLayout(gate="down_proj", down="gate_proj", function=F.silu), "post is not gate"),
+    "gate and up exchanged": (
+        MLPLayout(gate="up_proj", up="gate_proj", down="down_proj", function=F.silu),
+        r"post is not gate \* up, as the layout says: it names other projections",
+    ),
+    "another function": (
+        MLPLayout(gate="gate_proj", up="up_proj", down="down_proj", function=F.gelu),
+        r"post is not gate \* up, as the layout says",
+    ),
+    "a function beside the module": (
+        MLPLayout(gate="gate_proj", up="up_proj", down="down_proj", activation="act_fn", function=F.gelu),
+        r"gate is not gelu\(pre\), as the layout says",
+    ),
+    "a function that fails": (
+        MLPLayout(gate="gate_proj", up="up_proj", down="down_proj", function=lambda pre: 1 / 0),
+        "does not run while every site is read: ZeroDivisionError: division by zero",
+    ),
+    "an ungated function that fails": (
+        MLPLayout(gate="gate_proj", down="down_proj", function=lambda pre: 1 / 0),
+        "gate cannot be computed as the layout says: ZeroDivisionError: division by zero",
+    ),
+    "up forgotten, activation named": (
+        MLPLayout(gate="gate_proj", down="down_proj", activation="act_fn"),
+        "post is not gate, as the layout says",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_LAYOUTS)
+def test_a_registered_layout_by_which_the_mlp_would_compute_other_values_is_found(what: str) -> None:
+    layout, message = WRONG_LAYOUTS[what]
+    model, _ = tiny_model("llava_next_mistral")
+    towers = {"language": "model.language_model.layers", "vision": "model.vision_tower.encoder.layers"}
+    known = len(finding._REGISTERED)
+    try:
+        register_architecture(type(model).__name__, Architecture(towers, mlps={"language": {"mlp": layout}}))
+        where = "" if message.startswith("does not run") else r"language\.layers\.0\.mlp\."
+        with pytest.raises(ContractError, match=where + message):
+            check_architecture(model, inputs=tiny_inputs("llava_next_mistral"))
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
 
 
 def test_reads_that_change_the_model_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

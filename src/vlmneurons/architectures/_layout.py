@@ -151,12 +151,18 @@ class MLPLayout:
     def __post_init__(self) -> None:
         if self.function is None and self.activation is not None:
             object.__setattr__(self, "function", Expression((Step("module", self.activation, (Value("pre"),)),)))
+        elif self.function is not None and not callable(self.function):
+            raise ArchitectureError(f"function= computes gate from pre, such as F.silu; got {self.function!r}")
         elif self.function is not None and not isinstance(self.function, Expression):
             object.__setattr__(self, "function", Expression((Step("function", self.function, (Value("pre"),)),)))
         if (self.gate is None) == (self.fused is None):
             raise ArchitectureError("an MLPLayout names the projection before its activation: give gate=, or fused=")
         if (self.fused is None) != (self.split is None) or self.split not in (None, *SPLITS.values()):
             raise ArchitectureError(f"fused= goes with split=, one of {', '.join(SPLITS.values())}")
+        for name in ("down", "activation", "gate", "up", "fused"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and (value is not None or name == "down"):
+                raise ArchitectureError(f"{name}= is the name of a module within the MLP; got {value!r}")
         if self.function is None:
             raise ArchitectureError("an MLPLayout needs activation= (name of a module), or function= (such as F.silu)")
 

@@ -106,9 +106,9 @@ def check_architecture(
     """Make sure that the neurons of a model can be named, read and switched off as the rest of the library expects.
 
     1. Every layer of every tower has its MLPs named, or none; sites are told apart by their names.
-    2. The values at every site equal those of plain PyTorch hooks, bit for bit, and ``post`` is what ``gate`` and
-       ``up`` make of it. Experts kept in one tensor see the tokens that the router chose for them, and values that an
-       independent computation gives, up to rounding.
+    2. The values at every site equal those of plain PyTorch hooks, bit for bit; ``gate`` is what the layout makes of
+       ``pre``, and ``post`` what it makes of ``gate`` and ``up``. Experts kept in one tensor see the tokens that the
+       router chose for them, and values that an independent computation gives, up to rounding.
     3. Logits are the same bit for bit without hooks, while all sites are read, while nothing is changed, and after.
     4. Zeroing a neuron at ``gate`` and at ``post`` gives the same logits, bit for bit.
     5. A second search, and one in a model built anew from the configuration, number all neurons the same.
@@ -235,7 +235,12 @@ class _Runner:
         return self.logits(self.hf(**copy.copy(dict(self.inputs)))).detach().clone()
 
     def expect_clean(self, when: str) -> None:
-        found = self()
+        try:
+            found = self()
+        except Exception as error:
+            raise ContractError(
+                f"{type(self.hf).__name__} does not run {when}: {type(error).__name__}: {error}"
+            ) from error
         if not torch.equal(found, self.clean):
             most = (found - self.clean).abs().max().item()
             raise ContractError(f"{type(self.hf).__name__}: logits differ by up to {most:g} {when}")
@@ -374,8 +379,16 @@ class _Reference:
             expected["pre"], expected["gate"] = self.inputs[layout.activation], self.outputs[layout.activation]
         elif layout.gate is not None:
             expected["pre"] = self.outputs[layout.gate]
-        if "gate" not in expected and not layout.gated and not layout.normed:
-            expected["gate"] = expected["post"]
+        if "other" not in layout.function.inputs:
+            computed = [self._computed("gate", layout.gate_of, pre) for pre in expected["pre"]]
+            self._same("gate", computed, expected.setdefault("gate", computed), str(layout.function))
+        if layout.repeatable and not layout.normed and "gate" in expected:
+            ups = expected.get("up", [None] * len(expected["gate"]))
+            computed = [
+                self._computed("post", layout.post_of, gate, up) for gate, up in zip(expected["gate"], ups, strict=True)
+            ]
+            post = layout.product if layout.product is not None else "gate * up" if layout.gated else "gate"
+            self._same("post", computed, expected["post"], str(post))
         for kind in layout.kinds:
             if len(found[kind]) != len(self.inputs[layout.down]):
                 raise ContractError(
@@ -386,10 +399,25 @@ class _Reference:
                     raise ContractError(f"{mlp.site(kind)} has {ours.shape[-1]} neurons; {mlp.width} were announced")
                 if not torch.equal(ours.reshape(-1, mlp.width), theirs.reshape(-1, mlp.width)):
                     raise ContractError(f"{mlp.site(kind)} differs from what a plain hook sees")
-        if layout.gated and not layout.normed and layout.product is None:
-            for gate, up, post in zip(found["gate"], found["up"], found["post"], strict=True):
-                if not torch.equal(gate * up, post):
-                    raise ContractError(f"{mlp.site('post')} is not gate * up")
+
+    def _computed(self, kind: str, compute: Callable[..., Tensor], *values: Tensor | None) -> Tensor:
+        """What the layout makes of values that plain hooks saw."""
+        try:
+            with torch.no_grad():
+                return compute(self.module, *values)
+        except Exception as error:
+            raise ContractError(
+                f"{self.mlp.site(kind)} cannot be computed as the layout says: {type(error).__name__}: {error}"
+            ) from error
+
+    def _same(self, kind: str, computed: Sequence[Tensor], seen: Sequence[Tensor], what: str) -> None:
+        """Refuses a layout by which the MLP would compute other values than it does."""
+        for ours, theirs in zip(computed, seen, strict=True):
+            if ours.shape[-1] != theirs.shape[-1] or not torch.equal(ours.reshape(theirs.shape), theirs):
+                raise ContractError(
+                    f"{self.mlp.site(kind)} is not {what}, as the layout says: it names other projections than the MLP "
+                    "computes with, or not all of them, or another function"
+                )
 
 
 def _watch_calls(module: nn.Module, calls: list[list[Any]]) -> Handle:
