@@ -1,8 +1,8 @@
 """The documentation of the code is whole: what is public has an entry, and a docstring that says all that it must.
 
-What is checked: that every public name, method and property has an entry in the built API page; that every argument,
-attribute and error of the library is explained; that what is returned is said; that arrays have shapes and units; that
-tables name their columns; and that methods from papers name the paper.
+What is checked: that every public name, method and property has an entry in the built pages of the API; that every
+argument, attribute and error of the library is explained; that what is returned is said; that arrays have shapes and
+units; that tables name their columns; and that methods from papers name the paper.
 """
 
 import inspect
