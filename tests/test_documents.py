@@ -78,9 +78,16 @@ def test_every_public_name_method_and_property_has_an_entry_on_a_page_of_the_api
     lines = [line.split(" ") for line in zlib.decompress(packed).decode().splitlines()]
     entries = {line[0] for line in lines if line[3].startswith("api/")}
     missing = {*public_things(), *callees()} - entries
-    # The methods of a class stand at its first name.
+    # The methods of a class stand at its first name, and how it is made stands with the class.
     missing -= {name for name in missing if name.startswith("vlmneurons.ConAct.")}
+    made = {name.removesuffix(".__init__"): callees()[name] for name in missing if name.endswith(".__init__")}
+    missing -= {f"{name}.__init__" for name in made if name in entries}
     assert not missing, f"no entry for {', '.join(sorted(missing))}"
+    pages = "".join(page.read_text(encoding="utf-8") for page in (folder / "api").glob("*.html"))
+    for name, one in made.items():
+        of_class = pages.partition(f'id="{name}"')[2].partition('class="doc doc-children"')[0]
+        unsaid = set(one.parameters) - set(re.findall(r"<b><code>(?:<[^>]+>)*(\w+)<", of_class))
+        assert not unsaid, f"the entry of {name} does not explain {', '.join(sorted(unsaid))}"
 
 
 def test_no_public_name_has_two_entries():
