@@ -13,7 +13,7 @@ import griffe
 
 FRONT = "api/index.md"
 PACKAGE = "vlmneurons"
-_MARK = re.compile(r"<!-- every public name: .*? -->")
+_PLACE = re.compile(r"^\*Here the site has every public name .*\*$", re.MULTILINE)
 _ENTRY = re.compile(r"^::: ([\w.]+)", re.MULTILINE)
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 
@@ -49,4 +49,4 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     names = re.findall(r"'api/(\w+\.md)'", str(config.nav))
     folder = Path(config.docs_dir, "api")
     tables = [table(package, name, (folder / name).read_text(encoding="utf-8")) for name in names if name != "index.md"]
-    return _MARK.sub(lambda _: "\n\n".join(tables), markdown)
+    return _PLACE.sub(lambda _: "\n\n".join(tables), markdown)
