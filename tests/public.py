@@ -19,18 +19,24 @@ _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Examples?|Source
 _ENTRY = re.compile(r"^(\*{0,2}[\w., /*`]+?)(?: \([^)]*\))?: ")
 
 
-API = Path(__file__).parent.parent / "docs" / "api.md"
+API = Path(__file__).parent.parent / "docs" / "api"
+
+
+def documented_paths() -> list[str]:
+    """What the pages of the API have entries for, as often as they have them."""
+    pages = sorted(API.glob("*.md"))
+    return [path for page in pages for path in re.findall(r"^::: ([\w.]+)", page.read_text("utf-8"), re.MULTILINE)]
 
 
 @functools.cache
 def public_things() -> dict[str, Any]:
     """Every function and class that a user may name, by the path under which the documentation has it.
 
-    These are the names of the package and of its module for tests, and whatever else the API page has entries for.
+    These are the names of the package and of its module for tests, and whatever else the API's pages have entries for.
     """
     things = {f"vlmneurons.{name}": getattr(vn, name) for name in vn.__all__ if name != "__version__"}
     things |= {f"vlmneurons.testing.{name}": getattr(testing, name) for name in testing.__all__}
-    for path in re.findall(r"^::: ([\w.]+)", API.read_text(encoding="utf-8"), re.MULTILINE):
+    for path in documented_paths():
         thing = pkgutil.resolve_name(path)
         if not isinstance(thing, ModuleType):
             things[path] = thing

@@ -2,18 +2,21 @@
 
 import json
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import vlmneurons as vn
-from public import callees, public_things
+from public import callees, documented_paths, public_things
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -68,16 +71,40 @@ def test_the_strict_build_of_the_documentation_has_no_warning(site):
     assert (folder / "index.html").is_file()
 
 
-def test_every_public_name_method_and_property_has_an_entry_on_the_api_page(site):
+def test_every_public_name_method_and_property_has_an_entry_on_a_page_of_the_api(site):
     folder, done = site
     assert done.returncode == 0, done.stderr
     _, _, _, _, packed = (folder / "objects.inv").read_bytes().split(b"\n", 4)  # four lines, then the list, packed
     lines = [line.split(" ") for line in zlib.decompress(packed).decode().splitlines()]
-    entries = {line[0] for line in lines if line[3].startswith("api.html#")}
+    entries = {line[0] for line in lines if line[3].startswith("api/")}
     missing = {*public_things(), *callees()} - entries
-    # The methods of a class stand at its first name.
+    # The methods of a class stand at its first name, and how it is made stands with the class.
     missing -= {name for name in missing if name.startswith("vlmneurons.ConAct.")}
+    made = {name.removesuffix(".__init__"): callees()[name] for name in missing if name.endswith(".__init__")}
+    missing -= {f"{name}.__init__" for name in made if name in entries}
     assert not missing, f"no entry for {', '.join(sorted(missing))}"
+    pages = "".join(page.read_text(encoding="utf-8") for page in (folder / "api").glob("*.html"))
+    for name, one in made.items():
+        of_class = pages.partition(f'id="{name}"')[2].partition('class="doc doc-children"')[0]
+        unsaid = set(one.parameters) - set(re.findall(r"<b><code>(?:<[^>]+>)*(\w+)<", of_class))
+        assert not unsaid, f"the entry of {name} does not explain {', '.join(sorted(unsaid))}"
+
+
+def test_no_public_name_has_two_entries():
+    modules = [path for path in documented_paths() if isinstance(pkgutil.resolve_name(path), ModuleType)]
+    twice = [path for path, times in Counter(documented_paths()).items() if times > 1]
+    twice += [path for path in documented_paths() if path.rpartition(".")[0] in modules]
+    assert not twice, f"on more than one page, or twice on one: {', '.join(twice)}"
+
+
+def test_the_front_page_of_the_api_links_every_public_name_with_the_first_line_of_its_docstring(site):
+    folder, done = site
+    assert done.returncode == 0, done.stderr
+    front = (folder / "api" / "index.html").read_text(encoding="utf-8")
+    rows = dict(re.findall(r'<tr>\s*<td><a href="\w+\.html#([\w.]+)"><code>.*?</td>\s*<td>(.*?)</td>\s*</tr>', front))
+    assert set(rows) == set(public_things()) - {"vlmneurons.VLMNeuronsError"}  # it stands there as that of `errors`
+    assert rows["vlmneurons.VLM"] == "A vision-language model whose MLP neurons have names."
+    assert not [path for path, first in rows.items() if not first.strip()]
 
 
 def test_every_page_is_in_the_navigation_and_every_picture_exists():

@@ -1,21 +1,23 @@
 """The documentation of the code is whole: what is public has an entry, and a docstring that says all that it must.
 
-What is checked: that every public name, method and property has an entry in the built API page; that every argument,
-attribute and error of the library is explained; that what is returned is said; that arrays have shapes and units; that
-tables name their columns; and that methods from papers name the paper.
+What is checked: that every public name, method and property has an entry in the built pages of the API; that every
+argument, attribute and error of the library is explained; that what is returned is said; that arrays have shapes and
+units; that tables name their columns; and that methods from papers name the paper.
 """
 
 import inspect
 import re
 from dataclasses import fields, is_dataclass
 
+import griffe
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 import vlmneurons as vn
 from helpers import some_questions
-from public import Callee, callees, entries, own_bases, public_things, raised, sections
+from public import API, Callee, callees, entries, own_bases, public_things, raised, sections
 from test_effects import random_result
 from test_trust import made_items
 from vlmneurons import errors
@@ -114,6 +116,21 @@ def test_what_is_given_back_is_said_in_the_first_line_or_under_returns():
                 wrong.append(f"{name} points to {refers.group(1)}, which is not public")
         elif one.doc.split()[0] in VERBS and not {"Returns", "Yields"} & set(text):
             wrong.append(f"{name} says what it does, and nowhere what it gives")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_said_of_a_result_is_not_taken_for_its_type():
+    # What stands before a colon in the first line would be shown in the place of the annotation, and, unless the site's
+    # options say otherwise, each line as a result of its own.
+    site = yaml.safe_load((API.parent.parent / "mkdocs.yml").read_text(encoding="utf-8"))
+    plugin = next(one["mkdocstrings"] for one in site["plugins"] if "mkdocstrings" in one)
+    how = plugin["handlers"]["python"]["options"]["docstring_options"]
+    assert not how["returns_multiple_items"]
+    wrong = []
+    for name, one in CALLEES.items():
+        for section in griffe.Docstring(one.doc).parse("google", **how, warnings=False):
+            if section.kind.value in ("returns", "yields"):
+                wrong += [f"{name}: {value.annotation!r}" for value in section.value if value.annotation]
     assert not wrong, "\n".join(wrong)
 
 

@@ -761,7 +761,7 @@ def record_items(
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.remote`.
 
     Returns:
-        The recording, open for reading: counts of every question, whatever its answer.
+        The recording, open for reading, with the counts of every question, whatever its answer.
 
     Raises:
         MismatchError: the folder holds another recording, or another process is recording into it; or the model runs

@@ -213,11 +213,11 @@ def stability(
         seed: of the draws, and of the balanced pool.
 
     Returns:
-        A row for each ``group``, and their mean as ``"all"``: ``questions`` in the pool, ``jaccard`` (mean overlap),
-        ``jaccard_low``, ``jaccard_high``, ``chance`` (expected overlap of two random sets of these sizes), ``spearman``
-        (mean rank correlation of the scores of all neurons; NaN for selectors without scores). Halves are smaller than
-        the pool, so they understate how stable a selection from the whole pool is; a bootstrap shares questions with
-        it, so it overstates.
+        A row for each ``group``, and their mean as ``"all"``, with ``questions`` in the pool, ``jaccard`` (mean
+        overlap), ``jaccard_low``, ``jaccard_high``, ``chance`` (expected overlap of two random sets of these sizes),
+        ``spearman`` (mean rank correlation of the scores of all neurons; NaN for selectors without scores). Halves are
+        smaller than the pool, so they understate how stable a selection from the whole pool is; a bootstrap shares
+        questions with it, so it overstates.
 
     Raises:
         SelectionError: a group has fewer questions than are needed (the message names it), or no such method.
@@ -334,7 +334,7 @@ def null_distribution(
         seed: of the shuffles, and of the balanced pool.
 
     Returns:
-        A row for each ``group``: ``questions``, ``strength``, ``null_mean``, ``null_high`` (95th percentile of the
+        A row for each ``group`` with ``questions``, ``strength``, ``null_mean``, ``null_high`` (95th percentile of the
         shuffles), ``p``, ``p_holm`` (Holm: any false finding) and ``p_bh`` (Benjamini & Hochberg: share of false
         findings).
 
@@ -394,10 +394,10 @@ def sample_sizes(
         seed: of the draws.
 
     Returns:
-        A row for each size and group: ``size``, ``group``, ``jaccard`` (overlap with the selection from all questions,
-        mean over draws), ``jaccard_low`` and ``jaccard_high`` (smallest and largest), ``chance``, and ``between``, the
-        mean overlap of two draws of this size. All questions contain the few, so ``jaccard`` is 1 at the size of the
-        group; ``between`` is not flattered in this way as long as the size is well below it.
+        A row for each size and group with ``size``, ``group``, ``jaccard`` (overlap with the selection from all
+        questions, mean over draws), ``jaccard_low`` and ``jaccard_high`` (smallest and largest), ``chance``, and
+        ``between``, the mean overlap of two draws of this size. All questions contain the few, so ``jaccard`` is 1 at
+        the size of the group; ``between`` is not flattered in this way as long as the size is well below it.
 
     Raises:
         SelectionError: no size, one below 1 or twice, or a group that has fewer questions than a size; the message
@@ -486,8 +486,8 @@ def relatedness(evidence: Any, selector: Selector) -> "pd.DataFrame":
             scores that exclude each other; `MAD` or `LAP` show relations.
 
     Returns:
-        A row for each pair: ``first``, ``second``, ``jaccard`` of their sets, ``chance`` (of two random sets of these
-        sizes), ``spearman`` (rank correlation of the scores of all neurons; NaN for selectors without scores) and
+        A row for each pair with ``first``, ``second``, ``jaccard`` of their sets, ``chance`` (of two random sets of
+        these sizes), ``spearman`` (rank correlation of the scores of all neurons; NaN for selectors without scores) and
         ``profile`` (correlation, over neurons, of the groups' activation probabilities less the mean over groups; NaN
         where there are no counts). With ``n`` unrelated groups the profiles correlate by ``-1 / (n - 1)``, not by 0.
     """
@@ -537,9 +537,9 @@ def layer_counts(selection: Selection, *, confidence: float = 0.95) -> "pd.DataF
         confidence: level of the interval of a uniform choice.
 
     Returns:
-        A row for each group and layer: ``group``, ``tower``, ``layer``, ``neurons``, ``expected`` under uniform choice,
-        ``low`` and ``high`` (the interval that a uniform choice falls into; hypergeometric, exact for one layer, not
-        for all of them at once) and ``ratio``, neurons over expected.
+        A row for each group and layer with ``group``, ``tower``, ``layer``, ``neurons``, ``expected`` under uniform
+        choice, ``low`` and ``high`` (the interval that a uniform choice falls into; hypergeometric, exact for one
+        layer, not for all of them at once) and ``ratio``, neurons over expected.
     """
     import pandas as pd
 
@@ -586,12 +586,12 @@ def layer_profile(
         seed: of the uniform choices.
 
     Returns:
-        A row for each ``group``: ``neurons``; ``gini`` (0: spread evenly over layers, towards 1: in one layer) and
-        ``entropy`` (nats, of the shares of the layers), each with ``_uniform_low`` and ``_uniform_high``, the interval
-        that a uniform choice of as many neurons falls into, and, if there are resampled selections, ``_low`` and
-        ``_high``; and ``top_tower`` and ``top_layer``, where most neurons are, with ``top_share`` of the neurons and
-        ``top_expected``, that layer's share of all neurons. Resampled selections are less concentrated the less stable
-        they are, so their interval need not contain the value.
+        A row for each ``group`` with ``neurons``; ``gini`` (0 if spread evenly over layers, towards 1 if in one layer)
+        and ``entropy`` (nats, of the shares of the layers), each with ``_uniform_low`` and ``_uniform_high``, the
+        interval that a uniform choice of as many neurons falls into, and, if there are resampled selections, ``_low``
+        and ``_high``; and ``top_tower`` and ``top_layer``, where most neurons are, with ``top_share`` of the neurons
+        and ``top_expected``, that layer's share of all neurons. Resampled selections are less concentrated the less
+        stable they are, so their interval need not contain the value.
 
     Raises:
         MismatchError: something else than selections, or selections of different spaces.

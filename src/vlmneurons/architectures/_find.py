@@ -95,9 +95,9 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
         hf_model: a transformers model, on any device, meta included. It is only looked at.
 
     Returns:
-        Towers by name: ``"language"`` is the text decoder and ``"vision"`` the first image tower; a text encoder is
-        ``"encoder"``, an audio tower ``"audio"``, and what else there is goes by its own name in the model. The order
-        and every number in it depend on nothing but the model's class and configuration.
+        The towers by name, of which ``"language"`` is the text decoder and ``"vision"`` the first image tower; a text
+        encoder is ``"encoder"``, an audio tower ``"audio"``, and what else there is goes by its own name in the model.
+        The order and every number in it depend on nothing but the model's class and configuration.
 
     Raises:
         ArchitectureError: the MLPs cannot be told for certain; says what was seen, and how to register what is known.
