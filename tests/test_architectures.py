@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -211,6 +212,48 @@ def test_linear_layers_in_the_block_itself_are_its_mlp() -> None:
     assert {mlp.name for mlp in tower.mlps} == {"mlp"}
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda table, x: torch.arange(1, x.shape[1] + 1)[:, None],
+        lambda table, x: torch.arange(1, 6, device=x.device, dtype=x.dtype)[:, None],
+        lambda table, x: torch.ones(x.shape[1], 1),
+        lambda table, x: torch.ones((x.size(1), 1), device=x.device),
+        lambda table, x: torch.zeros(x.shape[:-1]).unsqueeze(-1) + 1,
+        lambda table, x: torch.full((1, x.shape[-1]), 0.5, dtype=x.dtype),
+        lambda table, x: torch.eye(x.shape[1], 1) + 1,
+        lambda table, x: torch.linspace(1, 2, x.shape[1])[:, None],
+        lambda table, x: torch.tensor([2.0], device=x.device, dtype=x.dtype),
+        lambda table, x: torch.tensor(x.shape[1]),
+        lambda table, x: torch.roll(table, x.shape[0])[:, None],
+        lambda table, x: F.pad(table[1:], (0, x.shape[1] - 4), value=3.0)[:, None],
+        lambda table, x: table.to(dtype=x.dtype)[:, None],
+        lambda table, x: table.view(x.shape[1], 1),
+        lambda table, x: table.repeat(x.shape[0], 1)[..., None],
+        lambda table, x: table[:, None].expand(x.shape[1], x.shape[2]),
+    ],
+)
+def test_a_block_that_makes_tensors_as_long_as_its_input_is_followed(weights: Callable[..., Tensor]) -> None:
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.act = nn.Linear(HIDDEN, HIDDEN), nn.GELU()
+            self.fc1, self.fc2 = nn.Linear(HIDDEN, WIDTH), nn.Linear(WIDTH, HIDDEN)
+            self.table = torch.linspace(1, 2, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.mix(x).cumsum(1) / weights(self.table, x)
+            return x + self.fc2(self.act(self.fc1(x)))
+
+    model = Toy(nn.Identity)
+    model.language_model.layers = nn.ModuleList([Averaging(), Averaging()])
+    tower = find_towers(model)["language"]
+    assert [mlp.path for mlp in tower.mlps] == ["language_model.layers.0", "language_model.layers.1"]
+    assert {(mlp.layout.gate, mlp.layout.activation, mlp.layout.down) for mlp in tower.mlps} == {("fc1", "act", "fc2")}
+    seen = capture(model, tower.mlps[1])
+    assert torch.equal(F.gelu(seen["pre"]), seen["post"])
+
+
 def test_layers_without_an_mlp_keep_their_numbers() -> None:
     model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))), layers=3)
     model.language_model.layers[1] = nn.Sequential(Attention())
@@ -244,6 +287,29 @@ def test_finding_leaves_the_model_and_the_random_state_as_they_were() -> None:
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for name, module in model.named_modules() if "mlp" in name
     )
+
+
+def test_finding_leaves_torch_as_it_was_whether_it_succeeds_fails_or_runs_in_several_threads() -> None:
+    def names_of_torch() -> dict[tuple[Any, str], Any]:
+        return {
+            (owner, name): value
+            for owner in (torch, F, torch.Tensor, nn.Module)
+            for name, value in vars(owner).items()
+            if callable(value)
+        }
+
+    def failing(m: nn.Module, x: Tensor) -> Tensor:
+        return m.c(F.silu(m.a(x)) * m.b(x)) + int(torch.ones(x.shape[1]).sum())
+
+    def find(_: int) -> tuple[int, ...]:
+        return find_towers(Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)))))["language"].widths
+
+    before = names_of_torch()
+    with pytest.raises(ArchitectureError):
+        layout_of(failing)
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(find, range(16))) == {(WIDTH, WIDTH)}
+    assert names_of_torch() == before
 
 
 # --- what is refused ---

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 import vlmneurons as vn
@@ -62,6 +64,8 @@ TABLE: dict[tuple[str, str], str] = {
     ("florence2", "two pictures"): (
         "QuestionError: question 'q0': the processor refuses it (ValueError: The total number of <image> tokens in the "
         "prompts should be the same as the number of images passed. Found total 1 <image> tokens and 2 images.)"
+        if Version(transformers.__version__) >= Version("5.23")
+        else FLORENCE  # its processor did not count, and left it to the model
     ),
 }
 """What is not "works", by model and column: the exact error."""

@@ -7,7 +7,7 @@ template, padding or special tokens decides what is counted, so it is worked out
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -178,10 +178,22 @@ class Encoder:
     def _adds_special(self, rendered: str) -> bool:
         # As in transformers' own apply_chat_template(tokenize=True): a template that writes the beginning-of-text
         # token itself must not be given a second one.
-        if (getattr(self.processor, "text_kwargs", None) or {}).get("add_special_tokens") is False:
+        if self._by_default("text_kwargs", "add_special_tokens") is False:
             return False  # the processor puts them where they belong itself, as Florence-2's does
         bos = getattr(self.tokenizer, "bos_token", None)
         return not (bos and rendered.startswith(bos))
+
+    def _by_default(self, kind: str, name: str) -> Any:
+        """A setting that the processor has where a call does not give it; None if it has none of its own.
+
+        Processors keep it in an attribute, alone or among others of its kind; until transformers 5.22 they kept all in
+        a table of the class that declares what they take.
+        """
+        table = getattr(getattr(self.processor, "valid_processor_kwargs", None), "_defaults", None) or {}
+        for settings in (getattr(self.processor, kind, None), table.get(kind)):
+            if isinstance(settings, Mapping) and name in settings:
+                return settings[name]
+        return getattr(self.processor, name, None)
 
     def token_ids(self, rendered: str) -> list[int]:
         """Ids of a rendered prompt with its image placeholders unexpanded."""
@@ -299,7 +311,9 @@ class Encoder:
     def _process(self, texts: Sequence[str], pictures: Sequence[Sequence[Any]], padding_side: str) -> BatchFeature:
         """What the processor makes of texts, their image placeholders unexpanded, and of each one's pictures."""
         images: Any = list(pictures)
-        if getattr(self.processor, "multi_page", None) is False:  # GOT-OCR: a list of lists would be pages of documents
+        if (
+            self._by_default("images_kwargs", "multi_page") is False
+        ):  # GOT-OCR: a list of lists would be pages of documents
             images = [picture for row in pictures for picture in row]
         data = self.processor(
             **({"images": images} if any(pictures) else {}),

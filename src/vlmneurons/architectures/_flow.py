@@ -6,9 +6,11 @@ costs the same for a model on the meta device, a quantised, a sharded or an adap
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +107,62 @@ class _Property(fx.proxy.Attribute):
         raise TypeError("a symbol has no length")
 
 
+_TAKE_NUMBERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (
+        torch,
+        (
+            *("arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"),
+            *("randperm", "scalar_tensor", "tensor", "zeros"),
+            *("chunk", "roll", "split", "tril", "triu"),
+        ),
+    ),
+    (F, ("pad", "scaled_dot_product_attention")),
+    (Tensor, ("chunk", "expand", "repeat", "reshape", "roll", "split", "to", "tril", "triu", "view")),
+)
+"""What takes a length, a dtype or a device, and may be called with no symbol in the place of a tensor.
+
+torch tells `torch.fx` of a call for the sake of its tensors. Whether also for that of a number differs by its version
+and by the function: 2.6 refuses ``torch.arange(x.shape[1])``, 2.14 still ``torch.zeros(x.shape[0], 1)``.
+"""
+_TRACING = threading.RLock()
+"""Held while names of torch are exchanged, here and by `torch.fx`: two at once would not put back what was there."""
+
+
+@contextlib.contextmanager
+def _numbers_may_be_symbols() -> Iterator[None]:
+    """Within it, the calls of `_TAKE_NUMBERS` are steps of the flow whichever of their arguments is a symbol."""
+    with _TRACING:
+        places = [(owner, name) for owner, names in _TAKE_NUMBERS for name in names]
+        before = [(owner, name, vars(owner).get(name)) for owner, name in places]
+        try:
+            for owner, name in places:
+                setattr(owner, name, _followed(getattr(owner, name), name if owner is Tensor else None))
+            yield
+        finally:
+            for owner, name, own in before:
+                if own is not None:
+                    setattr(owner, name, own)
+                elif name in vars(owner):  # what is inherited comes back by itself
+                    delattr(owner, name)
+
+
+def _followed(call: Callable, method: str | None) -> Callable:
+    """A function, or method of tensors, that becomes a step of the flow if one of its arguments is a symbol."""
+
+    @functools.wraps(call)
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        symbols: list[fx.Proxy] = []
+        fx.node.map_aggregate(
+            (args, kwargs), lambda value: symbols.append(value) if isinstance(value, fx.Proxy) else None
+        )
+        if not symbols:
+            return call(*args, **kwargs)
+        kind, target = ("call_function", call) if method is None else ("call_method", method)
+        return symbols[0].tracer.create_proxy(kind, target, args, kwargs)
+
+    return followed
+
+
 _MOST_WAYS = 12
 """How many ways through one forward are followed at most; each comparison of symbols doubles them."""
 
@@ -118,6 +176,10 @@ class _Tracer(fx.Tracer):
         self.traced_func_name = method
         self.fill, self.way = fill, list(way)
         self.taken: list[bool] = []
+
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:
+        with _numbers_may_be_symbols():
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)
