@@ -332,6 +332,41 @@ def test_two_activated_branches_are_refused() -> None:
         layout_of(lambda m, x: m.c(F.silu(m.a(x)) * F.gelu(m.b(x))))
 
 
+def kept(x: Tensor, values: Callable[[Tensor], Any]) -> Tensor:
+    """A tensor as long as the input, into which something was written."""
+    out = torch.zeros((*x.shape[:-1], WIDTH), dtype=x.dtype)
+    values(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda m, x: m.c(kept(x, lambda out: out.copy_(F.gelu(m.a(x))))),
+        lambda m, x: m.c(kept(x, lambda out: out.__setitem__(slice(None), F.gelu(m.a(x))))),
+        lambda m, x: m.c(kept(x, lambda out: out[:, 1:].copy_(F.gelu(m.a(x))[:, 1:]))),
+        lambda m, x: m.c(kept(x, lambda out: out.view(-1, WIDTH).index_add_(0, torch.arange(2), F.gelu(m.a(x))[0]))),
+        lambda m, x: m.c(kept(x, lambda out: torch.mul(F.gelu(m.a(x)), 2, out=out))),
+        lambda m, x: (lambda h: (h.relu_(), m.c(h))[1])(m.a(x)),
+        lambda m, x: (lambda h: (F.relu(h, True), m.c(h))[1])(m.a(x)),
+        lambda m, x: (lambda h: (m.act(h), m.c(h))[1])(m.a(x)),
+    ],
+)
+def test_neurons_that_are_written_into_a_tensor_are_refused_and_not_left_out(compute: Callable[..., Tensor]) -> None:
+    model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))), layers=3)
+    model.language_model.layers[1].mlp = Gated(compute, activation=nn.ReLU(inplace=True))
+    with pytest.raises(
+        ArchitectureError, match=r"layers\.1.*: mlp\.a and mlp\.c fit together like an MLP's projections"
+    ):
+        find_towers(model)
+
+
+def test_an_activation_in_place_whose_result_alone_is_used_is_an_activation() -> None:
+    for compute in (lambda m, x: m.c(F.relu(m.a(x), inplace=True) * m.b(x)), lambda m, x: m.c(m.act(m.a(x)) * m.b(x))):
+        layout = layout_of(compute, activation=nn.ReLU(inplace=True))
+        assert (layout.gate, layout.up, layout.down) == ("a", "b", "c")
+
+
 def test_two_lists_that_could_each_be_the_language_model_are_refused() -> None:
     model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
     other = Text([Block(Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))])

@@ -124,6 +124,7 @@ _TAKE_NUMBERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
 torch tells `torch.fx` of a call for the sake of its tensors. Whether also for that of a number differs by its version
 and by the function: 2.6 refuses ``torch.arange(x.shape[1])``, 2.14 still ``torch.zeros(x.shape[0], 1)``.
 """
+_IN_PARTS = ("chunk", "split", torch.chunk, torch.split)  # torch's own, whatever its names are while a flow is followed
 _TRACING = threading.RLock()
 """Held while names of torch are exchanged, here and by `torch.fx`: two at once would not put back what was there."""
 
@@ -211,7 +212,7 @@ class _Tracer(fx.Tracer):
         try:
             return super().iter(obj)
         except fx.proxy.TraceError:
-            if obj.node.target in ("chunk", "split", torch.chunk, torch.split):
+            if obj.node.target in _IN_PARTS:
                 return iter((obj[0], obj[1]))  # halves, or no MLP that we know
             if not _is_shape(obj.node):
                 raise
@@ -284,6 +285,11 @@ _SQUASHING = {torch.sigmoid, F.sigmoid, "sigmoid", torch.softmax, F.softmax, "so
 _SQUASHING_MODULES = (nn.Sigmoid, nn.Softmax, nn.Tanh)
 _ELEMENTWISE = _PRODUCTS | _AFFINE | _CLAMPS | _PASSIVE | _BENDING
 _MATMULS = {torch.bmm, torch.matmul, operator.matmul, F.linear, "bmm", "matmul"}
+_VIEWS = {
+    *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "chunk", "split", "tensor_split"),
+    *("split_with_sizes", "unbind", "narrow", "select", "transpose", "permute", "movedim", "swapaxes", "t", "detach"),
+    *("view_as", "reshape_as", "expand_as", "diagonal", "as_strided", "contiguous", "to", "float", "type"),
+}
 _TURNS = {"transpose", "mT", "t", "permute", torch.transpose}
 
 
@@ -314,7 +320,8 @@ class Flow:
         self.nodes = list(graph.nodes)
         self.given: dict[fx.Node, _Source] = {}
         self._sources: dict[fx.Node, frozenset[_Source] | None] = {}
-        self.overwritten = {node.args[0] for node in self.nodes if node.target is operator.setitem}
+        self.places = {node: place for place, node in enumerate(self.nodes)}
+        self.writers = self._find_writers()
         self.calls: dict[str, int] = {}
         for node in self.nodes:
             if node.op == "call_module":
@@ -336,6 +343,42 @@ class Flow:
         return self
 
     # --- what nodes are ---
+
+    def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
+        """The steps that write into a value which is used besides, by that value: it is then not what made it.
+
+        Whoever only goes on with the result of such a step (``relu_()``) might as well have had it elsewhere.
+        """
+        writers: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.nodes:
+            value = self._written(node)
+            while isinstance(value, fx.Node):
+                used = any(
+                    self.places[user] > self.places[node] or _is_view(user) for user in value.users if user is not node
+                )
+                if used or node.target is operator.setitem:
+                    writers.setdefault(value, []).append(node)
+                value = value.args[0] if _is_view(value) and value.args else None
+        return writers
+
+    def _written(self, node: fx.Node) -> Any:
+        """The value that a step writes into, if it does."""
+        if node.target is operator.setitem:
+            return node.args[0]
+        if node.kwargs.get("out") is not None:
+            return node.kwargs["out"]
+        if node.op == "call_module":
+            writes = getattr(self._module(node), "inplace", False) is True
+        elif node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            writes = name.endswith("_") and not name.endswith("__")
+            if getattr(node.target, "__module__", None) == F.__name__:
+                with contextlib.suppress(TypeError, ValueError):  # it declares no arguments
+                    given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+                    writes |= given.get("inplace") is True
+        else:
+            return None
+        return node.args[0] if writes and node.args else None
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(node.target)
@@ -446,7 +489,7 @@ class Flow:
         if node not in self._sources:
             self._sources[node] = None
             found = self._source(node)
-            if node in self.overwritten:
+            if node in self.writers:
                 pass  # parts of it come from elsewhere
             elif found is not None:
                 self._sources[node] = frozenset([found])
@@ -504,31 +547,43 @@ class Flow:
 
         It is not enough that no MLP was found: a step that is not understood may be an activation function.
         """
-        ends = [value for name, value in map(self._projection, self.nodes) if name == second]
+        ends = [(node, *self._projection(node)) for node in self.nodes]
+        ends = [(node, value) for node, name, value in ends if name == second]
         if not ends or first not in self.linears:
             return False
-        return all(not isinstance(value, fx.Node) or self._is_no_post(value, first) for value in ends)
+        return all(not isinstance(value, fx.Node) or self._is_no_post(value, first, node) for node, value in ends)
 
-    def _is_no_post(self, value: fx.Node, first: str) -> bool:
+    def _is_no_post(self, value: fx.Node, first: str, down: fx.Node) -> bool:
         alone = {source for factor in self._factors(value) for source in self.sources(factor) or ()}
         bent = any(self._bend(factor) for factor in self._factors(value))
-        return not self._reaches(value, first, False, set()) and not (bent and len(alone) > 1)
+        return not self._reaches(value, first, down, False, set()) and not (bent and len(alone) > 1)
 
-    def _reaches(self, node: fx.Node, first: str, unknown: bool, seen: set[tuple[fx.Node, bool]]) -> bool:
-        """Whether a linear layer's output reaches a node on a way that has a step which is not understood."""
-        if (node, unknown) in seen or self._is_setting(node):
+    def _reaches(
+        self, node: fx.Node, first: str, reader: fx.Node, unknown: bool, seen: set[tuple[fx.Node, fx.Node, bool]]
+    ) -> bool:
+        """Whether a linear layer's output reaches a node on a way that has a step which is not understood.
+
+        What has been written into the node by the time of its reader is on the way, and not understood.
+        """
+        if (node, reader, unknown) in seen or self._is_setting(node):
             return False
-        seen.add((node, unknown))
+        seen.add((node, reader, unknown))
+        writers = [writer for writer in self.writers.get(node, ()) if self.places[writer] < self.places[reader]]
         if self._projection(node)[0] == first:
-            return unknown
+            return unknown or bool(writers)
         if node.op == "call_module":
             module = self._module(node)
             if features(module) is not None or isinstance(module, nn.modules.conv._ConvNd) or self.explained(module):
                 return False
         known = self._is_elementwise(node) or self._source(node) is not None or _is_norm(node, self.root)
         known |= self._lacks_operand(node) or node.op in ("placeholder", "get_attr")
-        unknown |= not known or node in self.overwritten
-        return any(self._reaches(argument, first, unknown, seen) for argument in node.all_input_nodes)
+        unknown |= not known or bool(writers)
+        if any(
+            self._reaches(value, first, writer, True, seen) for writer in writers for value in writer.all_input_nodes
+        ):
+            return True
+        later = reader if _is_view(node) else node  # a view shows what is written later, too
+        return any(self._reaches(argument, first, later, unknown, seen) for argument in node.all_input_nodes)
 
     # --- MLPs ---
 
@@ -663,6 +718,16 @@ class Flow:
 
         visit(node)
         return Expression(tuple(steps))
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether what is written into a node may be seen in the one that it was made of."""
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT", "H", "mH", "data")
+    if node.target is operator.getitem:
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _VIEWS
 
 
 def _is_norm(node: fx.Node, root: nn.Module) -> bool:
