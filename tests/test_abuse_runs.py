@@ -31,11 +31,14 @@ def test_an_interrupt_at_any_moment_keeps_whole_batches_and_leaves_the_model_alo
     questions = some_questions(24)
     inputs = model.prepare(questions[:1])
     clean = logits_of(model.hf, inputs)
-    began = time.perf_counter()
     whole = vn.record(model, questions, condition="all", batch_size=2, progress=False)
+    began = time.perf_counter()
+    vn.record(model, questions, condition="all", batch_size=2, progress=False)
     duration = time.perf_counter() - began
     rng, interrupted = random.Random(0), 0
-    for _ in range(12):
+    for _ in range(80):  # some come too late, above all on a machine whose load has just gone
+        if interrupted == 8:
+            break
         signal.setitimer(signal.ITIMER_REAL, 0.001 + rng.random() * duration)
         handler = signal.signal(signal.SIGALRM, signal.default_int_handler)  # what Ctrl-C does
         try:
@@ -52,7 +55,7 @@ def test_an_interrupt_at_any_moment_keeps_whole_batches_and_leaves_the_model_alo
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler)
         assert torch.equal(logits_of(model.hf, inputs), clean)
-    assert interrupted >= 4
+    assert interrupted == 8
     assert vn.record(model, questions, condition="all", batch_size=2, progress=False) == whole
 
 

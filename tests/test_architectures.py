@@ -444,6 +444,8 @@ def test_a_model_without_mlps_is_refused() -> None:
 def test_a_layout_is_made_of_names_and_a_function() -> None:
     with pytest.raises(ArchitectureError, match=r"function= computes gate from pre, such as F\.silu; got 'silu'"):
         MLPLayout(gate="w1", down="w2", function="silu")
+    with pytest.raises(ArchitectureError, match="product= computes post from gate and up; got 'mul'"):
+        MLPLayout(gate="w1", down="w2", function=F.silu, product="mul")
     for wrong in ({"gate": nn.Linear(2, 2)}, {"gate": ""}, {"up": 3}, {"down": None}, {"activation": F.silu}):
         with pytest.raises(ArchitectureError, match=f"{next(iter(wrong))}= is the name of a module within the MLP"):
             MLPLayout(**{"gate": "w1", "down": "w2", "function": F.silu, **wrong})
@@ -1012,3 +1014,59 @@ def test_a_projection_that_weighs_something_else_is_no_mlp() -> None:
 
     mlps = find_towers(Toy(Weighs))["language"].mlps
     assert [mlp.layout.down for mlp in mlps] == ["c", "c"]
+
+
+def odd_toy() -> nn.Module:
+    """A model whose MLPs cannot be followed."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w3, self.w2 = nn.Linear(HIDDEN, WIDTH), nn.Linear(HIDDEN, WIDTH), nn.Linear(WIDTH, HIDDEN)
+            self.act = nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w2(self.act(self.w1(x)) * (self.w3(x) + 1)) if x.sum().item() < 1e9 else x
+
+    return Toy(Odd, name="ff")
+
+
+RIGHT = {"gate": "w1", "up": "w3", "down": "w2", "function": F.silu}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("mlps", "message"),
+    [
+        ({"language": {"mlp": MLPLayout(**RIGHT)}}, r"names an MLP at 'mlp', which no block of 'language' has"),
+        ({"mlp": MLPLayout(**RIGHT)}, r"names an MLP at 'mlp', which no block of 'language' has"),
+        ({"language": {"ff": {"gate": "w1"}}}, r"for each tower's name; got \{'ff': .*\} for 'language'"),
+        ({"language": [MLPLayout(**RIGHT)]}, r"for each tower's name; got \[MLPLayout"),
+        ({"ff": MLPLayout(**{**RIGHT, "down": "act"})}, r"'act' of the MLP at ff is a SiLU, and no projection"),
+        ({"ff": MLPLayout(**{**RIGHT, "up": "w2"})}, r"do not agree on its width. Seen:\n  w2: 24, w1: 24, w2: 8"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_its_model_is_refused(mlps: Any, message: str) -> None:
+    def found() -> None:
+        register_architecture("Toy", Architecture(towers={"language": "language_model.layers"}, mlps=mlps))
+        find_towers(odd_toy())
+
+    known = len(finding._REGISTERED)
+    try:
+        with pytest.raises(ArchitectureError, match=message):
+            found()
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+
+
+def test_post_may_be_given_as_a_plain_function_of_gate_and_up() -> None:
+    model, known = odd_toy(), len(finding._REGISTERED)
+    try:
+        layout = MLPLayout(**RIGHT, product=lambda gate, up: gate * (up + 1))
+        register_architecture("Toy", Architecture(towers={"language": "language_model.layers"}, mlps={"ff": layout}))
+        check_zeroing(model, find_towers(model)["language"])
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+    gate = torch.randn(3, WIDTH)
+    squared = MLPLayout(gate="w1", down="w2", function=F.relu, product=lambda gate: gate**2)
+    assert torch.equal(squared.post_of(nn.Identity(), gate), gate**2)

@@ -1,6 +1,7 @@
 """The contract that any model must meet: small models of many classes meet it, and broken ones are caught."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,37 @@ def test_a_registered_layout_by_which_the_mlp_would_compute_other_values_is_foun
         where = "" if message.startswith("does not run") else r"language\.layers\.0\.mlp\."
         with pytest.raises(ContractError, match=where + message):
             check_architecture(model, inputs=tiny_inputs("llava_next_mistral"))
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+
+
+def test_a_module_that_does_not_run_as_often_as_the_others_is_found() -> None:
+    model, _ = tiny_model("llava_next_mistral")
+    for block in model.model.language_model.layers:
+        block.mlp.spare = nn.Linear(32, block.mlp.up_proj.out_features)
+    layout = MLPLayout(gate="gate_proj", up="spare", down="down_proj", function=F.silu)
+    known = len(finding._REGISTERED)
+    try:
+        towers = {"language": "model.language_model.layers"}
+        register_architecture(type(model).__name__, Architecture(towers, mlps={"mlp": layout}))
+        with pytest.raises(
+            ContractError, match=r"layers\.0\.mlp does not run each module .*gate_proj 1 times, spare 0"
+        ):
+            check_architecture(model, inputs=tiny_inputs("llava_next_mistral"))
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+
+
+def test_towers_that_were_exchanged_are_noted() -> None:
+    model, _ = tiny_model("llava_next_mistral")
+    known = len(finding._REGISTERED)
+    try:
+        towers = {"vision": "model.language_model.layers", "language": "model.vision_tower.encoder.layers"}
+        register_architecture(type(model).__name__, Architecture(towers))
+        report = check_architecture(model, inputs=tiny_inputs("llava_next_mistral"))
+        assert re.search(
+            r"language: model\.vision_tower\S+ sees \d+ rows where the input has \d+ tokens: is model", str(report)
+        )
     finally:
         del finding._REGISTERED[: len(finding._REGISTERED) - known]
 

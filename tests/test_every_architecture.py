@@ -242,7 +242,7 @@ def test_sites_are_found_in_every_class_that_transformers_maps(
     assert not problems, "\n".join(problems)
     # What may be missing is an optional package of transformers, and nothing else.
     assert not [result for result in left if "requires the timm library" not in result["reason"]]
-    assert len(default) >= 85
+    assert len(default) >= 0.85 * len(every_class)
     assert len(found) + len(left) == len(every_class)
 
 

@@ -51,6 +51,13 @@ class Architecture:
         by_tower = [name for name, value in self.mlps.items() if not isinstance(value, MLPLayout)]
         if by_tower and len(by_tower) < len(self.mlps):
             raise ArchitectureError("mlps= has either a layout for each path, or such a mapping for each tower's name")
+        for name in by_tower:
+            of_tower = self.mlps[name]
+            if not isinstance(of_tower, Mapping) or not all(isinstance(one, MLPLayout) for one in of_tower.values()):
+                raise ArchitectureError(
+                    "mlps= has an MLPLayout for each path, or a mapping from paths to layouts for each tower's name; "
+                    f"got {of_tower!r} for {name!r}"
+                )
         strange = [name for name in by_tower if name not in self.towers]
         if strange:
             raise ArchitectureError(
@@ -374,22 +381,28 @@ class _Search:
         if layout.parameters:
             down, into = module.get_parameter(layout.down), module.get_parameter(first)
             return _Found(path, module, layout, _parameter_width(into, down, 2 if layout.fused else 1), down.shape[0])
-        sizes = {"down": (layout.down, 0, 1), "first": (first, 1, 2 if layout.fused else 1)}
+        sizes = [(layout.down, 0, 1), (first, 1, 2 if layout.fused else 1)]
         if layout.up is not None:
-            sizes["up"] = (layout.up, 1, 1)
-        widths = {}
-        for name, side, parts in sizes.values():
-            size = self.size(module.get_submodule(name))
+            sizes.append((layout.up, 1, 1))
+        widths = []
+        for name, side, parts in sizes:
+            projection = module.get_submodule(name)
+            size = self.size(projection)
             if size is not None:
-                widths[name] = size[side] // parts
-        if len(set(widths.values())) != 1:
-            sizes_seen = ", ".join(f"{name}: {width}" for name, width in widths.items()) or "no size at all"
+                widths.append((name, size[side] // parts))
+            elif not any(True for _ in projection.parameters()) and not any(True for _ in projection.buffers()):
+                what = (
+                    f"{name!r} of the MLP at {path or 'the block'} is a {type(projection).__name__}, and no projection"
+                )
+                raise ArchitectureError(self.explain(what, []))
+        if len({width for _, width in widths}) != 1:
+            sizes_seen = ", ".join(f"{name}: {width}" for name, width in widths) or "no size at all"
             raise ArchitectureError(
                 self.explain(
                     f"the projections of the MLP at {path or 'the block'} do not agree on its width", [sizes_seen]
                 )
             )
-        return _Found(path, module, layout, widths[layout.down])
+        return _Found(path, module, layout, widths[0][1])
 
     def _pairs(self, block: nn.Module, found: Sequence[_Found], square: bool = False) -> list[tuple[str, str]]:
         """Linear layers that fit together like the two ends of an MLP, and are in none that was found.
@@ -502,6 +515,14 @@ class _Search:
                     raise ArchitectureError(self.explain(what, [])) from None
                 blocks += [self.block(f"{path}.{key}", child, name) for key, child in module._modules.items()]
             towers[name] = (_common(paths), blocks)
+        of_all = any(isinstance(value, MLPLayout) for value in self.known.mlps.values())
+        for names in [list(towers)] if of_all else [[name] for name in towers]:
+            held = {found.inner for name in names for block in towers[name][1] for found in block.mlps}
+            absent = set(self.known.layouts(names[0])) - held
+            if absent:
+                where = ", ".join(map(repr, names))
+                what = f"the Architecture names an MLP at {min(absent)!r}, which no block of {where} has"
+                raise ArchitectureError(self.explain(what, []))
         return towers
 
     def stacks(self) -> dict[str, list[_Block]]:

@@ -129,7 +129,8 @@ class MLPLayout:
         split: ``"gate_up"`` or ``"up_gate"`` (two halves, in this order), ``"interleaved"`` (gate at even places),
             ``"interleaved_up"`` (up at even places); None where nothing is fused.
         product: computes ``post`` from ``gate`` and ``up`` (from ``gate`` alone in an ungated MLP); None if it is
-            ``gate * up``, or ``gate``, and nothing else. It may also depend on ``other`` values of the forward, such as
+            ``gate * up``, or ``gate``, and nothing else. A plain function of these tensors may be given, and is kept as
+            an `Expression`. What is found by itself may also depend on ``other`` values of the forward, such as
             a router's weight; then `post_of` cannot repeat it.
         parameters: the projections are parameters of the MLP module, not modules of their own: one slice of the first
             axis for each expert.
@@ -144,7 +145,7 @@ class MLPLayout:
     up: str | None = None
     fused: str | None = None
     split: str | None = None
-    product: Expression | None = None
+    product: Callable | None = None
     parameters: bool = False
     normed: bool = False
 
@@ -155,6 +156,11 @@ class MLPLayout:
             raise ArchitectureError(f"function= computes gate from pre, such as F.silu; got {self.function!r}")
         elif self.function is not None and not isinstance(self.function, Expression):
             object.__setattr__(self, "function", Expression((Step("function", self.function, (Value("pre"),)),)))
+        if self.product is not None and not isinstance(self.product, Expression):
+            if not callable(self.product):
+                raise ArchitectureError(f"product= computes post from gate and up; got {self.product!r}")
+            given = (Value("gate"), Value("up")) if self.gated else (Value("gate"),)
+            object.__setattr__(self, "product", Expression((Step("function", self.product, given),)))
         if (self.gate is None) == (self.fused is None):
             raise ArchitectureError("an MLPLayout names the projection before its activation: give gate=, or fused=")
         if (self.fused is None) != (self.split is None) or self.split not in (None, *SPLITS.values()):

@@ -319,6 +319,7 @@ def _check_values(run: _Runner, towers: Mapping[str, Tower], notes: list[str]) -
             ran[other] = any((experts == other.expert).any().item() for _, experts, _ in rows[mlp, "post"])
 
     reports = []
+    _note_other_tokens(run, towers["language"], values, notes)
     for tower in towers.values():
         moved, tried = _zero(run, tower, ran)
         count = sum(ran[mlp] for mlp in tower.mlps)
@@ -329,6 +330,23 @@ def _check_values(run: _Runner, towers: Mapping[str, Tower], notes: list[str]) -
         reports.append(_report(tower, ran=count, moved=moved, tried=tried))
     run.expect_clean("after everything was taken off")
     return reports
+
+
+def _note_other_tokens(
+    run: _Runner, tower: Tower, values: Mapping[tuple[MLP, str], Sequence[Tensor]], notes: list[str]
+) -> None:
+    """Notes a language tower that sees other tokens than the model is given: it may be another tower."""
+    ids = run.inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or getattr(run.hf.config, "is_encoder_decoder", False):
+        return
+    for mlp in tower.mlps:
+        seen = sum(one.numel() // mlp.width for one in values.get((mlp, "post"), ()))
+        if seen and not mlp.routed and seen != ids.numel():
+            notes.append(
+                f"language: {mlp.path} sees {seen} rows where the input has {ids.numel()} tokens: is {tower.path} the "
+                "text decoder? Its neurons cannot be counted by tokens"
+            )
+            return
 
 
 class _Reference:
@@ -361,6 +379,12 @@ class _Reference:
     def compare(self, found: Mapping[str, Sequence[Tensor]]) -> None:
         """Compares what `read` gave with what the hooks saw."""
         layout, mlp = self.layout, self.mlp
+        runs = {len(self.inputs[name]) for name in self.inputs}
+        if len(runs) > 1:
+            ran = ", ".join(f"{name} {len(self.inputs[name])} times" for name in self.inputs)
+            raise ContractError(
+                f"{mlp.path} does not run each module that its layout names as often as the others: {ran}"
+            )
         expected: dict[str, list[Tensor]] = {"post": self.inputs[layout.down]}
         if layout.fused is not None:
             whole = self.outputs[layout.fused]
@@ -503,6 +527,8 @@ def _zero(run: _Runner, tower: Tower, ran: Mapping[MLP, bool]) -> tuple[int, int
         neuron = min(5, mlp.width - 1)
         outcomes = []
         for kind in ("gate", "post"):
+            if kind == "gate" and not mlp.layout.repeatable and mlp.layout.activation is None:
+                continue  # what comes of another gate cannot be computed
             handle = write(run.hf, mlp, kind, lambda values, *_: None)
             with handle:
                 run.expect_clean(f"when an edit of {mlp.site(kind)} changes nothing")
@@ -512,8 +538,6 @@ def _zero(run: _Runner, tower: Tower, ran: Mapping[MLP, bool]) -> tuple[int, int
                 values[..., neuron] = 0
                 return values
 
-            if kind == "gate" and not mlp.layout.repeatable and mlp.layout.activation is None:
-                continue
             with write(run.hf, mlp, kind, zero):
                 outcomes.append(run())
             run.expect_clean(f"after an edit of {mlp.site(kind)} was taken off")
