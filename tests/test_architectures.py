@@ -1016,6 +1016,23 @@ def test_a_projection_that_weighs_something_else_is_no_mlp() -> None:
     assert [mlp.layout.down for mlp in mlps] == ["c", "c"]
 
 
+def test_a_model_whose_post_cannot_be_repeated_passes_the_contract() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w3, self.w2 = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+            self.scale = nn.Parameter(torch.rand(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w2(F.silu(self.w1(x)) * self.w3(x) * self.scale)
+
+    model, _ = tiny_model("llava_next_mistral")
+    for block in model.model.language_model.layers:
+        block.mlp = Scaled()
+    report = check_architecture(model, inputs=tiny_inputs("llava_next_mistral"))
+    assert (report.towers[0].ran, report.towers[0].moved) == (4, 3)
+
+
 def odd_toy() -> nn.Module:
     """A model whose MLPs cannot be followed."""
 
@@ -1055,6 +1072,21 @@ def test_an_architecture_that_does_not_fit_its_model_is_refused(mlps: Any, messa
     try:
         with pytest.raises(ArchitectureError, match=message):
             found()
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+
+
+def test_a_block_stands_in_one_tower_and_once() -> None:
+    known = len(finding._REGISTERED)
+    layers = "language_model.layers"
+    model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
+    try:
+        for towers in ({"language": [layers, layers]}, {"language": layers, "other": layers}):
+            register_architecture("Toy", Architecture(towers=towers))
+            with pytest.raises(ArchitectureError, match=r"has language_model\.layers\.0 in tower .*'language' already"):
+                find_towers(model)
+        with pytest.raises(ArchitectureError, match="for a class's name or a function; got <class"):
+            register_architecture(Toy, Architecture())
     finally:
         del finding._REGISTERED[: len(finding._REGISTERED) - known]
 

@@ -611,6 +611,7 @@ def test_scores_that_are_no_table_of_floats_are_refused():
         (torch.zeros(shape, dtype=torch.int64), r"must return a tensor of floats \[group, neuron\]; got torch.int64"),
         (torch.zeros(4, 3), r"must return \[group, neuron\] = \[4, 2400\]; got \[4, 3\]"),
         (torch.full(shape, float("nan")), r"is NaN for group 'Egypt', neuron 0 \(use -inf to leave out\)"),
+        (1 / torch.ones(shape).index_fill(1, torch.tensor(7), 0), "is inf for group 'Egypt', neuron 7"),
     ]:
         with pytest.raises(SelectionError, match=message):
             Given(scores, count=1).select(stats)
@@ -686,6 +687,11 @@ class _Broken(Selector):
 
 def broken(**methods):
     return type("Broken", (_Broken,), methods)
+
+
+def _renaming(self, fraction=None, *, power=2, **budget):
+    Selector.__init__(self, fraction, **budget)
+    self.exponent = power
 
 
 def _counting():
@@ -775,6 +781,7 @@ BROKEN = {
         "score must return a tensor; it returned ndarray",
     ),
     "1 NaN": (broken(score=lambda self, s: s.probability / (s.probability > 0)), "score must not be NaN"),
+    "1 inf": (broken(score=lambda self, s: 1 / s.probability.clamp(min=0)), "score must not be inf"),
     "1 raises": (broken(score=lambda self, s: 1 / 0), "this must work: score, .* it raised ZeroDivisionError"),
     "2 unsteady": (broken(score=_counting()), "score must be the same each time"),
     "2 writes": (broken(score=_write_to_statistics), "must not write to the statistics; it changed 'positive'"),
@@ -814,6 +821,10 @@ BROKEN = {
     "9 name": (broken(__repr__=lambda self: f"mine({self.count}, {self.fraction})"), "repr must have the name"),
     "9 address": (broken(__repr__=lambda self: f"Broken at 0x12 {self.count} {self.fraction}"), "not an address"),
     "9 budget": (broken(__repr__=lambda self: "Broken"), "repr must tell different budgets apart"),
+    "9 setting": (
+        broken(__init__=_renaming),
+        "repr cannot tell values of 'power' apart: Broken must keep it as self.power",
+    ),
     "9 selection": (
         broken(select=_select_changed(lambda self, x, s: _rebuilt(x, dict(x), "?"))),
         "must say how it was made",

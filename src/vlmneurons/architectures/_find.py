@@ -89,7 +89,7 @@ def register_architecture(which: str | Callable[[nn.Module], bool], architecture
     Raises:
         ArchitectureError: neither a name nor a function, or no `Architecture`.
     """
-    if not isinstance(which, str) and not callable(which):
+    if not isinstance(which, str) and (not callable(which) or isinstance(which, type)):
         raise ArchitectureError(f"an architecture is registered for a class's name or a function; got {which!r}")
     of_kind("architecture", architecture, Architecture, ArchitectureError)
     _REGISTERED.insert(0, (which, architecture))
@@ -515,6 +515,15 @@ class _Search:
                     raise ArchitectureError(self.explain(what, [])) from None
                 blocks += [self.block(f"{path}.{key}", child, name) for key, child in module._modules.items()]
             towers[name] = (_common(paths), blocks)
+        tower_of: dict[str, str] = {}
+        for name, (_, blocks) in towers.items():
+            for block in blocks:
+                if block.path in tower_of:
+                    what = (
+                        f"the Architecture has {block.path} in tower {name!r}, and in {tower_of[block.path]!r} already"
+                    )
+                    raise ArchitectureError(self.explain(what, []))
+                tower_of[block.path] = name
         of_all = any(isinstance(value, MLPLayout) for value in self.known.mlps.values())
         for names in [list(towers)] if of_all else [[name] for name in towers]:
             held = {found.inner for name in names for block in towers[name][1] for found in block.mlps}

@@ -107,7 +107,7 @@ class Selector(ABC):
     def score(self, stats: Any) -> Float[Tensor, "group neuron"]:
         """For each group and neuron how much the neuron is the group's: higher is chosen first.
 
-        ``-inf`` is never chosen; NaN is an error. The statistics must not be written to.
+        ``-inf`` is never chosen; NaN and ``inf`` are errors. The statistics must not be written to.
 
         Args:
             stats: the one table that the rule reads (`reads`).
@@ -135,7 +135,7 @@ class Selector(ABC):
 
         Raises:
             SelectionError: a group without counted tokens, too few groups, a fraction that yields no neuron, scores
-                that are NaN or of a wrong shape, or not the one table that the rule reads.
+                that are NaN, infinite or of a wrong shape, or not the one table that the rule reads.
             SiteError: a layer that the space does not have.
             MismatchError: excluded neurons of another space or without one of the groups.
         """
@@ -316,11 +316,13 @@ class Selector(ABC):
         if scores.dtype not in (torch.float64, torch.float32):
             scores = scores.double()  # NumPy has no bfloat16.
         for group, row in zip(stats.groups, scores, strict=True):
-            # The minimum is NaN if any value is, and costs no table.
-            if torch.isnan(row.min()):
-                neuron = int(torch.isnan(row).nonzero()[0])
+            # The extremes are NaN if any value is, and cost no table.
+            highest_score = row.max()
+            if torch.isnan(highest_score) or highest_score == math.inf:
+                neuron = int((torch.isnan(row) | (row == math.inf)).nonzero()[0])
+                what = "NaN" if torch.isnan(row[neuron]) else "inf"
                 raise SelectionError(
-                    f"{name}.score is NaN for group {group!r}, neuron {neuron} (use -inf to leave out)"
+                    f"{name}.score is {what} for group {group!r}, neuron {neuron} (use -inf to leave out)"
                 )
         return scores
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ def check_selector(selector: Selector | type[Selector], *, equivariant: bool = T
     It must, on small made-up statistics with dead neurons, ties, a group that leads everywhere, and a mixture of
     experts:
 
-    1. score every neuron for every group: a float tensor ``[group, neuron]`` without NaN;
+    1. score every neuron for every group: a float tensor ``[group, neuron]`` without NaN or ``inf``;
     2. give the same scores and sets each time, and leave the statistics as they are;
     3. select for every group, in order, never more than the budget, and fewer only if fewer are eligible;
     4. select the highest scores, equal scores by lower index;
@@ -224,6 +225,7 @@ def _check_scores(selector: Selector, stats: Any, where: str) -> None:
         f"{where}: score must return [group, neuron] = {shape}; it returned {list(scores.shape)}",
     )
     _require(not torch.isnan(scores).any(), f"{where}: score must not be NaN (-inf leaves a neuron out)")
+    _require(not (scores == torch.inf).any(), f"{where}: score must not be inf (-inf leaves a neuron out)")
     _check_unchanged(stats, before, f"{where}: score")
     for name, own in _tables(stats).items():
         _require(
@@ -440,6 +442,12 @@ def _check_repr(selector: Selector, name: str, budgeted: bool) -> None:
             isinstance(part, CombinedSelector) or type(part).__name__ in text,
             f"{name}: repr must have the name; it is {text!r}",
         )
+    for part in _leaves(selector):
+        for setting in _unkept(part):
+            raise ContractError(
+                f"{name}: repr cannot tell values of {setting!r} apart: {type(part).__name__} must keep it as "
+                f"self.{setting}, or have a __repr__ of its own"
+            )
     _require(" at 0x" not in text, f"{name}: repr must say the settings, not an address; it is {text!r}")
     if budgeted:
         with _clause(f"repr with another budget, {name}"):
@@ -447,6 +455,16 @@ def _check_repr(selector: Selector, name: str, budgeted: bool) -> None:
         _require(len(texts) == 2, f"{name}: repr must tell different budgets apart; it is {text!r} for both")
     title = selector.select(_tables_for(selector)["ordinary"]).selector
     _require(title == text, f"{name}: a selection must say how it was made, {text!r}; it says {title!r}")
+
+
+def _unkept(selector: Selector) -> Iterator[str]:
+    """Settings of a selector that the base class's repr cannot find."""
+    if type(selector).__repr__ is not Selector.__repr__:
+        return
+    for name, parameter in inspect.signature(type(selector).__init__).parameters.items():
+        named = name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if named and not hasattr(selector, name) and not hasattr(selector, f"_{name}"):
+            yield name
 
 
 def _tables(stats: Any) -> dict[str, Tensor]:
