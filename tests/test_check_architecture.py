@@ -271,4 +271,6 @@ def test_the_command_runs_the_contract_on_a_saved_model(tmp_path: Path) -> None:
 
 def test_the_command_says_what_it_cannot_load(capsys: pytest.CaptureFixture) -> None:
     assert check.main(["no/such-model-anywhere"]) == 2
-    assert "no/such-model-anywhere cannot be loaded" in capsys.readouterr().err
+    assert "no/such-model-anywhere cannot be loaded. " in capsys.readouterr().err
+    assert check.main(["Qwen2.5-VL"]) == 2
+    assert "Qwen2.5-VL cannot be loaded. Is the model type qwen2_5_vl meant? " in capsys.readouterr().err

@@ -6,7 +6,9 @@ the weights are loaded, and `vlmneurons.testing.check_architecture` is run on a 
 """
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             model, processor = _meta(given.name, given.revision), None
     except Exception as error:  # anything from a missing file to a missing package: there is nothing to check
-        sys.stderr.write(f"{given.name} cannot be loaded: {type(error).__name__}: {error}\n")
+        like = difflib.get_close_matches(re.sub(r"\W", "_", given.name).lower(), mapped_types(), n=1, cutoff=0.8)
+        hint = f"Is the model type {like[0]} meant? " if like and not os.path.isdir(given.name) else ""
+        sys.stderr.write(f"{given.name} cannot be loaded. {hint}{type(error).__name__}: {error}\n")
         return 2
     built = time.perf_counter()
     try:
