@@ -270,6 +270,27 @@ def test_filter_takes_a_function_fields_and_metadata():
         questions.filter(colour="red")
 
 
+def test_pictures_under_another_name_are_refused_where_questions_would_be_asked_without_them(tmp_path):
+    picture(0).save(tmp_path / "a.PNG")
+    (tmp_path / "q.csv").write_text("photo,question,A,B,answer,group\n,Q?,x,y,A,g\na.PNG,Q?,x,y,A,g\n")
+    with pytest.raises(
+        QuestionError, match=r"has no column 'image', and its column 'photo' names a picture \(a\.PNG\)"
+    ):
+        vn.QuestionSet.from_folder(tmp_path)
+    names = ["b.png", "x\0.png", "y" * 5000 + ".png", "nothing"]
+    rows = [{"file": f, "question": f"Q{f[:9]}?", "options": ["x", "y"], "answer": 0, "group": "g"} for f in names]
+    (tmp_path / "q.csv").unlink()
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [item.n_images for item in vn.QuestionSet.from_folder(tmp_path)] == [0] * 4
+    photos = datasets.Features({"photo": datasets.Image(), "question": datasets.Value("string")})
+    made = datasets.Dataset.from_list([{"photo": picture(0), "question": "Q?"}], features=photos)
+    made = made.add_column("options", [["x", "y"]]).add_column("answer", [0]).add_column("group", ["g"])
+    with pytest.raises(QuestionError, match=r"its column 'photo' holds pictures: give columns=\{'image': 'photo'\}"):
+        vn.QuestionSet.from_dataset(made)
+    assert vn.QuestionSet.from_dataset(made, columns={"image": "photo"})[0].n_images == 1
+    assert vn.QuestionSet.from_dataset(made.remove_columns("photo"))[0].n_images == 0
+
+
 def test_a_misspelt_group_is_refused_by_filter_where_it_would_be_missing_without_a_word():
     questions = vn.QuestionSet([ask(0), ask(1, "B")])
     for groups in ("Egipt", {"A", "Egipt"}, ["A", "B", "Egipt"]):
@@ -559,7 +580,7 @@ def test_a_column_that_a_dataset_lacks_is_named():
     with pytest.raises(QuestionError, match=r"the dataset has no column 'answer' for 'answer'"):
         vn.QuestionSet.from_dataset(datasets.Dataset.from_dict({"question": ["Q?"], "group": ["g"]}))
     with pytest.raises(QuestionError, match=r"dataset row 1: question 'b': answer -1 is outside the options"):
-        vn.QuestionSet.from_dataset(dataset(answer=[0, -1, 0, 0]))
+        vn.QuestionSet.from_dataset(dataset(answer=[0, -1, 0, 0]), columns={"image": "photo"})
 
 
 # -- comparing texts ---------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from vlmneurons._arguments import is_missing, of_kind, share, whole
 from vlmneurons.errors import GroupError, QuestionError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 ImageSource = Image.Image | str | Path | bytes | Callable[[], Any]
 """A picture: in memory, a file, an encoded file's bytes, or a function that yields one of these when it is needed."""
@@ -621,8 +622,8 @@ class QuestionSet(Sequence[Question]):
             **how: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
-            QuestionError: no table or several, a row that is not a question (which one is said), or a picture path
-                that leads out of the folder.
+            QuestionError: no table or several, a row that is not a question (which one is said), a picture path that
+                leads out of the folder, or pictures under another name than ``image``.
         """
         of_kind("folder", folder, (str, os.PathLike), QuestionError, "a path")
         of_kind("table", table, (str, type(None)), QuestionError, "the name of a file")
@@ -650,6 +651,8 @@ class QuestionSet(Sequence[Question]):
                 rows = list(cells)
             except csv.Error as error:
                 raise QuestionError(f"{path}, after line {cells.line_num}, cannot be read: {error}") from error
+        if not any("image" in row for row in rows):
+            _refuse_pictures_elsewhere(rows, path, folder)
         return cls([_question_of_row(row, f"{path}, row {n}", folder) for n, row in enumerate(rows, start=1)], **how)
 
     @classmethod
@@ -662,7 +665,7 @@ class QuestionSet(Sequence[Question]):
             **how: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
-            QuestionError: a column is missing, or a row is not a question.
+            QuestionError: a column is missing, a row is not a question, or there are pictures and no column ``image``.
         """
         if not hasattr(dataset, "column_names") or not hasattr(dataset, "remove_columns"):
             raise QuestionError(
@@ -685,6 +688,12 @@ class QuestionSet(Sequence[Question]):
                     f"the dataset has no column {column_of[wanted]!r} for {wanted!r}; it has {', '.join(have)}"
                 )
         image_column = column_of["image"] if column_of["image"] in have else None
+        pictures = _picture_columns(dataset)
+        if image_column is None and pictures:
+            raise QuestionError(
+                f"the dataset has no column 'image', and its column {pictures[0]!r} holds pictures: give "
+                f"columns={{'image': {pictures[0]!r}}}, or remove the column to ask without pictures"
+            )
         theirs = {column: name for name, column in column_of.items() if column in have}
         questions = []
         for n, (values, image) in enumerate(_rows_of_dataset(dataset, image_column)):
@@ -703,13 +712,18 @@ def _name_of_cluster(key: str, items: Sequence[Question]) -> str:
     return " ".join(sorted(item.id for item in items)) if paths else key
 
 
+def _picture_columns(dataset: Any) -> list[str]:
+    import datasets
+
+    return [column for column, form in dataset.features.items() if isinstance(form, datasets.Image)]
+
+
 def _rows_of_dataset(dataset: Any, image_column: str | None) -> Iterator[tuple[dict[str, Any], "_DatasetImage | None"]]:
     """The rows of a `datasets.Dataset` without their pictures, and each row's picture, which is not read yet."""
     import datasets
 
     # Pictures are no metadata, and are not decoded here: one that is broken spoils its own question only.
-    pictures = [column for column, form in dataset.features.items() if isinstance(form, datasets.Image)]
-    plain = dataset.remove_columns(sorted({*pictures, image_column} - {None}))
+    plain = dataset.remove_columns(sorted({*_picture_columns(dataset), image_column} - {None}))
     if image_column is None:
         yield from ((dict(values), None) for values in plain)
         return
@@ -749,6 +763,23 @@ def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _refuse_pictures_elsewhere(rows: Sequence[Mapping[str, Any]], path: Path, folder: Path) -> None:
+    """A column of pictures by another name would be metadata, and the questions asked without them."""
+    for name, value in (cell for row in rows for cell in row.items()):
+        if isinstance(value, str) and value.lower().endswith(_PICTURES) and _is_file(folder / value):
+            raise QuestionError(
+                f"{path} has no column 'image', and its column {name!r} names a picture ({value}): call it 'image', or "
+                "leave the column out to ask without pictures"
+            )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # it cannot be a path
+        return False
+
+
 def _question_of_row(
     row: Mapping[str, Any], where: str, folder: Path | None, more: Mapping[str, Any] | None = None
 ) -> Question:
@@ -786,8 +817,8 @@ def _question_of_row(
     identity, image_id = row.pop("id", None), row.pop("image_id", None)
     answer, question, group = row.pop("answer"), row.pop("question"), row.pop("group")
     texts = tuple(str(option) for option in options)
+    right = _answer_index(answer, options, where)
     try:
-        right = _answer_index(answer, options, where)
         if identity in (None, "") and named:  # the same wherever the folder lies
             identity = _derived_id(
                 str(question), texts, right, str(group), [str(part) for part in named], str(image_id)
