@@ -311,9 +311,8 @@ class Encoder:
     def _process(self, texts: Sequence[str], pictures: Sequence[Sequence[Any]], padding_side: str) -> BatchFeature:
         """What the processor makes of texts, their image placeholders unexpanded, and of each one's pictures."""
         images: Any = list(pictures)
-        if (
-            self._by_default("images_kwargs", "multi_page") is False
-        ):  # GOT-OCR: a list of lists would be pages of documents
+        if self._by_default("images_kwargs", "multi_page") is False:
+            # GOT-OCR: a list of lists would be pages of documents.
             images = [picture for row in pictures for picture in row]
         data = self.processor(
             **({"images": images} if any(pictures) else {}),

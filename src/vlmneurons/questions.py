@@ -463,10 +463,11 @@ class QuestionSet(Sequence[Question]):
             else tuple(value)
             for key, value in where.items()
         }
-        absent = [group for group in of_key.get("group", ()) if group not in self.groups]
+        groups = self.groups
+        absent = [group for group in of_key.get("group", ()) if group not in groups]
         if absent:
             raise GroupError(
-                f"no question is of group {absent[0]!r}; the groups are {', '.join(self.groups) or 'none'}. For "
+                f"no question is of group {absent[0]!r}; the groups are {', '.join(groups) or 'none'}. For "
                 "those of a list that are there, filter with a function: filter(lambda item: item.group in wanted)"
             )
 

@@ -390,7 +390,7 @@ class _Search:
             size = self.size(projection)
             if size is not None:
                 widths.append((name, size[side] // parts))
-            elif not any(True for _ in projection.parameters()) and not any(True for _ in projection.buffers()):
+            elif not [*projection.parameters(), *projection.buffers()]:
                 what = (
                     f"{name!r} of the MLP at {path or 'the block'} is a {type(projection).__name__}, and no projection"
                 )

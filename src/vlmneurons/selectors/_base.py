@@ -436,15 +436,18 @@ class Selector(ABC):
     def _settings(self) -> dict[str, Any]:
         """Settings of the rule itself that differ from their defaults."""
         shown: dict[str, Any] = {}
-        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
-            if name == "self" or name in _COMMON or parameter.kind in _VARIADIC:
-                continue
+        for name, parameter in self._parameters().items():
             value = getattr(self, name, getattr(self, f"_{name}", parameter.default))
             if value is inspect.Parameter.empty:
                 continue
             if parameter.default is inspect.Parameter.empty or not _same(value, parameter.default):
                 shown[name] = value
         return shown
+
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        """What the rule itself can be given, beside the settings of every selector."""
+        given = inspect.signature(type(self).__init__).parameters.items()
+        return {name: one for name, one in given if name not in {"self", *_COMMON} and one.kind not in _VARIADIC}
 
     def _budget_settings(self) -> dict[str, Any]:
         """The budget, and the other settings of every selector where they differ from their defaults."""

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import inspect
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -442,11 +441,11 @@ def _check_repr(selector: Selector, name: str, budgeted: bool) -> None:
             isinstance(part, CombinedSelector) or type(part).__name__ in text,
             f"{name}: repr must have the name; it is {text!r}",
         )
-    for part in _leaves(selector):
-        for setting in _unkept(part):
-            raise ContractError(
+        for setting in part._parameters() if type(part).__repr__ is Selector.__repr__ else ():
+            _require(
+                hasattr(part, setting) or hasattr(part, f"_{setting}"),
                 f"{name}: repr cannot tell values of {setting!r} apart: {type(part).__name__} must keep it as "
-                f"self.{setting}, or have a __repr__ of its own"
+                f"self.{setting}, or have a __repr__ of its own",
             )
     _require(" at 0x" not in text, f"{name}: repr must say the settings, not an address; it is {text!r}")
     if budgeted:
@@ -455,16 +454,6 @@ def _check_repr(selector: Selector, name: str, budgeted: bool) -> None:
         _require(len(texts) == 2, f"{name}: repr must tell different budgets apart; it is {text!r} for both")
     title = selector.select(_tables_for(selector)["ordinary"]).selector
     _require(title == text, f"{name}: a selection must say how it was made, {text!r}; it says {title!r}")
-
-
-def _unkept(selector: Selector) -> Iterator[str]:
-    """Settings of a selector that the base class's repr cannot find."""
-    if type(selector).__repr__ is not Selector.__repr__:
-        return
-    for name, parameter in inspect.signature(type(selector).__init__).parameters.items():
-        named = name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if named and not hasattr(selector, name) and not hasattr(selector, f"_{name}"):
-            yield name
 
 
 def _tables(stats: Any) -> dict[str, Tensor]:
