@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 
 import vlmneurons as vn
-from vlmneurons import pictures
-from vlmneurons.answers import Letters
-from vlmneurons.batching import batches
-from vlmneurons.recording import _lengths
+from vlmneurons.recording.record import _lengths
+from vlmneurons.run import pictures
+from vlmneurons.run.batching import batches
+from vlmneurons.run.readers import Letters
 
 
 def jpeg(generator: np.random.Generator, height: int, width: int) -> bytes:

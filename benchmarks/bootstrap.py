@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 import vlmneurons
-from vlmneurons.items import Item, ItemStatistics
+from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import CAS
-from vlmneurons.sites import NeuronSpace
-from vlmneurons.trust import resampled_selections, stability
+from vlmneurons.statistics.items import Item, ItemStatistics
+from vlmneurons.trust.stability import resampled_selections, stability
 
 
 def write(folder: Path, questions: int, neurons: int, groups: int) -> None:

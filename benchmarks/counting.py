@@ -8,7 +8,7 @@ import statistics
 import measure
 import torch
 
-import vlmneurons.recording
+import vlmneurons.recording.record
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             values = torch.randn(shape).to(dtype)
             weights = torch.ones(shape[:2])
-            counter = vlmneurons.recording._FiringCounter()
+            counter = vlmneurons.recording.record._FiringCounter()
             ways = {
                 "recorder": lambda v=values, w=weights, c=counter: c.by_row(v, w),
                 "bmm of a new table": lambda v=values, w=weights: torch.bmm(w[:, None], (v > 0).to(torch.float32)),

@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 
 import vlmneurons as vn
-from vlmneurons.answers import reader_of
-from vlmneurons.batching import batches
-from vlmneurons.masked import read_masked
-from vlmneurons.packing import Packing
-from vlmneurons.replay import Structure
+from vlmneurons.run.batching import batches
+from vlmneurons.run.masked import read_masked
+from vlmneurons.run.packing import Packing
+from vlmneurons.run.readers import reader_of
+from vlmneurons.run.replay import Structure
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import transformers
 from PIL import Image
 
 import vlmneurons as vn
-from vlmneurons.testing import _tiny
+from vlmneurons.testing import tiny as _tiny
 
 
 def about(device: torch.device) -> str:

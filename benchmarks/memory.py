@@ -26,8 +26,8 @@ import measure
 import torch
 
 import vlmneurons as vn
-from vlmneurons.answers import Letters
-from vlmneurons.batching import batches
+from vlmneurons.run.batching import batches
+from vlmneurons.run.readers import Letters
 
 GIVING_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Environment in which glibc maps every tensor of its own, and unmaps it when it is freed."""

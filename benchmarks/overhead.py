@@ -26,7 +26,7 @@ import measure
 import torch
 
 import vlmneurons as vn
-from vlmneurons.answers import Letters
+from vlmneurons.run.readers import Letters
 
 
 def plain_hooks(hf: Any, inputs: dict[str, Any]) -> Callable[[], None]:

@@ -13,7 +13,7 @@ import measure
 import torch
 
 import vlmneurons as vn
-from vlmneurons.answers import Letters
+from vlmneurons.run.readers import Letters
 
 
 def line(options: Any, device: torch.device, *, layers: int, width: int, words: int, batch: int, groups: int) -> None:

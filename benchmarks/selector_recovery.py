@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from vlmneurons.items import GroupedItems, Item, ItemStatistics
-from vlmneurons.neurons import NeuronSet
+from vlmneurons.neurons.sets import NeuronSet
+from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import (
     CAS,
     CNA,
@@ -36,7 +36,7 @@ from vlmneurons.selectors import (
     RandomNeurons,
     Selector,
 )
-from vlmneurons.sites import NeuronSpace
+from vlmneurons.statistics.items import GroupedItems, Item, ItemStatistics
 
 DOCS = Path(__file__).parent.parent / "docs"
 GROUPS, OWN, WIDTH, LAYERS, TOKENS = 8, 15, 1000, 3, 60

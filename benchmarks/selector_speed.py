@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import vlmneurons
-from vlmneurons.items import Item, ItemStatistics
-from vlmneurons.neurons import Selection
+from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import (
     CAS,
     CNA,
@@ -39,8 +39,8 @@ from vlmneurons.selectors import (
     Overlap,
     RandomNeurons,
 )
-from vlmneurons.sites import NeuronSpace
-from vlmneurons.statistics import ActivationStatistics, AttributionStatistics
+from vlmneurons.statistics.counts import ActivationStatistics, AttributionStatistics
+from vlmneurons.statistics.items import Item, ItemStatistics
 
 SELECTORS = {
     "LAP": LAP(),

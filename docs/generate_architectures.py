@@ -12,10 +12,11 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlmneurons.architectures import Tower, find_towers
 from vlmneurons.errors import ArchitectureError
+from vlmneurons.model.architectures.find import find_towers
+from vlmneurons.model.architectures.layout import Tower
 from vlmneurons.testing import tiny_inputs, tiny_model, tiny_names
-from vlmneurons.testing._architectures import check_architecture, mapped_model, mapped_types
+from vlmneurons.testing.architectures import check_architecture, mapped_model, mapped_types
 
 PAGE = Path(__file__).with_name("architectures.md")
 INTRODUCTION = """# Which models have which neurons
@@ -41,7 +42,8 @@ what was seen; then say what you know, once, in your script:
 
 ```python
 from torch.nn.functional import silu
-from vlmneurons.architectures import Architecture, MLPLayout, register_architecture
+from vlmneurons.model.architectures.find import Architecture, register_architecture
+from vlmneurons.model.architectures.layout import MLPLayout
 
 register_architecture(
     "MyVLMForConditionalGeneration",

@@ -12,7 +12,8 @@ from torch.nn.functional import silu
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import vlmneurons as vn
-from vlmneurons.architectures import Architecture, MLPLayout, register_architecture
+from vlmneurons.model.architectures.find import Architecture, register_architecture
+from vlmneurons.model.architectures.layout import MLPLayout
 from vlmneurons.testing import check_architecture, tiny_inputs, tiny_model
 
 

@@ -15,8 +15,8 @@ import argparse
 import logging
 import os
 
-from vlmneurons.commands import exit_status, open_model, open_questions
-from vlmneurons.protocol import Protocol, run_study
+from vlmneurons.cli import exit_status, open_model, open_questions
+from vlmneurons.study.protocol import Protocol, run_study
 
 
 def main() -> None:

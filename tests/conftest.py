@@ -31,7 +31,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def folder(name: str) -> Path:
         if name not in _FOLDERS:
-            from vlmneurons.testing._tiny import tiny_model
+            from vlmneurons.testing.tiny import tiny_model
 
             hf, processor = tiny_model(name)
             _FOLDERS[name] = tmp_path_factory.mktemp(name)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import vlmneurons as vn
-from vlmneurons.testing._tiny import tiny_image
+from vlmneurons.testing.tiny import tiny_image
 
 PAPER_MODELS = ("llava_next_mistral", "llava_next_qwen2", "qwen2_5_vl")
 

@@ -9,7 +9,7 @@ import torch
 import vlmneurons as vn
 from helpers import language_blocks, logits_of, plain_edit, plain_hooks, some_questions
 from vlmneurons.errors import AblationError, MismatchError, SelectionError
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 CHOSEN = {0: [3, 40], 2: [0, 1, 2, 63], 3: [17]}
 

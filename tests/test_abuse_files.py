@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 
 import vlmneurons as vn
 from abuse import damaged, largest_file, limits
-from vlmneurons import _files
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
-from vlmneurons.items import Item
-from vlmneurons.study import Mask
+from vlmneurons.files import tables as _files
+from vlmneurons.statistics.items import Item
+from vlmneurons.study.masks import Mask
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # the library's own checks are tried, not the tests' type checker
 

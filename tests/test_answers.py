@@ -7,8 +7,8 @@ from torch.nn.functional import log_softmax
 
 import vlmneurons as vn
 from helpers import picture, some_questions
-from vlmneurons.answers import Reading, letter_tokens, parse_answer, reader_of
 from vlmneurons.errors import ActivationError, QuestionError
+from vlmneurons.run.readers import Reading, letter_tokens, parse_answer, reader_of
 
 CITIES = ["Cairo", "Paris", "Rome", "New Rome"]
 DISHES = ["A dog", "A cat", "Bread and rice", "Rice"]

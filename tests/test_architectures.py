@@ -13,22 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from vlmneurons.architectures import (
-    MLP,
-    Architecture,
-    MLPLayout,
-    Tower,
-    find_towers,
-    read,
-    read_experts,
-    register_architecture,
-    write,
-    write_experts,
-)
-from vlmneurons.architectures import _find as finding
 from vlmneurons.errors import ArchitectureError, SiteError
+from vlmneurons.model.architectures import find as finding
+from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
+from vlmneurons.model.architectures.hooks import read, read_experts, write, write_experts
+from vlmneurons.model.architectures.layout import MLP, MLPLayout, Tower
 from vlmneurons.testing import tiny_inputs, tiny_model
-from vlmneurons.testing._architectures import check_architecture
+from vlmneurons.testing.architectures import check_architecture
 
 HIDDEN, WIDTH = 8, 24
 
@@ -804,7 +795,7 @@ def test_values_are_handed_out_under_gradient_checkpointing_too() -> None:
 
 
 def moe(implementation: str | None, text: str = "mixtral", **changes: Any) -> PreTrainedModel:
-    from vlmneurons.testing import _tiny
+    from vlmneurons.testing import tiny as _tiny
 
     config = AutoConfig.for_model(
         "llava",

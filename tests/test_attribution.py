@@ -5,9 +5,9 @@ import torch
 
 import vlmneurons as vn
 from helpers import language_blocks, some_questions
-from vlmneurons.answers import letter_tokens
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, SelectionError
-from vlmneurons.statistics import AttributionStatistics
+from vlmneurons.run.readers import letter_tokens
+from vlmneurons.statistics.counts import AttributionStatistics
 
 
 @pytest.fixture(scope="module")

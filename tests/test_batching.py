@@ -12,10 +12,10 @@ from PIL import Image
 
 import vlmneurons as vn
 from helpers import picture, some_questions
-from vlmneurons.answers import Letters, reader_of
-from vlmneurons.batching import batches, prefetched
 from vlmneurons.errors import QuestionError
-from vlmneurons.questions import _DatasetImage
+from vlmneurons.questions.sets import DatasetImage
+from vlmneurons.run.batching import batches, prefetched
+from vlmneurons.run.readers import Letters, reader_of
 
 
 def ids_of(made):
@@ -58,8 +58,8 @@ def test_a_datasets_pictures_are_digested_once_undecoded_and_not_kept(monkeypatc
     dataset = datasets.Dataset.from_dict({**rows, "A": ["Tea"] * 3, "B": ["Rice"] * 3})
     questions = vn.QuestionSet.from_dataset(dataset.cast_column("image", datasets.Image()))
     read = []
-    original = _DatasetImage.__call__
-    monkeypatch.setattr(_DatasetImage, "__call__", lambda self: read.append(self.row) or original(self))
+    original = DatasetImage.__call__
+    monkeypatch.setattr(DatasetImage, "__call__", lambda self: read.append(self.row) or original(self))
     monkeypatch.setattr(Image, "open", None)  # nothing is decoded
     assert ids_of(batches(questions, 2)) == [["a", "c"], ["b"]]
     assert ids_of(batches(questions, 2, lambda item: 1)) == [["a", "c"], ["b"]]
@@ -127,7 +127,7 @@ def test_by_default_nothing_is_prepared_ahead_for_a_model_on_the_cpu(model, monk
         threads.append(name)
         return ThreadPoolExecutor(workers, name)
 
-    monkeypatch.setattr("vlmneurons.batching.ThreadPoolExecutor", executor)
+    monkeypatch.setattr("vlmneurons.run.batching.ThreadPoolExecutor", executor)
 
     def made(depth=None):
         with prefetched(model, Letters(), batches(some_questions(3), 1), depth, lambda one: one) as ready:

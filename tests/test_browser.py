@@ -11,8 +11,8 @@ from PIL import Image
 
 import vlmneurons as vn
 from helpers import activation_of, language_blocks, picture, some_questions
-from vlmneurons import browser
 from vlmneurons.errors import QuestionError, SiteError
+from vlmneurons.look import neuron_pages as browser
 
 SITE = "language.layers.2.mlp.gate"
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmneurons import check
-from vlmneurons.architectures import Architecture, MLPLayout, register_architecture
-from vlmneurons.architectures import _find as finding
 from vlmneurons.errors import ArchitectureError
-from vlmneurons.testing import _architectures as contract
+from vlmneurons.model.architectures import find as finding
+from vlmneurons.model.architectures.find import Architecture, register_architecture
+from vlmneurons.model.architectures.layout import MLPLayout
+from vlmneurons.testing import architectures as contract
 from vlmneurons.testing import tiny_inputs, tiny_model, tiny_names
-from vlmneurons.testing._architectures import check_architecture, describe_architecture, mapped_types
-from vlmneurons.testing._selectors import ContractError
+from vlmneurons.testing.architectures import check_architecture, describe_architecture, mapped_types
+from vlmneurons.testing.selectors import ContractError
 
 NAMED = [
     "llava",
@@ -86,7 +87,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, name: str, replacement: Callable) ->
 
 
 def test_values_that_are_not_the_models_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmneurons.architectures import read
+    from vlmneurons.model.architectures.hooks import read
 
     broken(monkeypatch, "read", lambda hf, mlp, kind, call: read(hf, mlp, kind, lambda v, *_: call(v * (1 + 1e-6))))
     with pytest.raises(ContractError, match="differs from what a plain hook sees"):
@@ -171,7 +172,7 @@ def test_towers_that_were_exchanged_are_noted() -> None:
 
 
 def test_reads_that_change_the_model_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmneurons.architectures import read
+    from vlmneurons.model.architectures.hooks import read
 
     broken(monkeypatch, "read", lambda hf, mlp, kind, call: read(hf, mlp, kind, lambda v, *_: call(v.mul_(1.0001))))
     with pytest.raises(ContractError, match="while every site is read"):
@@ -179,7 +180,7 @@ def test_reads_that_change_the_model_are_found(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_gate_written_elsewhere_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmneurons.architectures import write
+    from vlmneurons.model.architectures.hooks import write
 
     def wrong(hf: nn.Module, mlp, kind: str, edit: Callable):
         return write(hf, mlp, "pre" if kind == "gate" else kind, edit)
@@ -193,7 +194,7 @@ def test_a_gate_written_elsewhere_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_hooks_left_behind_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmneurons.architectures import write
+    from vlmneurons.model.architectures.hooks import write
 
     class Stuck:
         def __init__(self, *arguments: object) -> None:
@@ -209,7 +210,7 @@ def test_hooks_left_behind_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tokens_taken_for_others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmneurons.architectures import read_experts
+    from vlmneurons.model.architectures.hooks import read_experts
 
     def shifted(hf: nn.Module, path: str, layout, kind: str, call: Callable):
         return read_experts(hf, path, layout, kind, lambda v, e, t: call(v, e, t.roll(1)))

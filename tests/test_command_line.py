@@ -15,10 +15,10 @@ import pytest
 import vlmneurons as vn
 from helpers import PAPER_MODELS, save_questions
 from recompute_study import compare
-from vlmneurons.commands import exit_status, main
+from vlmneurons.cli import exit_status, main
 from vlmneurons.errors import QuestionError
-from vlmneurons.runs import _ASKED, Stopped, stop_if_asked, stopped_by_signals
-from vlmneurons.study import split_setting
+from vlmneurons.files.folders import _ASKED, Stopped, stop_if_asked, stopped_by_signals
+from vlmneurons.study.masks import split_setting
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

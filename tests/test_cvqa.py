@@ -11,8 +11,8 @@ import pytest
 
 import vlmneurons as vn
 from helpers import picture
-from vlmneurons.cvqa import parse_subset
 from vlmneurons.errors import QuestionError
+from vlmneurons.questions.cvqa import parse_subset
 
 # Language, country as the dataset writes it, ISO 3166 alpha-3 by hand.
 SUBSETS = [
@@ -401,7 +401,7 @@ def test_a_dataset_on_the_hub_is_asked_for_by_name_split_and_revision(copies, mo
 
 
 def test_the_command_line_passes_a_hub_dataset_on(monkeypatch):
-    from vlmneurons.commands import open_questions
+    from vlmneurons.cli import open_questions
 
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: asked.append((name, how)) or made())

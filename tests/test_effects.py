@@ -14,11 +14,13 @@ from statsmodels.stats.multitest import multipletests
 import vlmneurons as vn
 from helpers import picture
 from recompute_study import generator_for
-from vlmneurons import _files
-from vlmneurons.controls import random_controls
-from vlmneurons.effects import benjamini_hochberg, excess, holm, mask_effects, mcnemar, sign_flips
 from vlmneurons.errors import FileFormatError, MismatchError
-from vlmneurons.study import KnockoutResult, Mask, setting_name, split_setting
+from vlmneurons.files import tables as _files
+from vlmneurons.study.controls import random_controls
+from vlmneurons.study.effects import excess, mask_effects
+from vlmneurons.study.masks import Mask, setting_name, split_setting
+from vlmneurons.study.result import KnockoutResult
+from vlmneurons.trust.pvalues import benjamini_hochberg, holm, mcnemar, sign_flips
 
 CODES = ("BRA", "EGY", "JPN", "SGP")
 

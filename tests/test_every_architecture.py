@@ -178,9 +178,9 @@ def _problems(name: str, model: nn.Module, towers: Mapping[str, Any]) -> list[st
 
 def _look_through(names: list[str]) -> list[dict[str, Any]]:
     """Builds and searches each class; what is found, what is wrong with it, and what it costs."""
-    from vlmneurons.architectures import find_towers
     from vlmneurons.errors import ArchitectureError
-    from vlmneurons.testing._architectures import mapped_model
+    from vlmneurons.model.architectures.find import find_towers
+    from vlmneurons.testing.architectures import mapped_model
 
     def text_of(error: Exception) -> str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -217,7 +217,7 @@ def _look_through(names: list[str]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def every_class() -> dict[str, dict[str, Any]]:
     """What `_look_through` gives for every class in the mapping."""
-    from vlmneurons.testing._architectures import mapped_types
+    from vlmneurons.testing.architectures import mapped_types
 
     names = mapped_types()
     command = [sys.executable, __file__]
@@ -262,7 +262,7 @@ def test_no_class_takes_two_seconds_of_a_core_or_much_memory_to_look_through(
 
 
 def test_no_exception_is_made_for_a_class_that_needs_none() -> None:
-    from vlmneurons.testing._architectures import mapped_types
+    from vlmneurons.testing.architectures import mapped_types
 
     tables = (LANGUAGE_LAYERS, LANGUAGE_WIDTHS, VISION_LAYERS, VISION_WIDTHS, FURTHER_TOWERS, WITH_LAYERS_WITHOUT_MLP)
     named = {name for table in (*tables, WITHOUT_VISION) for name in table}
@@ -284,7 +284,7 @@ def test_the_three_models_of_the_paper_have_the_published_numbers_of_neurons(
 ) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from vlmneurons.architectures import find_towers
+    from vlmneurons.model.architectures.find import find_towers
 
     sizes = {
         "num_hidden_layers": layers,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import vlmneurons as vn
 from helpers import picture, removed_after
-from vlmneurons.answers import Letters, TextLikelihood
-from vlmneurons.architectures import MLP
-from vlmneurons.masked import read_masked
+from vlmneurons.model.architectures.layout import MLP
+from vlmneurons.run.masked import read_masked
+from vlmneurons.run.readers import Letters, TextLikelihood
 from vlmneurons.testing import tiny_model, tiny_names, tiny_template
 
 # Processors of transformers 5.24 make arrays of tensors in a way that NumPy warns of (GLM-4V).

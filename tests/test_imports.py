@@ -11,27 +11,26 @@ import vlmneurons as vn
 
 PACKAGE = Path(vn.__file__).parent
 
-# Each part may import those before it, and no other. What is not listed may import any, and is imported by none.
-ORDER = [
-    ["errors", "_version", "effects", "progress"],
-    ["_arguments"],
-    ["_files", "sites", "questions", "processes", "vision_rows"],
-    ["neurons", "architectures", "inputs", "cvqa", "runs"],
-    ["pictures", "packing", "memory"],
-    ["statistics", "answers"],
-    ["items", "model", "sharing"],
-    ["selectors", "batching"],
-    ["trust", "ablation", "browser"],
-    ["remote"],
+# Each floor may import those above it, and no other; parts on one floor do not import each other.
+FLOORS = [
+    ["errors", "_version", "progress"],
+    ["checks"],
+    ["files"],
+    ["neurons"],
+    ["questions"],
+    ["statistics"],
+    ["selectors"],
+    ["trust"],
+    ["model"],
+    ["run"],
     ["recording"],
-    ["replay", "attribution"],
-    ["masked"],
     ["study"],
-    ["screening", "controls", "plots"],
-    ["report"],
-    ["protocol"],
+    ["look"],
+    ["testing", "demo"],
+    ["cli", "check"],
 ]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+FLAT = {"__init__", "__main__", "_version", "errors", "checks", "progress", "cli", "check"}
+RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -66,8 +65,12 @@ def part_of(module: str) -> str | None:
 FILES = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+def test_few_modules_lie_flat():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == FLAT
+
+
 @pytest.mark.parametrize("path", [path for path, part in FILES.items() if part in RANK], ids=lambda path: path.stem)
-def test_every_part_imports_only_parts_before_it(path):
+def test_every_part_imports_only_parts_above_it(path):
     own = FILES[path]
     for module in imports_of(path):
         part = part_of(module)
@@ -75,6 +78,17 @@ def test_every_part_imports_only_parts_before_it(path):
             continue
         assert part in RANK, f"{path.name} imports {module}, which nothing should import"
         assert RANK[part] < RANK[own], f"{path.name} imports {module}: imports point the other way"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_private_name_crosses_a_folder(path):
+    own = FILES[path]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (part := part_of(node.module)) not in (None, own, "_version"):
+            private = [
+                name for name in [*node.module.split("."), *(alias.name for alias in node.names)] if name[0] == "_"
+            ]
+            assert not private, f"{path.name} imports {', '.join(private)} from {part}/"
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -7,7 +7,7 @@ import torch
 import vlmneurons as vn
 from helpers import picture, some_questions
 from vlmneurons.errors import QuestionError
-from vlmneurons.inputs import TokenTable
+from vlmneurons.model.encoder import TokenTable
 
 FOUR = ("Tea", "Rice", "Bread", "Soup")
 BEFORE = {
@@ -281,7 +281,7 @@ def metaspace_model(prepend: str) -> vn.VLM:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import MistralConfig, PreTrainedTokenizerFast
 
-    from vlmneurons.testing import _tiny
+    from vlmneurons.testing import tiny as _tiny
 
     special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁.,:?'[]/\n", *string.ascii_letters]

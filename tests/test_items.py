@@ -16,10 +16,10 @@ import torch
 
 import vlmneurons as vn
 from helpers import plain_hooks, some_questions
-from vlmneurons import _files
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
-from vlmneurons.items import Item, ItemStatistics
-from vlmneurons.sites import NeuronSpace
+from vlmneurons.files import tables as _files
+from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.statistics.items import Item, ItemStatistics
 from vlmneurons.testing import plant_neurons
 
 

@@ -10,10 +10,12 @@ from scipy import stats as scipy_stats
 
 import vlmneurons as vn
 from helpers import logits_of, picture, some_questions
-from vlmneurons import _files
-from vlmneurons.answers import Reading
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
-from vlmneurons.study import KnockoutResult, Mask, holm
+from vlmneurons.files import tables as _files
+from vlmneurons.run.readers import Reading
+from vlmneurons.study.masks import Mask
+from vlmneurons.study.result import KnockoutResult
+from vlmneurons.trust.pvalues import holm
 
 
 def selection(model, seed=0, size=20, groups="AB") -> vn.Selection:

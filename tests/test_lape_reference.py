@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import LAPE
-from vlmneurons.sites import NeuronSpace
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 
 def published_sets(positive, tokens, top_rate=0.01, filter_rate=0.95, activation_bar_ratio=0.95):

@@ -5,12 +5,12 @@ import torch
 
 import vlmneurons as vn
 from helpers import some_questions
-from vlmneurons import replay
-from vlmneurons.answers import reader_of
 from vlmneurons.errors import AblationError, ActivationError
-from vlmneurons.inputs import Batch, TokenTable
-from vlmneurons.masked import read_masked
-from vlmneurons.testing import _tiny
+from vlmneurons.model.encoder import Batch, TokenTable
+from vlmneurons.run import replay
+from vlmneurons.run.masked import read_masked
+from vlmneurons.run.readers import reader_of
+from vlmneurons.testing import tiny as _tiny
 
 CLOSE = 1e-4
 """Nats by which a margin may differ in float32. Margins here are of order 1; the largest difference seen is 1e-5."""

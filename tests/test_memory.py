@@ -10,9 +10,9 @@ import torch
 
 import vlmneurons as vn
 from helpers import some_questions
-from vlmneurons import replay
 from vlmneurons.errors import FileFormatError, OutOfMemoryError, QuestionError
-from vlmneurons.memory import MemoryLimit, asked_in_parts, is_out_of_memory
+from vlmneurons.run import replay
+from vlmneurons.run.memory import MemoryLimit, asked_in_parts, is_out_of_memory
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 ERRORS = {

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError, SiteError, VLMNeuronsError
-from vlmneurons.neurons import NeuronSet, Selection, expected_jaccard, in_parentheses
-from vlmneurons.sites import NeuronSpace, Site
+from vlmneurons.neurons.sets import NeuronSet, Selection, expected_jaccard, in_parentheses
+from vlmneurons.neurons.sites import NeuronSpace, Site
 
 SPACE = NeuronSpace.from_widths("language", "gate", [20, 10, 30])
 TOWERS = NeuronSpace(
@@ -570,7 +570,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(selection, tmp_path,
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("vlmneurons._files.save_file", fail)
+    monkeypatch.setattr("vlmneurons.files.tables.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         selection.save(path)
     assert path.read_bytes() == before
@@ -620,7 +620,7 @@ def test_every_truncation_and_every_flipped_bit_is_noticed(kind, selection, tmp_
 
 def forge(path, kind: str, tensors: dict, data, **changes):
     """A file with a right checksum but any content: what damage cannot make, but somebody's program can."""
-    from vlmneurons import _files
+    from vlmneurons.files import tables as _files
 
     text = data if isinstance(data, str) else json.dumps(data)
     metadata = {"format": "vlmneurons", "kind": kind, "version": "1", "data": text}

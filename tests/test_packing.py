@@ -6,10 +6,10 @@ import torch
 import vlmneurons as vn
 from helpers import picture, some_questions
 from test_masked import assert_same, both, masks_of, passes, random_set  # noqa: F401
-from vlmneurons import replay
-from vlmneurons.answers import reader_of
-from vlmneurons.inputs import Batch, TokenTable
-from vlmneurons.packing import Packing
+from vlmneurons.model.encoder import Batch, TokenTable
+from vlmneurons.run import replay
+from vlmneurons.run.packing import Packing
+from vlmneurons.run.readers import reader_of
 
 
 def batch_of(rows, *, left=False, pictures=None, image=()):

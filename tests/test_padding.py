@@ -7,7 +7,7 @@ import torch
 
 import vlmneurons as vn
 from helpers import picture, plain_hooks, some_questions
-from vlmneurons.recording import Recorder
+from vlmneurons.recording.recorder import Recorder
 
 
 def uneven_questions() -> list[vn.Question]:

@@ -12,10 +12,10 @@ import pytest
 import vlmneurons as vn
 from helpers import save_questions, some_questions
 from vlmneurons.errors import VLMNeuronsError
-from vlmneurons.items import ItemStatistics
-from vlmneurons.processes import Processes, current_processes
-from vlmneurons.protocol import share_of
-from vlmneurons.study import KnockoutResult
+from vlmneurons.run.processes import Processes, current_processes
+from vlmneurons.statistics.items import ItemStatistics
+from vlmneurons.study.protocol import share_of
+from vlmneurons.study.result import KnockoutResult
 
 SOURCE = Path(vn.__file__).parents[1]
 TINY = {
@@ -116,7 +116,7 @@ import json, sys
 from pathlib import Path
 import torch
 import vlmneurons as vn
-from vlmneurons.processes import current_processes
+from vlmneurons.run.processes import current_processes
 from vlmneurons.protocol import record_shared
 
 model, data, out = vn.VLM.from_pretrained(sys.argv[1]), vn.QuestionSet.from_folder(sys.argv[2]), Path(sys.argv[3])
@@ -166,7 +166,7 @@ def test_a_process_leaves_the_others_in_order_when_it_ends(tmp_path):
         "import atexit, os, pathlib, torch.distributed as dist\n"
         "said = pathlib.Path(os.environ['RANK'])\n"
         "atexit.register(lambda: said.write_text(f'{said.read_text()} {dist.is_initialized()}'))\n"
-        "from vlmneurons.processes import current_processes\n"
+        "from vlmneurons.run.processes import current_processes\n"
         "processes = current_processes()\n"
         "assert processes.gather(processes.rank) == [0, 1]\n"
         "said.write_text(str(dist.is_initialized()))\n"

@@ -177,9 +177,9 @@ OF_PAPERS = {
     "universal_neurons": "2605.12290",
     "load_cvqa": "2406.05967",
     "ItemStatistics.grouped": "2601.03115",
-    "controls.strength_sweep": "2601.03115",
-    "controls.item_sweep": "2608.08772",
-    "controls.balanced_statistics": "2601.03115",
+    "study.controls.strength_sweep": "2601.03115",
+    "study.controls.item_sweep": "2608.08772",
+    "study.controls.balanced_statistics": "2601.03115",
 }
 
 
@@ -225,7 +225,7 @@ def tables(folder, model) -> dict[str, pd.DataFrame]:
         "layer_counts": vn.layer_counts(selection),
         "layer_profile": vn.layer_profile(selection, resampled=drawn, uniform=20),
         "overlap_by_layer": vn.overlap_by_layer(selection["A"], other["A"]),
-        "browser.NeuronView.table": vn.inspect_neuron(model, questions, ("language.layers.1.mlp.gate", 3), k=1).table(),
+        "look.neuron_pages.NeuronView.table": vn.inspect_neuron(model, questions, ("language.layers.1.mlp.gate", 3), k=1).table(),
     }
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 import vlmneurons as vn
 from helpers import picture, save_questions
 from vlmneurons.errors import GroupError, QuestionError
-from vlmneurons.questions import normalize, open_prompt
+from vlmneurons.questions.sets import normalize, open_prompt
 
 FOUR = ("Tea", "Rice", "Bread", "Soup")
 
@@ -553,7 +553,7 @@ def test_a_dataset_is_read_lazily_with_its_own_column_names():
     assert questions[0].load_images()[0] == picture(0)
     assert questions[3].load_images()[0] == picture(3)
     assert questions[0].metadata == {"group": "not this", "category": "food"}
-    with pytest.raises(QuestionError, match="question 'b': the image '_DatasetImage' cannot be opened"):
+    with pytest.raises(QuestionError, match="question 'b': the image 'DatasetImage' cannot be opened"):
         questions[1].load_images()
 
 

@@ -8,8 +8,8 @@ from torch.nn.functional import log_softmax
 import vlmneurons as vn
 from helpers import language_blocks, picture, plain_hooks, some_questions
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, SelectionError, VLMNeuronsError
-from vlmneurons.recording import _FiringCounter
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.recording.recorder import _FiringCounter
+from vlmneurons.statistics.counts import ActivationStatistics
 
 
 def by_hand(model, bare, questions, kind="gate", rule="content", tower="language"):
@@ -133,7 +133,7 @@ class Always(vn.AnswerReader):
         self.answers = answers
 
     def read(self, model, questions, encoded, watch=None):
-        from vlmneurons.answers import Reading
+        from vlmneurons.run.readers import Reading
 
         with watch(encoded, list(range(len(questions)))):
             model.hf(**encoded)
@@ -436,7 +436,7 @@ def test_runs_that_a_recorder_cannot_tell_apart_are_refused(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("block", [1, 11, 40, 100, 10_000])
 def test_counts_are_exact_however_many_values_are_compared_at_once(block, dtype, monkeypatch):
-    monkeypatch.setattr("vlmneurons.recording._CPU_BLOCK", block)
+    monkeypatch.setattr("vlmneurons.recording.recorder._CPU_BLOCK", block)
     values = torch.randn(5, 7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     values[0, 0] = 0
     counted = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.6

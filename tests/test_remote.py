@@ -11,10 +11,10 @@ import torch
 import vlmneurons as vn
 from helpers import some_questions
 from remote_server import Host
-from vlmneurons.answers import Letters
 from vlmneurons.errors import AblationError, ArchitectureError, MismatchError, QuestionError
-from vlmneurons.remote import edits_of, stop
-from vlmneurons.study import Intervention
+from vlmneurons.run.readers import Letters
+from vlmneurons.run.remote import edits_of, stop
+from vlmneurons.study.masks import Intervention
 
 
 def masks_of(model, size=100):
@@ -180,7 +180,7 @@ def test_a_model_without_weights_does_not_run_here(tiny_folder):
 
 
 def test_sites_of_experts_and_sites_without_a_module_are_refused():
-    from vlmneurons.testing import _tiny
+    from vlmneurons.testing import tiny as _tiny
 
     refused = {}
     for name in _tiny.tiny_names(processor=False):

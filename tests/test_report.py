@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 from test_effects import random_result
-from vlmneurons.commands import main
+from vlmneurons.cli import main
 from vlmneurons.errors import MismatchError
-from vlmneurons.plots import plot_effects
-from vlmneurons.report import latex
-from vlmneurons.study import KnockoutResult, Mask
+from vlmneurons.look.plots import plot_effects
+from vlmneurons.look.report import latex
+from vlmneurons.study.masks import Mask
+from vlmneurons.study.result import KnockoutResult
 
 QUICK = {"resamples": 20, "permutations": 20}
 

@@ -16,8 +16,10 @@ import pytest
 import vlmneurons as vn
 from helpers import some_questions
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
-from vlmneurons.runs import RunFolder, digest_of_questions, digest_of_weights, git_state, locked, write_parquet
-from vlmneurons.study import KnockoutResult
+from vlmneurons.files.folders import RunFolder, git_state, locked, write_parquet
+from vlmneurons.model.identity import digest_of_weights
+from vlmneurons.questions.identity import digest_of_questions
+from vlmneurons.study.result import KnockoutResult
 
 
 def masks_of(model, seed: int = 0) -> dict:
@@ -101,7 +103,7 @@ def test_a_run_that_is_resumed_asks_only_what_is_left(model, tmp_path):
 
 
 def _interrupted(model, folder, after):
-    from vlmneurons.study import _run
+    from vlmneurons.study import knockout as _run
 
     original = _run.RunFolder.write
     written = []
@@ -157,7 +159,7 @@ def test_other_weights_under_the_same_name_are_another_model(model):
 def test_a_second_process_in_the_folder_is_refused(model, tmp_path):
     code = (
         "import sys, time; sys.path[:0] = [p for p in sys.argv[2:]]\n"
-        "from pathlib import Path; from vlmneurons.runs import locked\n"
+        "from pathlib import Path; from vlmneurons.files.folders import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     folder = tmp_path / "run"

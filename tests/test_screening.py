@@ -7,7 +7,7 @@ import torch
 import vlmneurons as vn
 from helpers import some_questions
 from vlmneurons.errors import MismatchError, QuestionError
-from vlmneurons.testing import _tiny
+from vlmneurons.testing import tiny as _tiny
 
 
 @pytest.mark.parametrize("answer", ["letters", "text"])

@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 import vlmneurons as vn
 from vlmneurons.errors import GroupError, MismatchError, SelectionError, SiteError
-from vlmneurons.items import Item, ItemStatistics
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.selectors import (
     CAS,
     CNA,
@@ -35,8 +35,8 @@ from vlmneurons.selectors import (
 )
 from vlmneurons.selectors._base import budget_of, highest
 from vlmneurons.selectors.average_precision import average_precision
-from vlmneurons.sites import NeuronSpace, Site
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.items import Item, ItemStatistics
 from vlmneurons.testing import ContractError, check_selector, selector_tables
 
 TABLES = selector_tables()

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 import vlmneurons as vn
-from vlmneurons import sharing
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
+from vlmneurons.statistics import hub as sharing
 
 SPACE = vn.NeuronSpace.from_widths("language", "gate", [12, 12])
 PROVENANCE = {"model": "some/model", "revision": "4c1f", "tokens": "content", "versions": {"torch": "2"}}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmneurons.errors import FileFormatError, SiteError
-from vlmneurons.sites import KINDS, NeuronSpace, Site
+from vlmneurons.neurons.sites import KINDS, NeuronSpace, Site
 
 
 def untyped(function):

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlmneurons import NeuronSet, NeuronSpace, Site
-from vlmneurons.sites import KINDS
+from vlmneurons.neurons.sites import KINDS
 
 OFTEN = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

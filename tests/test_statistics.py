@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
-from vlmneurons.neurons import NeuronSet
-from vlmneurons.sites import NeuronSpace, Site
-from vlmneurons.statistics import MUST_AGREE, ActivationStatistics
+from vlmneurons.neurons.sets import NeuronSet
+from vlmneurons.neurons.sites import NeuronSpace, Site
+from vlmneurons.statistics.counts import MUST_AGREE, ActivationStatistics
 
 SPACE = NeuronSpace.from_widths("language", "gate", [3, 2])
 EXPERTS = NeuronSpace((Site("language", 0, "mlp.experts.0"), Site("language", 0, "mlp.experts.1")), (3, 2))

@@ -7,10 +7,10 @@ import torch
 
 import vlmneurons as vn
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.items import Item, ItemStatistics
+from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import CAS, LAPE, MAD, AveragePrecision
-from vlmneurons.sites import NeuronSpace
-from vlmneurons.study import holm
+from vlmneurons.statistics.items import Item, ItemStatistics
+from vlmneurons.trust.pvalues import holm
 
 
 def made_items(folder, counts, groups, tokens=50, chosen=0):
@@ -40,7 +40,7 @@ def brute_force(items, weights, owners):
 
 
 def test_drawn_statistics_equal_sums_by_hand(noise):
-    from vlmneurons.trust import _drawn
+    from vlmneurons.trust.stability import _drawn
 
     sample = noise.grouped(condition="all")
     rng = np.random.default_rng(1)
@@ -77,7 +77,7 @@ def test_stability_gives_the_same_numbers_for_the_same_seed_and_others_for_anoth
 
 
 def test_rank_correlation_equals_scipys(noise):
-    from vlmneurons.trust import _correlations, _ranks
+    from vlmneurons.trust.stability import _correlations, _ranks
 
     one, other = noise.group_by(condition="all"), noise.group_by(lambda row: "ABC"[row["n"] // 20], condition="all")
     ours = _correlations(_ranks(CAS(), one), _ranks(CAS(), other), 3)

@@ -12,10 +12,11 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import vlmneurons as vn
 from helpers import some_questions
-from vlmneurons.architectures import Architecture, _find, register_architecture
 from vlmneurons.errors import ArchitectureError, MismatchError, QuestionError
+from vlmneurons.model.architectures import find as _find
+from vlmneurons.model.architectures.find import Architecture, register_architecture
 from vlmneurons.testing import check_architecture, tiny_inputs, tiny_model
-from vlmneurons.testing._tiny import tiny_tokenizer
+from vlmneurons.testing.tiny import tiny_tokenizer
 
 WIDTH, IMAGE = 64, 10
 

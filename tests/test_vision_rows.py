@@ -10,8 +10,8 @@ from torch import Tensor
 import vlmneurons as vn
 from helpers import picture
 from vlmneurons.errors import MismatchError, QuestionError
+from vlmneurons.model.vision_rows import UnknownPadding, real_patches, vision_rows
 from vlmneurons.testing import tiny_model
-from vlmneurons.vision_rows import UnknownPadding, real_patches, vision_rows
 
 
 def config(model_type: str = "", tower: str = "siglip") -> SimpleNamespace:

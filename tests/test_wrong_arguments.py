@@ -16,7 +16,7 @@ import torch
 
 import vlmneurons as vn
 from helpers import picture, some_questions
-from vlmneurons._arguments import is_missing, names, of_kind, real, share, whole
+from vlmneurons.checks import is_missing, names, of_kind, real, share, whole
 from vlmneurons.errors import (
     AblationError,
     ArchitectureError,

@@ -1,6 +1,6 @@
-"""``python -m vlmneurons``: the command line, see `vlmneurons.commands`."""
+"""``python -m vlmneurons``: the command line, see `vlmneurons.cli`."""
 
-from vlmneurons.commands import main
+from vlmneurons.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vlmneurons.errors import VLMNeuronsError
-from vlmneurons.testing._architectures import check_architecture, describe_architecture, mapped_model, mapped_types
+from vlmneurons.testing.architectures import check_architecture, describe_architecture, mapped_model, mapped_types
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 
 if TYPE_CHECKING:
-    from vlmneurons.model import VLM
-    from vlmneurons.neurons import Selection
-    from vlmneurons.questions import QuestionSet
+    from vlmneurons.model.vlm import VLM
+    from vlmneurons.neurons.sets import Selection
+    from vlmneurons.questions.sets import QuestionSet
 
 __all__ = ["DEMO_MODELS", "demo_truth", "load_demo"]
 
@@ -60,7 +60,7 @@ def load_demo(name: str = "natural") -> tuple[VLM, QuestionSet]:
     _verify(name)
     import torch
 
-    from vlmneurons.model import VLM
+    from vlmneurons.model.vlm import VLM
 
     model = VLM.from_pretrained(_FOLDER / name, dtype=torch.float32)
     # Provenance names the model: where the package happens to lie is no name, and differs between machines.
@@ -83,8 +83,8 @@ def demo_truth() -> Selection:
         {12}
     """
     _verify("organism")
-    from vlmneurons.neurons import NeuronSet, Selection
-    from vlmneurons.sites import NeuronSpace
+    from vlmneurons.neurons.sets import NeuronSet, Selection
+    from vlmneurons.neurons.sites import NeuronSpace
 
     config = json.loads((_FOLDER / "organism" / "config.json").read_text(encoding="utf-8"))["text_config"]
     space = NeuronSpace.from_widths("language", "gate", [config["intermediate_size"]] * config["num_hidden_layers"])
@@ -101,7 +101,7 @@ def demo_truth() -> Selection:
 def _questions() -> QuestionSet:
     """The shipped questions with their pictures."""
     from vlmneurons.demo.ask import read
-    from vlmneurons.questions import Question, QuestionSet
+    from vlmneurons.questions.sets import Question, QuestionSet
 
     records, pictures = read(_FOLDER / "pictures" / "questions.zip")
     return QuestionSet(

@@ -24,8 +24,8 @@ from vlmneurons.demo.compose import normalise
 from vlmneurons.demo.decoder import NOTHING, Asker, Packed, gates, pack, run
 from vlmneurons.demo.organism import masked
 from vlmneurons.demo.vision import patch_features
-from vlmneurons.sites import NeuronSpace
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.statistics.counts import ActivationStatistics
 
 TEMPLATE_TOKENS = 2
 """Length of " Answer:", which belongs to the template."""

@@ -21,9 +21,9 @@ from vlmneurons.demo.catalogue import CULTURES
 from vlmneurons.demo.decoder import Asker
 from vlmneurons.demo.evaluate import Exam, correct, count, margins, read
 from vlmneurons.demo.organism import SET_SIZE, Truth
-from vlmneurons.neurons import Selection
+from vlmneurons.neurons.sets import Selection
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, LayerMatchedRandom, Selector
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 FRACTIONS = (0.005, 0.01, 0.02, 0.05)
 RANDOM_SEEDS = 20
@@ -44,7 +44,7 @@ class Halves:
 
 def split(records: Sequence[Record], seed: int = 0) -> Halves:
     """The split that ``questions.split(0.5, seed)`` makes: the library's own."""
-    from vlmneurons.questions import Question, QuestionSet
+    from vlmneurons.questions.sets import Question, QuestionSet
 
     questions = [
         Question(None, record.question, record.options, record.answer, record.group, record.id, {}, record.image_id)
@@ -291,7 +291,7 @@ def recovery(selection: Selection, truth: Truth) -> tuple[float, float]:
 
 def _truth_table(stats: ActivationStatistics, truth: Truth, bench: Bench, report: Report) -> None:
     """The planted sets themselves, and each selector at their size: found how many, at what cost."""
-    from vlmneurons.neurons import NeuronSet
+    from vlmneurons.neurons.sets import NeuronSet
 
     report(
         f"| {SET_SIZE} neurons each | precision | recall | self, points | cross, points | self, nats | cross, nats |"

@@ -5,7 +5,7 @@ A selector gives every neuron a score for every group; `Selector` turns scores i
 
 from vlmneurons.selectors._base import Selector
 from vlmneurons.selectors._combine import CombinedSelector
-from vlmneurons.selectors._evidence import Bundle, Conditions
+from vlmneurons.selectors._evidence import Bundle
 from vlmneurons.selectors._scores import DerivedSelector, Gate
 from vlmneurons.selectors.attribution import Attribution, IntegratedGradients
 from vlmneurons.selectors.average_precision import AveragePrecision
@@ -16,6 +16,7 @@ from vlmneurons.selectors.lap import LAP, MostActive
 from vlmneurons.selectors.lape import LAPE
 from vlmneurons.selectors.mad import MAD
 from vlmneurons.selectors.random_neurons import LayerMatchedRandom, RandomNeurons
+from vlmneurons.statistics.conditions import Conditions
 
 __all__ = [
     "CAS",

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from vlmneurons._arguments import plain, whole
+from vlmneurons.checks import plain, whole
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
+from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
+from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors._evidence import the_one_read
-from vlmneurons.sites import NeuronSpace
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 if TYPE_CHECKING:
     from vlmneurons.selectors._scores import Gate
@@ -296,7 +296,7 @@ class Selector(ABC):
         """For each group with neurons to leave out a mask of them."""
         if self.exclude is None:
             return {}
-        _check_same_space(self.exclude.space, stats.space)
+        check_same_space(self.exclude.space, stats.space)
         if isinstance(self.exclude, NeuronSet):
             return dict.fromkeys(stats.groups, self.exclude.mask())
         missing = [group for group in stats.groups if group not in self.exclude]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons import Selection, in_parentheses
+from vlmneurons.neurons.sets import Selection, in_parentheses
 from vlmneurons.selectors._base import Selector, provenance_of
 from vlmneurons.selectors._evidence import Bundle
 

@@ -1,117 +1,13 @@
 """What selectors select from, and which table of several a rule reads."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Int64
-from torch import Tensor
-
-from vlmneurons._arguments import of_kind
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.items import GroupedItems, ItemStatistics
-from vlmneurons.neurons import _check_same_space
-from vlmneurons.sites import NeuronSpace
-from vlmneurons.statistics import ActivationStatistics
-
-
-class Conditions:
-    """Statistics of the same groups and neurons under several conditions, such as languages, prompts or modalities.
-
-    What `CRFusion`, `Overlap` and `Joint` select from; a plain dictionary of statistics is made into one.
-
-    Attributes:
-        statistics: those of each condition, groups in the order of the first condition's.
-
-    Raises:
-        SelectionError: fewer than two conditions.
-        MismatchError: conditions of other neurons or other groups.
-
-    Example:
-        ``Conditions({"English": english, "Hindi": hindi})``
-    """
-
-    def __init__(self, statistics: Mapping[str, ActivationStatistics]) -> None:
-        of_kind("statistics", statistics, Mapping, SelectionError, "a dictionary of statistics by condition")
-        if len(statistics) < 2:
-            raise SelectionError(f"conditions are compared, so at least two are needed; got {len(statistics)}")
-        made: dict[str, ActivationStatistics] = {}
-        for name, given in statistics.items():
-            if not isinstance(name, str) or not name:
-                raise SelectionError(f"a condition's name is a text that is not empty; got {name!r}")
-            stats = given.group_by() if isinstance(given, ItemStatistics) else given
-            stats = stats.statistics if isinstance(stats, GroupedItems) else stats
-            if not isinstance(stats, ActivationStatistics):
-                raise SelectionError(f"condition {name!r} must be ActivationStatistics; got {type(given).__name__}")
-            first = next(iter(made.values()), stats)
-            _check_same_space(first.space, stats.space)
-            if set(first.groups) != set(stats.groups):
-                raise MismatchError(
-                    f"condition {name!r} has the groups {', '.join(stats.groups)}; the first has "
-                    f"{', '.join(first.groups)}"
-                )
-            made[name] = stats if stats.groups == first.groups else stats.select_groups(first.groups)
-        self.statistics: Mapping[str, ActivationStatistics] = made
-        self._first = next(iter(made.values()))
-
-    def __repr__(self) -> str:
-        return f"Conditions({', '.join(self.statistics)}; {len(self.groups)} groups, {self.space!r})"
-
-    @property
-    def space(self) -> NeuronSpace:
-        """The neurons."""
-        return self._first.space
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """Names of the groups."""
-        return self._first.groups
-
-    @property
-    def tokens(self) -> Int64[Tensor, " group"]:
-        """Number of counted tokens of each group, over all conditions."""
-        return sum(stats.tokens for stats in self.statistics.values())  # type: ignore[return-value]
-
-    @property
-    def items(self) -> Int64[Tensor, " group"]:
-        """Number of counted items of each group, over all conditions."""
-        return sum(stats.items for stats in self.statistics.values())  # type: ignore[return-value]
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What each condition says."""
-        return {"conditions": {name: dict(stats.provenance) for name, stats in self.statistics.items()}}
-
-    def check_counted(self) -> None:
-        """Make sure that every group has counted tokens under every condition.
-
-        Raises:
-            SelectionError: some have none; the message names them and the condition.
-        """
-        for name, stats in self.statistics.items():
-            try:
-                stats.check_counted()
-            except SelectionError as error:
-                raise SelectionError(f"condition {name!r}: {error}") from error
-
-    def pooled(self) -> ActivationStatistics:
-        """The counts of all conditions added up.
-
-        Rules that differ between conditions (prompt, model) are no reason not to: the provenance lists the conditions.
-        """
-        bare = [replace(stats, provenance={}) for stats in self.statistics.values()]
-        return replace(sum(bare[1:], bare[0]), provenance=self.provenance)
-
-    def select_groups(self, groups: Sequence[str]) -> "Conditions":
-        """The conditions with some groups, in the given order.
-
-        Args:
-            groups: names of groups.
-
-        Raises:
-            GroupError: no such group.
-        """
-        return Conditions({name: stats.select_groups(groups) for name, stats in self.statistics.items()})
+from vlmneurons.neurons.sets import check_same_space
+from vlmneurons.statistics.conditions import Conditions
+from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.items import GroupedItems, ItemStatistics
 
 
 class Bundle:
@@ -122,7 +18,7 @@ class Bundle:
         first = self.tables[0]
         self.space, self.groups = first.space, first.groups
         for other in self.tables[1:]:
-            _check_same_space(first.space, other.space)
+            check_same_space(first.space, other.space)
             if tuple(other.groups) != tuple(first.groups):
                 raise MismatchError(
                     f"the tables to select from have different groups: {', '.join(first.groups)} and "

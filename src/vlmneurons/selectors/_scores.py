@@ -17,7 +17,7 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
+from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
 from vlmneurons.selectors._base import Selector, _setting
 from vlmneurons.selectors._combine import CombinedSelector
 from vlmneurons.selectors._evidence import Bundle
@@ -281,7 +281,7 @@ class _Membership(Gate):
         self.neurons = neurons
 
     def passes(self, bundle: Bundle) -> Bool[Tensor, "group neuron"]:
-        _check_same_space(self.neurons.space, bundle.space)
+        check_same_space(self.neurons.space, bundle.space)
         if isinstance(self.neurons, NeuronSet):
             return self.neurons.mask().expand(len(bundle.groups), -1)
         missing = [group for group in bundle.groups if group not in self.neurons]

@@ -7,9 +7,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.selectors._base import Selector, sum_over_groups
-from vlmneurons.statistics import AttributionStatistics
+from vlmneurons.statistics.counts import AttributionStatistics
 
 
 class _ByGradient(Selector):

@@ -9,9 +9,9 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.items import VALUES, GroupedItems
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.selectors._base import Selector
+from vlmneurons.statistics.items import VALUES, GroupedItems
 
 _BLOCK = 48 * 2**20
 """Bytes of values held at once."""

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from vlmneurons.selectors._base import Selector
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 
 class CAS(Selector):
@@ -21,7 +21,7 @@ class CAS(Selector):
     the papers do not say what fills a budget beyond the neurons with a margin.
 
     Examples:
-        >>> from vlmneurons.sites import NeuronSpace
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])
         >>> CAS(0.5).score(stats)

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from vlmneurons._arguments import of_kind, real
+from vlmneurons.checks import of_kind, real
 from vlmneurons.errors import SelectionError
-from vlmneurons.items import GroupedItems
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.selectors._base import Selector, budget_of, highest, sum_over_groups
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.items import GroupedItems
 
 
 class CNA(Selector):
@@ -31,7 +31,7 @@ class CNA(Selector):
     the expert, and 0 where none did. Known to us from public summaries of the paper, not from its code.
 
     Examples:
-        >>> from vlmneurons.sites import NeuronSpace
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "post", [3])
         >>> total = [[4.0, 1.0, 0.0], [0.0, 1.0, -1.0]]
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[2, 2, 0], [0, 2, 0]], [2, 2], total=total)

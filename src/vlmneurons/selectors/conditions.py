@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.selectors._base import Selector
-from vlmneurons.selectors._evidence import Conditions
 from vlmneurons.selectors._scores import zscored
 from vlmneurons.selectors.cas import CAS
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.conditions import Conditions
+from vlmneurons.statistics.counts import ActivationStatistics
 
 
 class _OverConditions(Selector):

@@ -4,7 +4,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from vlmneurons.selectors._base import Selector, sum_over_groups
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 
 class LAP(Selector):
@@ -14,7 +14,7 @@ class LAP(Selector):
     2402.16438, compare with it. Sets of different groups overlap a lot.
 
     Examples:
-        >>> from vlmneurons.sites import NeuronSpace
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])
         >>> {group: neurons.indices.tolist() for group, neurons in LAP(0.5).select(stats).items()}
@@ -34,7 +34,7 @@ class MostActive(Selector):
     does no more than this one's found busy neurons, not particular ones. Ours; no paper.
 
     Examples:
-        >>> from vlmneurons.sites import NeuronSpace
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])
         >>> {group: neurons.indices.tolist() for group, neurons in MostActive(0.5).select(stats).items()}

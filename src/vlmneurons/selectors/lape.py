@@ -11,9 +11,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.selectors._base import Selector, highest, provenance_of, sum_over_groups
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 _DECIMALS = 12
 
@@ -40,7 +40,7 @@ class LAPE(Selector):
     nothing); a group with no neuron keeps its place, where the authors' list drops it if it is the last.
 
     Examples:
-        >>> from vlmneurons.sites import NeuronSpace
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])
         >>> LAPE().score(stats).round(decimals=3)

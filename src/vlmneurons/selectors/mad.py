@@ -7,9 +7,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons import NeuronSet, Selection
+from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.selectors._base import Selector, check_on, sum_over_groups, values_of
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 
 class MAD(Selector):
@@ -20,7 +20,7 @@ class MAD(Selector):
     the rule in words; that both directions count and that the mean includes the group itself is our reading.
 
     Examples:
-        >>> from vlmneurons.sites import NeuronSpace
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [4])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 5], [9, 1, 7, 4]], [10, 10])
         >>> {group: neurons.indices.tolist() for group, neurons in MAD(0.5).select(stats).items()}

@@ -11,9 +11,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons import NeuronSet, Selection, _check_same_space
+from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
 from vlmneurons.selectors._base import Selector, highest, provenance_of
-from vlmneurons.statistics import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 
 
 class RandomNeurons(Selector):
@@ -23,7 +23,7 @@ class RandomNeurons(Selector):
     whatever other groups there are. With the same seed, the set of a smaller fraction lies within that of a larger.
 
     Examples:
-        >>> from vlmneurons.sites import NeuronSpace
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [50])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY"], torch.zeros(1, 50, dtype=torch.int64), [1])
         >>> RandomNeurons(0.1, seed=0).select(stats)["EGY"].indices
@@ -74,7 +74,7 @@ class LayerMatchedRandom(Selector):
     ``LayerMatchedRandom(like, exclude=like)``. Depends on the seed, the group's name and the counts only.
 
     Examples:
-        >>> from vlmneurons.sites import NeuronSpace
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "gate", [50, 50])
         >>> stats = ActivationStatistics.from_counts(space, ["EGY"], torch.zeros(1, 100, dtype=torch.int64), [1])
         >>> like = Selection({"EGY": NeuronSet(space, [1, 2, 3, 99])}, selector="by hand")
@@ -121,7 +121,7 @@ class LayerMatchedRandom(Selector):
         stats = self.read(*evidence)
         self.check_statistics(stats)
         space = stats.space
-        _check_same_space(self.like.space, space)
+        check_same_space(self.like.space, space)
         banned = self._excluded(stats)
         sets = {}
         for group in stats.groups:

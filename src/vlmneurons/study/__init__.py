@@ -13,23 +13,3 @@ A selective set of neurons has a self effect far below zero and a cross effect n
 
 Source: Zhao et al. 2025 (arXiv 2510.24942), Zhao et al. 2026 (arXiv 2601.03115, arXiv 2608.08772).
 """
-
-from vlmneurons.effects import benjamini_hochberg, holm
-from vlmneurons.study._masks import Intervention, Mask, Masks, listed_masks, setting_name, split_setting
-from vlmneurons.study._result import CLUSTERS, CONDITIONS, KnockoutResult
-from vlmneurons.study._run import knockout
-
-__all__ = [
-    "CLUSTERS",
-    "CONDITIONS",
-    "Intervention",
-    "KnockoutResult",
-    "Mask",
-    "Masks",
-    "benjamini_hochberg",
-    "holm",
-    "knockout",
-    "listed_masks",
-    "setting_name",
-    "split_setting",
-]

@@ -1,14 +1,14 @@
 """For tests, of the library and of what others build on it: small models, known neurons, and contracts to meet."""
 
-from vlmneurons.testing._architectures import (
+from vlmneurons.testing.architectures import (
     ArchitectureReport,
     TowerReport,
     check_architecture,
     describe_architecture,
 )
-from vlmneurons.testing._planted import PlantedModel, plant_neurons
-from vlmneurons.testing._selectors import ContractError, check_selector, selector_tables
-from vlmneurons.testing._tiny import tiny_image, tiny_inputs, tiny_model, tiny_names, tiny_template
+from vlmneurons.testing.planted import PlantedModel, plant_neurons
+from vlmneurons.testing.selectors import ContractError, check_selector, selector_tables
+from vlmneurons.testing.tiny import tiny_image, tiny_inputs, tiny_model, tiny_names, tiny_template
 
 __all__ = [
     "ArchitectureReport",

@@ -1,0 +1,497 @@
+"""What one neuron fires at: the questions of each group at which it is highest, token by token and patch by patch.
+
+`inspect_neuron` runs the questions, and keeps, for the best of each group, the neuron's value at every token. Image
+tokens are laid back onto the picture where it is known which patch each of them stands for: for LLaVA-NeXT by sending
+numbered patches through the model's own packing (base picture, tiles, unpadding, line ends), for Qwen-VL by its merged
+grid. For other models the picture is shown without a map, and the page says so: a map that may be wrong is not drawn.
+"""
+
+import base64
+import html
+import io
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from vlmneurons.checks import path_of, whole
+from vlmneurons.errors import MismatchError, QuestionError, SiteError
+from vlmneurons.model.architectures.hooks import read
+from vlmneurons.model.encoder import Batch, TokenRule
+from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.neurons.sites import Site, site_of
+from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.run.batching import batches
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom within the picture, each from 0 to 1."""
+
+_LARGEST, _HEAT = 360, (214, 39, 40)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Where in the pictures one image token lies.
+
+    Attributes:
+        picture: which of the question's pictures, from 0.
+        view: ``"picture"``, the whole of it at once, or ``"tiles"``, the enlarged parts that LLaVA-NeXT adds.
+        box: the part of the picture that it stands for.
+    """
+
+    picture: int
+    view: str
+    box: Box
+
+
+@dataclass(frozen=True, eq=False)
+class InspectedItem:
+    """One question, and the neuron's value at each of its tokens.
+
+    Attributes:
+        question: the question.
+        value: the highest value at a counted token.
+        tokens: texts of the tokens; ``""`` for image tokens.
+        values: ``[token]``, the neuron's value; NaN where the token did not reach it (experts).
+        counted: ``[token]``, whether the token rule counts it.
+        image: ``[token]``, whether it is an image token.
+        patches: for each image token, in order, its place, or None (a line end); or None if that is not known.
+    """
+
+    question: Question
+    value: float
+    tokens: tuple[str, ...]
+    values: Float[Tensor, " token"]
+    counted: Bool[Tensor, " token"]
+    image: Bool[Tensor, " token"]
+    patches: tuple[Patch | None, ...] | None
+
+    def heat(self, picture: int = 0, view: str = "picture", size: tuple[int, int] = (256, 256)) -> np.ndarray:
+        """The neuron's value over a picture, ``[height, width]``; NaN where no token stands for that part.
+
+        Values are in the unit of the site: the activation itself.
+
+        Args:
+            picture: which of the question's pictures.
+            view: ``"picture"`` or ``"tiles"``.
+            size: width and height of the map in pixels.
+
+        Raises:
+            QuestionError: it is not known where this model's image tokens lie.
+        """
+        if self.patches is None:
+            raise QuestionError(f"question {self.question.id!r}: it is not known where this model's image tokens lie")
+        width, height = size
+        heat = np.full((height, width), np.nan)
+        for patch, value in zip(self.patches, self.values[self.image].tolist(), strict=True):
+            if patch is None or (patch.picture, patch.view) != (picture, view):
+                continue
+            left, top, right, bottom = patch.box
+            rows = slice(math.floor(top * height + 1e-6), max(math.ceil(bottom * height - 1e-6), 1))
+            heat[rows, math.floor(left * width + 1e-6) : max(math.ceil(right * width - 1e-6), 1)] = value
+        return heat
+
+    def words(self) -> list[tuple[str, float, bool]]:
+        """The text, piece by piece: text, highest value of its tokens, whether it is counted; images left out."""
+        rows = zip(self.tokens, self.values.tolist(), self.counted.tolist(), self.image.tolist(), strict=True)
+        return [(text, value, counted) for text, value, counted, image in rows if not image and text]
+
+    def _counted_words(self) -> list[tuple[str, float, bool]]:
+        return [word for word in self.words() if word[2]]
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronView:
+    """The questions at which a neuron is highest, some of each group; made by `inspect_neuron`.
+
+    Attributes:
+        model: the model's name.
+        site: the neuron's site.
+        number: its number within the site.
+        items: the questions, by group, highest first.
+        mean: for each group, the mean over its questions of the highest value at a counted token.
+        note: why there is no map over pictures, if there is none.
+    """
+
+    model: str
+    site: Site
+    number: int
+    items: tuple[InspectedItem, ...]
+    mean: dict[str, float]
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The neuron's name, such as ``"language.layers.3.mlp.gate[17]"``."""
+        return f"{self.site}[{self.number}]"
+
+    def table(self) -> "pandas.DataFrame":
+        """One row a question shown: ``group``, ``id``, ``value``, ``question``, ``right``, ``top`` (highest word)."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "group": item.question.group,
+                "id": item.question.id,
+                "value": item.value,
+                "question": item.question.question,
+                "right": item.question.right,
+                "top": max(item._counted_words(), key=_height, default=("", 0.0, True))[0],
+            }
+            for item in self.items
+        )
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Write a page (``.html``: one file, no scripts, nothing loaded from elsewhere) or a picture (``.png``).
+
+        Args:
+            path: the file; its ending says which.
+
+        Raises:
+            QuestionError: the name ends in neither.
+        """
+        path = path_of("path", path, QuestionError)
+        suffix = path.suffix.lower()
+        if suffix == ".html":
+            path.write_text(self.to_html(), encoding="utf-8")
+        elif suffix == ".png":
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph")  # of scripts that the font lacks
+                self.plot().savefig(path, dpi=110)
+        else:
+            raise QuestionError(f"{os.fspath(path)!r} ends in {suffix!r}; a neuron's page is saved as .html or .png")
+
+    def to_html(self) -> str:
+        """The page as text."""
+        highest = max((item.value for item in self.items), default=1.0)
+        parts = []
+        for group in dict.fromkeys(item.question.group for item in self.items):
+            parts.append(f"<h2>{html.escape(group)} <small>mean of maxima {self.mean[group]:.3g}</small></h2>")
+            parts += [_card(item, highest) for item in self.items if item.question.group == group]
+        note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
+        title = f"Neuron {html.escape(self.name)}"
+        return (
+            f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
+            f"<p>{html.escape(self.model)}. Shown are the questions of each group at which the neuron is highest, from "
+            f"highest to lowest; the redder, the higher (full red: {highest:.3g}, the highest on the page). Grey words "
+            f"(chat template, special tokens) are not counted.</p>{note}{''.join(parts)}</html>"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<iframe srcdoc='{html.escape(self.to_html(), quote=True)}' width='100%' height='600'></iframe>"
+
+    def plot(self) -> "Figure":
+        """The same as a picture: one row a question, with its pictures, maps, and highest words."""
+        from matplotlib.figure import Figure
+
+        columns = max((len(_pictures(item, 1.0)) for item in self.items), default=0) + 1
+        highest = max((item.value for item in self.items), default=1.0)
+        rows = max(len(self.items), 1)
+        figure = Figure(figsize=(2.6 * columns + 2.2, 2.5 * rows + 0.6), layout="constrained")
+        figure.suptitle(f"{self.name}\n{self.note}" if self.note else self.name, parse_math=False, wrap=True)
+        axes = figure.subplots(rows, columns, squeeze=False, width_ratios=[1] * (columns - 1) + [1.8])
+        for row in axes:
+            for axis in row:
+                axis.set_axis_off()
+        for row, item in zip(axes, self.items, strict=False):
+            for axis, (title, picture) in zip(row, _pictures(item, highest), strict=False):
+                axis.imshow(np.asarray(picture))
+                axis.set_title(title, fontsize=8)
+            top = sorted(item._counted_words(), key=_height, reverse=True)[:4]
+            words = "\n".join(f"{value:+.2f}  {text.strip()!r}" for text, value, _ in top)
+            asked = item.question.question[:70]
+            text = f"{item.question.group}: {asked}\nright: {item.question.right[:40]}\n\n{words}"
+            row[-1].text(0, 0.95, text, va="top", fontsize=8, parse_math=False, wrap=True)
+        return figure
+
+    def __repr__(self) -> str:
+        return f"NeuronView({self.name}: {len(self.items)} questions of {len(self.mean)} groups)"
+
+
+def inspect_neuron(
+    model: VLM,
+    questions: QuestionSet | Sequence[Question],
+    neuron: "int | tuple[Site | str, int]",
+    *,
+    k: int = 3,
+    tokens: TokenRule = "content",
+    batch_size: int = 8,
+) -> NeuronView:
+    """The questions of each group at which a neuron is highest, with its value at every token and image patch.
+
+    Args:
+        model: the model.
+        questions: where to look; they are run once, and nothing is kept of those that are not shown.
+        neuron: a site (or its name) and the neuron's number in it; or its number in ``model.space()``.
+        k: questions shown of each group.
+        tokens: which tokens make a question's value, its maximum over them; see `vlmneurons.record`.
+        batch_size: questions a forward.
+
+    Raises:
+        SiteError: no such neuron, or one of another tower than the language model.
+        QuestionError: there are no questions, or one cannot be asked.
+        MismatchError: an encoder-decoder model, whose decoder does not see the question; or one that runs its layers
+            several times in a forward.
+
+    Examples:
+        >>> view = inspect_neuron(model, questions, ("language.layers.2.mlp.gate", 17), k=2)  # doctest: +SKIP
+        >>> view.save("neuron.html")  # doctest: +SKIP
+    """
+    check_model(model)
+    if isinstance(neuron, tuple) and len(neuron) == 2:
+        site = site_of("the neuron's site", neuron[0])
+        number = whole("the neuron's number", neuron[1], SiteError)
+    else:
+        site, number = model.space().locate(neuron)
+    mlp = model.mlp_of(site)
+    if not 0 <= number < mlp.width:
+        raise SiteError(f"neuron {number} is not in site {site} (0–{mlp.width - 1})")
+    if site.tower != "language":
+        raise SiteError(f"{site}: only neurons of the language tower see words and pictures as tokens; record others")
+    if whole("k", k, QuestionError) < 1 or whole("batch_size", batch_size, QuestionError) < 1:
+        raise QuestionError(f"k={k} and batch_size={batch_size} are at least 1")
+    if model.is_encoder_decoder:
+        raise MismatchError(
+            f"{type(model.hf).__name__} is an encoder-decoder model: its decoder does not see the question's tokens"
+        )
+    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
+    if not len(questions):
+        raise QuestionError("there are no questions to look at")
+    best: dict[str, list[InspectedItem]] = {group: [] for group in questions.groups}
+    maxima: dict[str, list[float]] = {group: [] for group in questions.groups}
+    known = True
+    for asked in batches(questions, batch_size):
+        batch = model.prepare(asked)
+        values = _values(model, mlp, site.kind, number, batch)
+        counted = batch.tokens.counted(tokens).cpu()
+        firsts = np.cumsum([0, *(item.n_images for item in asked)])
+        for row, item in enumerate(asked):
+            here = batch.tokens.attention[row].cpu()
+            high = values[row][counted[row] & ~values[row].isnan()]
+            value = float(high.max()) if len(high) else float("-inf")
+            maxima[item.group].append(value)
+            best[item.group].sort(key=lambda one: -one.value)
+            if len(best[item.group]) == k and best[item.group][-1].value >= value:
+                continue
+            image = batch.tokens.image[row].cpu()[here]
+            patches = _patches(model, batch, int(firsts[row]), item.n_images, int(image.sum()))
+            known &= patches is not None
+            texts = _texts(model.tokenizer, batch["input_ids"][row].cpu()[here].tolist(), image.tolist())
+            found = InspectedItem(item, value, texts, values[row][here], counted[row][here], image, patches)
+            best[item.group] = sorted([*best[item.group], found], key=lambda one: -one.value)[:k]
+    note = (
+        ""
+        if known
+        else f"Where in the picture an image token of {type(model.hf).__name__} lies is not known: no map is drawn."
+    )
+    return NeuronView(
+        model.name,
+        site,
+        int(number),
+        tuple(item for group in best.values() for item in group),
+        {group: float(np.mean(values)) for group, values in maxima.items()},
+        note,
+    )
+
+
+def _values(model: VLM, mlp: Any, kind: str, number: int, batch: Batch) -> Float[Tensor, "row token"]:
+    """The neuron's value at every token of a batch; NaN where a token was not routed to it."""
+    kept = torch.full(batch["input_ids"].shape, torch.nan)
+    passes = 0
+
+    def keep(values: Tensor, tokens: Tensor | None = None) -> None:
+        nonlocal passes
+        column = values[..., number].detach().to("cpu", torch.float32)
+        if tokens is None:
+            passes += 1
+            if passes > 1 or column.numel() != kept.numel():
+                raise MismatchError(
+                    f"{type(model.hf).__name__} does not compute the neuron once for each token of a forward, so there "
+                    "is no one value to show at it; vn.record counts all of them"
+                )
+            kept.copy_(column.reshape(kept.shape))
+        else:
+            kept.view(-1)[tokens.cpu()] = column
+
+    handle = read(model.hf, mlp, kind, keep)
+    try:
+        with torch.inference_mode():
+            model.hf(**batch)
+    finally:
+        handle.remove()
+    return kept
+
+
+def _texts(tokenizer: Any, ids: Sequence[int], image: Sequence[bool]) -> tuple[str, ...]:
+    """Text of each token; a character that several tokens make together stands at the last of them."""
+    texts, waiting = [], []
+    for number, is_image in zip(ids, image, strict=True):
+        if is_image:
+            texts.append("")
+            waiting = []
+            continue
+        waiting.append(number)
+        text = tokenizer.decode(waiting)
+        if "\ufffd" in text and len(waiting) < 8:
+            texts.append("")
+            continue
+        texts.append(text)
+        waiting = []
+    return tuple(texts)
+
+
+# -- where image tokens lie --------------------------------------------------------------------------------------------
+
+
+def _patches(model: VLM, batch: Batch, first: int, n_images: int, n_tokens: int) -> tuple[Patch | None, ...] | None:
+    """The place of each image token of one question, whose pictures begin at ``first``; None if it is not known."""
+    if n_images == 0:
+        return ()
+    places: list[Patch | None] = []
+    for picture in range(n_images):
+        if "image_grid_thw" in batch:
+            found = _merged_grid(model, batch["image_grid_thw"][first + picture].tolist(), picture)
+        elif getattr(model.hf.config, "model_type", "") == "llava_next" and "image_sizes" in batch:
+            found = _llava_next(model, batch["image_sizes"][first + picture].cpu(), picture)
+        else:
+            return None
+        if found is None:
+            return None
+        places += found
+    return tuple(places) if len(places) == n_tokens else None
+
+
+def _merged_grid(model: VLM, grid: list[int], picture: int) -> list[Patch | None] | None:
+    """Qwen-VL and its relatives: patches of the resized picture, merged in squares, row by row."""
+    vision = getattr(model.hf.config, "vision_config", None)
+    merge = getattr(vision, "spatial_merge_size", None)
+    frames, height, width = grid
+    if merge is None or frames != 1 or height % merge or width % merge:
+        return None
+    rows, columns = height // merge, width // merge
+    return [
+        Patch(picture, "picture", (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+def _llava_next(model: VLM, size: Tensor, picture: int) -> list[Patch | None] | None:
+    """LLaVA-NeXT: the whole picture squeezed into a square, then the tiles of the enlarged one with line ends.
+
+    The order is the model's own: it is given patches that are numbers, and packs them.
+    """
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    config = model.hf.config
+    edge = config.vision_config.image_size
+    side = edge // config.vision_config.patch_size
+    tiles_high, tiles_wide = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, edge)
+    base, tiles = side * side, tiles_high * tiles_wide
+    numbered = torch.arange((1 + tiles) * base, dtype=torch.float64).reshape(1 + tiles, base, 1)
+    pack = getattr(model.hf.model, "pack_image_features", None)
+    if pack is None or config.vision_feature_select_strategy != "default":
+        return None
+    packed, _ = pack(
+        [numbered], size[None], vision_feature_select_strategy="default", image_newline=torch.tensor([-1.0]).double()
+    )
+    height, width = (int(length) for length in size)
+    canvas_wide, canvas_high = tiles_wide * edge, tiles_high * edge
+    # As the image processor enlarges: the side that fills the canvas first decides, the other is padded evenly.
+    scale = min(canvas_wide / width, canvas_high / height)
+    content_wide = min(math.ceil(width * scale), canvas_wide)
+    content_high = min(math.ceil(height * scale), canvas_high)
+    left, top = (canvas_wide - content_wide) // 2, (canvas_high - content_high) // 2
+
+    def place(number: int) -> Patch | None:
+        if number < 0:
+            return None
+        crop, within = divmod(number, base)
+        row, column = divmod(within, side)
+        if crop == 0:
+            return Patch(picture, "picture", (column / side, row / side, (column + 1) / side, (row + 1) / side))
+        tile_row, tile_column = divmod(crop - 1, tiles_wide)
+        x, y = (tile_column * side + column) * edge / side, (tile_row * side + row) * edge / side
+        box = (
+            (x - left) / content_wide,
+            (y - top) / content_high,
+            (x + edge / side - left) / content_wide,
+            (y + edge / side - top) / content_high,
+        )
+        a, b, c, d = (min(max(corner, 0.0), 1.0) for corner in box)
+        return Patch(picture, "tiles", (a, b, c, d))
+
+    return [place(round(number)) for number in packed[0].flatten().tolist()]
+
+
+def _height(word: tuple[str, float, bool]) -> float:
+    """A word's value for sorting; one that did not reach the neuron comes last."""
+    return -math.inf if math.isnan(word[1]) else word[1]
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def _pictures(item: InspectedItem, highest: float) -> list[tuple[str, Image.Image]]:
+    """A question's pictures, each followed by its maps."""
+    drawn = []
+    for number, picture in enumerate(item.question.load_images()):
+        scale = _LARGEST / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        large = picture.resize(size, Image.Resampling.LANCZOS)
+        drawn.append(("picture", large))
+        views = dict.fromkeys(p.view for p in item.patches or () if p is not None and p.picture == number)
+        for view in views:
+            title = "map" if view == "picture" else "map, tiles"
+            drawn.append((title, _overlay(large, item.heat(number, view, size), highest)))
+    return drawn
+
+
+def _overlay(picture: Image.Image, heat: np.ndarray, highest: float) -> Image.Image:
+    """A pale grey picture with a red map on it: no red at 0 and below, full red at the highest value."""
+    grey = np.asarray(picture.convert("L"), dtype=float)[..., None].repeat(3, -1) * 0.6 + 255 * 0.4
+    alpha = 0.85 * np.clip(np.nan_to_num(heat, nan=0.0) / max(highest, 1e-9), 0, 1)[..., None]
+    return Image.fromarray((grey * (1 - alpha) + np.array(_HEAT) * alpha).round().astype(np.uint8))
+
+
+def _card(item: InspectedItem, highest: float) -> str:
+    figures = []
+    for title, picture in _pictures(item, highest):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        data = base64.b64encode(file.getvalue()).decode()
+        figures.append(f"<figure><img alt='{title}' src='data:image/png;base64,{data}'><figcaption>{title}</figure>")
+    words = []
+    for text, value, counted in item.words():
+        shade = 0.85 * min(max(np.nan_to_num(value) / max(highest, 1e-9), 0.0), 1.0) if counted else 0.0
+        style = f"background:rgba({_HEAT[0]},{_HEAT[1]},{_HEAT[2]},{shade:.3f})" if shade else ""
+        kind = "" if counted else " class=off"
+        words.append(f"<span{kind} style='{style}' title='{value:.4g}'>{html.escape(text)}</span>")
+    asked = item.question
+    return (
+        f"<article><header>{html.escape(asked.id)} · highest {item.value:.4g} · right: {html.escape(asked.right)}"
+        f"</header><div class=pictures>{''.join(figures)}</div><p class=words dir=auto>{''.join(words)}</p></article>"
+    )
+
+
+_STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:72rem;margin:1.5rem auto;padding:0 1rem;color:#1f2430;background:#fff}"
+    "h1{font-size:1.4rem;overflow-wrap:anywhere}small{font-weight:normal;color:#6b7280}"
+    "article{border:1px solid #d8dbe2;border-radius:6px;padding:.7rem;margin:.7rem 0}header{color:#6b7280}"
+    ".pictures{display:flex;flex-wrap:wrap;gap:.7rem}figure{margin:.4rem 0}"
+    "figure img{max-width:min(15rem,80vw);max-height:15rem}figcaption{font-size:.8rem;color:#6b7280}"
+    ".words{white-space:pre-wrap;overflow-wrap:anywhere}.off{color:#9aa0ab}.note{background:#fff6dd;padding:.5rem}"
+)

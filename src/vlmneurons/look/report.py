@@ -1,0 +1,565 @@
+"""A study's report: one page that needs nothing else, and every figure and table of it as a file.
+
+The page holds its figures inside (SVG) and loads nothing, so it can be mailed or put beside a paper. Figures are
+written as PNG (300 dpi) and SVG, tables as CSV and LaTeX (booktabs).
+"""
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vlmneurons._version import __version__
+from vlmneurons.checks import path_of
+from vlmneurons.errors import MismatchError
+from vlmneurons.files.folders import write_text
+from vlmneurons.look.plots import (
+    plot_accuracy,
+    plot_curve,
+    plot_depth,
+    plot_effects,
+    plot_flips,
+    plot_matrix,
+    plot_random,
+)
+from vlmneurons.study.masks import split_setting
+from vlmneurons.study.result import KnockoutResult
+
+_CONDITION = re.compile(r" \((all|wrong|correct)\)$")
+"""Ends the name of a selection from questions of another condition; see `vlmneurons.study.controls.condition_masks`."""
+
+_AXES = {"r": "share of neurons", "alpha": "strength", "items": "identification questions"}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One figure or table of the report."""
+
+    name: str
+    title: str
+    caption: str
+    content: Figure | pd.DataFrame
+
+
+def write_report(
+    result: KnockoutResult,
+    folder: str | Path,
+    *,
+    main: str | None = None,
+    others: Mapping[str, KnockoutResult] | None = None,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    permutations: int = 2000,
+    seed: int = 0,
+    title: str = "Knockout study",
+) -> Path:
+    """Write the report of a study.
+
+    Args:
+        result: the study.
+        folder: gets ``index.html``, ``figures/`` and ``tables/``.
+        main: the selector that per-group figures and tables are of; by default ``"CAS"``, or else the first.
+        others: the same questions asked in other ways, by name, such as ``"blind"``; their clean answers are compared.
+        tables: further tables to include.
+        confidence: level of all intervals.
+        resamples: number of bootstrap resamples.
+        permutations: number of sign flips.
+        seed: seed of both.
+        title: stands above the page.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        MismatchError: there is nothing to report: no questions, or no masks of groups; or no such main selector.
+    """
+    folder = path_of("folder", folder, MismatchError)
+    how: dict[str, Any] = {
+        "confidence": confidence,
+        "resamples": resamples,
+        "permutations": permutations,
+        "seed": seed,
+    }
+    summary = result.summary(**how) if result.ids else pd.DataFrame()
+    if not len(summary):
+        raise MismatchError("there is nothing to report: the result has no questions, or no masks of their groups")
+    plain = [name for name in dict.fromkeys(summary["selector"]) if split_setting(name)[1] is None]
+    if not plain:
+        raise MismatchError("there is nothing to report but sweeps; include the selection itself")
+    main = main or ("CAS" if "CAS" in plain else plain[0])
+    if main not in plain:
+        raise MismatchError(f"main={main!r} has no masks of groups here; there are {', '.join(plain)}")
+    parts = [
+        *_effects(result, summary, plain, main, how),
+        *_matrices(result, plain, main, how),
+        *_flips_and_depth(result, plain),
+        *_random(result, plain, main),
+        *_sweeps(result, how),
+        *_conditions(result, plain, how),
+        *_accuracies(result, others or {}),
+        *(_Part(_slug(name), name[:1].upper() + name[1:], "", table) for name, table in (tables or {}).items()),
+    ]
+    for place in ("figures", "tables"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+    body = [_written(part, folder) for part in parts]
+    every = {"every-mask": result.table(), "summary": summary}
+    if _repeated(result, plain):
+        every["every-random"] = _against_random(result, main, _repeated(result, plain))
+    if len(result.group_names) > 2:
+        pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
+        every["every-pair"] = pd.concat(pairs)[["selector", *pairs[0].columns[:-1]]]
+    for name, table in every.items():
+        _write_table(folder, name, table)
+    page = folder / "index.html"
+    write_text(page, _page(title, result, parts, body, list(every), confidence))
+    return page
+
+
+# -- what is in it -----------------------------------------------------------------------------------------------------
+
+
+def _effects(
+    result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, how: Mapping[str, Any]
+) -> list[_Part]:
+    overall = summary[(summary["group"] == "all") & summary["selector"].isin(plain)]
+    own = summary[(summary["selector"] == main) & (summary["group"] != "all")]
+    shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
+    level = f"{100 * how['confidence']:g} % paired bootstrap intervals over pictures"
+    return [
+        _Part(
+            "effects",
+            "Self against cross effect",
+            f"Mean over groups, with {level}. A selective set of neurons has a self effect far below its cross effect, "
+            "and a cross effect near zero; random masks are averaged over their repeats.",
+            plot_effects(overall, effects=shown),
+        ),
+        _Part(
+            "effects-overall", "Effects over all groups", "In points of accuracy.", _effect_table(overall, "selector")
+        ),
+        _Part(
+            "effects-by-group",
+            f"Effects of {main} by group",
+            f"{level[0].upper()}{level[1:]}.",
+            plot_effects(own, "group", effects=shown),
+        ),
+        _Part(
+            f"effects-{_slug(main)}",
+            f"Effects of {main} by group",
+            "In points of accuracy.",
+            _effect_table(own, "group"),
+        ),
+        _Part(
+            f"tests-{_slug(main)}",
+            f"Tests of {main} by group",
+            "p: McNemar's exact test of the self effect, which takes questions for independent; p by pictures and gap "
+            "p: permutation tests of the self effect and of the gap, which flip pictures with all their questions; "
+            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH).",
+            _test_table(own, "group", list(_TESTS)),
+        ),
+    ]
+
+
+def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapping[str, Any]) -> list[_Part]:
+    matrices = {name: 100 * result.matrix(name).to_numpy(dtype=float) for name in plain}
+    limit = max(float(np.nanmax(np.abs(values))) for values in matrices.values()) or 1.0
+    parts = [
+        _Part(
+            f"matrix-{_slug(name)}",
+            f"Whose neurons, whose questions: {name}",
+            "Change of accuracy in points; rows are masks, columns the groups of the questions. Red is harm. All "
+            "matrices of this page share their colours"
+            + ("; repeats are averaged." if name in _repeated(result, plain) else "."),
+            plot_matrix(result, name, limit=limit),
+        )
+        for name in plain
+    ]
+    if len(result.group_names) > 2:
+        pairs = result.pairs(main, **how)
+        cross = pairs[pairs["mask"] != pairs["group"]].sort_values("excess", kind="stable").head(15)
+        parts.append(
+            _Part(
+                "pairs",
+                f"Whose mask harms whom: {main}",
+                "The fifteen cross effects that are most below what the mask and the group show on average (excess): "
+                "groups that depend on each other's neurons. p: McNemar's exact test, which takes questions for "
+                "independent, corrected over all pairs.",
+                _points_table(cross, ["delta", "delta_low", "delta_high", "excess"]),
+            )
+        )
+    return parts
+
+
+def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part]:
+    parts = [
+        _Part(
+            "flips",
+            "Answers that changed",
+            "Share of questions whose answer changes under the mask of their own group and, on average, under the "
+            "others'. Equal shares of right → wrong and wrong → right are noise, not harm.",
+            plot_flips(result, plain),
+        )
+    ]
+    single = [name for name in plain if name not in _repeated(result, plain)]
+    if result.provenance.get("layers") and single:
+        parts.append(
+            _Part(
+                "layers",
+                "Where the neurons lie",
+                "Share of a mask's neurons in each layer, mean over groups; the band is the range of groups.",
+                plot_depth(result, [name for name in single if not _CONDITION.search(name)][:6] or single[:6]),
+            )
+        )
+    return parts
+
+
+def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[_Part]:
+    controls = _repeated(result, plain)
+    if not controls:
+        return []
+    table = _against_random(result, main, controls)
+    table = table[table["group"] == "all"].drop(columns="group").reset_index(drop=True)
+    table["effect"] = table["effect"].str.replace("_", " ")
+    points = ["value", "control_mean", "control_sd", "control_low", "control_high"]
+    return [
+        _Part(
+            "random",
+            f"{main} among its random controls",
+            "Self effects; every repeat of a random mask is a point. Layer-matched masks have as many neurons in each "
+            "layer as the selection.",
+            plot_random(result, main, controls),
+        ),
+        _Part(
+            "random",
+            f"{main} against random masks",
+            "Means over groups; each group's are in every-random.csv. p is the share of repeats, ours included, whose "
+            "effect is at most ours; with R repeats it cannot be below 1 / (R + 1).",
+            _points_table(table, points),
+        ),
+    ]
+
+
+def _against_random(result: KnockoutResult, main: str, controls: Sequence[str]) -> pd.DataFrame:
+    table = pd.concat([result.against_random(main, name).assign(control=name) for name in controls], ignore_index=True)
+    table.insert(0, "control", table.pop("control"))
+    return table
+
+
+def _repeated(result: KnockoutResult, names: Sequence[str]) -> list[str]:
+    """Those that were given as several selections: the random controls."""
+    return [name for name in names if any(mask.repeat for mask in result.masks if mask.selector == name)]
+
+
+def _sweeps(result: KnockoutResult, how: Mapping[str, Any]) -> list[_Part]:
+    found: dict[tuple[str, str], int] = {}
+    for name in result.selectors:
+        base, setting = split_setting(name)
+        if setting is not None:
+            found[base, setting[0]] = found.get((base, setting[0]), 0) + 1
+    parts = []
+    for (base, axis), number in found.items():
+        curve = result.curve(base, axis, **how)
+        what = _AXES.get(axis, axis)
+        if number > 1:
+            parts.append(
+                _Part(
+                    f"curve-{_slug(base)}-{axis}",
+                    f"{base} by {what}",
+                    "Mean over groups with intervals; thin lines are the groups.",
+                    plot_curve(curve, axis),
+                )
+            )
+        overall = curve[curve["group"] == "all"]
+        parts.append(
+            _Part(f"curve-{_slug(base)}-{axis}", f"{base} by {what}", "Over all groups.", _effect_table(overall, axis))
+        )
+    return parts
+
+
+def _conditions(result: KnockoutResult, plain: Sequence[str], how: Mapping[str, Any]) -> list[_Part]:
+    rows = []
+    for condition in ("all", "correct", "wrong"):
+        part = result.select(*plain).where(condition)
+        if part.ids:
+            summary = part.summary(**how)
+            rows.append(summary[summary["group"] == "all"].assign(questions=condition))
+    table = pd.concat(rows)
+    table["selector"] = table["selector"] + ", " + table["questions"]
+    return [
+        _Part(
+            "conditions",
+            "By what the clean model answers",
+            "Effects on all questions, and on those that the clean model answers right or wrong. On right ones "
+            "accuracy can only fall, on wrong ones only rise.",
+            _effect_table(table, "selector"),
+        )
+    ]
+
+
+def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) -> list[_Part]:
+    accuracies = {"as asked": result.accuracy, **{name: other.accuracy for name, other in others.items()}}
+    table = pd.DataFrame(accuracies).rename_axis("group").reset_index()
+    table.loc[len(table)] = ["mean", *table.iloc[:, 1:].mean().tolist()]
+    chance = result.provenance.get("chance")
+    parts = [
+        _Part(
+            "accuracy",
+            "Clean accuracy",
+            "Without any mask, in percent."
+            + (" Blind: without the picture. Options only: without picture and question." if others else ""),
+            _points_table(table, list(accuracies)),
+        )
+    ]
+    if others:
+        figure = plot_accuracy(accuracies, chance=chance)
+        parts.insert(0, _Part("accuracy", "Clean accuracy", "What the picture and the question contribute.", figure))
+    return parts
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _effect_table(summary: pd.DataFrame, label: str) -> pd.DataFrame:
+    """The columns of a summary that a paper prints, effects in points with their intervals."""
+    table = pd.DataFrame({label: summary[label].to_numpy(), "n": summary["n"].to_numpy()})
+    if (summary["pictures"] != summary["n"]).any():
+        table["pictures"] = summary["pictures"].to_numpy()
+    table["clean"] = [_number(100 * value) for value in summary["clean"]]
+    effects = {
+        "self_effect": "self effect",
+        "cross_effect": "cross effect",
+        "cross_caused": "cross caused",
+        "gap": "gap",
+        "control_effect": "general",
+    }
+    for name, title in effects.items():
+        if name in summary:
+            bounds = zip(summary[name], summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
+            table[title] = [
+                f"{_number(100 * value)} [{_number(100 * low)}, {_number(100 * high)}]" for value, low, high in bounds
+            ]
+    table["flips"] = [_number(100 * value) for value in summary["flips"]]
+    if (summary["failures"] > 0).any():
+        table["failures"] = [_number(100 * value) for value in summary["failures"]]
+    return table
+
+
+_TESTS = {
+    "p": "p",
+    "p_holm": "Holm",
+    "p_bh": "BH",
+    "p_permutation": "p by pictures",
+    "p_permutation_holm": "Holm by pictures",
+    "gap_p": "gap p",
+    "gap_p_holm": "gap Holm",
+    "gap_p_bh": "gap BH",
+}
+
+
+def _test_table(summary: pd.DataFrame, label: str, tests: Sequence[str]) -> pd.DataFrame:
+    """P-values of a summary as they are printed."""
+    columns = {_TESTS[name]: [_probability(value) for value in summary[name]] for name in tests}
+    return pd.DataFrame({label: summary[label].to_numpy(), **columns})
+
+
+def _points_table(table: pd.DataFrame, points: Sequence[str]) -> pd.DataFrame:
+    """A table with some columns in points of accuracy, and p-values as they are printed."""
+    shown = table.reset_index(drop=True).copy()
+    for name in points:
+        shown[name] = [_number(100 * value) for value in shown[name]]
+    for name in shown.columns:
+        if name == "p" or str(name).startswith("p_"):
+            shown[name] = [_probability(value) for value in shown[name]]
+    return shown.rename(columns={name: str(name).replace("_", " ") for name in shown.columns})
+
+
+def _number(value: Any, digits: int = 1) -> str:
+    if value is None or not np.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+
+
+def _probability(value: float) -> str:
+    if not np.isfinite(value):
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "−": r"$-$",
+    "–": "--",
+    "→": r"$\rightarrow$",
+    "α": r"$\alpha$",
+}
+
+
+def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
+    """A table in LaTeX with booktabs, every character of the cells escaped.
+
+    Args:
+        table: any table; numbers are aligned right.
+        caption: of the table.
+        label: what the text refers to it by.
+    """
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float | np.floating):
+            value = _number(float(value), 3)
+        return "".join(_LATEX.get(letter, letter) for letter in str(value))
+
+    align = "".join("r" if n and not _is_text(table[name]) else "l" for n, name in enumerate(table.columns))
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        *([rf"\caption{{{cell(caption)}}}"] if caption else []),
+        *([rf"\label{{{label}}}"] if label else []),
+        rf"\begin{{tabular}}{{{align}}}",
+        r"\toprule",
+        " & ".join(cell(name) for name in table.columns) + r" \\",
+        r"\midrule",
+        *(" & ".join(cell(value) for value in row) + r" \\" for row in table.itertuples(index=False)),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _is_text(column: pd.Series) -> bool:
+    return not pd.api.types.is_numeric_dtype(column) and not all(str(value)[:1] in "−–<0123456789" for value in column)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _slug(name: str) -> str:
+    """A name for files: letters, digits and hyphens."""
+    words = "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in name).split()
+    return "-".join(words).lower() or "unnamed"
+
+
+def _written(part: _Part, folder: Path) -> str:
+    """Write a part's files, and give its place on the page."""
+    if isinstance(part.content, pd.DataFrame):
+        _write_table(folder, part.name, part.content, part.title)
+        links = f'<a href="tables/{part.name}.csv">CSV</a> <a href="tables/{part.name}.tex">LaTeX</a>'
+        inner = f'<div class="scroll">{_html_table(part.content)}</div>'
+    else:
+        part.content.savefig(folder / "figures" / f"{part.name}.png", dpi=300, bbox_inches="tight")
+        buffer = io.BytesIO()
+        part.content.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        (folder / "figures" / f"{part.name}.svg").write_bytes(buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
+        links = f'<a href="figures/{part.name}.png">PNG</a> <a href="figures/{part.name}.svg">SVG</a>'
+        inner = (
+            f'<div class="scroll"><img alt="{html.escape(part.title)}" src="data:image/svg+xml;base64,{data}"></div>'
+        )
+    kind = "table" if isinstance(part.content, pd.DataFrame) else "figure"
+    return (
+        f'<section id="{kind}-{part.name}"><h2>{html.escape(part.title)}</h2>{inner}'
+        f'<p class="caption">{html.escape(part.caption)} <span class="files">{links}</span></p></section>'
+    )
+
+
+def _write_table(folder: Path, name: str, table: pd.DataFrame, caption: str = "") -> None:
+    write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
+    if len(table) <= 500:
+        write_text(folder / "tables" / f"{name}.tex", latex(table, caption, f"tab:{name}"))
+
+
+def _html_table(table: pd.DataFrame) -> str:
+    text = [_is_text(table[name]) for name in table.columns]
+
+    def row(values: Sequence[Any], tag: str) -> str:
+        cells = []
+        for value, is_text in zip(values, text, strict=True):
+            if isinstance(value, float | np.floating):
+                value = _number(float(value), 3)
+            cells.append(f"<{tag}{'' if is_text else ' class=n'}>{html.escape(str(value))}</{tag}>")
+        return f"<tr>{''.join(cells)}</tr>"
+
+    rows = "".join(row(values, "td") for values in table.itertuples(index=False))
+    return f"<table><thead>{row(list(table.columns), 'th')}</thead><tbody>{rows}</tbody></table>"
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 74rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; } dt { color: #555; } dd { margin: 0; }
+dd { overflow-wrap: anywhere; }
+nav { columns: 2 18rem; font-size: .9rem; } nav a { display: block; }
+.scroll { overflow-x: auto; } img { max-width: min(100%, 52rem); min-width: 30rem; height: auto; }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th { text-align: left; border-bottom: 1.5px solid #333; } td { border-bottom: 1px solid #e4e4e4; }
+th, td { padding: .25rem .5rem; white-space: nowrap; } .n { text-align: right; }
+.caption { color: #444; font-size: .88rem; max-width: 48rem; } .files { white-space: nowrap; }
+a { color: #00568a; } pre { overflow-x: auto; font-size: .78rem; background: #f5f5f5; padding: .8rem; }
+"""
+
+
+def _page(
+    title: str,
+    result: KnockoutResult,
+    parts: Sequence[_Part],
+    body: Sequence[str],
+    more: Sequence[str],
+    confidence: float,
+) -> str:
+    about = result.provenance
+    facts = {
+        "Model": about.get("model", "not known"),
+        "Revision": about.get("revision") or "not known",
+        "Questions": f"{len(result.ids):,} of {len(result.group_names)} groups"
+        + (f", control groups {', '.join(result.control_names)}" if result.control_names else ""),
+        "Clean accuracy": f"{100 * float(np.mean(result.correct[0])):.1f} %",
+        "Masks": f"{len(result.masks):,} of {len(result.selectors)} kinds",
+        "Answers kept": f"{result.chosen.size:,}",
+        "Could not be parsed": f"{int((result.chosen < 0).sum()):,}",
+        "Questions skipped": f"{len(about.get('skipped', [])):,}",
+        "Read by": about.get("answer", "not known"),
+        "Made with": f"vlmneurons {__version__}",
+    }
+    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
+    contents = "".join(
+        f'<a href="#{"table" if isinstance(part.content, pd.DataFrame) else "figure"}-{part.name}">'
+        f"{html.escape(part.title)}{' (table)' if isinstance(part.content, pd.DataFrame) else ''}</a>"
+        for part in parts
+    )
+    files = " ".join(f'<a href="tables/{name}.csv">{name}.csv</a>' for name in more)
+    provenance = html.escape(json.dumps(about, indent=1, default=str, ensure_ascii=False))
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p>Accuracy under each mask less clean accuracy, in points; intervals at {100 * confidence:g} %.
+All tables: {files}</p>
+<dl>{listed}</dl>
+<nav>{contents}</nav>
+{"".join(body)}
+<section><h2>Provenance</h2><details><summary>Model, versions, rules and masks</summary>
+<pre>{provenance}</pre></details></section></body></html>
+"""

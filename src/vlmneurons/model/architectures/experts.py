@@ -1,0 +1,397 @@
+"""Reading and writing the neurons of experts, which see only the tokens that a router sends to them.
+
+transformers keeps all experts of a layer in one module, as 3-D parameters, and has several ways to run it. Each is
+watched while it runs, and computes what it always computes: rows (one for each token and expert it goes to) are picked
+up where the model itself makes them, so that values and clean logits are the model's own, bit for bit.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vlmneurons.errors import ArchitectureError
+from vlmneurons.model.architectures.layout import MLPLayout
+
+_IN_ROWS = ("grouped_mm", "batched_mm")
+"""Implementations of transformers' experts that compute all rows at once, in an order that we know."""
+
+
+@dataclass
+class Rows:
+    """Which rows the model is computing: the expert and the token of each."""
+
+    experts: Int64[Tensor, " row"]
+    tokens: Int64[Tensor, " row"]
+
+
+@dataclass(frozen=True)
+class Visitor:
+    kind: str
+    expert: int | None
+    visit: Callable[..., Tensor | None]
+    writes: bool
+
+
+class Experts:
+    """All that is read and written in one module of experts; its hooks are on as long as there is any."""
+
+    _all: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, module: nn.Module, layout: MLPLayout) -> "Experts":
+        if module not in cls._all:
+            cls._all[module] = cls(module, layout)
+        return cls._all[module]
+
+    def __init__(self, module: nn.Module, layout: MLPLayout) -> None:
+        self.module = weakref.ref(module)
+        self.layout = layout
+        self.visitors: dict[int, Visitor] = {}
+        self.hooks: list[Any] = []
+        self.undo: list[Callable[[], None]] = []
+        self.rows: Rows | None = None
+
+    def add(self, visitor: Visitor) -> Callable[[], None]:
+        """Puts a visitor on; gives what takes it off."""
+        if visitor.writes and visitor.kind != "post" and not self.layout.repeatable and self.layout.activation is None:
+            raise ArchitectureError(f"post = {self.layout.product} cannot be repeated; write at 'post' instead")
+        if not self.visitors:
+            module = self.module()
+            self.hooks = [
+                module.register_forward_pre_hook(self._begin, with_kwargs=True),
+                module.register_forward_hook(self._end, always_call=True),
+            ]
+        key = max(self.visitors, default=-1) + 1
+        self.visitors[key] = visitor
+        return functools.partial(self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.visitors.pop(key, None)
+        if not self.visitors:
+            while self.hooks:
+                self.hooks.pop().remove()
+
+    # --- one forward ---
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._end()
+        given = list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
+        implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        if not hasattr(module, "is_concatenated"):  # not one of those that transformers can run in several ways
+            implementation = "eager"
+        if getattr(module, "_is_expert_parallel", False):
+            raise ArchitectureError(
+                "experts that are spread over several processes cannot be read or written one by one"
+            )
+        if implementation in _IN_ROWS:
+            self.rows = _rows(given[0], given[1], implementation)
+            if getattr(module, "has_gate", True):
+                self._patch_gating(module)
+            else:
+                self._hook_activation(module, through=True)
+        elif implementation in (None, "eager"):
+            own = getattr(type(module), "_apply_gate", None)
+            if own is not None and own.__name__ != "_default_apply_gate" and getattr(module, "has_gate", True):
+                self._patch_gating(module)
+                watch = _Watch(self, given[0], points=False)
+            else:
+                if self.layout.activation is not None:
+                    self._hook_activation(module, through=False)
+                watch = _Watch(self, given[0], points=True)
+            watch.__enter__()
+            self.undo.append(lambda: watch.__exit__(None, None, None))
+        else:
+            raise ArchitectureError(
+                f"experts run by {implementation!r} compute their neurons inside one kernel, where they cannot be read "
+                "or written; call set_experts_implementation('grouped_mm') on the model that holds them"
+            )
+
+    def _end(self, *_: Any) -> None:
+        self.rows = None
+        while self.undo:
+            self.undo.pop()()
+
+    def _patch_gating(self, module: nn.Module) -> None:
+        """Stands between the projections while this forward runs."""
+        original, before = module._apply_gate, vars(module).get("_apply_gate")
+
+        def gating(fused: Tensor) -> Tensor:
+            post = self.through(fused)
+            return original(fused) if post is None else post
+
+        def restore() -> None:
+            if before is None:
+                vars(module).pop("_apply_gate", None)
+            else:
+                vars(module)["_apply_gate"] = before
+
+        vars(module)["_apply_gate"] = gating
+        self.undo.append(restore)
+
+    def _hook_activation(self, module: nn.Module, through: bool) -> None:
+        activation = module.get_submodule(self.layout.activation)
+
+        def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            return self.through(args[0]) if through else self.point("gate", output)
+
+        self.undo.append(activation.register_forward_hook(after).remove)
+
+    # --- values ---
+
+    def through(self, first: Float[Tensor, "row both"]) -> Float[Tensor, "row neuron"] | None:
+        """Everything from the output of the first projection to ``post``; None if nothing was changed."""
+        if self.rows is None:
+            raise ArchitectureError("this module of experts runs in a way that is not known; no row can be told")
+        layout, module = self.layout, self.module()
+        wanted = {visitor.kind for visitor in self.visitors.values()}
+        up = layout.part(first, "up") if layout.gated else None
+        pre, changed = self._visit("pre", layout.part(first, "pre") if layout.gated else first)
+        if not changed and not wanted & {"gate", "up", "post"}:
+            return None
+        gate, here = self._visit("gate", layout.gate_of(module, pre))
+        changed |= here
+        if up is not None:
+            up, here = self._visit("up", up)
+            changed |= here
+        if not changed and "post" not in wanted:
+            return None
+        post, here = self._visit("post", layout.post_of(module, gate, up))
+        return post if changed or here else None
+
+    def point(self, kind: str, values: Tensor) -> Tensor | None:
+        """One point of the way; values may have an axis of experts before that of tokens. None if not changed."""
+        if self.rows is None:
+            raise ArchitectureError("this module of experts runs in a way that is not known; no row can be told")
+        if values.ndim == 2:
+            new, changed = self._visit(kind, values)
+            return new if changed else None
+        experts, tokens = self.rows.experts, self.rows.tokens
+        new, changed = self._visit(kind, values[experts, tokens])
+        if not changed:
+            return None
+        whole = values.clone()
+        whole[experts, tokens] = new.to(whole.dtype)
+        return whole
+
+    def wants(self, *kinds: str) -> bool:
+        return any(visitor.kind in kinds for visitor in self.visitors.values())
+
+    def _visit(self, kind: str, values: Tensor) -> tuple[Tensor, bool]:
+        changed = False
+        for visitor in tuple(self.visitors.values()):
+            if visitor.kind != kind:
+                continue
+            if visitor.expert is None:
+                new = visitor.visit(values, self.rows.experts, self.rows.tokens)
+                where = None
+            else:
+                where = (self.rows.experts == visitor.expert).nonzero().flatten()
+                if not len(where):
+                    continue
+                new = visitor.visit(values[where], self.rows.tokens[where])
+            if visitor.writes and new is not None:
+                new = new.to(values.dtype)
+                values = new if where is None else values.index_copy(0, where, new)
+                changed = True
+        return values, changed
+
+
+def _rows(hidden: Tensor, chosen: Int64[Tensor, "token choice"], implementation: str) -> Rows:
+    """The rows in the order in which transformers computes them."""
+    experts = chosen.reshape(-1)
+    if implementation == "batched_mm":
+        return Rows(experts, torch.arange(len(hidden), device=hidden.device).repeat_interleave(chosen.shape[-1]))
+    experts, order = torch.sort(experts)
+    return Rows(experts, order // chosen.shape[-1])
+
+
+_INDEXED = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
+_RESHAPED = {Tensor.reshape, Tensor.view, torch.reshape, Tensor.squeeze, torch.squeeze, Tensor.contiguous, Tensor.to}
+_TURNED = {Tensor.transpose, torch.transpose, Tensor.t, torch.t, Tensor.mT.__get__, Tensor.T.__get__}
+_MULTIPLIED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, Tensor.bmm, Tensor.mm}
+
+
+class _Gathered(TorchFunctionMode):
+    """Follows which tokens a model picks from a tensor: results of indexing it are remembered with their indices."""
+
+    def __init__(self, source: Tensor | None = None) -> None:
+        super().__init__()
+        self.source = source
+        self.picked: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def tokens(self, value: Any) -> Tensor | None:
+        """Which tokens a tensor holds, if it was picked by index."""
+        found = self.picked.get(id(value))
+        return None if found is None else found[1]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _INDEXED and (args[0] is self.source or self.source is None):
+            parts = args[-1] if isinstance(args[-1], tuple) else (args[-1],)
+            indices = [part for part in parts if isinstance(part, Tensor)]
+            if len(indices) == 1 and indices[0].dtype in (torch.int64, torch.int32) and isinstance(result, Tensor):
+                self.picked[id(result)] = (result, indices[0].flatten())
+            elif len(indices) == 1 and indices[0].dtype == torch.bool and isinstance(result, Tensor):
+                self.picked[id(result)] = (result, indices[0].flatten().nonzero().flatten())
+        elif func in _RESHAPED and id(args[0]) in self.picked:
+            self.picked[id(result)] = (result, self.picked[id(args[0])][1])
+        return result
+
+
+class _Watch(_Gathered):
+    """Watches experts that run one by one, or all on every token, for products with the parameters."""
+
+    def __init__(self, experts: Experts, hidden: Tensor, points: bool) -> None:
+        super().__init__(hidden)
+        self.experts, self.points = experts, points
+        self.slices: dict[int, tuple[Tensor, str, int]] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def _weight(self, value: Any) -> tuple[str, int | None] | None:
+        """Which parameter a tensor is, and which expert's slice of it."""
+        module, layout = self.experts.module(), self.experts.layout
+        for name in filter(None, (layout.down, layout.fused, layout.gate, layout.up)):
+            if value is getattr(module, name, None):
+                return name, None
+        found = self.slices.get(id(value))
+        return None if found is None else found[1:]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MULTIPLIED and len(args) >= 2 and self._weight(args[1]) is not None:
+            return self._product(func, args, kwargs, *self._weight(args[1]))
+        result = super().__torch_function__(func, types, args, kwargs)
+        weight = self._weight(args[0]) if args and isinstance(args[0], Tensor) else None
+        if weight is not None and func is Tensor.__getitem__ and weight[1] is None:
+            index = int(args[1]) if not isinstance(args[1], Tensor) or args[1].numel() == 1 else None
+            if index is not None:
+                self.slices[id(result)] = (result, weight[0], index)
+        elif weight is not None and func in _TURNED:
+            self.slices[id(result)] = (result, *weight)
+        return result
+
+    def _product(self, func: Any, args: tuple, kwargs: dict, name: str, expert: int | None) -> Tensor:
+        experts, layout = self.experts, self.experts.layout
+        if name == layout.down:
+            if self.points and layout.activation is None and experts.wants("gate"):
+                post = self._gate()
+                args = args if post is None else (post, *args[1:])
+            if self.points and experts.wants("post"):
+                post = experts.point("post", args[0])
+                args = args if post is None else (post, *args[1:])
+            return func(*args, **kwargs)
+        experts.rows = self._rows(args[0], expert)
+        output = func(*args, **kwargs)
+        if not self.points:
+            return output
+        kinds = ("pre", "up") if layout.fused else ("pre",) if name == layout.gate else ("up",)
+        for kind in kinds:
+            if not experts.wants(kind):
+                continue
+            part = layout.part(output, kind) if layout.fused else output
+            new = experts.point(kind, part)
+            if new is not None and layout.fused:
+                output = output.clone()
+                layout.part(output, kind).copy_(new)
+            elif new is not None:
+                output = new
+        self.outputs[name] = output
+        return output
+
+    def _gate(self) -> Tensor | None:
+        """``post`` made anew of an edited gate that no module computes; None if it was not edited."""
+        layout, module = self.experts.layout, self.experts.module()
+        if layout.fused:
+            pre, up = (layout.part(self.outputs[layout.fused], kind) for kind in ("pre", "up"))
+        else:
+            pre, up = self.outputs[layout.gate], self.outputs.get(layout.up)
+        new = self.experts.point("gate", layout.gate_of(module, pre))
+        return None if new is None else layout.post_of(module, new, up)
+
+    def _rows(self, rows: Tensor, expert: int | None) -> Rows:
+        if expert is None and rows.ndim == 3:  # all experts at once, each on all tokens; zeros where not routed to it
+            return Rows(*(rows != 0).any(-1).nonzero(as_tuple=True))
+        tokens = self.tokens(rows)
+        if expert is None or tokens is None or len(tokens) != len(rows):
+            raise ArchitectureError(
+                f"{type(self.experts.module()).__name__} runs in a way in which it cannot be told which tokens an "
+                "expert sees; try set_experts_implementation('grouped_mm') on the model that holds it"
+            )
+        return Rows(torch.full_like(tokens, expert), tokens)
+
+
+class Routing:
+    """Tells which tokens reach an expert that is a module of its own, by watching the block that routes."""
+
+    _all: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, block: nn.Module) -> "Routing":
+        if block not in cls._all:
+            cls._all[block] = cls(block)
+        return cls._all[block]
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = weakref.ref(block)
+        self.users = 0
+        self.hooks: list[Any] = []
+        self.watch: _Gathered | None = None
+        self.tokens: dict[int, Tensor] = {}
+
+    def follow(self, expert: nn.Module) -> Callable[[], None]:
+        """Keeps `tokens_of` ready for one expert; gives what stops it."""
+        if not self.users:
+            block = self.block()
+            self.hooks = [
+                block.register_forward_pre_hook(self._begin),
+                block.register_forward_hook(self._end, always_call=True),
+            ]
+        self.users += 1
+        hook = expert.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+        removed = False
+
+        def stop() -> None:
+            nonlocal removed
+            if removed:
+                return
+            removed = True
+            hook.remove()
+            self.users -= 1
+            if not self.users:
+                while self.hooks:
+                    self.hooks.pop().remove()
+
+        return stop
+
+    def tokens_of(self, expert: nn.Module) -> Int64[Tensor, " row"]:
+        """Which tokens the expert is running on."""
+        return self.tokens[id(expert)]
+
+    def _begin(self, *_: Any) -> None:
+        self._end()
+        self.watch = _Gathered()
+        self.watch.__enter__()
+
+    def _end(self, *_: Any) -> None:
+        if self.watch is not None:
+            self.watch.__exit__(None, None, None)
+        self.watch = None
+        self.tokens.clear()
+
+    def _enter(self, expert: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        rows = args[0] if args else next(iter(kwargs.values()))
+        tokens = None if self.watch is None else self.watch.tokens(rows)
+        if tokens is None or len(tokens) != rows.shape[:-1].numel():
+            raise ArchitectureError(
+                f"it cannot be told which tokens {type(self.block()).__name__} sends to this {type(expert).__name__}"
+            )
+        self.tokens[id(expert)] = tokens

@@ -1,0 +1,304 @@
+"""What an MLP is made of: plain values that name modules, and know nothing of models."""
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlmneurons.errors import ArchitectureError, SiteError
+from vlmneurons.neurons.sites import KINDS, Site
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of an `Expression`: ``target`` applied to earlier values.
+
+    Attributes:
+        how: ``"function"``, ``"method"``, ``"module"`` or ``"attribute"``.
+        target: the function, the name of the method, or that of the module or attribute, relative to the MLP.
+        arguments: each a constant, or a `Value`.
+        keywords: pairs of a name and such an argument.
+    """
+
+    how: str
+    target: Callable | str
+    arguments: tuple = ()
+    keywords: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that an `Expression` computes with: an input (``"gate"``) or the result of an earlier step (a number)."""
+
+    of: str | int
+
+
+@dataclass(frozen=True)
+class Expression:
+    """An elementwise computation of the MLP, kept so that it can be repeated on other values, bit for bit.
+
+    Equal for MLPs that compute alike, and hashable: it names modules, and looks them up in the MLP it is called with.
+    """
+
+    steps: tuple[Step, ...]
+
+    def __call__(self, module: nn.Module, **inputs: Tensor) -> Tensor:
+        results: list[Any] = []
+
+        def value(argument: Any) -> Any:
+            if isinstance(argument, Value):
+                return inputs[argument.of] if isinstance(argument.of, str) else results[argument.of]
+            return tuple(map(value, argument)) if isinstance(argument, tuple) else argument
+
+        for step in self.steps:
+            arguments = [value(argument) for argument in step.arguments]
+            keywords = {name: value(argument) for name, argument in step.keywords}
+            if step.how == "function":
+                results.append(step.target(*arguments, **keywords))
+            elif step.how == "method":
+                results.append(getattr(arguments[0], step.target)(*arguments[1:], **keywords))
+            elif step.how == "attribute":
+                results.append(operator.attrgetter(step.target)(module))
+            else:  # forward, not a call: nobody else's hooks should see a repetition
+                results.append(module.get_submodule(step.target).forward(*arguments, **keywords))
+        return results[-1]
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The names of its inputs."""
+
+        def names(argument: Any) -> Iterator[str]:
+            if isinstance(argument, Value) and isinstance(argument.of, str):
+                yield argument.of
+            elif isinstance(argument, tuple):
+                for inner in argument:
+                    yield from names(inner)
+
+        steps = [(*step.arguments, *(value for _, value in step.keywords)) for step in self.steps]
+        return frozenset(name for arguments in steps for name in names(arguments))
+
+    def __str__(self) -> str:
+        results: list[str] = []
+
+        def text(argument: Any) -> str:
+            if isinstance(argument, Value):
+                return argument.of if isinstance(argument.of, str) else results[argument.of]
+            return f"{argument:g}" if isinstance(argument, float) else str(argument)
+
+        for step in self.steps:
+            name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", str(step.target))
+            given = [text(argument) for argument in step.arguments]
+            given += [f"{key}={text(value)}" for key, value in step.keywords if value is not None]
+            if name in _SYMBOLS and len(given) == 2:
+                results.append(
+                    f"{given[0]} {_SYMBOLS[name]} {given[1]}"
+                    if name == "mul"
+                    else f"({given[0]} {_SYMBOLS[name]} {given[1]})"
+                )
+            else:
+                results.append(name if step.how == "attribute" else f"{name}({', '.join(given)})")
+        return results[-1]
+
+
+_SYMBOLS = {"mul": "*", "add": "+", "sub": "-", "truediv": "/"}
+
+SPLITS = {
+    ("first", "second"): "gate_up",
+    ("second", "first"): "up_gate",
+    ("even", "odd"): "interleaved",
+    ("odd", "even"): "interleaved_up",
+}
+
+
+@dataclass(frozen=True)
+class MLPLayout:
+    """How one MLP computes. Names are those of modules relative to the MLP module; equal for MLPs built alike.
+
+    Attributes:
+        down: the projection whose *input* is the site ``post``.
+        activation: the activation module, whose input is ``pre`` and whose output is ``gate``. None if there is none
+            of this MLP's own that is called once per forward: then ``gate`` is ``gate_of(module, pre)``, bit for bit.
+        function: what computes ``gate`` from ``pre`` (see `gate_of`); also where `activation` is given. A plain
+            function of one tensor may be given, and is kept as an `Expression`.
+        gate: the projection whose output is ``pre``; None where it is fused.
+        up: the projection whose output is ``up``; None for an MLP without one (there ``post == gate``), or fused.
+        fused: a projection whose output holds ``pre`` and ``up`` both, as `split` says.
+        split: ``"gate_up"`` or ``"up_gate"`` (two halves, in this order), ``"interleaved"`` (gate at even places),
+            ``"interleaved_up"`` (up at even places); None where nothing is fused.
+        product: computes ``post`` from ``gate`` and ``up`` (from ``gate`` alone in an ungated MLP); None if it is
+            ``gate * up``, or ``gate``, and nothing else. A plain function of these tensors may be given, and is kept as
+            an `Expression`. What is found by itself may also depend on ``other`` values of the forward, such as
+            a router's weight; then `post_of` cannot repeat it.
+        parameters: the projections are parameters of the MLP module, not modules of their own: one slice of the first
+            axis for each expert.
+        normed: a normalisation stands between ``gate * up`` and ``post``, so a neuron of ``post`` depends on all others
+            of ``gate``, and zeroing it there is another intervention than zeroing it at ``gate``.
+    """
+
+    down: str
+    activation: str | None = None
+    function: Callable | None = None
+    gate: str | None = None
+    up: str | None = None
+    fused: str | None = None
+    split: str | None = None
+    product: Callable | None = None
+    parameters: bool = False
+    normed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.function is None and self.activation is not None:
+            object.__setattr__(self, "function", Expression((Step("module", self.activation, (Value("pre"),)),)))
+        elif self.function is not None and not callable(self.function):
+            raise ArchitectureError(f"function= computes gate from pre, such as F.silu; got {self.function!r}")
+        elif self.function is not None and not isinstance(self.function, Expression):
+            object.__setattr__(self, "function", Expression((Step("function", self.function, (Value("pre"),)),)))
+        if self.product is not None and not isinstance(self.product, Expression):
+            if not callable(self.product):
+                raise ArchitectureError(f"product= computes post from gate and up; got {self.product!r}")
+            given = (Value("gate"), Value("up")) if self.gated else (Value("gate"),)
+            object.__setattr__(self, "product", Expression((Step("function", self.product, given),)))
+        if (self.gate is None) == (self.fused is None):
+            raise ArchitectureError("an MLPLayout names the projection before its activation: give gate=, or fused=")
+        if (self.fused is None) != (self.split is None) or self.split not in (None, *SPLITS.values()):
+            raise ArchitectureError(f"fused= goes with split=, one of {', '.join(SPLITS.values())}")
+        for name in ("down", "activation", "gate", "up", "fused"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and (value is not None or name == "down"):
+                raise ArchitectureError(f"{name}= is the name of a module within the MLP; got {value!r}")
+        if self.function is None:
+            raise ArchitectureError("an MLPLayout needs activation= (name of a module), or function= (such as F.silu)")
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is an ``up`` branch."""
+        return self.up is not None or self.fused is not None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of site that such an MLP has."""
+        return KINDS if self.gated else ("pre", "gate", "post")
+
+    def gate_of(self, module: nn.Module, pre: Float[Tensor, "... neuron"]) -> Float[Tensor, "... neuron"]:
+        """``gate`` computed from ``pre`` by the model's own operations: equal to the model's bit for bit.
+
+        Args:
+            module: the MLP.
+            pre: what the activation is of.
+
+        Raises:
+            ArchitectureError: ``gate`` depends on more than its neuron of ``pre``.
+        """
+        if "other" in self.function.inputs:
+            raise ArchitectureError(f"gate = {self.function} depends on more than pre, and cannot be repeated")
+        return self.function(module, pre=pre)
+
+    def post_of(
+        self, module: nn.Module, gate: Float[Tensor, "... neuron"], up: Float[Tensor, "... neuron"] | None = None
+    ) -> Float[Tensor, "... neuron"]:
+        """``post`` computed from ``gate`` (and ``up``, where there is one) by the model's own operations.
+
+        Args:
+            module: the MLP.
+            gate: the activations.
+            up: the other branch; None for an MLP without one.
+
+        Raises:
+            ArchitectureError: ``post`` depends on more than these.
+        """
+        if not self.repeatable:
+            raise ArchitectureError(f"post = {self.product} depends on more than gate and up, and cannot be repeated")
+        if self.product is not None:
+            return self.product(module, gate=gate, up=up) if self.gated else self.product(module, gate=gate)
+        return gate * up if self.gated else gate
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether ``post`` is a function of ``gate`` and ``up`` alone."""
+        return self.product is None or "other" not in self.product.inputs
+
+    def part(self, fused: Float[Tensor, "... both"], kind: str) -> Float[Tensor, "... neuron"]:
+        """The view of a fused projection's output that is ``pre`` or ``up``.
+
+        Args:
+            fused: the output of the fused projection.
+            kind: ``"pre"`` or ``"up"``.
+        """
+        width = fused.shape[-1] // 2
+        first = (kind == "pre") == (self.split in ("gate_up", "interleaved"))
+        if self.split in ("gate_up", "up_gate"):
+            return fused[..., :width] if first else fused[..., width:]
+        return fused[..., 0::2] if first else fused[..., 1::2]
+
+
+@dataclass(frozen=True)
+class MLP:
+    """One MLP, or one expert, of one layer.
+
+    Attributes:
+        tower: name of the tower.
+        layer: number of the block within the tower.
+        name: which MLP of the block: ``"mlp"``, ``"mlp.experts.7"``, ``"mlp.shared_expert"``.
+        path: path of its module within the model.
+        layout: how it computes.
+        width: number of neurons.
+        expert: index within a module that holds all experts as 3-D parameters; None for an MLP with its own module.
+        routed: whether it sees only the tokens that a router sends to it.
+    """
+
+    tower: str
+    layer: int
+    name: str
+    path: str
+    layout: MLPLayout
+    width: int
+    expert: int | None = None
+    routed: bool = False
+
+    def site(self, kind: str) -> Site:
+        """The site of this MLP at a point of its computation.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+
+        Raises:
+            SiteError: this MLP has no such point.
+        """
+        if kind not in self.layout.kinds:
+            raise SiteError(
+                f"{self.tower}.layers.{self.layer}.{self.name} has no {kind!r}; it has {', '.join(self.layout.kinds)}"
+            )
+        return Site(self.tower, self.layer, self.name, kind)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Its sites, in the order in which they are computed."""
+        return tuple(Site(self.tower, self.layer, self.name, kind) for kind in self.layout.kinds)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of transformer blocks.
+
+    Attributes:
+        name: ``"language"``, ``"vision"`` …
+        path: path of the list of blocks within the model; of the part that holds them all, if there are several lists.
+        layer_paths: path of every block, those without an MLP included.
+        mlps: the MLPs, by layer.
+    """
+
+    name: str
+    path: str
+    layer_paths: tuple[str, ...]
+    mlps: tuple[MLP, ...]
+
+    def __len__(self) -> int:
+        return len(self.layer_paths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of every MLP, in the order of `mlps`."""
+        return tuple(mlp.width for mlp in self.mlps)

@@ -1,0 +1,482 @@
+"""From questions to model inputs, and which token of them is what.
+
+The one place that knows how a prompt becomes tokens. A processor expands one image placeholder to hundreds of tokens
+and wraps the user's text in a chat template; which tokens are the picture, which the user's words, and which only
+template, padding or special tokens decides what is counted, so it is worked out here, once, per token, and checked.
+"""
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Int64
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+
+from vlmneurons.errors import MismatchError, QuestionError
+from vlmneurons.model.vision_rows import Rows, vision_rows
+from vlmneurons.questions.sets import Question, QuestionSet, picture_size
+
+if TYPE_CHECKING:
+    from vlmneurons.model.vlm import VLM
+
+TOKEN_RULES = ("content", "image", "text", "last")
+"""Names of the built-in token rules; see `TokenTable.counted`."""
+
+TOKENIZING = threading.RLock()
+"""Held while a batch is encoded or generated texts are decoded: fast tokenizers refuse two threads at once."""
+
+_MARK = "QUESTIONTEXTGOESHERE"
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What each token of a batch is.
+
+    Attributes:
+        ids: token ids.
+        attention: a real token (not padding).
+        image: a placeholder that an image's features take.
+        special: one of the tokenizer's special tokens (image placeholders among them).
+        template: added by the chat template or by the library, not by the question; None where that is not known,
+            as for inputs that were not made by `VLM.prepare`.
+        last: position of each row's last prompt token, whose logits are the answer's.
+    """
+
+    ids: Int64[Tensor, "row token"]
+    attention: Bool[Tensor, "row token"]
+    image: Bool[Tensor, "row token"]
+    special: Bool[Tensor, "row token"]
+    template: Bool[Tensor, "row token"] | None
+    last: Int64[Tensor, " row"]
+
+    def counted(self, rule: "TokenRule") -> Bool[Tensor, "row token"]:
+        """Which tokens a rule counts.
+
+        Args:
+            rule: ``"content"`` (all but padding, template and special tokens; images count), ``"image"``, ``"text"``
+                (content without images), ``"last"`` (the last prompt token), or a function of this table.
+
+        Raises:
+            QuestionError: no such rule, or a function's result has another shape or type.
+        """
+        if callable(rule):
+            mask = rule(self)
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != self.ids.shape:
+                got = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise QuestionError(f"a token rule returns a bool tensor of shape {tuple(self.ids.shape)}; got {got}")
+            return mask & self.attention
+        text = self.attention & ~self.special & ~self.image
+        if self.template is not None:
+            text = text & ~self.template
+        if rule == "content":
+            return text | (self.image & self.attention)
+        if rule == "image":
+            return self.image & self.attention
+        if rule == "text":
+            return text
+        if rule == "last":
+            return torch.arange(self.ids.shape[1], device=self.ids.device) == self.last[:, None]
+        raise QuestionError(f"tokens={rule!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}, or a function")
+
+
+TokenRule = str | Callable[[TokenTable], Bool[Tensor, "row token"]]
+
+
+class Batch(BatchFeature):
+    """Model inputs that know what they are: ``model.hf(**batch)`` runs them.
+
+    Attributes:
+        tokens: what each token is.
+        vision: for each row of the batch the number of leading-dimension rows of the vision tower that are its
+            pictures' (patches, tiles, or pictures); None where that cannot be told.
+        patches: which patches of each of the vision tower's rows are real; None where none is padding.
+        pictures: for each row a digest of its pictures' pixels, in order: rows with the same one show the same; None
+            where that is not known.
+    """
+
+    tokens: TokenTable
+    vision: tuple[int, ...] | None
+    patches: Bool[Tensor, "row patch"] | None
+    pictures: tuple[bytes, ...] | None
+
+    def __init__(
+        self,
+        data: Any,
+        tokens: TokenTable,
+        vision: tuple[int, ...] | None,
+        patches: Bool[Tensor, "row patch"] | None = None,
+        pictures: tuple[bytes, ...] | None = None,
+    ) -> None:
+        super().__init__(data)
+        self.tokens = tokens
+        self.vision = vision
+        self.patches = patches
+        self.pictures = pictures
+
+
+class Encoder:
+    """Questions to `Batch`es, for one model's processor.
+
+    Args:
+        model: the model whose processor and configuration are used.
+    """
+
+    def __init__(self, model: "VLM") -> None:
+        self.model = model
+        self.processor = model.processor
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self._frames: dict[int, tuple[str, str]] = {}
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    def render(self, text: str, n_images: int) -> str:
+        """One user turn in the chat template, up to where the model's answer begins.
+
+        Raises:
+            QuestionError: the processor has no chat template.
+        """
+        if self.model.template is not None:
+            rendered = self.model.template(text, n_images)
+            if not isinstance(rendered, str):
+                raise QuestionError(f"the template function gave {type(rendered).__name__}, not a text")
+            return rendered
+        own = getattr(self.processor, "chat_template", None)
+        template = own or getattr(self.tokenizer, "chat_template", None)
+        if template is None and type(self.processor).__name__ in _PLAIN_PROMPTS:
+            return self.processor.image_token * n_images + text
+        if template is None:
+            raise QuestionError(
+                f"the processor {type(self.processor).__name__} has no chat template; give VLM(…, template=function), "
+                "where function(text, n_images) returns the whole prompt with its image placeholders"
+            )
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
+        message = [{"role": "user", "content": content}]
+        how = {} if own else {"chat_template": template}  # a processor does not look at its tokenizer's
+        rendered = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False, **how)
+        if text not in rendered and text.strip() not in rendered:
+            # Templates of text-only models join or drop a list of parts: never ask a question that is not there.
+            raise QuestionError("the chat template does not show the question's text: it may expect plain strings")
+        return rendered
+
+    def _frame(self, n_images: int) -> tuple[str, str]:
+        """What the template puts before and after the user's text."""
+        if n_images not in self._frames:
+            parts = self.render(_MARK, n_images).split(_MARK)
+            if len(parts) != 2:
+                raise QuestionError(
+                    f"the chat template shows the user's text {len(parts) - 1} times; expected once. "
+                    "Give VLM(…, template=function) instead"
+                )
+            self._frames[n_images] = (parts[0], parts[1])
+        return self._frames[n_images]
+
+    def _adds_special(self, rendered: str) -> bool:
+        # As in transformers' own apply_chat_template(tokenize=True): a template that writes the beginning-of-text
+        # token itself must not be given a second one.
+        if self._by_default("text_kwargs", "add_special_tokens") is False:
+            return False  # the processor puts them where they belong itself, as Florence-2's does
+        bos = getattr(self.tokenizer, "bos_token", None)
+        return not (bos and rendered.startswith(bos))
+
+    def _by_default(self, kind: str, name: str) -> Any:
+        """A setting that the processor has where a call does not give it; None if it has none of its own.
+
+        Processors keep it in an attribute, alone or among others of its kind; until transformers 5.22 they kept all in
+        a table of the class that declares what they take.
+        """
+        table = getattr(getattr(self.processor, "valid_processor_kwargs", None), "_defaults", None) or {}
+        for settings in (getattr(self.processor, kind, None), table.get(kind)):
+            if isinstance(settings, Mapping) and name in settings:
+                return settings[name]
+        return getattr(self.processor, name, None)
+
+    def token_ids(self, rendered: str) -> list[int]:
+        """Ids of a rendered prompt with its image placeholders unexpanded."""
+        return list(self.tokenizer(rendered, add_special_tokens=self._adds_special(rendered))["input_ids"])
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def __call__(self, questions: QuestionSet, *, padding_side: str = "left") -> Batch:
+        """Encode questions, one row each, on the model's device.
+
+        Args:
+            questions: what to ask, and how.
+            padding_side: ``"left"`` (as generation needs) or ``"right"``; the questions of an encoder-decoder model,
+                whose answers begin in its decoder, are always padded on the right.
+
+        Raises:
+            QuestionError: a picture cannot be opened, the text holds the model's image placeholder, or text-only
+                questions are mixed with others.
+        """
+        return self.rows(questions, list(questions), [""] * len(questions), padding_side=padding_side)
+
+    def length(self, asked: QuestionSet, item: Question) -> int:
+        """About how many tokens a question has, for putting questions of like length together.
+
+        Pictures are not decoded: their sizes are in their first bytes, and processors of transformers tell how many
+        tokens a size takes. Where that is not known, or a picture cannot be opened, it counts nothing.
+
+        Args:
+            asked: the set that says how the questions are asked.
+            item: the question.
+        """
+        shown = [item.options[index] for index in asked.order(item)]
+        with TOKENIZING:
+            n_text = len(self.token_ids(self.render(asked.prompt(item, shown), item.n_images)))
+        try:
+            sizes = [picture_size(source) for source in item._sources]
+            n_image = sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+            return n_text - len(sizes) + n_image  # in the place of one placeholder each
+        except Exception:  # only the order of the work depends on it; what cannot be asked is named when its turn comes
+            return n_text
+
+    def rows(
+        self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], *, padding_side: str = "left"
+    ) -> Batch:
+        """Encode rows, each a question and text to append to its rendered prompt.
+
+        Args:
+            asked: the set that says how the questions are asked.
+            items: question of each row; a question may stand in several rows.
+            added: text that follows each row's prompt; its tokens are never counted.
+            padding_side: ``"left"`` or ``"right"``.
+
+        Raises:
+            QuestionError: as for the encoding of questions.
+        """
+        if not items:
+            raise QuestionError("there are no questions to encode")
+        if padding_side not in ("left", "right"):
+            raise QuestionError(f"padding_side={padding_side!r} does not exist; choose from left, right")
+        if self.model.is_encoder_decoder:
+            padding_side = "right"  # its encoder may count positions from the first token; its answer begins elsewhere
+        with TOKENIZING:
+            return self._rows(asked, items, added, padding_side)
+
+    def _rows(self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], padding_side: str) -> Batch:
+        texts = [asked.prompt(item, [item.options[index] for index in asked.order(item)]) for item in items]
+        for item, text in zip(items, texts, strict=True):
+            if not isinstance(text, str):
+                raise QuestionError(f"question {item.id!r}: the prompt function gave {type(text).__name__}, not a text")
+            for placeholder in self._placeholders:
+                if placeholder in text:
+                    raise QuestionError(f"question {item.id!r}: its text holds the image placeholder {placeholder!r}")
+        rendered = [self.render(text, item.n_images) for item, text in zip(items, texts, strict=True)]
+        opened = {item.id: list(item.load_images()) for item in items}
+        pictures = [opened[item.id] for item in items]
+        with_picture = [bool(part) for part in pictures]
+        if any(with_picture) and not all(with_picture):
+            raise QuestionError("questions with and without a picture cannot share a batch: encode them apart")
+        texts = [text + more for text, more in zip(rendered, added, strict=True)]
+        try:
+            data = self._process(texts, pictures, padding_side)
+        except Exception as error:
+            if len(items) > 1:  # say whose fault it is, if it is one question's
+                for item, more in zip(items, added, strict=True):
+                    self.rows(asked, [item], [more], padding_side=padding_side)
+            raise QuestionError(
+                f"question {items[0].id!r}: the processor refuses it ({type(error).__name__}: {error})"
+                if len(items) == 1
+                else f"the processor refuses these questions together ({type(error).__name__}: {error})"
+            ) from error
+        if "aspect_ratio_mask" in data and len(set(map(len, pictures))) > 1:
+            # In Mllama what stands before a picture sees all of the row, the pictures that another row has more too.
+            raise QuestionError(
+                f"{type(self.model.hf).__name__} lets the padding of questions with fewer pictures through to their "
+                "words: encode questions with different numbers of pictures apart"
+            )
+        attention = data["attention_mask"].bool()
+        ids = data["input_ids"]
+        image = self._image_mask(data)
+        special = torch.isin(ids, torch.tensor(sorted(self._special_ids), dtype=ids.dtype))
+        template = torch.ones_like(attention)
+        last = torch.zeros(len(ids), dtype=torch.int64)
+        for row, (item, text, more) in enumerate(zip(items, rendered, added, strict=True)):
+            places = attention[row].nonzero().flatten()
+            own, n_added = self._content_tokens(ids[row, places].tolist(), text, more, item)
+            template[row, places[own]] = False
+            last[row] = places[len(places) - n_added - 1]
+        tokens = TokenTable(ids, attention, image, special, template & ~image, last)
+        seen = self._vision_rows(data, pictures, lambda n: self._process([texts[n]], [pictures[n]], padding_side))
+        vision, patches = (None, None) if seen is None else seen
+        digests = {name: _digest(part) for name, part in opened.items()}
+        seen_as = tuple(digests[item.id] for item in items)
+        return Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device)
+
+    def _process(self, texts: Sequence[str], pictures: Sequence[Sequence[Any]], padding_side: str) -> BatchFeature:
+        """What the processor makes of texts, their image placeholders unexpanded, and of each one's pictures."""
+        images: Any = list(pictures)
+        if self._by_default("images_kwargs", "multi_page") is False:
+            # GOT-OCR: a list of lists would be pages of documents.
+            images = [picture for row in pictures for picture in row]
+        data = self.processor(
+            **({"images": images} if any(pictures) else {}),
+            text=list(texts),
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=self._adds_special(texts[0]),
+            return_tensors="pt",
+        )
+        data.pop("labels", None)  # PaliGemma's are for training: with them a forward computes a loss
+        wanted = self.model.hf.dtype
+        for name, value in data.items():  # Llama 4's pixels are bfloat16, whatever the model is
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) and value.dtype != wanted:
+                data[name] = value.to(wanted)
+        return data
+
+    def _content_tokens(self, ids: list[int], rendered: str, more: str, item: Question) -> tuple[Tensor, int]:
+        """Positions (among a row's real tokens) of the user's own text, and how many tokens a continuation added.
+
+        The unexpanded prompt is tokenized with character offsets and laid against the expanded tokens from both ends:
+        all that differs is the image placeholder's expansion.
+        """
+        before, after = self._frame(item.n_images)
+        text = rendered[len(before) : len(rendered) - len(after)]
+        # What processors do besides: a space after a picture that a word follows directly (Idefics2), and the end of a
+        # line (PaliGemma) or of the text (Florence-2) after the prompt, which no continuation can then follow.
+        ends = [] if more else ["\n", getattr(self.tokenizer, "eos_token", None) or ""]
+        for inserted, end in (("", ""), (" ", ""), *(("", end) for end in ends)):
+            prompt = before + inserted + text + after + end
+            found = self._aligned(ids, prompt, more, len(before + inserted), len(before + inserted + text))
+            if found is not None:
+                return found
+        if more:
+            raise QuestionError(
+                f"question {item.id!r}: {type(self.processor).__name__} puts text of its own after the prompt, so no "
+                "text of an option continues it; read answers by letters or generation"
+            )
+        raise QuestionError(
+            f"question {item.id!r}: the processor rewrote the question's own text, so its tokens cannot be "
+            "told from the template's; count with a token rule of your own (tokens=function)"
+        )
+
+    def _aligned(self, ids: list[int], prompt: str, more: str, start: int, end: int) -> tuple[Tensor, int] | None:
+        """What `_content_tokens` gives, if a prompt was tokenized to these ids; its own text is at ``[start, end)``."""
+        special = self._adds_special(prompt)
+        try:
+            plain = self.tokenizer(prompt + more, add_special_tokens=special, return_offsets_mapping=True)
+        except NotImplementedError as error:
+            raise QuestionError(
+                f"{type(self.tokenizer).__name__} gives no character offsets, so template tokens cannot be told from "
+                "the question's: use a fast tokenizer"
+            ) from error
+        theirs, offsets = list(plain["input_ids"]), plain["offset_mapping"]
+        n_prompt = len(self.token_ids(prompt)) if more else len(theirs)
+        tail = _common(reversed(theirs), reversed(ids))
+        head = _common(iter(theirs), iter(ids)) if tail < len(theirs) else 0
+        if tail < len(theirs) - n_prompt:
+            return None
+        own = []
+        for position, (left, right) in enumerate(offsets):
+            if right <= start or left >= end or right <= left or position >= n_prompt:
+                continue
+            if position >= len(theirs) - tail:
+                own.append(len(ids) - len(theirs) + position)
+            elif position < head:
+                own.append(position)
+            else:
+                return None
+        return torch.tensor(own, dtype=torch.int64), len(theirs) - n_prompt
+
+    @property
+    def _placeholders(self) -> tuple[str, ...]:
+        found = (getattr(source, name, None) for source in (self.processor, self.tokenizer) for name in _TOKEN_NAMES)
+        return tuple(dict.fromkeys(str(token) for token in found if token))
+
+    @property
+    def _special_ids(self) -> set[int]:
+        ids = set(self.tokenizer.all_special_ids)
+        for number, token in getattr(self.tokenizer, "added_tokens_decoder", {}).items():
+            if token.special:
+                ids.add(number)
+        return ids
+
+    def _image_mask(self, data: Any) -> Bool[Tensor, "row token"]:
+        ids = data["input_ids"]
+        config = self.model.hf.config
+        numbers = (
+            getattr(source, name, None)
+            for source, name in (
+                (config, "image_token_id"),
+                (config, "image_token_index"),
+                (self.processor, "image_token_id"),
+            )
+        )
+        number = next((one for one in numbers if isinstance(one, int)), None)
+        if "mm_token_type_ids" in data:
+            # A video may have the same placeholder; what stands around and between an image's counts as its own here.
+            image = data["mm_token_type_ids"] == 1
+            placeholder = image & (ids == number)
+            return placeholder if placeholder.any() else image
+        return torch.zeros_like(ids, dtype=torch.bool) if number is None else ids == number
+
+    def _vision_rows(self, data: Any, pictures: Sequence[Sequence[Any]], alone: Callable[[int], Any]) -> Rows | None:
+        """Which rows of the vision tower belong to each question; see `vision_rows`."""
+
+        def tiles() -> Sequence[int] | None:
+            count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+            sizes = [(picture.height, picture.width) for row in pictures for picture in row]
+            try:
+                return None if count is None else getattr(count(image_sizes=sizes), "num_image_patches", None)
+            except Exception:  # it is nowhere promised: then each question is encoded on its own
+                return None
+
+        return vision_rows(data, [len(row) for row in pictures], self.model.hf.config, alone, tiles)
+
+
+_PLAIN_PROMPTS = ("PaliGemmaProcessor",)
+"""Processors without a chat template whose prompts are a text after its pictures' placeholders, and nothing else."""
+
+_TOKEN_NAMES = ("image_token", "video_token", "boi_token", "image_pad_token")
+
+
+def _digest(pictures: Sequence[Image.Image]) -> bytes:
+    """Of the pixels that some pictures show."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in pictures:
+        digest.update(repr((picture.mode, picture.size)).encode())
+        digest.update(picture.tobytes())
+    return digest.digest()
+
+
+def _common(one: Any, other: Any) -> int:
+    """How many leading elements two iterables share."""
+    n = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        n += 1
+    return n
+
+
+def free_tokens(model: "VLM", arguments: dict[str, Any], length: int) -> TokenTable | None:
+    """The token table of a run that the library did not prepare, from the arguments of the model's forward.
+
+    The chat template cannot be known here: ``template`` is None, so its words count as text.
+
+    Args:
+        model: the model.
+        arguments: keyword arguments of the forward.
+        length: number of tokens that the decoder sees in this step.
+    """
+    ids = arguments.get("input_ids")
+    if ids is None:
+        return None
+    ids = ids[:, -length:]
+    attention = arguments.get("attention_mask")
+    attention = torch.ones_like(ids) if attention is None or attention.ndim != 2 else attention[:, -length:]
+    encoder = model.encoder
+    if ids.shape[1] != length or attention.shape != ids.shape:
+        raise MismatchError(f"the decoder sees {length} tokens, but input_ids has {ids.shape[1]}")
+    special = torch.isin(ids, torch.tensor(sorted(encoder._special_ids), dtype=ids.dtype, device=ids.device))
+    types = arguments.get("mm_token_type_ids")
+    data = {"input_ids": ids, **({"mm_token_type_ids": types[:, -length:]} if types is not None else {})}
+    present = attention.bool()
+    positions = torch.arange(length, device=ids.device)
+    last = torch.where(present, positions, -1).amax(1)
+    return TokenTable(ids, present, encoder._image_mask(data), special, None, last)

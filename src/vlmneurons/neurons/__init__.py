@@ -1,0 +1,1 @@
+"""Which neurons exist, and sets of them."""

@@ -1,0 +1,387 @@
+"""CVQA: culturally diverse questions about pictures, in 39 pairs of a language and a country.
+
+Romero et al. 2024 (arXiv 2406.05967), ``afaji/cvqa`` on the Hub: one split, 10,374 rows, four options each. The public
+copy keeps its answers secret (``Label`` is -1, a leaderboard holds them), so a study needs a labelled copy: a parquet
+or arrow copy with labels, a TSV as VLMEvalKit converts it, or the public rows with ``labels=…``. A row's licence is its
+picture's; nothing of the dataset is part of this library.
+"""
+
+import ast
+import base64
+import binascii
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vlmneurons.checks import of_kind, whole
+from vlmneurons.errors import QuestionError
+from vlmneurons.questions.sets import Question, QuestionSet, _inside, _listed, _question_of_row, _rows_of_dataset
+
+log = logging.getLogger(__name__)
+
+LANGUAGES = {
+    "english": ("Translated Question", "Translated Options"),
+    "local": ("Question", "Options"),
+}
+"""The columns of the question and its options in each language."""
+
+_METADATA = {"Category": "category", "Image Type": "image_type", "Image Source": "image_source", "License": "license"}
+_LONGEST = 20_000
+"""Characters of the longest text that is parsed as a list; a longer one is no list of options."""
+
+
+def load_cvqa(
+    source: Any = "afaji/cvqa",
+    *,
+    language: str = "english",
+    group_by: str | Callable[[Question], str] = "country",
+    min_items: int = 1,
+    per_group: int | None = None,
+    seed: int = 0,
+    labels: Mapping[str, int | str] | None = None,
+    countries: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    split: str = "test",
+    on_error: str = "raise",
+    **how: Any,
+) -> QuestionSet:
+    """The questions of CVQA, grouped; pictures stay encoded until they are needed.
+
+    Args:
+        source: the dataset's name on the Hub; a file (``.parquet``, ``.arrow`` or ``.tsv``) or a folder of parquet or
+            arrow files or one that ``Dataset.save_to_disk`` wrote; or a `datasets.Dataset`. A TSV has the columns
+            ``index``, ``question``, ``A`` to ``D``, ``answer`` and ``image`` (base64, or the index of the row whose
+            picture it shares) or ``image_path``; for grouping also ``Subset``, or ``country`` and ``language``.
+        language: ``"english"`` (the translations) or ``"local"``. A TSV holds one language, whichever is asked for.
+        group_by: ``"country"`` (ISO 3166 alpha-3, such as ``EGY``), ``"subset"`` (``"Telugu (IND)"``),
+            ``"category"``, ``"language"``, any other metadata, or a function of the question.
+        min_items: groups with fewer questions are left out, and named in the log.
+        per_group: take this many questions of every group, chosen by a seeded hash of their ids; by default all.
+        seed: of that choice.
+        labels: the right option of each ``ID`` (an index from 0, a letter, or the option's text), in place of the
+            dataset's own.
+        countries: ISO codes of country names that `pycountry` does not know.
+        revision: commit, tag or branch on the Hub.
+        split: of the Hub dataset.
+        on_error: what to do with a row that is no question, such as one whose right option stands there twice:
+            ``"raise"``, or ``"skip"`` it (the log names it). A label outside the options is never skipped.
+        **how: ``prompt``, ``answer``, ``shuffle`` of the `QuestionSet`.
+
+    Returns:
+        Questions whose metadata has ``country``, ``country_name``, ``language``, ``subset`` and ``category``.
+
+    Raises:
+        QuestionError: the labels are secret, a row is no question (which one is said), or no group is large enough.
+
+    Source: Romero et al. 2024 (arXiv 2406.05967).
+
+    Example:
+        ``load_cvqa("cvqa_labelled.parquet", group_by="country", min_items=100, per_group=100)``
+    """
+    if language not in LANGUAGES:
+        raise QuestionError(f"language={language!r} does not exist; choose from {', '.join(LANGUAGES)}")
+    if on_error not in ("raise", "skip"):
+        raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
+    min_items = whole("min_items", min_items, QuestionError)
+    per_group = None if per_group is None else whole("per_group", per_group, QuestionError, least=1)
+    name, rows = _rows(source, language, revision, split)
+    read = []
+    for row in rows:
+        if labels is not None:
+            if row.id not in labels:
+                raise QuestionError(f"{row.where}: labels has no entry for ID {row.id!r}")
+            row.fields["answer"] = labels[row.id]
+        read.append(row)
+    if not read:
+        raise QuestionError(f"{name} has no rows")
+    _refuse_secret_labels(name, read)
+    questions, skipped = [], []
+    codes = {str(key).casefold(): value for key, value in (countries or {}).items()}
+    for row in read:
+        try:
+            questions.append(_question(row, codes))
+        except QuestionError as error:
+            if on_error == "raise":
+                raise
+            skipped.append(row.id)
+            log.warning("skipped: %s", error)
+    if skipped:
+        log.warning("%d of %d rows of %s are no questions and were skipped", len(skipped), len(read), name)
+    grouped = QuestionSet(questions, **how).group_by(group_by)
+    kept = grouped.at_least(min_items)
+    thin = [f"{group} ({n})" for group, n in grouped.counts().items() if group not in kept.groups]
+    if thin:
+        log.warning("left out, with fewer than %d questions: %s", min_items, _listed(thin, 50))
+    return kept if per_group is None else kept.balanced(per_group, seed=seed)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of any of the forms: a question's fields, and what else is known of it."""
+
+    where: str
+    id: str
+    fields: dict[str, Any]
+    subset: Any
+    metadata: dict[str, Any]
+
+
+# -- where rows come from ----------------------------------------------------------------------------------------------
+
+
+def _rows(source: Any, language: str, revision: str | None, split: str) -> tuple[str, Iterator[_Row]]:
+    """What the source is called, and its rows."""
+    if hasattr(source, "column_names") and hasattr(source, "features"):
+        return "the dataset", _dataset_rows(source, language)
+    of_kind("source", source, (str, os.PathLike), QuestionError, "a name on the Hub, a path or a datasets.Dataset")
+    path = Path(os.fspath(source))
+    if not path.exists():
+        if path.suffix in (".parquet", ".arrow", ".tsv", ".csv") or str(source).count("/") != 1 or path.is_absolute():
+            raise QuestionError(f"there is no file or folder {os.fspath(source)!r}")
+        return str(source), _dataset_rows(_from_hub(str(source), revision, split), language)
+    if path.suffix in (".tsv", ".csv"):
+        return str(path), _table_rows(path)
+    return str(path), _dataset_rows(_from_disk(path, split), language)
+
+
+def _from_hub(name: str, revision: str | None, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split, revision=revision)
+    except Exception as error:
+        raise QuestionError(
+            f"the dataset {name!r} cannot be loaded from the Hub ({type(error).__name__}: {error}). Give the path of a "
+            "local copy if this machine has no network"
+        ) from error
+
+
+def _from_disk(path: Path, split: str) -> Any:
+    """A dataset from parquet or arrow files, memory-mapped."""
+    import datasets
+
+    if path.is_dir() and (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow"))
+    if not files:
+        raise QuestionError(f"{path} holds no .parquet or .arrow file, and is no folder that save_to_disk wrote")
+    # Files of another split stand beside this one's in a copy of a repository.
+    of_split = [file for file in files if file.name.startswith(f"{split}-")] or files
+    try:
+        if of_split[0].suffix == ".arrow":
+            return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in of_split])
+        return datasets.Dataset.from_parquet([str(file) for file in of_split])
+    except Exception as error:
+        raise QuestionError(f"{path} cannot be read as a dataset ({type(error).__name__}: {error})") from error
+
+
+def _dataset_rows(dataset: Any, language: str) -> Iterator[_Row]:
+    question, options = LANGUAGES[language]
+    missing = [name for name in ("image", "ID", "Subset", question, options, "Label") if name not in dataset.features]
+    if missing:
+        raise QuestionError(
+            f"the dataset has no column {', '.join(map(repr, missing))}; it has {', '.join(dataset.column_names)}. "
+            "For other datasets use QuestionSet.from_dataset(dataset, columns={…})"
+        )
+    for n, (values, image) in enumerate(_rows_of_dataset(dataset, "image")):
+        where = f"row {n} (ID {values['ID']!r})"
+        if image is None:
+            raise QuestionError(f"{where}: the row has no image")
+        fields = {
+            "image": image,
+            "question": values[question],
+            "options": _options(values[options], f"{where}, column {options!r}"),
+            "answer": values["Label"],
+        }
+        metadata = {ours: values[theirs] for theirs, ours in _METADATA.items() if theirs in values}
+        yield _Row(where, str(values["ID"]), fields, values["Subset"], metadata)
+
+
+def _table_rows(path: Path) -> Iterator[_Row]:
+    """Rows of a TSV as VLMEvalKit writes it."""
+    import pandas as pd
+
+    try:
+        # Every cell is text: "None", "NA" and "1.0" are options, not missing values or numbers.
+        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise QuestionError(f"{path} cannot be read as a table: {error}") from error
+    names = {str(column).casefold(): column for column in table.columns}
+    missing = [name for name in ("index", "question", "a", "b", "c", "d", "answer") if name not in names]
+    if missing:
+        raise QuestionError(
+            f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, table.columns))}"
+        )
+    picture = next((name for name in ("image", "image_path") if name in names), None)
+    if picture is None:
+        raise QuestionError(f"{path} has no column 'image' (base64) or 'image_path'")
+    index = [str(value) for value in table[names["index"]]]
+    cells = [str(value) for value in table[names[picture]]]
+    place = {name: n for n, name in enumerate(index)}
+    known = {"index", "question", "a", "b", "c", "d", "answer", "image", "image_path", "subset", "id"}
+    for n, values in enumerate(table.to_dict("records")):
+        where = f"{path}, row {n + 1} (index {index[n]!r})"
+        cell = cells[n]
+        if not cell:
+            raise QuestionError(f"{where}: the row has no image")
+        if picture == "image_path":
+            image: Any = _inside(path.parent, cell, where)
+        else:
+            if len(cell) <= 64 and cell in place:  # the picture of another row
+                cell = cells[place[cell]]
+            image = _Base64Image(cell)
+        low = {name: values[column] for name, column in names.items()}
+        fields = {
+            "image": image,
+            "question": low["question"],
+            "options": [low[letter] for letter in "abcd" if low[letter] != ""],
+            "answer": low["answer"],
+        }
+        subset: Any = low.get("subset")
+        if subset in (None, "") and "country" in low:
+            subset = (low.get("language", ""), low["country"])
+        metadata = {name: value for name, value in low.items() if name not in known}
+        yield _Row(where, low.get("id") or index[n], fields, subset, metadata)
+
+
+@dataclass(frozen=True)
+class _Base64Image:
+    """A picture as text, decoded when it is called."""
+
+    text: str
+
+    def __call__(self) -> bytes:
+        try:
+            return base64.b64decode(self.text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"the image is no base64 text: {error}") from error
+
+
+# -- one row -----------------------------------------------------------------------------------------------------------
+
+
+def _question(row: _Row, codes: Mapping[str, str]) -> Question:
+    metadata = dict(row.metadata)
+    if row.subset not in (None, ""):
+        language, country = parse_subset(row.subset, row.where)
+        name = country.replace("_", " ")
+        code = codes.get(name.casefold()) or codes.get(country.casefold()) or _country_code(name, row.where)
+        metadata.update(
+            subset=f"{language.replace('_', ' ')} ({code})" if language else code,
+            language=language.replace("_", " "),
+            country=code,
+            country_name=name,
+        )
+    # The group is what group_by makes of it later; until then every row has one.
+    fields = {**row.fields, "id": row.id, "group": metadata.get("country", "all")}
+    return _question_of_row(fields, row.where, None, metadata)
+
+
+def parse_subset(subset: Any, where: str = "Subset") -> tuple[str, str]:
+    """Language and country of a ``Subset`` cell, which CVQA stores as text: ``"('Telugu', 'India')"``.
+
+    The text is read as data, never run.
+
+    Raises:
+        QuestionError: it is no pair of two texts.
+
+    Examples:
+        >>> parse_subset("('Telugu', 'India')")
+        ('Telugu', 'India')
+    """
+    pair = _literal(subset) if isinstance(subset, str) else subset
+    if (
+        not isinstance(pair, Sequence)
+        or isinstance(pair, str)
+        or len(pair) != 2
+        or not all(isinstance(part, str) for part in pair)
+        or not pair[1].strip()
+    ):
+        raise QuestionError(f"{where}: Subset must be a pair such as \"('Telugu', 'India')\"; got {_shown(subset)}")
+    return pair[0].strip(), pair[1].strip()
+
+
+def _options(value: Any, where: str) -> list[str]:
+    """The options of a cell: a list, or the text of one, as the dataset's oldest revisions have it."""
+    options = _literal(value) if isinstance(value, str) else value
+    if hasattr(options, "tolist"):
+        options = options.tolist()
+    if (
+        not isinstance(options, Sequence)
+        or isinstance(options, str)
+        or len(options) != 4
+        or not all(isinstance(option, str) for option in options)
+    ):
+        raise QuestionError(
+            f"{where}: options must be a list of 4 texts, or the text of one such as \"['a', 'b', 'c', 'd']\"; "
+            f"got {_shown(value)}"
+        )
+    return list(options)
+
+
+def _literal(text: str) -> Any:
+    """The Python or JSON value that a text spells; None for anything else, such as code."""
+    if len(text) > _LONGEST:
+        return None
+    for parse in (ast.literal_eval, json.loads):
+        try:
+            return parse(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
+@cache
+def _alpha_3(name: str) -> str | None:
+    try:
+        import pycountry
+    except ImportError as error:
+        raise QuestionError("country names need the package pycountry: pip install 'vlmneurons[cvqa]'") from error
+    try:
+        return str(pycountry.countries.lookup(name).alpha_3)
+    except LookupError:
+        pass
+    try:
+        found = {country.alpha_3 for country in pycountry.countries.search_fuzzy(name)}
+    except LookupError:
+        return None
+    return str(found.pop()) if len(found) == 1 else None  # "Korea" may be either: not ours to choose
+
+
+def _country_code(name: str, where: str) -> str:
+    code = _alpha_3(name)
+    if code is None:
+        raise QuestionError(
+            f"{where}: {name!r} is no country name that pycountry knows for certain; say what it is: "
+            f"countries={{{name!r}: 'XYZ'}}"
+        )
+    return code
+
+
+def _refuse_secret_labels(name: str, rows: Sequence[_Row]) -> None:
+    """Refuse -1 and other labels that are no option, which scripts have silently scored as the last option."""
+    outside = []
+    for row in rows:
+        label = row.fields["answer"]
+        number = int(label) if isinstance(label, str) and label.strip().lstrip("-").isdigit() else label
+        options = row.fields["options"]
+        is_index = isinstance(number, int | float) and not isinstance(number, bool)
+        if label is None or label == "" or (is_index and not 0 <= number < len(options) and str(label) not in options):
+            outside.append(row)
+    if outside:
+        count = f"all {len(rows):,}" if len(outside) == len(rows) else f"{len(outside):,} of {len(rows):,}"
+        raise QuestionError(
+            f"{name}: Label is {outside[0].fields['answer']!r} in {count} rows (first: {outside[0].where}), but the "
+            "options are 0–3. The public copy of CVQA keeps its answers secret (Label -1). Use a labelled copy "
+            "(parquet, or the TSV of VLMEvalKit), or give labels={ID: answer}"
+        )

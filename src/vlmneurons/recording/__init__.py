@@ -1,0 +1,1 @@
+"""What becomes of the counts: recorded by group, by question, or as attributions."""

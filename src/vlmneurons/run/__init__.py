@@ -1,0 +1,1 @@
+"""Asking a model: batches, readers of answers, ablations, and the engines that run one batch."""

@@ -1,0 +1,348 @@
+"""Switching neurons off, or setting them to something else, for as long as a ``with`` block lasts.
+
+The intervention is a hook on the model's own modules, so it acts in every way of running the model: traces, plain
+calls, and every token of every step of ``generate``. Ablations nest: each acts on what the ones entered before it left.
+"""
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vlmneurons.checks import real
+from vlmneurons.errors import AblationError, MismatchError
+from vlmneurons.model.architectures.hooks import Handle, write
+from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.neurons.sets import NeuronSet
+from vlmneurons.neurons.sites import NeuronSpace, Site
+from vlmneurons.statistics.counts import ActivationStatistics
+
+MODES = ("zero", "scale", "mean", "add", "replace")
+"""What an ablation does with a neuron's value ``x``: 0, ``factor * x``, a mean, ``x + factor * values``, ``values``."""
+
+
+class _Owners:
+    """Who is ablating a model: which thread, and in it which task of asyncio (None outside of a loop).
+
+    Two threads, or two tasks, with one model would silently share each other's ablations. A task does run under what
+    was entered outside of its event loop: that is around all of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: weakref.WeakKeyDictionary[nn.Module, tuple[int, str, list[Any]]] = weakref.WeakKeyDictionary()
+
+    def take(self, module: nn.Module) -> None:
+        with self._lock:
+            self._refuse_others(module, "; its ablations would act on the runs of this one too")
+            name = threading.current_thread().name
+            self._held.setdefault(module, (threading.get_ident(), name, []))[2].append(_current_task())
+
+    def give(self, module: nn.Module) -> None:
+        with self._lock:
+            tasks, mine = self._held[module][2], _current_task()
+            place = max((n for n, task in enumerate(tasks) if task is mine), default=len(tasks) - 1)
+            del tasks[place]
+            if not tasks:
+                del self._held[module]
+
+    def check(self, module: nn.Module) -> None:
+        self._refuse_others(module, ", and ran in another one: that run would have been ablated too")
+
+    def _refuse_others(self, module: nn.Module, what: str) -> None:
+        held = self._held.get(module)
+        if held is None:
+            return
+        thread, name, tasks = held
+        mine = _current_task()
+        if thread != threading.get_ident():
+            where = f"thread {name!r}"
+        elif any(task is not None and task is not mine for task in tasks):
+            where = "another task of asyncio"
+        else:
+            return
+        raise AblationError(
+            f"this model is being ablated in {where}{what}. Wait for the ablation to end, or give each a model of "
+            "its own"
+        )
+
+
+def _current_task() -> Any:
+    """The task of asyncio that this is running in; None outside of a loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+_OWNERS = _Owners()
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """What happens to one site: the same for all rows (``columns``), or by row (``mask``)."""
+
+    columns: Tensor | None
+    mask: Bool[Tensor, "row neuron"] | None
+    values: Float[Tensor, "*row neuron"] | None
+    """Of the site's neurons: those in ``columns``, or, by row, all of them."""
+
+
+class Ablation:
+    """Sets neurons to zero, or to something else, while it is entered; the model is untouched before and after.
+
+    Leaving it restores the model exactly, also after an exception, and ablations may be left in any order. An empty set
+    of neurons changes nothing, not a bit of any logit.
+
+    Args:
+        model: the model.
+        neurons: the neurons; or a sequence with one `NeuronSet` for each row of the batches that will be run.
+        mode: ``"zero"``; ``"scale"`` (times ``factor``; steering by ``1 + alpha`` in the terms of arXiv 2601.03115);
+            ``"mean"`` (set to ``values``, the neurons' mean activations); ``"add"`` (plus ``factor * values``);
+            ``"replace"`` (set to ``values``).
+        factor: for ``"scale"`` the factor, for ``"add"`` the strength.
+        values: for ``"mean"``, ``"add"`` and ``"replace"``: a number, one value per neuron of the set
+            (``[len(neurons)]``, in the order of ``neurons.indices``), or one per neuron of the space
+            (``[len(space)]``). For ``"mean"`` also `ActivationStatistics` recorded with ``magnitudes=True``: the mean
+            over all its groups' counted tokens.
+        at: ``"gate"`` or ``"post"``. Zeroing and scaling mean the same at both. The other modes do not, so there ``at``
+            must be said, and statistics must be of that kind.
+
+    Raises:
+        MismatchError: the neurons, or values, are not of this model.
+        AblationError: a mode without what it needs; another thread is ablating the model.
+
+    Example:
+        ``with Ablation(model, selection["Egypt"]): answer = model.generate(**inputs)``
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        neurons: NeuronSet | Sequence[NeuronSet],
+        mode: str = "zero",
+        *,
+        factor: float | None = None,
+        values: float | Tensor | ActivationStatistics | None = None,
+        at: str | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise AblationError(f"mode {mode!r} does not exist; choose from {', '.join(MODES)}")
+        if at is None:
+            if mode not in ("zero", "scale"):
+                raise AblationError(f"mode {mode!r} differs between the sites: say at='gate' or at='post'")
+            at = "post"
+        if at not in ("gate", "post"):
+            raise AblationError(f"at={at!r}: an ablation acts at 'gate' or at 'post'")
+        if mode == "scale" and factor is None:
+            raise AblationError("mode 'scale' needs factor=…; 0 is zero ablation, 1.5 amplifies by half")
+        if mode in ("zero", "mean", "replace") and factor is not None:
+            raise AblationError(f"mode {mode!r} takes no factor")
+        if mode in ("mean", "add", "replace") and values is None:
+            raise AblationError(f"mode {mode!r} needs values=…")
+        if mode in ("zero", "scale") and values is not None:
+            raise AblationError(f"mode {mode!r} takes no values")
+        check_model(model)
+        self.model = model
+        self.mode, self.at = mode, at
+        self.factor = 1.0 if factor is None else real("factor", factor, AblationError)
+        if isinstance(neurons, Mapping):
+            raise AblationError(
+                f"a {type(neurons).__name__} has a set of neurons for each group; give the one to ablate, "
+                "such as selection['Egypt']"
+            )
+        if not isinstance(neurons, NeuronSet | Sequence) or isinstance(neurons, str):
+            raise AblationError(f"neurons are a NeuronSet, or a sequence of them; got {type(neurons).__name__}")
+        self.by_row = not isinstance(neurons, NeuronSet)
+        self.neurons: NeuronSet | tuple[NeuronSet, ...] = tuple(neurons) if self.by_row else neurons  # type: ignore[arg-type]
+        sets: tuple[NeuronSet, ...] = self.neurons if isinstance(self.neurons, tuple) else (self.neurons,)
+        if not sets:
+            raise AblationError("an empty sequence of neuron sets was given; give one set, or one for each row")
+        for other in sets:
+            if not isinstance(other, NeuronSet):
+                raise AblationError(f"neurons are a NeuronSet, or a sequence of them; one is a {type(other).__name__}")
+        self.space = sets[0].space
+        for other in sets:
+            if not self.space.same_neurons(other.space):
+                raise MismatchError(f"the rows' neurons are of different spaces: {self.space} and {other.space}")
+        self._refuse_foreign(model, self.space)
+        self._edits = self._plan(sets, self._values(values, sets))
+        self._handles: list[Handle] = []
+
+    @staticmethod
+    def _refuse_foreign(model: VLM, space: NeuronSpace) -> None:
+        for site, width in zip(space.sites, space.widths, strict=True):
+            try:
+                mlp = model.mlp_of(site)
+            except LookupError as error:
+                raise MismatchError(f"these neurons are not of this model: {error}") from error
+            if mlp.width != width:
+                raise MismatchError(
+                    f"these neurons are not of this model: {site} has {mlp.width} neurons here, {width} in their space"
+                )
+
+    def _values(self, values: Any, sets: tuple[NeuronSet, ...]) -> Float[Tensor, " space"] | None:
+        """Values of every neuron of the space, whatever form they were given in."""
+        if values is None:
+            return None
+        size = len(self.space)
+        if isinstance(values, ActivationStatistics):
+            if self.mode != "mean":
+                raise AblationError(f"mode {self.mode!r} takes a number or a tensor; statistics are for mode 'mean'")
+            if values.space != self.space.at(self.at):
+                raise MismatchError(
+                    f"the means are of {values.space}, the ablation acts at {self.at} of {self.space}: record them "
+                    f"with space=model.space(…, {self.at!r})"
+                )
+            return values.merge_groups({"all": list(values.groups)}).mean[0]
+        try:
+            given = torch.as_tensor(values).dtype
+            if given == torch.bool or given.is_complex:
+                raise TypeError(f"they are {given}")
+            tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AblationError(f"values are a number or a tensor of numbers: {error}") from error
+        if not torch.isfinite(tensor).all():
+            raise AblationError("values hold NaN or infinity")
+        if tensor.ndim == 0:
+            return tensor.expand(size)
+        if tensor.shape == (size,):
+            return tensor
+        if not self.by_row and tensor.shape == (len(sets[0]),):
+            return torch.zeros(size, dtype=torch.float64).index_copy(0, sets[0].indices, tensor)
+        allowed = f"[{size}]" if self.by_row else f"[{len(sets[0])}] or [{size}]"
+        raise MismatchError(f"values are a number or a tensor of shape {allowed}; got {list(tensor.shape)}")
+
+    def _plan(self, sets: tuple[NeuronSet, ...], values: Tensor | None) -> dict[Site, _Edit]:
+        """What to do at each site; sites with nothing to do are left out, so that they cost nothing."""
+        edits = {}
+        bounds = torch.tensor(self.space.offsets)
+        cuts = [torch.searchsorted(one.indices, bounds) for one in sets]
+        for position, site in enumerate(self.space.sites):
+            start, width = self.space.offsets[position], self.space.widths[position]
+            columns = [
+                one.indices[cut[position] : cut[position + 1]] - start for one, cut in zip(sets, cuts, strict=True)
+            ]
+            if not any(len(part) for part in columns):
+                continue
+            here = None if values is None else values[start : start + width]
+            if not self.by_row:
+                edits[site] = _Edit(columns[0], None, None if here is None else here[columns[0]])
+            else:
+                mask = torch.zeros((len(sets), width), dtype=torch.bool)
+                for row, part in enumerate(columns):
+                    mask[row, part] = True
+                edits[site] = _Edit(None, mask, here)
+        return edits
+
+    # -- being entered -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Ablation":
+        if self._handles:
+            raise AblationError("this ablation is already in force; make another one to apply it twice")
+        hf = self.model.hf
+        _OWNERS.take(hf)
+        try:
+            # Entered first and removed last, so that an empty set is guarded against other threads as well.
+            guard = hf.register_forward_pre_hook(lambda module, args: _OWNERS.check(module))
+            self._handles.append(Handle([guard]))
+            for site, edit in self._edits.items():
+                mlp = self.model.mlp_of(site.at(self.at))
+                self._handles.append(write(hf, mlp, self.at, self._editor(site, edit)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self._handles:
+            return
+        while self._handles:
+            self._handles.pop().remove()
+        _OWNERS.give(self.model.hf)
+
+    def _editor(self, site: Site, edit: _Edit) -> Any:
+        """The function that gives one site's edited values."""
+        edit_in_place = self._in_place(site, edit)
+
+        def apply(values: Tensor, tokens: Tensor | None = None) -> Tensor:
+            # The model's own tensor may be kept by others: a trace shows it, a recorder counts it.
+            values = values.clone()
+            edit_in_place(values, tokens)
+            return values
+
+        return apply
+
+    def _in_place(self, site: Site, edit: _Edit) -> Any:
+        """The function that edits one site's values where they are; index tensors are moved to its device once."""
+        cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
+
+        def apply(values: Tensor, tokens: Tensor | None = None) -> None:
+            key = (values.device, values.dtype)
+            if key not in cache:
+                cache[key] = (
+                    None if edit.columns is None else edit.columns.to(values.device),
+                    None if edit.mask is None else edit.mask.to(values.device),
+                    None if edit.values is None else edit.values.to(values.device, values.dtype),
+                )
+            columns, mask, new = cache[key]
+            if columns is not None:
+                self._edit_columns(values, columns, new)
+            else:
+                assert mask is not None
+                self._edit_rows(site, values, mask, new, tokens)
+
+        return apply
+
+    def _edit_columns(self, values: Tensor, columns: Tensor, new: Tensor | None) -> None:
+        if self.mode == "zero":
+            values.index_fill_(-1, columns, 0)
+            return
+        old = values.index_select(-1, columns)
+        if self.mode == "scale":
+            changed = old * self.factor
+        elif self.mode == "add":
+            assert new is not None
+            changed = old + self.factor * new
+        else:
+            assert new is not None
+            changed = new.expand_as(old)
+        values.index_copy_(-1, columns, changed)
+
+    def _edit_rows(
+        self, site: Site, values: Tensor, mask: Bool[Tensor, "row neuron"], new: Tensor | None, tokens: Tensor | None
+    ) -> None:
+        n_rows = len(mask)
+        if site.tower != "language":
+            raise AblationError(f"{site}: the rows of a vision tower are patches, not questions; ablate all rows alike")
+        if tokens is not None:
+            raise AblationError(f"{site}: per-row neurons are not available for routed experts; ablate all rows alike")
+        if values.ndim < 3 or values.shape[0] != n_rows:
+            raise AblationError(
+                f"{n_rows} sets of neurons were given, one for each row, but {site} sees a batch of shape "
+                f"{tuple(values.shape[:-1])}"
+            )
+        mask = mask.view(n_rows, *[1] * (values.ndim - 2), mask.shape[-1])
+        if self.mode == "zero":
+            values.masked_fill_(mask, 0)
+            return
+        if self.mode == "scale":
+            changed = values * self.factor
+        elif self.mode == "add":
+            assert new is not None
+            changed = values + self.factor * new
+        else:
+            assert new is not None
+            changed = new.expand_as(values)
+        values.copy_(torch.where(mask, changed, values))
+
+    def __repr__(self) -> str:
+        what = f"{len(self.neurons)} rows" if isinstance(self.neurons, tuple) else f"{len(self.neurons)} neurons"
+        factor = f", factor={self.factor:g}" if self.mode in ("scale", "add") else ""
+        return f"Ablation({what}, {self.mode!r}{factor}, at={self.at!r})"

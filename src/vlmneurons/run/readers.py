@@ -1,0 +1,589 @@
+"""How the model's answer is read: by the letters' logits, by generation, or by the likelihood of each option's text.
+
+Each way is a small object with one method, `read`; a set of questions names the one it wants. A reader runs the model;
+whoever counts activations meanwhile gets told what each token of the run is (``watch``).
+"""
+
+import contextlib
+import inspect
+import re
+import unicodedata
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmneurons.checks import names, of_kind, whole
+from vlmneurons.errors import ActivationError, QuestionError
+from vlmneurons.model.encoder import TOKENIZING, Batch
+from vlmneurons.questions.sets import LETTERS, QuestionSet, normalize
+from vlmneurons.run.pictures import each_once
+
+if TYPE_CHECKING:
+    from vlmneurons.model.vlm import VLM
+
+Watch = Callable[[Batch, list[int]], contextlib.AbstractContextManager[Any]]
+"""Told before a run: its inputs, and which of its rows stand for the questions (one row each, in order)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What the model answered to some questions.
+
+    Attributes:
+        chosen: for each question the index of the chosen option, in the question's own order; None where a generated
+            text names no option.
+        scores: log-probability of each option, in the question's own order, padded with NaN where questions have
+            fewer options; None for generated answers.
+        texts: the generated texts; None for other ways of reading.
+    """
+
+    chosen: tuple[int | None, ...]
+    scores: Float[Tensor, "question option"] | None = None
+    texts: tuple[str, ...] | None = None
+
+    def margins(self, questions: QuestionSet) -> Float[Tensor, " question"]:
+        """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers.
+
+        Args:
+            questions: the questions that were answered.
+        """
+        if self.scores is None:
+            return torch.full((len(questions),), float("nan"), dtype=torch.float64)
+        scores = self.scores.double().nan_to_num(nan=-torch.inf)
+        right = torch.tensor([[item.answer] for item in questions])
+        others = scores.scatter(1, right, -torch.inf).amax(1)
+        return scores.gather(1, right).squeeze(1) - others
+
+
+class AnswerReader(ABC):
+    """A way of reading answers. Subclass it and define `read` for another."""
+
+    shows_options: bool = True
+    """Whether the options have to stand in the prompt."""
+
+    padding_side: str = "right"
+    """Right padding leaves every token at the position it has alone; generation needs the left."""
+
+    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+        """What `read` runs the model on: made once for a batch, and run as often as is wanted.
+
+        Args:
+            model: the model.
+            questions: one batch of questions.
+        """
+        return model.encoder(questions, padding_side=self.padding_side)
+
+    @abstractmethod
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: "Watch | None" = None) -> Reading:
+        """Runs the model on one batch of questions.
+
+        Args:
+            model: the model, in inference mode.
+            questions: the batch; they share whether they have pictures.
+            encoded: what `encode` made of them.
+            watch: to be entered around the run that shows the questions to the model.
+
+        Returns:
+            What was answered to each question.
+        """
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({fields})"
+
+
+class LogitReader(AnswerReader):
+    """A reader that needs one forward, and of it the logits at a few positions of each row.
+
+    Subclass it and define `wants` and `score`. Many masks can then share what does not depend on them; a reader that
+    runs the model in a way of its own is run once for each mask.
+    """
+
+    @abstractmethod
+    def wants(self, encoded: Any) -> "Wanted":
+        """The forward that is needed, and what of it.
+
+        Args:
+            encoded: what `encode` gave.
+        """
+
+    @abstractmethod
+    def score(
+        self, model: "VLM", questions: QuestionSet, encoded: Any, logits: list[Float[Tensor, "position vocabulary"]]
+    ) -> Reading:
+        """The answers, from the logits that were wanted.
+
+        Args:
+            model: the model.
+            questions: the batch.
+            encoded: what `encode` made of it.
+            logits: for each row of the forward those at its wanted positions, in float32 on the CPU.
+        """
+
+    def tokens(self, model: "VLM", questions: QuestionSet, encoded: Any) -> list[int] | None:
+        """Ids of the tokens whose log-probabilities are all that `score` looks at; None if it looks at more.
+
+        A reader that names them defines `score_shares` too. Then a remote run sends back these few numbers in place of
+        the logits of a whole vocabulary.
+
+        Args:
+            model: the model.
+            questions: the questions.
+            encoded: what `AnswerReader.encode` made of them.
+        """
+        return None
+
+    def score_shares(
+        self, model: "VLM", questions: QuestionSet, encoded: Any, shares: list[Float[Tensor, "position vocabulary"]]
+    ) -> Reading:
+        """The answers, from log-probabilities; those of tokens that `tokens` does not name may be missing (NaN).
+
+        Args:
+            model: the model.
+            questions: the questions.
+            encoded: what `AnswerReader.encode` made of them.
+            shares: for each row the log-probabilities (nats) at its wanted positions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names its tokens, and so has to define score_shares")
+
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: Watch | None = None) -> Reading:
+        """See `AnswerReader.read`."""
+        wanted = self.wants(encoded)
+        with (watch or _no_watch)(wanted.batch, wanted.questions):
+            logits = logits_at(model, wanted.batch, wanted.positions)
+        return self.score(model, questions, encoded, logits)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One forward, and what of it is looked at.
+
+    Attributes:
+        batch: its inputs.
+        positions: for each row the positions whose logits are wanted, at least one.
+        questions: the row that stands for each question.
+    """
+
+    batch: Batch
+    positions: Sequence[Sequence[int]]
+    questions: list[int]
+
+
+def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def logits_at(
+    model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "position vocabulary"]]:
+    """Run the model once and give each row's logits at some positions, in float32 on the CPU.
+
+    Only the positions that some row needs are projected to the vocabulary, where the model allows it.
+
+    Args:
+        model: the model.
+        batch: its inputs.
+        positions: for each row of the batch the wanted positions.
+
+    Raises:
+        QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
+    """
+    inputs, wanted = forward_inputs(model, batch, positions)
+    with each_once(model.hf, batch):
+        output = model.hf(**inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise _without_logits(model, output)
+    place = places_of(model, batch, wanted, logits.shape[1])
+    return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
+
+
+def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[dict[str, Any], list[int]]:
+    """The arguments of the forward that `logits_at` makes, and the positions that some row wants, in order."""
+    wanted = sorted({position for row in positions for position in row})
+    if model.is_encoder_decoder:
+        raise QuestionError(
+            f"{type(model.hf).__name__} is an encoder-decoder model: its answer begins in the decoder, not after the "
+            "question, so the question's logits do not hold it; read answers by generation (answer='generate')"
+        )
+    inputs = dict(batch)
+    taken = inspect.signature(type(model.hf).forward).parameters
+    if "logits_to_keep" in taken:
+        inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
+    if "use_cache" in taken or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+        inputs["use_cache"] = False
+    return inputs, wanted
+
+
+def places_of(model: "VLM", batch: Batch, wanted: list[int], given: int) -> dict[int, int]:
+    """Where the logits of each wanted position are, in a forward that gives them at so many positions."""
+    if given == len(wanted):
+        return {position: index for index, position in enumerate(wanted)}
+    if given == batch["input_ids"].shape[1]:
+        return {position: position for position in wanted}
+    raise QuestionError(
+        f"{type(model.hf).__name__} gives logits at {given} positions for a prompt of "
+        f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
+    )
+
+
+def _without_logits(model: "VLM", output: Any) -> QuestionError:
+    return QuestionError(
+        f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
+        "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class Letters(LogitReader):
+    """The option letter with the highest probability at the first position of the answer: one forward, no generation.
+
+    A letter's probability is that of all tokens that are just the letter (``A``, and with a leading space).
+    """
+
+    def wants(self, encoded: Batch) -> Wanted:
+        """See `LogitReader.wants`."""
+        return Wanted(encoded, encoded.tokens.last[:, None].tolist(), list(range(len(encoded.tokens.last))))
+
+    def score(self, model: "VLM", questions: QuestionSet, encoded: Batch, logits: list[Tensor]) -> Reading:
+        """See `LogitReader.score`.
+
+        Raises:
+            ActivationError: the logits of a question are NaN.
+        """
+        return self.score_shares(model, questions, encoded, [row.log_softmax(-1) for row in logits])
+
+    def tokens(self, model: "VLM", questions: QuestionSet, encoded: Batch) -> list[int]:
+        """See `LogitReader.tokens`."""
+        return letter_tokens(model, max(len(item.options) for item in questions)).flatten().tolist()
+
+    def score_shares(self, model: "VLM", questions: QuestionSet, encoded: Batch, shares: list[Tensor]) -> Reading:
+        """See `LogitReader.score_shares`.
+
+        Raises:
+            ActivationError: the log-probabilities of a question are NaN.
+        """
+        tokens = letter_tokens(model, max(len(item.options) for item in questions))
+        return _reading(questions, [row[0, tokens].logsumexp(-1) for row in shares])
+
+
+@dataclass(frozen=True, repr=False)
+class TextLikelihood(LogitReader):
+    """The option whose text, as the continuation of the prompt, has the highest log-probability.
+
+    The usual way to score a multiple-choice question that is asked openly. Options of one token each cost one forward
+    of one row per question; longer ones cost a row for every distinct beginning.
+
+    Attributes:
+        prefix: stands between the prompt and the option's text.
+        per_token: divide each log-probability by its number of tokens, so that longer texts are not at a disadvantage.
+    """
+
+    prefix: str = " "
+    per_token: bool = False
+    shows_options = False
+
+    def __post_init__(self) -> None:
+        of_kind("prefix", self.prefix, str, QuestionError, "a text")
+        of_kind("per_token", self.per_token, bool, QuestionError, "True or False")
+
+    def encode(self, model: "VLM", questions: QuestionSet) -> "_Options":
+        """See `AnswerReader.encode`.
+
+        Raises:
+            QuestionError: an option does not continue the prompt token by token.
+        """
+        encoder = model.encoder
+        rows: list[tuple[int, str]] = []  # question, continuation
+        wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
+        first_rows: list[int] = []
+        for number, item in enumerate(questions):
+            shown = [item.options[index] for index in questions.order(item)]
+            prompt = encoder.render(questions.prompt(item, shown), item.n_images)
+            bare = encoder.token_ids(prompt)
+            first_rows.append(len(rows))
+            rows.append((number, ""))
+            known: dict[tuple[int, ...], int] = {(): first_rows[-1]}
+            per_option = []
+            for option in item.options:
+                whole = encoder.token_ids(prompt + self.prefix + option)
+                added = whole[len(bare) :]
+                if whole[: len(bare)] != bare or not added:
+                    raise QuestionError(
+                        f"question {item.id!r}: the option {option!r} does not continue the prompt token by token; "
+                        f"change the prefix ({self.prefix!r})"
+                    )
+                beginning = tuple(added[:-1])
+                if beginning not in known:
+                    known[beginning] = len(rows)
+                    rows.append((number, self.prefix + option))
+                per_option.append((known[beginning], added))
+            wanted.append(per_option)
+        asked = [questions[number] for number, _ in rows]
+        batch = encoder.rows(questions, asked, [more for _, more in rows], padding_side=self.padding_side)
+        # A row shows its option's last token too, but nothing reads what follows it.
+        last = batch.tokens.last.tolist()
+        positions = []
+        for row, (number, _) in enumerate(rows):
+            depth = max((len(ids) for other, ids in wanted[number] if other == row), default=1)
+            positions.append([last[row] + step for step in range(depth)])
+        return _Options(batch, first_rows, positions, wanted)
+
+    def wants(self, encoded: "_Options") -> Wanted:
+        """See `LogitReader.wants`."""
+        return Wanted(encoded.batch, encoded.positions, encoded.first_rows)
+
+    def score(self, model: "VLM", questions: QuestionSet, encoded: "_Options", logits: list[Tensor]) -> Reading:
+        """See `LogitReader.score`.
+
+        Raises:
+            ActivationError: the logits of a question are NaN.
+        """
+        return self.score_shares(model, questions, encoded, [row.log_softmax(-1) for row in logits])
+
+    def tokens(self, model: "VLM", questions: QuestionSet, encoded: "_Options") -> list[int]:
+        """See `LogitReader.tokens`."""
+        return sorted({token for per_option in encoded.wanted for _, ids in per_option for token in ids})
+
+    def score_shares(self, model: "VLM", questions: QuestionSet, encoded: "_Options", shares: list[Tensor]) -> Reading:
+        """See `LogitReader.score_shares`.
+
+        Raises:
+            ActivationError: the log-probabilities of a question are NaN.
+        """
+        scores = []
+        for per_option in encoded.wanted:
+            values = []
+            for row, ids in per_option:
+                steps = shares[row][: len(ids)].gather(1, torch.tensor(ids)[:, None])
+                values.append(steps.mean() if self.per_token else steps.sum())
+            scores.append(torch.stack(values))
+        return _reading(questions, scores, shown=False)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Rows that between them show every option's text: the first of each question is the bare prompt."""
+
+    batch: Batch
+    first_rows: list[int]
+    positions: list[list[int]]
+    wanted: list[list[tuple[int, list[int]]]]
+    """For each question and option the row that shows it, and the ids of its tokens."""
+
+
+@dataclass(frozen=True, repr=False)
+class Generate(AnswerReader):
+    """Greedy generation, and what the text names: letter, number, or option text; anything else is a parse failure.
+
+    Attributes:
+        max_new_tokens: how many tokens are generated at most.
+    """
+
+    max_new_tokens: int = 20
+    padding_side = "left"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, QuestionError, least=1))
+
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Batch, watch: Watch | None = None) -> Reading:
+        """See `AnswerReader.read`.
+
+        Raises:
+            QuestionError: the model cannot generate.
+        """
+        if not model.can_generate:
+            raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
+        # One beam and no sampling, whatever the checkpoint's own settings are.
+        how = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        with (watch or _no_watch)(encoded, list(range(len(questions)))):
+            ids = model.hf.generate(**encoded, max_new_tokens=self.max_new_tokens, **how)
+        if not model.is_encoder_decoder:
+            ids = ids[:, encoded["input_ids"].shape[1] :]
+        with TOKENIZING:
+            texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        chosen = []
+        for item, text in zip(questions, texts, strict=True):
+            order = questions.order(item)
+            place = parse_answer(text, [item.options[index] for index in order])
+            chosen.append(None if place is None else order[place])
+        return Reading(tuple(chosen), None, texts)
+
+
+_READERS: dict[str, Callable[[], AnswerReader]] = {"letters": Letters, "generate": Generate, "text": TextLikelihood}
+
+
+def reader_of(answer: Any) -> AnswerReader:
+    """The reader that a set of questions names by ``answer``."""
+    if isinstance(answer, AnswerReader):
+        return answer
+    if isinstance(answer, str) and answer in _READERS:
+        return _READERS[answer]()
+    raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(_READERS)}")
+
+
+def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
+    """Ids of the tokens that are just a letter, ``[letter, form]``: only forms that every letter has.
+
+    Raises:
+        QuestionError: the tokenizer has no form in which each letter is one token.
+    """
+    known = _LETTER_TOKENS.setdefault(model, {})  # listing a vocabulary takes longer than many a forward
+    if n in known:
+        return torch.tensor(known[n]).T
+    vocabulary = model.tokenizer.get_vocab()
+    forms = [[vocabulary.get(before + letter) for letter in LETTERS[:n]] for before in ("", "▁", "Ġ", " ")]
+    whole = [form for form in forms if all(number is not None for number in form)]
+    if not whole:
+        raise QuestionError(
+            f"the tokenizer has no single token for each of the letters {LETTERS[:n]}; "
+            "use answer='text' or answer='generate'"
+        )
+    known[n] = whole  # no tensor: one made in inference mode could not be used where gradients are wanted
+    return torch.tensor(whole).T
+
+
+_LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, list[list[Any]]]]" = weakref.WeakKeyDictionary()
+
+
+def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:
+    """Scores by option (in shown order, or the question's own) → the choice; of equal scores the first shown wins."""
+    most = max(len(item.options) for item in questions)
+    table = torch.full((len(questions), most), float("nan"), dtype=torch.float64)
+    chosen = []
+    for row, (item, values) in enumerate(zip(questions, scores, strict=True)):
+        if torch.isnan(values).any():
+            raise ActivationError(f"the logits of question {item.id!r} are NaN, so no option can be told the likeliest")
+        order = questions.order(item)
+        by_place = values[: len(order)].double() if shown else values.double()[list(order)]
+        chosen.append(order[int(by_place.argmax())])
+        table[row, list(order)] = by_place
+    return Reading(tuple(chosen), table)
+
+
+def parse_answer(text: str, options: Sequence[str]) -> int | None:
+    """Which option a generated text names: index from 0 in shown order, or None where that cannot be told.
+
+    A text that is one option, word for word, is that option; else a letter wins over a number, and a number over an
+    option's text within a longer one. A lone letter is always the letter of an option. What is ambiguous is None, never
+    a guess.
+
+    Args:
+        text: what the model wrote.
+        options: the options, in the order in which they were shown.
+
+    Raises:
+        QuestionError: the text or an option is no text, or there are no options.
+
+    Examples:
+        >>> options = ["Cairo", "Paris", "Rome", "Oslo"]
+        >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]
+        [1, 2, 3, 1, None]
+    """
+    of_kind("text", text, str, QuestionError, "a text")
+    options = names("options", options, QuestionError)
+    if not options:
+        raise QuestionError("there are no options that the text could name")
+    stripped = unicodedata.normalize("NFKC", text).strip()
+    plain = normalize(stripped)
+    if not plain:
+        return None
+    whole = [index for index, option in enumerate(options) if normalize(option) == plain]
+    if whole and not (len(plain) == 1 and plain.upper() in LETTERS):
+        return whole[0] if len(whole) == 1 else None
+    letter = _parse_letter(stripped, LETTERS[: len(options)])
+    if letter is not None:
+        return letter
+    number = re.match(rf"(?:{_LEAD}\s*)?[(\[*]*(\d{{1,2}})[)\]*]*[.:]?[)\]*]*\s*(?:$|\n(?!\s*\W?\d))", stripped, re.I)
+    if number:
+        # Among 2, 4, 6 and 8 "the answer is 4" means the option that reads 4, not the fourth.
+        same = [index for index, option in enumerate(options) if normalize(option) == str(int(number[1]))]
+        if len(same) == 1:
+            return same[0]
+        if not same and 1 <= int(number[1]) <= len(options):
+            return int(number[1]) - 1
+    return _parse_text(plain, options)
+
+
+_CUE = "(?i:answer|option|choice)"
+_LEAD = rf"(?i:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?{_CUE}\s*(?:is|:)?)"
+_OPEN, _CLOSE = "[(\\[{*\"'`]*", "[)\\]}*\"'`]*"
+_STOP = "[.:,;!。]"
+
+
+def _parse_letter(text: str, letters: str) -> int | None:
+    one = f"[{letters}{letters.lower()}]"
+    large = f"[{letters}]"  # where a small letter may be a word, such as "a"
+    another = rf"(?!\s*(?:or\b|and\b|&|,|/)*\s*{_OPEN}{one}(?!\w))"  # "A or B" and "A, B" name no letter
+    denied = rf"(?!\s*(?:(?:or|and|&|/)\s*{_OPEN}{one}(?!\w)|is\s+(?:not|wrong|incorrect)\b))"
+    right = r"\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+    listed = re.findall(rf"(?:^|\s)[(\[*]*({large})[)\]*]*[.):\]]\W*\s", text)
+    if len(set(listed)) > 1:  # "A. Cairo B. Paris" repeats the options
+        return None
+    patterns = (
+        rf"{_OPEN}({one}){_CLOSE}{_STOP}?{_CLOSE}\s*$",  # B   (b)   **B**   B.
+        rf"[(\[*]*({one})[)\]*]*[.):\]][)\]*]*{denied}\s+\S",  # B. Paris   (B) Paris   B) Paris
+        rf"[(\[*]+({one})[)\]*]+{another}{denied}",  # (B) because …
+        rf"{_OPEN}({large}){_CLOSE}(?:\s*[,\n–—]|\s+-\s){another}",  # B, because …   B - Paris
+        rf"(?:{_CUE}\s+)?{_OPEN}({large}){_CLOSE}{right}",  # B is correct   Option B is the answer
+        rf"(?:.*?\b)?(?<![Nn]ot )(?<!n't ){_CUE}\s*(?:(?i:is|was|would be)|[:=])*\s*{_CUE}?\s*{_OPEN}({one}){_CLOSE}"
+        rf"(?:\s*$|{_STOP}{another}|\s+(?:because|since|as)\b)",  # The answer is B.
+        rf"[^\n]{{1,40}}:\s*{_OPEN}({large}){_CLOSE}{_STOP}?{_CLOSE}\s*$",  # in any language: 答案：B
+    )
+    for pattern in patterns:
+        match = re.match(pattern, text, re.S)
+        if match:
+            return letters.index(match[1].upper())
+    bracketed = {match.upper() for match in re.findall(rf"\(({one})\)", text)}
+    if len(bracketed) == 1 and re.search(rf"\({one}\){denied}", text):
+        return letters.index(bracketed.pop())
+    return None
+
+
+_NEGATION = re.compile(r"(?:\bnot|n't|n’t|\bneither|\bnor)\s+(?:in\s+)?(?:an?\s+|the\s+)?$")
+
+
+def _parse_text(plain: str, options: Sequence[str]) -> int | None:
+    """The one option whose words the text contains and does not deny; of two that contain each other, the longer."""
+    spans: list[tuple[int, int, int]] = []
+    for index, option in enumerate(options):
+        wanted = normalize(option)
+        if not wanted:
+            continue
+        for match in re.finditer(re.escape(wanted), plain):
+            before, after = plain[: match.start()][-1:], plain[match.end() :][:1]
+            if not _joined(before, wanted[0]) and not _joined(wanted[-1], after):
+                spans.append((match.start(), match.end(), index))
+    # From left to right, the longer first where two begin together: what ends before something earlier did lies in it.
+    outer: set[int] = set()
+    reached, before_it = -1, -1
+    spans.sort(key=lambda span: (span[0], -span[1]))
+    for n, (start, end, index) in enumerate(spans):
+        if n and spans[n - 1][:2] != (start, end):
+            reached = max(reached, before_it)
+        before_it = end
+        # A denial is a few words: looking at all that was said before would take a long text's length squared.
+        if end > reached and not _NEGATION.search(plain[max(0, start - 60) : start]):
+            outer.add(index)
+    return outer.pop() if len(outer) == 1 else None
+
+
+def _joined(left: str, right: str) -> bool:
+    """Whether two neighbouring characters belong to one word."""
+    if not left or not right:
+        return False
+    if unicodedata.category(right).startswith("M"):  # a vowel sign or an accent belongs to the letter before it
+        return True
+    if any(unicodedata.name(character, "").startswith(_UNSPACED) for character in (left, right)):
+        return False
+    return all(character == "_" or unicodedata.category(character)[0] in "LMN" for character in (left, right))
+
+
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""Scripts that put no space between words, or between a word and its particles."""

@@ -1,0 +1,668 @@
+"""How often each neuron fired for each group: the integers that every selector reads.
+
+Counts are kept, not probabilities, because counts merge exactly: recording two halves and adding them equals
+recording the whole. 28 layers x 18,944 neurons x 25 groups are 13.3 million counts, 101 MiB as int64.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from vlmneurons.checks import names, of_kind
+from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError, VLMNeuronsError
+from vlmneurons.files import tables as _files
+from vlmneurons.neurons.sets import check_same_space, space_of_file
+from vlmneurons.neurons.sites import NeuronSpace
+
+if TYPE_CHECKING:
+    import pandas
+
+MUST_AGREE = (
+    "model",
+    "revision",
+    "kind",
+    "tokens",
+    "token_rule",
+    "condition",
+    "prompt",
+    "answer",
+    "threshold",
+    "dtype",
+)
+"""Provenance entries that statistics must share to be added: counts under other rules are other quantities."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationStatistics(_files.Shareable):
+    """Counts of firing neurons per group, over a space.
+
+    The tables belong to the object: do not write to them. Use `from_counts` for tables of your own, which copies.
+
+    Attributes:
+        space: the space that numbers the neurons.
+        groups: names of the groups, each once.
+        positive: for how many counted tokens each neuron's activation was > 0, at most the number of tokens.
+        tokens: number of counted tokens of each group.
+        items: number of counted items of each group; 0 where it is not known.
+        routed: number of tokens that reached each site, for a mixture of experts; None if every token reaches every
+            site. A neuron's probability is then over the tokens that reached its site.
+        total: sum of each neuron's activation over the counted tokens, if it was recorded.
+        provenance: where the counts come from, as plain values: model, revision, token rule, condition, …
+
+    Examples:
+        >>> space = NeuronSpace.from_widths("language", "gate", [2, 2])
+        >>> stats = ActivationStatistics.from_counts(
+        ...     space, groups=["EGY", "SGP"], positive=[[4, 0, 1, 2], [1, 0, 3, 3]], tokens=[4, 6]
+        ... )
+        >>> stats.probability[1]
+        tensor([0.1667, 0.0000, 0.5000, 0.5000], dtype=torch.float64)
+        >>> (stats + stats).tokens
+        tensor([ 8, 12])
+    """
+
+    space: NeuronSpace
+    groups: tuple[str, ...]
+    positive: Int64[Tensor, "group neuron"]
+    tokens: Int64[Tensor, " group"]
+    items: Int64[Tensor, " group"]
+    routed: Int64[Tensor, "group site"] | None = None
+    total: Float64[Tensor, "group neuron"] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        of_kind("space", self.space, NeuronSpace, MismatchError)
+        object.__setattr__(self, "groups", _checked_groups(self.groups))
+        if not isinstance(self.provenance, Mapping):
+            raise MismatchError(f"provenance is a dictionary; got {type(self.provenance).__name__}")
+        object.__setattr__(self, "provenance", _files.plain(dict(self.provenance), "provenance"))
+        groups, neurons, sites = len(self.groups), len(self.space), len(self.space.sites)
+        shapes = {
+            "positive": ("[group, neuron]", (groups, neurons)),
+            "tokens": ("[group]", (groups,)),
+            "items": ("[group]", (groups,)),
+            "routed": ("[group, site]", (groups, sites)),
+            "total": ("[group, neuron]", (groups, neurons)),
+        }
+        for name, (axes, shape) in shapes.items():
+            table = getattr(self, name)
+            if table is None and name in ("routed", "total"):
+                continue
+            dtype = torch.float64 if name == "total" else torch.int64
+            if not isinstance(table, Tensor) or table.dtype != dtype or table.device.type != "cpu":
+                got = f"{table.dtype} on {table.device}" if isinstance(table, Tensor) else type(table).__name__
+                raise MismatchError(
+                    f"{name} must be a {dtype} tensor in main memory; got {got}: from_counts converts other tables"
+                )
+            if tuple(table.shape) != shape:
+                raise MismatchError(
+                    f"{name} must be {axes} = {list(shape)} for {groups} groups over {self.space!r}; "
+                    f"got {list(table.shape)}"
+                )
+            if name != "total" and (table < 0).any():
+                raise MismatchError(f"{name} has negative counts; a count is at least 0")
+            if name == "total" and not torch.isfinite(table).all():
+                raise MismatchError("total has NaN or infinite values; a sum of activations is finite")
+        self._check_at_most_tokens()
+
+    def _check_at_most_tokens(self) -> None:
+        """Refuse a neuron that fired more often than tokens were counted, which a wrong table would show."""
+        reach = self.tokens[:, None].expand(-1, len(self.space.sites)) if self.routed is None else self.routed
+        offsets = self.space.offsets
+        for row, group in enumerate(self.groups):
+            if self.routed is None and int(self.positive[row].max()) <= int(self.tokens[row]):
+                continue
+            most = torch.stack([part.max() for part in self.positive[row].split(self.space.widths)])
+            for position in (most > reach[row]).nonzero().flatten().tolist():
+                start = offsets[position]
+                neuron = int(self.positive[row, start : offsets[position + 1]].argmax())
+                raise MismatchError(
+                    f"group {group!r}: neuron {neuron} of {self.space.sites[position]} fired for {int(most[position])} "
+                    f"tokens, but only {int(reach[row, position])} were counted there"
+                )
+
+    @classmethod
+    def from_counts(
+        cls,
+        space: NeuronSpace,
+        groups: Iterable[str],
+        positive: Any,
+        tokens: Any,
+        items: Any = None,
+        *,
+        routed: Any = None,
+        total: Any = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "ActivationStatistics":
+        """Statistics from tables in any form: tensors, NumPy arrays, lists. They are checked and copied.
+
+        Args:
+            space: the space that numbers the neurons.
+            groups: names of the groups.
+            positive: ``[group, neuron]``, for how many tokens each neuron fired.
+            tokens: ``[group]``, number of counted tokens.
+            items: ``[group]``, number of counted items; 0 if not given.
+            routed: ``[group, site]``, tokens that reached each site, for a mixture of experts.
+            total: ``[group, neuron]``, sum of each neuron's activation over the tokens.
+            provenance: plain values that say where the counts come from.
+
+        Raises:
+            MismatchError: shapes that do not fit, counts that are not whole or negative, NaN, a group twice, no group,
+                or a neuron that fired for more tokens than were counted.
+        """
+        groups = names("groups", groups, MismatchError)
+        return cls(
+            space,
+            groups,
+            _counts("positive", positive),
+            _counts("tokens", tokens),
+            torch.zeros(len(groups), dtype=torch.int64) if items is None else _counts("items", items),
+            None if routed is None else _counts("routed", routed),
+            None if total is None else _table("total", total).to(torch.float64, copy=True),
+            {} if provenance is None else provenance,
+        )
+
+    @property
+    def probability(self) -> Float64[Tensor, "group neuron"]:
+        """``P[c, n]``: share of the counted tokens of group ``c`` for which neuron ``n`` fired, from 0 to 1.
+
+        That is ``positive / tokens`` (Tang et al. 2024, arXiv 2402.16438, section 3.1). In a mixture of experts it is
+        over the tokens that reached the neuron's site, and 0 where none did. Computed anew each time.
+
+        Raises:
+            SelectionError: a group has no counted token.
+        """
+        return self._per_token(self.positive)
+
+    @property
+    def mean(self) -> Float64[Tensor, "group neuron"]:
+        """Mean activation over the counted tokens (that reached the neuron's site), in units of the activation.
+
+        Raises:
+            SelectionError: a group has no counted token, or the sums were not recorded.
+        """
+        if self.total is None:
+            raise SelectionError("these statistics hold no sums of activations (total), only counts: record them too")
+        return self._per_token(self.total)
+
+    def _per_token(self, table: Tensor) -> Tensor:
+        self.check_counted()
+        result = table.to(torch.float64, copy=True)
+        if self.routed is None:
+            return result.div_(self.tokens.to(torch.float64)[:, None])
+        # Row by row, so that the divisors never need a table of their own. A site that no token reached has count 0.
+        reached = self.routed.clamp(min=1).to(torch.float64)
+        widths = torch.tensor(self.space.widths)
+        for row, divisor in zip(result, reached, strict=True):
+            row.div_(torch.repeat_interleave(divisor, widths))
+        return result
+
+    def check_counted(self) -> None:
+        """Make sure that every group has counted tokens.
+
+        Raises:
+            SelectionError: some have none; the message names them.
+        """
+        refuse_uncounted(self.groups, self.tokens, "with select_groups, or record more items")
+
+    def index(self, group: str) -> int:
+        """Row of a group in the tables.
+
+        Args:
+            group: its name.
+
+        Raises:
+            GroupError: no such group.
+        """
+        try:
+            return self.groups.index(group)
+        except ValueError:
+            raise GroupError(
+                f"group {group!r} is not in these statistics; they have {', '.join(self.groups)}"
+            ) from None
+
+    def __add__(self, other: "ActivationStatistics") -> "ActivationStatistics":
+        """Statistics of both recordings together: counts of shared groups add up exactly, other groups are appended.
+
+        The inputs must not share items; that cannot be seen from counts. Sums of activations add up as float64.
+
+        Raises:
+            MismatchError: another space, model, revision, token rule or condition (see `MUST_AGREE`), or only one of
+                the two has sums of activations.
+        """
+        if not isinstance(other, ActivationStatistics):
+            return NotImplemented
+        check_same_space(self.space, other.space)
+        provenance = _merged_provenance(self.provenance, other.provenance)
+        if (self.total is None) != (other.total is None):
+            raise MismatchError("only one of the statistics holds sums of activations (total); they cannot be added")
+        groups = tuple(dict.fromkeys(self.groups + other.groups))
+        rows = [torch.tensor([groups.index(group) for group in part.groups]) for part in (self, other)]
+
+        def added(first: Tensor, second: Tensor) -> Tensor:
+            table = first.new_zeros((len(groups), *first.shape[1:]))
+            return table.index_add_(0, rows[0], first).index_add_(0, rows[1], second)
+
+        routed = None
+        if self.routed is not None or other.routed is not None:
+            routed = added(self._routed_or_all(), other._routed_or_all())
+        return ActivationStatistics(
+            self.space,
+            groups,
+            added(self.positive, other.positive),
+            added(self.tokens, other.tokens),
+            added(self.items, other.items),
+            routed,
+            None if self.total is None or other.total is None else added(self.total, other.total),
+            provenance,
+        )
+
+    def __radd__(self, other: object) -> "ActivationStatistics":
+        # sum() starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def _routed_or_all(self) -> Tensor:
+        return self.tokens[:, None].expand(-1, len(self.space.sites)) if self.routed is None else self.routed
+
+    def __eq__(self, other: object) -> bool:
+        """Whether space, groups (in order) and all tables are equal; provenance is not compared."""
+        if not isinstance(other, ActivationStatistics):
+            return NotImplemented
+        if self.space != other.space or self.groups != other.groups:
+            return False
+        for name in ("positive", "tokens", "items", "routed", "total"):
+            first, second = getattr(self, name), getattr(other, name)
+            if (first is None) != (second is None) or (first is not None and not torch.equal(first, second)):
+                return False
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def select_groups(self, groups: Iterable[str]) -> "ActivationStatistics":
+        """The statistics of some groups, in the given order.
+
+        Args:
+            groups: names of groups.
+
+        Raises:
+            GroupError: no such group.
+            MismatchError: a group twice, or none.
+        """
+        chosen = names("groups", groups, MismatchError)
+        rows = torch.tensor([self.index(group) for group in chosen], dtype=torch.int64)
+        return self._with_rows(chosen, lambda table: table.index_select(0, rows))
+
+    def merge_groups(self, merged: Mapping[str, Iterable[str]]) -> "ActivationStatistics":
+        """The statistics with some groups pooled: ``merge_groups({"Asia": ["Japan", "China"]})``.
+
+        Counts add up, so a group weighs by its tokens. A pooled group stands where its first member stood; groups
+        that are not mentioned stay as they are.
+
+        Args:
+            merged: for each new group the names of those that it pools.
+
+        Raises:
+            GroupError: no such group.
+            MismatchError: a group in two pools, an empty pool, or a new name that another group already has.
+        """
+        of_kind("merged", merged, Mapping, MismatchError, "a dictionary, such as {'Asia': ['Japan', 'China']}")
+        pool_of: dict[str, str] = {}
+        for name, members in merged.items():
+            if isinstance(members, (str, Set)):  # a pool has no order
+                members = [members] if isinstance(members, str) else list(members)
+            members = names(f"merged[{name!r}]", members, MismatchError)
+            if not members:
+                raise MismatchError(f"merged group {name!r} has no members")
+            for group in members:
+                self.index(group)
+                if group in pool_of:
+                    raise MismatchError(f"group {group!r} is merged twice, into {pool_of[group]!r} and {name!r}")
+                pool_of[group] = name
+        for name in merged:
+            if name in self.groups and pool_of.get(name) != name:
+                raise MismatchError(f"merged group {name!r} would have the name of another group")
+        targets = [pool_of.get(group, group) for group in self.groups]
+        kept = tuple(dict.fromkeys(targets))
+        rows = torch.tensor([kept.index(target) for target in targets])
+        return self._with_rows(
+            kept, lambda table: table.new_zeros((len(kept), *table.shape[1:])).index_add_(0, rows, table)
+        )
+
+    def _with_rows(self, groups: tuple[str, ...], change: Any) -> "ActivationStatistics":
+        return replace(
+            self,
+            groups=groups,
+            positive=change(self.positive),
+            tokens=change(self.tokens),
+            items=change(self.items),
+            routed=None if self.routed is None else change(self.routed),
+            total=None if self.total is None else change(self.total),
+        )
+
+    def table(self) -> "pandas.DataFrame":
+        """One row for each ``group``.
+
+        Columns: ``items``, ``tokens``, ``active neurons`` (those that fired at least once) and ``mean probability``
+        (over neurons; NaN for a group with no counted token).
+        """
+        import pandas as pd
+
+        index = pd.Index(self.groups, name="group")
+        tokens = self._routed_or_all().clamp(min=1).to(torch.float64)
+        widths = torch.tensor(self.space.widths)
+        mean = [
+            float((row / torch.repeat_interleave(reach, widths)).mean()) if counted else float("nan")
+            for row, reach, counted in zip(self.positive, tokens, self.tokens.tolist(), strict=True)
+        ]
+        return pd.DataFrame(
+            {
+                "items": self.items.tolist(),
+                "tokens": self.tokens.tolist(),
+                "active neurons": [int((row > 0).sum()) for row in self.positive],
+                "mean probability": mean,
+            },
+            index=index,
+        )
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Write everything to a safetensors file.
+
+        Args:
+            path: the file, such as ``"statistics.safetensors"``.
+
+        Raises:
+            OSError: the file cannot be written; what was there before stays.
+        """
+        tensors = {"positive": self.positive, "tokens": self.tokens, "items": self.items}
+        if self.routed is not None:
+            tensors["routed"] = self.routed
+        if self.total is not None:
+            tensors["total"] = self.total
+        data = {"space": self.space.to_json(), "groups": list(self.groups), "provenance": self.provenance}
+        _files.write(path, "ActivationStatistics", tensors, data)
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> "ActivationStatistics":
+        """The statistics that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileFormatError: the file is damaged, of another kind, or from a newer version.
+        """
+        required = {"positive": "I64", "tokens": "I64", "items": "I64"}
+        tensors, data = _files.read(path, "ActivationStatistics", required, {"routed": "I64", "total": "F64"})
+        space = space_of_file(path, data)
+        groups, provenance = data.get("groups"), data.get("provenance")
+        if not isinstance(groups, list) or not isinstance(provenance, dict):
+            raise FileFormatError(f"{path}: the groups or the provenance are not what statistics have")
+        try:
+            return cls(space, tuple(groups), **tensors, provenance=provenance)
+        except VLMNeuronsError as error:
+            raise FileFormatError(f"{path}: {error}") from error
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.groups))
+        lines = [f"ActivationStatistics: {len(self.groups)} groups, {self.space!r}"]
+        for group, items, tokens in zip(self.groups, self.items.tolist(), self.tokens.tolist(), strict=True):
+            lines.append(f"  {group:<{width}}  {items:,} items, {tokens:,} tokens")
+        if len(lines) > 41:
+            lines[21:-20] = [f"  … {len(lines) - 41} more"]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttributionStatistics:
+    """How much neurons moved the answers of each group's questions, by gradients; made by `vlmneurons.attribute`.
+
+    A question's attribution to a neuron is in the unit of the margin that was differentiated: nats. It says by how much
+    the neuron's activity raises the log-probability of the right option over that of the best other one, so removing
+    the neuron is expected to lower the margin by that much.
+
+    Attributes:
+        space: the space that numbers the neurons.
+        groups: names of the groups, each once.
+        total: sum over the group's questions of the attribution of each neuron.
+        strong: for how many of the group's questions the attribution of a neuron was more than a share
+            (``provenance["threshold"]``) of that question's highest one.
+        items: number of questions of each group.
+        provenance: model, method, steps, rules, versions.
+    """
+
+    space: NeuronSpace
+    groups: tuple[str, ...]
+    total: Float64[Tensor, "group neuron"]
+    strong: Int64[Tensor, "group neuron"]
+    items: Int64[Tensor, " group"]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", _checked_groups(self.groups))
+        object.__setattr__(self, "provenance", _files.plain(dict(self.provenance), "provenance"))
+        shape = (len(self.groups), len(self.space))
+        for name in ("total", "strong"):
+            if tuple(getattr(self, name).shape) != shape:
+                raise MismatchError(
+                    f"{name} must be [group, neuron] = {list(shape)}; got {list(getattr(self, name).shape)}"
+                )
+        if tuple(self.items.shape) != shape[:1]:
+            raise MismatchError(f"items must be [group] = [{shape[0]}]; got {list(self.items.shape)}")
+        if not torch.isfinite(self.total).all():
+            raise MismatchError("total has NaN or infinite values; a sum of attributions is finite")
+        if (self.strong < 0).any() or (self.strong > self.items[:, None]).any():
+            raise MismatchError("strong counts questions: from 0 to the group's number of questions")
+
+    @property
+    def mean(self) -> Float64[Tensor, "group neuron"]:
+        """Mean attribution over the group's questions, in nats.
+
+        Raises:
+            SelectionError: a group has no question.
+        """
+        self.check_counted()
+        return self.total / self.items[:, None]
+
+    @property
+    def share(self) -> Float64[Tensor, "group neuron"]:
+        """Share of the group's questions to which the neuron matters much (see ``strong``), from 0 to 1."""
+        self.check_counted()
+        return self.strong.to(torch.float64) / self.items[:, None]
+
+    def check_counted(self) -> None:
+        """Make sure that every group has questions.
+
+        Raises:
+            SelectionError: some have none; the message names them.
+        """
+        missing = [group for group, count in zip(self.groups, self.items.tolist(), strict=True) if count == 0]
+        if missing:
+            raise SelectionError(
+                f"no question was attributed for {', '.join(missing)}: leave them out with select_groups, or attribute "
+                "more (perhaps none met the condition)"
+            )
+
+    def select_groups(self, groups: Iterable[str]) -> "AttributionStatistics":
+        """The attributions of some groups, in the given order.
+
+        Args:
+            groups: names of groups.
+
+        Raises:
+            GroupError: no such group.
+        """
+        chosen = names("groups", groups, MismatchError)
+        unknown = [group for group in chosen if group not in self.groups]
+        if unknown:
+            raise GroupError(f"group {unknown[0]!r} is not in these attributions; they have {', '.join(self.groups)}")
+        rows = torch.tensor([self.groups.index(group) for group in chosen], dtype=torch.int64)
+        tables = (self.total, self.strong, self.items)
+        return AttributionStatistics(self.space, chosen, *(table[rows] for table in tables), self.provenance)
+
+    def __add__(self, other: "AttributionStatistics") -> "AttributionStatistics":
+        """Attributions of both sets of questions together; groups of either.
+
+        Raises:
+            MismatchError: another space, or attributions under other rules (everything but versions and skipped
+                questions must agree).
+        """
+        if not isinstance(other, AttributionStatistics):
+            return NotImplemented
+        check_same_space(self.space, other.space)
+        for key in {*self.provenance, *other.provenance} - {"versions", "skipped"}:
+            if self.provenance.get(key) != other.provenance.get(key):
+                raise MismatchError(
+                    f"attributions with different {key!r} cannot be added: {self.provenance.get(key)!r} and "
+                    f"{other.provenance.get(key)!r}"
+                )
+        groups = tuple(dict.fromkeys(self.groups + other.groups))
+
+        def added(name: str) -> Tensor:
+            table = getattr(self, name).new_zeros((len(groups), *getattr(self, name).shape[1:]))
+            for part in (self, other):
+                rows = torch.tensor([groups.index(group) for group in part.groups])
+                table.index_add_(0, rows, getattr(part, name))
+            return table
+
+        tables = (added("total"), added("strong"), added("items"))
+        return AttributionStatistics(self.space, groups, *tables, _merged_provenance(self.provenance, other.provenance))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether space, groups (in order) and all tables are equal; provenance is not compared."""
+        if not isinstance(other, AttributionStatistics):
+            return NotImplemented
+        names = ("total", "strong", "items")
+        return (self.space, self.groups) == (other.space, other.groups) and all(
+            torch.equal(getattr(self, name), getattr(other, name)) for name in names
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Write everything to a safetensors file.
+
+        Args:
+            path: the file, such as ``"attributions.safetensors"``.
+
+        Raises:
+            OSError: the file cannot be written; what was there before stays.
+        """
+        data = {"space": self.space.to_json(), "groups": list(self.groups), "provenance": self.provenance}
+        tensors = {"total": self.total, "strong": self.strong, "items": self.items}
+        _files.write(path, "AttributionStatistics", tensors, data)
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> "AttributionStatistics":
+        """The attributions that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileFormatError: the file is damaged, of another kind, or from a newer version.
+        """
+        required = {"total": "F64", "strong": "I64", "items": "I64"}
+        tensors, data = _files.read(path, "AttributionStatistics", required)
+        space = space_of_file(path, data)
+        try:
+            return cls(space, tuple(data["groups"]), **tensors, provenance=data["provenance"])
+        except (VLMNeuronsError, KeyError, TypeError) as error:
+            raise FileFormatError(f"{path}: {error}") from error
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
+        method = self.provenance.get("method", "unknown method")
+        return f"AttributionStatistics({method}; questions: {counts}; {self.space!r})"
+
+
+def refuse_uncounted(groups: Iterable[str], tokens: Int64[Tensor, " group"], advice: str) -> None:
+    """Make sure that every group has counted tokens; ``advice`` says how a group is left out, and what else helps.
+
+    Raises:
+        SelectionError: some have none; the message names them.
+    """
+    missing = [group for group, count in zip(groups, tokens.tolist(), strict=True) if count == 0]
+    if missing:
+        raise SelectionError(
+            f"no token was counted for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out "
+            f"{advice} (perhaps none met the condition)"
+        )
+
+
+def _checked_groups(groups: Any) -> tuple[str, ...]:
+    if isinstance(groups, str) or not isinstance(groups, Iterable):
+        raise MismatchError(f"groups must be a list of names; got {groups!r}")
+    groups = tuple(groups)
+    if not groups:
+        raise MismatchError("statistics need at least one group; none was given")
+    for group in groups:
+        if not isinstance(group, str) or not group:
+            raise MismatchError(f"a group's name is a text that is not empty; got {group!r}")
+    twice = sorted(group for group, count in Counter(groups).items() if count > 1)
+    if twice:
+        raise MismatchError(f"a group's name may stand once; {', '.join(twice)} stands twice")
+    return groups
+
+
+def _table(name: str, values: Any) -> Tensor:
+    try:
+        if isinstance(values, Tensor):
+            return values.detach().cpu()
+        if isinstance(values, (list, tuple)) and values and all(isinstance(row, Tensor) for row in values):
+            return torch.stack([row.detach().cpu() for row in values])
+        array = np.asarray(values)
+        if array.dtype.kind not in "iuf":
+            raise TypeError(f"it has the type {array.dtype}")
+        if array.dtype.kind == "u" and array.size and int(array.max()) >= 2**63:
+            raise ValueError("it has values that do not fit in int64")
+        # A copy: NumPy arrays may be read-only, of foreign byte order, or have strides that torch does not know.
+        return torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else np.float64, order="C"))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise MismatchError(f"{name} is no table of numbers: {error}") from error
+
+
+def _counts(name: str, values: Any) -> Tensor:
+    """A new int64 tensor of the same numbers.
+
+    Raises:
+        MismatchError: they are not whole numbers, or floats too large to have been counted exactly.
+    """
+    single = isinstance(values, (Tensor, np.ndarray)) and str(values.dtype).endswith(("float32", "float16"))
+    table = _table(name, values)
+    if table.dtype == torch.bool or table.is_complex():
+        raise MismatchError(f"{name} must be whole numbers; got {table.dtype}")
+    if table.is_floating_point():
+        if not torch.isfinite(table).all():
+            raise MismatchError(f"{name} has NaN or infinite values; counts are whole numbers")
+        if (table != table.round()).any():
+            raise MismatchError(f"{name} has fractions; counts are whole numbers (probabilities cannot be merged)")
+        # 2^24 (2^53) is where a float32 (float64) counter stops growing: such a count may be any larger number.
+        exact = 2**11 if "float16" in str(table.dtype) else 2**24 if single or table.dtype == torch.float32 else 2**53
+        if table.numel() and float(table.abs().max()) >= exact:
+            raise MismatchError(f"{name} has floats of {exact} or more, which do not count exactly; count in int64")
+    return table.to(torch.int64, copy=True)
+
+
+def _merged_provenance(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """What both say; where they differ in a side matter, ``{"several": [...]}`` lists the values in order."""
+    for key in MUST_AGREE:
+        if first.get(key) != second.get(key):
+            raise MismatchError(
+                f"statistics with different {key!r} cannot be added: {first.get(key)!r} and {second.get(key)!r}"
+            )
+    merged: dict[str, Any] = {}
+    for key in [*first, *(key for key in second if key not in first)]:
+        values: list[Any] = []
+        for part in (first, second):
+            if key in part:
+                value = part[key]
+                several = value["several"] if isinstance(value, dict) and set(value) == {"several"} else [value]
+                values += [entry for entry in several if entry not in values]
+        merged[key] = values[0] if len(values) == 1 else {"several": values}
+    return merged

@@ -1,0 +1,651 @@
+"""Counts of every question on its own, on disk: record once, and ask about any grouping later.
+
+`ActivationStatistics` are sums over the questions of a group. `ItemStatistics` keep the terms of those sums, about
+1 MB a question for a 7B model, so that another grouping (language, category, right against wrong, shuffled labels) or a
+bootstrap resample is a matter of adding rows up, not of running the model again.
+
+A folder holds ``manifest.json`` (written once, whole), ``items.bin`` (one small record a question) and a file for each
+table, one row a question: ``positive.bin`` (the counts) and, if asked for, ``total.bin`` and ``maximum.bin``. A row is
+written before the record that says it is there, so a recording that is killed at any moment can be resumed with nothing
+lost but the batch it was at and nothing counted twice.
+"""
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from vlmneurons.checks import in_order, is_missing, names, path_of, whole
+from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
+from vlmneurons.files import tables as _files
+from vlmneurons.files.folders import write_text
+from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.questions.sets import hash_of
+from vlmneurons.statistics.counts import ActivationStatistics, refuse_uncounted
+
+_KIND, _VERSION = "vlmneurons items", 1
+_RECORD = np.dtype(
+    [
+        ("done", "u1"),
+        ("chosen", "<i4"),
+        ("tokens", "<i8"),
+        ("margin", "<f8"),
+        ("checksum", "<u4"),
+    ]
+)
+_FILES = {"positive": np.dtype("<u2"), "reached": np.dtype("<u4"), "total": np.dtype("<f4"), "maximum": np.dtype("<f4")}
+_MOST = np.iinfo(np.uint16).max
+
+VALUES = ("mean", "probability", "maximum")
+"""What can be said of a neuron for one question; see `GroupedItems.values`."""
+
+Grouping = str | Callable[[Mapping[str, Any]], str | None] | Sequence[str | None]
+"""Labels of questions: a column, a function of a question's columns, or one label each; None leaves a question out."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is kept of a question beside its counts."""
+
+    id: str
+    group: str
+    answer: int
+    metadata: Mapping[str, Any]
+
+
+class ItemStatistics:
+    """Counts of every question of a recording, read from its folder as they are needed.
+
+    Made by `vlmneurons.record_items`, or opened with `load`. Adding up is exact: for the labels of the recording,
+    `group_by` equals what `vlmneurons.record` gives, to the last integer.
+
+    Attributes:
+        folder: where the files are.
+        space: the neurons.
+        items: the questions, in order.
+        provenance: model, revision, rules, versions.
+
+    Example:
+        ``ItemStatistics.load("run/items").group_by("category", condition="all")``
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], space: NeuronSpace) -> None:
+        self.folder = folder
+        self.space = space
+        self.provenance: dict[str, Any] = dict(manifest["provenance"])
+        self.tables: tuple[str, ...] = tuple(manifest["tables"])
+        self.items = tuple(
+            Item(str(i["id"]), str(i["group"]), int(i["answer"]), dict(i["metadata"])) for i in manifest["items"]
+        )
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, verify: bool = False) -> "ItemStatistics":
+        """Open a recording, finished or not.
+
+        Args:
+            folder: the folder that `vlmneurons.record_items` wrote.
+            verify: read every row and compare its checksum.
+
+        Returns:
+            The recording; its tables are read from disk as they are needed.
+
+        Raises:
+            FileFormatError: there is no recording there, or it is damaged.
+        """
+        folder = path_of("folder", folder, FileFormatError)
+        try:
+            manifest = _files.parse((folder / "manifest.json").read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
+                raise ValueError("not a recording of items")
+            if manifest.get("version") != _VERSION:
+                raise ValueError(f"version {manifest.get('version')!r} is not one that this release reads ({_VERSION})")
+            manifest = _files.unsealed(manifest)
+            if not set(manifest["tables"]) <= set(_FILES) or "positive" not in manifest["tables"]:
+                raise ValueError(f"tables {manifest['tables']!r}")
+            statistics = cls(folder, manifest, NeuronSpace.from_json(manifest["space"]))
+            if (folder / "halved.json").exists():
+                halved = _files.parse((folder / "halved.json").read_text(encoding="utf-8"))
+                statistics.provenance["halved"] = [
+                    {name: one[name] for name in ("from", "to", "first")} for one in halved
+                ]
+        except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+            raise FileFormatError(f"{folder} does not hold item statistics: {error}") from error
+        for name, size in statistics._sizes().items():
+            path = folder / f"{name}.bin"
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                raise FileFormatError(
+                    f"{path} should have {size:,} bytes; it has {found if found is None else f'{found:,}'}"
+                )
+        if verify:
+            statistics.verify()
+        return statistics
+
+    @classmethod
+    def _create(
+        cls,
+        folder: Path,
+        space: NeuronSpace,
+        items: Sequence[Item],
+        provenance: Mapping[str, Any],
+        tables: Sequence[str],
+    ) -> "ItemStatistics":
+        """A recording with nothing in it yet; or the one that is there, if it is of the same questions and rules."""
+        manifest = {
+            "kind": _KIND,
+            "version": _VERSION,
+            "space": space.to_json(),
+            "tables": list(tables),
+            "items": [
+                {"id": i.id, "group": i.group, "answer": i.answer, "metadata": _plain(dict(i.metadata))} for i in items
+            ],
+            "provenance": _plain(dict(provenance)),
+        }
+        manifest = _files.sealed(json.loads(json.dumps(manifest)))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "manifest.json"
+        if path.exists():
+            there = cls.load(folder)
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            for key in manifest:  # the checksum, which differs where anything does, comes last
+                if manifest[key] != theirs[key]:
+                    raise MismatchError(
+                        f"{folder} holds another recording: {_difference(key, theirs[key], manifest[key])}"
+                    )
+            return there
+        statistics = cls(folder, manifest, space)
+        for name, size in statistics._sizes().items():
+            with open(folder / f"{name}.bin", "wb") as file:
+                file.truncate(size)  # sparse: disk is used as rows are written
+        temporary = folder / "manifest.json.new"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return statistics
+
+    def _sizes(self) -> dict[str, int]:
+        sizes = {name: len(self.items) * self._columns(name) * _FILES[name].itemsize for name in self.tables}
+        return {"items": len(self.items) * _RECORD.itemsize, **sizes}
+
+    def _columns(self, name: str) -> int:
+        return len(self.space.sites) if name == "reached" else len(self.space)
+
+    def _table(self, name: str) -> np.memmap:
+        shape = (len(self.items), self._columns(name))
+        return np.memmap(self.folder / f"{name}.bin", dtype=_FILES[name], mode="r", shape=shape)
+
+    @property
+    def _records(self) -> np.ndarray:
+        return np.fromfile(self.folder / "items.bin", dtype=_RECORD)
+
+    def _write(
+        self, rows: Sequence[int], chosen: Sequence[int], tokens: Any, margins: Any, tables: Mapping[str, Any]
+    ) -> None:
+        """Write finished questions: first all of their rows, then the records that say so."""
+        places = np.asarray(rows)
+        blocks = {}
+        for name in self.tables:
+            values = np.asarray(tables[name])
+            if name == "positive" and values.size and values.max() > _MOST:
+                raise MismatchError(f"a question has more than {_MOST:,} counted tokens; item statistics hold no more")
+            blocks[name] = np.ascontiguousarray(values.astype(_FILES[name]))
+            with open(self.folder / f"{name}.bin", "r+b") as file:
+                width = self._columns(name) * _FILES[name].itemsize
+                for place, row in zip(places.tolist(), blocks[name], strict=True):
+                    file.seek(place * width)
+                    file.write(row.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+        records = np.zeros(len(places), dtype=_RECORD)
+        records["done"], records["chosen"] = 1, np.asarray(chosen)
+        records["tokens"], records["margin"] = np.asarray(tokens), np.asarray(margins)
+        for n in range(len(places)):
+            records["checksum"][n] = _checksum(records[n], [blocks[name][n] for name in self.tables])
+        with open(self.folder / "items.bin", "r+b") as file:
+            for place, entry in zip(places.tolist(), records, strict=True):
+                file.seek(place * _RECORD.itemsize)
+                file.write(entry.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _note(self, halved: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what was learnt about memory beside the manifest, which says what was asked for."""
+        if halved and list(halved) != self.provenance.get("halved"):
+            self.provenance = {**self.provenance, "halved": list(halved)}
+            write_text(self.folder / "halved.json", json.dumps(list(halved)))
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Refuse a second recording into one folder; the lock ends with the process, however it ends."""
+        with open(self.folder / ".lock", "a") as file:
+            try:
+                _lock(file.fileno())
+            except OSError as error:
+                raise MismatchError(f"{self.folder} is being recorded into by another process") from error
+            yield
+
+    def verify(self) -> None:
+        """Compare every finished question's rows with their checksum.
+
+        Raises:
+            FileFormatError: a row is not what was written.
+        """
+        tables = [self._table(name) for name in self.tables]
+        for row, entry in enumerate(self._records):
+            if entry["done"] and _checksum(entry, [table[row] for table in tables]) != entry["checksum"]:
+                raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def done(self) -> Bool[Tensor, " item"]:
+        """Which questions are recorded."""
+        return torch.from_numpy(self._records["done"].astype(bool))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every question is recorded."""
+        return bool(self.done.all())
+
+    @property
+    def tokens(self) -> Int64[Tensor, " item"]:
+        """Number of counted tokens of each question."""
+        return torch.from_numpy(self._records["tokens"].astype(np.int64))
+
+    @property
+    def correct(self) -> Bool[Tensor, " item"]:
+        """Whether each question was answered right."""
+        answers = np.array([item.answer for item in self.items])
+        return torch.from_numpy(self._records["chosen"] == answers)
+
+    @property
+    def margins(self) -> Float64[Tensor, " item"]:
+        """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers."""
+        return torch.from_numpy(self._records["margin"].astype(np.float64))
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Names that `group_by` knows: ``id``, ``group``, ``answer``, ``correct``, and the questions' metadata."""
+        names = dict.fromkeys(name for item in self.items for name in item.metadata)
+        return ("id", "group", "answer", "correct", *names)
+
+    def labels(self, by: Grouping = "group") -> list[str | None]:
+        """The label of each question under a grouping.
+
+        Args:
+            by: a column that was recorded; a function from a question's record to its label; or a list with the label
+                of each question. None as a label leaves the question out.
+
+        Raises:
+            MismatchError: no such column, or labels that are of another number or have no order.
+        """
+        if not isinstance(by, str) and not callable(by):
+            in_order("by", by, MismatchError, "a column, a function, or a label for each question")
+            if isinstance(by, Mapping):  # whose keys would be taken for the labels
+                raise MismatchError(
+                    f"by is a column, a function, or a label for each question; got a {type(by).__name__}: give "
+                    "lambda row: labels[row['id']]"
+                )
+            labels = [_label(label) for label in by]
+            if len(labels) != len(self.items):
+                raise MismatchError(f"{len(labels)} labels were given for {len(self.items)} questions")
+            return labels
+        if isinstance(by, str) and by not in self.columns:
+            raise MismatchError(f"there is no column {by!r}; there are {', '.join(self.columns)}")
+        labels = []
+        for item, right in zip(self.items, self.correct.tolist(), strict=True):
+            row = {**item.metadata, "id": item.id, "group": item.group, "answer": item.answer, "correct": right}
+            label = by(row) if callable(by) else row.get(by)
+            labels.append(_label(label))
+        return labels
+
+    def kept(self, condition: str = "correct") -> Bool[Tensor, " item"]:
+        """Which recorded questions meet a condition: ``"correct"``, ``"wrong"`` or ``"all"``.
+
+        Args:
+            condition: how the untouched model answered.
+
+        Raises:
+            MismatchError: no such condition.
+        """
+        if condition not in ("correct", "wrong", "all"):
+            raise MismatchError(f"condition={condition!r} does not exist; choose from correct, wrong, all")
+        if condition == "all":
+            return self.done
+        return self.done & (self.correct == (condition == "correct"))
+
+    def chunks(
+        self, rows: Sequence[int] | np.ndarray, table: str = "positive", size: int = 64
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows of a table, some at a time: their places within ``rows``, and the values ``[row, neuron]``.
+
+        Args:
+            rows: numbers of questions, from 0, in any order.
+            table: one of ``tables``, such as ``"positive"``.
+            size: rows at a time.
+
+        Raises:
+            MismatchError: a table that was not recorded, a row that is not there, or a size below 1.
+        """
+        if table not in self.tables:
+            raise MismatchError(f"{table!r} was not recorded; there are {', '.join(self.tables)}")
+        size = whole("size", size, MismatchError, least=1)
+        numbers = np.asarray(rows)
+        if len(numbers) and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(self)):
+            raise MismatchError(f"rows are numbers of questions, from 0 to {len(self) - 1}; got {rows!r}")
+        values = self._table(table)
+        for start in range(0, len(numbers), size):
+            yield slice(start, start + size), values[numbers[start : start + size]]
+
+    def grouped(
+        self,
+        by: Grouping = "group",
+        *,
+        condition: str = "correct",
+        balanced: bool | int = False,
+        minimum: int = 0,
+        seed: int = 0,
+    ) -> "GroupedItems":
+        """The questions of each group: a pool to select from, to resample, or to add up.
+
+        Args:
+            by: a column (see `columns`), a function from a question's columns to its label, or one label for each
+                question. A label of None leaves a question out.
+            condition: which questions enter: ``"correct"``, ``"wrong"`` or ``"all"``.
+            balanced: the same number of questions of every group: True for as many as the smallest group has, or a
+                number. They are chosen by a seeded hash of their ids, as `QuestionSet.balanced` does (identification
+                pools of one size: Zhao et al. 2026, arXiv 2601.03115).
+            minimum: least number of questions that every group must have.
+            seed: of the choice of a balanced pool.
+
+        Raises:
+            MismatchError: the grouping does not fit.
+            SelectionError: no question has a label, or groups are thinner than ``minimum`` or ``balanced``; the message
+                names them.
+
+        Example:
+            ``items.grouped("category", balanced=50, minimum=50)``
+        """
+        labels = self.labels(by)
+        groups = tuple(sorted({label for label in labels if label is not None}))
+        if not groups:
+            raise SelectionError("no question has a label")
+        index = {group: n for n, group in enumerate(groups)}
+        kept = self.kept(condition).tolist()
+        rows = [row for row, label in enumerate(labels) if label is not None and kept[row]]
+        owner = np.array([index[labels[row]] for row in rows], dtype=np.int64)  # type: ignore[index]
+        pool = GroupedItems(self, np.array(rows, dtype=np.int64), owner, groups, condition)
+        pool.check_size(minimum)
+        return pool.balanced(None if balanced is True else balanced, seed=seed) if balanced is not False else pool
+
+    def group_by(
+        self,
+        by: Grouping = "group",
+        *,
+        condition: str = "correct",
+        balanced: bool | int = False,
+        minimum: int = 0,
+        seed: int = 0,
+    ) -> ActivationStatistics:
+        """Statistics of the questions under any grouping, groups sorted; no model is run.
+
+        The arguments are those of `grouped`. A group none of whose questions meets the condition has zeros.
+
+        Args:
+            by: the label of each question; see `labels`.
+            condition: which questions enter: ``"correct"``, ``"wrong"`` or ``"all"``.
+            balanced: cut all groups to the size of the smallest (True), or to this many questions.
+            minimum: least number of questions of every group.
+            seed: of the balanced sample.
+
+        Raises:
+            MismatchError: the grouping does not fit.
+            SelectionError: no question has a label, or groups are too thin.
+        """
+        return self.grouped(by, condition=condition, balanced=balanced, minimum=minimum, seed=seed).statistics
+
+    def __repr__(self) -> str:
+        done = int(self.done.sum())
+        state = "" if done == len(self) else f", {done} of them recorded"
+        return f"ItemStatistics({len(self)} questions{state}; {', '.join(self.tables)} over {self.space!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedItems:
+    """Questions of a recording, each in a group; made by `ItemStatistics.grouped`.
+
+    What rules that look at single questions select from (`vlmneurons.AveragePrecision`), and what the functions of
+    `vlmneurons.trust` resample and shuffle. Rules that need only the groups' counts select from its `statistics`.
+
+    Attributes:
+        recording: where the counts are.
+        rows: rows of the recording; one may stand several times, as in a bootstrap.
+        owner: for each of the rows the number of its group.
+        groups: names of the groups.
+        condition: which questions entered.
+    """
+
+    recording: ItemStatistics
+    rows: np.ndarray
+    owner: np.ndarray
+    groups: tuple[str, ...]
+    condition: str = "correct"
+
+    @property
+    def space(self) -> NeuronSpace:
+        """The neurons."""
+        return self.recording.space
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the recording says, and the condition."""
+        return {**self.recording.provenance, "condition": self.condition}
+
+    @property
+    def items(self) -> Int64[Tensor, " group"]:
+        """Number of questions of each group."""
+        return torch.from_numpy(np.bincount(self.owner, minlength=len(self.groups)).astype(np.int64))
+
+    @property
+    def tokens(self) -> Int64[Tensor, " group"]:
+        """Number of counted tokens of each group."""
+        tokens = np.zeros(len(self.groups), dtype=np.int64)
+        np.add.at(tokens, self.owner, self.recording.tokens.numpy()[self.rows])
+        return torch.from_numpy(tokens)
+
+    def check_size(self, minimum: int) -> None:
+        """Make sure that every group has questions enough.
+
+        Args:
+            minimum: least number of questions of every group.
+
+        Raises:
+            SelectionError: some have fewer; the message names them and says how many they have.
+        """
+        minimum = whole("minimum", minimum, SelectionError)
+        thin = [f"{group} ({n})" for group, n in zip(self.groups, self.items.tolist(), strict=True) if n < minimum]
+        if thin:
+            condition = "" if self.condition == "all" else f" that were answered {self._answered}"
+            raise SelectionError(
+                f"at least {minimum} questions a group{condition} are needed; fewer are in {', '.join(thin)}: leave "
+                "them out, or record more"
+            )
+
+    @property
+    def _answered(self) -> str:
+        return {"correct": "right", "wrong": "wrong"}.get(self.condition, self.condition)
+
+    def check_counted(self) -> None:
+        """Make sure that every group has counted tokens.
+
+        Raises:
+            SelectionError: some have none; the message names them.
+        """
+        refuse_uncounted(self.groups, self.tokens, "of the grouping, or record more questions")
+
+    def balanced(self, size: int | None = None, *, seed: int = 0) -> "GroupedItems":
+        """The same number of questions of every group, chosen by a seeded hash of their ids.
+
+        Args:
+            size: questions per group; by default as many as the smallest group has.
+            seed: of the choice.
+
+        Raises:
+            SelectionError: a group has fewer, or none; the message names the thin groups.
+        """
+        seed = whole("seed", seed, SelectionError)
+        if size is not None and (size := whole("size", size, SelectionError)) < 1:
+            raise SelectionError(f"{size} questions per group were asked for; the least is 1")
+        self.check_size(1 if size is None else size)
+        size = int(self.items.min()) if size is None else size
+        items = self.recording.items
+        rank = np.argsort([hash_of(seed, items[row].id) for row in self.rows], kind="stable")
+        kept = np.concatenate([rank[self.owner[rank] == group][:size] for group in range(len(self.groups))])
+        return self.taken(np.sort(kept))
+
+    def taken(self, places: np.ndarray, owner: np.ndarray | None = None) -> "GroupedItems":
+        """Some of the questions, by their places in `rows`, in the groups they have or in others.
+
+        Args:
+            places: places within ``rows``, repeated where a question counts twice.
+            owner: row of the group of each of them; as they are, unless given.
+        """
+        own = self.owner[places] if owner is None else owner
+        return GroupedItems(self.recording, self.rows[places], own, self.groups, self.condition)
+
+    def select_groups(self, groups: Sequence[str]) -> "GroupedItems":
+        """The questions of some groups, in the given order of groups.
+
+        Args:
+            groups: names of groups.
+
+        Raises:
+            GroupError: no such group.
+            MismatchError: a group twice, or none.
+        """
+        groups = names("groups", groups, MismatchError)
+        if not groups or len(set(groups)) < len(groups):
+            raise MismatchError(
+                f"groups are some of {', '.join(self.groups)}, each once; got {', '.join(groups) or 'none'}"
+            )
+        unknown = [group for group in groups if group not in self.groups]
+        if unknown:
+            raise GroupError(f"group {unknown[0]!r} is not among these questions; they have {', '.join(self.groups)}")
+        place = np.array([groups.index(g) if g in groups else -1 for g in self.groups], dtype=np.int64)
+        owner = place[self.owner]
+        kept = owner >= 0
+        return GroupedItems(self.recording, self.rows[kept], owner[kept], tuple(groups), self.condition)
+
+    @cached_property
+    def statistics(self) -> ActivationStatistics:
+        """The questions' counts added up by group, exactly."""
+        recording, n_groups = self.recording, len(self.groups)
+        sums: dict[str, np.ndarray] = {}
+        for name in recording.tables:
+            if name == "maximum":
+                continue
+            dtype = np.float64 if name == "total" else np.int64
+            sums[name] = np.zeros((n_groups, recording._columns(name)), dtype=dtype)
+            for group, own in enumerate(sums[name]):
+                for _, values in recording.chunks(self.rows[self.owner == group], name):
+                    own += values.sum(0, dtype=dtype)
+        return ActivationStatistics(
+            space=self.space,
+            groups=self.groups,
+            positive=torch.from_numpy(sums["positive"]),
+            tokens=self.tokens,
+            items=self.items,
+            routed=torch.from_numpy(sums["reached"]) if "reached" in sums else None,
+            total=torch.from_numpy(sums["total"]) if "total" in sums else None,
+            provenance=self.provenance,
+        )
+
+    def values(self, on: str, columns: slice) -> Float64[np.ndarray, "item neuron"]:
+        """One value for each question and neuron of a range.
+
+        Args:
+            on: ``"mean"`` (mean activation over the question's counted tokens; 0 if none reached the neuron),
+                ``"probability"`` (share of those tokens at which the neuron fired), or ``"maximum"`` (highest
+                activation among them; ``-inf`` if none reached the neuron).
+            columns: range of flat indices.
+
+        Raises:
+            SelectionError: no such value, or it was not recorded.
+        """
+        table = {"mean": "total", "probability": "positive", "maximum": "maximum"}.get(on)
+        if table is None:
+            raise SelectionError(f"on={on!r} does not exist; choose from {', '.join(VALUES)}")
+        recording = self.recording
+        if table not in recording.tables:
+            how = "magnitudes" if on == "mean" else "maxima"
+            raise SelectionError(f"this recording holds no {on} of each question: record_items(…, {how}=True)")
+        values = recording._table(table)[self.rows, columns].astype(np.float64)
+        if on == "maximum":
+            return values
+        if "reached" in recording.tables:
+            site = self.space.site_of[columns].numpy()
+            reached = recording._table("reached")[self.rows][:, site].astype(np.float64)
+        else:
+            reached = recording.tokens.numpy()[self.rows].astype(np.float64)[:, None]
+        return np.divide(values, reached, out=np.zeros_like(values), where=np.broadcast_to(reached > 0, values.shape))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
+        return f"GroupedItems({len(self.rows)} questions: {counts}; {self.condition}, over {self.space!r})"
+
+
+def _label(value: Any) -> str | None:
+    """A question's label; None, and NaN, which is what a table has for it, leave the question out."""
+    return None if is_missing(value) else str(value)
+
+
+def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
+    """Of what a question's record says, and of its row in every table."""
+    checksum = zlib.crc32(b"".join(record[name].tobytes() for name in ("chosen", "tokens", "margin")))
+    for row in rows:
+        checksum = zlib.crc32(np.ascontiguousarray(row).tobytes(), checksum)
+    return checksum
+
+
+def _lock(descriptor: int) -> None:
+    """Take a lock on an open file that ends with the process; OSError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no fcntl, but a lock of its own
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Metadata as JSON holds it; what JSON cannot hold becomes its text."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def _difference(key: str, theirs: Any, ours: Any) -> str:
+    if key == "provenance":
+        for name in {*theirs, *ours}:
+            if theirs.get(name) != ours.get(name):
+                return f"its {name} is {theirs.get(name)!r}, not {ours.get(name)!r}"
+    if key == "items":
+        return f"it is of {len(theirs)} questions, not the same {len(ours)}"
+    return f"its {key} differs"

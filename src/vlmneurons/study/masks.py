@@ -1,0 +1,186 @@
+"""What a study switches off: masks, other interventions, and the names of a sweep's settings."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmneurons.checks import real
+from vlmneurons.errors import AblationError, MismatchError
+from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.statistics.counts import ActivationStatistics
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """Neurons, and something else to do to them than the rest of a study does.
+
+    Attributes:
+        neurons: a `Selection`, or a single `NeuronSet`.
+        mode: see `Ablation`.
+        factor: see `Ablation`; 1.5 in mode ``"scale"`` amplifies by half.
+        values: see `Ablation`.
+        at: see `Ablation`.
+
+    Example:
+        ``knockout(model, questions, {"CAS": selection, "CAS x 1.5": Intervention(selection, factor=1.5)})``
+    """
+
+    neurons: Selection | NeuronSet
+    mode: str = "scale"
+    factor: float | None = None
+    values: Any = None
+    at: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor is not None:
+            real("factor", self.factor, AblationError)
+
+    def __repr__(self) -> str:
+        return f"Intervention({self.neurons!r}, {self.name})"
+
+    @property
+    def name(self) -> str:
+        """What is done, in a word or two."""
+        how = "" if self.factor is None else f" {self.factor:g}"
+        return f"{self.mode}{how}" + ("" if self.at in (None, "post") else f" at {self.at}")
+
+
+One = Selection | NeuronSet | Intervention
+Masks = Mapping[str, One | Sequence[One]]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One set of neurons that was switched off.
+
+    Attributes:
+        selector: name under which the mask was given.
+        repeat: number of the selection among several given under one name, such as the seeds of a random control.
+        group: the group that the neurons were selected for; ``"all"`` for a set that is not of a group.
+        size: number of neurons.
+        intervention: what was done to them.
+        layers: number of neurons in each layer of the space, in order of the space; see
+            ``KnockoutResult.provenance["layers"]`` for their names.
+    """
+
+    selector: str
+    repeat: int
+    group: str
+    size: int
+    intervention: str = "zero"
+    layers: tuple[int, ...] = ()
+
+
+# -- names of settings -------------------------------------------------------------------------------------------------
+
+
+def setting_name(selector: str, axis: str, value: float) -> str:
+    """The name of a selector's masks under one setting of a sweep, which `KnockoutResult.curve` finds again.
+
+    Args:
+        selector: the name before the setting.
+        axis: what is varied, such as ``"r"``.
+        value: the setting.
+
+    Examples:
+        >>> setting_name("CAS", "r", 0.005)
+        'CAS [r=0.005]'
+    """
+    return f"{selector} [{axis}={value!r}]"
+
+
+def split_setting(name: str) -> tuple[str, tuple[str, float] | None]:
+    """The selector's bare name and its setting, if it has one.
+
+    Examples:
+        >>> split_setting("CAS [r=0.005]"), split_setting("CAS")
+        (('CAS', ('r', 0.005)), ('CAS', None))
+    """
+    found = re.fullmatch(r"(.+) \[(\w+)=([^\[\]=]+)\]", name)
+    if not found:
+        return name, None
+    try:
+        return found[1], (found[2], float(found[3]))
+    except ValueError:
+        return name, None
+
+
+# -- masks as they are given -------------------------------------------------------------------------------------------
+
+
+def listed_masks(masks: Masks, groups: Sequence[str], default: Intervention) -> list[tuple[Mask, Intervention]]:
+    """Every mask with its neurons, one by one.
+
+    Args:
+        masks: as `vlmneurons.knockout` takes them.
+        groups: the groups that questions are of.
+        default: what is done to neurons that are given bare; its own neurons do not matter.
+
+    Raises:
+        MismatchError: something that is no mask, or of a group that has no questions.
+    """
+    if not isinstance(masks, Mapping) or not masks:
+        raise MismatchError("masks are a mapping from names to selections, such as {'CAS': selection}; none was given")
+    listed: list[tuple[Mask, Intervention]] = []
+    for name, given in masks.items():
+        if not isinstance(name, str) or not name:
+            raise MismatchError(f"a mask's name is a text that is not empty; got {name!r}")
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        repeats = list(given) if several else [given]
+        if not repeats:
+            raise MismatchError(f"mask {name!r} is an empty list; give a Selection or a NeuronSet")
+        for repeat, one in enumerate(repeats):
+            how = one if isinstance(one, Intervention) else default
+            neurons = one.neurons if isinstance(one, Intervention) else one
+            if isinstance(neurons, NeuronSet):
+                sets: Mapping[str, NeuronSet] = {"all": neurons}
+            elif isinstance(neurons, Selection):
+                sets = neurons
+                missing = [group for group in neurons if group not in groups]
+                if missing:
+                    raise MismatchError(
+                        f"selection {name!r} has neurons of {', '.join(missing[:5])}, but there are no questions of "
+                        f"it; the questions are of {', '.join(groups)}"
+                    )
+            else:
+                raise MismatchError(f"mask {name!r} is a {type(neurons).__name__}; give a Selection or a NeuronSet")
+            for group, part in sets.items():
+                mask = Mask(str(name), repeat, group, len(part), how.name, tuple(per_layer(part).values()))
+                listed.append((mask, Intervention(part, how.mode, how.factor, how.values, how.at)))
+    return listed
+
+
+def per_layer(neurons: NeuronSet) -> dict[str, int]:
+    """Number of neurons in each layer of each tower: ``{"language 0": 12, …}``, in the order of the space."""
+    space: NeuronSpace = neurons.space
+    names = [f"{site.tower} {site.layer}" for site in space.sites]
+    counts = dict.fromkeys(names, 0)
+    site = np.searchsorted(np.asarray(space.offsets), neurons.indices.numpy(), side="right") - 1
+    for name, n in zip(names, np.bincount(site, minlength=len(names)).tolist(), strict=False):
+        counts[name] += n
+    return counts
+
+
+def digest_of_mask(one: Intervention) -> str:
+    """A digest of a mask's neurons and of what is done to them."""
+    digest = hashlib.sha256(f"{one.mode} {one.factor} {one.at}".encode())
+    sets = one.neurons.values() if isinstance(one.neurons, Selection) else [one.neurons]
+    for neurons in sets:
+        digest.update(repr(neurons.space).encode())
+        digest.update(neurons.indices.numpy().tobytes())
+    values = one.values
+    if isinstance(values, ActivationStatistics):
+        values = values.mean
+    if isinstance(values, np.ndarray):  # whose text leaves out what is in the middle
+        values = torch.as_tensor(values)
+    digest.update(
+        values.detach().cpu().double().numpy().tobytes() if isinstance(values, Tensor) else repr(values).encode()
+    )
+    return digest.hexdigest()[:16]

@@ -1,0 +1,414 @@
+"""The whole study in one call: identify, select, switch off, control, report, in a folder that survives kills.
+
+`run_study` is a short sequence of this library's public functions; whoever wants another study copies it and changes
+what is theirs. Each step keeps its own files under the folder and is skipped where they are whole:
+
+    items/        counts of every identification question        (`record_items`)
+    selections/   the neurons of every selector
+    knockout/     every answer of every question and mask         (`knockout`)
+    blind/        answers without pictures, clean
+    options-only/ answers to the options alone, clean
+    report/       page, figures and tables                        (`KnockoutResult.report`)
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmneurons.checks import names, of_kind, path_of, plain, real, share, whole
+from vlmneurons.errors import MismatchError, QuestionError, SelectionError
+from vlmneurons.files.folders import git_state, write_text
+from vlmneurons.model.encoder import TOKEN_RULES
+from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.progress import Step, Steps
+from vlmneurons.questions.sets import ANSWERS, Question, QuestionSet
+from vlmneurons.recording.record import CONDITIONS, record_items
+from vlmneurons.run.batching import batches
+from vlmneurons.run.processes import Processes, current_processes
+from vlmneurons.run.remote import Remote
+from vlmneurons.selectors import CAS, LAP, LAPE, MAD, Selector
+from vlmneurons.statistics.items import Item, ItemStatistics
+from vlmneurons.study.controls import (
+    balanced_statistics,
+    blind,
+    condition_masks,
+    fraction_sweep,
+    item_sweep,
+    options_only,
+    random_controls,
+    strength_sweep,
+)
+from vlmneurons.study.knockout import knockout
+from vlmneurons.study.masks import Masks
+from vlmneurons.study.result import KnockoutResult
+
+log = logging.getLogger(__name__)
+
+SELECTORS: Mapping[str, type[Selector]] = {"LAP": LAP, "LAPE": LAPE, "MAD": MAD, "CAS": CAS}
+"""The selectors of the paper, by name."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The settings of a study; the defaults are those of the papers where they say them.
+
+    Attributes:
+        selectors: names in `SELECTORS`.
+        fraction: share of all neurons in each mask (r).
+        main: the selector that is swept and controlled.
+        fractions: r of the sweep.
+        alphas: strengths of the sweep; neurons are scaled by ``1 + alpha``.
+        sizes: numbers of identification questions a group of the sweep; those that a group does not have are left out.
+        conditions: other identification conditions to compare with.
+        repeats: random masks of each kind, at least 5 for a study that is to be published.
+        permutations: shuffles of the labels for the null of the selection; 0 for none.
+        share: share of the questions that neurons are identified on.
+        minimum: questions a group must have among those that identify; fewer are refused.
+        tokens: which tokens count; see `record`.
+        answer: how answers are read; None for the way of the questions.
+        on_error: ``"raise"`` or ``"skip"`` questions that cannot be asked.
+        batch_size: questions a forward.
+        seed: of the split, the random masks, and all resampling.
+    """
+
+    selectors: tuple[str, ...] = ("LAP", "LAPE", "MAD", "CAS")
+    fraction: float = 0.005
+    main: str = "CAS"
+    fractions: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02)
+    alphas: tuple[float, ...] = (-1.0, -0.5, 0.5, 1.0)
+    sizes: tuple[int, ...] = (5, 10, 25, 50, 100)
+    conditions: tuple[str, ...] = ("all", "wrong")
+    repeats: int = 5
+    permutations: int = 100
+    share: float = 0.5
+    minimum: int = 5
+    tokens: str = "content"
+    answer: str | None = None
+    on_error: str = "raise"
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("selectors", "conditions"):
+            names(name, getattr(self, name), SelectionError)
+        for name in ("fractions", "alphas", "sizes"):
+            of_kind(name, getattr(self, name), Sequence, SelectionError, "a list of numbers")
+        unknown = [name for name in (*self.selectors, self.main) if name not in SELECTORS]
+        if unknown:
+            raise SelectionError(f"selector {unknown[0]!r} does not exist; choose from {', '.join(SELECTORS)}")
+        if self.main not in self.selectors:
+            raise SelectionError(f"main={self.main!r} is not among the selectors {', '.join(self.selectors)}")
+        # What is wrong is said before hours of recording, not after them.
+        for fraction in (self.fraction, *self.fractions):
+            if not 0 < real("fraction", fraction, SelectionError) <= 1:
+                raise SelectionError(f"fraction {fraction} is outside (0, 1]")
+        for alpha in self.alphas:
+            real("each of alphas", alpha, SelectionError)
+        for size in self.sizes:
+            if whole("each of sizes", size, SelectionError) < 1:
+                raise SelectionError(f"sizes are numbers of questions, at least 1; got {list(self.sizes)}")
+        for name, least in (("repeats", 0), ("permutations", 0), ("minimum", 0), ("batch_size", 1), ("seed", 0)):
+            whole(name, getattr(self, name), SelectionError, least=least)
+        share("share", self.share, SelectionError)
+        for name, given, allowed in (
+            *(("conditions", condition, CONDITIONS) for condition in self.conditions),
+            ("tokens", self.tokens, TOKEN_RULES),
+            ("answer", self.answer, (None, *ANSWERS)),
+            ("on_error", self.on_error, ("raise", "skip")),
+        ):
+            if given not in allowed:
+                raise SelectionError(
+                    f"{name}={given!r} does not exist; choose from {', '.join(str(one) for one in allowed)}"
+                )
+        for name, given in vars(self).items():  # the study's folder keeps them as JSON
+            several = isinstance(given, Sequence) and not isinstance(given, str)
+            object.__setattr__(self, name, tuple(map(plain, given)) if several else plain(given))
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What `run_study` gives.
+
+    Attributes:
+        knockout: answers and effects of all masks.
+        others: clean answers under controls of the questions: ``"blind"``, ``"options only"``.
+        selections: the neurons of each selector.
+        tables: further tables, such as the null of the selection.
+        page: the report.
+    """
+
+    knockout: KnockoutResult
+    others: Mapping[str, KnockoutResult]
+    selections: Mapping[str, Selection]
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    page: Path | None = None
+
+
+def run_study(
+    model: VLM,
+    questions: QuestionSet,
+    folder: str | Path,
+    protocol: Protocol | None = None,
+    *,
+    general: QuestionSet | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+    remote: Remote = False,
+) -> StudyResult:
+    """Run, or go on with, a whole study in a folder.
+
+    Args:
+        model: the model.
+        questions: all questions; they are split into those that identify and those that evaluate.
+        folder: where everything is kept. The same call goes on where a killed one stopped.
+        protocol: the settings.
+        general: questions that measure general ability, asked under every mask.
+        distributed: share the work with the other processes of a ``torchrun``.
+        progress: show one progress bar over all steps, with the time that is left.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.run.remote`.
+
+    Returns:
+        The selections, the answers under every mask, further tables, and the path of the report.
+
+    Raises:
+        MismatchError: the folder holds another study, or another process is running in it.
+        SelectionError: a group has too few identification questions that meet the condition.
+        QuestionError: a group has fewer identification questions than ``protocol.minimum``.
+    """
+    protocol = protocol or Protocol()
+    check_model(model)
+    of_kind("questions", questions, QuestionSet, QuestionError)
+    of_kind("protocol", protocol, Protocol, SelectionError)
+    folder = path_of("folder", folder, MismatchError)
+    processes = current_processes() if distributed else Processes()
+    if protocol.answer is not None:
+        questions = questions.asked(answer=protocol.answer)
+        general = None if general is None else general.asked(answer=protocol.answer)
+    folder.mkdir(parents=True, exist_ok=True)
+    if processes.first:
+        _note_protocol(folder, protocol)
+    processes.wait()
+    identify, evaluate = questions.split(protocol.share, seed=protocol.seed)
+    thin = [f"{group} ({n})" for group, n in identify.counts().items() if n < protocol.minimum]
+    if thin:
+        raise QuestionError(
+            f"at least {protocol.minimum} questions a group identify neurons; fewer in {', '.join(thin)}"
+        )
+    if protocol.on_error == "skip":
+        identify = _openable(identify)
+    log.info("recording %d identification questions", len(identify))
+    with Steps(_steps(identify, evaluate, protocol), disable=not (progress and processes.first)) as steps:
+        return _carried_out(model, identify, evaluate, folder, protocol, processes, general, distributed, remote, steps)
+
+
+def _steps(identify: QuestionSet, evaluate: QuestionSet, protocol: Protocol) -> list[Step]:
+    """The steps of a study, and what they will cost, for its progress bar."""
+    kinds = len(protocol.selectors) + 2 * protocol.repeats + len(protocol.fractions) + len(protocol.alphas)
+    kinds += len(protocol.sizes) + len(protocol.conditions)
+    answers = len(evaluate) * (1 + kinds * len(evaluate.groups))
+    return [
+        Step("identification questions", len(identify), forwards=1.0),
+        # Masks share what lies before them; how much that spares is only known once they run.
+        Step("answers under masks", answers, forwards=0.3),
+        Step("blind questions", len(evaluate), forwards=0.7),
+        Step("options only", len(evaluate), forwards=0.5),
+        Step("shuffled labels", 1, seconds=0.1 * protocol.permutations),
+        Step("report", 1, seconds=60.0),
+    ]
+
+
+def _carried_out(
+    model: VLM,
+    identify: QuestionSet,
+    evaluate: QuestionSet,
+    folder: Path,
+    protocol: Protocol,
+    processes: Processes,
+    general: QuestionSet | None,
+    distributed: bool,
+    remote: Remote,
+    steps: Steps,
+) -> StudyResult:
+    """The steps one after the other, each skipped where its files are whole."""
+    shown = not steps.hidden
+    items = record_shared(
+        model,
+        identify,
+        folder / "items",
+        processes,
+        tokens=protocol.tokens,
+        batch_size=protocol.batch_size,
+        progress=shown and steps["identification questions"],
+        remote=remote,
+    )
+    steps["identification questions"].finish()
+    selections, masks = study_masks(items, protocol)
+    if processes.first:
+        (folder / "selections").mkdir(exist_ok=True)
+        for name, selection in selections.items():
+            selection.save(folder / "selections" / f"{name}.safetensors")
+    log.info("asking %d evaluation questions under %d kinds of masks", len(evaluate), len(masks))
+    how: dict[str, Any] = {
+        "batch_size": protocol.batch_size,
+        "on_error": protocol.on_error,
+        "distributed": distributed,
+        "remote": remote,
+    }
+
+    def asked(name: str, questions: QuestionSet, masks: Masks, part: str, **more: Any) -> KnockoutResult:
+        found = knockout(model, questions, masks, folder=folder / part, progress=shown and steps[name], **how, **more)
+        steps[name].finish()
+        return found
+
+    result = asked("answers under masks", evaluate, masks, "knockout", controls=general)
+    nothing = {"none": NeuronSet.empty(items.space)}
+    others = {
+        "blind": asked("blind questions", blind(evaluate), nothing, "blind"),
+        "options only": asked("options only", options_only(evaluate), nothing, "options-only"),
+    }
+    tables = {}
+    steps["shuffled labels"].start(1)
+    if protocol.permutations and processes.first:
+        from vlmneurons.trust.stability import null_distribution
+
+        selector = SELECTORS[protocol.main](protocol.fraction)
+        tables["null of the selection"] = null_distribution(
+            items, selector, permutations=protocol.permutations, seed=protocol.seed
+        )
+    steps["shuffled labels"].finish()
+    page = None
+    steps["report"].start(1)
+    if processes.first:
+        log.info("writing the report")
+        page = result.report(folder / "report", main=protocol.main, others=others, tables=tables)
+    steps["report"].finish()
+    processes.wait()
+    return StudyResult(result, others, selections, tables, page)
+
+
+def study_masks(items: ItemStatistics, protocol: Protocol) -> tuple[dict[str, Selection], Masks]:
+    """The selection of every selector, and all masks of a study: selections, random controls and sweeps.
+
+    Args:
+        items: counts of every identification question.
+        protocol: the settings.
+    """
+    seed = protocol.seed
+    stats = balanced_statistics(items, seed=seed)
+    selections = {name: SELECTORS[name](protocol.fraction).select(stats) for name in protocol.selectors}
+    main, selector = protocol.main, SELECTORS[protocol.main](protocol.fraction)
+    least = min(int(n) for n in stats.items.tolist())
+    sizes = [size for size in protocol.sizes if size < least] + [least]
+    fractions = [r for r in protocol.fractions if int(r * len(items.space) + 1e-6) >= 1]
+    masks: dict[str, Any] = {
+        **selections,
+        **random_controls(stats, {main: selections[main]}, repeats=protocol.repeats, seed=seed),
+        **fraction_sweep(main, selector, stats, fractions),
+        **strength_sweep(main, selections[main], protocol.alphas),
+        **item_sweep(main, selector, items, sizes, seed=seed),
+        **condition_masks(main, selector, items, protocol.conditions, seed=seed),
+    }
+    return selections, masks
+
+
+def record_shared(
+    model: VLM, questions: QuestionSet, folder: str | Path, processes: Processes | None = None, **how: Any
+) -> ItemStatistics:
+    """`record_items`, with the batches shared by several processes; the same counts as one process, to the last one.
+
+    Each process records into a folder of its own beside ``folder``; the first puts them together.
+
+    Args:
+        model: the model of this process.
+        questions: all questions, the same in every process.
+        folder: where the recording goes; all processes must see it.
+        processes: who shares; by default those of the ``torchrun`` that this process was started by.
+        **how: of `record_items`.
+    """
+    folder = Path(folder)
+    processes = current_processes() if processes is None else processes
+    if processes.count == 1:
+        return record_items(model, questions, folder, **how)
+    if not _complete(folder, questions):
+        own = share_of(questions, int(how.get("batch_size", 8)), processes)
+        part = folder.with_name(f"{folder.name}-{processes.rank + 1}-of-{processes.count}")
+        if len(own):
+            record_items(model, own, part, **{**how, "progress": processes.first and how.get("progress", True)})
+        parts = [one for one in processes.gather(str(part) if len(own) else None) if one is not None]
+        if processes.first:
+            _put_together(folder, questions, [ItemStatistics.load(one) for one in parts])
+        processes.wait()
+    return ItemStatistics.load(folder)
+
+
+def share_of(questions: QuestionSet, batch_size: int, processes: Processes) -> QuestionSet:
+    """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
+    own = [item for _, batch in processes.mine(list(batches(questions, batch_size))) for item in batch]
+    return questions._with(own)
+
+
+def _openable(questions: QuestionSet) -> QuestionSet:
+    """The questions whose pictures open; the log names the others."""
+
+    def opens(item: Question) -> bool:
+        try:
+            item.load_images()
+        except QuestionError as error:
+            log.warning("left out of identification: %s", error)
+            return False
+        return True
+
+    return questions.filter(opens)
+
+
+def _complete(folder: Path, questions: QuestionSet) -> bool:
+    if not (folder / "manifest.json").exists():
+        return False
+    there = ItemStatistics.load(folder)
+    if [item.id for item in there.items] != [item.id for item in questions]:
+        raise MismatchError(f"{folder} holds a recording of other questions; give another folder")
+    return there.complete
+
+
+def _put_together(folder: Path, questions: QuestionSet, parts: list[ItemStatistics]) -> None:
+    """One recording from those of several processes."""
+    items = [Item(item.id, item.group, item.answer, item.metadata) for item in questions]
+    # The manifest says what was asked for; where memory did not suffice is another matter for each process.
+    rules = {name: value for name, value in parts[0].provenance.items() if name != "halved"}
+    whole = ItemStatistics._create(folder, parts[0].space, items, rules, parts[0].tables)
+    place = {item.id: row for row, item in enumerate(questions)}
+    with whole._locked():
+        whole._note([one for part in parts for one in part.provenance.get("halved", ())])
+        for part in parts:
+            records = part._records
+            for start in range(0, len(part), 64):
+                rows = np.arange(start, min(start + 64, len(part)))
+                whole._write(
+                    [place[part.items[row].id] for row in rows],
+                    records["chosen"][rows].tolist(),
+                    records["tokens"][rows],
+                    records["margin"][rows],
+                    {name: part._table(name)[rows] for name in part.tables},
+                )
+
+
+def _note_protocol(folder: Path, protocol: Protocol) -> None:
+    """Write the settings, or make sure that they are those of the study that is there."""
+    path = folder / "protocol.json"
+    ours = json.loads(json.dumps(asdict(protocol)))
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))["protocol"]
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise MismatchError(
+                    f"{folder} holds a study with {name}={theirs.get(name)!r}, not {value!r}: give another folder, or "
+                    "the same settings to go on"
+                )
+        return
+    write_text(path, json.dumps({"protocol": ours, "git": git_state()}, indent=1))
