@@ -225,7 +225,9 @@ def tables(folder, model) -> dict[str, pd.DataFrame]:
         "layer_counts": vn.layer_counts(selection),
         "layer_profile": vn.layer_profile(selection, resampled=drawn, uniform=20),
         "overlap_by_layer": vn.overlap_by_layer(selection["A"], other["A"]),
-        "look.neuron_pages.NeuronView.table": vn.inspect_neuron(model, questions, ("language.layers.1.mlp.gate", 3), k=1).table(),
+        "look.neuron_pages.NeuronView.table": vn.inspect_neuron(
+            model, questions, ("language.layers.1.mlp.gate", 3), k=1
+        ).table(),
     }
 
 
