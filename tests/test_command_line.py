@@ -17,7 +17,7 @@ from helpers import PAPER_MODELS, save_questions
 from recompute_study import compare
 from vlmneurons.cli import exit_status, main
 from vlmneurons.errors import QuestionError
-from vlmneurons.files.folders import _ASKED, Stopped, stop_if_asked, stopped_by_signals
+from vlmneurons.files.stopping import _ASKED, Stopped, stop_if_asked, stopped_by_signals
 from vlmneurons.study.masks import split_setting
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

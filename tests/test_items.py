@@ -4,10 +4,8 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 import tracemalloc
-import types
 import warnings
 
 import numpy as np
@@ -78,7 +76,7 @@ def test_recording_again_finds_everything_done_and_runs_nothing(planted, folder)
 
 
 def test_a_folder_of_other_questions_or_rules_is_refused_with_what_differs(planted, folder):
-    with pytest.raises(MismatchError, match="it is of 96 questions, not the same 5"):
+    with pytest.raises(MismatchError, match=r"holds another run: it has besides 91 questions \('Brazil-10', "):
         vn.record_items(planted.model, planted.questions[:5], folder, magnitudes=True, progress=False)
     with pytest.raises(MismatchError, match="its tokens is 'content', not 'image'"):
         vn.record_items(planted.model, planted.questions, folder, tokens="image", magnitudes=True, progress=False)
@@ -109,13 +107,13 @@ def test_damaged_folders_are_refused(planted, tmp_path):
         ItemStatistics.load(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    regrouped = [{**item, "group": "Egypt"} for item in rest["items"]]
+    regrouped = {**rest["about"], "items": [{**item, "group": "Egypt"} for item in rest["about"]["items"]]}
     for broken in (
         "[]",
         "{",
         json.dumps(_files.sealed({**rest, "version": 99})),
         json.dumps(_files.sealed({**rest, "tables": ["../x"]})),
-        json.dumps({**manifest, "items": regrouped}),
+        json.dumps({**manifest, "about": regrouped}),
         json.dumps(rest),
     ):
         (folder / "manifest.json").write_text(broken)
@@ -127,7 +125,7 @@ def test_damaged_folders_are_refused(planted, tmp_path):
 
 def test_two_recordings_into_one_folder_at_once_are_refused(planted, tmp_path):
     first = vn.record_items(planted.model, planted.questions[:4], tmp_path / "run", progress=False)
-    with first._locked(), pytest.raises(MismatchError, match="is being recorded into by another process"):
+    with first.locked(), pytest.raises(MismatchError, match="is in use by another process"):
         vn.record_items(planted.model, planted.questions[:4], tmp_path / "run", progress=False)
 
 
@@ -321,34 +319,35 @@ def test_a_damaged_record_is_noticed_too(planted, tmp_path):
         ItemStatistics.load(tmp_path / "run", verify=True)
 
 
-def test_where_there_is_no_fcntl_the_lock_of_windows_is_used(planted, tmp_path, monkeypatch):
-    held = []
+def test_where_a_file_system_has_no_locks_a_marker_stands_for_one(planted, tmp_path, monkeypatch, caplog):
+    def none(self, *_, **__):
+        raise OSError("No locks available")
 
-    def locking(descriptor, mode, length):
-        if held:
-            raise OSError("locked")
-        held.append((mode, length))
-
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr("filelock.FileLock.acquire", none)
     made = vn.record_items(planted.model, planted.questions[:2], tmp_path / "run", progress=False)
     assert made.complete
-    assert held == [(2, 1)]
-    with pytest.raises(MismatchError, match="is being recorded into by another process"):
+    assert "cannot be locked (No locks available)" in caplog.text
+    with (
+        made.locked(),
+        pytest.raises(MismatchError, match=r"in use by another process \(if it was killed, delete .*marker"),
+    ):
         vn.record_items(planted.model, planted.questions[:2], tmp_path / "run", progress=False)
+    monkeypatch.setattr("filelock.SoftFileLock.acquire", none)  # a folder that cannot even hold a marker
+    with made.locked():
+        assert vn.record_items(planted.model, planted.questions[:2], tmp_path / "run", progress=False).complete
 
 
 def test_rows_are_read_as_they_are_needed_not_all_at_once(tmp_path):
     # 2,000 questions x 20,000 neurons: 80 MB on disk, of which a few MB may be in memory at a time.
     space = NeuronSpace.from_widths("language", "gate", [20_000])
     n = 2000
-    made = ItemStatistics._create(
-        tmp_path / "run", space, [Item(str(i), "AB"[i % 2], 0, {}) for i in range(n)], {}, ["positive"]
-    )
+    items = [Item(str(i), "AB"[i % 2], 0, {}) for i in range(n)]
+    content = {item.id: "" for item in items}
+    made = ItemStatistics.create(tmp_path / "run", space, items, {}, ["positive"], content)
     for start in range(0, n, 200):
         rows = range(start, start + 200)
         counts = np.broadcast_to(np.array(rows)[:, None] % 7, (200, 20_000))
-        made._write(rows, [0] * 200, [10] * 200, [0.0] * 200, {"positive": counts})
+        made.write(rows, [0] * 200, [10] * 200, [0.0] * 200, {"positive": counts})
     tracemalloc.start()
     stats = made.group_by()
     peak = tracemalloc.get_traced_memory()[1]

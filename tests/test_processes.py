@@ -12,9 +12,9 @@ import pytest
 import vlmneurons as vn
 from helpers import save_questions, some_questions
 from vlmneurons.errors import VLMNeuronsError
+from vlmneurons.recording.items import share_of
 from vlmneurons.run.processes import Processes, current_processes
 from vlmneurons.statistics.items import ItemStatistics
-from vlmneurons.study.protocol import share_of
 from vlmneurons.study.result import KnockoutResult
 
 SOURCE = Path(vn.__file__).parents[1]

@@ -8,7 +8,7 @@ from torch.nn.functional import log_softmax
 import vlmneurons as vn
 from helpers import language_blocks, picture, plain_hooks, some_questions
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, SelectionError, VLMNeuronsError
-from vlmneurons.recording.recorder import _FiringCounter
+from vlmneurons.statistics.counting import fired_by_owner, fired_by_row
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
@@ -122,7 +122,10 @@ def test_parts_add_up_to_the_whole_exactly_and_survive_a_file(model, tmp_path):
     assert loaded.provenance["model"] == model.name
     assert loaded.provenance["versions"]["torch"] == str(torch.__version__)
     other = vn.record(model, questions[:4], condition="all", tokens="text", progress=False)
-    with pytest.raises(MismatchError, match="statistics with different 'tokens' cannot be added"):
+    with pytest.raises(
+        MismatchError,
+        match="statistics of different settings cannot be added: of the second, its tokens is 'text', not 'content'",
+    ):
         vn.record(model, questions[4:], condition="all", progress=False) + other
 
 
@@ -436,16 +439,16 @@ def test_runs_that_a_recorder_cannot_tell_apart_are_refused(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("block", [1, 11, 40, 100, 10_000])
 def test_counts_are_exact_however_many_values_are_compared_at_once(block, dtype, monkeypatch):
-    monkeypatch.setattr("vlmneurons.recording.recorder._CPU_BLOCK", block)
+    monkeypatch.setattr("vlmneurons.statistics.counting.CPU_BLOCK", block)
     values = torch.randn(5, 7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     values[0, 0] = 0
     counted = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.6
     counted[3] = False
-    counter = _FiringCounter()
+    scratch: dict = {}
     expected = ((values.double().numpy() > 0) & counted.numpy()[..., None]).sum(1)
-    assert counter.by_row(values, counted.float()).numpy().tolist() == expected.tolist()
+    assert fired_by_row(values, counted.float(), scratch).numpy().tolist() == expected.tolist()
     most = max(11, min(block, values.numel() * values.element_size() // 4))  # one token's values, or a block
-    assert counter._buffers[values.device].numel() <= most
+    assert scratch[values.device].numel() <= most
     owner = torch.eye(5).repeat_interleave(7, 1) * counted.flatten()
-    assert counter.by_owner(values.flatten(0, 1), owner).numpy().tolist() == expected.tolist()
-    assert counter.by_row(values[:, :0], counted[:, :0].float()).tolist() == [[0] * 11] * 5
+    assert fired_by_owner(values.flatten(0, 1), owner, scratch).numpy().tolist() == expected.tolist()
+    assert fired_by_row(values[:, :0], counted[:, :0].float(), scratch).tolist() == [[0] * 11] * 5

@@ -12,9 +12,9 @@ import vlmneurons as vn
 from helpers import some_questions
 from remote_server import Host
 from vlmneurons.errors import AblationError, ArchitectureError, MismatchError, QuestionError
+from vlmneurons.run.intervention import Intervention
 from vlmneurons.run.readers import Letters
 from vlmneurons.run.remote import edits_of, stop
-from vlmneurons.study.masks import Intervention
 
 
 def masks_of(model, size=100):

@@ -16,9 +16,11 @@ import pytest
 import vlmneurons as vn
 from helpers import some_questions
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
-from vlmneurons.files.folders import RunFolder, git_state, locked, write_parquet
+from vlmneurons.files.atomic import write_parquet
+from vlmneurons.files.folders import RunFolder, git_state
+from vlmneurons.files.locks import locked
 from vlmneurons.model.identity import digest_of_weights
-from vlmneurons.questions.identity import digest_of_questions
+from vlmneurons.questions.identity import content_of
 from vlmneurons.study.result import KnockoutResult
 
 
@@ -127,19 +129,22 @@ def test_another_study_in_the_same_folder_is_refused_with_what_differs(model, lo
     questions = some_questions(12, groups="ABC")
     others = [
         ({"batch_size": 3}, "its batch_size is 2, not 3"),
-        ({"answer": "text"}, r"its answer is 'Letters\(\)', not .TextLikelihood"),
+        ({"answer": "text"}, r"its answer is 'Letters\(\) of vlmneurons .*', not 'TextLikelihood"),
         ({"masks": masks_of(model, 1)}, r"its masks\.CAS is '"),
         ({"mode": "scale", "factor": 2.0}, r"its masks\.CAS is '"),
-        ({"questions": questions[:11]}, r"its questions\.digest is '.*its questions\.number is 12, not 11"),
-        ({"questions": questions.asked(shuffle=5)}, "its questions.digest is .*its shuffle is 0, not 5"),
-        ({"questions": questions.asked(prompt=lambda item, options: "Other?")}, r"its questions\.digest is '"),
+        ({"questions": questions[:11]}, "it has besides question 'q11'"),
+        (
+            {"questions": questions.asked(shuffle=5)},
+            r"questions \('q0', .*, …\) had another text, options, answer, group or picture there",
+        ),
+        ({"questions": questions.asked(prompt=lambda item, options: "Other?")}, "its prompt is '.*, not '.*<lambda> "),
         ({"on_error": "skip"}, "its on_error is 'raise', not 'skip'"),
     ]
     for how, message in others:
         with pytest.raises(MismatchError, match=f"holds another run: .*{message}"):
             run(model, tmp_path, **how)
     other = load("llava_next_qwen2")
-    with pytest.raises(MismatchError, match=r"holds another run: .*its model\.class is 'Qwen2_5_VLFor"):
+    with pytest.raises(MismatchError, match=r"holds another run: .*its configuration is '"):
         run(other, tmp_path, masks=masks_of(other))
 
 
@@ -212,10 +217,10 @@ def test_questions_that_are_skipped_stay_skipped_when_a_run_is_resumed(model, tm
 def test_a_manifest_says_what_was_run_and_sessions_when_and_from_which_code(model, tmp_path):
     run(model, tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["model"]["class"] == "Qwen2_5_VLForConditionalGeneration"
-    assert manifest["model"]["weights"] == digest_of_weights(model.hf)
+    assert manifest["setting"]["model"] == "Qwen2_5_VLForConditionalGeneration"
+    assert manifest["setting"]["weights"] == digest_of_weights(model.hf)
     assert set(manifest["versions"]) >= {"vlmneurons", "torch", "transformers", "nnsight", "python"}
-    assert manifest["questions"]["digest"] == digest_of_questions(some_questions(12, groups="ABC"))
+    assert manifest["content"] == content_of(some_questions(12, groups="ABC"))
     assert set(manifest["masks"]) == {"CAS", "x 2"}
     (session,) = [json.loads(line) for line in (tmp_path / "sessions.jsonl").read_text().splitlines()]
     assert {"started", "host", "process", "git"} <= set(session)

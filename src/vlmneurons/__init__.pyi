@@ -18,7 +18,7 @@ from .demo import demo_truth as demo_truth
 from .recording.record import record as record
 from .recording.recorder import Recorder as Recorder
 from .statistics.counts import ActivationStatistics as ActivationStatistics
-from .recording.record import record_items as record_items
+from .recording.items import record_items as record_items
 from .statistics.items import ItemStatistics as ItemStatistics
 from .statistics.items import GroupedItems as GroupedItems
 from .recording.attribute import attribute as attribute
@@ -43,7 +43,7 @@ from .selectors.random_neurons import RandomNeurons as RandomNeurons
 from .selectors.random_neurons import LayerMatchedRandom as LayerMatchedRandom
 from .run.ablation import Ablation as Ablation
 from .study.knockout import knockout as knockout
-from .study.masks import Intervention as Intervention
+from .run.intervention import Intervention as Intervention
 from .study.result import KnockoutResult as KnockoutResult
 from .study.screen import screen as screen
 from .study.protocol import run_study as run_study

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from vlmneurons.errors import VLMNeuronsError
-from vlmneurons.files.folders import Stopped, stopped_by_signals
+from vlmneurons.files.stopping import Stopped, stopped_by_signals
 from vlmneurons.model.vlm import VLM
 from vlmneurons.questions.cvqa import LANGUAGES, load_cvqa
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.run.processes import current_processes
+from vlmneurons.recording.items import record_items
 from vlmneurons.statistics.items import ItemStatistics
-from vlmneurons.study.protocol import SELECTORS, Protocol, record_shared, run_study
+from vlmneurons.study.protocol import SELECTORS, Protocol, run_study
 from vlmneurons.study.result import KnockoutResult
 
 log = logging.getLogger(__name__)
@@ -146,15 +146,15 @@ def _record(given: argparse.Namespace) -> None:
         questions = first if given.part == "identify" else second
     if given.answer is not None:
         questions = questions.asked(answer=given.answer)
-    items = record_shared(
+    items = record_items(
         model,
         questions,
         given.out,
-        current_processes() if _processes() > 1 else None,
         tokens=given.tokens,
         batch_size=given.batch_size or 8,
         progress=not given.quiet,
         remote=given.remote,
+        distributed=_processes() > 1,
     )
     sys.stdout.write(f"{items!r}\n")
 

@@ -1,83 +1,65 @@
-"""Runs that survive: a folder that says what is run and holds every finished batch.
+"""A run's folder: what is run, who may go on with it, and every finished batch.
 
 A run can be killed at any moment, also with ``kill -9``: calling it again goes on at the first batch that is not there,
-and ends with the same files as an undisturbed run. A batch's file appears whole or not at all (it is written beside its
-place, flushed to disk, and renamed), and the manifest is compared before anything is added, so that answers of
-different models, questions or rules never meet in one folder.
+and ends with the same files as an undisturbed run. The manifest is compared before anything is added, so that numbers
+of different models, questions or rules never meet in one folder.
 """
 
 import contextlib
 import datetime
-import hashlib
 import json
-import logging
 import os
 import platform
-import signal
 import socket
 import subprocess
-import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmneurons.errors import FileFormatError, MismatchError
+from vlmneurons.files.atomic import leftovers, read_parquet, write_json, write_parquet
+from vlmneurons.files.locks import locked
+from vlmneurons.files.stopping import stop_if_asked
+from vlmneurons.files.tables import parse, sealed, unsealed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-log = logging.getLogger(__name__)
-
-_VERSION = 1
-
-
-class Stopped(KeyboardInterrupt):
-    """The process was told to end: by ctrl-C, or by a batch system that will kill it soon.
-
-    Attributes:
-        signal: number of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.signal = number
+VERSION = 2
+"""Of manifests. Those of version 1 do not say which weights, pictures and settings they are of."""
 
 
-_ASKED: list[int] = []
+def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
+    """What differs between two manifests, in words; ``content`` names the questions that do."""
+    if name == "content" and isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        yield from _differing_questions(theirs, ours)
+    elif isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for key in sorted({*theirs, *ours}, key=lambda key: (key == "content", key)):
+            inner = key if name in ("", "setting") else f"{name}.{key}"  # the words of a setting need no prefix
+            yield from differences(theirs.get(key), ours.get(key), inner)
+    elif theirs != ours:
+        yield f"its {name} is {_short(theirs)}, not {_short(ours)}"
 
 
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGINT raise `Stopped`, so that files are left whole; a second signal ends the process.
-
-    SLURM sends SIGTERM before it kills a job that is out of time or preempted. Outside the main thread, where Python
-    has no signals, nothing is done.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {}
-
-    def stop(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        _ASKED.append(number)
-        raise Stopped(number)
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, stop)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _ASKED.clear()
+def _differing_questions(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    changed = [key for key in ours if key in theirs and theirs[key] != ours[key]]
+    if changed:
+        yield f"{_some(changed)} had another text, options, answer, group or picture there"
+    for what, one, other in (("lacks", ours, theirs), ("has besides", theirs, ours)):
+        if rest := [key for key in one if key not in other]:
+            yield f"it {what} {_some(rest)}"
 
 
-def stop_if_asked() -> None:
-    """Raise `Stopped` again where Python has swallowed it, as it does in a destructor: to be called between batches."""
-    if _ASKED:
-        raise Stopped(_ASKED[0])
+def _some(names: Sequence[str]) -> str:
+    """Some questions by name: ``question 'a'``, or ``12 questions ('a', 'b', …)``."""
+    if len(names) == 1:
+        return f"question {names[0]!r}"
+    return f"{len(names)} questions ({', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 class RunFolder:
@@ -88,30 +70,61 @@ class RunFolder:
 
     Args:
         folder: where; made if it is not there.
-        manifest: what is run, as plain values. A folder of another manifest is refused.
+        manifest: what is run, as plain values: ``kind``, ``setting``, ``content`` by question, and whatever else must
+            be the same. A folder of another manifest is refused.
+        about: what is kept beside it and not compared.
 
     Raises:
         MismatchError: the folder holds another run; the message says what differs.
         FileFormatError: its manifest is damaged.
     """
 
-    def __init__(self, folder: "str | os.PathLike[str]", manifest: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: "str | os.PathLike[str]", manifest: Mapping[str, Any], about: Mapping[str, Any] | None = None
+    ) -> None:
         self.folder = Path(folder)
-        self.manifest = json.loads(json.dumps({"version": _VERSION, **manifest}, default=str))
+        self.manifest = json.loads(json.dumps({"version": VERSION, **manifest}, default=str, allow_nan=False))
+        self.about = json.loads(json.dumps(about or {}, default=str, allow_nan=False))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._compare()
+        self.check()
 
-    def _compare(self) -> None:
-        path = self.folder / "manifest.json"
-        if not path.exists():
-            return
+    @property
+    def path(self) -> Path:
+        """Of the manifest."""
+        return self.folder / "manifest.json"
+
+    def known(self) -> dict[str, Any] | None:
+        """The manifest that is there, if one is.
+
+        Raises:
+            FileFormatError: it is damaged.
+        """
+        if not self.path.exists():
+            return None
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(theirs, dict):
+            manifest = parse(self.path.read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict):
                 raise ValueError("not a manifest")
+            return unsealed(manifest) if manifest.get("version") == VERSION else manifest
         except (OSError, ValueError, RecursionError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}") from error
-        differs = list(_differences(theirs, self.manifest))
+            raise FileFormatError(f"{self.path} is damaged: {error}") from error
+
+    def check(self) -> None:
+        """Refuse a folder of another run.
+
+        Raises:
+            MismatchError: it is; the message says what differs.
+            FileFormatError: its manifest is damaged.
+        """
+        theirs = self.known()
+        if theirs is None:
+            return
+        if theirs.get("version") != VERSION:
+            raise MismatchError(
+                f"{self.folder} was begun by an earlier release, which did not keep of which weights, pictures and "
+                "settings it is: what it holds can be read, but not gone on with. Give another folder"
+            )
+        differs = list(differences({key: value for key, value in theirs.items() if key != "about"}, self.manifest))
         if differs:
             raise MismatchError(
                 f"{self.folder} holds another run: {'; '.join(differs[:3])}. Give another folder, or the same settings "
@@ -119,22 +132,30 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, *, note_session: bool = True) -> Iterator[None]:
         """Hold the folder for this process, write the manifest if there is none, and note the session.
+
+        Args:
+            note_session: whether to add a line to ``sessions.jsonl``.
 
         Raises:
             MismatchError: another process is running in the folder, or has begun another run in it meanwhile.
         """
         with locked(self.folder):
-            self._compare()
-            path = self.folder / "manifest.json"
-            if not path.exists():
-                write_text(path, json.dumps(self.manifest, indent=1))
-            for left in [*self.folder.glob(".new-*"), *(self.folder / "parts").glob(".new-*")]:
+            self.check()
+            self.begin()
+            for left in [*leftovers(self.folder), *leftovers(self.folder / "parts")]:
                 left.unlink()  # of a write that was killed
-            with open(self.folder / "sessions.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(session()) + "\n")
+            if note_session:
+                with open(self.folder / "sessions.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(session()) + "\n")
             yield
+
+    def begin(self) -> None:
+        """Write the manifest if there is none; whoever calls this holds the folder."""
+        if not self.path.exists():
+            about = {"about": self.about} if self.about else {}
+            write_json(self.path, sealed({**self.manifest, **about}), indent=1)
 
     def parts(self) -> "dict[str, pd.DataFrame]":
         """The finished batches by name.
@@ -159,7 +180,7 @@ class RunFolder:
     def note(self, name: str, halved: Sequence[Mapping[str, Any]]) -> None:
         """Keep how a batch was halved for want of memory; to be called before the batch is kept."""
         (self.folder / "parts").mkdir(exist_ok=True)
-        write_text(self.folder / "parts" / f"{name}.json", json.dumps(list(halved)))
+        write_json(self.folder / "parts" / f"{name}.json", list(halved))
 
     def notes(self) -> dict[str, list[dict[str, Any]]]:
         """How batches were halved for want of memory, by the name of the batch.
@@ -186,90 +207,7 @@ class RunFolder:
             (self.folder / "parts").rmdir()
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Refuse a second process in one folder; the lock ends with the process, however it ends.
-
-    Raises:
-        MismatchError: another process holds it.
-    """
-    import fcntl
-
-    with open(folder / ".lock", "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MismatchError(
-                f"{folder} is in use by another process; wait for it, or give another folder"
-            ) from error
-        except OSError as error:
-            # Some cluster file systems have no locks. Batches are still whole and equal, whoever writes them.
-            log.warning("%s cannot be locked (%s): make sure that no other process runs in it", folder, error)
-        yield
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """A file beside ``path`` to write to, which then takes its place in one step."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the rename itself, where folders can be flushed
-            place = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(place)
-            finally:
-                os.close(place)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    with _replacing(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
-
-
-def write_parquet(path: Path, table: "pd.DataFrame") -> None:
-    """Write a table in one step, each of its pages with a checksum."""
-    with _replacing(path) as temporary:
-        table.to_parquet(temporary, index=False, compression="zstd", write_page_checksum=True)
-
-
-def read_parquet(path: Path) -> "pd.DataFrame":
-    """A table that `write_parquet` wrote.
-
-    Raises:
-        OSError: a page does not agree with its checksum.
-    """
-    import pandas as pd
-
-    return pd.read_parquet(path, page_checksum_verification=True)
-
-
-def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
-    """What differs between two manifests, in words."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted({*theirs, *ours}):
-            yield from _differences(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
-    elif theirs != ours:
-        yield f"its {name} is {_short(theirs)}, not {_short(ours)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-# -- what was run, on what ---------------------------------------------------------------------------------------------
+# -- when, where, and from which state of the code ---------------------------------------------------------------------
 
 
 def session() -> dict[str, Any]:
@@ -286,24 +224,22 @@ def session() -> dict[str, Any]:
 def git_state(folder: "str | os.PathLike[str] | None" = None) -> dict[str, Any] | None:
     """Commit of the repository that a folder (by default the working directory) is in, and whether it is changed.
 
-    None outside of a repository, or without git.
+    Nothing that the repository names is run: neither its file-system monitor, nor filters, nor hooks. None outside of a
+    repository, or without git.
     """
 
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    def git(*arguments: str, allowed: tuple[int, ...] = (0,)) -> str:
+        command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
+        done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        if done.returncode not in allowed:
+            raise OSError(done.stderr)
         return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+        commit = git("rev-parse", "HEAD")
+        # A filter of the repository's own settings would be run on files whose times have changed.
+        own = git("config", "--local", "--name-only", "--get-regexp", r"^filter\.", allowed=(0, 1)).split()
+        without = [part for name in own if not name.endswith(".required") for part in ("-c", f"{name}=")]
+        return {"commit": commit, "changed": bool(git(*without, "status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def digest_of_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,13 @@ from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import Site, site_of
+from vlmneurons.progress import Progress
 from vlmneurons.questions.sets import Question, QuestionSet
-from vlmneurons.run.batching import batches
+from vlmneurons.run.ask import Job, Options, ask, to_ask
+from vlmneurons.run.engine import Engine
+from vlmneurons.run.local import LocalEngine
+from vlmneurons.run.readers import Letters
+from vlmneurons.run.remote import Remote
 
 if TYPE_CHECKING:
     import pandas
@@ -229,6 +234,11 @@ def inspect_neuron(
     k: int = 3,
     tokens: TokenRule = "content",
     batch_size: int = 8,
+    by_length: bool = False,
+    prefetch: int | None = None,
+    on_error: str = "raise",
+    progress: Progress = False,
+    remote: Remote = False,
 ) -> NeuronView:
     """The questions of each group at which a neuron is highest, with its value at every token and image patch.
 
@@ -238,7 +248,12 @@ def inspect_neuron(
         neuron: a site (or its name) and the neuron's number in it; or its number in ``model.space()``.
         k: questions shown of each group.
         tokens: which tokens make a question's value, its maximum over them; see `vlmneurons.record`.
-        batch_size: questions a forward.
+        batch_size: questions a forward; where they do not fit into memory, half as many from then on.
+        by_length: let questions of like length share a batch; see `vlmneurons.record`.
+        prefetch: how many batches a thread prepares while the model runs; see `vlmneurons.record`.
+        on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked.
+        progress: show a progress bar.
+        remote: only False: values at every token do not come back from a model that runs elsewhere.
 
     Raises:
         SiteError: no such neuron, or one of another tower than the language model.
@@ -261,37 +276,18 @@ def inspect_neuron(
         raise SiteError(f"neuron {number} is not in site {site} (0–{mlp.width - 1})")
     if site.tower != "language":
         raise SiteError(f"{site}: only neurons of the language tower see words and pictures as tokens; record others")
-    if whole("k", k, QuestionError) < 1 or whole("batch_size", batch_size, QuestionError) < 1:
-        raise QuestionError(f"k={k} and batch_size={batch_size} are at least 1")
+    whole("k", k, QuestionError, least=1)
+    options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
+    if remote is not False:
+        raise QuestionError(f"remote={remote!r}: values at every token do not come back; run the model here")
     if model.is_encoder_decoder:
         raise MismatchError(
             f"{type(model.hf).__name__} is an encoder-decoder model: its decoder does not see the question's tokens"
         )
-    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
-    if not len(questions):
-        raise QuestionError("there are no questions to look at")
-    best: dict[str, list[InspectedItem]] = {group: [] for group in questions.groups}
-    maxima: dict[str, list[float]] = {group: [] for group in questions.groups}
-    known = True
-    for asked in batches(questions, batch_size):
-        batch = model.prepare(asked)
-        values = _values(model, mlp, site.kind, number, batch)
-        counted = batch.tokens.counted(tokens).cpu()
-        firsts = np.cumsum([0, *(item.n_images for item in asked)])
-        for row, item in enumerate(asked):
-            here = batch.tokens.attention[row].cpu()
-            high = values[row][counted[row] & ~values[row].isnan()]
-            value = float(high.max()) if len(high) else float("-inf")
-            maxima[item.group].append(value)
-            best[item.group].sort(key=lambda one: -one.value)
-            if len(best[item.group]) == k and best[item.group][-1].value >= value:
-                continue
-            image = batch.tokens.image[row].cpu()[here]
-            patches = _patches(model, batch, int(firsts[row]), item.n_images, int(image.sum()))
-            known &= patches is not None
-            texts = _texts(model.tokenizer, batch["input_ids"][row].cpu()[here].tolist(), image.tolist())
-            found = InspectedItem(item, value, texts, values[row][here], counted[row][here], image, patches)
-            best[item.group] = sorted([*best[item.group], found], key=lambda one: -one.value)[:k]
+    asked = to_ask(questions, None, "to look at")
+    job = _LookingJob(LocalEngine(model, Letters()), asked.groups, (mlp, site.kind, number), k, tokens)
+    ask(job, asked, options)
+    known, best, maxima = job.known_places, job.best, job.maxima
     note = (
         ""
         if known
@@ -302,9 +298,54 @@ def inspect_neuron(
         site,
         int(number),
         tuple(item for group in best.values() for item in group),
-        {group: float(np.mean(values)) for group, values in maxima.items()},
+        {group: float(np.mean(values)) for group, values in maxima.items() if values},
         note,
     )
+
+
+class _LookingJob(Job["Float[Tensor, 'row token']"]):
+    """Keeps the questions of each group at which a neuron is highest."""
+
+    def __init__(
+        self, engine: Engine, groups: Sequence[str], neuron: tuple[Any, str, int], k: int, tokens: TokenRule
+    ) -> None:
+        super().__init__(engine)
+        self._neuron, self._k, self._tokens = neuron, k, tokens
+        self.best: dict[str, list[InspectedItem]] = {group: [] for group in groups}
+        self.maxima: dict[str, list[float]] = {group: [] for group in groups}
+        self.known_places = True
+        self._batch: Batch | None = None
+
+    def encode(self, questions: QuestionSet) -> Batch:
+        """See `Job.encode`: as the user's own calls show them."""
+        return self.engine.model.prepare(questions)
+
+    def run(self, questions: QuestionSet, encoded: Batch, told: Callable[[int], Any]) -> Float[Tensor, "row token"]:
+        """See `Job.run`."""
+        self._batch = encoded
+        return _values(self.engine.model, *self._neuron, encoded)
+
+    def take(self, number: int, questions: QuestionSet, made: Float[Tensor, "row token"]) -> int:
+        """See `Job.take`."""
+        model, batch, best = self.engine.model, self._batch, self.best
+        assert batch is not None
+        counted = batch.tokens.counted(self._tokens).cpu()
+        firsts = np.cumsum([0, *(item.n_images for item in questions)])
+        for row, item in enumerate(questions):
+            here = batch.tokens.attention[row].cpu()
+            high = made[row][counted[row] & ~made[row].isnan()]
+            value = float(high.max()) if len(high) else float("-inf")
+            self.maxima[item.group].append(value)
+            best[item.group].sort(key=lambda one: -one.value)
+            if len(best[item.group]) == self._k and best[item.group][-1].value >= value:
+                continue
+            image = batch.tokens.image[row].cpu()[here]
+            patches = _patches(model, batch, int(firsts[row]), item.n_images, int(image.sum()))
+            self.known_places &= patches is not None
+            texts = _texts(model.tokenizer, batch["input_ids"][row].cpu()[here].tolist(), image.tolist())
+            found = InspectedItem(item, value, texts, made[row][here], counted[row][here], image, patches)
+            best[item.group] = sorted([*best[item.group], found], key=lambda one: -one.value)[: self._k]
+        return len(questions)
 
 
 def _values(model: VLM, mlp: Any, kind: str, number: int, batch: Batch) -> Float[Tensor, "row token"]:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from vlmneurons._version import __version__
 from vlmneurons.checks import path_of
 from vlmneurons.errors import MismatchError
-from vlmneurons.files.folders import write_text
+from vlmneurons.files.atomic import write_text
 from vlmneurons.look.plots import (
     plot_accuracy,
     plot_curve,

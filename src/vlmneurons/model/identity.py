@@ -1,26 +1,186 @@
-"""What identifies a model: a digest of its weights."""
+"""What identifies a model: its weights, all of them, its configuration and its processor's settings."""
 
-import hashlib
-from typing import TYPE_CHECKING
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import xxhash
+from torch import Tensor, nn
+
+from vlmneurons.files.digests import digest_of, digest_of_code
 
 if TYPE_CHECKING:
-    pass
+    from vlmneurons.model.vlm import VLM
+
+_CHUNK = 2**26
+"""Bytes that are brought to the host at once from a device."""
+
+_NOT_SETTINGS = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
+"""Entries of a configuration that say where it comes from, or what another entry of the setting says."""
 
 
 def digest_of_weights(hf_model: nn.Module) -> str:
-    """A digest of a model's weights: of the names, shapes, and first and last values of every parameter.
+    """``"bytes "`` and a digest of every byte of the model's weights and buffers, by name, shape and dtype.
 
-    Tells another checkpoint of the same name apart, in well under a second for 7 billion parameters. Parameters that
-    are not in memory (offloaded ones) enter by name and shape.
+    Nothing is remembered between calls: no counter of PyTorch's notices what is written through ``.data`` or NumPy. The
+    digest is the same on every device; weights on a GPU are brought over in pieces, and offloaded ones are read from
+    where they are. 15 GiB take about a second for each GB/s of the way to the host, and half a second of hashing.
+    Weights that are nowhere (a model that runs on another host) enter by name and shape: see `weights_of`.
     """
-    digest = hashlib.sha256()
-    for name, weight in hf_model.named_parameters():
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if weight.device.type != "meta" and weight.numel():
-            flat = weight.detach().reshape(-1)
-            ends = torch.cat([flat[:16], flat[-16:]]).to("cpu", torch.float64)
-            digest.update(ends.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    digest = xxhash.xxh3_128()
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in sorted(_tensors(hf_model).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.numel() > 0
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if plain else ()
+        if plain and place in seen:
+            digest.update(f"is {seen[place]}".encode())  # a tied weight: its bytes are in already
+            continue
+        seen[place] = name
+        for block in _blocks(tensor):
+            digest.update(block)
+    return f"bytes {digest.hexdigest()}"
+
+
+def weights_of(model: "VLM") -> str:
+    """What identifies a model's weights: a digest of all bytes; of weights that are not here, where they come from.
+
+    The two kinds never equal each other: a repository's name says less.
+    """
+    if any(tensor.device.type == "meta" for tensor in _tensors(model.hf).values()):
+        return f"repository {model.name} at revision {model.revision or 'unknown'}"
+    return digest_of_weights(model.hf)
+
+
+def _tensors(hf_model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that a model computes with, by name; offloaded ones from where they are kept."""
+    tensors = {
+        name: tensor for name, tensor in hf_model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)
+    }
+    tensors.update({name: tensor for name, tensor in hf_model.named_buffers() if name not in tensors})
+    for path, module in hf_model.named_modules():
+        kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of this module
+        for own in (
+            ()
+            if kept is None
+            else [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
+        ):
+            name = f"{path}.{own}" if path else own
+            if name in tensors and tensors[name].device.type == "meta":
+                with contextlib.suppress(KeyError):
+                    tensors[name] = kept[own]
+    return tensors
+
+
+def _blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in order, some at a time."""
+    if tensor.device.type == "meta":
+        return
+    tensor = tensor.detach()
+    if hasattr(tensor, "to_local"):  # a distributed tensor: this process's share
+        tensor = tensor.to_local()  # type: ignore[operator]
+    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # a quantised tensor is made of plain ones
+        for name in names:
+            yield from _blocks(getattr(tensor, name))
+        return
+    flat = tensor.contiguous().reshape(-1)
+    step = max(1, _CHUNK // max(1, flat.element_size()))
+    if flat.device.type == "cpu":
+        step = max(1, flat.numel())
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step].cpu()
+        yield memoryview(part.view(torch.uint8).numpy())
+
+
+def configuration_of(model: "VLM") -> str:
+    """A digest of the model's configuration, without where it comes from."""
+    return digest_of(_without_places(model.hf.config.to_dict()))[:16]
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_places(part) for key, part in value.items() if key not in _NOT_SETTINGS}
+    return [_without_places(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def adapters_of(model: "VLM") -> list[str]:
+    """Names of the adapters (of peft) that are in force, and of those that are merged into the weights."""
+    found = set()
+    for module in model.hf.modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "lora_A"):
+            state = "disabled" if getattr(module, "disable_adapters", False) else "active"
+            found.update(f"{name} {state}" for name in module.active_adapters)
+            found.update(f"{name} merged" for name in getattr(module, "merged_adapters", ()))
+    return sorted(found)
+
+
+def quantisation_of(model: "VLM") -> str:
+    """How the weights are quantised, in words; empty where they are not."""
+    how = getattr(model.hf.config, "quantization_config", None)
+    if how is None:
+        return ""
+    data = how if isinstance(how, Mapping) else how.to_dict()
+    return f"{data.get('quant_method', 'unknown')} {digest_of(_without_places(data))[:16]}"
+
+
+def dtype_of(model: "VLM") -> str:
+    """The precision of the weights, and of autocast where it is on."""
+    kind = "cpu" if model.device.type == "meta" else model.device.type
+    if torch.is_autocast_enabled(kind):
+        return f"{model.hf.dtype}, autocast {torch.get_autocast_dtype(kind)}"
+    return str(model.hf.dtype)
+
+
+def processor_of(model: "VLM") -> dict[str, Any]:
+    """The settings of a model's processor, of its tokenizer and of the chat template, as plain values."""
+    processor, tokenizer = model.processor, model.tokenizer
+    settings: dict[str, Any] = {"class": type(processor).__name__}
+    for name in ("image_processor", "video_processor", "feature_extractor"):
+        part = getattr(processor, name, None)
+        if part is not None and hasattr(part, "to_dict"):
+            settings[name] = _short(_without_places(part.to_dict()))
+    own = {
+        name: value
+        for name, value in vars(processor).items()
+        if isinstance(value, str | int | float | bool | None | list | dict)
+        and name not in ("chat_template", *_NOT_SETTINGS)
+    }
+    settings["own"] = _short(own)
+    settings["tokenizer"] = digest_of(_describe_tokenizer(tokenizer))[:16]
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    settings["template"] = digest_of_code(model.template) if model.template is not None else digest_of(template)[:16]
+    settings["template_arguments"] = dict(getattr(model, "template_kwargs", None) or {})
+    return settings
+
+
+def _describe_tokenizer(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    special = {str(key): str(value) for key, value in getattr(tokenizer, "special_tokens_map", {}).items()}
+    if backend is not None:
+        rules = json.loads(backend.to_str())  # how it pads and cuts is set anew by every call
+        return [
+            type(tokenizer).__name__,
+            {name: rules[name] for name in rules if name not in ("padding", "truncation")},
+            special,
+        ]
+    return [type(tokenizer).__name__, sorted(map(str, tokenizer.get_vocab().items())), special]
+
+
+def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them; long ones by their digest."""
+    plain = {}
+    for name, value in settings.items():
+        text = digest_of(value)[:16] if len(str(value)) > 200 else value
+        plain[name] = text if isinstance(text, str | int | float | bool | None) else _json(text)
+    return plain
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(part) for part in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

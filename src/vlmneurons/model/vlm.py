@@ -468,6 +468,22 @@ class VLM:
         mlp.site(site.kind)
         return mlp
 
+    def check_space(self, space: NeuronSpace) -> None:
+        """Refuse a space that is of another model.
+
+        Args:
+            space: the neurons.
+
+        Raises:
+            SiteError: a site that this model has not.
+            MismatchError: a site that has another number of neurons here.
+        """
+        for site, width in zip(space.sites, space.widths, strict=True):
+            if self.mlp_of(site).width != width:
+                raise MismatchError(
+                    f"{site} has {self.mlp_of(site).width} neurons in this model; the space has {width}"
+                )
+
     def site(self, name: Site | str) -> Any:
         """The value of a site by its name, inside a trace: ``model.site("language.layers.3.mlp.gate")``.
 

@@ -1,23 +1,62 @@
-"""What identifies questions: a digest of all that is asked."""
+"""What identifies questions: a digest of all that is asked, and of the pictures' content, wherever they lie."""
 
-import hashlib
-import json
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-from vlmneurons.questions.sets import QuestionSet
+from PIL import Image
 
-if TYPE_CHECKING:
-    pass
+from vlmneurons.files.digests import digest_of, digest_of_bytes
+from vlmneurons.questions.sets import Question, QuestionSet
 
 
-def digest_of_questions(questions: QuestionSet) -> str:
-    """A digest of what is asked: ids, prompts with their options as shown, answers and groups, in order.
+def content_of(questions: QuestionSet) -> dict[str, str]:
+    """For each question, by id, a digest of its prompt and options as shown, answer, group, and its pictures' content.
 
-    Pictures enter by their number only: they are not read.
+    The same content is the same wherever its files lie, and in whatever order the questions stand. Every picture is
+    read once; one that cannot be read is part of the content too, so that a run notices when it can be.
     """
-    digest = hashlib.sha256()
+    content = {}
     for item in questions:
         order = questions.order(item)
         text = questions.prompt(item, [item.options[index] for index in order])
-        digest.update(json.dumps([item.id, text, item.options, order, item.answer, item.group, item.n_images]).encode())
-    return digest.hexdigest()[:16]
+        pictures = [_content_of_picture(source) for source in item._sources]
+        content[item.id] = digest_of([text, item.options, order, item.answer, item.group, pictures])[:16]
+    return content
+
+
+def in_order_of(ids: Iterable[str], questions: QuestionSet) -> QuestionSet:
+    """The questions in another order: that of a run that is gone on with, whose batches are cut from it.
+
+    Args:
+        ids: the order; those that are not among the questions are left out.
+        questions: the questions; those that are not named come last, in their own order.
+    """
+    by_id: Mapping[str, Question] = {item.id: item for item in questions}
+    named = [by_id[name] for name in ids if name in by_id]
+    rest = set(by_id) - {item.id for item in named}
+    return questions._with([*named, *(item for item in questions if item.id in rest)])
+
+
+def _content_of_picture(source: Any) -> str:
+    """A digest of a picture's bytes where it is encoded, else of its pixels; or why there is none."""
+    from vlmneurons.questions.sets import _resolved
+
+    try:
+        source = _resolved(source)
+        if isinstance(source, bytes):
+            return digest_of_bytes(source)
+        if isinstance(source, str | Path):
+            if Path(source).exists() and not Path(source).is_file():
+                raise OSError("it is no ordinary file")  # a pipe would be waited for without end
+            return digest_of_bytes(Path(source).read_bytes())
+        palette = source.getpalette() if source.mode == "P" else None
+        return digest_of_bytes(f"{source.mode} {source.size} {palette}".encode(), _pixels(source))
+    except Exception as error:  # it is named when its turn comes
+        return f"unreadable: {type(error).__name__}"
+
+
+def _pixels(image: Image.Image) -> bytes:
+    image.load()
+    transparency = str(image.info.get("transparency")).encode() + str(image.getexif().get(0x0112)).encode()
+    return image.tobytes() + transparency

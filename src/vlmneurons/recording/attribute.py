@@ -6,13 +6,12 @@ the same derivative is what integrated gradients add up.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vlmneurons.checks import of_kind, real, whole
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
@@ -20,10 +19,14 @@ from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.progress import Progress
 from vlmneurons.questions.sets import Question, QuestionSet
 from vlmneurons.recording.record import CONDITIONS
-from vlmneurons.recording.recorder import provenance_of_run, rule_name
-from vlmneurons.run.readers import AnswerReader, Reading, reader_of
+from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
+from vlmneurons.run.engine import Engine, need_gradients
+from vlmneurons.run.identity import rule_name, run_provenance, setting_of_run
+from vlmneurons.run.readers import AnswerReader, Reading
+from vlmneurons.run.remote import Remote
 from vlmneurons.statistics.counts import AttributionStatistics
 
 METHODS = ("gradient", "integrated")
@@ -41,7 +44,10 @@ def attribute(
     tokens: TokenRule | None = None,
     answer: str | AnswerReader | None = None,
     threshold: float = 0.2,
-    progress: bool = True,
+    on_error: str = "raise",
+    progress: Progress = True,
+    remote: Remote = False,
+    distributed: bool = False,
 ) -> AttributionStatistics:
     """How much each neuron moves the answers of each group's questions, in nats.
 
@@ -62,7 +68,10 @@ def attribute(
         tokens: at which tokens neurons of the language tower are looked at; None for all, as ablation acts on all.
         answer: how answers are read; by default as the set says.
         threshold: share of a question's highest attribution above which a neuron matters much to it (``strong``).
+        on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked (their ids are kept in the provenance).
         progress: show a progress bar.
+        remote: only False: gradients do not come back from a model that runs elsewhere.
+        distributed: share the questions with the other processes of a ``torchrun``; each gets the whole.
 
     Returns:
         Sums over each group's questions, groups sorted. A group none of whose questions met the condition has zeros.
@@ -87,64 +96,68 @@ def attribute(
         raise QuestionError(f"threshold={threshold} is not between 0 and 1")
     if isinstance(tokens, str) and tokens not in TOKEN_RULES:
         raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
-    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
-    if not len(questions):
-        raise QuestionError("there are no questions to attribute")
-    if answer is not None:
-        questions = questions.asked(answer=answer)
-    reader = reader_of(questions.answer)
+    options = Options(1, on_error=on_error, progress=progress, remote=remote, distributed=distributed)
+    questions = to_ask(questions, answer, "to attribute")
+    engine = engine_of(model, questions, remote)
+    need_gradients(engine, "attribution")
     factors = _Factors(model, model.space() if space is None else space, tokens)
-    groups = questions.groups
-    total = torch.zeros((len(groups), len(factors.space)), dtype=torch.float64)
-    strong = torch.zeros(total.shape, dtype=torch.int64)
-    items = torch.zeros(len(groups), dtype=torch.int64)
-    provenance = {
-        **provenance_of_run(model),
+    rules = {
         "method": method,
         **({"steps": steps} if method == "integrated" else {}),
         "tokens": "all" if tokens is None else rule_name(tokens),
         "condition": condition,
-        "answer": repr(reader),
-        "prompt": rule_name(questions.prompt),
-        "shuffle": questions.shuffle,
         "threshold": threshold,
     }
-
-    def statistics() -> AttributionStatistics:
-        return AttributionStatistics(factors.space, groups, total.clone(), strong.clone(), items.clone(), provenance)
-
-    with factors, tqdm(total=len(questions), unit="item", disable=not progress) as bar:
-        for number in range(len(questions)):
-            try:
-                own = _attributed(model, reader, questions[number : number + 1], factors, method, steps, condition)
-            except BaseException as error:
-                error.partial = statistics()  # type: ignore[attr-defined]
-                raise
-            bar.update()
-            if own is None:
-                continue
-            row = groups.index(questions[number].group)
-            total[row] += own
-            strong[row] += (own > threshold * own.max().clamp(min=0)).to(torch.int64)
-            items[row] += 1
-    return statistics()
+    job = _AttributionJob(engine, questions, factors, rules)
+    ask(job, questions, options)
+    whole_of_it = sum(options.processes.gather(job.statistics()))
+    assert isinstance(whole_of_it, AttributionStatistics)
+    return whole_of_it
 
 
-def _attributed(
-    model: VLM,
-    reader: AnswerReader,
-    question: QuestionSet,
-    factors: "_Factors",
-    method: str,
-    steps: int,
-    condition: str,
-) -> Float[Tensor, " neuron"] | None:
-    """Attributions of one question to every neuron; None if it does not meet the condition."""
-    with torch.inference_mode(False):
-        encoded = reader.encode(model, question)
+class _AttributionJob(Job["Tensor | None"]):
+    """Adds each question's attributions to those of its group."""
 
-    def margin() -> tuple[Reading, Tensor]:
-        reading = reader.read(model, question, encoded, factors.watch)
+    gradients = True
+
+    def __init__(self, engine: Engine, questions: QuestionSet, factors: "_Factors", rules: Mapping[str, Any]) -> None:
+        super().__init__(engine)
+        self._questions, self._factors, self._rules = questions, factors, rules
+        self._total = torch.zeros((len(questions.groups), len(factors.space)), dtype=torch.float64)
+        self._strong = torch.zeros(self._total.shape, dtype=torch.int64)
+        self._items = torch.zeros(len(questions.groups), dtype=torch.int64)
+        self._setting = setting_of_run(engine.model, tokens=factors.tokens, questions=questions, engine=engine)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """See `Job.running`."""
+        with self._factors:
+            yield
+
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> Tensor | None:
+        """Attributions of one question to every neuron; None if it does not meet the condition."""
+        factors, rules = self._factors, self._rules
+        everywhere = list(range(len(factors.space.sites)))
+        # Answers are mostly read in inference mode; whatever mode the caller is in, gradients are wanted here.
+        with torch.enable_grad():
+            with factors.at(1.0, everywhere if rules["method"] == "gradient" else []):
+                reading, margin = self._margin(questions, encoded)
+                right = reading.chosen[0] == questions[0].answer
+                if rules["condition"] != "all" and right != (rules["condition"] == "correct"):
+                    return None
+                if rules["method"] == "gradient":
+                    return factors.derivatives(margin, questions[0].id)
+            result = torch.zeros(len(factors.space), dtype=torch.float64)
+            for layer in factors.layers():
+                for step in range(rules["steps"]):
+                    with factors.at((step + 0.5) / rules["steps"], layer):
+                        margin = self._margin(questions, encoded)[1]
+                        result += factors.derivatives(margin, questions[0].id) / rules["steps"]
+            return result
+
+    def _margin(self, question: QuestionSet, encoded: Any) -> tuple[Reading, Tensor]:
+        reader = self.engine.reader
+        reading = reader.read(self.engine.model, question, encoded, self._factors.watch)
         if reading.scores is None:
             raise QuestionError(
                 f"{type(reader).__name__} reads generated texts, which have no gradient; attribute with "
@@ -152,22 +165,25 @@ def _attributed(
             )
         return reading, reading.margins(question)[0]
 
-    everywhere = list(range(len(factors.space.sites)))
-    # Answers are mostly read in inference mode; whatever mode the caller is in, gradients are wanted here.
-    with torch.inference_mode(False), torch.enable_grad():
-        with factors.at(1.0, everywhere if method == "gradient" else []):
-            reading, value = margin()
-            right = reading.chosen[0] == question[0].answer
-            if condition != "all" and right != (condition == "correct"):
-                return None
-            if method == "gradient":
-                return factors.derivatives(value, question[0].id)
-        result = torch.zeros(len(factors.space), dtype=torch.float64)
-        for layer in factors.layers():
-            for step in range(steps):
-                with factors.at((step + 0.5) / steps, layer):
-                    result += factors.derivatives(margin()[1], question[0].id) / steps
-        return result
+    def take(self, number: int, questions: QuestionSet, made: Tensor | None) -> int:
+        """See `Job.take`."""
+        if made is not None:
+            row = self._questions.groups.index(questions[0].group)
+            self._total[row] += made
+            self._strong[row] += (made > self._rules["threshold"] * made.max().clamp(min=0)).to(torch.int64)
+            self._items[row] += 1
+        return len(questions)
+
+    def statistics(self) -> AttributionStatistics:
+        """Of what was taken so far."""
+        about = run_provenance(self.engine.model, self._setting, questions=self._questions, engine=self.engine)
+        provenance = {**about, **self._rules, "skipped": list(self.skipped)}
+        tables = (self._total.clone(), self._strong.clone(), self._items.clone())
+        return AttributionStatistics(self._factors.space, self._questions.groups, *tables, provenance)
+
+    def partial(self) -> AttributionStatistics:
+        """See `Job.partial`."""
+        return self.statistics()
 
 
 class _Factors:
@@ -175,11 +191,8 @@ class _Factors:
 
     def __init__(self, model: VLM, space: NeuronSpace, tokens: TokenRule | None) -> None:
         self.model, self.space, self.tokens = model, space, tokens
-        for site, width in zip(space.sites, space.widths, strict=True):
-            if model.mlp_of(site).width != width:
-                raise MismatchError(
-                    f"{site} has {model.mlp_of(site).width} neurons in this model; the space has {width}"
-                )
+        model.check_space(space)
+        for site in space.sites:
             if site.kind == "pre":
                 raise MismatchError(
                     f"{site}: a factor before the activation function is none on the neuron; use 'gate' or 'post'"

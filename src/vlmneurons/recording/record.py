@@ -1,31 +1,23 @@
-"""Counting how often neurons fire: a recorder for any run of a model, and `record`, which asks questions meanwhile.
+"""Recording counts of questions by group: `record`."""
 
-A neuron *fires* at a token if its value is above zero (for SiLU and GELU the gate is above zero exactly where its input
-is). For each row of a batch the recorder counts the tokens at which each neuron fires, among those that the token rule
-counts; `record` then adds a row to its group's statistics if the answer meets the condition. All counts are integers.
-"""
-
-import functools
-import os
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
-from vlmneurons.checks import path_of, whole
-from vlmneurons.errors import ActivationError, MismatchError, QuestionError
+from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.progress import Progress, progress_bar
+from vlmneurons.progress import Progress
 from vlmneurons.questions.sets import Question, QuestionSet
-from vlmneurons.recording.recorder import Recorder, _NotFinite, provenance_of_run, rule_name
-from vlmneurons.run.batching import batches, prefetched
-from vlmneurons.run.memory import MemoryLimit, asked_in_parts
-from vlmneurons.run.readers import AnswerReader, Reading, reader_of
-from vlmneurons.run.remote import Remote, reader_at, reader_provenance
+from vlmneurons.recording.counter import Counter, NotFinite
+from vlmneurons.recording.groups import GroupTables
+from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
+from vlmneurons.run.engine import Engine
+from vlmneurons.run.identity import run_provenance, setting_of_run
+from vlmneurons.run.readers import AnswerReader, Reading
+from vlmneurons.run.remote import Remote
 from vlmneurons.statistics.counts import ActivationStatistics
-from vlmneurons.statistics.items import Item, ItemStatistics
 
 CONDITIONS = ("correct", "wrong", "all")
 """Which questions enter the statistics: those answered right, those answered wrong, or every one."""
@@ -44,8 +36,9 @@ def record(
     by_length: bool = False,
     prefetch: int | None = None,
     on_error: str = "raise",
-    progress: bool = True,
+    progress: Progress = True,
     remote: Remote = False,
+    distributed: bool = False,
 ) -> ActivationStatistics:
     """Ask questions and count, group by group, how often each neuron fires.
 
@@ -71,6 +64,8 @@ def record(
             ``"raise"``, or ``"skip"`` it (its id is kept in the provenance).
         progress: show a progress bar.
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.run.remote`.
+        distributed: share the batches with the other processes of a ``torchrun``; each gets the whole, which equals
+            that of one process.
 
     Returns:
         Counts ``[group, neuron]``, groups sorted. A group none of whose questions met the condition has zeros.
@@ -85,214 +80,104 @@ def record(
     """
     if condition not in CONDITIONS:
         raise QuestionError(f"condition={condition!r} does not exist; choose from {', '.join(CONDITIONS)}")
-    if on_error not in ("raise", "skip"):
-        raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
-    check_sizes(batch_size, prefetch)
-    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
-    if not len(questions):
-        raise QuestionError("there are no questions to record")
-    if answer is not None:
-        questions = questions.asked(answer=answer)
-    reader = reader_of(questions.answer)
-    recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
-    recorder._strict = False
-    reader = reader_at(model, reader, remote, recorder)
-    skipped: list[str] = []
-    n_correct = 0
-    limit = MemoryLimit()
-    coming = batches(questions, batch_size, _lengths(model, questions) if by_length else None)
-
-    def provenance() -> dict[str, Any]:
-        return {
-            **provenance_of_run(model),
-            **reader_provenance(reader),
-            "tokens": rule_name(tokens),
-            "condition": condition,
-            "answer": repr(reader),
-            "prompt": rule_name(questions.prompt),
-            "shuffle": questions.shuffle,
-            "skipped": list(skipped),
-            **limit.provenance,
-        }
-
-    with (
-        recorder,
-        torch.inference_mode(),
-        progress_bar(progress, len(questions), unit="item") as bar,
-        prefetched(model, reader, coming, prefetch, lambda batch: batch) as encoded,
-    ):
-        for batch, encode in encoded:
-            try:
-                left_out = skipped if on_error == "skip" else None
-                for part, reading in _read(model, reader, recorder, batch, encode, limit, left_out):
-                    right = [choice == item.answer for choice, item in zip(reading.chosen, part, strict=True)]
-                    n_correct += sum(right)
-                    meets = [condition == "all" or is_right == (condition == "correct") for is_right in right]
-                    recorder._commit([item.group if ok else None for item, ok in zip(part, meets, strict=True)])
-            except BaseException as error:
-                # Hours of forwards are not thrown away over one picture, a full memory or an interrupt.
-                if recorder._whole:
-                    error.partial = recorder._statistics(provenance(), questions.groups)  # type: ignore[attr-defined]
-                raise
-            finally:
-                recorder._forget()
-            bar.update(len(batch))
-            bar.set_postfix(correct=f"{n_correct / max(bar.n, 1):.1%}", refresh=False)
-    return recorder._statistics(provenance(), questions.groups)
+    options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed)
+    questions = to_ask(questions, answer, "to record")
+    engine = engine_of(model, questions, remote)
+    counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes)
+    job = _GroupJob(engine, counter, questions, condition)
+    ask(job, questions, options)
+    parts = options.processes.gather((job.statistics(), job.skipped, job.limit.halved))
+    whole = sum(part for part, _, _ in parts)
+    assert isinstance(whole, ActivationStatistics)
+    skipped, halved = ([one for part in parts for one in part[n]] for n in (1, 2))
+    order = {item.id: number for number, item in enumerate(questions)}
+    more = {"skipped": sorted(skipped, key=order.__getitem__), **({"halved": halved} if halved else {})}
+    return whole.with_provenance({**whole.provenance, **more})
 
 
-def record_items(
-    model: VLM,
-    questions: QuestionSet | Sequence[Question],
-    folder: str | os.PathLike[str],
-    space: NeuronSpace | None = None,
-    *,
-    tokens: TokenRule = "content",
-    batch_size: int = 8,
-    answer: str | AnswerReader | None = None,
-    magnitudes: bool = False,
-    maxima: bool = False,
-    by_length: bool = False,
-    prefetch: int | None = None,
-    progress: Progress = True,
-    remote: Remote = False,
-) -> ItemStatistics:
-    """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
-
-    Can be stopped or killed at any moment: calling it again with the same questions and rules goes on at the batch
-    that was not finished, and gives the same files as an undisturbed run, byte for byte (with the same ``batch_size``;
-    another one can tip a neuron within rounding of 0).
+class CountingJob(Job[Reading]):
+    """Asks with the model as it is, and counts meanwhile.
 
     Args:
-        model: the model.
-        questions: what to ask, and how.
-        folder: where the files go, about 2 bytes a neuron and question.
-        space: the neurons to count; by default the gates of the language tower.
-        tokens: which tokens count; see `record`.
-        batch_size: questions a forward; see `record` for what happens where they do not fit into memory.
-        answer: how answers are read; by default as the set says.
-        magnitudes: also keep each question's sum of every neuron's values, in float32 (4 bytes a neuron and question).
-        maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
-        by_length: let questions of like length share a batch; see `record`.
-        prefetch: how many batches a thread prepares while the model runs; see `record`.
-        progress: show a progress bar.
-        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.run.remote`.
-
-    Returns:
-        The recording, open for reading, with the counts of every question, whatever its answer.
-
-    Raises:
-        MismatchError: the folder holds another recording, or another process is recording into it; or the model runs
-            its layers several times in a forward, or is an encoder-decoder model.
-        QuestionError: a question cannot be asked. What was recorded before it stays.
-        ActivationError: NaN or infinite activations; the message names the site and the question.
-        OutOfMemoryError: a single question does not fit into memory.
+        engine: what runs the model.
+        counter: what counts.
     """
-    check_sizes(batch_size, prefetch)
-    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
-    if not len(questions):
-        raise QuestionError("there are no questions to record")
-    if answer is not None:
-        questions = questions.asked(answer=answer)
-    reader = reader_of(questions.answer)
-    recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
-    recorder._strict = False
-    recorder._maxima = maxima
-    reader = reader_at(model, reader, remote, recorder)
-    uneven = len({site.tower for site in recorder.space}) > 1 or any(
-        model.mlp_of(site).expert is not None or site.tower != "language" for site in recorder.space
-    )
-    statistics = ItemStatistics._create(
-        path_of("folder", folder, MismatchError),
-        recorder.space,
-        [Item(item.id, item.group, item.answer, item.metadata) for item in questions],
-        {
-            **provenance_of_run(model),
-            **reader_provenance(reader),
-            "tokens": rule_name(tokens),
-            "answer": repr(reader),
-            "prompt": rule_name(questions.prompt),
-            "shuffle": questions.shuffle,
-        },
-        ["positive", *["reached"] * uneven, *["total"] * recorder.magnitudes, *["maximum"] * maxima],
-    )
-    place = {item.id: row for row, item in enumerate(questions)}
-    limit = MemoryLimit(statistics.provenance.get("halved", ()))
-    with statistics._locked(), recorder, torch.inference_mode():
-        done = statistics.done
-        coming = (
-            batch
-            for batch in batches(questions, batch_size, _lengths(model, questions) if by_length else None)
-            if not done[[place[item.id] for item in batch]].all()
-        )
-        with (
-            progress_bar(progress, len(questions), initial=int(done.sum()), unit="item") as bar,
-            prefetched(model, reader, coming, prefetch, lambda batch: batch) as encoded,
-        ):
-            for batch, encode in encoded:
-                try:
-                    for part, reading in _read(model, reader, recorder, batch, encode, limit, None):
-                        rows = [place[item.id] for item in part]
-                        tables, counted = recorder._by_row()
-                        if not uneven and (tables["reached"] != counted[:, None]).any():
-                            raise MismatchError(
-                                f"{type(model.hf).__name__} computes its sites several times for a token in one "
-                                "forward, which the files of record_items do not hold; vn.record does, in its `routed`"
-                            )
-                        chosen = [-1 if choice is None else choice for choice in reading.chosen]
-                        statistics._write(rows, chosen, counted, reading.margins(part).numpy(), tables)
-                        bar.update(len(part) - int(done[rows].sum()))
-                finally:
-                    recorder._forget()
-                    statistics._note(limit.halved)
-    return statistics
 
+    def __init__(self, engine: Engine, counter: Counter) -> None:
+        super().__init__(engine)
+        self.counter = counter
+        counter.strict = False
+        engine.check([], counter)
 
-def check_sizes(batch_size: int, prefetch: int | None) -> None:
-    whole("batch_size", batch_size, QuestionError, least=1)
-    if prefetch is not None and whole("prefetch", prefetch, QuestionError) < 0:
-        raise QuestionError(f"prefetch {prefetch} is less than 0; 0 encodes each batch when its turn comes")
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """See `Job.running`."""
+        with self.engine.attached(self.counter):
+            yield
 
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> Reading:
+        """See `Job.run`.
 
-def _lengths(model: VLM, questions: QuestionSet) -> Callable[[Question], int]:
-    """How many tokens each question has, about."""
-    return functools.partial(model.encoder.length, questions)
-
-
-def _read(
-    model: VLM,
-    reader: AnswerReader,
-    recorder: Recorder,
-    batch: QuestionSet,
-    encode: Callable[[], Any],
-    limit: MemoryLimit,
-    skipped: list[str] | None,
-) -> Iterator[tuple[QuestionSet, Reading]]:
-    """Read a batch's answers while counting, in one part or, where memory does not suffice, in several."""
-
-    def count(part: QuestionSet, ready: Any) -> Reading:
-        recorder._forget()
+        Raises:
+            ActivationError: NaN or infinite activations; the message names the site and the question.
+        """
         try:
-            return reader.read(model, part, ready, recorder._watch)
-        except _NotFinite as found:
-            raise _located(model, reader, recorder, part, found) from None
+            return self.engine.count(questions, encoded, self.counter)
+        except NotFinite as found:
+            raise self._located(questions, found) from None
 
-    return asked_in_parts(batch, limit, encode, functools.partial(reader.encode, model), count, skipped)
+    def forget(self) -> None:
+        """See `Job.forget`."""
+        self.counter.forget()
+
+    def _located(self, questions: QuestionSet, found: NotFinite) -> ActivationError:
+        """Run a spoiled batch again, looking at every site, to name the first one that is not finite."""
+        counter = self.counter
+        counter.strict = True
+        rows: list[int] = []
+        try:
+            self.engine.count(questions, self.encode(questions), counter)
+        except NotFinite as first:
+            found = first
+            rows = [] if counter.frame is None else counter.frame.rows
+        finally:
+            counter.strict = False
+        item = questions[rows.index(found.row)].id if found.row in rows else questions[0].id
+        return ActivationError(
+            f"NaN or infinite activations at {found.site}, question {item!r}: no earlier site of the space has any. "
+            "Half precision overflows in some models: try dtype=torch.float32 or bfloat16"
+        )
 
 
-def _located(model: VLM, reader: AnswerReader, recorder: Recorder, batch: QuestionSet, found: _NotFinite) -> Exception:
-    """Run a spoiled batch again, looking at every site, to name the first one that is not finite."""
-    recorder._strict = True
-    recorder._forget()
-    try:
-        reader.read(model, batch, reader.encode(model, batch), recorder._watch)
-    except _NotFinite as first:
-        found = first
-    finally:
-        recorder._strict = False
-    rows = recorder._rows
-    item = batch[rows.index(found.row)].id if found.row in rows else batch[0].id
-    return ActivationError(
-        f"NaN or infinite activations at {found.site}, question {item!r}: no earlier site of the space has any. "
-        "Half precision overflows in some models: try dtype=torch.float32 or bfloat16"
-    )
+class _GroupJob(CountingJob):
+    """Adds the counts of questions whose answers meet a condition to those of their groups."""
+
+    def __init__(self, engine: Engine, counter: Counter, questions: QuestionSet, condition: str) -> None:
+        super().__init__(engine, counter)
+        self._questions, self._condition = questions, condition
+        self._tables = GroupTables(counter)
+        self._setting = setting_of_run(engine.model, tokens=counter.tokens, questions=questions, engine=engine)
+        self._asked = self._right = 0
+
+    def take(self, number: int, questions: QuestionSet, made: Reading) -> int:
+        """See `Job.take`."""
+        right = [choice == item.answer for choice, item in zip(made.chosen, questions, strict=True)]
+        self._asked, self._right = self._asked + len(right), self._right + sum(right)
+        meets = [self._condition == "all" or is_right == (self._condition == "correct") for is_right in right]
+        self._tables.add([item.group if ok else None for item, ok in zip(questions, meets, strict=True)])
+        return len(questions)
+
+    def statistics(self) -> ActivationStatistics:
+        """Of what was taken so far."""
+        about = {"tokens": self.counter.tokens, "questions": self._questions, "engine": self.engine}
+        provenance = run_provenance(self.engine.model, self._setting, **about)
+        more = {"condition": self._condition, "skipped": list(self.skipped), **self.limit.provenance}
+        return self._tables.statistics({**provenance, **more}, self._questions.groups)
+
+    def partial(self) -> ActivationStatistics | None:
+        """See `Job.partial`."""
+        return self.statistics() if self._tables.whole else None
+
+    def postfix(self) -> dict[str, str]:
+        """See `Job.postfix`."""
+        return {"correct": f"{self._right / max(self._asked, 1):.1%}"}

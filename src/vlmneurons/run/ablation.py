@@ -19,8 +19,10 @@ from vlmneurons.checks import real
 from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.model.architectures.hooks import Handle, write
 from vlmneurons.model.vlm import VLM, check_model
-from vlmneurons.neurons.sets import NeuronSet
+from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.neurons.sites import NeuronSpace, Site
+from vlmneurons.run.editing import edit_columns, edit_rows
+from vlmneurons.run.intervention import Intervention
 from vlmneurons.statistics.counts import ActivationStatistics
 
 MODES = ("zero", "scale", "mean", "add", "replace")
@@ -82,6 +84,13 @@ def _current_task() -> Any:
 
 
 _OWNERS = _Owners()
+
+_IN_FORCE: "weakref.WeakKeyDictionary[nn.Module, list[Ablation]]" = weakref.WeakKeyDictionary()
+
+
+def ablations_in_force(module: nn.Module) -> "tuple[Ablation, ...]":
+    """The ablations that a model is under, in the order in which they were entered."""
+    return tuple(_IN_FORCE.get(module, ()))
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,18 @@ class Ablation:
         self._refuse_foreign(model, self.space)
         self._edits = self._plan(sets, self._values(values, sets))
         self._handles: list[Handle] = []
+        self._what: Intervention | None = None
+        self._given_values = values
+
+    @property
+    def what(self) -> Intervention:
+        """What is done, as data; for one set of neurons for all rows, or the sets of the rows by their number."""
+        if self._what is None:
+            sets = self.neurons
+            neurons = Selection({f"row {n}": one for n, one in enumerate(sets)}) if isinstance(sets, tuple) else sets
+            factor = self.factor if self.mode in ("scale", "add") else None
+            self._what = Intervention(neurons, self.mode, factor, self._given_values, self.at)
+        return self._what
 
     @staticmethod
     def _refuse_foreign(model: VLM, space: NeuronSpace) -> None:
@@ -248,6 +269,7 @@ class Ablation:
             raise AblationError("this ablation is already in force; make another one to apply it twice")
         hf = self.model.hf
         _OWNERS.take(hf)
+        _IN_FORCE.setdefault(hf, []).append(self)
         try:
             # Entered first and removed last, so that an empty set is guarded against other threads as well.
             guard = hf.register_forward_pre_hook(lambda module, args: _OWNERS.check(module))
@@ -265,6 +287,7 @@ class Ablation:
             return
         while self._handles:
             self._handles.pop().remove()
+        _IN_FORCE[self.model.hf].remove(self)
         _OWNERS.give(self.model.hf)
 
     def _editor(self, site: Site, edit: _Edit) -> Any:
@@ -293,27 +316,12 @@ class Ablation:
                 )
             columns, mask, new = cache[key]
             if columns is not None:
-                self._edit_columns(values, columns, new)
+                edit_columns(values, columns, self.mode, self.factor, new)
             else:
                 assert mask is not None
                 self._edit_rows(site, values, mask, new, tokens)
 
         return apply
-
-    def _edit_columns(self, values: Tensor, columns: Tensor, new: Tensor | None) -> None:
-        if self.mode == "zero":
-            values.index_fill_(-1, columns, 0)
-            return
-        old = values.index_select(-1, columns)
-        if self.mode == "scale":
-            changed = old * self.factor
-        elif self.mode == "add":
-            assert new is not None
-            changed = old + self.factor * new
-        else:
-            assert new is not None
-            changed = new.expand_as(old)
-        values.index_copy_(-1, columns, changed)
 
     def _edit_rows(
         self, site: Site, values: Tensor, mask: Bool[Tensor, "row neuron"], new: Tensor | None, tokens: Tensor | None
@@ -328,19 +336,7 @@ class Ablation:
                 f"{n_rows} sets of neurons were given, one for each row, but {site} sees a batch of shape "
                 f"{tuple(values.shape[:-1])}"
             )
-        mask = mask.view(n_rows, *[1] * (values.ndim - 2), mask.shape[-1])
-        if self.mode == "zero":
-            values.masked_fill_(mask, 0)
-            return
-        if self.mode == "scale":
-            changed = values * self.factor
-        elif self.mode == "add":
-            assert new is not None
-            changed = values + self.factor * new
-        else:
-            assert new is not None
-            changed = new.expand_as(values)
-        values.copy_(torch.where(mask, changed, values))
+        edit_rows(values, mask, self.mode, self.factor, new)
 
     def __repr__(self) -> str:
         what = f"{len(self.neurons)} rows" if isinstance(self.neurons, tuple) else f"{len(self.neurons)} neurons"

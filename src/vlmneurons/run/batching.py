@@ -6,10 +6,11 @@ the CPU waits for nothing: there the two would only share its cores, and the bat
 """
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,8 +24,6 @@ _WINDOW = 16
 
 _AHEAD = 2
 """Batches that are encoded ahead, where that is worth it."""
-
-Batched = TypeVar("Batched")
 
 
 def batches(
@@ -82,11 +81,11 @@ def _shown(item: Question) -> Any:
 def prefetched(
     model: VLM,
     reader: AnswerReader,
-    coming: Iterable[Batched],
+    coming: Iterable[tuple[int, QuestionSet]],
     depth: int | None,
-    questions: Callable[[Batched], QuestionSet],
-) -> Iterator[Iterator[tuple[Batched, Callable[[], Any]]]]:
-    """Batches in order, each with a function that gives what the reader made of it; the next are encoded meanwhile.
+    encode: Callable[[QuestionSet], Any],
+) -> Iterator[Iterator[tuple[tuple[int, QuestionSet], Callable[[], Any]]]]:
+    """Numbered batches in order, each with a function that gives what it is encoded to; the next are encoded meanwhile.
 
     An error of encoding is raised by the function of its batch, when its turn comes. Leaving the context waits for the
     one batch that is being encoded, and for no other.
@@ -94,40 +93,38 @@ def prefetched(
     Args:
         model: the model.
         reader: how answers are read.
-        coming: the batches, or things that have one.
+        coming: the batches.
         depth: how many batches are encoded ahead; 0 encodes each in its turn, in the caller's thread. So is what a
             reader with an ``encode`` of its own makes, which might run the model. None is 0 for a model on the CPU, and
             2 for any other.
-        questions: the batch of each of ``coming``.
+        encode: encodes a batch.
     """
     if depth is None:
         on_cpu = next(model.hf.parameters()).device.type == "cpu"  # offloaded or remote weights lie on meta
         depth = 0 if on_cpu else _AHEAD
     if depth == 0 or type(reader).encode not in (AnswerReader.encode, TextLikelihood.encode):
-        yield ((one, lambda one=one: reader.encode(model, questions(one))) for one in coming)
+        yield ((one, functools.partial(encode, one[1])) for one in coming)
         return
     inference = torch.is_inference_mode_enabled()
 
-    def encode(one: Batched) -> Any:
+    def encode_there(batch: QuestionSet) -> Any:
         with torch.inference_mode(inference):  # which is a thread's own
-            return reader.encode(model, questions(one))
+            return encode(batch)
 
     executor = ThreadPoolExecutor(1, "vlmneurons-encode")
 
-    def ahead() -> Iterator[tuple[Batched, Callable[[], Any]]]:
-        waiting: deque[tuple[Batched, Future[Any]]] = deque()
+    def ahead() -> Iterator[tuple[tuple[int, QuestionSet], Callable[[], Any]]]:
+        waiting: deque[tuple[tuple[int, QuestionSet], Future[Any]]] = deque()
         for one in coming:
-            waiting.append((one, executor.submit(encode, one)))
+            waiting.append((one, executor.submit(encode_there, one[1])))
             if len(waiting) > depth:
-                yield _taken(*waiting.popleft())
+                one, future = waiting.popleft()
+                yield one, future.result
         while waiting:
-            yield _taken(*waiting.popleft())
+            one, future = waiting.popleft()
+            yield one, future.result
 
     try:
         yield ahead()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _taken(one: Batched, future: "Future[Any]") -> tuple[Batched, Callable[[], Any]]:
-    return one, future.result

@@ -60,6 +60,16 @@ class Reading:
         others = scores.scatter(1, right, -torch.inf).amax(1)
         return scores.gather(1, right).squeeze(1) - others
 
+    def of_rows(self, rows: Sequence[int]) -> "Reading":
+        """The answers to some of the questions.
+
+        Args:
+            rows: their places.
+        """
+        texts = None if self.texts is None else tuple(self.texts[row] for row in rows)
+        scores = None if self.scores is None else self.scores[list(rows)]
+        return Reading(tuple(self.chosen[row] for row in rows), scores, texts)
+
 
 class AnswerReader(ABC):
     """A way of reading answers. Subclass it and define `read` for another."""

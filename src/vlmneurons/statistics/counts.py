@@ -20,6 +20,7 @@ from vlmneurons.errors import FileFormatError, GroupError, MismatchError, Select
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sets import check_same_space, space_of_file
 from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.statistics.identity import check_addable
 
 if TYPE_CHECKING:
     import pandas
@@ -33,10 +34,9 @@ MUST_AGREE = (
     "condition",
     "prompt",
     "answer",
-    "threshold",
     "dtype",
 )
-"""Provenance entries that statistics must share to be added: counts under other rules are other quantities."""
+"""Provenance entries that statistics must share to be added, beside the setting: other rules count other things."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -233,8 +233,8 @@ class ActivationStatistics(_files.Shareable):
         The inputs must not share items; that cannot be seen from counts. Sums of activations add up as float64.
 
         Raises:
-            MismatchError: another space, model, revision, token rule or condition (see `MUST_AGREE`), or only one of
-                the two has sums of activations.
+            MismatchError: another space; another setting (weights, adapters, dtype, processor, prompt, …; see
+                `vlmneurons.statistics.identity.Setting`) or condition; or only one of the two has sums of activations.
         """
         if not isinstance(other, ActivationStatistics):
             return NotImplemented
@@ -283,6 +283,14 @@ class ActivationStatistics(_files.Shareable):
         return True
 
     __hash__ = None  # type: ignore[assignment]
+
+    def with_provenance(self, provenance: Mapping[str, Any]) -> "ActivationStatistics":
+        """The same counts, with another note of where they come from.
+
+        Args:
+            provenance: plain values.
+        """
+        return replace(self, provenance=provenance)
 
     def select_groups(self, groups: Iterable[str]) -> "ActivationStatistics":
         """The statistics of some groups, in the given order.
@@ -515,7 +523,7 @@ class AttributionStatistics:
         if not isinstance(other, AttributionStatistics):
             return NotImplemented
         check_same_space(self.space, other.space)
-        for key in {*self.provenance, *other.provenance} - {"versions", "skipped"}:
+        for key in sorted({*self.provenance, *other.provenance} - {"versions", "skipped", "device", "setting"}):
             if self.provenance.get(key) != other.provenance.get(key):
                 raise MismatchError(
                     f"attributions with different {key!r} cannot be added: {self.provenance.get(key)!r} and "
@@ -651,6 +659,7 @@ def _counts(name: str, values: Any) -> Tensor:
 
 def _merged_provenance(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """What both say; where they differ in a side matter, ``{"several": [...]}`` lists the values in order."""
+    check_addable(first, second)
     for key in MUST_AGREE:
         if first.get(key) != second.get(key):
             raise MismatchError(

@@ -23,17 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from vlmneurons.checks import in_order, is_missing, names, path_of, whole
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
-from vlmneurons.files.folders import write_text
+from vlmneurons.files.atomic import write_json
+from vlmneurons.files.digests import digest_of
+from vlmneurons.files.folders import VERSION, RunFolder
+from vlmneurons.files.locks import locked
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.sets import hash_of
 from vlmneurons.statistics.counts import ActivationStatistics, refuse_uncounted
 
-_KIND, _VERSION = "vlmneurons items", 1
+_KIND = "vlmneurons items"
 _RECORD = np.dtype(
     [
         ("done", "u1"),
@@ -48,6 +52,8 @@ _MOST = np.iinfo(np.uint16).max
 
 VALUES = ("mean", "probability", "maximum")
 """What can be said of a neuron for one question; see `GroupedItems.values`."""
+
+Tables = Mapping[str, ArrayLike]
 
 Grouping = str | Callable[[Mapping[str, Any]], str | None] | Sequence[str | None]
 """Labels of questions: a column, a function of a question's columns, or one label each; None leaves a question out."""
@@ -109,9 +115,12 @@ class ItemStatistics:
             manifest = _files.parse((folder / "manifest.json").read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
                 raise ValueError("not a recording of items")
-            if manifest.get("version") != _VERSION:
-                raise ValueError(f"version {manifest.get('version')!r} is not one that this release reads ({_VERSION})")
+            if manifest.get("version") not in (1, VERSION):
+                raise ValueError(
+                    f"version {manifest.get('version')!r} is not one that this release reads (1, {VERSION})"
+                )
             manifest = _files.unsealed(manifest)
+            manifest = {**manifest, **manifest.get("about", {})}
             if not set(manifest["tables"]) <= set(_FILES) or "positive" not in manifest["tables"]:
                 raise ValueError(f"tables {manifest['tables']!r}")
             statistics = cls(folder, manifest, NeuronSpace.from_json(manifest["space"]))
@@ -134,48 +143,55 @@ class ItemStatistics:
         return statistics
 
     @classmethod
-    def _create(
+    def create(
         cls,
         folder: Path,
         space: NeuronSpace,
         items: Sequence[Item],
         provenance: Mapping[str, Any],
         tables: Sequence[str],
+        content: Mapping[str, str],
     ) -> "ItemStatistics":
-        """A recording with nothing in it yet; or the one that is there, if it is of the same questions and rules."""
+        """A recording with nothing in it yet; or the one that is there, if it is of the same questions and rules.
+
+        Args:
+            folder: where.
+            space: the neurons.
+            items: the questions, one row each; of a recording that is there, its own order stays.
+            provenance: where the counts come from, with the setting.
+            tables: names of the tables.
+            content: what is asked, by question; see `vlmneurons.questions.identity`.
+
+        Raises:
+            MismatchError: the folder holds another recording; the message says what differs.
+        """
+        metadata = {item.id: digest_of(_plain(dict(item.metadata)))[:8] for item in items}
         manifest = {
             "kind": _KIND,
-            "version": _VERSION,
             "space": space.to_json(),
             "tables": list(tables),
+            "setting": provenance.get("setting"),
+            "versions": provenance.get("versions"),
+            "content": {name: f"{digest} {metadata[name]}" for name, digest in content.items()},
+        }
+        about = {
             "items": [
                 {"id": i.id, "group": i.group, "answer": i.answer, "metadata": _plain(dict(i.metadata))} for i in items
             ],
             "provenance": _plain(dict(provenance)),
         }
-        manifest = _files.sealed(json.loads(json.dumps(manifest)))
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "manifest.json"
-        if path.exists():
-            there = cls.load(folder)
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            for key in manifest:  # the checksum, which differs where anything does, comes last
-                if manifest[key] != theirs[key]:
-                    raise MismatchError(
-                        f"{folder} holds another recording: {_difference(key, theirs[key], manifest[key])}"
-                    )
-            return there
-        statistics = cls(folder, manifest, space)
-        for name, size in statistics._sizes().items():
-            with open(folder / f"{name}.bin", "wb") as file:
-                file.truncate(size)  # sparse: disk is used as rows are written
-        temporary = folder / "manifest.json.new"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        return statistics
+        run = RunFolder(folder, manifest, about)
+        if run.path.exists():
+            return cls.load(folder)
+        with locked(folder):
+            if not run.path.exists():  # no other process was faster
+                statistics = cls(folder, {**run.manifest, **run.about}, space)
+                for name, size in statistics._sizes().items():
+                    with open(folder / f"{name}.bin", "wb") as file:
+                        file.truncate(size)  # sparse: disk is used as rows are written
+                run.begin()
+        run.check()
+        return cls.load(folder)
 
     def _sizes(self) -> dict[str, int]:
         sizes = {name: len(self.items) * self._columns(name) * _FILES[name].itemsize for name in self.tables}
@@ -192,10 +208,21 @@ class ItemStatistics:
     def _records(self) -> np.ndarray:
         return np.fromfile(self.folder / "items.bin", dtype=_RECORD)
 
-    def _write(
-        self, rows: Sequence[int], chosen: Sequence[int], tokens: Any, margins: Any, tables: Mapping[str, Any]
+    def write(
+        self, rows: Sequence[int], chosen: Sequence[int], tokens: ArrayLike, margins: ArrayLike, tables: Tables
     ) -> None:
-        """Write finished questions: first all of their rows, then the records that say so."""
+        """Write finished questions: first all of their rows, then the records that say so.
+
+        Args:
+            rows: which questions.
+            chosen: the option that each was answered with; -1 for none.
+            tokens: the number of counted tokens of each.
+            margins: the margin of each, in nats.
+            tables: ``[row, …]`` of each of the recording's tables.
+
+        Raises:
+            MismatchError: a question has more counted tokens than the files hold.
+        """
         places = np.asarray(rows)
         blocks = {}
         for name in self.tables:
@@ -222,21 +249,47 @@ class ItemStatistics:
             file.flush()
             os.fsync(file.fileno())
 
-    def _note(self, halved: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what was learnt about memory beside the manifest, which says what was asked for."""
+    def note(self, halved: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what was learnt about memory beside the manifest, which says what was asked for.
+
+        Args:
+            halved: how batches were halved; see `vlmneurons.run.memory.MemoryLimit`.
+        """
         if halved and list(halved) != self.provenance.get("halved"):
             self.provenance = {**self.provenance, "halved": list(halved)}
-            write_text(self.folder / "halved.json", json.dumps(list(halved)))
+            write_json(self.folder / "halved.json", list(halved))
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Refuse a second recording into one folder; the lock ends with the process, however it ends."""
-        with open(self.folder / ".lock", "a") as file:
-            try:
-                _lock(file.fileno())
-            except OSError as error:
-                raise MismatchError(f"{self.folder} is being recorded into by another process") from error
+    def locked(self) -> Iterator[None]:
+        """Refuse a second recording into one folder; the lock ends with the process, however it ends.
+
+        Raises:
+            MismatchError: another process is recording into it.
+        """
+        with locked(self.folder):
             yield
+
+    def take_over(self, parts: Sequence["ItemStatistics"]) -> None:
+        """Write the rows of recordings of some of the questions each, such as those of several processes.
+
+        Args:
+            parts: recordings over the same space with the same tables.
+        """
+        place = {item.id: row for row, item in enumerate(self.items)}
+        with self.locked():
+            self.note([one for part in parts for one in part.provenance.get("halved", ())])
+            for part in parts:
+                records = part._records
+                done = np.flatnonzero(records["done"])
+                for start in range(0, len(done), 64):
+                    rows = done[start : start + 64]
+                    self.write(
+                        [place[part.items[row].id] for row in rows],
+                        records["chosen"][rows].tolist(),
+                        records["tokens"][rows],
+                        records["margin"][rows],
+                        {name: part._table(name)[rows] for name in part.tables},
+                    )
 
     def verify(self) -> None:
         """Compare every finished question's rows with their checksum.
@@ -624,28 +677,6 @@ def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
     return checksum
 
 
-def _lock(descriptor: int) -> None:
-    """Take a lock on an open file that ends with the process; OSError if another process has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl, but a lock of its own
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Metadata as JSON holds it; what JSON cannot hold becomes its text."""
     return json.loads(json.dumps(values, default=str))
-
-
-def _difference(key: str, theirs: Any, ours: Any) -> str:
-    if key == "provenance":
-        for name in {*theirs, *ours}:
-            if theirs.get(name) != ours.get(name):
-                return f"its {name} is {theirs.get(name)!r}, not {ours.get(name)!r}"
-    if key == "items":
-        return f"it is of {len(theirs)} questions, not the same {len(ours)}"
-    return f"its {key} differs"

@@ -15,10 +15,11 @@ from dataclasses import replace
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sets import Selection
 from vlmneurons.questions.sets import QuestionSet, hash_of
+from vlmneurons.run.intervention import Intervention
 from vlmneurons.selectors import LayerMatchedRandom, RandomNeurons, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import Grouping, ItemStatistics
-from vlmneurons.study.masks import Intervention, setting_name
+from vlmneurons.study.masks import setting_name
 
 # -- questions ---------------------------------------------------------------------------------------------------------
 

@@ -2,34 +2,32 @@
 
 import contextlib
 import functools
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from vlmneurons.checks import path_of
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
-from vlmneurons.files.folders import RunFolder, Stopped
-from vlmneurons.model.identity import digest_of_weights
-from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.files.digests import digest_of
+from vlmneurons.files.folders import RunFolder
+from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.progress import Progress, progress_bar
-from vlmneurons.questions.identity import digest_of_questions
+from vlmneurons.progress import Progress
+from vlmneurons.questions.identity import content_of, in_order_of
 from vlmneurons.questions.sets import Question, QuestionSet
-from vlmneurons.recording.record import check_sizes
-from vlmneurons.recording.recorder import provenance_of_run, rule_name
 from vlmneurons.run.ablation import Ablation
-from vlmneurons.run.batching import batches, prefetched
-from vlmneurons.run.masked import read_masked
-from vlmneurons.run.memory import MemoryLimit, asked_in_parts
-from vlmneurons.run.processes import Processes, current_processes
-from vlmneurons.run.readers import AnswerReader, Reading, reader_of
-from vlmneurons.run.remote import Remote, RemoteReader, edits_of, reader_at, reader_provenance
-from vlmneurons.study.masks import Intervention, Mask, Masks, digest_of_mask, listed_masks, per_layer
+from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
+from vlmneurons.run.batching import batches
+from vlmneurons.run.engine import Engine, Run
+from vlmneurons.run.identity import run_provenance, setting_of_run, versions
+from vlmneurons.run.intervention import Intervention
+from vlmneurons.run.memory import MemoryLimit
+from vlmneurons.run.readers import AnswerReader, Reading
+from vlmneurons.run.remote import Remote
+from vlmneurons.study.masks import Mask, Masks, listed_masks, per_layer
 from vlmneurons.study.result import KnockoutResult
 
 
@@ -48,6 +46,7 @@ def knockout(
     on_error: str = "raise",
     folder: str | Path | None = None,
     distributed: bool = False,
+    by_length: bool = False,
     prefetch: int | None = None,
     progress: Progress = True,
     remote: Remote = False,
@@ -74,6 +73,7 @@ def knockout(
             gone on with by the same call; a finished one is read from its files.
         distributed: share the batches with the other processes of a ``torchrun``; each gets the whole result, which
             equals that of one process. With a folder, it must be one that all processes see.
+        by_length: let questions of like length share a batch; see `record`.
         prefetch: how many batches a thread prepares (opens, resizes, tokenizes) while the model runs; by default 2, and
             none for a model on the CPU, whose cores the thread would take.
         progress: show a progress bar.
@@ -90,15 +90,27 @@ def knockout(
             another process is running in it.
         OutOfMemoryError: a single question does not fit into memory.
     """
-    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
-    if answer is not None:
-        questions = questions.asked(answer=answer)
-    if on_error not in ("raise", "skip"):
-        raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
-    check_model(model)
-    check_sizes(batch_size, prefetch)
-    batch_size = int(batch_size)  # as the manifest has it
+    options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed)
+    questions = to_ask(questions, answer)
     controls = QuestionSet(controls) if controls is not None and not isinstance(controls, QuestionSet) else controls
+    asked = _asked(questions, controls)
+    engine = engine_of(model, asked, remote)
+    given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
+    listed = listed_masks(masks, questions.groups, given)
+    about = {
+        "intervention": {"mode": mode, "factor": factor, "at": at or "post", "values": values is not None},
+        "selections": {str(name): _describe(one) for name, one in masks.items()},
+    }
+    study = _Study(engine, asked, () if controls is None else controls.groups, listed, options, about)
+    return study.alone() if folder is None else study.in_folder(path_of("folder", folder, MismatchError))
+
+
+def _asked(questions: QuestionSet, controls: QuestionSet | None) -> QuestionSet:
+    """All questions of a study, its own and the controls.
+
+    Raises:
+        QuestionError: groups that cannot be compared.
+    """
     if len(questions.groups) < 2:
         raise QuestionError(
             "a knockout compares groups, and needs questions of at least two; "
@@ -110,225 +122,99 @@ def knockout(
     both = sorted(set(questions.groups) & set(() if controls is None else controls.groups))
     if both:
         raise QuestionError(f"the control questions are of {', '.join(both)}, which the study's own questions are too")
-    given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
-    listed = listed_masks(masks, questions.groups, given)
-    run = _Run(model, asked, listed, batch_size, on_error, progress, remote)
-    run.prefetch = prefetch
-    run.controls = () if controls is None else controls.groups
-    run.processes = current_processes() if distributed else Processes()
-    run.about = {
-        "intervention": {"mode": mode, "factor": factor, "at": at or "post", "values": values is not None},
-        "selections": {str(name): _describe(one) for name, one in masks.items()},
-    }
-    return run.alone() if folder is None else run.in_folder(path_of("folder", folder, MismatchError))
+    return asked
 
 
-class _Run:
-    """One study: the plan, and how it is carried out batch by batch."""
-
-    processes: Processes
-    controls: tuple[str, ...]
-    about: Mapping[str, Any]
-    prefetch: int | None = None
+class _Study:
+    """One study: its different runs, and how they become a result, alone or in a folder."""
 
     def __init__(
         self,
-        model: VLM,
+        engine: Engine,
         questions: QuestionSet,
+        controls: tuple[str, ...],
         listed: list[tuple[Mask, Intervention]],
-        batch_size: int,
-        on_error: str,
-        progress: Progress,
-        remote: Remote,
+        options: Options,
+        about: Mapping[str, Any],
     ) -> None:
-        self.model, self.questions, self.batch_size = model, questions, batch_size
-        self.on_error, self.progress, self.remote = on_error, progress, remote
-        self.reader = reader_at(model, reader_of(questions.answer), remote)
-        self.batches = list(batches(questions, batch_size))
-        self.listed = listed
-        self.limit = MemoryLimit()
-        self.halved: dict[str, list[dict[str, Any]]] = {}
-        """How each batch was halved for want of memory, in this session or an earlier one of the same folder."""
-        self.untouched = Ablation(model, NeuronSet.empty(model.space()))
+        self.engine, self.questions, self.controls, self.listed = engine, questions, controls, listed
+        self.options, self.about = options, about
+        model = engine.model
         self.ablations: list[Ablation] = []
         self.run_of: list[int] = []
         """For each mask the run whose answers are its: equal masks share one, and an empty mask is the clean run, 0."""
-        known: dict[Any, int] = {}
+        known: dict[str, int] = {}
         for _, one in listed:
+            assert isinstance(one.neurons, NeuronSet)
+            ablation = Ablation(model, one.neurons, one.mode, factor=one.factor, values=one.values, at=one.at)
             if len(one.neurons) == 0:
-                Ablation._refuse_foreign(model, one.neurons.space)
                 self.run_of.append(0)
                 continue
-            zero = one.mode == "zero" or (one.mode == "scale" and one.factor == 0)
-            key = (one.neurons, "zero" if zero else (one.mode, one.factor, id(one.values), one.at))
-            if key not in known:
-                self.ablations.append(
-                    Ablation(model, one.neurons, one.mode, factor=one.factor, values=one.values, at=one.at)
-                )
-                known[key] = len(self.ablations)
-            self.run_of.append(known[key])
-        if remote:
-            for ablation in self.ablations:  # what cannot be sent is refused before anything is
-                edits_of(model, ablation, remote)
-
-    # -- batches -------------------------------------------------------------------------------------------------------
-
-    def ask(self, batch: QuestionSet, encode: Callable[[], Any], told: Callable[[int], Any]) -> pd.DataFrame:
-        """One batch, clean and under every different mask: a row for each run and question.
-
-        ``encode`` gives what the reader made of the batch; parts of it are encoded anew where they are needed.
-
-        Columns: ``run``, ``id``, ``chosen``, ``margin``, ``text``; a question that cannot be asked has the run -1.
-        """
-
-        def read(part: QuestionSet, ready: Any) -> pd.DataFrame:
-            readings: list[Reading] = []
-            try:
-                for reading in self._readings(part, ready):
-                    readings.append(reading)
-                    told(len(part))
-                return _table(part, readings)
-            except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
-                told(-len(part) * len(readings))
-                raise
-
-        skipped: list[str] | None = [] if self.on_error == "skip" else None
-        anew = functools.partial(self.reader.encode, self.model)
-        tables = [table for _, table in asked_in_parts(batch, self.limit, encode, anew, read, skipped)]
-        if skipped:
-            tables.append(
-                pd.DataFrame({"run": -1, "id": skipped, "chosen": -1, "margin": np.nan, "text": None}, columns=_COLUMNS)
-            )
-        return tables[0] if len(tables) == 1 else pd.concat([table.astype(_DTYPES) for table in tables])
-
-    def _readings(self, questions: QuestionSet, encoded: Any) -> Iterator[Reading]:
-        """The clean answers to one batch, and those under every mask."""
-        if isinstance(self.reader, RemoteReader):
-            yield from self.reader.read_masked(self.model, questions, encoded, self.ablations)
-        else:
-            # The untouched model is one more mask, of no neurons, and shares the forward with the others.
-            yield from read_masked(self.model, self.reader, questions, encoded, [self.untouched, *self.ablations])
-
-    def go(
-        self, known: Mapping[str, pd.DataFrame], keep: Callable[[str, pd.DataFrame], None]
-    ) -> dict[str, pd.DataFrame]:
-        """Ask the batches of this process that are not known yet, and give all there are, of every process."""
-        mine = list(self.processes.mine(self.batches))
-        n_runs = 1 + len(self.ablations)
-        done = sum(len(batch) for number, batch in mine if _name(number) in known)
-        new: dict[str, pd.DataFrame] = {}
-        total = sum(len(batch) for _, batch in mine)
-        coming = ((number, batch) for number, batch in mine if _name(number) not in known)
-        with (
-            torch.inference_mode(),
-            progress_bar(
-                self.progress if self.processes.first else False,
-                total=total * n_runs,
-                initial=done * n_runs,
-                unit="answer",
-                smoothing=0.05,  # nearly the mean rate: masks differ in cost, and each batch has all of them
-            ) as bar,
-            prefetched(self.model, self.reader, coming, self.prefetch, lambda one: one[1]) as ready,
-        ):
-            for (number, batch), encode in ready:
-                name = _name(number)
-                try:
-                    with self._noting(name):
-                        table = self.ask(batch, encode, bar.update)
-                    keep(name, table)
-                    new[name] = table
-                except Stopped:  # there is no time to lose; what is finished is in the folder
-                    raise
-                except BaseException as error:
-                    error.partial = self.result({**known, **new})  # type: ignore[attr-defined]
-                    raise
-        for theirs in self.processes.gather(self.halved):
-            self.halved.update(theirs)
-        return {**known, **{name: table for part in self.processes.gather(new) for name, table in part.items()}}
-
-    @contextlib.contextmanager
-    def _noting(self, name: str) -> Iterator[None]:
-        """Within, what is learnt about memory is noted under a batch's name."""
-        before = len(self.limit.halved)
-        try:
-            yield
-        finally:
-            if self.limit.halved[before:]:
-                self.halved.setdefault(name, []).extend(self.limit.halved[before:])
+            if one.fingerprint not in known:
+                self.ablations.append(ablation)
+                known[one.fingerprint] = len(self.ablations)
+            self.run_of.append(known[one.fingerprint])
+        engine.check(self.ablations, None)  # what cannot be done is refused before anything is asked
+        self.setting = setting_of_run(model, questions=questions, engine=engine)
 
     def alone(self) -> KnockoutResult:
         """The whole study, in memory."""
-        return self.result(self.go({}, lambda name, table: None))
-
-    # -- in a folder ---------------------------------------------------------------------------------------------------
+        job = _AnswersJob(self, {}, {}, None)
+        ask(job, self.questions, self.options)
+        return self.result(*job.gathered())
 
     def in_folder(self, folder: Path) -> KnockoutResult:
         """The whole study, or what is left of it, kept in a folder."""
-        run = RunFolder(folder, self.manifest())
+        content = content_of(self.questions)
+        run = RunFolder(folder, self._manifest(content), {"ids": [item.id for item in self.questions]})
+        self._refuse_saved(run)
         if (folder / "knockout.json").exists():
             return KnockoutResult.load(folder)
-        with run.opened() if self.processes.first else contextlib.nullcontext():
-            self.processes.wait()  # nobody begins before the first process holds the folder
-            known = run.parts()
-            self._check(known, run)
-            self.halved = run.notes()
-            self.limit = MemoryLimit(self._all_halved)
-            self.processes.wait()  # nor before all know what was there
-
-            def keep(name: str, table: pd.DataFrame) -> None:
-                if name in self.halved:
-                    run.note(name, self.halved[name])
-                run.write(name, table)
-
-            result = self.result(self.go(known, keep))
-            if self.processes.first:
+        known = run.known()
+        if known is not None:  # batches are cut from the order in which the questions stood when it began
+            self.questions = in_order_of(known["about"]["ids"], self.questions)
+        processes = self.options.processes
+        with run.opened() if processes.first else contextlib.nullcontext():
+            processes.wait()  # nobody begins before the first process holds the folder
+            parts = run.parts()
+            job = _AnswersJob(self, parts, run.notes(), run)
+            job.check(parts, run)
+            processes.wait()  # nor before all know what was there
+            ask(job, self.questions, self.options)
+            result = self.result(*job.gathered())
+            if processes.first:
                 result.save(folder)
                 run.clear()
-            self.processes.wait()
+            processes.wait()
         return result
 
-    def _check(self, known: Mapping[str, pd.DataFrame], run: RunFolder) -> None:
-        """Refuse kept batches that are not what the manifest says."""
-        expected = {_name(number): {item.id for item in batch} for number, batch in enumerate(self.batches)}
-        for name, table in known.items():
-            if list(table.columns) != _COLUMNS or set(table["id"]) != expected.get(name):
-                raise FileFormatError(
-                    f"{run.folder / 'parts' / name}.parquet does not hold its batch: delete it, and it is run again"
-                )
-
-    def manifest(self) -> dict[str, Any]:
-        """What must agree for a run to be gone on with."""
-        masks: dict[str, Any] = {}
-        for mask, one in self.listed:
-            masks.setdefault(mask.selector, hashlib.sha256()).update(
-                f"{mask.repeat} {mask.group} {digest_of_mask(one)}".encode()
+    def _refuse_saved(self, run: RunFolder) -> None:
+        """Refuse a folder that holds a result which no run in it made, such as one that was saved there."""
+        if (run.folder / "knockout.json").exists() and not run.path.exists():
+            raise MismatchError(
+                f"{run.folder} holds a result that was saved there, and not a run that could be gone on with: open it "
+                "with KnockoutResult.load, or give another folder"
             )
-        provenance = provenance_of_run(self.model)
+
+    def _manifest(self, content: Mapping[str, str]) -> dict[str, Any]:
+        """What must agree for a run to be gone on with."""
+        masks: dict[str, list[str]] = {}
+        for mask, one in self.listed:
+            masks.setdefault(mask.selector, []).append(f"{mask.repeat} {mask.group} {one.fingerprint}")
+        options = self.options
         return {
             "kind": "vlmneurons knockout run",
-            "model": {
-                "class": type(self.model.hf).__name__,
-                "revision": provenance["revision"],
-                "weights": digest_of_weights(self.model.hf),
-                "dtype": provenance["dtype"],
-            },
-            "versions": provenance["versions"],
-            "questions": {
-                "number": len(self.questions),
-                "digest": digest_of_questions(self.questions),
-                "controls": self.controls,
-            },
-            "answer": repr(self.reader),
-            "shuffle": self.questions.shuffle,
-            "batch_size": self.batch_size,
-            "on_error": self.on_error,
-            **({"remote": self.remote} if self.remote else {}),
-            "masks": {name: digest.hexdigest()[:16] for name, digest in masks.items()},
+            "setting": self.setting.to_json(),
+            "versions": versions(),
+            "content": content,
+            "controls": list(self.controls),
+            "batch_size": options.batch_size,
+            **({"by_length": True} if options.by_length else {}),
+            "on_error": options.on_error,
+            "masks": {name: digest_of(all_of_it)[:16] for name, all_of_it in masks.items()},
         }
 
-    # -- the result ----------------------------------------------------------------------------------------------------
-
-    def result(self, parts: Mapping[str, pd.DataFrame]) -> KnockoutResult:
+    def result(self, parts: Mapping[str, pd.DataFrame], halved: Mapping[str, Any]) -> KnockoutResult:
         """The result of some batches, questions in their order, a row for each mask."""
         n_runs = 1 + len(self.ablations)
         by_id: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -343,46 +229,135 @@ class _Run:
                 by_id[name] = (columns[0][:, place], columns[1][:, place], columns[2][:, place])
         kept = [item for item in self.questions if item.id in by_id]
         rows = [0, *self.run_of]
-        chosen = np.stack([by_id[item.id][0] for item in kept], 1) if kept else np.zeros((n_runs, 0), dtype=np.int64)
-        margins = np.stack([by_id[item.id][1] for item in kept], 1) if kept else np.zeros((n_runs, 0))
-        texts = np.stack([by_id[item.id][2] for item in kept], 1) if kept else np.zeros((n_runs, 0), dtype=object)
-        no_text = all(value is None or value is pd.NA for value in texts.flat)
+
+        def stacked(column: int, dtype: Any) -> np.ndarray:
+            return np.array([by_id[item.id][column] for item in kept], dtype=dtype).reshape(len(kept), n_runs).T[rows]
+
+        texts = stacked(2, object)
         layers = list(per_layer(self.listed[0][1].neurons)) if self.listed else []
+        of_all = [one for name in sorted(halved) for one in halved[name]]
+        pictures = dict(zip((item.id for item in self.questions), self.questions.pictures(), strict=True))
         return KnockoutResult(
             ids=tuple(item.id for item in kept),
             groups=tuple(item.group for item in kept),
             answers=np.array([item.answer for item in kept], dtype=np.int64),
             masks=tuple(mask for mask, _ in self.listed),
-            chosen=chosen[rows],
-            margins=margins[rows],
+            chosen=stacked(0, np.int64),
+            margins=stacked(1, np.float64),
             provenance={
-                **provenance_of_run(self.model),
-                **reader_provenance(self.reader),
-                "weights": digest_of_weights(self.model.hf),
-                "answer": repr(self.reader),
-                "prompt": rule_name(self.questions.prompt),
-                "shuffle": self.questions.shuffle,
-                "batch_size": self.batch_size,
-                **({"halved": self._all_halved} if self.halved else {}),
+                **run_provenance(self.engine.model, self.setting, questions=self.questions, engine=self.engine),
+                "batch_size": self.options.batch_size,
+                **({"halved": of_all} if of_all else {}),
                 **self.about,
                 "layers": layers,
                 "chance": float(np.mean([1 / len(item.options) for item in kept])) if kept else None,
                 "skipped": [item.id for item in self.questions if item.id in skipped],
             },
-            texts=None if no_text else texts[rows],
+            texts=None if all(value is None or value is pd.NA for value in texts.flat) else texts,
             controls=self.controls,
-            pictures=tuple(self.pictures[item.id] for item in kept),
+            pictures=tuple(pictures[item.id] for item in kept),
         )
 
-    @property
-    def _all_halved(self) -> list[dict[str, Any]]:
-        """Every time that a batch was halved, in the order of the batches, whichever process ran them."""
-        return [one for name in sorted(self.halved) for one in self.halved[name]]
 
-    @functools.cached_property
-    def pictures(self) -> dict[str, str]:
-        """The picture of each question; pictures are looked at once, and not at all where questions name them."""
-        return dict(zip((item.id for item in self.questions), self.questions.pictures(), strict=True))
+class _AnswersJob(Job[pd.DataFrame]):
+    """Keeps each batch's answers, clean and under every different mask, as a table, in a folder or in memory.
+
+    Columns: ``run``, ``id``, ``chosen``, ``margin``, ``text``; a question that cannot be asked has the run -1.
+    """
+
+    unit = "answer"
+
+    def __init__(
+        self,
+        study: _Study,
+        known: Mapping[str, pd.DataFrame],
+        halved: Mapping[str, list[dict[str, Any]]],
+        folder: RunFolder | None,
+    ) -> None:
+        super().__init__(study.engine)
+        self._study, self._folder = study, folder
+        self._runs = [Run(), *(Run(ablation) for ablation in study.ablations)]
+        self.weight = len(self._runs)
+        self._known = dict(known)
+        self._new: dict[str, pd.DataFrame] = {}
+        self._halved = {name: list(all_of_it) for name, all_of_it in halved.items()}
+        """How each batch was halved for want of memory, in this session or an earlier one of the same folder."""
+        self.limit = MemoryLimit([one for name in sorted(halved) for one in halved[name]])
+        self._noted = len(self.limit.halved)
+        self._batch: list[pd.DataFrame] = []
+
+    def known(self, number: int, batch: QuestionSet) -> bool:
+        """See `Job.known`."""
+        return _name(number) in self._known
+
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> pd.DataFrame:
+        """See `Job.run`."""
+        readings: list[Reading] = []
+        try:
+            for reading in self.engine.answers(questions, encoded, self._runs):
+                readings.append(reading)
+                told(len(questions))
+            return _table(questions, readings)
+        except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
+            told(-len(questions) * len(readings))
+            raise
+
+    def take(self, number: int, questions: QuestionSet, made: pd.DataFrame) -> int:
+        """See `Job.take`."""
+        self._batch.append(made)
+        return 0
+
+    def finish(self, number: int, batch: QuestionSet) -> None:
+        """See `Job.finish`."""
+        asked = {name for table in self._batch for name in table["id"]}
+        skipped = [item.id for item in batch if item.id not in asked]
+        if skipped:
+            nothing = {"run": -1, "id": skipped, "chosen": -1, "margin": np.nan, "text": None}
+            self._batch.append(pd.DataFrame(nothing, columns=_COLUMNS))
+        one = len(self._batch) == 1
+        table = self._batch[0] if one else pd.concat([part.astype(_DTYPES) for part in self._batch])
+        name = _name(number)
+        if halved := self.limit.halved[self._noted :]:
+            self._halved.setdefault(name, []).extend(halved)
+            self._noted = len(self.limit.halved)
+        if self._folder is not None:
+            if name in self._halved:
+                self._folder.note(name, self._halved[name])
+            self._folder.write(name, table)
+        self._new[name] = table
+
+    def forget(self) -> None:
+        """See `Job.forget`."""
+        self._batch = []
+
+    def partial(self) -> KnockoutResult:
+        """See `Job.partial`."""
+        return self._study.result({**self._known, **self._new}, self._halved)
+
+    def gathered(self) -> tuple[dict[str, pd.DataFrame], dict[str, list[dict[str, Any]]]]:
+        """Every process's batches, and how they were halved."""
+        processes = self._study.options.processes
+        for theirs in processes.gather(self._halved):
+            self._halved.update(theirs)
+        parts = {name: table for part in processes.gather(self._new) for name, table in part.items()}
+        return {**self._known, **parts}, self._halved
+
+    def check(self, parts: Mapping[str, pd.DataFrame], folder: RunFolder) -> None:
+        """Refuse kept batches that are not what the manifest says.
+
+        Raises:
+            FileFormatError: one is not.
+        """
+        options, model = self._study.options, self.engine.model
+        questions = self._study.questions
+        lengths = functools.partial(model.encoder.length, questions) if options.by_length else None
+        all_of_it = batches(questions, options.batch_size, lengths)
+        expected = {_name(number): {item.id for item in batch} for number, batch in enumerate(all_of_it)}
+        for name, table in parts.items():
+            if list(table.columns) != _COLUMNS or set(table["id"]) != expected.get(name):
+                raise FileFormatError(
+                    f"{folder.folder / 'parts' / name}.parquet does not hold its batch: delete it, and it is run again"
+                )
 
 
 _COLUMNS = ["run", "id", "chosen", "margin", "text"]

@@ -1,56 +1,15 @@
 """What a study switches off: masks, other interventions, and the names of a sweep's settings."""
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from vlmneurons.checks import real
-from vlmneurons.errors import AblationError, MismatchError
+from vlmneurons.errors import MismatchError
 from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.statistics.counts import ActivationStatistics
-
-
-@dataclass(frozen=True, eq=False)
-class Intervention:
-    """Neurons, and something else to do to them than the rest of a study does.
-
-    Attributes:
-        neurons: a `Selection`, or a single `NeuronSet`.
-        mode: see `Ablation`.
-        factor: see `Ablation`; 1.5 in mode ``"scale"`` amplifies by half.
-        values: see `Ablation`.
-        at: see `Ablation`.
-
-    Example:
-        ``knockout(model, questions, {"CAS": selection, "CAS x 1.5": Intervention(selection, factor=1.5)})``
-    """
-
-    neurons: Selection | NeuronSet
-    mode: str = "scale"
-    factor: float | None = None
-    values: Any = None
-    at: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.factor is not None:
-            real("factor", self.factor, AblationError)
-
-    def __repr__(self) -> str:
-        return f"Intervention({self.neurons!r}, {self.name})"
-
-    @property
-    def name(self) -> str:
-        """What is done, in a word or two."""
-        how = "" if self.factor is None else f" {self.factor:g}"
-        return f"{self.mode}{how}" + ("" if self.at in (None, "post") else f" at {self.at}")
-
+from vlmneurons.run.intervention import Intervention
 
 One = Selection | NeuronSet | Intervention
 Masks = Mapping[str, One | Sequence[One]]
@@ -166,21 +125,3 @@ def per_layer(neurons: NeuronSet) -> dict[str, int]:
     for name, n in zip(names, np.bincount(site, minlength=len(names)).tolist(), strict=False):
         counts[name] += n
     return counts
-
-
-def digest_of_mask(one: Intervention) -> str:
-    """A digest of a mask's neurons and of what is done to them."""
-    digest = hashlib.sha256(f"{one.mode} {one.factor} {one.at}".encode())
-    sets = one.neurons.values() if isinstance(one.neurons, Selection) else [one.neurons]
-    for neurons in sets:
-        digest.update(repr(neurons.space).encode())
-        digest.update(neurons.indices.numpy().tobytes())
-    values = one.values
-    if isinstance(values, ActivationStatistics):
-        values = values.mean
-    if isinstance(values, np.ndarray):  # whose text leaves out what is in the middle
-        values = torch.as_tensor(values)
-    digest.update(
-        values.detach().cpu().double().numpy().tobytes() if isinstance(values, Tensor) else repr(values).encode()
-    )
-    return digest.hexdigest()[:16]

@@ -18,22 +18,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlmneurons.checks import names, of_kind, path_of, plain, real, share, whole
 from vlmneurons.errors import MismatchError, QuestionError, SelectionError
-from vlmneurons.files.folders import git_state, write_text
+from vlmneurons.files.atomic import write_text
+from vlmneurons.files.folders import git_state
 from vlmneurons.model.encoder import TOKEN_RULES
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.progress import Step, Steps
-from vlmneurons.questions.sets import ANSWERS, Question, QuestionSet
-from vlmneurons.recording.record import CONDITIONS, record_items
-from vlmneurons.run.batching import batches
+from vlmneurons.questions.sets import ANSWERS, QuestionSet
+from vlmneurons.recording.items import record_items
+from vlmneurons.recording.record import CONDITIONS
 from vlmneurons.run.processes import Processes, current_processes
 from vlmneurons.run.remote import Remote
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, Selector
-from vlmneurons.statistics.items import Item, ItemStatistics
+from vlmneurons.statistics.items import ItemStatistics
 from vlmneurons.study.controls import (
     balanced_statistics,
     blind,
@@ -200,8 +199,6 @@ def run_study(
         raise QuestionError(
             f"at least {protocol.minimum} questions a group identify neurons; fewer in {', '.join(thin)}"
         )
-    if protocol.on_error == "skip":
-        identify = _openable(identify)
     log.info("recording %d identification questions", len(identify))
     with Steps(_steps(identify, evaluate, protocol), disable=not (progress and processes.first)) as steps:
         return _carried_out(model, identify, evaluate, folder, protocol, processes, general, distributed, remote, steps)
@@ -237,15 +234,16 @@ def _carried_out(
 ) -> StudyResult:
     """The steps one after the other, each skipped where its files are whole."""
     shown = not steps.hidden
-    items = record_shared(
+    items = record_items(
         model,
         identify,
         folder / "items",
-        processes,
         tokens=protocol.tokens,
         batch_size=protocol.batch_size,
+        on_error=protocol.on_error,
         progress=shown and steps["identification questions"],
         remote=remote,
+        distributed=distributed,
     )
     steps["identification questions"].finish()
     selections, masks = study_masks(items, protocol)
@@ -315,87 +313,6 @@ def study_masks(items: ItemStatistics, protocol: Protocol) -> tuple[dict[str, Se
         **condition_masks(main, selector, items, protocol.conditions, seed=seed),
     }
     return selections, masks
-
-
-def record_shared(
-    model: VLM, questions: QuestionSet, folder: str | Path, processes: Processes | None = None, **how: Any
-) -> ItemStatistics:
-    """`record_items`, with the batches shared by several processes; the same counts as one process, to the last one.
-
-    Each process records into a folder of its own beside ``folder``; the first puts them together.
-
-    Args:
-        model: the model of this process.
-        questions: all questions, the same in every process.
-        folder: where the recording goes; all processes must see it.
-        processes: who shares; by default those of the ``torchrun`` that this process was started by.
-        **how: of `record_items`.
-    """
-    folder = Path(folder)
-    processes = current_processes() if processes is None else processes
-    if processes.count == 1:
-        return record_items(model, questions, folder, **how)
-    if not _complete(folder, questions):
-        own = share_of(questions, int(how.get("batch_size", 8)), processes)
-        part = folder.with_name(f"{folder.name}-{processes.rank + 1}-of-{processes.count}")
-        if len(own):
-            record_items(model, own, part, **{**how, "progress": processes.first and how.get("progress", True)})
-        parts = [one for one in processes.gather(str(part) if len(own) else None) if one is not None]
-        if processes.first:
-            _put_together(folder, questions, [ItemStatistics.load(one) for one in parts])
-        processes.wait()
-    return ItemStatistics.load(folder)
-
-
-def share_of(questions: QuestionSet, batch_size: int, processes: Processes) -> QuestionSet:
-    """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
-    own = [item for _, batch in processes.mine(list(batches(questions, batch_size))) for item in batch]
-    return questions._with(own)
-
-
-def _openable(questions: QuestionSet) -> QuestionSet:
-    """The questions whose pictures open; the log names the others."""
-
-    def opens(item: Question) -> bool:
-        try:
-            item.load_images()
-        except QuestionError as error:
-            log.warning("left out of identification: %s", error)
-            return False
-        return True
-
-    return questions.filter(opens)
-
-
-def _complete(folder: Path, questions: QuestionSet) -> bool:
-    if not (folder / "manifest.json").exists():
-        return False
-    there = ItemStatistics.load(folder)
-    if [item.id for item in there.items] != [item.id for item in questions]:
-        raise MismatchError(f"{folder} holds a recording of other questions; give another folder")
-    return there.complete
-
-
-def _put_together(folder: Path, questions: QuestionSet, parts: list[ItemStatistics]) -> None:
-    """One recording from those of several processes."""
-    items = [Item(item.id, item.group, item.answer, item.metadata) for item in questions]
-    # The manifest says what was asked for; where memory did not suffice is another matter for each process.
-    rules = {name: value for name, value in parts[0].provenance.items() if name != "halved"}
-    whole = ItemStatistics._create(folder, parts[0].space, items, rules, parts[0].tables)
-    place = {item.id: row for row, item in enumerate(questions)}
-    with whole._locked():
-        whole._note([one for part in parts for one in part.provenance.get("halved", ())])
-        for part in parts:
-            records = part._records
-            for start in range(0, len(part), 64):
-                rows = np.arange(start, min(start + 64, len(part)))
-                whole._write(
-                    [place[part.items[row].id] for row in rows],
-                    records["chosen"][rows].tolist(),
-                    records["tokens"][rows],
-                    records["margin"][rows],
-                    {name: part._table(name)[rows] for name in part.tables},
-                )
 
 
 def _note_protocol(folder: Path, protocol: Protocol) -> None:

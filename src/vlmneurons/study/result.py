@@ -13,7 +13,8 @@ import pandas as pd
 from vlmneurons.checks import path_of, share, whole
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
-from vlmneurons.files.folders import digest_of_file, read_parquet, write_parquet, write_text
+from vlmneurons.files.atomic import read_parquet, write_parquet, write_text
+from vlmneurons.files.digests import digest_of_file
 from vlmneurons.study.effects import excess, mask_effects
 from vlmneurons.study.masks import Mask, split_setting
 from vlmneurons.trust.pvalues import benjamini_hochberg, holm, mcnemar, sign_flips

@@ -12,26 +12,29 @@ first-order term is in Molchanov et al. 2017 (arXiv 1611.06440).
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from vlmneurons.checks import whole
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.architectures.hooks import write
-from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.progress import Progress
 from vlmneurons.questions.sets import Question, QuestionSet
-from vlmneurons.run.batching import batches
-from vlmneurons.run.readers import AnswerReader, LogitReader, reader_of
-from vlmneurons.study.masks import Intervention, Masks, listed_masks
+from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
+from vlmneurons.run.engine import Engine, need_gradients
+from vlmneurons.run.intervention import Intervention
+from vlmneurons.run.readers import AnswerReader, LogitReader
+from vlmneurons.run.remote import Remote
+from vlmneurons.study.masks import Masks, listed_masks
 
 
 def screen(
@@ -41,7 +44,12 @@ def screen(
     *,
     batch_size: int = 8,
     answer: str | AnswerReader | None = None,
-    progress: bool = True,
+    by_length: bool = False,
+    prefetch: int | None = None,
+    on_error: str = "raise",
+    progress: Progress = True,
+    remote: Remote = False,
+    distributed: bool = False,
 ) -> pd.DataFrame:
     """The first-order estimate of what switching off each mask does to the margin, for each group of questions.
 
@@ -53,7 +61,12 @@ def screen(
         masks: as for `knockout`: a `Selection`, a list of them, or a `NeuronSet` under each name; of the decoder.
         batch_size: questions a forward; a backward keeps all activations, so fewer fit than for `knockout`.
         answer: how answers are read; by default as the set says.
+        by_length: let questions of like length share a batch; see `record`.
+        prefetch: how many batches a thread prepares while the model runs; see `record`.
+        on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked.
         progress: show a progress bar.
+        remote: only False: gradients do not come back from a model that runs elsewhere.
+        distributed: share the batches with the other processes of a ``torchrun``; each gets the whole.
 
     Returns:
         One row for each mask and group of questions, to be joined with `KnockoutResult.table` on its first four
@@ -67,16 +80,14 @@ def screen(
     Example:
         ``screen(model, questions, {"CAS": [CAS(r).select(stats) for r in (0.001, 0.005, 0.02)]})``
     """
-    check_model(model)
-    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
-    if not len(questions):
-        raise QuestionError("there are no questions to screen with")
-    if answer is not None:
-        questions = questions.asked(answer=answer)
-    reader = reader_of(questions.answer)
-    if not isinstance(reader, LogitReader):
-        raise QuestionError(f"{reader!r} gives no margin that could be derived; use answer='letters' or answer='text'")
-    whole("batch_size", batch_size, QuestionError, least=1)
+    options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed)
+    questions = to_ask(questions, answer, "to screen with")
+    engine = engine_of(model, questions, remote)
+    need_gradients(engine, "screening")
+    if not isinstance(engine.reader, LogitReader):
+        raise QuestionError(
+            f"{engine.reader!r} gives no margin that could be derived; use answer='letters' or answer='text'"
+        )
     space = model.space("language", "post")
     listed = listed_masks(masks, questions.groups, Intervention(NeuronSet.empty(space), "zero"))
     sets = []
@@ -86,15 +97,14 @@ def screen(
         if one.mode != "zero":
             raise MismatchError(f"mask {mask.selector!r} is to {one.name}; the estimate is of neurons set to zero")
         sets.append(one.neurons.indices)
-    estimates: dict[str, np.ndarray] = {}
-    with tqdm(total=len(questions), unit="item", disable=not progress) as bar:
-        for batch in batches(questions, batch_size):
-            effects = first_order_effects(model, reader, batch, space)
-            by_mask = np.stack([effects[:, indices].sum(1).numpy() for indices in sets], 1)
-            estimates.update(zip((item.id for item in batch), by_mask, strict=True))
-            bar.update(len(batch))
-    table = np.stack([estimates[item.id] for item in questions])
-    groups = np.array([item.group for item in questions])
+    job = _ScreeningJob(engine, space, sets)
+    ask(job, questions, options)
+    estimates = {name: row for part in options.processes.gather(job.estimates) for name, row in part.items()}
+    kept = [item for item in questions if item.id in estimates]
+    if not kept:
+        raise QuestionError("no question could be asked")
+    table = np.stack([estimates[item.id] for item in kept])
+    groups = np.array([item.group for item in kept])
     return pd.DataFrame(
         {
             "selector": mask.selector,
@@ -110,8 +120,31 @@ def screen(
     )
 
 
+class _ScreeningJob(Job[np.ndarray]):
+    """Sums each question's first-order effects over the neurons of each mask."""
+
+    gradients = True
+
+    def __init__(self, engine: Engine, space: NeuronSpace, sets: Sequence[Tensor]) -> None:
+        super().__init__(engine)
+        self._space, self._sets = space, sets
+        self.estimates: dict[str, np.ndarray] = {}
+
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> np.ndarray:
+        """See `Job.run`."""
+        reader = self.engine.reader
+        assert isinstance(reader, LogitReader)
+        effects = first_order_effects(self.engine.model, reader, questions, self._space, encoded)
+        return np.stack([effects[:, indices].sum(1).numpy() for indices in self._sets], 1)
+
+    def take(self, number: int, questions: QuestionSet, made: np.ndarray) -> int:
+        """See `Job.take`."""
+        self.estimates.update(zip((item.id for item in questions), made, strict=True))
+        return len(questions)
+
+
 def first_order_effects(
-    model: VLM, reader: LogitReader, questions: QuestionSet, space: NeuronSpace
+    model: VLM, reader: LogitReader, questions: QuestionSet, space: NeuronSpace, encoded: Any = None
 ) -> Float[Tensor, "question neuron"]:
     """For each question and neuron the first-order change of the margin if the neuron were zero, in nats, float64.
 
@@ -120,8 +153,9 @@ def first_order_effects(
         reader: how answers are read.
         questions: one batch.
         space: the neurons; their values at ``post`` are used.
+        encoded: what the reader made of the batch, if it has.
     """
-    encoded = reader.encode(model, questions)
+    encoded = reader.encode(model, questions) if encoded is None else encoded
     wanted = reader.wants(encoded)
     n_rows, length = wanted.batch["input_ids"].shape
     # The rows of a question follow the one that stands for it.

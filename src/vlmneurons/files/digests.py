@@ -1,0 +1,203 @@
+"""Digests of bytes, values and code: what tells one thing from another, the same on every machine.
+
+Digests of content are xxh3 with 128 bits, which is as fast as memory: they tell accidents apart, and are no defence
+against somebody who wants to deceive. Files that are sent have a SHA-256 of their own (`vlmneurons.files.tables`).
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import re
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from vlmneurons._version import __version__
+
+_MOST_THINGS = 2_000
+"""Of what a function refers to, so many things are looked at; a function that holds a whole program says its type."""
+
+
+def digest_of_bytes(*parts: bytes | memoryview) -> str:
+    """A digest of some bytes, 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """A digest of plain values, whatever the order of keys."""
+    return digest_of_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode())
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, for files that are sent."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of_code(thing: Any, *, state: bool = True) -> str:
+    """What tells a user's function, class or object from another: its name, and a digest of its code and all it uses.
+
+    Code is compared as a syntax tree, so that comments and line breaks do not matter; where there is no source (in an
+    interactive interpreter), as bytecode of this minor version of Python. What it refers to counts too: defaults, what
+    it closes over, globals, and the attributes of an object. Things of the library, and of installed packages, are told
+    by their name and version.
+
+    Args:
+        thing: the function, class or object.
+        state: whether lists and dictionaries that it holds count; those of a hook may be where it keeps what it sees.
+    """
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    plain = _Describing(state).of(thing)
+    return plain if isinstance(plain, str) else f"{name} {digest_of(plain)[:16]}"
+
+
+class _Describing:
+    """Plain values that say what a thing is; a thing that is met again within itself is said once."""
+
+    def __init__(self, state: bool) -> None:
+        self._with_state = state
+        self._seen: dict[int, Any] = {}  # the things stay alive, so that no id is given twice
+
+    def of(self, thing: Any) -> Any:
+        if thing is None or isinstance(thing, str | int | float | bool | complex):
+            return thing if not isinstance(thing, complex) else repr(thing)
+        if id(thing) in self._seen or len(self._seen) > _MOST_THINGS:
+            return f"again {type(thing).__qualname__}"
+        self._seen[id(thing)] = thing
+        if isinstance(thing, bytes | bytearray | memoryview):
+            return digest_of_bytes(bytes(thing))
+        if not self._with_state and isinstance(thing, list | dict | set):
+            return f"a {type(thing).__qualname__}"
+        if isinstance(thing, Mapping):
+            return {"mapping": [[self.of(key), self.of(value)] for key, value in thing.items()]}
+        if isinstance(thing, AbstractSet):
+            return {"set": sorted(digest_of(self.of(part)) for part in thing)}
+        if isinstance(thing, list | tuple):
+            return [self.of(part) for part in thing]
+        return self._of_object(thing)
+
+    def _of_object(self, thing: Any) -> Any:
+        if isinstance(thing, types.ModuleType):
+            return _of_package(thing.__name__) or f"module {thing.__name__}"
+        if isinstance(thing, functools.partial):
+            return {"partial": [self.of(thing.func), self.of(thing.args), self.of(thing.keywords)]}
+        if isinstance(thing, types.MethodType):
+            return {"method": thing.__func__.__qualname__, "of": self.of(thing.__self__)}
+        if isinstance(thing, types.FunctionType | types.BuiltinFunctionType | type):
+            package = _of_package(thing.__module__)
+            if package is not None:
+                return f"{thing.__module__}.{thing.__qualname__} of {package}"
+            return self._of_function(thing) if isinstance(thing, types.FunctionType) else self._of_class(thing)
+        array = getattr(thing, "__array__", None)
+        if array is not None and hasattr(thing, "dtype") and hasattr(thing, "shape"):
+            return {"array": [str(thing.dtype), list(thing.shape), digest_of_bytes(_array_bytes(thing))]}
+        kind = self.of(type(thing))
+        if type(thing).__module__.startswith("vlmneurons.model") or hasattr(type(thing), "named_parameters"):
+            return {"model": kind}  # whose weights are an identity of their own
+        if _of_package(type(thing).__module__) is not None and not type(thing).__module__.startswith("vlmneurons"):
+            text = repr(thing)  # patterns, paths, dates say what they are; the rest says its class
+            return {"instance": kind, "text": "" if re.search(r" at 0x[0-9a-f]+", text) else text}
+        state = {name: self.of(value) for name, value in sorted(_state(thing).items())}
+        return {"instance": kind, "state": state}
+
+    def _of_function(self, function: types.FunctionType) -> Any:
+        code = function.__code__
+        names = {name for part in _codes(code) for name in part.co_names}
+        return {
+            "code": _source(function) or _bytecode(code),
+            "defaults": [self.of(function.__defaults__), self.of(function.__kwdefaults__)],
+            "closure": {
+                name: self.of(_content(cell)) for name, cell in zip(code.co_freevars, function.__closure__ or ())
+            },
+            "globals": {
+                name: self.of(function.__globals__[name]) for name in sorted(names) if name in function.__globals__
+            },
+        }
+
+    def _of_class(self, kind: Any) -> Any:
+        own = {name: value for name, value in vars(kind).items() if not name.startswith("__") or callable(value)}
+        parts = {}
+        for name, value in sorted(own.items()):
+            value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
+            value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if name not in ("__weakref__", "__dict__", "_abc_impl"):
+                parts[name] = self.of(value)
+        return {"class": kind.__qualname__, "bases": [self.of(base) for base in kind.__bases__], "parts": parts}
+
+
+def _of_package(module: str | None) -> str | None:
+    """The package and version that a module is of; None for a module of the user's own."""
+    top = (module or "").partition(".")[0]
+    if top == "vlmneurons":
+        return f"vlmneurons {__version__}"
+    if top in sys.stdlib_module_names and top != "__main__":
+        return f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    path = getattr(sys.modules.get(top), "__file__", None) or ""
+    if not re.search(r"[/\\](site|dist)-packages[/\\]", path):
+        return None
+    try:
+        return f"{top} {importlib.metadata.version(top)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{top} {getattr(sys.modules[top], '__version__', '')}"
+
+
+def _source(function: types.FunctionType) -> str | None:
+    """The function's syntax tree as text; None without source, or where several lambdas share a line."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError, ValueError):  # ValueError: the source holds NUL
+        return None
+    if function.__name__ == "<lambda>":
+        lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+        return ast.dump(lambdas[0]) if len(lambdas) == 1 else None
+    return ast.dump(tree.body[0]) if len(tree.body) == 1 else None
+
+
+def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
+    """A function's code and that of the functions within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _bytecode(code: types.CodeType) -> list[Any]:
+    constants = [repr(part) for one in _codes(code) for part in one.co_consts if not isinstance(part, types.CodeType)]
+    minor = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return [minor, *(digest_of_bytes(one.co_code) for one in _codes(code)), *constants]
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that has no value yet
+        return None
+
+
+def _state(thing: Any) -> dict[str, Any]:
+    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()) or ()]
+    state = {name: getattr(thing, name) for name in slots if isinstance(name, str) and hasattr(thing, name)}
+    return {**state, **getattr(thing, "__dict__", {})}
+
+
+def _array_bytes(array: Any) -> bytes:
+    to_host: Callable[[], Any] | None = getattr(array, "detach", None)
+    host = array if to_host is None else to_host().cpu()
+    if "bfloat16" in str(host.dtype):
+        host = host.float()
+    return host.__array__().tobytes()

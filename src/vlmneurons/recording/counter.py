@@ -1,0 +1,322 @@
+"""Counting one forward: hooks at the sites of a space, and what each of them saw for every row of the batch."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from vlmneurons.checks import flag, of_kind
+from vlmneurons.errors import ActivationError, MismatchError, QuestionError
+from vlmneurons.model.architectures.hooks import Handle, read
+from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
+from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.neurons.sites import NeuronSpace, Site
+from vlmneurons.run.engine import Counts
+from vlmneurons.statistics.counting import count_patches, count_routed, count_tokens
+
+
+class NotFinite(ActivationError):
+    """A counted token with NaN or infinite values: at which site, and in which row of the batch."""
+
+    def __init__(self, site: Site, row: int) -> None:
+        super().__init__(f"NaN or infinite activations at {site}, row {row} of the batch")
+        self.site, self.row = site, row
+
+
+@dataclass
+class Frame:
+    """What one forward sees, as far as counting needs to know.
+
+    Attributes:
+        mask: ``[row, token]`` which tokens count.
+        rows: the rows that stand for questions.
+        vision: for each row the number of rows of the vision tower that are its pictures'; None where that is unknown.
+        patches: which patches of these are no padding; None where all are.
+        prepared: whether the library prepared the batch, so that every row of pictures must be somebody's.
+    """
+
+    mask: Tensor
+    rows: list[int]
+    vision: tuple[int, ...] | None = None
+    patches: Tensor | None = None
+    prepared: bool = True
+
+
+@dataclass
+class SiteState:
+    """What was counted at one site during one forward; a site may be visited several times."""
+
+    site: Site
+    width: int
+    counts: dict[str, Tensor | None] = field(default_factory=dict)
+    seen: int = 0
+    """Rows of the vision tower that have passed."""
+
+    def add(self, counts: Counts) -> None:
+        """Add what one visit counted."""
+        for name, table in counts.items():
+            before = self.counts.get(name)
+            if before is None or table is None:
+                self.counts[name] = table if before is None else before
+            elif name == "maximum":
+                self.counts[name] = torch.maximum(before, table)
+            else:
+                self.counts[name] = before + table
+
+    def clear(self) -> None:
+        """Forget the forward."""
+        self.counts, self.seen = {}, 0
+
+
+class Counter:
+    """Counts the sites of a space in one forward at a time.
+
+    Args:
+        model: the model.
+        space: the neurons to count.
+        tokens: which tokens count.
+        magnitudes: whether sums of the values are wanted.
+        maxima: whether their maxima are.
+
+    Attributes:
+        sites: what was counted at each site in the last forward.
+        frame: what that forward saw; None between forwards, and in those that are not to be counted.
+        strict: look for values that are not finite at every site; else at the last one, where they all arrive.
+
+    Raises:
+        MismatchError: the space is not of this model.
+        QuestionError: no such token rule, or one that does not fit a vision tower.
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        space: NeuronSpace | None,
+        *,
+        tokens: TokenRule,
+        magnitudes: bool = False,
+        maxima: bool = False,
+    ) -> None:
+        check_model(model)
+        of_kind(
+            "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('vision')"
+        )
+        self.model = model
+        self.space = model.space() if space is None else space
+        model.check_space(self.space)
+        # The decoder of an encoder-decoder model sees tokens of its own, every other tower the question.
+        self.second = model.is_encoder_decoder and any(site.tower == "language" for site in self.space)
+        if self.second and any(site.tower != "language" for site in self.space):
+            raise MismatchError(
+                f"{type(model.hf).__name__} is an encoder-decoder model: its decoder sees other tokens than its other "
+                "towers. Record model.space('language') in a Recorder of its own"
+            )
+        if isinstance(tokens, str) and tokens not in TOKEN_RULES:
+            raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
+        self.in_vision = [site.tower == "vision" for site in self.space.sites]
+        if tokens in ("text", "last") and any(self.in_vision):
+            raise QuestionError(f"tokens={tokens!r} counts words; a vision tower has none. Record it with 'image'")
+        self.tokens = tokens
+        self.magnitudes = flag("magnitudes", magnitudes, MismatchError)
+        self.maxima = flag("maxima", maxima, MismatchError)
+        self.sites = [SiteState(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
+        # NaN and infinity pass from layer to layer, so a look at the last site is a look at all of them.
+        decoder = [n for n, site in enumerate(self.space.sites) if site.tower == "language"]
+        self._sentinel = max(decoder or range(len(self.sites)), key=lambda n: self.space.sites[n].layer)
+        self.strict = True
+        self.frame: Frame | None = None
+        self._watched: Frame | None = None
+        self._scratch: dict[Any, Any] = {}
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def attached(
+        self, begin: Callable[..., None] | None = None, end: Callable[..., None] | None = None
+    ) -> Iterator[None]:
+        """Within, the sites of every forward that has a frame are counted.
+
+        Args:
+            begin: called before each forward of the model, to set the frame; by default that of `watch`.
+            end: called after it.
+        """
+        hf, handles = self.model.hf, []
+        try:
+            for number, site in enumerate(self.space.sites):
+                handles.append(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
+            handles.append(Handle([hf.register_forward_pre_hook(begin or self._begin_watched, with_kwargs=True)]))
+            if end is not None:
+                handles.append(Handle([hf.register_forward_hook(end)]))
+            yield
+        finally:
+            while handles:
+                handles.pop().remove()
+            self.forget()
+            self._scratch.clear()
+
+    def _begin_watched(self, *_: Any) -> None:
+        # Later steps of a generation are not counted: only the prompt is.
+        self.frame, self._watched = self._watched, None
+
+    def _callback(self, number: int) -> Any:
+        count = self._count_patches if self.in_vision[number] else self._count_tokens
+
+        def see(values: Tensor, tokens: Tensor | None = None) -> None:
+            if self.frame is None:
+                return
+            with torch.no_grad():
+                if tokens is not None and not self.in_vision[number]:
+                    strict = self.strict or number == self._sentinel
+                    how = (self.magnitudes, self.maxima, strict)
+                    self._add(number, count_routed(values, tokens, self.frame.mask, *how))
+                else:
+                    count(number, values, self.frame)
+
+        return see
+
+    def _how(self, number: int) -> dict[str, Any]:
+        strict = self.strict or number == self._sentinel
+        return {"totals": self.magnitudes, "maxima": self.maxima, "scratch": self._scratch, "strict": strict}
+
+    def _add(self, number: int, counts: Counts) -> None:
+        bad = counts.get("bad")
+        if bad is not None and bool(bad.any()):
+            raise NotFinite(self.space.sites[number], int(bad.nonzero()[0]))
+        self.sites[number].add({name: table for name, table in counts.items() if name != "bad"})
+
+    def _count_tokens(self, number: int, values: Float[Tensor, "*any neuron"], frame: Frame) -> None:
+        site, mask = self.space.sites[number], frame.mask
+        if site.tower not in ("language", "encoder"):
+            raise MismatchError(
+                f"{site}: what the tower {site.tower!r} sees is neither the text's tokens nor, for all "
+                "that is known, pictures; name a vision tower 'vision' with register_architecture"
+            )
+        if tuple(values.shape[:-1]) not in (tuple(mask.shape), (mask.numel(),)):
+            raise MismatchError(
+                f"{site} has values at {tuple(values.shape[:-1])} tokens, the input has {tuple(mask.shape)}: "
+                "this model's decoder does not see its input tokens one to one, so they cannot be told apart"
+            )
+        self._add(number, count_tokens(values, mask, **self._how(number)))
+
+    def _count_patches(self, number: int, values: Float[Tensor, "*any neuron"], frame: Frame) -> None:
+        """Vision towers run on patches, tiles or pictures; the leading dimension is cut into the questions' shares."""
+        state = self.sites[number]
+        parts = values.reshape(values.shape[0], -1, values.shape[-1])
+        if values.ndim == 3 and values.shape[0] == 1 and frame.vision is not None and sum(frame.vision) != 1:
+            parts = values.reshape(values.shape[1], 1, values.shape[-1])  # one long row of patches
+        owner = self._owner_of(state, len(parts), frame)
+        real = torch.ones(parts.shape[:2], dtype=torch.bool)
+        if frame.patches is not None:
+            real = frame.patches[state.seen : state.seen + len(parts)]
+            if real.shape != parts.shape[:2]:
+                raise MismatchError(
+                    f"{state.site} has {parts.shape[1]} patches in a row where the pictures have "
+                    f"{frame.patches.shape[1]}: its padding cannot be told from its patches"
+                )
+        state.seen += len(parts)
+        self._add(number, count_patches(parts, real, owner, len(frame.mask), **self._how(number)))
+
+    def _owner_of(self, state: SiteState, n: int, frame: Frame) -> Int64[Tensor, " part"]:
+        """Which row of the batch each of the next rows of a vision tower belongs to."""
+        if frame.vision is None:
+            if frame.prepared:
+                raise MismatchError(
+                    f"{state.site}: the rows of this vision tower cannot be told apart by question; record one "
+                    "question at a time, in a Recorder of your own"
+                )
+            return torch.zeros(n, dtype=torch.int64)  # one group: any row will do
+        owners = torch.repeat_interleave(torch.arange(len(frame.mask)), torch.tensor(frame.vision))
+        owner = owners[state.seen : state.seen + n]
+        if len(owner) != n:
+            raise MismatchError(f"{state.site} has {state.seen + n} rows where the pictures have {len(owners)}")
+        return owner
+
+    # -- one batch of questions ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def watch(self, batch: Batch, rows: list[int]) -> Iterator[None]:
+        """Count the next forward, which shows a prepared batch; its counts stay until `forget`."""
+        if self.model.is_encoder_decoder:
+            raise MismatchError(
+                f"{type(self.model.hf).__name__} is an encoder-decoder model: no single forward shows its decoder the "
+                "question and gives the answer. Count in runs of your own: with vn.Recorder(model, "
+                "model.space('encoder')) as recorder, recorder.group(…): model.hf(**model.prepare(questions))"
+            )
+        self.forget()
+        frame = Frame(batch.tokens.counted(self.tokens), list(rows), batch.vision, batch.patches)
+        self._watched = frame
+        yield
+        if self._watched is not None:
+            raise MismatchError(
+                "no forward was run within `watch`, so nothing was counted: the reader runs it elsewhere"
+            )
+        self.frame = frame  # a generation's later steps have taken it away
+
+    def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
+        """Take over what was counted elsewhere in the watched run, as if it had been counted here."""
+        self.frame, self._watched = self._watched, None
+        assert self.frame is not None
+        for number, one in counts.items():
+            self.sites[number].seen = seen.get(number, 0) if self.in_vision[number] else 0
+            self._add(number, one)
+
+    def forget(self) -> None:
+        """Drop what was counted, and what the sites of one forward share."""
+        for state in self.sites:
+            state.clear()
+        self.frame = self._watched = None
+        for name in [name for name in self._scratch if isinstance(name, tuple)]:
+            del self._scratch[name]
+
+    def check_whole(self) -> None:
+        """Refuse a forward in which a vision tower saw other rows than the pictures have.
+
+        Raises:
+            MismatchError: it did, so its rows are not the questions'.
+        """
+        frame = self.frame
+        assert frame is not None
+        n_rows = sum(frame.vision) if frame.vision is not None else None
+        if n_rows is None and frame.patches is not None:
+            n_rows = len(frame.patches)
+        for state, in_vision in zip(self.sites, self.in_vision, strict=True):
+            if in_vision and state.counts and n_rows is not None and state.seen != n_rows:
+                raise MismatchError(
+                    f"{state.site} had {state.seen} rows where the pictures have {n_rows}: its rows cannot be told "
+                    "apart by question"
+                )
+
+    def by_row(self) -> tuple[dict[str, Tensor], Int64[Tensor, " row"]]:
+        """Tables ``[row, …]`` of the rows that stand for questions, on the CPU, and each one's counted tokens.
+
+        ``positive``, ``total`` and ``maximum`` are ``[row, neuron]``; ``reached`` ``[row, site]`` are the tokens
+        that were counted at each site.
+        """
+        assert self.frame is not None
+        rows = torch.tensor(self.frame.rows)
+        empty = {"fired": (torch.int64, 0), "total": (torch.float64, 0), "maximum": (torch.float32, -torch.inf)}
+        tables: dict[str, list[Tensor]] = {name: [] for name in empty}
+        reached = []
+        for state in self.sites:
+            for name, (dtype, nothing) in empty.items():
+                table = state.counts.get(name)
+                shape = (len(rows), state.width)
+                tables[name].append(torch.full(shape, nothing, dtype=dtype) if table is None else table.cpu()[rows])
+            tokens = state.counts.get("tokens")
+            reached.append(torch.zeros(len(rows), dtype=torch.int64) if tokens is None else tokens.cpu()[rows])
+        at_sites = torch.stack(reached, 1)
+        counted = at_sites.amax(1) if all(self.in_vision) else self.frame.mask.sum(1).cpu()[rows]
+        joined = {name: torch.cat(parts, 1) for name, parts in tables.items()}
+        joined["positive"] = joined.pop("fired")
+        return {**joined, "reached": at_sites}, counted
+
+
+def group_rows(names: Sequence[str], groups: Sequence[str | None]) -> tuple[list[int], list[int]]:
+    """Places of the labels that are names of groups, and the number of each one's group."""
+    index = {name: number for number, name in enumerate(names)}
+    kept = [place for place, group in enumerate(groups) if group is not None]
+    return kept, [index[groups[place]] for place in kept]  # type: ignore[index]

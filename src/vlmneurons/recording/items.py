@@ -1,0 +1,170 @@
+"""Recording the counts of every question on its own, on disk: `record_items`."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vlmneurons.checks import path_of
+from vlmneurons.errors import MismatchError
+from vlmneurons.model.encoder import TokenRule
+from vlmneurons.model.vlm import VLM
+from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.progress import Progress
+from vlmneurons.questions.identity import content_of
+from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.recording.counter import Counter
+from vlmneurons.recording.record import CountingJob
+from vlmneurons.run.ask import Options, ask, engine_of, to_ask
+from vlmneurons.run.batching import batches
+from vlmneurons.run.engine import Engine
+from vlmneurons.run.identity import run_provenance, setting_of_run
+from vlmneurons.run.processes import Processes
+from vlmneurons.run.readers import AnswerReader, Reading
+from vlmneurons.run.remote import Remote
+from vlmneurons.statistics.items import Item, ItemStatistics
+
+
+def record_items(
+    model: VLM,
+    questions: QuestionSet | Sequence[Question],
+    folder: str | os.PathLike[str],
+    space: NeuronSpace | None = None,
+    *,
+    tokens: TokenRule = "content",
+    batch_size: int = 8,
+    answer: str | AnswerReader | None = None,
+    magnitudes: bool = False,
+    maxima: bool = False,
+    by_length: bool = False,
+    prefetch: int | None = None,
+    on_error: str = "raise",
+    progress: Progress = True,
+    remote: Remote = False,
+    distributed: bool = False,
+) -> ItemStatistics:
+    """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
+
+    Can be stopped or killed at any moment: calling it again with the same questions and rules goes on at the batch
+    that was not finished, and gives the same files as an undisturbed run, byte for byte (with the same ``batch_size``;
+    another one can tip a neuron within rounding of 0).
+
+    Args:
+        model: the model.
+        questions: what to ask, and how.
+        folder: where the files go, about 2 bytes a neuron and question.
+        space: the neurons to count; by default the gates of the language tower.
+        tokens: which tokens count; see `record`.
+        batch_size: questions a forward; see `record` for what happens where they do not fit into memory.
+        answer: how answers are read; by default as the set says.
+        magnitudes: also keep each question's sum of every neuron's values, in float32 (4 bytes a neuron and question).
+        maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
+        by_length: let questions of like length share a batch; see `record`.
+        prefetch: how many batches a thread prepares while the model runs; see `record`.
+        on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked: they are asked again when the recording is
+            gone on with.
+        progress: show a progress bar.
+        remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.run.remote`.
+        distributed: share the batches with the other processes of a ``torchrun``; each gets the whole, which equals
+            that of one process. All must see the folder.
+
+    Returns:
+        The recording, open for reading, with the counts of every question, whatever its answer.
+
+    Raises:
+        MismatchError: the folder holds another recording, or another process is recording into it; or the model runs
+            its layers several times in a forward, or is an encoder-decoder model.
+        QuestionError: a question cannot be asked. What was recorded before it stays.
+        ActivationError: NaN or infinite activations; the message names the site and the question.
+        OutOfMemoryError: a single question does not fit into memory.
+    """
+    options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed)
+    questions = to_ask(questions, answer, "to record")
+    whole = path_of("folder", folder, MismatchError)
+    engine = engine_of(model, questions, remote)
+    counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes, maxima=maxima)
+    setting = setting_of_run(model, tokens=tokens, questions=questions, engine=engine)
+    about = run_provenance(model, setting, tokens=tokens, questions=questions, engine=engine)
+    processes = options.processes
+    tables = ["positive", *["reached"] * _uneven(counter), *["total"] * magnitudes, *["maximum"] * maxima]
+
+    def created(where: Path, asked: QuestionSet) -> ItemStatistics:
+        items = [Item(item.id, item.group, item.answer, item.metadata) for item in asked]
+        return ItemStatistics.create(where, counter.space, items, about, tables, content_of(asked))
+
+    if processes.count == 1:
+        job = _ItemsJob(engine, counter, created(whole, questions), questions)
+        ask(job, questions, options)
+        return job.statistics
+    # Each process records into a folder of its own beside the whole; the first puts them together.
+    there = created(whole, questions) if processes.first else None
+    done = processes.gather(there is not None and there.complete)[0]
+    own = share_of(questions, batch_size, processes)
+    part = whole.with_name(f"{whole.name}-{processes.rank + 1}-of-{processes.count}")
+    if not done and len(own):
+        alone = Options(batch_size, by_length, prefetch, on_error, progress and processes.first, remote)
+        ask(_ItemsJob(engine, counter, created(part, own), own), own, alone)
+    parts = [Path(one) for one in processes.gather(str(part) if len(own) else None) if one is not None]
+    if there is not None and not done:
+        there.take_over([ItemStatistics.load(one) for one in parts])
+    processes.wait()
+    return ItemStatistics.load(whole)
+
+
+def share_of(questions: QuestionSet, batch_size: int, processes: Processes) -> QuestionSet:
+    """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
+    own = [item for _, batch in processes.mine(list(batches(questions, batch_size))) for item in batch]
+    return questions._with(own)
+
+
+def _uneven(counter: Counter) -> bool:
+    """Whether sites see other tokens than the question has, so that each one's number has to be kept."""
+    return len({site.tower for site in counter.space}) > 1 or any(
+        counter.model.mlp_of(site).expert is not None or site.tower != "language" for site in counter.space
+    )
+
+
+class _ItemsJob(CountingJob):
+    """Writes each question's counts into its row."""
+
+    def __init__(self, engine: Engine, counter: Counter, statistics: ItemStatistics, questions: QuestionSet) -> None:
+        super().__init__(engine, counter)
+        self.statistics = statistics
+        self._place = {item.id: row for row, item in enumerate(statistics.items)}
+        self.limit = type(self.limit)(statistics.provenance.get("halved", ()))
+        self._done = np.zeros(len(statistics), dtype=bool)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """See `Job.running`."""
+        with self.statistics.locked(), super().running():
+            self._done = self.statistics.done.numpy()
+            yield
+
+    def known(self, number: int, batch: QuestionSet) -> bool:
+        """See `Job.known`."""
+        return bool(self._done[[self._place[item.id] for item in batch]].all())
+
+    def take(self, number: int, questions: QuestionSet, made: Reading) -> int:
+        """See `Job.take`.
+
+        Raises:
+            MismatchError: the model computes its sites several times for a token.
+        """
+        tables, counted = self.counter.by_row()
+        if "reached" not in self.statistics.tables and (tables["reached"] != counted[:, None]).any():
+            raise MismatchError(
+                f"{type(self.engine.model.hf).__name__} computes its sites several times for a token in one "
+                "forward, which the files of record_items do not hold; vn.record does, in its `routed`"
+            )
+        chosen = [-1 if choice is None else choice for choice in made.chosen]
+        rows = [self._place[item.id] for item in questions]
+        self.statistics.write(rows, chosen, counted, made.margins(questions), tables)
+        return len(questions)
+
+    def forget(self) -> None:
+        """See `Job.forget`."""
+        super().forget()
+        self.statistics.note(self.limit.halved)

@@ -1,0 +1,234 @@
+"""The one loop that asks a model questions, batch by batch; what becomes of the answers is a `Job`'s business.
+
+Batching, encoding ahead, halving where memory does not suffice, skipping what cannot be asked, progress, the share of
+each process, going on with what is finished, and what an error leaves: all of it is here, and so the same wherever
+questions are asked (`vlmneurons.record`, `record_items`, `knockout`, `attribute`, `screen`, `inspect_neuron`).
+"""
+
+import contextlib
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from vlmneurons.checks import flag, whole
+from vlmneurons.errors import OutOfMemoryError, QuestionError
+from vlmneurons.files.stopping import Stopped
+from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.progress import Progress, progress_bar
+from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.run.batching import batches, prefetched
+from vlmneurons.run.engine import Engine
+from vlmneurons.run.local import LocalEngine
+from vlmneurons.run.memory import MemoryLimit, asked_in_parts
+from vlmneurons.run.processes import Processes, current_processes
+from vlmneurons.run.readers import AnswerReader, reader_of
+from vlmneurons.run.remote import Remote, RemoteEngine, refuse_unknown
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How questions are asked, whatever for; every function that asks takes these.
+
+    Attributes:
+        batch_size: questions a forward; where they do not fit into memory, half as many from then on.
+        by_length: whether questions of like length share a batch.
+        prefetch: how many batches a thread encodes ahead; None for 2, and none where the model is on the CPU.
+        on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked.
+        progress: whether to show a bar, or the step of a longer work that this is.
+        remote: where the model runs.
+        distributed: whether to share the batches with the other processes of a ``torchrun``.
+
+    Raises:
+        QuestionError: a value that none of them can have.
+    """
+
+    batch_size: int = 8
+    by_length: bool = False
+    prefetch: int | None = None
+    on_error: str = "raise"
+    progress: Progress = True
+    remote: Remote = False
+    distributed: bool = False
+    processes: Processes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_size", int(whole("batch_size", self.batch_size, QuestionError, least=1)))
+        flag("by_length", self.by_length, QuestionError)
+        flag("distributed", self.distributed, QuestionError)
+        if self.prefetch is not None and whole("prefetch", self.prefetch, QuestionError) < 0:
+            raise QuestionError(f"prefetch {self.prefetch} is less than 0; 0 encodes each batch when its turn comes")
+        if self.on_error not in ("raise", "skip"):
+            raise QuestionError(f"on_error={self.on_error!r} does not exist; choose from raise, skip")
+        object.__setattr__(self, "processes", current_processes() if self.distributed else Processes())
+
+
+def to_ask(
+    questions: QuestionSet | Sequence[Question], answer: str | AnswerReader | None, why: str | None = None
+) -> QuestionSet:
+    """The questions as a set, read in the way that was asked for.
+
+    Raises:
+        QuestionError: there are none; ``why`` ends the sentence. Where it is None, the caller looks at that.
+    """
+    asked = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
+    if why is not None and not len(asked):
+        raise QuestionError(f"there are no questions {why}")
+    return asked if answer is None else asked.asked(answer=answer)
+
+
+def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Engine:
+    """What runs the model, reading the answers as the questions say.
+
+    Raises:
+        MismatchError: no such place, or a model without weights that is to run here.
+        QuestionError: a reader that the engine cannot run.
+    """
+    check_model(model)
+    refuse_unknown(model, remote)
+    reader = reader_of(questions.answer)
+    return LocalEngine(model, reader) if remote is False else RemoteEngine(model, reader, remote)
+
+
+class Job(ABC, Generic[Made]):
+    """What is done with each batch, and what becomes of it.
+
+    Attributes:
+        unit: of what the progress bar counts.
+        weight: how many of them a question is.
+        gradients: whether the model is run with gradients.
+    """
+
+    unit: str = "item"
+    weight: int = 1
+    gradients: bool = False
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.limit = MemoryLimit()
+        self.skipped: list[str] = []
+
+    def encode(self, questions: QuestionSet) -> Any:
+        """What a batch is run on; called in another thread where batches are encoded ahead."""
+        return self.engine.encode(questions)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Around all batches: hooks, locks."""
+        yield
+
+    def known(self, number: int, batch: QuestionSet) -> bool:
+        """Whether a batch was finished before."""
+        return False
+
+    @abstractmethod
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> Made:
+        """Run the model on some questions of one batch; ``told`` moves the bar, if `take` is not soon enough.
+
+        What it has noted of questions that it did not finish, it takes back itself: they may be asked again.
+        """
+
+    @abstractmethod
+    def take(self, number: int, questions: QuestionSet, made: Made) -> int:
+        """Keep what was made of some questions of a batch; by how much the bar moves."""
+
+    def finish(self, number: int, batch: QuestionSet) -> None:
+        """A batch is finished, all of its questions taken or skipped."""
+
+    def forget(self) -> None:
+        """Drop what is left of a batch, finished or not."""
+
+    def partial(self) -> Any:
+        """What an error or interrupt leaves: the result of what was finished; None where it is on disk."""
+        return None
+
+    def postfix(self) -> dict[str, Any]:
+        """What the bar shows beside its numbers."""
+        return {}
+
+
+def ask(job: Job[Any], questions: QuestionSet, options: Options) -> None:
+    """Ask this process's batches that are not finished, one by one.
+
+    Args:
+        job: what is done with them.
+        questions: all questions, the same in every process.
+        options: how.
+
+    Raises:
+        QuestionError: a question cannot be asked (with ``on_error="raise"``). Its ``partial``, like that of any error
+            or interrupt on the way, is the job's.
+        OutOfMemoryError: a single question does not fit into memory.
+    """
+    model = job.engine.model
+    lengths = functools.partial(model.encoder.length, questions) if options.by_length else None
+    mine = list(options.processes.mine(list(batches(questions, options.batch_size, lengths))))
+    with job.running(), undisturbed(model.hf), torch.inference_mode(not job.gradients):
+        waiting = [(number, batch) for number, batch in mine if not job.known(number, batch)]
+        total = sum(len(batch) for _, batch in mine)
+        left = sum(len(batch) for _, batch in waiting)
+        bar = progress_bar(
+            options.progress if options.processes.first else False,
+            total=total * job.weight,
+            initial=(total - left) * job.weight,
+            unit=job.unit,
+            smoothing=0.05,  # nearly the mean rate: batches differ in cost
+        )
+        with bar, prefetched(model, job.engine.reader, iter(waiting), options.prefetch, job.encode) as encoded:
+            for (number, batch), encode in encoded:
+                _ask_batch(job, number, batch, encode, options.on_error, bar)
+
+
+def _ask_batch(
+    job: Job[Any], number: int, batch: QuestionSet, encode: Callable[[], Any], on_error: str, bar: Any
+) -> None:
+    """One batch, in one part or, where memory does not suffice, in several."""
+    skipped: list[str] | None = [] if on_error == "skip" else None
+    try:
+        run = functools.partial(job.run, told=bar.update)
+        for part, made in asked_in_parts(batch, job.limit, encode, job.encode, run, skipped):
+            bar.update(job.take(number, part, made))
+        job.skipped.extend(skipped or ())
+        job.finish(number, batch)
+        bar.update(len(skipped or ()) * job.weight)
+    except Stopped:  # there is no time to lose; what is finished is in the folder
+        raise
+    except BaseException as error:
+        # Hours of forwards are not thrown away over one picture, a full memory or an interrupt.
+        if not isinstance(error, OutOfMemoryError) or not hasattr(error, "partial"):
+            partial = job.partial()
+            if partial is not None:
+                error.partial = partial  # type: ignore[attr-defined]
+        raise
+    finally:
+        job.forget()
+    if postfix := job.postfix():
+        bar.set_postfix(**postfix, refresh=False)
+
+
+@contextlib.contextmanager
+def undisturbed(hf: nn.Module) -> Iterator[None]:
+    """Within, a model runs as it does alone, whatever is around: no autocast, no dropout, the usual default dtype.
+
+    What was set is set again afterwards, for each of the model's parts.
+    """
+    training = [module for module in hf.modules() if module.training]
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", *(one.device.type for one in hf.parameters())} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            for module in training:
+                module.training = False
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            for module in training:
+                module.training = True

@@ -1,0 +1,128 @@
+"""What an engine is: whatever can run one batch of questions, as the model is and under interventions, and count.
+
+`vlmneurons.run.local` runs the model here, by hooks; `vlmneurons.run.remote` where nnsight can reach it. Neither knows
+what becomes of answers and counts, and neither recording nor study knows which of them it is given. A further engine is
+a subclass of `Engine`, and a line in `engine_of`.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from vlmneurons.errors import QuestionError
+from vlmneurons.model.encoder import Batch, TokenRule
+from vlmneurons.model.vlm import VLM
+from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.run.ablation import Ablation
+from vlmneurons.run.readers import AnswerReader, Reading, Watch
+
+Counts = Mapping[str, Tensor | None]
+"""Of one site, for the rows of a batch; see `vlmneurons.statistics.counting`."""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """Who counts while a batch is asked: told what is run, and given counts that it did not see itself."""
+
+    space: NeuronSpace
+    tokens: TokenRule
+    magnitudes: bool
+    maxima: bool
+
+    def attached(self) -> contextlib.AbstractContextManager[Any]:
+        """Within, whatever the model runs here is counted, by hooks."""
+        ...
+
+    def watch(self, batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[Any]:
+        """Around the run that shows a batch's questions to the model; ``rows`` stand for them."""
+        ...
+
+    def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
+        """Counts of the watched run that were made elsewhere, by the number of the site in the space.
+
+        ``seen`` says, of sites of a vision tower, how many rows of pictures they saw.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way of asking a batch: under an ablation, or as the model is; all its questions, or some.
+
+    Attributes:
+        ablation: what is switched off; None for the model as it is.
+        rows: places of the questions that meet it, in order; None for the whole batch.
+    """
+
+    ablation: Ablation | None = None
+    rows: tuple[int, ...] | None = None
+
+
+class Engine(ABC):
+    """Runs batches of questions with one model, and reads their answers in one way.
+
+    Args:
+        model: the model.
+        reader: how answers are read.
+
+    Attributes:
+        name: what the setting calls it: numbers of different engines are not mixed.
+        differentiates: whether gradients can be had of what it runs.
+    """
+
+    name: str
+    differentiates: bool = False
+
+    def __init__(self, model: VLM, reader: AnswerReader) -> None:
+        self.model, self.reader = model, reader
+
+    def encode(self, questions: QuestionSet) -> Any:
+        """What a batch is run on: made once, and run as often as is wanted."""
+        return self.reader.encode(self.model, questions)
+
+    def check(self, ablations: Sequence[Ablation], counting: Counting | None) -> None:  # noqa: B027 (most can do all)
+        """Refuse what the engine cannot do, before anything is run.
+
+        Args:
+            ablations: what will be switched off.
+            counting: who will count.
+
+        Raises:
+            MismatchError: sites that the engine cannot reach.
+            AblationError: interventions that it cannot make.
+        """
+
+    def attached(self, counting: Counting) -> contextlib.AbstractContextManager[Any]:
+        """Within, batches can be counted."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def count(self, questions: QuestionSet, encoded: Any, counting: Counting) -> Reading:
+        """The answers to a batch with the model as it is, counted meanwhile."""
+
+    @abstractmethod
+    def answers(self, questions: QuestionSet, encoded: Any, runs: Sequence[Run]) -> Iterator[Reading]:
+        """The answers to a batch in each run, in order, one reading at a time."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is to be kept of where and how the model ran, beside the setting."""
+        return {}
+
+
+def need_gradients(engine: Engine, what: str) -> None:
+    """Refuse an engine that gives no gradients.
+
+    Raises:
+        QuestionError: it does not.
+    """
+    if not engine.differentiates:
+        raise QuestionError(f"{what} needs gradients, which do not come back from {engine.name}; run the model here")
+
+
+__all__ = ["Counting", "Counts", "Engine", "Run", "Watch", "need_gradients"]

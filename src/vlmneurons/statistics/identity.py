@@ -1,0 +1,108 @@
+"""What makes two numbers comparable: the setting that they were made under, as typed data, compared in one place.
+
+Counts, attributions and answers carry their setting in their provenance, under ``"setting"``. Two of them are added
+only if their settings are equal; a run's folder is gone on with only if setting and content (the questions and
+pictures, see `vlmneurons.questions.identity`) are; parts are joined only if the setting is equal and the content
+disjoint.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from vlmneurons.errors import MismatchError
+from vlmneurons.files.folders import differences
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything beside the questions that a number hangs on.
+
+    Attributes:
+        model: class of the model.
+        weights: a digest of all weights and buffers, and its kind: ``"bytes …"``; where the weights cannot be seen, as
+            on a remote host, ``"repository …"``, which never equals a digest of bytes.
+        configuration: digest of the model's configuration.
+        adapters: names of the adapters in force.
+        quantisation: how the weights are quantised.
+        dtype: the precision that ran.
+        in_force: ablations that the model was under, and hooks of others.
+        processor: settings of the processor, of its tokenizer and of the chat template.
+        prompt: the prompt, a function of the user's by its code.
+        answer: how answers are read.
+        tokens: which tokens count; empty where none are counted.
+        engine: what ran the model.
+    """
+
+    model: str
+    weights: str
+    configuration: str
+    adapters: list[str]
+    quantisation: str
+    dtype: str
+    in_force: list[str]
+    processor: dict[str, Any]
+    prompt: str
+    answer: str
+    tokens: str
+    engine: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for files."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Setting":
+        """What `to_json` gave; entries that this release does not know are refused.
+
+        Raises:
+            MismatchError: the entries are not those of a setting.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(data) != names:
+            raise MismatchError(f"a setting has {', '.join(sorted(names))}; got {', '.join(sorted(data))}")
+        return cls(**data)
+
+    def differences(self, other: "Setting") -> Iterator[str]:
+        """What differs in another setting, in words."""
+        yield from differences(other.to_json(), self.to_json(), "setting")
+
+
+def setting_of(provenance: Mapping[str, Any]) -> Setting | None:
+    """The setting that a provenance holds; None for counts that the user brought, which have none.
+
+    Raises:
+        MismatchError: a recording of an earlier release, whose setting is not known.
+    """
+    if "setting" in provenance:
+        return Setting.from_json(provenance["setting"])
+    if "versions" in provenance:  # the library recorded it
+        raise MismatchError(
+            "it was recorded by an earlier release, which did not keep of which weights, pictures and settings it is: "
+            "it can be read and selected from, but not added to; record it again"
+        )
+    return None
+
+
+def check_addable(first: Mapping[str, Any], second: Mapping[str, Any], what: str = "statistics") -> None:
+    """Refuse to add two tables of different settings.
+
+    Args:
+        first: the provenance of one.
+        second: that of the other.
+        what: what they are called in errors.
+
+    Raises:
+        MismatchError: settings differ, or one is not known; the message says what.
+    """
+    try:
+        one, other = setting_of(first), setting_of(second)
+    except MismatchError as error:
+        raise MismatchError(f"these {what} cannot be added: of one of them, {error}") from None
+    if (one is None) != (other is None):
+        raise MismatchError(
+            f"these {what} cannot be added: one was recorded by the library, the other has no setting that says of "
+            "which model it is. Give from_counts(…, provenance=…) that of the recording if model and rules are its own"
+        )
+    if one is not None and other is not None and (differs := list(one.differences(other))):
+        raise MismatchError(f"{what} of different settings cannot be added: of the second, {'; '.join(differs[:3])}")
