@@ -54,9 +54,11 @@ FILES = {"NeuronSet": lambda: neurons(1, 5), "Selection": selection, "Activation
 
 def item_statistics(folder: Path) -> Path:
     items = [Item(f"q{n}", "AB"[n % 2], n % 4, {"category": "food"}) for n in range(4)]
-    made = vn.ItemStatistics._create(folder, SPACE, items, {"model": "m"}, ["positive"])
+    made = vn.ItemStatistics.create(
+        folder, SPACE, items, {"model": "m"}, ["positive"], dict.fromkeys((i.id for i in items), "")
+    )
     counts = np.arange(96).reshape(4, 24) % 5
-    made._write(range(4), [0, 1, 2, 0], [6] * 4, [0.5] * 4, {"positive": counts})
+    made.write(range(4), [0, 1, 2, 0], [6] * 4, [0.5] * 4, {"positive": counts})
     return folder
 
 
@@ -120,7 +122,7 @@ def test_a_folder_with_a_damaged_file_is_refused_or_still_makes_sense(kind, tmp_
     loader = getattr(vn, kind).load
     whole = loader(folder)
     look_at(whole)
-    files = sorted(path.name for path in folder.iterdir() if path.suffix not in (".csv", ".lock"))
+    files = sorted(path.name for path in folder.iterdir() if path.suffix != ".csv" and path.name != ".lock")
     assert len(files) >= 2
     with limits(60):
         for seed, name in enumerate(files):
@@ -174,7 +176,7 @@ def test_no_loader_runs_code_that_a_renamed_pickle_carries(kind, tmp_path):
     for data in list(disguises(mark, path)):
         if kind in FOLDERS:
             folder = FOLDERS[kind](tmp_path / f"folder{tried}")
-            targets = [p for p in folder.iterdir() if p.suffix not in (".csv", ".lock")]
+            targets = [p for p in folder.iterdir() if p.suffix != ".csv" and p.name != ".lock"]
         else:
             targets = [path]
         for target in targets:
@@ -479,12 +481,14 @@ def test_a_folder_that_cannot_be_written_is_named(kind, tmp_path, monkeypatch):
 def test_a_recording_that_fills_the_disk_is_resumed_with_nothing_lost(tmp_path):
     whole = item_statistics(tmp_path / "whole")
     items = [Item(f"q{n}", "AB"[n % 2], n % 4, {"category": "food"}) for n in range(4)]
-    made = vn.ItemStatistics._create(tmp_path / "cut", SPACE, items, {"model": "m"}, ["positive"])
+    made = vn.ItemStatistics.create(
+        tmp_path / "cut", SPACE, items, {"model": "m"}, ["positive"], dict.fromkeys((i.id for i in items), "")
+    )
     counts = np.arange(96).reshape(4, 24) % 5
     for row, chosen in enumerate([0, 1, 2, 0]):
         with largest_file(row * 48 + 20), pytest.raises(OSError, match="File too large"):
-            made._write([row], [chosen], [6], [0.5], {"positive": counts[row : row + 1]})
+            made.write([row], [chosen], [6], [0.5], {"positive": counts[row : row + 1]})
         assert vn.ItemStatistics.load(tmp_path / "cut", verify=True).done.tolist() == [n < row for n in range(4)]
-        made._write([row], [chosen], [6], [0.5], {"positive": counts[row : row + 1]})
+        made.write([row], [chosen], [6], [0.5], {"positive": counts[row : row + 1]})
     for name in ("manifest.json", "items.bin", "positive.bin"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()

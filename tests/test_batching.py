@@ -130,8 +130,8 @@ def test_by_default_nothing_is_prepared_ahead_for_a_model_on_the_cpu(model, monk
     monkeypatch.setattr("vlmneurons.run.batching.ThreadPoolExecutor", executor)
 
     def made(depth=None):
-        with prefetched(model, Letters(), batches(some_questions(3), 1), depth, lambda one: one) as ready:
-            return ids_of(one for one, _ in ready)
+        with prefetched(model, Letters(), enumerate(batches(some_questions(3), 1)), depth, model.encoder) as ready:
+            return ids_of(batch for (_, batch), _ in ready)
 
     one_by_one = [["q0"], ["q1"], ["q2"]]
     assert made() == one_by_one
@@ -165,7 +165,7 @@ def test_an_interrupt_ends_the_thread_at_once(model):
     questions = asked(*[slow] * 8)
 
     def stopped():
-        with prefetched(model, Letters(), batches(questions, 1), 6, lambda one: one) as made:
+        with prefetched(model, Letters(), enumerate(batches(questions, 1)), 6, model.encoder) as made:
             next(made)[1]()
             raise KeyboardInterrupt
 

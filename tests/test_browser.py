@@ -224,7 +224,7 @@ def test_what_does_not_exist_is_refused(model):
     ]:
         with pytest.raises(SiteError, match=message):
             vn.inspect_neuron(model, questions, neuron)
-    with pytest.raises(QuestionError, match="k=0 and batch_size=8 are at least 1"):
+    with pytest.raises(QuestionError, match="k 0 is less than 1"):
         vn.inspect_neuron(model, questions, 5, k=0)
     with pytest.raises(QuestionError, match="there are no questions to look at"):
         vn.inspect_neuron(model, [], 5)

@@ -117,7 +117,6 @@ from pathlib import Path
 import torch
 import vlmneurons as vn
 from vlmneurons.run.processes import current_processes
-from vlmneurons.study.protocol import record_shared
 
 model, data, out = vn.VLM.from_pretrained(sys.argv[1]), vn.QuestionSet.from_folder(sys.argv[2]), Path(sys.argv[3])
 processes = current_processes()
@@ -128,9 +127,9 @@ def failing(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
     return forward(*args, **kwargs)
 
-items = record_shared(model, data, out / "items", processes, batch_size=4, progress=False)
+items = vn.record_items(model, data, out / "items", batch_size=4, progress=False, distributed=True)
 model.hf.forward = failing
-halved = record_shared(model, data, out / "halved", processes, batch_size=4, progress=False)
+halved = vn.record_items(model, data, out / "halved", batch_size=4, progress=False, distributed=True)
 assert halved.group_by(condition="all") == items.group_by(condition="all")
 masks = {"x": vn.NeuronSet(model.space(), [1, 70])}
 result = vn.knockout(model, data, masks, batch_size=4, progress=False, folder=out / "study", distributed=True)

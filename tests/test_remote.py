@@ -73,7 +73,9 @@ def test_counts_of_every_question_are_kept_as_they_are_here(model, tmp_path):
         assert np.array_equal(there._table(name), here._table(name)), name
     assert there.group_by(condition="all") == here.group_by(condition="all")
     assert there._records["chosen"].tolist() == here._records["chosen"].tolist()
-    with pytest.raises(MismatchError, match="remote"):  # files from here and there are not mixed
+    with pytest.raises(
+        MismatchError, match="its engine is 'transformers through nnsight', not 'transformers'"
+    ):  # files from here and there are not mixed
         vn.record_items(model, some_questions(7), tmp_path / "there", **how)
 
 

@@ -42,12 +42,19 @@ def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
 
 
 def _differing_questions(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
-    changed = [key for key in ours if key in theirs and theirs[key] != ours[key]]
+    changed = [
+        key for key in ours if key in theirs and _known(theirs[key], ours[key]) != _known(ours[key], theirs[key])
+    ]
     if changed:
         yield f"{_some(changed)} had another text, options, answer, group or picture there"
     for what, one, other in (("lacks", ours, theirs), ("has besides", theirs, ours)):
         if rest := [key for key in one if key not in other]:
             yield f"it {what} {_some(rest)}"
+
+
+def _known(content: Any, other: Any) -> list[str]:
+    """The parts of a question's content, where what one run could not read (``?``) is as the other has it."""
+    return [theirs if part == "?" else part for part, theirs in zip(str(content).split(), str(other).split())]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -152,8 +159,13 @@ class RunFolder:
             yield
 
     def begin(self) -> None:
-        """Write the manifest if there is none; whoever calls this holds the folder."""
-        if not self.path.exists():
+        """Write the manifest if there is none, or what it could not know yet; whoever calls this holds the folder."""
+        theirs = self.known()
+        if theirs is not None and "?" in " ".join(map(str, theirs.get("content", {}).values())).split():
+            ours = self.manifest["content"]
+            content = {key: " ".join(_known(value, ours[key])) for key, value in theirs["content"].items()}
+            write_json(self.path, sealed({**theirs, "content": content}), indent=1)
+        if theirs is None:
             about = {"about": self.about} if self.about else {}
             write_json(self.path, sealed({**self.manifest, **about}), indent=1)
 

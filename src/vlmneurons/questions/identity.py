@@ -11,17 +11,19 @@ from vlmneurons.questions.sets import Question, QuestionSet
 
 
 def content_of(questions: QuestionSet) -> dict[str, str]:
-    """For each question, by id, a digest of its prompt and options as shown, answer, group, and its pictures' content.
+    """For each question, by id, a digest of its prompt and options as shown, answer and group, and of its pictures.
 
     The same content is the same wherever its files lie, and in whatever order the questions stand. Every picture is
-    read once; one that cannot be read is part of the content too, so that a run notices when it can be.
+    read once. In the place of the digest of pictures that cannot be read stands ``?``, which any picture may take: a
+    run that one stopped can be gone on with when it is mended.
     """
     content = {}
     for item in questions:
         order = questions.order(item)
         text = questions.prompt(item, [item.options[index] for index in order])
         pictures = [_content_of_picture(source) for source in item._sources]
-        content[item.id] = digest_of([text, item.options, order, item.answer, item.group, pictures])[:16]
+        asked = digest_of([text, item.options, order, item.answer, item.group, len(pictures)])[:16]
+        content[item.id] = f"{asked} {'?' if None in pictures else digest_of(pictures)[:16]}"
     return content
 
 
@@ -38,8 +40,8 @@ def in_order_of(ids: Iterable[str], questions: QuestionSet) -> QuestionSet:
     return questions._with([*named, *(item for item in questions if item.id in rest)])
 
 
-def _content_of_picture(source: Any) -> str:
-    """A digest of a picture's bytes where it is encoded, else of its pixels; or why there is none."""
+def _content_of_picture(source: Any) -> str | None:
+    """A digest of a picture's bytes where it is encoded, else of its pixels; None where it cannot be read."""
     from vlmneurons.questions.sets import _resolved
 
     try:
@@ -52,8 +54,8 @@ def _content_of_picture(source: Any) -> str:
             return digest_of_bytes(Path(source).read_bytes())
         palette = source.getpalette() if source.mode == "P" else None
         return digest_of_bytes(f"{source.mode} {source.size} {palette}".encode(), _pixels(source))
-    except Exception as error:  # it is named when its turn comes
-        return f"unreadable: {type(error).__name__}"
+    except Exception:  # it is named when its turn comes
+        return None
 
 
 def _pixels(image: Image.Image) -> bytes:

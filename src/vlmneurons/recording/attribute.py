@@ -6,6 +6,8 @@ the same derivative is what integrated gradients add up.
 """
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -110,9 +112,7 @@ def attribute(
     }
     job = _AttributionJob(engine, questions, factors, rules)
     ask(job, questions, options)
-    whole_of_it = sum(options.processes.gather(job.statistics()))
-    assert isinstance(whole_of_it, AttributionStatistics)
-    return whole_of_it
+    return functools.reduce(operator.add, options.processes.gather(job.statistics()))
 
 
 class _AttributionJob(Job["Tensor | None"]):

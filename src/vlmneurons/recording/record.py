@@ -1,6 +1,8 @@
 """Recording counts of questions by group: `record`."""
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -87,8 +89,7 @@ def record(
     job = _GroupJob(engine, counter, questions, condition)
     ask(job, questions, options)
     parts = options.processes.gather((job.statistics(), job.skipped, job.limit.halved))
-    whole = sum(part for part, _, _ in parts)
-    assert isinstance(whole, ActivationStatistics)
+    whole = functools.reduce(operator.add, [part for part, _, _ in parts])
     skipped, halved = ([one for part in parts for one in part[n]] for n in (1, 2))
     order = {item.id: number for number, item in enumerate(questions)}
     more = {"skipped": sorted(skipped, key=order.__getitem__), **({"halved": halved} if halved else {})}
