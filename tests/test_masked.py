@@ -8,8 +8,8 @@ from helpers import some_questions
 from vlmneurons.errors import AblationError, ActivationError
 from vlmneurons.model.encoder import Batch, TokenTable
 from vlmneurons.run import replay
-from vlmneurons.run.ablation import _OWNERS
 from vlmneurons.run.masked import read_masked
+from vlmneurons.run.owners import OWNERS
 from vlmneurons.run.readers import reader_of
 from vlmneurons.testing import tiny as _tiny
 
@@ -270,7 +270,7 @@ def test_after_an_interrupt_the_model_is_as_it_was(model, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 list(read_masked(model, reader, questions, encoded, ablations))
         assert torch.equal(reader.read(model, questions, encoded).scores, clean.scores)
-    assert model.hf not in _OWNERS._held
+    assert model.hf not in OWNERS._held
 
 
 def test_half_precision_agrees_as_far_as_it_can_tell(tiny_folder, passes):

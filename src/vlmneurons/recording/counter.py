@@ -16,6 +16,7 @@ from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.run.engine import Counts
+from vlmneurons.run.owners import OWNERS
 from vlmneurons.statistics.counting import count_patches, count_routed, count_tokens
 
 
@@ -145,16 +146,20 @@ class Counter:
             end: called after it.
         """
         hf, handles = self.model.hf, []
+        OWNERS.take(hf, "recorded")
         try:
             for number, site in enumerate(self.space.sites):
                 handles.append(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
-            handles.append(Handle([hf.register_forward_pre_hook(begin or self._begin_watched, with_kwargs=True)]))
+            guard = hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module))
+            begun = hf.register_forward_pre_hook(begin or self._begin_watched, with_kwargs=True)
+            handles.append(Handle([guard, begun]))
             if end is not None:
                 handles.append(Handle([hf.register_forward_hook(end)]))
             yield
         finally:
             while handles:
                 handles.pop().remove()
+            OWNERS.give(hf)
             self.forget()
             self._scratch.clear()
 

@@ -4,8 +4,6 @@ The intervention is a hook on the model's own modules, so it acts in every way o
 calls, and every token of every step of ``generate``. Ablations nest: each acts on what the ones entered before it left.
 """
 
-import asyncio
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,67 +21,12 @@ from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.run.editing import edit_columns, edit_rows
 from vlmneurons.run.intervention import Intervention
+from vlmneurons.run.owners import OWNERS
 from vlmneurons.statistics.counts import ActivationStatistics
 
 MODES = ("zero", "scale", "mean", "add", "replace")
 """What an ablation does with a neuron's value ``x``: 0, ``factor * x``, a mean, ``x + factor * values``, ``values``."""
 
-
-class _Owners:
-    """Who is ablating a model: which thread, and in it which task of asyncio (None outside of a loop).
-
-    Two threads, or two tasks, with one model would silently share each other's ablations. A task does run under what
-    was entered outside of its event loop: that is around all of them.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: weakref.WeakKeyDictionary[nn.Module, tuple[int, str, list[Any]]] = weakref.WeakKeyDictionary()
-
-    def take(self, module: nn.Module) -> None:
-        with self._lock:
-            self._refuse_others(module, "; its ablations would act on the runs of this one too")
-            name = threading.current_thread().name
-            self._held.setdefault(module, (threading.get_ident(), name, []))[2].append(_current_task())
-
-    def give(self, module: nn.Module) -> None:
-        with self._lock:
-            tasks, mine = self._held[module][2], _current_task()
-            place = max((n for n, task in enumerate(tasks) if task is mine), default=len(tasks) - 1)
-            del tasks[place]
-            if not tasks:
-                del self._held[module]
-
-    def check(self, module: nn.Module) -> None:
-        self._refuse_others(module, ", and ran in another one: that run would have been ablated too")
-
-    def _refuse_others(self, module: nn.Module, what: str) -> None:
-        held = self._held.get(module)
-        if held is None:
-            return
-        thread, name, tasks = held
-        mine = _current_task()
-        if thread != threading.get_ident():
-            where = f"thread {name!r}"
-        elif any(task is not None and task is not mine for task in tasks):
-            where = "another task of asyncio"
-        else:
-            return
-        raise AblationError(
-            f"this model is being ablated in {where}{what}. Wait for the ablation to end, or give each a model of "
-            "its own"
-        )
-
-
-def _current_task() -> Any:
-    """The task of asyncio that this is running in; None outside of a loop."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
-
-
-_OWNERS = _Owners()
 
 _IN_FORCE: "weakref.WeakKeyDictionary[nn.Module, list[Ablation]]" = weakref.WeakKeyDictionary()
 
@@ -268,11 +211,11 @@ class Ablation:
         if self._handles:
             raise AblationError("this ablation is already in force; make another one to apply it twice")
         hf = self.model.hf
-        _OWNERS.take(hf)
+        OWNERS.take(hf, "ablated")
         _IN_FORCE.setdefault(hf, []).append(self)
         try:
             # Entered first and removed last, so that an empty set is guarded against other threads as well.
-            guard = hf.register_forward_pre_hook(lambda module, args: _OWNERS.check(module))
+            guard = hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module))
             self._handles.append(Handle([guard]))
             for site, edit in self._edits.items():
                 mlp = self.model.mlp_of(site.at(self.at))
@@ -288,7 +231,7 @@ class Ablation:
         while self._handles:
             self._handles.pop().remove()
         _IN_FORCE[self.model.hf].remove(self)
-        _OWNERS.give(self.model.hf)
+        OWNERS.give(self.model.hf)
 
     def _editor(self, site: Site, edit: _Edit) -> Any:
         """The function that gives one site's edited values."""

@@ -25,6 +25,7 @@ from vlmneurons.run.batching import batches, prefetched
 from vlmneurons.run.engine import Engine
 from vlmneurons.run.local import LocalEngine
 from vlmneurons.run.memory import MemoryLimit, asked_in_parts
+from vlmneurons.run.owners import OWNERS
 from vlmneurons.run.processes import Processes, current_processes
 from vlmneurons.run.readers import AnswerReader, reader_of
 from vlmneurons.run.remote import Remote, RemoteEngine, refuse_unknown
@@ -169,7 +170,7 @@ def ask(job: Job[Any], questions: QuestionSet, options: Options) -> None:
     model = job.engine.model
     lengths = functools.partial(model.encoder.length, questions) if options.by_length else None
     mine = list(options.processes.mine(list(batches(questions, options.batch_size, lengths))))
-    with job.running(), undisturbed(model.hf), torch.inference_mode(not job.gradients):
+    with held(model.hf), job.running(), undisturbed(model.hf), torch.inference_mode(not job.gradients):
         waiting = [(number, batch) for number, batch in mine if not job.known(number, batch)]
         total = sum(len(batch) for _, batch in mine)
         left = sum(len(batch) for _, batch in waiting)
@@ -210,6 +211,16 @@ def _ask_batch(
         job.forget()
     if postfix := job.postfix():
         bar.set_postfix(**postfix, refresh=False)
+
+
+@contextlib.contextmanager
+def held(hf: nn.Module) -> Iterator[None]:
+    """Within, no other thread can ask, record or ablate the model."""
+    OWNERS.take(hf, "asked")
+    try:
+        yield
+    finally:
+        OWNERS.give(hf)
 
 
 @contextlib.contextmanager

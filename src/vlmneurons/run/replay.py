@@ -39,8 +39,9 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import Site
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.run.ablation import _OWNERS, Ablation
+from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.memory import is_out_of_memory, release
+from vlmneurons.run.owners import OWNERS
 from vlmneurons.run.packing import Packing
 from vlmneurons.run.pictures import each_once
 from vlmneurons.run.readers import Wanted, logits_at
@@ -233,10 +234,10 @@ class _Pass:
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:
         hf, structure = self.model.hf, self.structure
-        _OWNERS.take(hf)
+        OWNERS.take(hf, "asked")
         handles: list[Any] = []
         try:
-            handles.append(hf.register_forward_pre_hook(lambda module, args: _OWNERS.check(module)))
+            handles.append(hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module)))
             for number, module in enumerate(structure.chain):
                 enter = functools.partial(self._enter, number)
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
@@ -255,7 +256,7 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
-            _OWNERS.give(hf)
+            OWNERS.give(hf)
             self.calls = [None] * len(self.calls)
             self.tiled.clear()
             self.packed.clear()

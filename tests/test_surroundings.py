@@ -1,0 +1,204 @@
+"""Counts do not depend on what stands around the call; what cannot be made harmless is refused."""
+
+import contextlib
+import inspect
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import vlmneurons as vn
+from helpers import picture, plain_hooks, some_questions
+from vlmneurons.errors import MismatchError, QuestionError
+
+
+@pytest.fixture
+def model(tiny_folder):
+    return vn.VLM.from_pretrained(tiny_folder("llava_next_qwen2"))
+
+
+@contextlib.contextmanager
+def training(hf):
+    hf.train()
+    for module in hf.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    try:
+        yield
+    finally:
+        hf.eval()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+AROUND = {
+    "autocast to bfloat16": lambda hf: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast to float16": lambda hf: torch.autocast("cpu", dtype=torch.float16),
+    "a default dtype of float64": lambda hf: default_dtype(torch.float64),
+    "a default dtype of bfloat16": lambda hf: default_dtype(torch.bfloat16),
+    "training": training,
+    "gradients": lambda hf: torch.enable_grad(),
+    "no gradients": lambda hf: torch.no_grad(),
+    "inference mode": lambda hf: torch.inference_mode(),
+    "two threads": lambda hf: threads(2),
+    "a random seed": lambda hf: torch.random.fork_rng(),
+    "determinism": lambda hf: contextlib.nullcontext(torch.use_deterministic_algorithms(True)),
+    "anomaly detection": lambda hf: torch.autograd.graph.save_on_cpu(),
+}
+DOES = {
+    "record": lambda model, asked: vn.record(model, asked, condition="all", progress=False).positive,
+    "knockout": lambda model, asked: torch.tensor(
+        vn.knockout(model, asked, {"x": vn.NeuronSet(model.space(), range(20))}, progress=False).chosen
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DOES)
+@pytest.mark.parametrize("around", AROUND)
+def test_the_integers_are_the_same_whatever_is_around(model, around, what):
+    asked = some_questions(5)
+    alone = DOES[what](model, asked)
+    flags = [module.training for module in model.hf.modules()]
+    try:
+        with AROUND[around](model.hf):
+            inside = [module.training for module in model.hf.modules()]
+            assert torch.equal(DOES[what](model, asked), alone)
+            assert [module.training for module in model.hf.modules()] == inside  # as the user had it
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [module.training for module in model.hf.modules()] == flags
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_recorder_under_autocast_counts_what_the_model_used(model, dtype):
+    batch = model.prepare(some_questions(4))
+    mask = batch.tokens.attention
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        with plain_hooks(model.hf) as values:
+            model.hf(**batch)
+        with vn.Recorder(model, tokens=lambda table: table.attention) as recorder:
+            model.hf(**batch)
+    gates = [values[str(site)][0] for site in model.space().sites]
+    by_hand = torch.cat([((gate > 0) & mask[..., None]).sum((0, 1)) for gate in gates])
+    assert torch.equal(recorder.statistics.positive[0], by_hand)
+    assert recorder.statistics.provenance["dtype"] == f"torch.float32, autocast {dtype}"
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_threads_that_record_on_one_model_are_refused(model):
+    asked, problems, begun, wait = some_questions(4), [], threading.Event(), threading.Event()
+
+    def slow():
+        begun.set()
+        wait.wait(10)
+        return picture(1)
+
+    first = vn.QuestionSet([vn.Question(slow, "What?", ("a", "b"), 0, "A", id="slow")])
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(vn.record(model, first, condition="all", batch_size=2, progress=False))
+    )
+
+    def trying(what, match):
+        with pytest.raises(MismatchError, match=match):
+            what()
+        problems.append(what)
+
+    with vn.Recorder(model):  # in this thread; the other one is refused at once
+        other = threading.Thread(target=trying, args=(lambda: vn.record(model, asked, progress=False), "recorded in"))
+        other.start()
+        other.join()
+        run = threading.Thread(
+            target=trying, args=(lambda: model.hf(**model.prepare(asked)), "recorded in .*would have been counted")
+        )
+        run.start()
+        run.join()
+    assert len(problems) == 2
+    wait.set()
+    thread.start()
+    thread.join()
+    assert int(results[0].items.sum()) == 1
+
+
+# -- generations -------------------------------------------------------------------------------------------------------
+
+N = 5
+
+
+def written(model, inputs, **how):
+    """Counts of a recorder around a generation, and those of one forward over the prompt and all that was written."""
+    with vn.Recorder(model, tokens=lambda table: table.attention) as recorder:
+        ids = model.hf.generate(**inputs, max_new_tokens=N, min_new_tokens=N, do_sample=False, **how)
+    attention = torch.cat([inputs["attention_mask"], torch.ones(len(ids), N - 1, dtype=torch.int64)], 1)
+    with vn.Recorder(model, tokens=lambda table: table.attention) as whole:
+        model.hf(**{**inputs, "input_ids": ids[:, :-1], "attention_mask": attention})
+    return recorder.statistics, whole.statistics
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"return_dict_in_generate": False}]
+)
+def test_every_token_of_a_generation_is_counted_once(model, how):
+    inputs = model.prepare(some_questions(3))
+    if "cache_implementation" in how:  # which compiles where it can
+        how = {**how, "disable_compile": True}
+    steps, whole = written(model, inputs, **how)
+    assert steps.tokens.tolist() == whole.tokens.tolist() == [int(inputs["attention_mask"].sum()) + 3 * (N - 1)]
+    assert steps.items.tolist() == [3]
+    differ = (steps.positive != whole.positive).float().mean()
+    assert differ < 0.02  # a cache adds in another order: within rounding of 0
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_several_continuations_of_a_row_are_refused(model, how):
+    inputs = model.prepare(some_questions(2))
+    with vn.Recorder(model), pytest.raises(QuestionError, match=r"4 continuations of 2 rows .beams, or several"):
+        model.hf.generate(**inputs, max_new_tokens=3, **{"do_sample": False, **how})
+    assert "generate" not in vars(model.hf)
+
+
+def test_a_mask_given_by_position_is_read_like_one_given_by_name(model):
+    inputs = model.prepare(some_questions(3, groups="A").filter(lambda item: True))
+    words = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    words["input_ids"] = words["input_ids"].clone()
+    words["input_ids"][words["input_ids"] == model.hf.config.image_token_id] = 5
+    with vn.Recorder(model, tokens=lambda table: table.attention) as named:
+        model.hf(**words)
+    parameters = list(inspect.signature(type(model.hf).forward).parameters)[1:]
+    place = parameters.index("attention_mask")
+    arguments = [None] * (place + 1)
+    arguments[parameters.index("input_ids")], arguments[place] = words["input_ids"], words["attention_mask"]
+    with vn.Recorder(model, tokens=lambda table: table.attention) as positional:
+        model.hf(*arguments)
+    assert named.statistics == positional.statistics
+
+
+def test_a_mask_from_which_padding_cannot_be_told_is_refused(model):
+    inputs = dict(model.prepare(some_questions(2)))
+    n = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(2, 1, n, n, dtype=torch.bool).tril()
+    with vn.Recorder(model), pytest.raises(QuestionError, match=r"gives \[2, 1, .* from which padding cannot be told"):
+        model.hf(**inputs)
