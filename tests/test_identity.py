@@ -14,6 +14,7 @@ import vlmneurons as vn
 from helpers import picture
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.digests import digest_of_code
+from vlmneurons.files.folders import RunFolder
 from vlmneurons.model.identity import digest_of_weights
 from vlmneurons.questions.identity import content_of
 from vlmneurons.run.readers import Generate, Letters
@@ -264,24 +265,21 @@ def test_the_same_content_elsewhere_and_in_another_order_is_gone_on_with(model, 
     assert result.ids == whole.ids
 
 
-def test_a_study_stopped_and_gone_on_with_in_another_order_is_the_same_study(model, tmp_path):
+def test_a_study_stopped_and_gone_on_with_in_another_order_is_the_same_study(model, tmp_path, monkeypatch):
     questions = made_of(tmp_path / "pictures")
     masks = {"x": vn.NeuronSet(model.space(), [0, 9])}
     whole = vn.knockout(model, questions, masks, batch_size=2, progress=False)
-    calls = 0
-    forward = model.hf.forward
+    write = RunFolder.write
 
-    def failing(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls > 6:
-            raise RuntimeError("stopped")
-        return forward(*args, **kwargs)
+    def stopping(self, name, table):
+        if name == "batch-000001":
+            raise KeyboardInterrupt
+        write(self, name, table)
 
-    model.hf.forward = failing
-    with pytest.raises(RuntimeError, match="stopped"):
+    monkeypatch.setattr(RunFolder, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
         vn.knockout(model, questions, masks, batch_size=2, folder=tmp_path / "study", progress=False)
-    del model.hf.forward
+    monkeypatch.undo()
     assert list((tmp_path / "study" / "parts").glob("*.parquet"))
     turned = vn.QuestionSet(list(questions)[::-1], prompt=plain_prompt)
     result = vn.knockout(model, turned, masks, batch_size=2, folder=tmp_path / "study", progress=False)

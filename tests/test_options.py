@@ -77,7 +77,6 @@ def test_an_option_works_or_is_refused_early(name, option, model, tmp_path):
         ({"on_error": "ignore"}, "on_error='ignore' does not exist; choose from raise, skip"),
         ({"batch_size": 0}, "batch_size 0 is less than 1|batch_size=0"),
         ({"prefetch": -1}, "prefetch -1 is less than 0"),
-        ({"by_length": "yes"}, "by_length"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_before_any_forward(name, how, message, model, tmp_path, monkeypatch):

@@ -110,8 +110,9 @@ def attribute(
         "condition": condition,
         "threshold": threshold,
     }
-    job = _AttributionJob(engine, questions, factors, rules)
-    ask(job, questions, options)
+    with torch.inference_mode(False):  # what adds up must not be made in it, whatever mode the caller is in
+        job = _AttributionJob(engine, questions, factors, rules)
+        ask(job, questions, options)
     return functools.reduce(operator.add, options.processes.gather(job.statistics()))
 
 
