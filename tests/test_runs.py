@@ -139,7 +139,7 @@ def test_another_study_in_the_same_folder_is_refused_with_what_differs(model, lo
         ),
         (
             {"questions": questions.asked(prompt=lambda item, options: "Other?")},
-            "its prompt is '.*, not 'test_another_study",
+            "its prompt is '.*, not 'test",
         ),
         ({"on_error": "skip"}, "its on_error is 'raise', not 'skip'"),
     ]
