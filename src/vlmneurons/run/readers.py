@@ -6,8 +6,6 @@ whoever counts activations meanwhile gets told what each token of the run is (``
 
 import contextlib
 import inspect
-import re
-import unicodedata
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmneurons.checks import names, of_kind, whole
+from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
-from vlmneurons.questions.sets import LETTERS, QuestionSet, normalize
+from vlmneurons.questions.sets import LETTERS, QuestionSet
+from vlmneurons.run.parsing import parse_answer
 from vlmneurons.run.pictures import each_once
 
 if TYPE_CHECKING:
@@ -465,125 +464,3 @@ def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = 
         chosen.append(order[int(by_place.argmax())])
         table[row, list(order)] = by_place
     return Reading(tuple(chosen), table)
-
-
-def parse_answer(text: str, options: Sequence[str]) -> int | None:
-    """Which option a generated text names: index from 0 in shown order, or None where that cannot be told.
-
-    A text that is one option, word for word, is that option; else a letter wins over a number, and a number over an
-    option's text within a longer one. A lone letter is always the letter of an option. What is ambiguous is None, never
-    a guess.
-
-    Args:
-        text: what the model wrote.
-        options: the options, in the order in which they were shown.
-
-    Raises:
-        QuestionError: the text or an option is no text, or there are no options.
-
-    Examples:
-        >>> options = ["Cairo", "Paris", "Rome", "Oslo"]
-        >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]
-        [1, 2, 3, 1, None]
-    """
-    of_kind("text", text, str, QuestionError, "a text")
-    options = names("options", options, QuestionError)
-    if not options:
-        raise QuestionError("there are no options that the text could name")
-    stripped = unicodedata.normalize("NFKC", text).strip()
-    plain = normalize(stripped)
-    if not plain:
-        return None
-    whole = [index for index, option in enumerate(options) if normalize(option) == plain]
-    if whole and not (len(plain) == 1 and plain.upper() in LETTERS):
-        return whole[0] if len(whole) == 1 else None
-    letter = _parse_letter(stripped, LETTERS[: len(options)])
-    if letter is not None:
-        return letter
-    number = re.match(rf"(?:{_LEAD}\s*)?[(\[*]*(\d{{1,2}})[)\]*]*[.:]?[)\]*]*\s*(?:$|\n(?!\s*\W?\d))", stripped, re.I)
-    if number:
-        # Among 2, 4, 6 and 8 "the answer is 4" means the option that reads 4, not the fourth.
-        same = [index for index, option in enumerate(options) if normalize(option) == str(int(number[1]))]
-        if len(same) == 1:
-            return same[0]
-        if not same and 1 <= int(number[1]) <= len(options):
-            return int(number[1]) - 1
-    return _parse_text(plain, options)
-
-
-_CUE = "(?i:answer|option|choice)"
-_LEAD = rf"(?i:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?{_CUE}\s*(?:is|:)?)"
-_OPEN, _CLOSE = "[(\\[{*\"'`]*", "[)\\]}*\"'`]*"
-_STOP = "[.:,;!。]"
-
-
-def _parse_letter(text: str, letters: str) -> int | None:
-    one = f"[{letters}{letters.lower()}]"
-    large = f"[{letters}]"  # where a small letter may be a word, such as "a"
-    another = rf"(?!\s*(?:or\b|and\b|&|,|/)*\s*{_OPEN}{one}(?!\w))"  # "A or B" and "A, B" name no letter
-    denied = rf"(?!\s*(?:(?:or|and|&|/)\s*{_OPEN}{one}(?!\w)|is\s+(?:not|wrong|incorrect)\b))"
-    right = r"\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
-    listed = re.findall(rf"(?:^|\s)[(\[*]*({large})[)\]*]*[.):\]]\W*\s", text)
-    if len(set(listed)) > 1:  # "A. Cairo B. Paris" repeats the options
-        return None
-    patterns = (
-        rf"{_OPEN}({one}){_CLOSE}{_STOP}?{_CLOSE}\s*$",  # B   (b)   **B**   B.
-        rf"[(\[*]*({one})[)\]*]*[.):\]][)\]*]*{denied}\s+\S",  # B. Paris   (B) Paris   B) Paris
-        rf"[(\[*]+({one})[)\]*]+{another}{denied}",  # (B) because …
-        rf"{_OPEN}({large}){_CLOSE}(?:\s*[,\n–—]|\s+-\s){another}",  # B, because …   B - Paris
-        rf"(?:{_CUE}\s+)?{_OPEN}({large}){_CLOSE}{right}",  # B is correct   Option B is the answer
-        rf"(?:.*?\b)?(?<![Nn]ot )(?<!n't ){_CUE}\s*(?:(?i:is|was|would be)|[:=])*\s*{_CUE}?\s*{_OPEN}({one}){_CLOSE}"
-        rf"(?:\s*$|{_STOP}{another}|\s+(?:because|since|as)\b)",  # The answer is B.
-        rf"[^\n]{{1,40}}:\s*{_OPEN}({large}){_CLOSE}{_STOP}?{_CLOSE}\s*$",  # in any language: 答案：B
-    )
-    for pattern in patterns:
-        match = re.match(pattern, text, re.S)
-        if match:
-            return letters.index(match[1].upper())
-    bracketed = {match.upper() for match in re.findall(rf"\(({one})\)", text)}
-    if len(bracketed) == 1 and re.search(rf"\({one}\){denied}", text):
-        return letters.index(bracketed.pop())
-    return None
-
-
-_NEGATION = re.compile(r"(?:\bnot|n't|n’t|\bneither|\bnor)\s+(?:in\s+)?(?:an?\s+|the\s+)?$")
-
-
-def _parse_text(plain: str, options: Sequence[str]) -> int | None:
-    """The one option whose words the text contains and does not deny; of two that contain each other, the longer."""
-    spans: list[tuple[int, int, int]] = []
-    for index, option in enumerate(options):
-        wanted = normalize(option)
-        if not wanted:
-            continue
-        for match in re.finditer(re.escape(wanted), plain):
-            before, after = plain[: match.start()][-1:], plain[match.end() :][:1]
-            if not _joined(before, wanted[0]) and not _joined(wanted[-1], after):
-                spans.append((match.start(), match.end(), index))
-    # From left to right, the longer first where two begin together: what ends before something earlier did lies in it.
-    outer: set[int] = set()
-    reached, before_it = -1, -1
-    spans.sort(key=lambda span: (span[0], -span[1]))
-    for n, (start, end, index) in enumerate(spans):
-        if n and spans[n - 1][:2] != (start, end):
-            reached = max(reached, before_it)
-        before_it = end
-        # A denial is a few words: looking at all that was said before would take a long text's length squared.
-        if end > reached and not _NEGATION.search(plain[max(0, start - 60) : start]):
-            outer.add(index)
-    return outer.pop() if len(outer) == 1 else None
-
-
-def _joined(left: str, right: str) -> bool:
-    """Whether two neighbouring characters belong to one word."""
-    if not left or not right:
-        return False
-    if unicodedata.category(right).startswith("M"):  # a vowel sign or an accent belongs to the letter before it
-        return True
-    if any(unicodedata.name(character, "").startswith(_UNSPACED) for character in (left, right)):
-        return False
-    return all(character == "_" or unicodedata.category(character)[0] in "LMN" for character in (left, right))
-
-
-_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-"""Scripts that put no space between words, or between a word and its particles."""
