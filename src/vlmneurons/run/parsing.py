@@ -1,17 +1,17 @@
 """Which option a generated text names: by rules that read an answer only where it is said in so many words.
 
-A wrong letter is worse than none: a failure to parse is counted and reported, a letter that was not meant is not seen by
-anybody. So the rules do not look for what would rule an answer out (no list of denials is ever complete) but for
-sentences that hold nothing besides an answer: a letter, and words that announce one. ``answer_words.tsv`` is the table of
-these words, a row a language, for the languages of CVQA and some more. Its columns, entries apart by commas:
+A wrong letter is worse than none: a failure to parse is counted and reported, a letter that was not meant is seen by
+nobody. So the rules do not look for what would rule an answer out (no list of denials is ever complete) but for
+sentences that hold nothing besides an answer: a letter, and words that announce one. ``answer_words.tsv`` is the table
+of these words, a row a language, for the languages of CVQA and some more. Its columns, entries apart by commas:
 
 - *nouns* announce an answer: what follows is it, whatever else stood before ("I see a tower, so the answer is B"),
 - *options* do so beside a closer ("so the correct option is B"; but "I looked at option B"), or as *leads* do,
 - *leads* announce one if the sentence holds nothing else before it ("it is B"),
 - *fillers* may stand between ("the correct answer is B"),
 - *closers* may end what follows a letter ("B is correct", "उत्तर B है"),
-- *negations*, and *doubts* with conditions and "or", speak against an answer; with ``*`` they are common words of another
-  language too, and so looked for only where the language is known,
+- *negations*, and *doubts* with conditions and "or", speak against an answer; with ``*`` they are common words of
+  another language too, and so looked for only where the language is known,
 - *reasons* begin the why of an answer: what they introduce says no longer which.
 
 A word that is missing there costs a parse failure, not a wrong answer.
@@ -30,13 +30,13 @@ from vlmneurons.questions.sets import normalize
 
 
 def parse_answer(text: str, options: Sequence[str]) -> int | None:
-    """Which option a generated text names: index from 0 in shown order, or None where that cannot be told.
+    r"""Which option a generated text names: index from 0 in shown order, or None where that cannot be told.
 
     A text that is one option, word for word, is that option; else a letter wins over a number, and a number over an
     option's text within a longer one. A lone letter is always the letter of an option. What is marked as the answer
-    (``\\boxed{…}``, ``<answer>…</answer>``) is read alone, and what a model thought before (``<think>…</think>``) not at
-    all. What is ambiguous, denied, doubted, asked or contradicts itself is None, never a guess: `vlmneurons.run.parsing`
-    says how, and in which languages.
+    (``\boxed{…}``, ``<answer>…</answer>``) is read alone, and what a model thought before (``<think>…</think>``) not
+    at all. What is ambiguous, denied, doubted, asked or contradicts itself is None, never a guess. Answers in plain
+    words are read in the languages of CVQA.
 
     Args:
         text: what the model wrote.
@@ -94,181 +94,19 @@ _MARKED = re.compile(
 _THOUGHT = re.compile(r"[<\[◁](/?)(?:seed:)?(?:think|thinking|thought|reasoning|reflection)[>\]▷]", re.I)
 
 
-_NEXT_QUESTION = re.compile(r"\n\s*(?:question|q|user|human|problem|pregunta|pergunta|frage|问题|問題|질문)\s*\d*\s*:", re.I)
-"""A model that was not stopped goes on with a question of its own making."""
-
-
-def _cleaned(text: str) -> str:
-    """NFKC, decimal digits of every script as ASCII, no invisible characters, no marks of a turn's end."""
-    text = unicodedata.normalize("NFKC", re.split(r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|</s>", text)[0])
-    kept = []
-    for character in text.replace("’", "'"):
-        kind = unicodedata.category(character)
-        if kind == "Nd":
-            character = str(unicodedata.decimal(character))
-        if kind not in ("Cf", "Co"):  # private characters stand for labels below
-            kept.append(character)
-    return "".join(kept).strip()
-
-
-def _after_thought(text: str) -> str | None:
-    """What follows the model's thought; None if the thought did not end."""
-    found = list(_THOUGHT.finditer(text))
-    if not found:
-        return text
-    return text[found[-1].end() :] if found[-1][1] else None
-
-
-# -- letters and numbers -----------------------------------------------------------------------------------------------
-
-_WORD = "0-9A-Za-z_\u00c0-\u024f\u0300-\u036f\u0370-\u052f\u1e00-\u1eff"  # what a Latin letter may not be joined to
-_OPEN, _CLOSE = r"[(\[{<\"'«“„‘「『【〈《]{0,4}", r"[)\]}>\"'»”」』】〉》]"
-_LETTER = re.compile(
-    rf"(?<![{_WORD}])(?<![{_WORD}]['.\-])(?P<open>{_OPEN})(?P<label>[A-Za-z])(?!['\-][{_WORD}])"
-    rf"(?:(?P<close>{_CLOSE}+)|(?![{_WORD}+#]|\.[A-Z]\b))"
-)
-_NUMBER = re.compile(
-    rf"(?<![{_WORD}.,\-])(?P<open>{_OPEN})(?P<label>\d{{1,2}})(?:(?P<close>{_CLOSE}+)|(?![{_WORD}%°]|[.,:/\-]\d))"
-)
-_FIRST, _MOST = 0xE000, 0x1900  # a private character stands in the text for each label
-_MOST_SAID = 12  # a sentence of more letters is a list of them
-_LABEL = "[\ue000-\uf8ff]"
-
-
-@dataclass(frozen=True)
-class _Label:
-    """A letter or number that may name an option.
-
-    Attributes:
-        index: the option's; -1 if there is none of this label.
-        start, end: where it stands, with its brackets and the option's own text beside it.
-        word: what it is as a word ("A dog", Spanish "a"), if it may be one.
-        small: it is written small, without brackets.
-        marked: it stands in brackets, or a stop or bracket follows.
-        named: the option's own text stands beside it.
-    """
-
-    index: int
-    start: int
-    end: int
-    word: str | None
-    small: bool
-    marked: bool
-    named: bool
-
-
-def _by_label(text: str, options: Sequence[str], kind: "re.Pattern[str]") -> tuple[bool, int | None]:
-    """Whether letters, or numbers, settle the answer, and which it is; settled without an answer is a contradiction."""
-    labels, contradicted = _labels(text, options, kind)
-    if contradicted or len(labels) > _MOST:
-        return True, None
-    reading, pieces, reached = _Reading(labels, kind is _LETTER), [], 0
-    for number, label in enumerate(labels):
-        pieces += [text[reached : label.start], chr(_FIRST + number)]
-        reached = label.end
-    for sentence in _SENTENCE.split("".join(pieces) + text[reached:]) if labels else []:
-        reading.take(sentence)
-    chosen = reading.outcome()
-    if chosen is None:
-        return reading.answered, None
-    # Where options have letters of their own, in another order, a bare letter means two things.
-    own = [re.match(r"\(?([A-Za-z])[.):]\s", option) for option in options]
-    moved = any(found and ord(found[1].upper()) - ord("A") != place for place, found in enumerate(own))
-    if moved and not any(label.named and label.index == chosen for label in labels):
-        return True, None
-    return True, chosen if chosen >= 0 else None
-
-
-def _labels(text: str, options: Sequence[str], kind: "re.Pattern[str]") -> tuple[list[_Label], bool]:
-    """The labels of a text, and whether the text of another option beside one contradicts it."""
-    labels: list[_Label] = []
-    contradicted, reached = False, 0
-    for found in kind.finditer(text):
-        label, index = found["label"], _index_of(found["label"], options)
-        if found.start() < reached or index is None:
-            continue  # within an option's text that was read with its letter; or a number that may mean two things
-        start, end = found.start(), found.end()
-        bracketed = bool(re.search(r"[(\[{<]", found["open"])) and bool(found["close"])
-        stop = re.match(r"[.:)\]、]", text[end:])
-        marked = bracketed or stop is not None or bool(re.search(r"[)\]]", found["close"] or ""))
-        small = label.islower() and not bracketed
-        before_word = re.match(rf"\s+[{_WORD}]", text[end:]) is not None and not bracketed
-        spoken = label == "I" and not marked and text[end:].strip() != ""
-        word = label.lower() if small or (label in "AEIOUY" and before_word) or spoken else None
-        place = end + len(re.match(r"[\s.:,)\]}>(\[\"'–—-]*", text[end:])[0])  # type: ignore[index]
-        beside = _option_at(text, place, options)
-        before = _option_before(text[reached:start], options) if bracketed else None
-        named = index in (beside or ()) or index in (before or ())
-        if beside is not None and index in beside:
-            end = place + len(options[index])
-            end += len(re.match(rf"{_CLOSE}*", text[end:])[0])  # type: ignore[index]
-            word = None
-        elif before is not None:
-            contradicted |= not named
-            start = len(text[:start].rstrip(" ,:–—-")) - len(options[index]) if named else start
-        elif beside is not None and place > end and (marked or (word is None and kind is _LETTER)):
-            contradicted = True
-        elif stop is not None and re.match(r"\.\s?[A-Z]\.", text[end:]):
-            contradicted |= not small  # initials: A. A. Milne
-        elif stop is not None and text[:start].rstrip(" ")[-1:] in ("", "\n"):
-            end += stop.end()  # a line that begins with "B. " goes on
-        labels.append(_Label(index, start, end, word, small, marked, named))
-        reached = end
-    return labels, contradicted
-
-
-def _index_of(label: str, options: Sequence[str]) -> int | None:
-    """The option that a label stands for, -1 for none; None where a number may mean an option's place or its text."""
-    if not label.isdigit():
-        index = ord(label.upper()) - ord("A")
-        return index if index < len(options) else -1
-    # Among 2, 4, 6 and 8 "the answer is 4" means the option that reads 4, not the fourth.
-    same = [index for index, option in enumerate(options) if normalize(option) == str(int(label))]
-    if len(same) == 1:
-        return same[0]
-    if same or any(re.search(rf"(?<!\d){int(label)}(?!\d)", option) for option in options):
-        return None
-    return int(label) - 1 if 1 <= int(label) <= len(options) else -1
-
-
-def _option_at(text: str, place: int, options: Sequence[str]) -> list[int] | None:
-    """The options, if any, whose text is the longest that stands at a place as words of its own."""
-    return _longest(
-        options,
-        lambda option: text[place : place + len(option)].casefold() == option.casefold()
-        and not joined(option[-1], text[place + len(option) :][:1]),
-    )
-
-
-def _option_before(text: str, options: Sequence[str]) -> list[int] | None:
-    """The options, if any, whose text is the longest that a text ends with."""
-    text = text.rstrip(" ,:–—-")
-    return _longest(
-        options,
-        lambda option: text[-len(option) :].casefold() == option.casefold()
-        and not joined(text[: -len(option)][-1:], option[0]),
-    )
-
-
-def _longest(options: Sequence[str], stands: Callable[[str], bool]) -> list[int] | None:
-    found = [index for index, option in enumerate(options) if option and stands(option)]
-    most = max((len(options[index]) for index in found), default=0)
-    return [index for index in found if len(options[index]) == most] or None
-
-
-# -- sentences ---------------------------------------------------------------------------------------------------------
-
-_SENTENCE = re.compile(r"(?<=[!?…。！？।॥؟۔;；።፧])|(?<=\.)(?=\s|$)|\n+")
-_CLAUSE = re.compile(rf"[,،、，(){{}}]|[—–](?!\s*{_LABEL})|(?<={_LABEL}) - |\b(?:but|pero|aber|tetapi)\b", re.I)
-_QUESTION = re.compile(r"[?？؟፧]\W*$|^[^\w\ue000-\uf8ff]*(?:is|are|was|does|should|could|would|er|est-ce|ist|apakah|adakah)\s(?!é |í |ea )", re.I)
-_TAKEN_BACK = re.compile(
-    r"\b(?:wait|actually|correction|sorry|oops|scratch that|on second thought|(?:that|this|it|which) (?:is|was|would be) "
-    r"(?:not|wrong|incorrect|false)|that's (?:not|wrong)|isn't (?:right|correct)|espera|perdón|attendez|désolé)\b"
-    r"|等等|抱歉|いや、|すみません|아니,|잠깐",
+_NEXT_QUESTION = re.compile(
+    r"[?？؟፧]\W*$|[✗✘❌✖×]"
+    r"|^[^\w\ue000-\uf8ff]*(?:is|are|was|does|should|could|would|er|est-ce|ist|apakah|adakah)\s(?!é |í |ea )",
     re.I,
 )
-_COPULAS = frozenset(
-    "is was must would est es é è este ist er eo adalah ialah yaiku nyaéta adolah ay ang ni bụ jest là to".split()
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|actually|correction|sorry|oops|scratch that|on second thought|(?:that|this|it|which) (?:is|was) "
+    r"(?:not|wrong|incorrect|false)|that's (?:not|wrong)|isn't (?:right|correct)|espera|perdón|attendez|désolé)\b"
+    r"|^\W*no\s*(?:[.,;!]|$)|等等|抱歉|いや、|すみません|아니,|잠깐",
+    re.I,
+)
+_COPULAS = re.compile(
+    r"(?:is|was|must|would|est|es|é|è|este|ist|er|eo|adalah|ialah|yaiku|nyaéta|adolah|ay|ang|ni|bụ|jest|là|to)\b"
 )
 _LAST = re.compile(r"\bfinal|\bendgültig|\bakhir|最终|最終|최종|окончательн|अंतिम|النهائي|نهایی|চূড়ান্ত", re.I)
 
@@ -345,7 +183,7 @@ class _Reading:
             stopped = re.match(r"\W*[.!。)\"']", after) is not None or place < len(clauses) - 1
             if _spelt(after) or (label.word in tuple("aeiouy") and not stopped):
                 return None
-        if label.word is not None and _spelt(after) and not _spelt(before) and _spelt(after).split()[0] not in _COPULAS:
+        if label.word is not None and _spelt(after) and not _spelt(before) and not _COPULAS.match(_spelt(after)):
             return None  # "A is correct"; but Portuguese "A resposta correta"
         earlier = [self._words(clause) for clause in clauses[:place]]
         unlabelled = [clause for clause in earlier if not re.search(_LABEL, clause)]
@@ -354,15 +192,19 @@ class _Reading:
             if free is None:
                 continue
             # What stands before must not doubt it, nor anything in the sentence hold another letter, if not to deny it.
-            doubted = any(one.opposes(part) for one in (language, _languages()[0]) for part in (free, *unlabelled))
-            return None if doubted or _other_label([*earlier, *later], [language, _languages()[0]]) else label.index
+            beside = (language, _languages()[0])
+            doubted = any(one.opposes(part) for one in beside for part in (free, *unlabelled))
+            # "…, which is wrong": what follows in a few words is about the answer
+            doubted |= any(one.opposes(part) for one in beside for part in later[:1] if _is_short(part))
+            return None if doubted or _other_label([*earlier, *later], beside) else label.index
         return None
 
     def _opening(self, sentence: str) -> int | None:
         """The option of a letter that a sentence begins with: "B", "B. Paris is …", "(B) because …", "B, as …"."""
         if not re.match(_LABEL, sentence):
             return None
-        label, (first, *later) = self._label(sentence[0]), _CLAUSE.split(sentence[1:])
+        label, (first, *later) = self._label(sentence[0]), _CLAUSE.split(sentence)
+        first = first[1:]
         if not _spelt(sentence[1:]) and not re.search(_LABEL, sentence[1:]):
             return label.index
         apart = not _spelt(first) or _reason(first) == 0  # B, the tower   B because
@@ -374,7 +216,8 @@ class _Reading:
         for clause in clauses:
             if _reason(clause) == 0:
                 break
-            if not re.search(_LABEL, clause) and any(one.opposes(clause, known=False) for one in _languages()):
+            alone = len(_spelt(clause).split()) == 1  # "B: no"
+            if not re.search(_LABEL, clause) and any(one.opposes(clause, known=alone) for one in _languages()):
                 return None
         return label.index
 
@@ -390,6 +233,10 @@ def _other_label(clauses: Sequence[str], languages: Sequence["_Language"]) -> bo
         if reason is not None:
             return False
     return False
+
+
+def _is_short(clause: str) -> bool:
+    return not re.search(_LABEL, clause) and len(_spelt(clause).split()) < 5
 
 
 def _spelt(text: str) -> str:
@@ -421,6 +268,7 @@ class _Language:
         against = entries["negations"] + entries["doubts"]
         self._against = self._pattern([one.rstrip("*") for one in against])
         self._elsewhere = self._pattern([one for one in against if not one.endswith("*")])
+        self._negations = self._pattern([one.rstrip("*") for one in entries["negations"]])
         self._doubts = self._pattern([one.rstrip("*") for one in entries["doubts"]])
 
     def _pattern(self, entries: Sequence[str], tail: str = "") -> "re.Pattern[str]":
@@ -451,6 +299,8 @@ class _Language:
         known = self._before.search(told)
         assert known is not None  # it may be empty
         free, words = told[: known.start()].strip(), known[0]
+        if self._negations.search(words):  # a word that holds a noun, such as 오답
+            return None
         if follows.strip() and not (self._after.fullmatch(follows) and self._ends.search(follows)):
             return None
         right = self._closers.search(words) or self._closers.search(follows)
@@ -491,7 +341,7 @@ def _reason(clause: str) -> int | None:
 
 # -- the text of an option ---------------------------------------------------------------------------------------------
 
-_ALONE = frozenset("yes no sí si oui non não sim ja nei nein да нет true false ya both none all it".split())
+_ALONE = re.compile("yes|no|sí|si|oui|non|não|sim|ja|nei|nein|да|нет|true|false|ya|both|none|all|it")
 """Options that are words of many sentences: they count where they are a clause by themselves."""
 
 
@@ -527,8 +377,10 @@ def _affirmed(plain: str, start: int, end: int) -> bool:
     right = re.split(_SENTENCE, plain[end : near.stop])[0]
     if _QUESTION.search(f"{left}{plain[start:end]}{right}"):
         return False
+    if re.search(r"\b(?:options|choices|opciones|opções|optionen|opzioni)\W*$", left):
+        return False
     clause = f"{_CLAUSE.split(left)[-1]} {_CLAUSE.split(right)[0]}"
-    if plain[start:end] in _ALONE:
+    if _ALONE.fullmatch(plain, start, end):
         return not _spelt(clause)
     return not any(language.opposes(clause, known=False) for language in _languages())
 
