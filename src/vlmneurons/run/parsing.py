@@ -95,6 +95,179 @@ _THOUGHT = re.compile(r"[<\[◁](/?)(?:seed:)?(?:think|thinking|thought|reasonin
 
 
 _NEXT_QUESTION = re.compile(
+    r"\n\s*(?:question|q|user|human|problem|pregunta|pergunta|frage|问题|問題|질문)\s*\d*\s*:", re.I
+)
+"""A model that was not stopped goes on with a question of its own making."""
+
+
+def _cleaned(text: str) -> str:
+    """NFKC, decimal digits of every script as ASCII, no invisible characters, no marks of a turn's end."""
+    text = unicodedata.normalize("NFKC", re.split(r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|</s>", text)[0])
+    kept = []
+    for character in text.replace("’", "'"):
+        kind = unicodedata.category(character)
+        if kind == "Nd":
+            character = str(unicodedata.decimal(character))
+        if kind not in ("Cf", "Co"):  # private characters stand for labels below
+            kept.append(character)
+    return "".join(kept).strip()
+
+
+def _after_thought(text: str) -> str | None:
+    """What follows the model's thought; None if the thought did not end."""
+    found = list(_THOUGHT.finditer(text))
+    if not found:
+        return text
+    return text[found[-1].end() :] if found[-1][1] else None
+
+
+# -- letters and numbers -----------------------------------------------------------------------------------------------
+
+_WORD = "0-9A-Za-z_\u00c0-\u024f\u0300-\u036f\u0370-\u052f\u1e00-\u1eff"  # what a Latin letter may not be joined to
+_OPEN, _CLOSE = r"[(\[{<\"'«“„‘「『【〈《]{0,4}", r"[)\]}>\"'»”」』】〉》]"
+_LETTER = re.compile(
+    rf"(?<![{_WORD}~!¬≠])(?<![{_WORD}]['.\-])(?P<open>{_OPEN})(?P<label>[A-Za-z])(?!['\-][{_WORD}])"
+    rf"(?:(?P<close>{_CLOSE}+)|(?![{_WORD}+#]|\.[A-Z]\b))"
+)
+_NUMBER = re.compile(
+    rf"(?<![{_WORD}.,\-])(?P<open>{_OPEN})(?P<label>\d{{1,2}})(?:(?P<close>{_CLOSE}+)|(?![{_WORD}%°]|[.,:/\-]\d))"
+)
+_FIRST, _MOST = 0xE000, 0x1900  # a private character stands in the text for each label
+_MOST_SAID = 12  # a sentence of more letters is a list of them
+_LABEL = "[\ue000-\uf8ff]"
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A letter or number that may name an option.
+
+    Attributes:
+        index: the option's; -1 if there is none of this label.
+        start, end: where it stands, with its brackets and the option's own text beside it.
+        word: what it is as a word ("A dog", Spanish "a"), if it may be one.
+        small: it is written small, without brackets.
+        marked: it stands in brackets, or a stop or bracket follows.
+        named: the option's own text stands beside it.
+    """
+
+    index: int
+    start: int
+    end: int
+    word: str | None
+    small: bool
+    marked: bool
+    named: bool
+
+
+def _by_label(text: str, options: Sequence[str], kind: "re.Pattern[str]") -> tuple[bool, int | None]:
+    """Whether letters, or numbers, settle the answer, and which it is; settled without an answer is a contradiction."""
+    labels, contradicted = _labels(text, options, kind)
+    if contradicted or len(labels) > _MOST:
+        return True, None
+    reading, pieces, reached = _Reading(labels, kind is _LETTER), [], 0
+    for number, label in enumerate(labels):
+        pieces += [text[reached : label.start], chr(_FIRST + number)]
+        reached = label.end
+    for sentence in _SENTENCE.split("".join(pieces) + text[reached:]) if labels else []:
+        reading.take(sentence)
+    chosen = reading.outcome()
+    if chosen is None:
+        return reading.answered, None
+    # Where options have letters of their own, in another order, a bare letter means two things.
+    own = [re.match(r"\(?([A-Za-z])[.):]\s", option) for option in options]
+    moved = any(found and ord(found[1].upper()) - ord("A") != place for place, found in enumerate(own))
+    if moved and not any(label.named and label.index == chosen for label in labels):
+        return True, None
+    return True, chosen if chosen >= 0 else None
+
+
+def _labels(text: str, options: Sequence[str], kind: "re.Pattern[str]") -> tuple[list[_Label], bool]:
+    """The labels of a text, and whether the text of another option beside one contradicts it."""
+    labels: list[_Label] = []
+    contradicted, reached = False, 0
+    for found in kind.finditer(text):
+        label, index = found["label"], _index_of(found["label"], options)
+        if found.start() < reached or index is None:
+            continue  # within an option's text that was read with its letter; or a number that may mean two things
+        start, end = found.start(), found.end()
+        bracketed = bool(re.search(r"[(\[{<]", found["open"])) and bool(found["close"])
+        stop = re.match(r"[.:)\]、]", text[end:])
+        marked = bracketed or stop is not None or bool(re.search(r"[)\]]", found["close"] or ""))
+        small = label.islower() and not bracketed
+        before_word = re.match(rf"\s+[{_WORD}]", text[end:]) is not None and not bracketed
+        spoken = label == "I" and not marked and text[end:].strip() != ""
+        word = label.lower() if small or (label in "AEIOUY" and before_word) or spoken else None
+        place = end + len(re.match(r"[\s.:,)\]}>(\[\"'–—-]*", text[end:])[0])  # type: ignore[index]
+        beside = _option_at(text, place, options)
+        before = _option_before(text[reached:start], options) if bracketed else None
+        named = index in (beside or ()) or index in (before or ())
+        if beside is not None and index in beside:
+            end = place + len(options[index])
+            end += len(re.match(rf"{_CLOSE}*", text[end:])[0])  # type: ignore[index]
+            word = None
+        elif before is not None:
+            contradicted |= not named
+            start = len(text[:start].rstrip(" ,:–—-")) - len(options[index]) if named else start
+        elif beside is not None and place > end and (marked or (word is None and kind is _LETTER)):
+            contradicted = True
+        elif stop is not None and re.match(r"\.\s?[A-Z]\.", text[end:]):
+            contradicted |= not small  # initials: A. A. Milne
+        elif stop is not None and text[:start].rstrip(" ")[-1:] in ("", "\n"):
+            end += stop.end()  # a line that begins with "B. " goes on
+        labels.append(_Label(index, start, end, word, small, marked, named))
+        reached = end
+    return labels, contradicted
+
+
+def _index_of(label: str, options: Sequence[str]) -> int | None:
+    """The option that a label stands for, -1 for none; None where a number may mean an option's place or its text."""
+    if not label.isdigit():
+        index = ord(label.upper()) - ord("A")
+        return index if index < len(options) else -1
+    # Among 2, 4, 6 and 8 "the answer is 4" means the option that reads 4, not the fourth.
+    same = [index for index, option in enumerate(options) if normalize(option) == str(int(label))]
+    if len(same) == 1:
+        return same[0]
+    if same or any(re.search(rf"(?<!\d){int(label)}(?!\d)", option) for option in options):
+        return None
+    return int(label) - 1 if 1 <= int(label) <= len(options) else -1
+
+
+def _option_at(text: str, place: int, options: Sequence[str]) -> list[int] | None:
+    """The options, if any, whose text is the longest that stands at a place as words of its own."""
+    return _longest(
+        options,
+        lambda option: (
+            text[place : place + len(option)].casefold() == option.casefold()
+            and not joined(option[-1], text[place + len(option) :][:1])
+        ),
+    )
+
+
+def _option_before(text: str, options: Sequence[str]) -> list[int] | None:
+    """The options, if any, whose text is the longest that a text ends with."""
+    text = text.rstrip(" ,:–—-")
+    return _longest(
+        options,
+        lambda option: (
+            text[-len(option) :].casefold() == option.casefold() and not joined(text[: -len(option)][-1:], option[0])
+        ),
+    )
+
+
+def _longest(options: Sequence[str], stands: Callable[[str], bool]) -> list[int] | None:
+    found = [index for index, option in enumerate(options) if option and stands(option)]
+    most = max((len(options[index]) for index in found), default=0)
+    return [index for index in found if len(options[index]) == most] or None
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+_SENTENCE = re.compile(
+    r"(?<=[!?…。！？।॥؟۔;；።፧])|(?<!\bMr\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bNo\.)(?<!\bMrs\.)(?<=\.)(?=\s|$)|\n+", re.I
+)
+_CLAUSE = re.compile(rf"[,،、，(){{}}]|[—–](?!\s*{_LABEL})|(?<={_LABEL}) - |\b(?:but|pero|aber|tetapi)\b", re.I)
+_QUESTION = re.compile(
     r"[?？؟፧]\W*$|[✗✘❌✖×]"
     r"|^[^\w\ue000-\uf8ff]*(?:is|are|was|does|should|could|would|er|est-ce|ist|apakah|adakah)\s(?!é |í |ea )",
     re.I,
