@@ -20,6 +20,7 @@ from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.questions.sets import LETTERS, QuestionSet
+from vlmneurons.run.greedy import greedily, greedy_config, settings_of
 from vlmneurons.run.parsing import parse_answer
 from vlmneurons.run.pictures import each_once
 
@@ -381,6 +382,9 @@ class _Options:
 class Generate(AnswerReader):
     """Greedy generation, and what the text names: letter, number, or option text; anything else is a parse failure.
 
+    At each step the likeliest token is taken, whatever the checkpoint's generation settings say (penalties, suppressed
+    or forced tokens, beams, sampling): they apply to the user's own ``generate`` and are put back after.
+
     Attributes:
         max_new_tokens: how many tokens are generated at most.
     """
@@ -391,6 +395,14 @@ class Generate(AnswerReader):
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, QuestionError, least=1))
 
+    def settings(self, model: "VLM") -> dict[str, Any]:
+        """What ``generate`` is called with, by name: the bounds, and the ids with which a text begins and ends.
+
+        Args:
+            model: the model.
+        """
+        return settings_of(greedy_config(model.hf, self.max_new_tokens))
+
     def read(self, model: "VLM", questions: QuestionSet, encoded: Batch, watch: Watch | None = None) -> Reading:
         """See `AnswerReader.read`.
 
@@ -399,10 +411,9 @@ class Generate(AnswerReader):
         """
         if not model.can_generate:
             raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
-        # One beam and no sampling, whatever the checkpoint's own settings are.
-        how = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        with (watch or _no_watch)(encoded, list(range(len(questions)))):
-            ids = model.hf.generate(**encoded, max_new_tokens=self.max_new_tokens, **how)
+        with greedily(model.hf, self.max_new_tokens) as config:
+            with (watch or _no_watch)(encoded, list(range(len(questions)))):
+                ids = model.hf.generate(**encoded, generation_config=config)
         if not model.is_encoder_decoder:
             ids = ids[:, encoded["input_ids"].shape[1] :]
         with TOKENIZING:
