@@ -26,6 +26,7 @@ from importlib import resources
 
 from vlmneurons.checks import names, of_kind
 from vlmneurons.errors import QuestionError
+from vlmneurons.model.prompts import THOUGHT
 from vlmneurons.questions.sets import normalize
 
 
@@ -91,9 +92,6 @@ _MARKED = re.compile(
 )
 """What a model was taught to put its answer in: tags, GLM's box, LaTeX's box."""
 
-_THOUGHT = re.compile(r"[<\[◁](/?)(?:seed:)?(?:think|thinking|thought|reasoning|reflection)[>\]▷]", re.I)
-
-
 _NEXT_QUESTION = re.compile(
     r"\n\s*(?:question|q|user|human|problem|pregunta|pergunta|frage|问题|問題|질문)\s*\d*\s*:", re.I
 )
@@ -115,7 +113,7 @@ def _cleaned(text: str) -> str:
 
 def _after_thought(text: str) -> str | None:
     """What follows the model's thought; None if the thought did not end."""
-    found = list(_THOUGHT.finditer(text))
+    found = list(THOUGHT.finditer(text))
     if not found:
         return text
     return text[found[-1].end() :] if found[-1][1] else None

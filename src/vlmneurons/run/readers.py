@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
+from vlmneurons.model.prompts import THOUGHT
 from vlmneurons.questions.sets import LETTERS, QuestionSet
 from vlmneurons.run.greedy import greedily, greedy_config, settings_of
 from vlmneurons.run.parsing import parse_answer
@@ -105,6 +106,15 @@ class LogitReader(AnswerReader):
     runs the model in a way of its own is run once for each mask.
     """
 
+    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+        """See `AnswerReader.encode`.
+
+        Raises:
+            QuestionError: the model would think before it answers; see `vlmneurons.model.prompts.Prompts`.
+        """
+        refuse_thoughts(model, questions)
+        return super().encode(model, questions)
+
     @abstractmethod
     def wants(self, encoded: Any) -> "Wanted":
         """The forward that is needed, and what of it.
@@ -158,6 +168,20 @@ class LogitReader(AnswerReader):
         with (watch or _no_watch)(wanted.batch, wanted.questions):
             logits = logits_at(model, wanted.batch, wanted.positions)
         return self.score(model, questions, encoded, logits)
+
+
+def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
+    """Refuse to read an answer where the prompt of some question ends, if the model would think there first.
+
+    Args:
+        model: the model.
+        questions: the questions.
+
+    Raises:
+        QuestionError: the chat template opens a thought, or lets the model think.
+    """
+    for n_images in {item.n_images for item in questions}:
+        model.prompts.refuse_thought(n_images)
 
 
 @dataclass(frozen=True)
@@ -297,8 +321,9 @@ class TextLikelihood(LogitReader):
         """See `AnswerReader.encode`.
 
         Raises:
-            QuestionError: an option does not continue the prompt token by token.
+            QuestionError: an option does not continue the prompt token by token, or the model would think before it.
         """
+        refuse_thoughts(model, questions)
         encoder = model.encoder
         rows: list[tuple[int, str]] = []  # question, continuation
         wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
@@ -411,19 +436,32 @@ class Generate(AnswerReader):
         """
         if not model.can_generate:
             raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
-        with greedily(model.hf, self.max_new_tokens) as config:
-            with (watch or _no_watch)(encoded, list(range(len(questions)))):
-                ids = model.hf.generate(**encoded, generation_config=config)
+        rows = list(range(len(questions)))
+        with greedily(model.hf, self.max_new_tokens) as config, (watch or _no_watch)(encoded, rows):
+            ids = model.hf.generate(**encoded, generation_config=config)
         if not model.is_encoder_decoder:
             ids = ids[:, encoded["input_ids"].shape[1] :]
-        with TOKENIZING:
-            texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        texts = _decoded(model, ids)
         chosen = []
         for item, text in zip(questions, texts, strict=True):
             order = questions.order(item)
-            place = parse_answer(text, [item.options[index] for index in order])
+            # Where the prompt opened a thought, what was generated begins within it.
+            opened = model.prompts.thought(item.n_images) or ""
+            place = parse_answer(opened + text, [item.options[index] for index in order])
             chosen.append(None if place is None else order[place])
         return Reading(tuple(chosen), None, texts)
+
+
+def _decoded(model: "VLM", ids: Int64[Tensor, "row token"]) -> tuple[str, ...]:
+    """Generated tokens as texts without special tokens, but with the tags between a thought and the answer."""
+    tokenizer = model.tokenizer
+    special = set(tokenizer.all_special_ids)
+    tags = {number for number in special if THOUGHT.fullmatch(str(tokenizer.convert_ids_to_tokens(number)))}
+    with TOKENIZING:
+        if not tags:
+            return tuple(tokenizer.batch_decode(ids, skip_special_tokens=True))
+        kept = [[number for number in row if number not in special - tags] for row in ids.tolist()]
+        return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
 
 
 _READERS: dict[str, Callable[[], AnswerReader]] = {"letters": Letters, "generate": Generate, "text": TextLikelihood}
