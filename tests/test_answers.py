@@ -8,7 +8,8 @@ from torch.nn.functional import log_softmax
 import vlmneurons as vn
 from helpers import picture, some_questions
 from vlmneurons.errors import ActivationError, QuestionError
-from vlmneurons.run.readers import Reading, letter_tokens, parse_answer, reader_of
+from vlmneurons.run.parsing import parse_answer
+from vlmneurons.run.readers import Reading, letter_tokens, reader_of
 
 CITIES = ["Cairo", "Paris", "Rome", "New Rome"]
 DISHES = ["A dog", "A cat", "Bread and rice", "Rice"]
@@ -31,7 +32,7 @@ NONE = None
         ("**D**", CITIES, 3),
         ("**D.**", CITIES, 3),
         ("'A'", CITIES, 0),
-        ("\\boxed{B}", CITIES, NONE),
+        ("\\boxed{B}", CITIES, 1),
         ("`C`", CITIES, 2),
         ("Ｂ", CITIES, 1),  # full width
         ("（Ｂ）", CITIES, 1),
@@ -41,7 +42,7 @@ NONE = None
         ("B) Paris", CITIES, 1),
         ("(B) Paris", CITIES, 1),
         ("B: Paris", CITIES, 1),
-        ("B. Rome", CITIES, 1),  # a letter wins over a text
+        ("B. Rome", CITIES, NONE),  # the letter of one option, the text of another
         ("B, because of the tower", CITIES, 1),
         ("B - Paris", CITIES, 1),
         ("B — Paris", CITIES, 1),
@@ -109,7 +110,7 @@ NONE = None
         ("It is not Paris but Rome.", CITIES, 2),
         ("Cairo or Paris", CITIES, NONE),
         ("B. A dog", ["A cat", "A dog"], 1),
-        ("A. A dog", ["A cat", "A dog"], 0),
+        ("A. A dog", ["A cat", "A dog"], NONE),
         ("A. Cairo\nB. Paris\nC. Rome", CITIES, NONE),
         ("A) Cairo B) Paris", CITIES, NONE),
         ("(A) is wrong", CITIES, NONE),

@@ -63,7 +63,7 @@ from .run.readers import LogitReader as LogitReader
 from .run.readers import Letters as Letters
 from .run.readers import Generate as Generate
 from .run.readers import TextLikelihood as TextLikelihood
-from .run.readers import parse_answer as parse_answer
+from .run.parsing import parse_answer as parse_answer
 from .look.plots import plot_matrix as plot_matrix
 from .look.plots import plot_layers as plot_layers
 from .look.neuron_pages import inspect_neuron as inspect_neuron

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from vlmneurons.errors import MismatchError, QuestionError
+from vlmneurons.model.prompts import Prompts
 from vlmneurons.model.vision_rows import Rows, vision_rows
 from vlmneurons.questions.sets import Question, QuestionSet, picture_size
 
@@ -29,8 +30,6 @@ TOKEN_RULES = ("content", "image", "text", "last")
 
 TOKENIZING = threading.RLock()
 """Held while a batch is encoded or generated texts are decoded: fast tokenizers refuse two threads at once."""
-
-_MARK = "QUESTIONTEXTGOESHERE"
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Encoder:
         self.model = model
         self.processor = model.processor
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self._frames: dict[int, tuple[str, str]] = {}
+        self.prompts: Prompts = model.prompts
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
@@ -138,42 +137,9 @@ class Encoder:
         """One user turn in the chat template, up to where the model's answer begins.
 
         Raises:
-            QuestionError: the processor has no chat template.
+            QuestionError: the processor has no chat template, or it does not show the text as it is.
         """
-        if self.model.template is not None:
-            rendered = self.model.template(text, n_images)
-            if not isinstance(rendered, str):
-                raise QuestionError(f"the template function gave {type(rendered).__name__}, not a text")
-            return rendered
-        own = getattr(self.processor, "chat_template", None)
-        template = own or getattr(self.tokenizer, "chat_template", None)
-        if template is None and type(self.processor).__name__ in _PLAIN_PROMPTS:
-            return self.processor.image_token * n_images + text
-        if template is None:
-            raise QuestionError(
-                f"the processor {type(self.processor).__name__} has no chat template; give VLM(…, template=function), "
-                "where function(text, n_images) returns the whole prompt with its image placeholders"
-            )
-        content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
-        message = [{"role": "user", "content": content}]
-        how = {} if own else {"chat_template": template}  # a processor does not look at its tokenizer's
-        rendered = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False, **how)
-        if text not in rendered and text.strip() not in rendered:
-            # Templates of text-only models join or drop a list of parts: never ask a question that is not there.
-            raise QuestionError("the chat template does not show the question's text: it may expect plain strings")
-        return rendered
-
-    def _frame(self, n_images: int) -> tuple[str, str]:
-        """What the template puts before and after the user's text."""
-        if n_images not in self._frames:
-            parts = self.render(_MARK, n_images).split(_MARK)
-            if len(parts) != 2:
-                raise QuestionError(
-                    f"the chat template shows the user's text {len(parts) - 1} times; expected once. "
-                    "Give VLM(…, template=function) instead"
-                )
-            self._frames[n_images] = (parts[0], parts[1])
-        return self._frames[n_images]
+        return self.prompts.render(text, n_images)
 
     def _adds_special(self, rendered: str) -> bool:
         # As in transformers' own apply_chat_template(tokenize=True): a template that writes the beginning-of-text
@@ -335,7 +301,7 @@ class Encoder:
         The unexpanded prompt is tokenized with character offsets and laid against the expanded tokens from both ends:
         all that differs is the image placeholder's expansion.
         """
-        before, after = self._frame(item.n_images)
+        before, after = self.prompts.frame(item.n_images)
         text = rendered[len(before) : len(rendered) - len(after)]
         # What processors do besides: a space after a picture that a word follows directly (Idefics2), and the end of a
         # line (PaliGemma) or of the text (Florence-2) after the prompt, which no continuation can then follow.
@@ -428,9 +394,6 @@ class Encoder:
 
         return vision_rows(data, [len(row) for row in pictures], self.model.hf.config, alone, tiles)
 
-
-_PLAIN_PROMPTS = ("PaliGemmaProcessor",)
-"""Processors without a chat template whose prompts are a text after its pictures' placeholders, and nothing else."""
 
 _TOKEN_NAMES = ("image_token", "video_token", "boi_token", "image_pad_token")
 

@@ -6,7 +6,7 @@ model's own modules are called.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,8 @@ from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.layout import MLP, Tower
 from vlmneurons.model.encoder import Batch, Encoder
+from vlmneurons.model.loading import HUB_ARGUMENTS, of_first_class, pipeline_of, refuse_copies, without_class_names
+from vlmneurons.model.prompts import Prompts, Template
 from vlmneurons.neurons.sites import KINDS, NeuronSpace, Site, ranges_of, site_of
 from vlmneurons.questions.sets import Question, QuestionSet
 
@@ -256,12 +258,15 @@ class VLM:
         hf_model: a loaded transformers model, or a `transformers.PreTrainedModel` of your own. It is put into
             evaluation mode and wrapped once by nnsight.
         processor: its processor.
-        template: a function ``(text, n_images) -> prompt`` to use in place of the processor's chat template.
+        template: what takes the place of the processor's chat template: a function ``(text, n_images) -> prompt``, or
+            ``"plain"``: the question's text after its pictures' placeholders and no more, as for a base model.
+        template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
 
     Attributes:
         nnsight: the nnsight model (`nnsight.TransformersModel`); its methods can be called on the VLM itself.
         hf: the transformers model, to call plainly: ``model.hf(**inputs)``.
-        processor: the processor.
+        processor: the processor; a tokenizer for a model of text alone.
+        prompts: how questions become prompts; ``prompts.settings()`` is what that depends on.
         towers: what was found, by name.
 
     Raises:
@@ -272,7 +277,12 @@ class VLM:
     """
 
     def __init__(
-        self, hf_model: nn.Module, processor: Any, *, template: Callable[[str, int], str] | None = None
+        self,
+        hf_model: nn.Module,
+        processor: Any,
+        *,
+        template: Template | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if processor is None:
             raise ArchitectureError("a VLM needs its processor: VLM(model, AutoProcessor.from_pretrained(name))")
@@ -281,16 +291,15 @@ class VLM:
                 f"a processor makes inputs of texts and pictures; got {processor!r}. Make one with "
                 "AutoProcessor.from_pretrained(name)"
             )
-        if template is not None and not callable(template):
-            raise ArchitectureError(f"template is a function (text, n_images) -> prompt; got {template!r}")
+        self.prompts = Prompts(processor, template, template_kwargs)
         if isinstance(hf_model, VLM) or not isinstance(hf_model, nn.Module):
             raise ArchitectureError(
                 f"VLM wraps a loaded transformers model; got {type(hf_model).__name__}. "
                 "To load by name use VLM.from_pretrained(name)"
             )
+        refuse_copies(hf_model)
         self.hf = hf_model.eval()
         self.processor = processor
-        self.template = template
         self.towers: dict[str, Tower] = find_towers(hf_model)
         absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
         if absent:
@@ -303,7 +312,8 @@ class VLM:
         if offloaded is not None and not hasattr(hf_model, "hf_device_map"):
             # As `dispatch_model` leaves it: else transformers would try to move the weights, which are not there.
             hf_model.hf_device_map = {"": offloaded}
-        self.nnsight = TransformersModel(hf_model, processor=processor, task="image-text-to-text")
+        with without_class_names():
+            self.nnsight = TransformersModel(hf_model, **pipeline_of(processor))
         self.encoder = Encoder(self)
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
 
@@ -315,11 +325,14 @@ class VLM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
-        template: Callable[[str, int], str] | None = None,
+        template: Template | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         weights: bool = True,
         **hf_kwargs: Any,
     ) -> "VLM":
         """Load a model and its processor by name or from a folder.
+
+        A model of text alone is loaded with its tokenizer.
 
         Args:
             name_or_path: a name on the Hub, or a folder.
@@ -327,9 +340,11 @@ class VLM:
             trust_remote_code: whether code from the repository may run.
             processor_kwargs: further arguments of ``AutoProcessor.from_pretrained``.
             template: see `VLM`.
+            template_kwargs: see `VLM`.
             weights: False for a model without its weights, on the meta device: its sites have names, and it can run
                 elsewhere (``remote=True``, see `vlmneurons.run.remote`).
-            **hf_kwargs: arguments of ``AutoModelForImageTextToText.from_pretrained``: ``dtype``, ``device_map`` …
+            **hf_kwargs: arguments of the model's ``from_pretrained``: ``dtype``, ``device_map`` …; where files
+                come from (``token``, ``cache_dir``, ``local_files_only``, ``subfolder`` …) is told to both.
 
         Returns:
             The model in evaluation mode, its weights loaded.
@@ -341,22 +356,33 @@ class VLM:
         """
         of_kind("name_or_path", name_or_path, (str, os.PathLike), ArchitectureError, "a name on the Hub, or a folder")
         name_or_path = os.fspath(name_or_path)
-        shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
-        processor = AutoProcessor.from_pretrained(name_or_path, **shared, **(processor_kwargs or {}))
+        where = {name: hf_kwargs.pop(name) for name in HUB_ARGUMENTS if name in hf_kwargs}
+        shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {}), **where}
+        if hf_kwargs and not weights:
+            raise ArchitectureError(f"weights=False loads nothing that {', '.join(hf_kwargs)} could apply to")
+        processor = AutoProcessor.from_pretrained(name_or_path, **{**shared, **(processor_kwargs or {})})
         if weights:
-            hf_model = AutoModelForImageTextToText.from_pretrained(name_or_path, **shared, **hf_kwargs)
+            hf_model = of_first_class(
+                AutoModelForImageTextToText, lambda auto: auto.from_pretrained(name_or_path, **shared, **hf_kwargs)
+            )
         else:
-            if hf_kwargs:
-                raise ArchitectureError(f"weights=False loads nothing that {', '.join(hf_kwargs)} could apply to")
             config = AutoConfig.from_pretrained(name_or_path, **shared)
             with torch.device("meta"):
-                hf_model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+                hf_model = of_first_class(
+                    AutoModelForImageTextToText,
+                    lambda auto: auto.from_config(config, trust_remote_code=trust_remote_code),
+                )
             hf_model.hf_device_map = {"": torch.device("meta")}  # else transformers would try to move the weights
-        model = cls(hf_model, processor, template=template)
+        model = cls(hf_model, processor, template=template, template_kwargs=template_kwargs)
         model.nnsight.revision = revision  # names the model in a remote run
         return model
 
     # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def template(self) -> Template | None:
+        """What takes the place of the chat template; None where it is used."""
+        return self.prompts.template
 
     @property
     def name(self) -> str:

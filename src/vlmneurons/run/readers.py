@@ -6,8 +6,6 @@ whoever counts activations meanwhile gets told what each token of the run is (``
 
 import contextlib
 import inspect
-import re
-import unicodedata
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,13 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vlmneurons.checks import names, of_kind, whole
+from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
-from vlmneurons.questions.sets import LETTERS, QuestionSet, normalize
+from vlmneurons.model.prompts import THOUGHT
+from vlmneurons.questions.sets import LETTERS, QuestionSet
+from vlmneurons.run.greedy import greedily, greedy_config, settings_of
+from vlmneurons.run.parsing import parse_answer
 from vlmneurons.run.pictures import each_once
 
 if TYPE_CHECKING:
@@ -115,6 +116,15 @@ class LogitReader(AnswerReader):
     runs the model in a way of its own is run once for each mask.
     """
 
+    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+        """See `AnswerReader.encode`.
+
+        Raises:
+            QuestionError: the model would think before it answers; see `vlmneurons.model.prompts.Prompts`.
+        """
+        refuse_thoughts(model, questions)
+        return super().encode(model, questions)
+
     @abstractmethod
     def wants(self, encoded: Any) -> "Wanted":
         """The forward that is needed, and what of it.
@@ -168,6 +178,20 @@ class LogitReader(AnswerReader):
         with (watch or _no_watch)(wanted.batch, wanted.questions):
             logits = logits_at(model, wanted.batch, wanted.positions)
         return self.score(model, questions, encoded, logits)
+
+
+def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
+    """Refuse to read an answer where the prompt of some question ends, if the model would think there first.
+
+    Args:
+        model: the model.
+        questions: the questions.
+
+    Raises:
+        QuestionError: the chat template opens a thought, or lets the model think.
+    """
+    for n_images in {item.n_images for item in questions}:
+        model.prompts.refuse_thought(n_images)
 
 
 @dataclass(frozen=True)
@@ -307,8 +331,9 @@ class TextLikelihood(LogitReader):
         """See `AnswerReader.encode`.
 
         Raises:
-            QuestionError: an option does not continue the prompt token by token.
+            QuestionError: an option does not continue the prompt token by token, or the model would think before it.
         """
+        refuse_thoughts(model, questions)
         encoder = model.encoder
         rows: list[tuple[int, str]] = []  # question, continuation
         wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
@@ -392,6 +417,9 @@ class _Options:
 class Generate(AnswerReader):
     """Greedy generation, and what the text names: letter, number, or option text; anything else is a parse failure.
 
+    At each step the likeliest token is taken, whatever the checkpoint's generation settings say (penalties, suppressed
+    or forced tokens, beams, sampling): they apply to the user's own ``generate`` and are put back after.
+
     Attributes:
         max_new_tokens: how many tokens are generated at most.
     """
@@ -402,6 +430,14 @@ class Generate(AnswerReader):
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, QuestionError, least=1))
 
+    def settings(self, model: "VLM") -> dict[str, Any]:
+        """What ``generate`` is called with, by name: the bounds, and the ids with which a text begins and ends.
+
+        Args:
+            model: the model.
+        """
+        return settings_of(greedy_config(model.hf, self.max_new_tokens))
+
     def read(self, model: "VLM", questions: QuestionSet, encoded: Batch, watch: Watch | None = None) -> Reading:
         """See `AnswerReader.read`.
 
@@ -410,20 +446,32 @@ class Generate(AnswerReader):
         """
         if not model.can_generate:
             raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
-        # One beam and no sampling, whatever the checkpoint's own settings are.
-        how = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        with (watch or _no_watch)(encoded, list(range(len(questions)))):
-            ids = model.hf.generate(**encoded, max_new_tokens=self.max_new_tokens, **how)
+        rows = list(range(len(questions)))
+        with greedily(model.hf, self.max_new_tokens) as config, (watch or _no_watch)(encoded, rows):
+            ids = model.hf.generate(**encoded, generation_config=config)
         if not model.is_encoder_decoder:
             ids = ids[:, encoded["input_ids"].shape[1] :]
-        with TOKENIZING:
-            texts = tuple(model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        texts = _decoded(model, ids)
         chosen = []
         for item, text in zip(questions, texts, strict=True):
             order = questions.order(item)
-            place = parse_answer(text, [item.options[index] for index in order])
+            # Where the prompt opened a thought, what was generated begins within it.
+            opened = model.prompts.thought(item.n_images) or ""
+            place = parse_answer(opened + text, [item.options[index] for index in order])
             chosen.append(None if place is None else order[place])
         return Reading(tuple(chosen), None, texts)
+
+
+def _decoded(model: "VLM", ids: Int64[Tensor, "row token"]) -> tuple[str, ...]:
+    """Generated tokens as texts without special tokens, but with the tags between a thought and the answer."""
+    tokenizer = model.tokenizer
+    special = set(tokenizer.all_special_ids)
+    tags = {number for number in special if THOUGHT.fullmatch(str(tokenizer.convert_ids_to_tokens(number)))}
+    with TOKENIZING:
+        if not tags:
+            return tuple(tokenizer.batch_decode(ids, skip_special_tokens=True))
+        kept = [[number for number in row if number not in special - tags] for row in ids.tolist()]
+        return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
 
 
 _READERS: dict[str, Callable[[], AnswerReader]] = {"letters": Letters, "generate": Generate, "text": TextLikelihood}
@@ -475,125 +523,3 @@ def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = 
         chosen.append(order[int(by_place.argmax())])
         table[row, list(order)] = by_place
     return Reading(tuple(chosen), table)
-
-
-def parse_answer(text: str, options: Sequence[str]) -> int | None:
-    """Which option a generated text names: index from 0 in shown order, or None where that cannot be told.
-
-    A text that is one option, word for word, is that option; else a letter wins over a number, and a number over an
-    option's text within a longer one. A lone letter is always the letter of an option. What is ambiguous is None, never
-    a guess.
-
-    Args:
-        text: what the model wrote.
-        options: the options, in the order in which they were shown.
-
-    Raises:
-        QuestionError: the text or an option is no text, or there are no options.
-
-    Examples:
-        >>> options = ["Cairo", "Paris", "Rome", "Oslo"]
-        >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]
-        [1, 2, 3, 1, None]
-    """
-    of_kind("text", text, str, QuestionError, "a text")
-    options = names("options", options, QuestionError)
-    if not options:
-        raise QuestionError("there are no options that the text could name")
-    stripped = unicodedata.normalize("NFKC", text).strip()
-    plain = normalize(stripped)
-    if not plain:
-        return None
-    whole = [index for index, option in enumerate(options) if normalize(option) == plain]
-    if whole and not (len(plain) == 1 and plain.upper() in LETTERS):
-        return whole[0] if len(whole) == 1 else None
-    letter = _parse_letter(stripped, LETTERS[: len(options)])
-    if letter is not None:
-        return letter
-    number = re.match(rf"(?:{_LEAD}\s*)?[(\[*]*(\d{{1,2}})[)\]*]*[.:]?[)\]*]*\s*(?:$|\n(?!\s*\W?\d))", stripped, re.I)
-    if number:
-        # Among 2, 4, 6 and 8 "the answer is 4" means the option that reads 4, not the fourth.
-        same = [index for index, option in enumerate(options) if normalize(option) == str(int(number[1]))]
-        if len(same) == 1:
-            return same[0]
-        if not same and 1 <= int(number[1]) <= len(options):
-            return int(number[1]) - 1
-    return _parse_text(plain, options)
-
-
-_CUE = "(?i:answer|option|choice)"
-_LEAD = rf"(?i:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?{_CUE}\s*(?:is|:)?)"
-_OPEN, _CLOSE = "[(\\[{*\"'`]*", "[)\\]}*\"'`]*"
-_STOP = "[.:,;!。]"
-
-
-def _parse_letter(text: str, letters: str) -> int | None:
-    one = f"[{letters}{letters.lower()}]"
-    large = f"[{letters}]"  # where a small letter may be a word, such as "a"
-    another = rf"(?!\s*(?:or\b|and\b|&|,|/)*\s*{_OPEN}{one}(?!\w))"  # "A or B" and "A, B" name no letter
-    denied = rf"(?!\s*(?:(?:or|and|&|/)\s*{_OPEN}{one}(?!\w)|is\s+(?:not|wrong|incorrect)\b))"
-    right = r"\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
-    listed = re.findall(rf"(?:^|\s)[(\[*]*({large})[)\]*]*[.):\]]\W*\s", text)
-    if len(set(listed)) > 1:  # "A. Cairo B. Paris" repeats the options
-        return None
-    patterns = (
-        rf"{_OPEN}({one}){_CLOSE}{_STOP}?{_CLOSE}\s*$",  # B   (b)   **B**   B.
-        rf"[(\[*]*({one})[)\]*]*[.):\]][)\]*]*{denied}\s+\S",  # B. Paris   (B) Paris   B) Paris
-        rf"[(\[*]+({one})[)\]*]+{another}{denied}",  # (B) because …
-        rf"{_OPEN}({large}){_CLOSE}(?:\s*[,\n–—]|\s+-\s){another}",  # B, because …   B - Paris
-        rf"(?:{_CUE}\s+)?{_OPEN}({large}){_CLOSE}{right}",  # B is correct   Option B is the answer
-        rf"(?:.*?\b)?(?<![Nn]ot )(?<!n't ){_CUE}\s*(?:(?i:is|was|would be)|[:=])*\s*{_CUE}?\s*{_OPEN}({one}){_CLOSE}"
-        rf"(?:\s*$|{_STOP}{another}|\s+(?:because|since|as)\b)",  # The answer is B.
-        rf"[^\n]{{1,40}}:\s*{_OPEN}({large}){_CLOSE}{_STOP}?{_CLOSE}\s*$",  # in any language: 答案：B
-    )
-    for pattern in patterns:
-        match = re.match(pattern, text, re.S)
-        if match:
-            return letters.index(match[1].upper())
-    bracketed = {match.upper() for match in re.findall(rf"\(({one})\)", text)}
-    if len(bracketed) == 1 and re.search(rf"\({one}\){denied}", text):
-        return letters.index(bracketed.pop())
-    return None
-
-
-_NEGATION = re.compile(r"(?:\bnot|n't|n’t|\bneither|\bnor)\s+(?:in\s+)?(?:an?\s+|the\s+)?$")
-
-
-def _parse_text(plain: str, options: Sequence[str]) -> int | None:
-    """The one option whose words the text contains and does not deny; of two that contain each other, the longer."""
-    spans: list[tuple[int, int, int]] = []
-    for index, option in enumerate(options):
-        wanted = normalize(option)
-        if not wanted:
-            continue
-        for match in re.finditer(re.escape(wanted), plain):
-            before, after = plain[: match.start()][-1:], plain[match.end() :][:1]
-            if not _joined(before, wanted[0]) and not _joined(wanted[-1], after):
-                spans.append((match.start(), match.end(), index))
-    # From left to right, the longer first where two begin together: what ends before something earlier did lies in it.
-    outer: set[int] = set()
-    reached, before_it = -1, -1
-    spans.sort(key=lambda span: (span[0], -span[1]))
-    for n, (start, end, index) in enumerate(spans):
-        if n and spans[n - 1][:2] != (start, end):
-            reached = max(reached, before_it)
-        before_it = end
-        # A denial is a few words: looking at all that was said before would take a long text's length squared.
-        if end > reached and not _NEGATION.search(plain[max(0, start - 60) : start]):
-            outer.add(index)
-    return outer.pop() if len(outer) == 1 else None
-
-
-def _joined(left: str, right: str) -> bool:
-    """Whether two neighbouring characters belong to one word."""
-    if not left or not right:
-        return False
-    if unicodedata.category(right).startswith("M"):  # a vowel sign or an accent belongs to the letter before it
-        return True
-    if any(unicodedata.name(character, "").startswith(_UNSPACED) for character in (left, right)):
-        return False
-    return all(character == "_" or unicodedata.category(character)[0] in "LMN" for character in (left, right))
-
-
-_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-"""Scripts that put no space between words, or between a word and its particles."""

@@ -1,0 +1,229 @@
+"""How a question's text becomes the prompt: the chat template, and what is wrong with some of them.
+
+A prompt that is not what the user meant is a silent mistake, so a template is tried once on a text that it cannot know.
+Found out so: templates that drop the text, show it twice or rewrite it; those of text models, which want a string and
+write out a list of parts as Python code; and those that open a thought where the answer would begin.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from vlmneurons.errors import ArchitectureError, QuestionError
+
+Template = Callable[[str, int], str] | Literal["plain"]
+"""A function ``(text, n_images) -> prompt``, or ``"plain"``: the text after its pictures' placeholders, and no more."""
+
+THOUGHT = re.compile(r"[<\[◁](/?)(?:seed:)?(?:think|thinking|thought|reasoning|reflection)[>\]▷]", re.I)
+"""Where a model's thought begins, or, with the first group, ends."""
+
+_MARK = "QUESTIONTEXTGOESHERE"
+_AS_CODE = re.compile(r"['\"]text['\"]\s*:\s*['\"]$")
+_PLAIN_PROMPTS = ("PaliGemmaProcessor",)
+"""Processors without a chat template whose prompts are a text after its pictures' placeholders, and nothing else."""
+_SWITCHES = ("enable_thinking", "thinking")
+"""Template arguments by which a model is told not to think: Qwen 3 and GLM, DeepSeek and Granite."""
+_OURS = ("conversation", "messages", "chat_template", "add_generation_prompt", "tokenize", "continue_final_message")
+
+
+class Prompts:
+    """One user turn of a model, up to where its answer begins.
+
+    Args:
+        processor: the model's processor, or its tokenizer.
+        template: what takes the place of the chat template; None for the template.
+        template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
+
+    Raises:
+        ArchitectureError: the template is none, or its arguments are not looked at.
+    """
+
+    def __init__(self, processor: Any, template: Template | None, template_kwargs: Mapping[str, Any] | None) -> None:
+        if template is not None and not callable(template) and template != "plain":
+            raise ArchitectureError(f"template is a function (text, n_images) -> prompt, or 'plain'; got {template!r}")
+        if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
+            raise ArchitectureError(f"template_kwargs are a mapping of names to values; got {template_kwargs!r}")
+        self.processor, self.template = processor, template
+        self.arguments: dict[str, Any] = dict(template_kwargs or {})
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._frames: dict[tuple[int, str], tuple[str, str]] = {}
+        self._as_text: dict[int, bool] = {}
+        source = str(self.chat_template or "")
+        for name in self.arguments:
+            if name in _OURS:
+                raise ArchitectureError(f"template_kwargs: {name!r} is set by the library")
+            if template is not None:
+                raise ArchitectureError(f"template_kwargs: {name!r} is for a chat template, and template= replaces it")
+            if not re.search(rf"\b{re.escape(name)}\b", source):
+                raise ArchitectureError(
+                    f"template_kwargs: the chat template of {type(processor).__name__} does not look at {name!r}"
+                )
+
+    @property
+    def chat_template(self) -> Any:
+        """The chat template: the processor's, or its tokenizer's; None if there is none."""
+        return getattr(self.processor, "chat_template", None) or getattr(self._tokenizer, "chat_template", None)
+
+    def settings(self) -> dict[str, Any]:
+        """What prompts depend on besides the questions, for a record: the template, its digest and its arguments."""
+        if self.template is None:
+            source = self.chat_template
+            told = source if isinstance(source, str) else json.dumps(source, sort_keys=True)
+            digest = None if source is None else hashlib.sha256(told.encode()).hexdigest()
+            return {"template": "chat", "template_sha256": digest, "template_kwargs": self.arguments}
+        if self.template == "plain":
+            return {"template": "plain", "template_sha256": None, "template_kwargs": {}}
+        # A function is known by what it does to a text.
+        digest = hashlib.sha256(repr([self.render(_MARK, n) for n in (0, 1)]).encode()).hexdigest()
+        name = getattr(self.template, "__qualname__", type(self.template).__name__)
+        return {"template": name, "template_sha256": digest, "template_kwargs": {}}
+
+    def render(self, text: str, n_images: int) -> str:
+        """A prompt of one question.
+
+        Args:
+            text: the question's text, with its options.
+            n_images: how many pictures it shows.
+
+        Raises:
+            QuestionError: there is no chat template, or it does not show the text as it is.
+        """
+        if callable(self.template):
+            rendered = self.template(text, n_images)
+            if not isinstance(rendered, str):
+                raise QuestionError(f"the template function gave {type(rendered).__name__}, not a text")
+            return rendered
+        if self.template == "plain" or (self.chat_template is None and type(self.processor).__name__ in _PLAIN_PROMPTS):
+            return self._placeholder(n_images) * n_images + text
+        if self.chat_template is None:
+            raise QuestionError(
+                f"the processor {type(self.processor).__name__} has no chat template; give VLM(…, template=function), "
+                "where function(text, n_images) returns the whole prompt with its image placeholders, or "
+                "template='plain', which shows the text alone, as to a base model"
+            )
+        before, after = self.frame(n_images)
+        rendered = self._turn(text, n_images, as_text=self._as_text[n_images])
+        shown = rendered[len(before) : len(rendered) - len(after)]
+        if not (rendered.startswith(before) and rendered.endswith(after)) or shown.strip() != text.strip():
+            raise QuestionError(
+                f"the chat template changes the question's text: {text[:60]!r} became {shown[:60]!r}. "
+                "Give VLM(…, template=function) instead"
+            )
+        return rendered
+
+    def frame(self, n_images: int) -> tuple[str, str]:
+        """What stands before and after a question's text.
+
+        Args:
+            n_images: how many pictures the question shows.
+
+        Raises:
+            QuestionError: the text is not shown, shown several times, or as code.
+        """
+        known = (n_images, str(self.chat_template))  # a user may set another on the processor
+        if known not in self._frames:
+            chat = self.template is None and self.chat_template is not None
+            shown = self._tried(n_images) if chat else self.render(_MARK, n_images)
+            parts = shown.split(_MARK)
+            if chat and len(parts) == 1:
+                # Templates of text-only models join or drop a list of parts: never ask a question that is not there.
+                raise QuestionError("the chat template does not show the question's text: it may expect plain strings")
+            if len(parts) != 2:
+                raise QuestionError(
+                    f"the chat template shows the user's text {len(parts) - 1} times; expected once. "
+                    "Give VLM(…, template=function) instead"
+                )
+            if chat and _AS_CODE.search(parts[0]):
+                raise QuestionError(
+                    "the chat template expects a string, so it has no place for pictures and would show the question "
+                    "as Python code. Give VLM(…, template=function) instead"
+                )
+            self._frames[known] = (parts[0], parts[1])
+        return self._frames[known]
+
+    def thought(self, n_images: int) -> str | None:
+        """The tag by which the prompt opens a thought of the model's, if it leaves it open.
+
+        Args:
+            n_images: how many pictures the question shows.
+        """
+        tags = list(THOUGHT.finditer(self.frame(n_images)[1]))
+        return tags[-1][0] if tags and not tags[-1][1] else None
+
+    def refuse_thought(self, n_images: int) -> None:
+        """Refuse to read an answer at the prompt's end where the model would think first.
+
+        Args:
+            n_images: how many pictures the question shows.
+
+        Raises:
+            QuestionError: the template opens a thought, or leaves it to the model and nothing says what is wanted.
+        """
+        tag, switch = self.thought(n_images), self._switch(n_images)
+        if tag is None and switch is None:
+            return
+        closed = f"template_kwargs={{{switch!r}: False}})" if switch else "template=function) that closes it"
+        does = f"opens a thought ({tag})" if tag else f"lets the model think ({switch})"
+        raise QuestionError(
+            f"the chat template {does} where the answer would begin, so options would be read as the thought's first "
+            f"words: give VLM(…, {closed}, or read answers by generation, answer=vn.Generate(max_new_tokens=…)"
+        )
+
+    def _switch(self, n_images: int) -> str | None:
+        """The template's argument, if the user has not set it, without which the answer does not begin at the end."""
+        if self.template is not None:
+            return None
+        for name in _SWITCHES:
+            if name not in self.arguments and re.search(rf"\b{name}\b", str(self.chat_template or "")):
+                quiet = self._turn(_MARK, n_images, as_text=self._as_text.get(n_images, False), **{name: False})
+                if quiet.split(_MARK)[-1] != self.frame(n_images)[1]:
+                    return name
+        return None
+
+    def _tried(self, n_images: int) -> str:
+        """The mark in the chat template, as a list of parts or as a string: as the template shows it rightly."""
+        text_first = isinstance(self.processor, PreTrainedTokenizerBase)
+        ways = [False] if n_images else [text_first, not text_first]
+        shown: list[str] = []
+        for as_text in ways:
+            try:
+                rendered = self._turn(_MARK, n_images, as_text=as_text)
+            except Exception as error:  # a template's own errors are of any kind: it adds a list to a string
+                if as_text is ways[-1] and not shown:
+                    raise QuestionError(
+                        f"the chat template refuses a question ({type(error).__name__}: {error}). "
+                        "Give VLM(…, template=function) instead"
+                    ) from error
+                continue
+            self._as_text[n_images] = as_text
+            if rendered.count(_MARK) == 1 and not _AS_CODE.search(rendered.split(_MARK)[0]):
+                return rendered
+            shown.append(rendered)
+        self._as_text[n_images] = ways[0]
+        return max(shown, key=lambda rendered: rendered.count(_MARK))
+
+    def _turn(self, text: str, n_images: int, *, as_text: bool, **more: Any) -> str:
+        parts = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
+        content: str | Sequence[Mapping[str, str]] = text if as_text else parts
+        own = getattr(self.processor, "chat_template", None)
+        how = {} if own else {"chat_template": self.chat_template}  # a processor does not look at its tokenizer's
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=False,
+            **how,
+            **{**self.arguments, **more},
+        )
+
+    def _placeholder(self, n_images: int) -> str:
+        token = getattr(self.processor, "image_token", None)
+        if n_images and token is None:
+            raise QuestionError(
+                f"template='plain': {type(self.processor).__name__} names no image placeholder; give "
+                "VLM(…, template=function), where function(text, n_images) returns the whole prompt"
+            )
+        return str(token)
