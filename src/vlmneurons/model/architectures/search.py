@@ -76,6 +76,7 @@ class Search:
         self._own: dict[int, tuple[tuple[MLPLayout, int], ...]] = {}
         self._experts: dict[int, Found | None] = {}
         self._mixers: dict[int, bool] = {}
+        self._below: dict[nn.Module, tuple[Found, ...]] = {}
         self._doubts: dict[tuple, list[str]] = {}
         self._uses: collections.Counter[int] = collections.Counter()
         self._places: dict[tuple[int, str], str] = {}
@@ -126,7 +127,7 @@ class Search:
         return self._mixers[key]
 
     def _mixes(self, module: nn.Module) -> bool:
-        if any(True for _ in self.below(module)):
+        if self.below(module):
             return False
         pairs, flows = self._pairs(module, ()), self.flows(module)
         if flows:
@@ -138,7 +139,7 @@ class Search:
         sizes = dict(linears)
         return any(map(_CALLS_OF_MIXERS.search, names_used(type(module)))) and not any(
             sizes[first][0] == hidden[0][0]
-            and not any(_PROJECTION_OF_MIXERS.match(name.rpartition(".")[2]) for name in (first, second))
+            and not any(_PROJECTION_OF_MIXERS.match(part) for name in (first, second) for part in name.split("."))
             for first, second in pairs
         )
 
@@ -155,8 +156,9 @@ class Search:
             if tried is not None:
                 found = {tried[0].down: tried}
             # The first way through the forward is enough if it leaves nothing open; else the others are gone, too.
-            pairs = self._pairs(module, [Found("", module, *mlp) for mlp in found.values()])
-            if not all(self._refuted(module, *pair) for pair in pairs):
+            named = [Found("", module, *mlp) for mlp in found.values()]
+            pairs = self._pairs(module, [*named, *self._deeper(module)])
+            if self.flows(module) and not all(self._refuted(module, *pair) for pair in pairs):
                 for mlp in (mlp for flow in self.flows(module, True) for mlp in flow.found):
                     down = mlp[0].down
                     if found.setdefault(down, mlp) != mlp:
@@ -189,24 +191,31 @@ class Search:
             layout = MLPLayout(down="down_proj", gate=name, activation="act_fn", parameters=True)
         return None if layout is None else Found("", module, layout, width, down.shape[0])
 
-    def below(self, module: nn.Module, path: str = "") -> Iterator[Found]:
-        """The MLPs below a module, its own before those of its children."""
+    def below(self, module: nn.Module) -> tuple[Found, ...]:
+        """The MLPs in a module, its own before those of its children; their paths are relative to it."""
+        if module not in self._below:
+            self._below[module] = self._find_below(module)
+        return self._below[module]
+
+    def _find_below(self, module: nn.Module) -> tuple[Found, ...]:
         if self.size(module) is not None or not self._may_hold_mlp(module):
-            return
+            return ()
         experts = self.experts(module)
         if experts is not None:
-            yield dataclasses.replace(experts, inner=path)
-            return
-        deeper = [
-            mlp
-            for name, child in module.named_children()
-            for mlp in self.below(child, f"{path}.{name}" if path else name)
-        ]
+            return (experts,)
+        deeper = self._deeper(module)
         held = sum(parameter.ndim in (2, 3) for parameter in module.parameters(recurse=False)) >= 2
-        if not isinstance(module, nn.ModuleList | nn.ModuleDict) and (held or self._pairs(module, deeper, not deeper)):
-            for layout, width in self.own(module):
-                yield self.measured(path, module, layout, width)
-        yield from deeper
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or not (held or self._pairs(module, deeper, not deeper)):
+            return deeper
+        return (*(self.measured("", module, layout, width) for layout, width in self.own(module)), *deeper)
+
+    def _deeper(self, module: nn.Module) -> tuple[Found, ...]:
+        """The MLPs in the children of a module."""
+        return tuple(
+            dataclasses.replace(mlp, inner=f"{name}.{mlp.inner}" if mlp.inner else name)
+            for name, child in module.named_children()
+            for mlp in self.below(child)
+        )
 
     def _may_hold_mlp(self, module: nn.Module) -> bool:
         """Whether there are two linear layers below, or parameters in the place of such."""
@@ -366,7 +375,7 @@ class Search:
         """
         layouts = self.layouts if layouts is None else layouts
         if not layouts:
-            return Block(path, module, tuple(self.below(module)))
+            return Block(path, module, self.below(module))
         mlps = []
         for inner, layout in layouts.items():
             try:
@@ -428,8 +437,9 @@ class Search:
                     yield from visit(child, f"{path}.{name}")
                 return
             by_place: dict[str, list[Found]] = {}
-            for mlp in self.below(module, path):
-                by_place.setdefault(mlp.inner, []).append(dataclasses.replace(mlp, inner=""))
+            for mlp in self.below(module):
+                place = f"{path}.{mlp.inner}" if mlp.inner else path
+                by_place.setdefault(place, []).append(dataclasses.replace(mlp, inner=""))
             yield from (Block(place, mlps[0].module, tuple(mlps)) for place, mlps in by_place.items())
 
         for name, child in self.model.named_children():

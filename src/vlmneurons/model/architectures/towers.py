@@ -46,7 +46,7 @@ def named_towers(search: Search) -> dict[str, tuple[str, list[Block]]]:
     only = None if _reads_text(model, decoder) else "vision" if "pixel" in model.main_input_name else "audio"
     at = None if only else next((path for path, module in model.named_modules() if module is decoder), None)
     sensed = {path: only or _sense(model, path, at) for path in stacks}
-    main = _language([path for path, sense in sensed.items() if sense is None], at, model)
+    main = _language([path for path, sense in sensed.items() if sense is None], at, search)
     groups: dict[tuple[str, str], list[str]] = {}
     for path in stacks:
         kind = "language" if path == main else sensed[path] or _role(path, main)
@@ -100,21 +100,26 @@ def _asked(model: nn.Module, method: str) -> Any:
         return None
 
 
-def _language(texts: list[str], decoder: str | None, model: nn.Module) -> str | None:
+def _language(texts: list[str], decoder: str | None, search: Search) -> str | None:
     """The list of blocks of the text decoder, among those that neither see nor hear."""
-    chosen = texts
+    embedding = _asked(search.model, "get_input_embeddings")
+    at = next((path for path, module in search.model.named_modules() if module is embedding), "")
+    home, chosen = at.rpartition(".")[0], texts
     for narrow in (
         lambda path: decoder is not None and (not decoder or path.startswith(f"{decoder}.")),
         lambda path: "decoder" in path.split("."),
         lambda path: path.rpartition(".")[2] in _PLAIN,
+        # Where tokens are embedded, unless that is an encoder, as the byte encoder of BLT: what it is for must be said.
+        lambda path: bool(home) and path.startswith(f"{home}.") and "encoder" not in home,
     ):
         kept = [path for path in chosen if narrow(path)]
         chosen = kept or chosen
         if len(chosen) == 1:
             return chosen[0]
     if chosen:
+        what = f"{', '.join(chosen)} could each be the language model; say which is"
         raise ArchitectureError(
-            f"{type(model).__name__}: {', '.join(chosen)} could each be the language model; say which is, with "
+            f"{type(search.model).__name__}: {what}, with "
             "register_architecture(..., Architecture(towers={'language': '<path>', ...}))"
         )
     return None
