@@ -62,6 +62,18 @@ def test_a_mask_of_pixels_of_an_unknown_family_is_not_guessed_at() -> None:
     assert real_patches({"pixel_values": torch.ones(1, 3, 8, 8), "attention_mask": torch.ones(1, 5)}, config()) is None
 
 
+def test_a_mask_of_tiles_is_not_read_as_one_of_pixels() -> None:
+    pixels = torch.ones(2, 3, 3, 8, 8)
+    pixels[0, 1] = 0  # a black tile is there all the same
+    tiles = torch.tensor([[True, True, True], [True, False, False]])
+    data = {"pixel_values": pixels, "pixel_attention_mask": tiles}
+    assert vision_rows(data, [1, 1], config("granite_docling"), no_more) == ((3, 1), None)
+    assert real_patches(data, config("granite_docling")) is None
+    assert vision_rows(data, [1, 1], config("idefics3"), no_more) is None
+    with pytest.raises(UnknownPadding, match="a mask of tiles"):
+        real_patches(data, config("some_other"))
+
+
 def test_tiles_that_are_not_there_and_patches_that_fill_up_are_padding_in_mllama() -> None:
     tiles = torch.tensor([[[1, 1], [1, 0]], [[1, 0], [1, 0]]])
     data = {"pixel_values": torch.ones(2, 2, 2, 3, 8, 8), "aspect_ratio_mask": tiles}

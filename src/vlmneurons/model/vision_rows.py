@@ -25,6 +25,9 @@ _MASKED_PATCH = {
 }
 """Whether a patch is real, from how many of its pixels a mask of pixels covers: as each family's model decides it."""
 
+_DROPS_TILES = ("granite_docling",)
+"""The families whose mask is of tiles, ``[question, tile]``: those that are padding never reach the vision tower."""
+
 _OF_PICTURES = re.compile("pixel|image|patch|tile|vision|visual|spatial|aspect|crop")
 _OF_TEXT = ("image_embeds_position_mask",)
 """Names of masks in a model's inputs: of pictures, save these, which are of the text's tokens."""
@@ -70,6 +73,8 @@ def vision_rows(
         rows = [pixels.shape[1]] * len(pixels)
     elif pixels.ndim == 5 and "image_sizes" in data:
         rows = _by_question(_crops(data, n_images, config, pixels.shape[1]), n_images)
+    elif _masks_tiles(data):
+        rows = data["pixel_attention_mask"].sum(1).tolist()
     elif pixels.ndim == 5 and "pixel_attention_mask" in data:
         rows = _pictures(data).sum(1).tolist()
     elif pixels.ndim == 4 and _is_one_row(data, config):
@@ -102,6 +107,9 @@ def real_patches(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patc
         real = ~(data["image_position_ids"] == -1).all(-1)
     elif "aspect_ratio_mask" in data:
         real = _of_mllama(data, config)
+    elif _masks_tiles(data):
+        if getattr(config, "model_type", "") not in _DROPS_TILES:
+            raise UnknownPadding("a mask of tiles")
     elif "pixel_attention_mask" in data and pixels.ndim == 5:
         real = _covered(data["pixel_attention_mask"].flatten(0, 1), config)[_pictures(data).flatten()]
     elif "pixel_attention_mask" in data and data["pixel_attention_mask"].shape == pixels.shape[:2]:
@@ -115,6 +123,12 @@ def real_patches(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patc
         if unknown:
             raise UnknownPadding(", ".join(unknown))
     return None if real is None or real.all() else real
+
+
+def _masks_tiles(data: Mapping[str, Any]) -> bool:
+    """Whether a mask tells tiles ``[question, tile]`` apart, and not pixels."""
+    mask, pixels = data.get("pixel_attention_mask"), data["pixel_values"]
+    return mask is not None and pixels.ndim == 5 and mask.shape == pixels.shape[:2]
 
 
 def _by_question(per_image: Sequence[int] | None, n_images: Sequence[int]) -> list[int] | None:

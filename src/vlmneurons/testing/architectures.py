@@ -369,8 +369,8 @@ class _Reference:
             def hook(
                 _: nn.Module, args: tuple, kwargs: dict, output: Any, inputs: list = inputs, outputs: list = outputs
             ) -> None:
-                inputs.append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
-                outputs.append(output.detach().clone())
+                inputs.append(_copied(args[0] if args else next(iter(kwargs.values()))))
+                outputs.append(_copied(output))
 
             self.handles.append(self.module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
 
@@ -446,6 +446,18 @@ class _Reference:
                 )
 
 
+def _copied(values: Tensor) -> Tensor:
+    """A copy that lies in memory as the values do.
+
+    An activation function takes the numbers of a row several at a time, and the rest of a row one by one, with other
+    rounding. Where rows lie apart, as those of one half of a fused projection do, others are in the rest.
+    """
+    values = values.detach()
+    if values.is_contiguous() or 0 in values.stride():  # what is expanded has one place for several numbers
+        return values.clone()
+    return torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=values.device).copy_(values)
+
+
 def _watch_calls(module: nn.Module, calls: list[list[Any]]) -> Handle:
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
         given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
@@ -461,59 +473,71 @@ def _compare_experts(
     calls: Sequence[Sequence[Any]],
 ) -> None:
     """Compares the rows of experts with what each expert makes of the tokens that were sent to it."""
-    module, layout = hf.get_submodule(mlp.path), mlp.layout
-    turned = getattr(module, "is_transposed", False) or not hasattr(module, "is_transposed")
+    module = hf.get_submodule(mlp.path)
     got = {kind: _joined(parts) for kind, parts in found.items()}
+    if len(calls) != 1:
+        return  # rows of several calls are not told apart here
+    hidden, chosen = calls[0][0], next((value for value in calls[0][1:2] if value.dtype == torch.int64), None)
+    # Weights are [expert, in, out] or [expert, out, in]. Where the module does not say which, their shapes do; and
+    # where these fit both ways, as those of square ones do, all experts must compute one way or the other.
+    ways = (module.is_transposed,) if hasattr(module, "is_transposed") else (True, False)
+    problems = [_misfit(module, mlp, got, hidden, chosen, in_out) for in_out in ways]
+    if all(problem is not None for problem in problems):
+        raise ContractError(f"{mlp.path}: {max(filter(None, problems), key=lambda text: 'expert ' in text)}")
+
+
+def _misfit(
+    module: nn.Module,
+    mlp: MLP,
+    got: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    hidden: Tensor,
+    chosen: Tensor | None,
+    in_out: bool,
+) -> str | None:
+    """Where the rows of experts are not what their weights make of their tokens, if weights lie like this."""
+    layout, count = mlp.layout, getattr(module, mlp.layout.down).shape[0]
     seen = 0
-    for call in calls:
-        hidden, chosen = call[0], next((value for value in call[1:2] if value.dtype == torch.int64), None)
-        count = getattr(module, layout.down).shape[0]
-        for expert in range(count):
-            if chosen is not None:
-                tokens = (chosen == expert).any(-1).nonzero().flatten()
-                states = hidden[tokens]
-            else:
-                laid = (
-                    hidden.reshape(count, -1, hidden.shape[-1])[expert] if hidden.ndim == 2 else hidden.flatten(0, -2)
-                )
-                tokens = laid.ne(0).any(-1).nonzero().flatten()
-                states = laid[tokens]
-            if len(calls) > 1 or not len(tokens):
-                continue  # rows of several calls are not told apart here
-            seen += len(tokens)
 
-            def times(name: str, states: Tensor = states, expert: int = expert) -> Tensor:
-                weight = getattr(module, name)[expert]
-                bias = getattr(module, f"{name}_bias", None)
-                fits = weight.shape[0] == states.shape[-1] and (turned or weight.shape[1] != states.shape[-1])
-                output = states @ weight if fits else F.linear(states, weight)
-                return output if bias is None else output + bias[expert]
+    def times(name: str, states: Tensor, expert: int) -> Tensor:
+        weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+        output = states @ weight if in_out else F.linear(states, weight)
+        return output if bias is None else output + bias[expert]
 
-            if layout.fused is not None:
-                both = times(layout.fused)
-                pre, up = layout.part(both, "pre"), layout.part(both, "up")
-            else:
-                pre, up = times(layout.gate), times(layout.up) if layout.up is not None else None
-            expected = {"pre": pre, "gate": layout.gate_of(module, pre)}
-            if up is not None:
-                expected["up"] = up
-            if layout.repeatable:
-                expected["post"] = layout.post_of(module, expected["gate"], up)
-            for kind, value in expected.items():
-                values, experts, places = got[kind]
-                mine = experts == expert
-                if not torch.equal(places[mine].sort().values, tokens.sort().values):
-                    raise ContractError(f"{mlp.path}: expert {expert} was read on other tokens than were sent to it")
-                ours = values[mine][places[mine].argsort()].float()
-                if not torch.allclose(
-                    ours, value[tokens.argsort()].float(), rtol=1e-3, atol=1e-3 * ours.abs().max().item()
-                ):
-                    raise ContractError(
-                        f"{mlp.path}: {kind} of expert {expert} is not what its weights make of its tokens"
-                    )
-    for kind, (values, _, _) in got.items():
-        if len(calls) == 1 and len(values) != seen:
-            raise ContractError(f"{mlp.path}: {len(values)} rows of {kind} were read; {seen} were routed")
+    for expert in range(count):
+        if chosen is not None:
+            tokens = (chosen == expert).any(-1).nonzero().flatten()
+            states = hidden[tokens]
+        else:
+            laid = hidden.reshape(count, -1, hidden.shape[-1])[expert] if hidden.ndim == 2 else hidden.flatten(0, -2)
+            tokens = laid.ne(0).any(-1).nonzero().flatten()
+            states = laid[tokens]
+        if not len(tokens):
+            continue
+        seen += len(tokens)
+        if getattr(module, layout.fused or layout.gate)[expert].shape[0 if in_out else 1] != states.shape[-1]:
+            return "its weights do not fit the tokens, whichever of their axes is the input's"
+        if layout.fused is not None:
+            both = times(layout.fused, states, expert)
+            pre, up = layout.part(both, "pre"), layout.part(both, "up")
+        else:
+            pre, up = (None if name is None else times(name, states, expert) for name in (layout.gate, layout.up))
+        expected = {"pre": pre, "gate": layout.gate_of(module, pre)}
+        if up is not None:
+            expected["up"] = up
+        if layout.repeatable:
+            expected["post"] = layout.post_of(module, expected["gate"], up)
+        for kind, value in expected.items():
+            values, experts, places = got[kind]
+            mine = experts == expert
+            if not torch.equal(places[mine].sort().values, tokens.sort().values):
+                return f"expert {expert} was read on other tokens than were sent to it"
+            ours, made = values[mine][places[mine].argsort()].float(), value[tokens.argsort()].float()
+            if not ours.shape[-1] == made.shape[-1] == mlp.width:
+                return f"{kind} of expert {expert} has {ours.shape[-1]} neurons; {mlp.width} were announced"
+            if not torch.allclose(ours, made, rtol=1e-3, atol=1e-3 * ours.abs().max().item()):
+                return f"{kind} of expert {expert} is not what its weights make of its tokens"
+    lengths = {kind: len(values) for kind, (values, _, _) in got.items() if len(values) != seen}
+    return next((f"{rows} rows of {kind} were read; {seen} were routed" for kind, rows in lengths.items()), None)
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
