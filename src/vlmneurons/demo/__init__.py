@@ -68,7 +68,8 @@ def load_demo(name: str = "natural") -> tuple[VLM, QuestionSet]:
 
     model = VLM.from_pretrained(_FOLDER / name, dtype=torch.float32)
     # Provenance names the model: where the package happens to lie is no name, and differs between machines.
-    model.hf.config._name_or_path = f"vlmneurons-demo/{name}"
+    config: Any = model.hf.config
+    config._name_or_path = f"vlmneurons-demo/{name}"
     return model, _questions()
 
 
