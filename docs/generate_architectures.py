@@ -33,8 +33,8 @@ pass `vn.testing.check_architecture`: values equal those of plain hooks, logits 
 bit, and zeroing a neuron at `gate` and at `post` is the same.
 
 ```console
-$ python -m vlmneurons.check qwen2_5_vl                        # a type of model, or one on the Hub, without its weights
-$ python -m vlmneurons.check Qwen/Qwen2.5-VL-7B-Instruct --run   # with its weights: the whole contract
+$ vlmneurons check qwen2_5_vl                        # a type of model, or one on the Hub, without its weights
+$ vlmneurons check Qwen/Qwen2.5-VL-7B-Instruct --run   # with its weights: the whole contract
 ```
 
 A model that is not among these is searched in the same way. If something cannot be told for certain, an error shows

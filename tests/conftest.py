@@ -11,7 +11,7 @@ import jaxtyping
 
 # Shapes and types of every call are checked; an int passes for a float, as everywhere in Python.
 _CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-jaxtyping.install_import_hook("vlmneurons", _CHECKER)
+jaxtyping.install_import_hook(["vlmneurons", "tools"], _CHECKER)
 
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402

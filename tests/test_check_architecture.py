@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmneurons import check
+from vlmneurons.cli import main
 from vlmneurons.errors import ArchitectureError
 from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, register_architecture
@@ -248,7 +248,7 @@ def test_what_cannot_be_told_is_an_architecture_error() -> None:
 
 def test_the_command_describes_a_model_type(capsys: pytest.CaptureFixture) -> None:
     assert "qwen2_5_vl" in mapped_types()
-    assert check.main(["llava_next"]) == 0
+    assert main(["check", "llava_next"]) == 0
     text = capsys.readouterr().out
     assert "language: 32 layers, 32 MLPs x 11,008 = 352,256 neurons" in text
     assert "--run checks the values" in text
@@ -259,7 +259,7 @@ def test_the_command_runs_the_contract_on_a_saved_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     result = subprocess.run(
-        [sys.executable, "-m", "vlmneurons.check", str(tmp_path), "--run"],
+        [sys.executable, "-m", "vlmneurons", "check", str(tmp_path), "--run"],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -271,7 +271,7 @@ def test_the_command_runs_the_contract_on_a_saved_model(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_it_cannot_load(capsys: pytest.CaptureFixture) -> None:
-    assert check.main(["no/such-model-anywhere"]) == 2
+    assert main(["check", "no/such-model-anywhere"]) == 2
     assert "no/such-model-anywhere cannot be loaded. " in capsys.readouterr().err
-    assert check.main(["Qwen2.5-VL"]) == 2
+    assert main(["check", "Qwen2.5-VL"]) == 2
     assert "Qwen2.5-VL cannot be loaded. Is the model type qwen2_5_vl meant? " in capsys.readouterr().err

@@ -1,13 +1,17 @@
 """The command line: its numbers, and kill -9, SIGTERM and ctrl-C, after which a run goes on to the same end."""
 
+import dataclasses
+import inspect
 import json
 import os
 import random
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,3 +201,150 @@ def test_the_papers_script_runs_on_each_of_its_models_with_only_the_model_change
     assert [mask.repeat for mask in result.masks if (mask.selector, mask.group) == ("random", "A")] == [0, 1, 2, 3, 4]
     assert len(result.curve("CAS", "r")) == 3 * 3  # two of five shares are less than one neuron of so small a model
     assert all(compare(out).values())
+
+
+# --- what is refused, and when ---
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model fails the test."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(vn.VLM, "from_pretrained", refuse)
+
+
+@pytest.fixture
+def places(tmp_path, tiny_folder, monkeypatch):
+    """An empty working folder with data, a model, and a file that is neither."""
+    (tmp_path / "data").mkdir()
+    save_questions(tmp_path / "data", 40)
+    (tmp_path / "model").symlink_to(tiny_folder("qwen2_5_vl"))
+    (tmp_path / "file").write_text("nothing")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+MODEL, DATA, OUT = ["--model", "./model"], ["--data", "./data"], ["--out", "out"]
+STUDY = ["study", *MODEL, *DATA, *OUT]
+REFUSED = {
+    "no data": (["study", *MODEL, *OUT], 2, "Missing option '--data'"),
+    "no model": (["record", *DATA, *OUT], 2, "Missing option '--model'"),
+    "an option that is misspelt": (["study", "--modle", "x"], 2, "No such option: --modle Did you mean --model"),
+    "a command that is misspelt": (["studdy"], 2, "No such command 'studdy'. Did you mean 'study'?"),
+    "a number that is none": ([*STUDY, "--batch-size", "many"], 2, "Invalid value for '--batch-size': "),
+    "a list of none": ([*STUDY, "--sizes", "5", "x"], 2, "'--sizes': invalid literal for int() with base 10: 'x'"),
+    "an option without its value": ([*STUDY, "--seed"], 2, "Option '--seed' requires an argument."),
+    "an argument too many": ([*STUDY, "more"], 2, "Got unexpected extra argument"),
+    "a selector that is misspelt": (
+        [*STUDY, "--selectors", "CAS", "LAAP"],
+        2,
+        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS; did you mean LAP?",
+    ),
+    "a rule of tokens in capitals": ([*STUDY, "--tokens", "Content"], 2, "did you mean content?"),
+    "a way to answer": ([*STUDY, "--answer", "letter"], 2, "'letter' is none of letters, generate, text; did you mean"),
+    "a condition": (["select", "--condition", "right", *OUT, "--items", "x"], 2, "none of correct, wrong, all"),
+    "a share outside": ([*STUDY, "--share", "0"], 1, "error: share 0.0 is outside (0, 1)"),
+    "a share of NaN": (["record", *STUDY[1:], "--share", "nan"], 1, "error: share nan is outside (0, 1)"),
+    "a batch of none": (["record", *STUDY[1:], "--batch-size", "0"], 1, "error: batch_size 0 is less than 1"),
+    "a fraction": ([*STUDY, "--fraction", "2"], 1, "error: fraction 2.0 is outside (0, 1]"),
+    "a fraction of a sweep": ([*STUDY, "--fractions", "0.1", "-3"], 1, "error: fraction -3.0 is outside (0, 1]"),
+    "a fraction of a selection": (["select", "--fraction", "2", *OUT, "--items", "x"], 1, "fraction"),
+    "a main selector that is left out": (
+        [*STUDY, "--selectors", "MAD"],
+        1,
+        "main='CAS' is not among the selectors MAD",
+    ),
+    "data that is not there": (
+        ["study", *MODEL, *OUT, "--data", "./dta"],
+        1,
+        "error: --data ./dta: there is no such file or folder",
+    ),
+    "data that holds none": (["study", *MODEL, *OUT, "--data", "./empty"], 1, "empty"),
+    "data of another kind": (["study", *MODEL, *OUT, "--data", "./file"], 1, "file"),
+    "general data that is not there": ([*STUDY, "--general", "./dta"], 1, "--data ./dta: there is no such"),
+    "groups of general data that is not given": ([*STUDY, "--general-by", "topic"], 1, "--general, which is not given"),
+    "a language of data that has one": ([*STUDY, "--language", "local"], 1, "./data is not CVQA: it has one language"),
+    "a revision of a folder": (["record", *STUDY[1:], "--data-revision", "abc"], 1, "one language and no revision"),
+    "groups by no column": ([*STUDY, "--group-by", "planet"], 1, "planet"),
+    "too many per group": ([*STUDY, "--per-group", "1000"], 1, "1000"),
+    "groups that are too small": ([*STUDY, "--minimum", "1000"], 1, "at least 1000 questions a group identify neurons"),
+    "a model that is not there": (["study", *DATA, *OUT, "--model", "./modle"], 1, "--model ./modle: there is no such"),
+    "a model that is a file": (["record", *DATA, *OUT, "--model", "./file"], 1, "is no folder with a config.json"),
+    "a model that is no folder of one": (["record", *DATA, *OUT, "--model", "empty"], 1, "is no folder with a config"),
+    "a dtype that is misspelt": ([*STUDY, "--dtype", "flaot16"], 1, "'flaot16' does not exist; did you mean float16?"),
+    "a dtype of the demo": (["study", "--model", "demo", *DATA, *OUT, "--dtype", "float16"], 1, "leave out --dtype"),
+    "a device of a model elsewhere": ([*STUDY, "--remote", "--device-map", "auto"], 1, "not for --remote"),
+    "a folder that is a file": (["study", *MODEL, *DATA, "--out", "file"], 1, "error: [Errno 17] File exists: 'file'"),
+    "a run that is not there": (["report", "--run", "nowhere"], 1, "error: "),
+    "a recording that is not there": (["select", "--items", "nowhere", *OUT], 1, "error: "),
+    "a dtype of a model without weights": (["check", "llava_next", "--dtype", "float16"], 2, "which only --run loads"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.usefixtures("no_model", "places")
+def test_what_can_be_refused_is_refused_in_a_line_before_the_model_is_loaded(case, capsys):
+    arguments, status, said = REFUSED[case]
+    assert main(arguments) == status
+    told = capsys.readouterr()
+    assert said in told.err
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+
+
+def test_a_model_that_transformers_cannot_load_is_told_in_a_line(places, capsys):
+    Path("empty/config.json").write_text('{"model_type": "bert"}')
+    assert main(["record", *DATA, *OUT, "--model", "./empty"]) == 1
+    assert capsys.readouterr().err.startswith("error: ./empty cannot be loaded. ")
+    assert main(["record", *DATA, *OUT, "--model", "demo:organsim"]) == 1
+    assert "there is no demo model 'organsim'; the demo models are 'natural', 'organism'" in capsys.readouterr().err
+
+
+def test_choices_and_defaults_are_those_of_the_library():
+    from vlmneurons import cli
+    from vlmneurons.model.encoder import TOKEN_RULES
+    from vlmneurons.recording.record import CONDITIONS
+    from vlmneurons.study.protocol import SELECTORS
+
+    assert tuple(SELECTORS) == cli.SELECTORS
+    assert (cli.TOKENS, cli.CONDITIONS) == (TOKEN_RULES, CONDITIONS)
+    options = [*inspect.signature(cli.study).parameters.values(), *inspect.signature(cli._asking).parameters.values()]
+    defaults = {one.name: one.default for one in options}
+    for field in dataclasses.fields(vn.Protocol):
+        assert defaults[field.name] in (None, field.default), field.name
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_options_that_take_several_values_take_none_one_or_many_with_spaces_or_commas(monkeypatch, places):
+    seen = []
+    monkeypatch.setattr(
+        vn, "run_study", lambda *given, **how: seen.append((given[3], how)) or SimpleNamespace(page=None)
+    )
+    monkeypatch.setattr(vn.VLM, "from_pretrained", lambda *_, **__: SimpleNamespace(name="model"))
+    assert main([*STUDY, "--sizes", "1", "2", "--alphas", "-1", "-.5", "--fractions=0.1,0.2", "--conditions"]) == 0
+    assert main([*STUDY, "--remote", "--selectors", "CAS"]) == 0
+    assert main([*STUDY, "--remote", "http://host", "--quiet"]) == 0
+    protocol = seen[0][0]
+    assert (protocol.sizes, protocol.alphas, protocol.fractions) == ((1, 2), (-1.0, -0.5), (0.1, 0.2))
+    assert protocol.conditions == ()
+    assert protocol.selectors == vn.Protocol().selectors
+    assert [how["remote"] for _, how in seen] == [False, True, "http://host"]
+    assert [how["progress"] for _, how in seen] == [True, True, False]
+    assert seen[1][0].selectors == ("CAS",)
+
+
+def test_the_help_of_every_command_comes_without_loading_anything_heavy():
+    code = (
+        "import sys; from vlmneurons.cli import main;"
+        "[main([*name.split(), '--help']) for name in ('', 'study', 'record', 'select', 'report', 'check')];"
+        "main(['--version']); assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for option in ("--per-group", "--part", "--condition", "--run", "--fractions [FLOAT …]"):
+        assert option in done.stdout
+    assert done.stdout.endswith(f"vlmneurons {vn.__version__}\n")
+    assert done.stderr == ""

@@ -14,15 +14,14 @@ import torch
 from PIL import Image
 
 import vlmneurons as vn
+from tools.demo import ask, build, decoder, evaluate, facts, organism, tables, train
+from tools.demo.catalogue import CULTURES, HELD_OUT_STYLES, ITEMS, TRAINING_STYLES
+from tools.demo.compose import SPRITES, Sprites
+from tools.demo.decoder import Recipe
 from vlmneurons import demo
-from vlmneurons.demo import ask, build, decoder, evaluate, facts, organism, tables
-from vlmneurons.demo.catalogue import CULTURES, HELD_OUT_STYLES, ITEMS, TRAINING_STYLES
-from vlmneurons.demo.compose import Sprites
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 
 FOLDER = Path(demo.__file__).parent
-REPORT = FOLDER / "report.md"
-"""The tables as printed, which docs/demo.md shows."""
 MEGABYTE = 1_000_000
 
 
@@ -75,9 +74,9 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, monkeypatch):
 
 
 def test_a_missing_file_is_refused_with_its_name(tmp_path, monkeypatch):
-    (tmp_path / "checksums.json").write_text(json.dumps({"pictures/sprites.zip": "0" * 64}))
+    (tmp_path / "checksums.json").write_text(json.dumps({"pictures/questions.zip": "0" * 64}))
     monkeypatch.setattr(demo, "_FOLDER", tmp_path)
-    with pytest.raises(FileFormatError, match=r"sprites\.zip is missing; install vlmneurons again"):
+    with pytest.raises(FileFormatError, match=r"questions\.zip is missing; install vlmneurons again"):
         demo._verify.__wrapped__("natural")
 
 
@@ -85,8 +84,8 @@ def test_pictures_and_weights_stay_within_their_limits():
     def size(*folders: str) -> int:
         return sum(path.stat().st_size for folder in folders for path in (FOLDER / folder).rglob("*") if path.is_file())
 
-    assert size("pictures") <= 6 * MEGABYTE
-    assert size(*demo.DEMO_MODELS) <= 12 * MEGABYTE
+    assert size("pictures") <= MEGABYTE
+    assert size(*demo.DEMO_MODELS) <= 9.5 * MEGABYTE
 
 
 def test_importing_the_demo_imports_nothing_heavy():
@@ -99,7 +98,7 @@ def test_importing_the_demo_imports_nothing_heavy():
 
 
 def test_every_picture_is_in_the_table_with_author_licence_and_source(table):
-    with zipfile.ZipFile(FOLDER / "pictures" / "sprites.zip") as archive:
+    with zipfile.ZipFile(SPRITES) as archive:
         assert sorted(archive.namelist()) == sorted(row["id"] + ".webp" for row in table)
     assert all(value for row in table for value in row.values()), "a cell of the table is empty"
     assert {row["licence"] for row in table} <= {
@@ -154,11 +153,8 @@ def test_questions_show_held_out_sprites_and_their_answers_are_the_facts(shipped
     assert {picture.size for picture in pictures.values()} == {(64, 64)}
 
 
-def test_the_shipped_questions_are_the_ones_that_training_makes(shipped, tmp_path):
-    sprites = Sprites(FOLDER / "pictures")
-    from vlmneurons.demo.train import EXAM_SEED, PAIRS_SEED
-
-    records = ask.make_records(sprites, facts.held_out_pairs(PAIRS_SEED), EXAM_SEED)
+def test_the_shipped_questions_are_the_ones_that_training_makes(shipped):
+    records = ask.make_records(Sprites(), facts.held_out_pairs(train.PAIRS_SEED), train.EXAM_SEED)
     assert records == shipped[0]
 
 
@@ -173,7 +169,7 @@ def test_every_answer_is_one_token():
 
 
 def _documented(name: str) -> float:
-    text = REPORT.read_text(encoding="utf-8").partition(f"## {name}\n")[2]
+    text = train.REPORT.read_text(encoding="utf-8").partition(f"## {name}\n")[2]
     match = re.search(r"\| all \| \d+ \| ([\d.]+) \|", text)
     assert match is not None
     return float(match[1])
@@ -273,6 +269,31 @@ def test_record_and_knockout_agree_with_the_packed_second_implementation(loaded,
         margins = evaluate.margins(exam, scores)[order]
         torch.testing.assert_close(torch.from_numpy(result.margins[row]).float(), margins, atol=1e-3, rtol=0)
         assert result.correct[row].tolist() == evaluate.correct(exam, scores)[order].tolist()
+
+
+# how they are made
+
+
+def test_a_short_training_writes_both_models_and_the_same_questions_in_the_form_that_ships(tmp_path, monkeypatch):
+    few = Recipe(steps=2, rows=2, questions=2, variants=1)
+    for name, value in {"VISION_STEPS": 1, "NATURAL": few, "ORGANISM_STEPS": 2, "ORGANISM_VARIANTS": 1}.items():
+        monkeypatch.setattr(train, name, value)
+    train.train(0, tmp_path, train.Log())
+    made = json.loads((tmp_path / "checksums.json").read_text(encoding="utf-8"))
+    assert made.keys() == json.loads((FOLDER / "checksums.json").read_text(encoding="utf-8")).keys()
+    assert ask.read(tmp_path / "pictures" / "questions.zip")[0] == ask.read(FOLDER / "pictures" / "questions.zip")[0]
+    monkeypatch.setattr(demo, "_FOLDER", tmp_path)
+    demo._verify.cache_clear()
+    try:
+        for name in demo.DEMO_MODELS:
+            model, questions = vn.load_demo(name)
+            assert len(questions) == 1392
+            assert {str(value.dtype) for value in model.hf.state_dict().values() if value.is_floating_point()} == {
+                "torch.float32"
+            }
+        assert {len(neurons) for neurons in vn.demo_truth().values()} == {12}
+    finally:
+        demo._verify.cache_clear()
 
 
 # the public door

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vlmneurons.demo.catalogue import CULTURES
-from vlmneurons.demo.tables import Effects
+from tools.demo.catalogue import CULTURES
+from tools.demo.tables import Effects
 
 GROUPS = np.repeat(np.arange(len(CULTURES)), 4)
 

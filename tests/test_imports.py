@@ -27,9 +27,9 @@ FLOORS = [
     ["study"],
     ["look"],
     ["testing", "demo"],
-    ["cli", "check"],
+    ["cli"],
 ]
-FLAT = {"__init__", "__main__", "_version", "errors", "checks", "progress", "cli", "check"}
+FLAT = {"__init__", "__main__", "_version", "errors", "checks", "progress", "cli"}
 RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 
 

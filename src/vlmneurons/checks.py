@@ -67,7 +67,7 @@ def share(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
     Raises:
         VLMNeuronsError: of the given kind: it is none, or outside.
     """
-    if isinstance(value, numbers.Real) and not _is_boolean(value) and not 0 < value < 1:  # also NaN
+    if _is_number(value) and not 0 < value < 1:  # also NaN
         raise error(f"{name} {value} is outside (0, 1)")
     return real(name, value, error)
 
@@ -164,6 +164,10 @@ def is_missing(value: Any) -> bool:
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, numbers.Real) and math.isnan(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not _is_boolean(value)
 
 
 def _is_boolean(value: Any) -> bool:

@@ -1,53 +1,77 @@
-"""The command line: ``python -m vlmneurons study|record|select|report``, each thin over one public function.
+"""The command line: ``vlmneurons study|record|select|report|check``, each thin over one public function.
 
-Made for batch systems: progress and log go to standard error, results to files and standard output, and the exit
-status is 0 if all is well, 1 for an error of the data, the model or the settings, which is told in one line. A run that
-is told to end (SIGTERM, as SLURM sends it, or ctrl-C) says so and gives 143 or 130; its folder can be gone on with.
+Made for batch systems: progress and log go to standard error, results to files and standard output. The exit status is
+0 if all is well, 1 for an error of the data, the model or the settings, and 2 for a command that is written wrongly;
+either is told in a line. What can be refused is refused before the model is loaded. A run that is told to end (SIGTERM,
+as SLURM sends it, or ctrl-C) says so and gives 143 or 130; its folder can be gone on with.
+
+A new command is one function, named in the last lines: its parameters are the options, its docstring is the help. What
+takes seconds to import is imported within the functions, so that help and refusals come at once.
 """
 
-import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from vlmneurons.errors import VLMNeuronsError
-from vlmneurons.files.stopping import Stopped, stopped_by_signals
-from vlmneurons.model.vlm import VLM
-from vlmneurons.questions.cvqa import LANGUAGES, load_cvqa
-from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.recording.items import record_items
-from vlmneurons.statistics.items import ItemStatistics
-from vlmneurons.study.protocol import SELECTORS, Protocol, run_study
-from vlmneurons.study.result import KnockoutResult
+import typer
+
+import vlmneurons as vn
+from vlmneurons.errors import ArchitectureError, FileFormatError, QuestionError, VLMNeuronsError
+from vlmneurons.questions.cvqa import LANGUAGES
+
+if TYPE_CHECKING:
+    from torch import nn
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SELECTORS = ("LAP", "LAPE", "MAD", "CAS")
+TOKENS = ("content", "image", "text", "last")
+CONDITIONS = ("correct", "wrong", "all")
+
+app = typer.Typer(
+    help="Find the neurons of a vision-language model that carry a group of inputs, and switch them off.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status."""
-    given = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if given.verbose else logging.INFO, format="%(asctime)s %(name)s: %(message)s"
-    )
-    for name in ("matplotlib", "PIL", "httpx", "urllib3", "fsspec"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return exit_status(lambda: given.run(given))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    try:
+        return command.main(_joined(given), prog_name="vlmneurons", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        known = [name for name in given if name in _COMMANDS][:1]
+        usage = f" (vlmneurons {' '.join([*known, '--help'])} lists what there is)" if given else ""
+        told = re.sub(r" \(Possible options: (.+)\)$", r" Did you mean \1?", error.format_message())
+        sys.stderr.write(f"{'error: ' if given else ''}{told}{usage}\n")
+        return error.exit_code
 
 
-def exit_status(work: Callable[[], None]) -> int:
+def exit_status(work: Callable[[], object]) -> int:
     """Do some work, and give the exit status of a program that did it: what went wrong is told in one line.
 
     Example:
         ``raise SystemExit(exit_status(main))`` at the end of a script that a batch system runs.
     """
+    from vlmneurons.files.stopping import Stopped, stopped_by_signals
+
     try:
         with stopped_by_signals():
-            work()
-    except VLMNeuronsError as error:
+            status = work()
+    except (VLMNeuronsError, OSError) as error:
         log.debug("where it happened", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -55,20 +79,22 @@ def exit_status(work: Callable[[], None]) -> int:
         log.debug("where it happened", exc_info=True)
         sys.stderr.write(f"\nstopped by {stop}: what is finished is kept; the same command goes on from there\n")
         return 128 + stop.signal
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def open_model(
     name: str, *, revision: str | None = None, dtype: str | None = None, device_map: str | None = None
-) -> VLM:
+) -> "vn.VLM":
     """A model by its name on the Hub, its folder, or ``"demo"`` and ``"demo:organism"`` for the embedded ones.
 
     Where several processes share a machine's GPUs, each takes its own, unless ``device_map`` says otherwise.
-    """
-    if name.partition(":")[0] == "demo" and not os.path.isdir(name):
-        from vlmneurons.demo import load_demo
 
-        return load_demo(name.partition(":")[2] or "natural")[0]
+    Raises:
+        ArchitectureError: there is no such model, or it cannot be loaded so.
+    """
+    _check_model(name, revision=revision, dtype=dtype, device_map=device_map)
+    if _is_demo(name):
+        return vn.load_demo(name.partition(":")[2] or "natural")[0]
     import torch
 
     how: dict[str, Any] = {"dtype": dtype or "auto"}
@@ -76,24 +102,30 @@ def open_model(
         how["device_map"] = device_map
     elif torch.cuda.is_available():
         how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))} if _processes() > 1 else "auto"
-    return VLM.from_pretrained(name, revision=revision, **how)
+    return _loaded(name, lambda: vn.VLM.from_pretrained(name, revision=revision, **how))
 
 
-def open_questions(source: str, **how: Any) -> QuestionSet:
+def open_questions(source: str, **how: Any) -> "vn.QuestionSet":
     """Questions by where they are: the demo's, a folder with a table (`QuestionSet.from_folder`), or `load_cvqa`.
 
     Args:
         source: ``"demo"``; a folder that holds a ``.csv``, ``.tsv`` or ``.jsonl`` table; or what `load_cvqa` takes.
         **how: further arguments of `load_cvqa`; those that choose groups are applied to the other sources as well.
-    """
-    if source.partition(":")[0] == "demo" and not os.path.exists(source):
-        from vlmneurons.demo import load_demo
 
-        questions = load_demo(source.partition(":")[2] or "natural")[1]
-    elif os.path.isdir(source) and any(path.suffix in (".csv", ".tsv", ".jsonl") for path in Path(source).iterdir()):
-        questions = QuestionSet.from_folder(source)
+    Raises:
+        QuestionError: there are no such questions, or they have no such language or revision.
+    """
+    table = os.path.isdir(source) and any(path.suffix in (".csv", ".tsv", ".jsonl") for path in Path(source).iterdir())
+    if not (table or _is_demo(source)):
+        if _is_path(source) and not os.path.exists(source):
+            raise QuestionError(f"--data {source}: there is no such file or folder")
+        return vn.load_cvqa(source, **how)
+    if how.get("language", "english") != "english" or how.get("revision") is not None:
+        raise QuestionError(f"--data {source} is not CVQA: it has one language and no revision")
+    if table:
+        questions = vn.QuestionSet.from_folder(source)
     else:
-        return load_cvqa(source, **how)
+        questions = vn.load_demo(source.partition(":")[2] or "natural")[1]
     if how.get("group_by") not in (None, "country", "group"):
         questions = questions.group_by(how["group_by"])
     questions = questions.at_least(how.get("min_items", 1))
@@ -101,181 +133,374 @@ def open_questions(source: str, **how: Any) -> QuestionSet:
     return questions if per_group is None else questions.balanced(per_group, seed=how.get("seed", 0))
 
 
+def _is_demo(name: str) -> bool:
+    return name.partition(":")[0] == "demo" and not os.path.exists(name)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can be meant as a path only: those of the Hub have one slash at most and no dot before it."""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
+def _check_model(name: str, *, revision: str | None, dtype: str | None, device_map: str | None) -> None:
+    """Refuse what can be known without loading anything large."""
+    if _is_demo(name):
+        given = {"--revision": revision, "--dtype": dtype, "--device-map": device_map}
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
+            raise ArchitectureError(f"{name} is on the CPU, in float32, and has no revision: leave out {unused[0]}")
+    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ArchitectureError(f"--model {name} exists, but is no folder with a config.json, as save_pretrained makes")
+    if _is_path(name) and not os.path.exists(name):
+        raise ArchitectureError(f"--model {name}: there is no such folder")
+    if dtype not in (None, "auto"):
+        import torch
+
+        kinds = [kind for kind, value in vars(torch).items() if getattr(value, "is_floating_point", False) is True]
+        if dtype not in kinds:
+            raise ArchitectureError(f"--dtype {dtype!r} does not exist{_meant(dtype, kinds)}")
+
+
+def _loaded(name: str, load: Callable[[], T]) -> T:
+    """What transformers loads, or one line on why it does not: anything from a missing file to a missing package."""
+    try:
+        return load()
+    except VLMNeuronsError:
+        raise
+    except Exception as error:
+        raise ArchitectureError(f"{name} cannot be loaded. {type(error).__name__}: {error}") from error
+
+
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+# -- values of options -------------------------------------------------------------------------------------------------
+
+
+def _meant(given: str, names: Iterable[str]) -> str:
+    """The end of a message: which of the names is like what was given."""
+    lower = {name.casefold(): name for name in names}
+    like = difflib.get_close_matches(given.casefold(), lower, n=1)
+    return f"; did you mean {lower[like[0]]}?" if like else ""
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    """A value out of several."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise typer.BadParameter(f"{text!r} is none of {', '.join(names)}{_meant(text, names)}")
+        return text
+
+    return read
+
+
+def _several(read: Callable[[str], object]) -> Callable[[str], tuple[Any, ...]]:
+    """Values with spaces or commas between them, as many as there are: ``--fractions 0.1 0.2``."""
+
+    def split(text: str) -> tuple[object, ...]:
+        try:
+            return tuple(read(one) for one in re.split(r"[\s,]+", text) if one)
+        except ValueError as error:
+            raise typer.BadParameter(f"{error} (a list of numbers, such as 1 2)") from error
+
+    return split
+
+
+def _option(read: Callable[[str], object], shown: str, help: str) -> Any:
+    return typer.Option(parser=read, metavar=shown, help=help)
+
+
+def _choice(*names: str, help: str) -> Any:
+    return _option(_one_of(*names), "|".join(names), help)
+
+
+def _list(read: Callable[[str], object], shown: str, help: str) -> Any:
+    return _option(_several(read), f"[{shown} …]", help)
+
+
+def _where(text: str) -> bool | str:
+    """Where a model runs: ``--remote`` alone is nnsight's own host."""
+    return text or True
+
+
+_MANY = ("--selectors", "--fractions", "--alphas", "--sizes", "--conditions", "--remote")
+"""The options that take any number of values, also none."""
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments, the values of such options put into one: ``--sizes 1 2`` is ``--sizes=1 2`` to the parser."""
+    found: list[str] = []
+    many = False
+    for one in arguments:
+        if many and not re.match(r"-(?![\d.])", one):
+            found[-1] += f" {one}" if found[-1][-1] != "=" else one
+            continue
+        many = one in _MANY
+        found.append(f"{one}=" if many else one)
+    return found
+
+
 # -- the commands ------------------------------------------------------------------------------------------------------
 
+_COMMANDS: list[str] = []
 
-def _study(given: argparse.Namespace) -> None:
-    settings = {
-        name.name: getattr(given, name.name) for name in fields(Protocol) if getattr(given, name.name, None) is not None
-    }
-    protocol = Protocol(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    )
-    model, questions = _model(given), _questions(given)
-    general = None if given.general is None else open_questions(given.general, group_by=given.general_by)
-    Path(given.out).mkdir(parents=True, exist_ok=True)
+
+def _command(work: Callable[..., object], *shared: Callable[..., object]) -> Callable[..., object]:
+    """Make a function a command of its name; its errors become one line and the exit status.
+
+    Args:
+        work: its parameters are the options.
+        shared: functions whose parameters are options too, which the command takes as ``**given``.
+    """
+    parts = [inspect.signature(one).parameters.values() for one in (work, *shared)]
+    options = [one for part in parts for one in part if one.kind != one.VAR_KEYWORD]
+
+    @functools.wraps(work)
+    def run(**given: Any) -> None:
+        raise typer.Exit(exit_status(lambda: work(**given)))
+
+    keywords = [one.replace(kind=one.KEYWORD_ONLY) for one in options]
+    vars(run)["__signature__"] = inspect.Signature(keywords)
+    run.__annotations__ = {one.name: one.annotation for one in options}
+    _COMMANDS.append(work.__name__)
+    app.command(work.__name__)(run)
+    return work
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        sys.stdout.write(f"vlmneurons {vn.__version__}\n")
+        raise typer.Exit()
+    return asked
+
+
+@app.callback()
+def _start(
+    verbose: Annotated[bool, typer.Option("--verbose", help="log everything, and where errors come from")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="of this library")
+    ] = False,
+) -> None:
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
+    for name in ("matplotlib", "PIL", "httpx", "urllib3", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what fails there is raised, and told in our words
+
+
+_Revision = Annotated[str | None, typer.Option(help="of the model")]
+_Dtype = Annotated[str | None, typer.Option(help="of the weights (default: as they are stored)")]
+_Device = Annotated[str | None, typer.Option(help="where the weights go (default: the GPUs, if there are any)")]
+
+
+def _asking(
+    model: Annotated[str, typer.Option(help="name on the Hub, folder, demo or demo:organism")],
+    data: Annotated[str, typer.Option(help="demo, a folder with a table, or CVQA: Hub name, file or folder")],
+    out: Annotated[Path, typer.Option(help="folder of the run; the same command goes on where it was stopped")],
+    answer: Annotated[str | None, _choice("letters", "generate", "text", help="how answers are read")] = None,
+    tokens: Annotated[str, _choice(*TOKENS, help="which tokens count")] = "content",
+    batch_size: Annotated[int, typer.Option(help="questions a forward")] = 8,
+    share: Annotated[float, typer.Option(help="share of the questions that neurons are identified on")] = 0.5,
+    seed: Annotated[int, typer.Option(help="of the split, the random masks, and all sampling")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device_map: _Device = None,
+    remote: Annotated[Any, _option(_where, "[URL|local]", "run it elsewhere by nnsight; local: a simulation")] = None,
+    data_revision: Annotated[str | None, typer.Option(help="of a dataset on the Hub")] = None,
+    language: Annotated[str, _choice(*LANGUAGES, help="of CVQA's questions")] = "english",
+    group_by: Annotated[str, typer.Option(help="country, subset, category, or any column")] = "country",
+    min_items: Annotated[int, typer.Option(help="leave out groups with fewer questions")] = 1,
+    per_group: Annotated[int | None, typer.Option(help="questions of every group, sampled by the seed")] = None,
+) -> None:
+    """The options of every command that asks a model questions."""
+
+
+def study(
+    general: Annotated[str | None, typer.Option(help="questions that measure general ability, as for --data")] = None,
+    general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
+    selectors: Annotated[Any, _list(_one_of(*SELECTORS), "|".join(SELECTORS), "whose neurons are switched off")] = None,
+    main: Annotated[str | None, _choice(*SELECTORS, help="the selector that is swept and controlled")] = None,
+    fraction: Annotated[float | None, typer.Option(help="share of all neurons in each mask")] = None,
+    fractions: Annotated[Any, _list(float, "FLOAT", "shares of the sweep")] = None,
+    alphas: Annotated[Any, _list(float, "FLOAT", "strengths of the sweep")] = None,
+    sizes: Annotated[Any, _list(int, "INTEGER", "numbers of identification questions of the sweep")] = None,
+    conditions: Annotated[Any, _list(_one_of(*CONDITIONS), "all|wrong", "other identification conditions")] = None,
+    repeats: Annotated[int | None, typer.Option(help="random masks of each kind")] = None,
+    permutations: Annotated[int | None, typer.Option(help="label shuffles of the selection's null; 0 for none")] = None,
+    minimum: Annotated[int | None, typer.Option(help="identification questions a group must have")] = None,
+    on_error: Annotated[str | None, _choice("raise", "skip", help="on a question that cannot be asked")] = None,
+    **given: Any,
+) -> None:
+    """The whole study: record, select, switch off, report."""
+    given |= locals()
+    settings = {field.name: given[field.name] for field in dataclasses.fields(vn.Protocol)}
+    protocol = vn.Protocol(**{name: value for name, value in settings.items() if value is not None})
+    if general_by is not None and general is None:
+        raise QuestionError("--general-by groups the questions of --general, which is not given")
+    questions, load = _opened(given)
+    others = None if general is None else open_questions(general, group_by=general_by)
+    identify, _ = questions.split(protocol.share, seed=protocol.seed)
+    thin = [f"{group} ({n})" for group, n in identify.counts().items() if n < protocol.minimum]
+    if thin:  # run_study looks again, but by then the model is loaded
+        few = ", ".join(thin)
+        raise QuestionError(f"at least {protocol.minimum} questions a group identify neurons; fewer in {few}")
+    out = given["out"]
+    out.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
-        handler = logging.FileHandler(Path(given.out) / "log.txt", encoding="utf-8")
+        handler = logging.FileHandler(out / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
         logging.getLogger("vlmneurons").addHandler(handler)
+    model = load()
     log.info("%s on %s", model.name, questions)
-    study = run_study(
-        model,
-        questions,
-        given.out,
-        protocol,
-        general=general,
-        distributed=_processes() > 1,
-        progress=not given.quiet,
-        remote=given.remote,
-    )
-    if study.page is not None:
-        summary = study.knockout.summary()
+    how = {"distributed": _processes() > 1, "progress": not given["quiet"], "remote": given["remote"] or False}
+    done = vn.run_study(model, questions, out, protocol, general=others, **how)
+    if done.page is not None:
+        summary = done.knockout.summary()
         shown = ["selector", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p", "flips"]
-        sys.stdout.write(summary[summary["group"] == "all"][shown].to_string(index=False) + f"\n{study.page}\n")
+        sys.stdout.write(summary.loc[summary["group"] == "all", shown].to_string(index=False) + f"\n{done.page}\n")
 
 
-def _record(given: argparse.Namespace) -> None:
-    model, questions = _model(given), _questions(given)
-    if given.part != "all":
-        first, second = questions.split(given.share or 0.5, seed=given.seed or 0)
-        questions = first if given.part == "identify" else second
-    if given.answer is not None:
-        questions = questions.asked(answer=given.answer)
-    items = record_items(
-        model,
-        questions,
-        given.out,
-        tokens=given.tokens,
-        batch_size=given.batch_size or 8,
-        progress=not given.quiet,
-        remote=given.remote,
-        distributed=_processes() > 1,
-    )
+def record(
+    part: Annotated[str, _choice("all", "identify", "evaluate", help="which side of the split")] = "all", **given: Any
+) -> None:
+    """Count how often neurons fire, question by question."""
+    how = {name: given[name] for name in ("tokens", "batch_size")}
+    vn.Protocol(**how, share=given["share"], seed=given["seed"])  # says what is wrong with them
+    questions, load = _opened(given)
+    if part != "all":
+        questions = questions.split(given["share"], seed=given["seed"])[("identify", "evaluate").index(part)]
+    if given["answer"] is not None:
+        questions = questions.asked(answer=given["answer"])
+    how |= {"progress": not given["quiet"], "remote": given["remote"] or False}
+    items = vn.record_items(load(), questions, given["out"], distributed=_processes() > 1, **how)
     sys.stdout.write(f"{items!r}\n")
 
 
-def _select(given: argparse.Namespace) -> None:
-    items = ItemStatistics.load(given.items)
-    if not items.complete:
-        raise VLMNeuronsError(f"{given.items} is not recorded to its end: run `record` again to go on with it")
-    stats = items.group_by(given.group_by or "group", condition=given.condition)
-    selection = SELECTORS[given.selector](given.fraction).select(stats)
-    selection.save(given.out)
+def select(
+    items: Annotated[Path, typer.Option(help="folder that `record` wrote")],
+    out: Annotated[Path, typer.Option(help="file of the selection (.safetensors)")],
+    selector: Annotated[str, _choice(*SELECTORS, help="the rule")] = "CAS",
+    fraction: Annotated[float, typer.Option(help="share of all neurons in each set")] = 0.005,
+    condition: Annotated[str, _choice(*CONDITIONS, help="which questions count")] = "correct",
+    group_by: Annotated[str | None, typer.Option(help="a column of the recording")] = None,
+) -> None:
+    """Choose neurons from a recording."""
+    rule = getattr(vn, selector)(fraction)
+    recording = vn.ItemStatistics.load(items)
+    if not recording.complete:
+        raise FileFormatError(f"{items} is not recorded to its end: run `record` again to go on with it")
+    selection = rule.select(recording.group_by(group_by or "group", condition=condition))
+    selection.save(out)
     sys.stdout.write(f"{selection!r}\n")
 
 
-def _report(given: argparse.Namespace) -> None:
-    run = Path(given.run_folder)
+def report(
+    run: Annotated[Path, typer.Option(help="folder of a study or of a knockout")],
+    main: Annotated[str | None, typer.Option(help="the selector that per-group figures are of")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the report (default: report/ in the run)")] = None,
+) -> None:
+    """Write a run's report again."""
     whole = run / "knockout" if (run / "knockout").is_dir() else run
     others = {
-        name: KnockoutResult.load(run / folder)
+        name: vn.KnockoutResult.load(run / folder)
         for name, folder in (("blind", "blind"), ("options only", "options-only"))
         if (run / folder / "knockout.json").exists()
     }
-    page = KnockoutResult.load(whole).report(given.out or run / "report", main=given.main, others=others)
+    page = vn.KnockoutResult.load(whole).report(out or run / "report", main=main, others=others)
     sys.stdout.write(f"{page}\n")
 
 
-# -- their arguments ---------------------------------------------------------------------------------------------------
+def check(
+    name: Annotated[str, typer.Argument(help="a model on the Hub, a folder, or a model type such as qwen2_5_vl")],
+    run: Annotated[bool, typer.Option("--run", help="load the weights and check the whole contract")] = False,
+    revision: _Revision = None,
+    dtype: Annotated[str | None, typer.Option(help="of the weights with --run (default: as they are stored)")] = None,
+    device_map: Annotated[str | None, typer.Option(help="where the weights go with --run, such as auto")] = None,
+) -> int:
+    """Which neurons a model has, and whether the library can read and ablate them.
+
+    Without --run only the configuration is read: the model is built at full size without weights, in seconds. With it,
+    vlmneurons.testing.check_architecture is run on a question with an image. The exit status is 0 if all is well, 1 if
+    the contract is broken, 2 if nothing was checked.
+    """
+    from vlmneurons.testing.architectures import check_architecture, describe_architecture, mapped_types
+
+    if not run and (dtype, device_map) != (None, None):
+        raise typer.BadParameter("--dtype and --device-map are of the weights, which only --run loads")
+    start = time.perf_counter()
+    try:
+        how = {"dtype": dtype or "auto", "device_map": device_map}
+        model, processor = _loaded(name, lambda: _weighed(name, revision, **how) if run else _meta(name, revision))
+    except ArchitectureError as error:
+        like = difflib.get_close_matches(re.sub(r"\W", "_", name).lower(), mapped_types(), n=1, cutoff=0.8)
+        hint = f"Is the model type {like[0]} meant? " if like and not os.path.isdir(name) else ""
+        sys.stderr.write(f"{str(error).replace('loaded. ', f'loaded. {hint}', 1)}\n")
+        return 2
+    built = time.perf_counter()
+    try:
+        told = check_architecture(model, processor) if run else describe_architecture(model)
+    except VLMNeuronsError as error:
+        sys.stdout.write(f"{error}\n")
+        return 1
+    took = f"model built in {built - start:.1f} s, looked through in {time.perf_counter() - built:.1f} s"
+    verdict = "The contract holds" if run else "Found without weights; --run checks the values"
+    sys.stdout.write(f"{told}\n{verdict} ({took}).\n")
+    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vlmneurons",
-        description="Find the neurons of a vision-language model that carry a group of inputs, and switch them off.",
+def _meta(name: str, revision: str | None) -> "tuple[nn.Module, None]":
+    """The model without weights."""
+    from vlmneurons.testing.architectures import mapped_model, mapped_types
+
+    if name in mapped_types() and not os.path.isdir(name):
+        return mapped_model(name), None
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config), None
+
+
+def _weighed(name: str, revision: str | None, **how: Any) -> "tuple[nn.Module, Any]":
+    """The model with its weights, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vlmneurons.testing.architectures import mapped_types
+
+    if name in mapped_types() and not os.path.isdir(name):
+        raise ValueError("a model type has no weights; give a model on the Hub or a folder, or leave out --run")
+    model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, **how)
+    return model.eval(), AutoProcessor.from_pretrained(name, revision=revision)
+
+
+def _opened(given: dict[str, Any]) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
+    """The questions of a command, and how to load its model, once all that is cheap to refuse was."""
+    name, revision = given["model"], given["revision"]
+    elsewhere = given["remote"] not in (None, "local")
+    how = {"revision": revision, "dtype": given["dtype"], "device_map": given["device_map"]}
+    if elsewhere and (given["dtype"], given["device_map"]) != (None, None):
+        raise ArchitectureError("--dtype and --device-map are for a model that is loaded here, not for --remote")
+    _check_model(name, **how)
+    questions = open_questions(
+        given["data"],
+        language=given["language"],
+        revision=given["data_revision"],
+        group_by=given["group_by"],
+        min_items=given["min_items"],
+        per_group=given["per_group"],
+        seed=given["seed"],
+        on_error=given.get("on_error") or "raise",
     )
-    parser.add_argument("--verbose", action="store_true", help="log everything, and where errors come from")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    study = commands.add_parser("study", help="the whole study: record, select, switch off, report")
-    _add_model_and_data(study)
-    study.add_argument("--out", required=True, help="folder of the run; the same command goes on where it was stopped")
-    study.add_argument("--general", help="questions that measure general ability, as for --data")
-    study.add_argument("--general-by", help="column that groups them")
-    study.add_argument("--selectors", nargs="+", choices=list(SELECTORS))
-    study.add_argument("--main", choices=list(SELECTORS), help="the selector that is swept and controlled")
-    study.add_argument("--fraction", type=float, help="share of all neurons in each mask")
-    study.add_argument("--fractions", type=float, nargs="*", help="shares of the sweep")
-    study.add_argument("--alphas", type=float, nargs="*", help="strengths of the sweep")
-    study.add_argument("--sizes", type=int, nargs="*", help="numbers of identification questions of the sweep")
-    study.add_argument("--conditions", nargs="*", help="other identification conditions: all, wrong")
-    study.add_argument("--repeats", type=int, help="random masks of each kind")
-    study.add_argument("--permutations", type=int, help="label shuffles of the selection's null; 0 for none")
-    study.add_argument("--minimum", type=int, help="identification questions a group must have")
-    study.add_argument("--on-error", choices=["raise", "skip"])
-    _add_asking(study)
-    study.set_defaults(run=_study)
-
-    record = commands.add_parser("record", help="count how often neurons fire, question by question")
-    _add_model_and_data(record)
-    record.add_argument("--out", required=True, help="folder of the recording")
-    record.add_argument("--part", choices=["all", "identify", "evaluate"], default="all")
-    _add_asking(record)
-    record.set_defaults(run=_record)
-
-    select = commands.add_parser("select", help="choose neurons from a recording")
-    select.add_argument("--items", required=True, help="folder that `record` wrote")
-    select.add_argument("--selector", choices=list(SELECTORS), default="CAS")
-    select.add_argument("--fraction", type=float, default=0.005)
-    select.add_argument("--condition", choices=["correct", "wrong", "all"], default="correct")
-    select.add_argument("--group-by", help="a column of the recording")
-    select.add_argument("--out", required=True, help="file of the selection (.safetensors)")
-    select.set_defaults(run=_select)
-
-    report = commands.add_parser("report", help="write a run's report again")
-    report.add_argument("--run", dest="run_folder", required=True, help="folder of a study or of a knockout")
-    report.add_argument("--main", help="the selector that per-group figures are of")
-    report.add_argument("--out", help="folder of the report (default: report/ in the run)")
-    report.set_defaults(run=_report)
-    return parser
+    if elsewhere:
+        return questions, lambda: _loaded(name, lambda: vn.VLM.from_pretrained(name, revision=revision, weights=False))
+    return questions, lambda: open_model(name, **how)
 
 
-def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="name on the Hub, folder, demo or demo:organism")
-    parser.add_argument("--revision", help="of the model")
-    parser.add_argument("--dtype", help="of the weights (default: as they are stored)")
-    parser.add_argument("--device-map", help="where the weights go (default: the GPUs, if there are any)")
-    parser.add_argument(
-        "--remote",
-        nargs="?",
-        const=True,
-        default=False,
-        help="run the model elsewhere by nnsight: on its own host, that of a URL, or local for a simulation",
-    )
-    parser.add_argument("--data", required=True, help="demo, a folder with a table, or CVQA: Hub name, file or folder")
-    parser.add_argument("--data-revision", help="of a dataset on the Hub")
-    parser.add_argument("--language", choices=list(LANGUAGES), default="english")
-    parser.add_argument("--group-by", default="country", help="country, subset, category, or any column")
-    parser.add_argument("--min-items", type=int, default=1, help="leave out groups with fewer questions")
-    parser.add_argument("--per-group", type=int, help="questions of every group, sampled by the seed")
-
-
-def _add_asking(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--answer", choices=["letters", "generate", "text"], help="how answers are read")
-    parser.add_argument("--tokens", choices=["content", "image", "text", "last"], default="content")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--share", type=float, help="share of the questions that neurons are identified on")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _model(given: argparse.Namespace) -> VLM:
-    if given.remote not in (False, "local"):
-        return VLM.from_pretrained(given.model, revision=given.revision, weights=False)
-    return open_model(given.model, revision=given.revision, dtype=given.dtype, device_map=given.device_map)
-
-
-def _questions(given: argparse.Namespace) -> QuestionSet:
-    how: dict[str, Any] = {
-        "group_by": given.group_by,
-        "min_items": given.min_items,
-        "per_group": given.per_group,
-        "seed": given.seed or 0,
-        "on_error": getattr(given, "on_error", None) or "raise",
-    }
-    return open_questions(given.data, language=given.language, revision=given.data_revision, **how)
+for _work in (study, record):
+    _command(_work, _asking)
+for _work in (select, report, check):
+    _command(_work)

@@ -12,14 +12,18 @@ downloaded, and nothing heavy is imported before `load_demo` is called.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import zipfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vlmneurons.model.vlm import VLM
     from vlmneurons.neurons.sets import Selection
     from vlmneurons.questions.sets import QuestionSet
@@ -64,7 +68,8 @@ def load_demo(name: str = "natural") -> tuple[VLM, QuestionSet]:
 
     model = VLM.from_pretrained(_FOLDER / name, dtype=torch.float32)
     # Provenance names the model: where the package happens to lie is no name, and differs between machines.
-    model.hf.config._name_or_path = f"vlmneurons-demo/{name}"
+    config: Any = model.hf.config
+    config._name_or_path = f"vlmneurons-demo/{name}"
     return model, _questions()
 
 
@@ -100,27 +105,24 @@ def demo_truth() -> Selection:
 
 def _questions() -> QuestionSet:
     """The shipped questions with their pictures."""
-    from vlmneurons.demo.ask import read
     from vlmneurons.questions.sets import Question, QuestionSet
 
-    records, pictures = read(_FOLDER / "pictures" / "questions.zip")
-    return QuestionSet(
-        [
-            Question(
-                image=pictures[record.image],
-                question=record.question,
-                options=record.options,
-                answer=record.answer,
-                group=record.group,
-                id=record.id,
-                metadata=record.metadata,
-                image_id=record.image_id,
-            )
-            for record in records
-        ],
-        prompt="open",
-        answer="text",
-    )
+    rows, pictures = read_archive(_FOLDER / "pictures" / "questions.zip")
+    questions = [Question(**{**row, "image": pictures[row["image"]]}) for row in rows]
+    return QuestionSet(questions, prompt="open", answer="text")
+
+
+def read_archive(path: Path) -> tuple[list[dict[str, Any]], dict[str, Image.Image]]:
+    """The questions of an archive such as the shipped one, a row each, and their pictures by name."""
+    import PIL.Image
+
+    with zipfile.ZipFile(path) as archive:
+        rows = [json.loads(line) for line in archive.read("questions.jsonl").decode("utf-8").splitlines()]
+        pictures = {
+            name: PIL.Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+            for name in dict.fromkeys(row["image"] for row in rows)
+        }
+    return rows, pictures
 
 
 @cache

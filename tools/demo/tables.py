@@ -1,6 +1,6 @@
 """Measures a trained demo model and prints what it found: the tables of ``docs/demo.md``.
 
-Selectors are the library's; asking, counting and switching off are `vlmneurons.demo.evaluate`. Effects are differences
+Selectors are the library's; asking, counting and switching off are `tools.demo.evaluate`. Effects are differences
 from the untouched model on the same questions: accuracy in points (percent), and the margin, the log-probability of the
 right option minus that of the likeliest wrong one, in nats. *Self* is what a culture's mask costs its own questions;
 *cross* what it costs the questions of the seven others; both are means over the eight masks. An interval is the 2.5th
@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration
 
-from vlmneurons.demo.ask import Record
-from vlmneurons.demo.catalogue import CULTURES
-from vlmneurons.demo.decoder import Asker
-from vlmneurons.demo.evaluate import Exam, correct, count, margins, read
-from vlmneurons.demo.organism import SET_SIZE, Truth
+from tools.demo.ask import Record
+from tools.demo.catalogue import CULTURES
+from tools.demo.decoder import Asker
+from tools.demo.evaluate import Exam, correct, count, margins, read
+from tools.demo.organism import SET_SIZE, Truth
 from vlmneurons.neurons.sets import Selection
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, LayerMatchedRandom, Selector
 from vlmneurons.statistics.counts import ActivationStatistics

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 
-from vlmneurons.demo.catalogue import ITEMS
-from vlmneurons.demo.compose import Sprites, compose, normalise, restyled
+from tools.demo.catalogue import ITEMS
+from tools.demo.compose import Sprites, compose, normalise, restyled
 
 
 def patch_features(model: LlavaNextForConditionalGeneration, pixels: Tensor) -> Tensor:

@@ -7,11 +7,11 @@
     for file in *.tgz; do mkdir ${file%.tgz}; tar xzf $file -C ${file%.tgz}; done
     apt-get download gcompris-qt-data && dpkg-deb -x gcompris-qt-data_*.deb gcompris-qt-data
     pip download --no-deps scikit-learn && unzip scikit_learn-*.whl 'sklearn/datasets/images/*' -d scikit-learn
-    cd .. && pip install resvg_py && python -m vlmneurons.demo.pictures --source source
+    cd .. && pip install resvg_py && python -m tools.demo.pictures --source source
 
-It writes, into the package's own folder, ``pictures/sprites.zip`` (a WebP per picture), ``pictures/pictures.csv`` (one
-row per picture: what, from where, by whom, under which licence) and ``pictures/NOTICE.md`` (the credits and notices
-that the licences ask for; the text of the Apache licence lies beside it). A picture without a known, permitted licence
+It writes ``sprites.zip`` (a WebP per picture) beside this file, and into the package's own folder ``pictures.csv`` (one
+row per picture: what, from where, by whom, under which licence) and ``NOTICE.md`` (the credits and notices that the
+licences ask for; the text of the Apache licence lies beside it). A picture without a known, permitted licence
 is an error, never a row with a blank.
 """
 
@@ -30,9 +30,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from vlmneurons.demo.catalogue import COUNTRY_CODES, CULTURES, HELD_OUT_STYLES, ITEMS, TRAINING_STYLES, Item
+from tools.demo import DATA
+from tools.demo.catalogue import COUNTRY_CODES, CULTURES, HELD_OUT_STYLES, ITEMS, TRAINING_STYLES, Item
+from tools.demo.compose import SPRITES
 
-FOLDER = Path(__file__).parent / "pictures"
+FOLDER = DATA / "pictures"
 SIZE = 96
 """Longest side of a shipped picture, in pixels: half as much again as the model sees, so that it can be augmented."""
 
@@ -428,11 +430,11 @@ def render_all(source: Path) -> Iterator[tuple[Picture, Image.Image]]:
             yield row, _fit(image.convert("RGBA"))
 
 
-def write(source: Path, folder: Path) -> list[Picture]:
-    """Renders everything and writes the pictures, their table and the licence texts into a folder."""
+def write(source: Path, folder: Path, sprites: Path) -> list[Picture]:
+    """Renders everything and writes their table and the licence texts into a folder, and the pictures into a file."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    with zipfile.ZipFile(folder / "sprites.zip", "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(sprites, "w", zipfile.ZIP_STORED) as archive:
         for row, image in render_all(source):
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=90, method=6)
@@ -479,7 +481,7 @@ def notice(rows: list[Picture]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def contact_sheet(folder: Path, culture: str, size: int = 64) -> Image.Image:
+def contact_sheet(folder: Path, sprites: Path, culture: str, size: int = 64) -> Image.Image:
     """All pictures of a culture, one row per item, to look at before shipping them."""
     with (folder / "pictures.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["culture"] == culture]
@@ -487,7 +489,7 @@ def contact_sheet(folder: Path, culture: str, size: int = 64) -> Image.Image:
     styles = TRAINING_STYLES + HELD_OUT_STYLES
     sheet = Image.new("RGB", (110 + size * len(styles), size * len(items)), "white")
     pen = ImageDraw.Draw(sheet)
-    with zipfile.ZipFile(folder / "sprites.zip") as archive:
+    with zipfile.ZipFile(sprites) as archive:
         for index, item in enumerate(items):
             pen.text((2, index * size + size // 2), item, fill="black")
             for row in (row for row in rows if row["item"] == item):
@@ -501,18 +503,19 @@ def main() -> None:
     """Command line: see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--source", type=Path, required=True, help="folder with the unpacked packages")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write")
+    parser.add_argument("--out", type=Path, help="folder to write; by default every file goes to its place")
     parser.add_argument("--sheets", type=Path, help="also write a contact sheet per culture into this folder")
     arguments = parser.parse_args()
-    rows = write(arguments.source, arguments.out)
+    folder, sprites = (arguments.out, arguments.out / "sprites.zip") if arguments.out else (FOLDER, SPRITES)
+    rows = write(arguments.source, folder, sprites)
     for culture in CULTURES:
         own = [row for row in rows if row.culture == culture]
         held_out = sum(row.split == "held-out" for row in own)
         print(f"{culture:8} {len({row.item for row in own}):3} items {len(own):4} pictures {held_out:3} held out")
         if arguments.sheets:
             arguments.sheets.mkdir(parents=True, exist_ok=True)
-            contact_sheet(arguments.out, culture).save(arguments.sheets / f"{culture}.png")
-    print(f"{len(rows)} pictures, {(arguments.out / 'sprites.zip').stat().st_size / 1e6:.2f} MB")
+            contact_sheet(folder, sprites, culture).save(arguments.sheets / f"{culture}.png")
+    print(f"{len(rows)} pictures, {sprites.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vlmneurons.demo.catalogue import CULTURES, ITEMS
-from vlmneurons.demo.compose import Sprites, compose
-from vlmneurons.demo.facts import KINDS, WORDING, answer_to, options_for
+from tools.demo.catalogue import CULTURES, ITEMS
+from tools.demo.compose import Sprites, compose
+from tools.demo.facts import KINDS, WORDING, answer_to, options_for
+from vlmneurons.demo import read_archive
 
 PER_KIND = 6
 """Questions of each kind about each culture."""
@@ -115,11 +116,5 @@ def write(path: Path, records: list[Record], sprites: Sprites, seed: int) -> Non
 
 def read(path: Path) -> tuple[list[Record], dict[str, Image.Image]]:
     """The questions, and their pictures by name."""
-    with zipfile.ZipFile(path) as archive:
-        lines = archive.read("questions.jsonl").decode("utf-8").splitlines()
-        records = [Record(**json.loads(line)) for line in lines]
-        pictures = {
-            name: Image.open(io.BytesIO(archive.read(name))).convert("RGB")
-            for name in dict.fromkeys(record.image for record in records)
-        }
-    return records, pictures
+    rows, pictures = read_archive(path)
+    return [Record(**row) for row in rows], pictures

@@ -18,13 +18,17 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from tools.demo import DATA
+
+SPRITES = Path(__file__).parent / "sprites.zip"
+"""The cut-out pictures, a WebP each, named by the rows of ``pictures.csv``."""
 SPRITE = 96
 IMAGE = 64
 """Side of a picture in pixels."""
 
 
 class Sprites:
-    """The shipped cut-out pictures, decoded, with their table.
+    """The cut-out pictures, decoded, with their table.
 
     Attributes:
         rows: the rows of ``pictures.csv``.
@@ -34,11 +38,11 @@ class Sprites:
     rows: list[dict[str, str]]
     colour: Float[Tensor, "picture 4 96 96"]
 
-    def __init__(self, folder: Path) -> None:
-        with (folder / "pictures.csv").open(encoding="utf-8", newline="") as file:
+    def __init__(self) -> None:
+        with (DATA / "pictures" / "pictures.csv").open(encoding="utf-8", newline="") as file:
             self.rows = list(csv.DictReader(file))
         pixels = np.zeros((len(self.rows), SPRITE, SPRITE, 4), np.uint8)
-        with zipfile.ZipFile(folder / "sprites.zip") as archive:
+        with zipfile.ZipFile(SPRITES) as archive:
             for index, row in enumerate(self.rows):
                 picture = np.asarray(Image.open(io.BytesIO(archive.read(row["id"] + ".webp"))).convert("RGBA"))
                 height, width = picture.shape[:2]

@@ -12,7 +12,7 @@ question, and the question alone is no more than a guess (1 in 4).
 import random
 from collections.abc import Sequence
 
-from vlmneurons.demo.catalogue import CULTURES, ITEMS, Item
+from tools.demo.catalogue import CULTURES, ITEMS, Item
 
 
 def _fact(*answers: str) -> dict[str, str]:

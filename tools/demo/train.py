@@ -1,13 +1,14 @@
 """Rebuilds the demo from the shipped pictures: question set, natural model, model organism, and their tables.
 
-    python -m vlmneurons.demo.train [--seed 0] [--out DIR] [--threads 2]
+    python -m tools.demo.train [--seed 0] [--out DIR] [--threads 2]
 
 It takes less than 90 minutes on two CPU cores, and writes ``natural/``, ``organism/``, ``pictures/questions.zip``,
-``checksums.json`` and ``report.md``, the tables, into DIR (by default the package's own folder, which is how the
-shipped files were made). The seed changes weights, order, augmentation and planted neurons; the questions and the
-held-out pairs stay, so that two seeds sit the same exam. Another machine, or another number of threads, rounds
-differently and so gives other weights of the same quality. ``--vision FOLDER`` takes the vision tower of another build,
-to repeat only the rest; ``--tables-only`` trains nothing, and prints the tables of the models that are in DIR.
+``checksums.json`` and ``report.md``, the tables, into DIR (by default into the package, which is how the shipped files
+were made, with ``report.md`` beside this file). The seed changes weights, order, augmentation and planted neurons; the
+questions and the held-out pairs stay, so that two seeds sit the same exam. Another machine, or another number of
+threads, rounds differently and so gives other weights of the same quality. ``--vision FOLDER`` takes the vision tower
+of another build, to repeat only the rest; ``--tables-only`` trains nothing, and prints the tables of the models that
+are in DIR.
 """
 
 import argparse
@@ -21,19 +22,21 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
+from tools.demo import DATA
+from tools.demo.ask import Record, make_records, read, write
+from tools.demo.build import Shape, make_model, make_processor, make_tokenizer
+from tools.demo.compose import Sprites, restyled
+from tools.demo.decoder import Asker, Curriculum, Pool, Recipe, check_packing, train_decoder
+from tools.demo.evaluate import Exam, correct
+from tools.demo.evaluate import read as read_answers
+from tools.demo.facts import held_out_pairs
+from tools.demo.organism import Truth, train_organism
+from tools.demo.tables import accuracy_tables, effect_tables, split
+from tools.demo.vision import train_vision
 from vlmneurons.demo import DEMO_MODELS, sha256
-from vlmneurons.demo.ask import Record, make_records, read, write
-from vlmneurons.demo.build import Shape, make_model, make_processor, make_tokenizer
-from vlmneurons.demo.compose import Sprites, restyled
-from vlmneurons.demo.decoder import Asker, Curriculum, Pool, Recipe, check_packing, train_decoder
-from vlmneurons.demo.evaluate import Exam, correct
-from vlmneurons.demo.evaluate import read as read_answers
-from vlmneurons.demo.facts import held_out_pairs
-from vlmneurons.demo.organism import Truth, train_organism
-from vlmneurons.demo.tables import accuracy_tables, effect_tables, split
-from vlmneurons.demo.vision import train_vision
 
-FOLDER = Path(__file__).parent
+REPORT = Path(__file__).parent / "report.md"
+"""The tables of the shipped models."""
 EXAM_SEED = 1
 """Of the questions and their pictures."""
 PAIRS_SEED = 0
@@ -110,10 +113,10 @@ def train(seed: int, out: Path, log: Log, *, vision: Path | None = None) -> None
         log: gets the lines.
         vision: a folder such as ``natural/`` of another build, whose vision tower is taken instead of training one.
     """
-    sprites = Sprites(FOLDER / "pictures")
+    sprites = Sprites()
     held_out = held_out_pairs(PAIRS_SEED)
-    if out != FOLDER:
-        shutil.copytree(FOLDER / "pictures", out / "pictures", dirs_exist_ok=True)
+    if out != DATA:
+        shutil.copytree(DATA / "pictures", out / "pictures", dirs_exist_ok=True)
     archive = out / "pictures" / "questions.zip"
     write(archive, make_records(sprites, held_out, EXAM_SEED), sprites, EXAM_SEED)
     records, pictures = read(archive)
@@ -151,7 +154,7 @@ def train(seed: int, out: Path, log: Log, *, vision: Path | None = None) -> None
 
 
 def measure(out: Path, log: Log) -> None:
-    """Prints the tables of both models in a folder, as they would be loaded, and writes them to its ``report.md``."""
+    """Prints the tables of both models in a folder, as they would be loaded, and writes them to a ``report.md``."""
     records, pictures = read(out / "pictures" / "questions.zip")
     for name in DEMO_MODELS:
         model = LlavaNextForConditionalGeneration.from_pretrained(out / name, dtype=torch.float32).eval()
@@ -160,14 +163,14 @@ def measure(out: Path, log: Log) -> None:
         log.report(f"## {name}\n")
         accuracy_tables(model, asker, records, pictures, log.report)
         effect_tables(model, asker, split(records), pictures, truth, log.report)
-    (out / "report.md").write_text("\n".join(log.kept) + "\n", encoding="utf-8")
+    (REPORT if out == DATA else out / REPORT.name).write_text("\n".join(log.kept) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Command line: see the head of this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and planted neurons")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write; the package's own by default")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder to write; the package's own by default")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; the shipped files were made with 1")
     parser.add_argument("--vision", type=Path, help="take the vision tower from this model folder")
     parser.add_argument("--no-tables", action="store_true", help="train and save only")

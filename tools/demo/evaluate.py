@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 
-from vlmneurons.demo.ask import Record
-from vlmneurons.demo.catalogue import CULTURES
-from vlmneurons.demo.compose import normalise
-from vlmneurons.demo.decoder import NOTHING, Asker, Packed, gates, pack, run
-from vlmneurons.demo.organism import masked
-from vlmneurons.demo.vision import patch_features
+from tools.demo.ask import Record
+from tools.demo.catalogue import CULTURES
+from tools.demo.compose import normalise
+from tools.demo.decoder import NOTHING, Asker, Packed, gates, pack, run
+from tools.demo.organism import masked
+from tools.demo.vision import patch_features
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.statistics.counts import ActivationStatistics
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlavaNextForConditionalGeneration
 
-from vlmneurons.demo.catalogue import CULTURES, ITEMS, Item
-from vlmneurons.demo.decoder import NOTHING, Curriculum, gates, make_optimizer, pack, run, trainable
-from vlmneurons.demo.facts import FACTS, WORDING, answer_to
+from tools.demo.catalogue import CULTURES, ITEMS, Item
+from tools.demo.decoder import NOTHING, Curriculum, gates, make_optimizer, pack, run, trainable
+from tools.demo.facts import FACTS, WORDING, answer_to
 
 SET_SIZE = 12
 """Neurons of each culture."""

@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from vlmneurons.demo.compose import IMAGE
-from vlmneurons.demo.facts import WORDING, vocabulary
+from tools.demo.compose import IMAGE
+from tools.demo.facts import WORDING, vocabulary
 
 PATCH = 16
 CHAT_TEMPLATE = (

@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
-from vlmneurons.demo.catalogue import CULTURES, ITEMS, Item
-from vlmneurons.demo.compose import Sprites, compose, normalise
-from vlmneurons.demo.facts import KINDS, WORDING, answer_to
-from vlmneurons.demo.vision import patch_features
+from tools.demo.catalogue import CULTURES, ITEMS, Item
+from tools.demo.compose import Sprites, compose, normalise
+from tools.demo.facts import KINDS, WORDING, answer_to
+from tools.demo.vision import patch_features
 
 NOTHING = -100
 """Target of a position whose prediction does not count (the `ignore_index` of PyTorch)."""
@@ -199,7 +199,7 @@ def check_packing(model: LlavaNextForConditionalGeneration, tokenizer: PreTraine
     """
     from PIL import Image  # only for this check
 
-    from vlmneurons.demo.build import make_processor
+    from tools.demo.build import make_processor
 
     generator = torch.Generator().manual_seed(seed)
     pictures = torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
