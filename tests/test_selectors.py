@@ -1,6 +1,7 @@
 """Every selector against an independent version in NumPy or plain Python; budgets, ties, arithmetic, the contract."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def numpy_lape(stats):
     for n in range(p.shape[1]):
         if p[:, n].max() > 0:
             share = p[:, n] / p[:, n].sum()
-            scores[int(np.argmax(p[:, n])), n] = sum(x * math.log(x) for x in share if x > 0)
+            scores[p[:, n] == p[:, n].max(), n] = sum(x * math.log(x) for x in share if x > 0)
     return scores
 
 
@@ -313,6 +314,122 @@ def test_highest_takes_the_best_and_of_equal_ones_the_first(values, count, data)
     chosen = highest(torch.from_numpy(values), count, None if allowed is None else torch.from_numpy(allowed)).tolist()
     candidates = [n for n in range(len(values)) if allowed is None or allowed[n]]
     assert chosen == sorted(sorted(candidates, key=lambda n: (-values[n], n))[:count])
+
+
+# -- ties, whatever the groups are called ----------------------------------------------------------------------------
+
+ORDERLESS = [
+    LAP(count=4),
+    LAPE(count=4),
+    LAPE(variant="tang", top_rate=0.3, filter_rate=0.7, activation_bar_ratio=0.7),
+    CAS(count=4),
+    MAD(count=4),
+    MAD(count=4, others=True, signed=True),
+    MAD(count=4, on="mean"),
+    MostActive(count=4),
+    CNA(count=4, anywhere=True),
+    CAS(count=4) + MAD(),
+    CAS(count=4).zscore() + MAD().zscore(),
+    (CAS() + LAPE()).take(count=4),
+    LAP(count=4).where(MostActive() > 0.3),
+    CAS(count=4) | MAD(count=4),
+    MAD(count=1, per_layer=True),
+]
+"""Rules whose sets belong to the groups and not to their names or their order."""
+
+
+@st.composite
+def tied_counts(draw):
+    """Tokens and counts small enough that many neurons tie exactly; with equal numbers of tokens, or different ones."""
+    groups = draw(st.integers(2, 6))
+    tokens = draw(st.lists(st.integers(1, 12), min_size=groups, max_size=groups))
+    if draw(st.booleans()):
+        tokens = [tokens[0]] * groups
+    counts = [[draw(st.integers(0, most)) for _ in range(12)] for most in tokens]
+    return tokens, counts
+
+
+def counted(tokens, counts, names=None, total=None):
+    space = NeuronSpace.from_widths("language", "gate", [5, len(counts[0]) - 5])
+    names = [f"g{n}" for n in range(len(tokens))] if names is None else names
+    total = np.asarray(counts) * 0.1 if total is None else total
+    return ActivationStatistics.from_counts(space, names, counts, tokens, total=total)
+
+
+@pytest.mark.parametrize("rule", ORDERLESS, ids=repr)
+@settings(max_examples=25, deadline=None)
+@given(tied_counts(), st.randoms(use_true_random=False))
+def test_sets_go_with_their_groups_when_these_are_reordered_and_renamed(rule, table, random):
+    tokens, counts = table
+    stats = counted(tokens, counts)
+    order = list(range(len(tokens)))
+    random.shuffle(order)
+    moved = counted([tokens[n] for n in order], [counts[n] for n in order], [f"other {n}" for n in order])
+    selection, again = rule.select(stats), rule.select(moved)
+    assert {f"other {name[1:]}": list(neurons) for name, neurons in selection.items()} == {
+        name: list(neurons) for name, neurons in again.items()
+    }
+
+
+def exact_mad(p):
+    mean = [sum(column) / len(p) for column in zip(*p, strict=True)]
+    return [[abs(x - m) for x, m in zip(row, mean, strict=True)] for row in p]
+
+
+def exact_cas(p):
+    ranked = [sorted(column, reverse=True) for column in zip(*p, strict=True)]
+    return [[top[0] - top[1] if x == top[0] else 0 for x, top in zip(row, ranked, strict=True)] for row in p]
+
+
+def exact_most_active(p):
+    return [[sum(column) for column in zip(*p, strict=True)]] * len(p)
+
+
+@pytest.mark.parametrize(
+    ("rule", "exact"),
+    [(MAD(), exact_mad), (CAS(), exact_cas), (MostActive(), exact_most_active), (LAP(), lambda p: p)],
+    ids=["MAD", "CAS", "MostActive", "LAP"],
+)
+@settings(max_examples=150, deadline=None)
+@given(tied_counts(), st.integers(1, 12))
+def test_ties_are_those_of_fractions_and_are_broken_by_index(rule, exact, table, count):
+    tokens, counts = table
+    scores = exact([[Fraction(k, most) for k in row] for row, most in zip(counts, tokens, strict=True)])
+    for row, neurons in zip(scores, rule.take(count=count).select(counted(tokens, counts)).values(), strict=True):
+        allowed = [n for n in range(12) if row[n] > 0 or not isinstance(rule, CAS)]
+        assert list(neurons) == sorted(sorted(allowed, key=lambda n: (-row[n], n))[:count])
+
+
+def test_ties_of_many_groups_whose_numbers_of_tokens_share_nothing_are_those_of_fractions():
+    # Last tokens of the questions that were answered right: few, and of every group another number.
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 60, 25)
+    counts = rng.binomial(tokens[:, None], 0.5, (25, 300))
+    # Equal deviations by other fractions: a tenth of 40 more than a tenth of 50, where another group has less of both.
+    tokens[:3] = 40, 50, 20
+    counts[:, 150:] = counts[:, :150]
+    counts[:3, :150], counts[:3, 150:] = np.array([[4], [10], [4]]), np.array([[4], [5], [6]])
+    p = [[Fraction(int(k), int(most)) for k in row] for row, most in zip(counts, tokens, strict=True)]
+    for rule, exact in ((MAD(count=40), exact_mad), (MostActive(count=40), exact_most_active)):
+        for row, neurons in zip(exact(p), rule.select(counted(tokens, counts)).values(), strict=True):
+            assert list(neurons) == sorted(sorted(range(300), key=lambda n: (-row[n], n))[:40])
+
+
+def test_as_many_times_the_tokens_and_counts_give_the_same_scores():
+    rng = np.random.default_rng(1)
+    counts = rng.integers(0, 8, (5, 40))
+    for rule in (LAP(), LAPE(), CAS(), MAD(), MAD(others=True), MostActive()):
+        once = rule.score(counted([7] * 5, counts))
+        assert torch.equal(once, rule.score(counted([7 * 6] * 5, counts * 6)))
+        # A neuron that fires for other groups as another does for these is as concentrated.
+        if isinstance(rule, LAPE):
+            turned = rule.score(counted([7] * 5, counts[[3, 0, 4, 1, 2]]))
+            assert torch.equal(once.amax(0), turned.amax(0))
+
+
+def test_a_neuron_that_is_strongest_for_two_groups_is_a_lape_neuron_of_both():
+    stats = counted([10, 10, 10], [[9, 5, 0, 0, 1, 0], [9, 0, 5, 0, 1, 0], [0, 0, 0, 5, 1, 0]])
+    assert [list(neurons) for neurons in LAPE(count=2).select(stats).values()] == [[0, 1], [0, 2], [3, 4]]
 
 
 class Given(Selector):

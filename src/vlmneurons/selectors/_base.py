@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from vlmneurons.checks import plain, whole
@@ -260,7 +260,8 @@ class Selector(ABC):
             raise SelectionError(f"{name}: exclude is a NeuronSet or a Selection; got {type(self.exclude).__name__}")
         if not isinstance(self.per_layer, bool):
             raise SelectionError(f"{name}: per_layer is True or False; got {self.per_layer!r}")
-        for setting in ("fraction", "count"):  # its name, and so its selections' and files', is that of a plain number
+        for setting in {"fraction", "count"} & vars(self).keys():  # only what was given; see DerivedSelector
+            # Its name, and so that of its selections and files, is that of a plain number.
             object.__setattr__(self, setting, plain(getattr(self, setting)))
 
     def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
@@ -501,14 +502,6 @@ def highest(
     return torch.from_numpy((chosen if candidates is None else candidates[chosen]).astype(np.int64, copy=False))
 
 
-def sum_over_groups(table: Float64[Tensor, "group neuron"]) -> Float64[Tensor, " neuron"]:
-    """The sum over groups, added in their order: the same bits on every machine, unlike a vectorised sum."""
-    total = table[0].clone()
-    for row in table[1:]:
-        total += row
-    return total
-
-
 def provenance_of(stats: Any) -> dict[str, Any]:
     """What a selection says about the statistics that it was made from."""
     known = [name for name in ("tokens", "items") if getattr(stats, name, None) is not None]
@@ -524,11 +517,6 @@ def _layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part
     for (tower, layer), positions in places.items():
         parts = [torch.arange(space.offsets[at], space.offsets[at + 1]) for at in positions]
         yield f"layer {layer} of tower {tower!r}", torch.cat(parts)
-
-
-def values_of(stats: ActivationStatistics, on: str) -> Float64[Tensor, "group neuron"]:
-    """The table that a selector with an ``on`` option ranks by; a new one, which the caller may write to."""
-    return stats.mean if on == "mean" else stats.probability
 
 
 def check_on(name: str, on: str) -> None:

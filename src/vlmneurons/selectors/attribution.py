@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, sum_over_groups
+from vlmneurons.selectors._base import Selector
+from vlmneurons.selectors._exact import sum_over_groups
 from vlmneurons.statistics.counts import AttributionStatistics
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from vlmneurons.checks import of_kind, real
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, budget_of, highest, sum_over_groups
+from vlmneurons.selectors._base import Selector, budget_of, highest
+from vlmneurons.selectors._exact import sum_over_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems
 
@@ -99,7 +100,7 @@ class CNA(Selector):
         assert stats.total is not None
         total = sum_over_groups(stats.total)
         # Tokens (that reached a neuron's site, in a mixture of experts) of each group, and of all groups.
-        reach = stats._routed_or_all().to(torch.float64)
+        reach = stats.reached.to(torch.float64)
         widths = torch.tensor(stats.space.widths)
         for row, own, tokens in zip(mean, stats.total, reach, strict=True):
             others = torch.repeat_interleave((reach.sum(0) - tokens).clamp_(min=1), widths)

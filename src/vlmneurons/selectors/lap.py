@@ -3,7 +3,8 @@
 from jaxtyping import Float64
 from torch import Tensor
 
-from vlmneurons.selectors._base import Selector, sum_over_groups
+from vlmneurons.selectors._base import Selector
+from vlmneurons.selectors._exact import mean_probability
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
@@ -44,5 +45,4 @@ class MostActive(Selector):
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """The mean activation probability over groups, from 0 to 1; all rows are equal."""
         self.check_statistics(stats)
-        mean = sum_over_groups(stats.probability) / len(stats.groups)
-        return mean.expand(len(stats.groups), -1)
+        return mean_probability(stats).expand(len(stats.groups), -1)

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, highest, provenance_of, sum_over_groups
+from vlmneurons.selectors._base import Selector, highest, provenance_of
+from vlmneurons.selectors._exact import added, blocks, order_of_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 
 _DECIMALS = 12
@@ -26,9 +27,9 @@ class LAPE(Selector):
 
     Two variants:
 
-    - ``"class"`` (default): ``score[c, n]`` is minus the entropy for the group ``c`` with the highest probability (of
-      equal ones, the first), ``-inf`` for the others and for neurons that never fire; each group gets the same number
-      of neurons. This is how Zhao et al. 2025, arXiv 2510.24942, compare LAPE with selectors of one budget.
+    - ``"class"`` (default): ``score[c, n]`` is minus the entropy for the group ``c`` with the highest probability (for
+      all of them, where several have it), ``-inf`` for the others and for neurons that never fire; each group gets the
+      same number of neurons. This is how Zhao et al. 2025, arXiv 2510.24942, compare LAPE with selectors of one budget.
     - ``"tang"``: the procedure of the paper's released code (``identify.py``). Neurons whose probability exceeds the
       ``filter_rate`` quantile of all probabilities for no group are dropped; the ``top_rate`` share of all neurons
       with the lowest entropies are kept; each of them goes to *every* group whose probability exceeds the
@@ -106,17 +107,16 @@ class LAPE(Selector):
             SelectionError: a quantile that is less than one of so few probabilities.
         """
         self.check_statistics(stats)
-        probability = stats.probability
-        negative_entropy = _negative_entropy(probability)
+        scores = torch.full(stats.positive.shape, -math.inf, dtype=torch.float64)
         if self.variant == "tang":
+            probability = stats.probability
             bar, filter_bar = self._bars(probability, self._part(stats))
-            negative_entropy[~(probability > filter_bar).any(dim=0)] = -math.inf
-            return torch.where(probability > bar, negative_entropy, -math.inf)
-        strongest = probability.argmax(dim=0)
-        fires = probability.amax(dim=0) > 0
-        scores = probability.fill_(-math.inf)
-        neurons = fires.nonzero().flatten()
-        scores[strongest[neurons], neurons] = negative_entropy[neurons]
+            ranking = self._ranking(stats, probability, filter_bar)
+            return torch.where(probability > bar, ranking, scores)
+        table = scores.numpy()
+        for columns, values, negative_entropy in _entropies(stats):
+            highest_value = values.max(0)
+            np.copyto(table[:, columns], negative_entropy, where=(values == highest_value) & (highest_value > 0))
         return scores
 
     def select(self, *evidence: Any) -> Selection:
@@ -143,10 +143,9 @@ class LAPE(Selector):
                 f"top_rate={self.top_rate:g} of {size} neurons yields no neuron; use a larger top_rate"
             )
         bar, filter_bar = self._bars(probability, part)
-        ranking = _negative_entropy(probability)
         # Dropped neurons come last but can still be kept if too few others are left, as in the authors' code; there
         # they reach a group only if activation_bar_ratio is lower than filter_rate.
-        ranking[~(probability > filter_bar).any(dim=0)] = -math.inf
+        ranking = self._ranking(stats, probability, filter_bar)
         banned = self._excluded(stats)
         sets = {}
         kept: Tensor | None = None
@@ -164,6 +163,14 @@ class LAPE(Selector):
             return None
         return NeuronSet._of(stats.space, stats.space.restrict(layers=self.layers)).mask()
 
+    def _ranking(self, stats: ActivationStatistics, probability: Tensor, filter_bar: float) -> Tensor:
+        """Minus the entropies, and ``-inf`` for neurons that exceed the bar for no group."""
+        ranking = torch.empty(len(stats.space), dtype=torch.float64)
+        for columns, _, negative_entropy in _entropies(stats):
+            ranking.numpy()[columns] = negative_entropy
+        ranking[~(probability > filter_bar).any(dim=0)] = -math.inf
+        return ranking
+
     def _bars(self, probability: Tensor, part: Tensor | None) -> tuple[float, float]:
         """The two quantiles of the probabilities of all groups and neurons (of the part)."""
         values = (probability if part is None else probability[:, part]).numpy().reshape(-1)
@@ -177,12 +184,17 @@ class LAPE(Selector):
         return float(partitioned[places[0]]), float(partitioned[places[1]])
 
 
-def _negative_entropy(probability: Float64[Tensor, "group neuron"]) -> Float64[Tensor, " neuron"]:
-    """Minus the entropy over groups in nats, rounded to 12 decimals; 0 for neurons that never fire."""
-    total = sum_over_groups(probability)
-    total[total == 0] = 1.0
-    result = torch.zeros_like(total)
-    for row in probability:
-        share = row / total
-        result += torch.xlogy(share, share)
-    return result.round_(decimals=_DECIMALS)
+def _entropies(stats: ActivationStatistics) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """For blocks of neurons: their columns; values whose shares over groups are those of the probabilities
+    ``[group, column]``; and minus the entropy of these shares in nats, rounded to 12 decimals (0 where none fires).
+    """
+    order = order_of_groups(stats)
+    for columns, counts, tokens in blocks(stats):
+        # Of equally many tokens, shares of counts are shares of probabilities, and exact.
+        values = counts if (tokens == tokens[:1]).all() else counts / tokens
+        total = added(values, order)
+        total[total == 0] = 1.0
+        share = torch.from_numpy(values / total)
+        # Each term a whole number of 2^-50, so that their sum is the same in every order.
+        terms = torch.xlogy(share, share).mul_(2.0**50).round_().sum(0)
+        yield columns, values, (terms / 2.0**50).round_(decimals=_DECIMALS).numpy()

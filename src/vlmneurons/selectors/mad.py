@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, check_on, sum_over_groups, values_of
+from vlmneurons.selectors._base import Selector, check_on
+from vlmneurons.selectors._exact import deviations, sum_over_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
@@ -69,11 +70,12 @@ class MAD(Selector):
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """The deviation: of probabilities, from 0 to 1 (-1 to 1 if signed), or of mean activations."""
         self.check_statistics(stats)
-        table = values_of(stats, self.on)
-        total = sum_over_groups(table)
-        if self.others:
-            for row in table:
-                row -= (total - row) / (len(stats.groups) - 1)
-        else:
-            table -= total / len(stats.groups)
+        groups = len(stats.groups)
+        # The mean of the others is as much farther away as the group's own share in the mean of all.
+        scale = groups / (groups - 1) if self.others else 1.0
+        if self.on == "probability":
+            return deviations(stats, scale=scale, signed=self.signed)
+        table = stats.mean
+        table -= sum_over_groups(table) / groups
+        table *= scale
         return table if self.signed else table.abs_()

@@ -113,8 +113,7 @@ class ActivationStatistics(_files.Shareable):
 
     def _check_at_most_tokens(self) -> None:
         """Refuse a neuron that fired more often than tokens were counted, which a wrong table would show."""
-        reach = self.tokens[:, None].expand(-1, len(self.space.sites)) if self.routed is None else self.routed
-        offsets = self.space.offsets
+        reach, offsets = self.reached, self.space.offsets
         for row, group in enumerate(self.groups):
             if self.routed is None and int(self.positive[row].max()) <= int(self.tokens[row]):
                 continue
@@ -251,7 +250,7 @@ class ActivationStatistics(_files.Shareable):
 
         routed = None
         if self.routed is not None or other.routed is not None:
-            routed = added(self._routed_or_all(), other._routed_or_all())
+            routed = added(self.reached, other.reached)
         return ActivationStatistics(
             self.space,
             groups,
@@ -267,7 +266,9 @@ class ActivationStatistics(_files.Shareable):
         # sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    def _routed_or_all(self) -> Tensor:
+    @property
+    def reached(self) -> Int64[Tensor, "group site"]:
+        """Number of counted tokens that reached each site: ``routed``, or, where that is None, all of them."""
         return self.tokens[:, None].expand(-1, len(self.space.sites)) if self.routed is None else self.routed
 
     def __eq__(self, other: object) -> bool:
@@ -354,7 +355,7 @@ class ActivationStatistics(_files.Shareable):
         import pandas as pd
 
         index = pd.Index(self.groups, name="group")
-        tokens = self._routed_or_all().clamp(min=1).to(torch.float64)
+        tokens = self.reached.clamp(min=1).to(torch.float64)
         widths = torch.tensor(self.space.widths)
         mean = [
             float((row / torch.repeat_interleave(reach, widths)).mean()) if counted else float("nan")
