@@ -39,7 +39,8 @@ from vlmneurons.selectors import (
     Overlap,
     RandomNeurons,
 )
-from vlmneurons.statistics.counts import ActivationStatistics, AttributionStatistics
+from vlmneurons.statistics.attributions import AttributionStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import Item, ItemStatistics
 
 SELECTORS = {

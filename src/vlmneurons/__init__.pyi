@@ -22,7 +22,7 @@ from .recording.record import record_items as record_items
 from .statistics.items import ItemStatistics as ItemStatistics
 from .statistics.items import GroupedItems as GroupedItems
 from .recording.attribute import attribute as attribute
-from .statistics.counts import AttributionStatistics as AttributionStatistics
+from .statistics.attributions import AttributionStatistics as AttributionStatistics
 from .statistics.conditions import Conditions as Conditions
 from .selectors._base import Selector as Selector
 from .selectors.cas import CAS as CAS

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 import torch
@@ -244,6 +245,14 @@ class NeuronSpace:
     def layer_of(self) -> Int64[Tensor, " neuron"]:
         """For every neuron the number of its layer. Shared by all callers: do not write to it."""
         return torch.tensor([site.layer for site in self.sites])[self.site_of]
+
+    @cached_property
+    def tower_layers(self) -> Mapping[tuple[str, int], tuple[int, ...]]:
+        """For each tower and layer, in order, the places of its sites within `sites`; layers of two towers are two."""
+        places: dict[tuple[str, int], list[int]] = {}
+        for position, site in enumerate(self.sites):
+            places.setdefault((site.tower, site.layer), []).append(position)
+        return MappingProxyType({layer: tuple(positions) for layer, positions in places.items()})
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from vlmneurons.questions.sets import Question, QuestionSet
 from vlmneurons.recording.record import CONDITIONS
 from vlmneurons.recording.recorder import provenance_of_run, rule_name
 from vlmneurons.run.readers import AnswerReader, Reading, reader_of
-from vlmneurons.statistics.counts import AttributionStatistics
+from vlmneurons.statistics.attributions import AttributionStatistics
 
 METHODS = ("gradient", "integrated")
 """Activation times gradient; or gradients integrated while a layer's neurons grow from zero (knowledge neurons)."""

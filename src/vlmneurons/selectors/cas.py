@@ -8,7 +8,7 @@ from vlmneurons.selectors._exact import margins
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
-class CAS(Selector):
+class CAS(Selector[ActivationStatistics]):
     """Contrastive activation selection: the margin between a neuron's strongest and second-strongest group.
 
     ``score[c, n] = P1 - P2`` if ``c`` is the group with the highest probability, else 0, where ``P1 >= P2`` are the

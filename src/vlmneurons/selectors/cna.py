@@ -1,23 +1,21 @@
 """Neurons whose mean activation at the last token differs most between a group and the others."""
 
-from collections.abc import Iterable
-from typing import SupportsIndex
-
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlmneurons.checks import of_kind, real
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, budget_of, highest
+from vlmneurons.neurons.sets import NeuronSet
+from vlmneurons.selectors._base import Selector, Shared, budget_of, check_flags, highest
 from vlmneurons.selectors._exact import sum_over_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems
 
 
-class CNA(Selector):
+class CNA(Selector[ActivationStatistics]):
     """Contrastive neuron attribution: the difference of mean activations between a group's questions and the others'.
 
     ``score[c, n] = abs(mean over the questions of c - mean over all other questions)`` of the product
@@ -50,10 +48,7 @@ class CNA(Selector):
         *,
         signed: bool = False,
         anywhere: bool = False,
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings.
 
@@ -61,18 +56,13 @@ class CNA(Selector):
             fraction: share of the neurons that each group gets; 0.001 unless given.
             signed: rank by the signed difference, so that only neurons that are *more* active for the group come first.
             anywhere: also accept statistics of other sites and tokens than the paper's.
-            count: number of neurons per group, instead of a fraction.
-            layers: layers to choose from; None for all.
-            exclude: neurons never to choose.
-            per_layer: take the share of each layer's neurons, layer by layer.
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
-        for name, value in (("signed", signed), ("anywhere", anywhere)):
-            if not isinstance(value, bool):
-                raise SelectionError(f"CNA: {name} is True or False; got {value!r}")
+        super().__init__(fraction, **shared)
+        check_flags(self, signed=signed, anywhere=anywhere)
         self.signed, self.anywhere = signed, anywhere
 
     def check_statistics(self, stats: ActivationStatistics) -> None:

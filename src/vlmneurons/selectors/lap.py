@@ -8,7 +8,7 @@ from vlmneurons.selectors._exact import mean_probability
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
-class LAP(Selector):
+class LAP(Selector[ActivationStatistics]):
     """Activation probability: the neurons that fire most often for a group, whether or not they do so for others.
 
     ``score[c, n] = P[c, n]``, a probability. Zhao et al. 2025, arXiv 2510.24942 (LAP); Tang et al. 2024, arXiv
@@ -28,7 +28,7 @@ class LAP(Selector):
         return stats.probability
 
 
-class MostActive(Selector):
+class MostActive(Selector[ActivationStatistics]):
     """A control: the neurons that fire most often over all groups, the same set for every group.
 
     ``score[c, n]`` is the mean of ``P[:, n]`` over groups, each group counting the same. A selection whose ablation

@@ -2,24 +2,25 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator
-from typing import Any, SupportsIndex
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, highest, provenance_of
+from vlmneurons.selectors._base import Selector, Shared, highest, provenance_of
+from vlmneurons.selectors._evidence import Readable
 from vlmneurons.selectors._exact import added, blocks, order_of_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 
 _DECIMALS = 12
 
 
-class LAPE(Selector):
+class LAPE(Selector[ActivationStatistics]):
     """Activation probability entropy: neurons that fire for few groups, with a low entropy over groups.
 
     The entropy of ``P[:, n] / sum over c of P[c, n]``, in nats, is 0 for a neuron that fires for one group only and
@@ -59,10 +60,7 @@ class LAPE(Selector):
         top_rate: float | int = 0.01,
         filter_rate: float | int = 0.95,
         activation_bar_ratio: float | int = 0.95,
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings; the three rates are those of the authors' code and belong to ``variant="tang"`` only.
 
@@ -72,10 +70,7 @@ class LAPE(Selector):
             top_rate: share of the neurons to keep, for all groups together.
             filter_rate: quantile of all probabilities that a neuron must exceed for some group.
             activation_bar_ratio: quantile of all probabilities above which a neuron is given to a group.
-            count: number of neurons per group, instead of a fraction (variant ``"class"``).
-            layers: layers to choose from; quantiles and shares are over their neurons. None for all.
-            exclude: neurons never to choose; the next ones take their places.
-            per_layer: take the share of each layer's neurons, layer by layer (variant ``"class"``).
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
@@ -86,17 +81,23 @@ class LAPE(Selector):
         for name, rate in rates.items():
             if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
                 raise SelectionError(f"LAPE: {name} is in (0, 1]; got {rate!r}")
-        if variant == "tang" and (fraction is not None or count is not None):
+        if variant == "class" and tuple(rates.values()) != (0.01, 0.95, 0.95):
+            raise SelectionError(f"LAPE: {', '.join(rates)} belong to variant='tang'; set fraction or count")
+        self.variant = variant
+        if variant == "tang":
+            self.fraction = None
+        super().__init__(fraction, **shared)
+        self.top_rate, self.filter_rate, self.activation_bar_ratio = top_rate, filter_rate, activation_bar_ratio
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        names = self._was_given("fraction", "count", "per_layer") if self.variant == "tang" else ()
+        if "per_layer" in names:
+            raise SelectionError("LAPE: variant='tang' has no budget per group, so none per layer; use layers instead")
+        if names:
             raise SelectionError(
                 "LAPE: variant='tang' has no budget per group; set top_rate instead of fraction, count"
             )
-        if variant == "class" and tuple(rates.values()) != (0.01, 0.95, 0.95):
-            raise SelectionError(f"LAPE: {', '.join(rates)} belong to variant='tang'; set fraction or count")
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
-        if variant == "tang":
-            self.fraction = None
-        self.variant = variant
-        self.top_rate, self.filter_rate, self.activation_bar_ratio = top_rate, filter_rate, activation_bar_ratio
 
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """Minus the entropy in nats, from ``-log(G)`` to 0, where the neuron can be the group's; else ``-inf``.
@@ -119,7 +120,7 @@ class LAPE(Selector):
             np.copyto(table[:, columns], negative_entropy, where=(values == highest_value) & (highest_value > 0))
         return scores
 
-    def select(self, *evidence: Any) -> Selection:
+    def select(self, *evidence: Readable) -> Selection:
         """The neurons of each group.
 
         Raises:
@@ -128,11 +129,7 @@ class LAPE(Selector):
         """
         if self.variant != "tang":
             return super().select(*evidence)
-        self._check_settings()
-        if self.per_layer:
-            raise SelectionError("LAPE: variant='tang' has no budget per group, so none per layer; use layers instead")
-        stats = self.read(*evidence)
-        self.check_statistics(stats)
+        stats = self._opened(evidence)
         part = self._part(stats)
         probability = stats.probability
         size = len(stats.space) if part is None else int(part.sum())
