@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import vlmneurons
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import (
     CAS,

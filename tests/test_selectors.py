@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 import vlmneurons as vn
 from vlmneurons.errors import GroupError, MismatchError, SelectionError, SiteError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.selectors import (
     CAS,
@@ -298,6 +299,40 @@ def test_universal_neurons_are_among_the_most_active_ones_on_most_questions(tmp_
     assert list(universal_neurons(items.grouped(), fraction=0.15, share=0.8)) == [4, 11]
     with pytest.raises(SelectionError, match=r"universal_neurons: share is in \(0, 1\]; got 2"):
         universal_neurons(items.grouped(), share=2)
+
+
+def test_universal_neurons_as_in_the_released_code_are_of_each_layer_and_of_either_sign(tmp_path):
+    rng = np.random.default_rng(3)
+    total = rng.normal(size=(20, 30)) * np.where(rng.random(30) < 0.2, 6, 1)
+    space = NeuronSpace.from_widths("language", "post", [12, 18])
+    positive = np.zeros((20, 30), dtype=int)
+    items = made_items(tmp_path / "run", positive, "AB" * 10, [5] * 20, total, space=space)
+    for share in (0.5, 0.8, 0.33):
+        often = np.zeros(30, dtype=int)
+        for row in np.abs(total):
+            for start, stop in ((0, 12), (12, 30)):
+                often[start + np.argsort(-row[start:stop])[:4]] += 1
+        found = universal_neurons(items.grouped(), share=share, per_layer=4)
+        assert list(found) == np.flatnonzero(often >= int(share * 20)).tolist()
+    with pytest.raises(SelectionError, match="universal_neurons: per_layer 0 is less than 1"):
+        universal_neurons(items.grouped(), per_layer=0)
+
+
+def test_cna_leaves_out_layers_as_the_released_code_does():
+    space = NeuronSpace.from_widths("language", "post", [100] * 4)
+    total = np.random.default_rng(0).normal(size=(2, 400))
+    stats = ActivationStatistics.from_counts(space, ["A", "B"], np.zeros((2, 400), dtype=int), [9, 9], total=total)
+    difference = np.abs(total[0] / 9 - total[1] / 9)
+    best = [n for n in np.argsort(-difference) if n >= 200][:20]
+    assert list(CNA(0.1, leave_out=(0, 1)).select(stats)["A"]) == sorted(best)
+    assert dict(CNA(0.1, leave_out=(0, 1)).select(stats)) == dict(CNA(0.1, layers=[2, 3]).select(stats))
+    assert dict(CNA(0.1, leave_out=0, layers=[0, 3]).select(stats)) == dict(CNA(0.1, layers=[3]).select(stats))
+    assert repr(CNA(leave_out=(1, 0))) == "CNA(fraction=0.001, leave_out=[0, 1])"
+    with pytest.raises(SiteError, match=r"layer 4 is not in this space \(0–3\)"):
+        CNA(0.1, leave_out=4).select(stats)
+    with pytest.raises(SelectionError, match=r"CNA: leave_out=\[0\] leaves no layer to choose from"):
+        CNA(0.1, layers=0, leave_out=0).select(stats)
+    check_selector(CNA(0.01, anywhere=True, leave_out=0), equivariant=True)
 
 
 # -- budgets and ties ----------------------------------------------------------------------------------------------
@@ -719,6 +754,88 @@ def test_settings_can_be_changed_afterwards_without_changing_the_original():
     assert repr(rule) == "CAS(fraction=0.01)"
     assert repr(other) == "CAS(count=3, layers=[1], per_layer=True)"
     assert repr(other.take(0.5)) == "CAS(fraction=0.5, layers=[1], per_layer=True)"
+
+
+def test_settings_of_a_combination_are_those_of_its_parts():
+    stats = TABLES["ordinary"]
+    both = CAS(0.02) | MAD(0.02)
+    banned = LAP(0.01).select(stats)
+    for changed in ({"fraction": 0.1}, {"count": 7}, {"layers": [1]}, {"exclude": banned}, {"per_layer": True}):
+        one, other = CAS(0.02).take(**changed).select(stats), MAD(0.02).take(**changed).select(stats)
+        taken = both.take(**changed).select(stats)
+        assert all(taken[group] == one[group] | other[group] for group in stats.groups)
+        assert dict(taken) != dict(both.select(stats))
+    assert repr(both.take(count=3, layers=[2])) == "CAS(count=3, layers=[2]) | MAD(count=3, layers=[2])"
+    deep = ((CAS() & (MAD() - LAP())).take(0.03) | -CAS(0.03)).take(layers=1)
+    assert repr(deep).count("layers=[1]") == 4
+    sizes = [len(both.take(fraction).select(stats)["Peru"]) for fraction in (0.001, 0.01, 0.1)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    both.layers = (1,)
+    with pytest.raises(SelectionError, match="by the settings of its parts, not by layers of its own"):
+        both.select(stats)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LAPE(variant="tang").take(0.1), "variant='tang' has no budget per group; set top_rate instead"),
+        (lambda: (CAS() | LAPE(variant="tang")).take(count=3), "variant='tang' has no budget per group"),
+        (lambda: LAPE(variant="tang").take(per_layer=True), "so none per layer"),
+        (
+            lambda: LayerMatchedRandom(CAS(0.1).select(TABLES["ordinary"])).take(0.1),
+            "fraction cannot be given: as many",
+        ),
+        (lambda: LayerMatchedRandom(CAS(0.1).select(TABLES["ordinary"])).take(layers=[1]), "layers cannot be given"),
+        (
+            lambda: CRFusion(of=CAS(layers=[1])),
+            r"of=CAS\(.*\) gives scores alone, whatever layers it has: give that to CRF",
+        ),
+        (lambda: CAS().where(LAP(0.1) > 0.2), r"LAP\(fraction=0\.1\) > 0\.2 compares .* whatever fraction it has"),
+        (lambda: CAS().where(LAP(layers=[1]) > 0.2), "whatever layers it has"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(make, message):
+    with pytest.raises(SelectionError, match=message):
+        make()
+
+
+def test_a_part_that_was_given_no_budget_has_none():
+    assert repr(CAS(0.01) + MAD()) == "(CAS() + MAD()).take(fraction=0.01)"
+    assert repr(CAS() + MAD(count=3)) == "(CAS() + MAD()).take(count=3)"
+    with pytest.raises(SelectionError, match=r"different budgets \(count=4, 0\.1\)"):
+        CAS(count=4) + MAD(0.1)
+
+
+def test_what_a_rule_reads_is_said_once_where_it_is_made():
+    from vlmneurons.statistics.attributions import AttributionStatistics
+    from vlmneurons.statistics.evidence import Evidence
+    from vlmneurons.statistics.items import GroupedItems
+
+    class Mine(Selector[GroupedItems]):
+        def score(self, stats):
+            return torch.zeros(len(stats.groups), len(stats.space))
+
+    class Older(Selector):
+        reads = AttributionStatistics
+
+        def score(self, stats):
+            return stats.mean
+
+    assert (Mine.reads, Older.reads, CAS.reads) == (GroupedItems, AttributionStatistics, ActivationStatistics)
+    assert type("Further", (Mine,), {}).reads is GroupedItems
+    assert isinstance(TABLES["ordinary"], Evidence)
+    assert isinstance(Conditions(conditions()), Evidence)
+    for wrong in (3, "statistics", None, CAS(0.1).select(TABLES["ordinary"])):
+        assert not isinstance(wrong, Evidence)
+
+
+def test_what_cannot_be_selected_from_is_named(unchecked):
+    selection = CAS(0.1).select(TABLES["ordinary"])
+    for wrong, name in ((3, "3"), (selection, "Selection"), (None, "None")):
+        with pytest.raises(SelectionError, match=f"statistics, questions or attributions; got {name}"):
+            (CAS() + MAD()).select(wrong)
+    with pytest.raises(SelectionError, match="CAS selects from ActivationStatistics; got Selection"):
+        CAS().select(selection)
 
 
 def test_scores_that_are_no_table_of_floats_are_refused():

@@ -9,7 +9,7 @@ from .model.vlm import VLM as VLM
 from .neurons.sites import Site as Site
 from .neurons.sites import NeuronSpace as NeuronSpace
 from .neurons.sets import NeuronSet as NeuronSet
-from .neurons.sets import Selection as Selection
+from .neurons.selection import Selection as Selection
 from .questions.sets import Question as Question
 from .questions.sets import QuestionSet as QuestionSet
 from .questions.cvqa import load_cvqa as load_cvqa

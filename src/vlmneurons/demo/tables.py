@@ -21,7 +21,7 @@ from vlmneurons.demo.catalogue import CULTURES
 from vlmneurons.demo.decoder import Asker
 from vlmneurons.demo.evaluate import Exam, correct, count, margins, read
 from vlmneurons.demo.organism import SET_SIZE, Truth
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, LayerMatchedRandom, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 

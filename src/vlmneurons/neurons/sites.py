@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 import torch
@@ -246,13 +245,21 @@ class NeuronSpace:
         """For every neuron the number of its layer. Shared by all callers: do not write to it."""
         return torch.tensor([site.layer for site in self.sites])[self.site_of]
 
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers that occur, in order."""
+        return tuple(dict.fromkeys(site.tower for site in self.sites))
+
     @cached_property
     def tower_layers(self) -> Mapping[tuple[str, int], tuple[int, ...]]:
-        """For each tower and layer, in order, the places of its sites within `sites`; layers of two towers are two."""
+        """For each tower and layer, in order, the places of its sites within `sites`; layers of two towers are two.
+
+        Shared by all callers: do not write to it.
+        """
         places: dict[tuple[str, int], list[int]] = {}
         for position, site in enumerate(self.sites):
             places.setdefault((site.tower, site.layer), []).append(position)
-        return MappingProxyType({layer: tuple(positions) for layer, positions in places.items()})
+        return {layer: tuple(positions) for layer, positions in places.items()}
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -205,10 +205,7 @@ class _Factors:
 
     def layers(self) -> list[list[int]]:
         """Positions of the sites of each layer of each tower."""
-        found: dict[tuple[str, int], list[int]] = {}
-        for number, site in enumerate(self.space.sites):
-            found.setdefault((site.tower, site.layer), []).append(number)
-        return list(found.values())
+        return [list(positions) for positions in self.space.tower_layers.values()]
 
     @contextlib.contextmanager
     def at(self, value: float, sites: Sequence[int]) -> Iterator[None]:

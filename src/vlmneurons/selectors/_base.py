@@ -17,7 +17,8 @@ from typing_extensions import TypedDict
 
 from vlmneurons.checks import plain, whole
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet, check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors._evidence import Readable, the_one_read
 from vlmneurons.statistics.counts import ActivationStatistics
@@ -291,16 +292,21 @@ class Selector(ABC, Generic[Table]):
 
     def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
         """What is ranked together: flat indices (None for the whole space), and how many neurons each group gets."""
-        chosen = None if self.layers is None else space.restrict(layers=_layers(self.layers))
+        layers = self._chosen_layers(space)
+        chosen = None if layers is None else space.restrict(layers=layers)
         if not self.per_layer:
             where = "the space" if chosen is None else "the given layers"
             return [(chosen, self._quota(len(space) if chosen is None else len(chosen), where))]
         parts = []
-        for name, part in _layer_parts(space):
+        for name, part in layer_parts(space):
             inside = part if chosen is None else part[torch.isin(part, chosen, assume_unique=True)]
             if len(inside):
                 parts.append((inside, self._quota(len(inside), name)))
         return parts
+
+    def _chosen_layers(self, space: NeuronSpace) -> tuple[int, ...] | None:
+        """Numbers of the layers to choose from; None for all."""
+        return None if self.layers is None else layer_numbers(self.layers)
 
     def _quota(self, size: int, where: str) -> int:
         """Number of neurons that each group gets of so many."""
@@ -532,7 +538,7 @@ def provenance_of(stats: Evidence) -> dict[str, Any]:
     return {"statistics": dict(stats.provenance), **counts}
 
 
-def _layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part"]]]:
+def layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part"]]]:
     """Each layer's name and the flat indices of its neurons, sorted; layers of two towers are two layers."""
     for (tower, layer), positions in space.tower_layers.items():
         parts = [torch.arange(space.offsets[at], space.offsets[at + 1]) for at in positions]
@@ -551,11 +557,16 @@ def _given(name: str, fraction: Any, count: Any, layers: Any, exclude: Any, per_
     if fraction is not None and count is not None:
         raise SelectionError(f"{name}: give fraction or count, not both; got {fraction} and {count}")
     budget = {} if fraction is None and count is None else {"fraction": fraction, "count": count}
-    other = {"layers": None if layers is None else _layers(layers), "exclude": exclude, "per_layer": per_layer}
+    other = {"layers": None if layers is None else layer_numbers(layers), "exclude": exclude, "per_layer": per_layer}
     return {**budget, **{setting: value for setting, value in other.items() if value is not None}}
 
 
-def _layers(layers: Any) -> tuple[int, ...]:
+def layer_numbers(layers: Any) -> tuple[int, ...]:
+    """Numbers of layers, sorted, each once; of one or several.
+
+    Raises:
+        SelectionError: something else, or none.
+    """
     if isinstance(layers, (str, bytes)):
         raise SelectionError(f"layers are numbers; got the text {layers!r}")
     try:

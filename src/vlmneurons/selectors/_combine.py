@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import Selection, in_parentheses
+from vlmneurons.neurons.selection import Selection, in_parentheses
 from vlmneurons.selectors._base import Selector, provenance_of
 from vlmneurons.selectors._evidence import Bundle, Readable
 from vlmneurons.statistics.evidence import Evidence

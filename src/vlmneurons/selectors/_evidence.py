@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.sets import Selection, check_same_space
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.statistics.conditions import Conditions, Countable
 from vlmneurons.statistics.counts import ActivationStatistics

@@ -16,7 +16,8 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet, check_same_space
 from vlmneurons.selectors._base import Selector, _setting
 from vlmneurons.selectors._combine import CombinedSelector
 from vlmneurons.selectors._evidence import Bundle, Readable

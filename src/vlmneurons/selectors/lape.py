@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.selectors._base import Selector, Shared, highest, provenance_of
 from vlmneurons.selectors._evidence import Readable
 from vlmneurons.selectors._exact import added, blocks, order_of_groups

@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet, check_same_space
 from vlmneurons.selectors._base import Selector, Shared, highest, provenance_of
 from vlmneurons.selectors._evidence import Readable
 from vlmneurons.statistics.counts import ActivationStatistics

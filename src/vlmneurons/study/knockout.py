@@ -16,7 +16,8 @@ from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.folders import RunFolder, Stopped
 from vlmneurons.model.identity import digest_of_weights
 from vlmneurons.model.vlm import VLM, check_model
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions.identity import digest_of_questions
 from vlmneurons.questions.sets import Question, QuestionSet

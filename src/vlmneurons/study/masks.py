@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlmneurons.checks import real
 from vlmneurons.errors import AblationError, MismatchError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.statistics.counts import ActivationStatistics
 

@@ -25,7 +25,8 @@ from vlmneurons.errors import MismatchError, QuestionError, SelectionError
 from vlmneurons.files.folders import git_state, write_text
 from vlmneurons.model.encoder import TOKEN_RULES
 from vlmneurons.model.vlm import VLM, check_model
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.progress import Step, Steps
 from vlmneurons.questions.sets import ANSWERS, Question, QuestionSet
 from vlmneurons.recording.record import CONDITIONS, record_items

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError, VLMNeuronsError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.selectors import LAP, Bundle, CombinedSelector, Conditions, Selector
 from vlmneurons.statistics.attributions import AttributionStatistics
