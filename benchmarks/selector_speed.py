@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import vlmneurons
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import (
     CAS,
@@ -39,7 +39,8 @@ from vlmneurons.selectors import (
     Overlap,
     RandomNeurons,
 )
-from vlmneurons.statistics.counts import ActivationStatistics, AttributionStatistics
+from vlmneurons.statistics.attributions import AttributionStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import Item, ItemStatistics
 
 SELECTORS = {

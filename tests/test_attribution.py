@@ -7,7 +7,7 @@ import vlmneurons as vn
 from helpers import language_blocks, some_questions
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, SelectionError
 from vlmneurons.run.readers import letter_tokens
-from vlmneurons.statistics.counts import AttributionStatistics
+from vlmneurons.statistics.attributions import AttributionStatistics
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import LAPE
 from vlmneurons.statistics.counts import ActivationStatistics

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError, SiteError, VLMNeuronsError
-from vlmneurons.neurons.sets import NeuronSet, Selection, expected_jaccard, in_parentheses
+from vlmneurons.neurons.selection import Selection, in_parentheses
+from vlmneurons.neurons.sets import NeuronSet, expected_jaccard
 from vlmneurons.neurons.sites import NeuronSpace, Site
 
 SPACE = NeuronSpace.from_widths("language", "gate", [20, 10, 30])
@@ -452,6 +453,46 @@ def test_a_selection_survives_pickling_and_copying(selection):
         )
 
 
+# ------------------------------------------------------------------------------------------------- another model
+
+
+def test_neurons_are_carried_to_another_model_by_layer_and_number(selection):
+    both = NeuronSpace((*(Site("vision", n) for n in range(2)), *SPACE.sites), (7, 7, *SPACE.widths))
+    for neurons in selection.values():
+        assert [(s.layer, part.tolist()) for s, part in neurons.on(both).by_site().items()] == [
+            (s.layer, part.tolist()) for s, part in neurons.by_site().items()
+        ]
+        assert neurons.on(both).on(SPACE) == neurons
+    turned = NeuronSpace(SPACE.sites[::-1], SPACE.widths[::-1])
+    assert make(0, 20, 59).on(turned).indices.tolist() == [29, 30, 40]
+    text = NeuronSpace.from_widths("decoder", "gate", SPACE.widths)  # the only tower, whatever it is called
+    carried = selection.on(text)
+    assert {group: list(neurons) for group, neurons in carried.items()} == {g: list(n) for g, n in selection.items()}
+    assert (carried.selector, carried.budget) == (selection.selector, selection.budget)
+    assert carried.provenance == {**selection.provenance, "carried_from": SPACE.fingerprint}
+    assert NeuronSet.empty(TOWERS).on(SPACE) == NeuronSet.empty(SPACE)
+
+
+@pytest.mark.parametrize(
+    ("space", "text"),
+    [
+        (
+            NeuronSpace.from_widths("language", "gate", [20, 11, 30]),
+            "has 11 neurons in mlp of layer 1, not 10",
+        ),
+        (NeuronSpace.from_widths("language", "gate", [20, 10]), "has none in mlp of layer 2, not 30 neurons"),
+        (NeuronSpace.from_widths("language", "gate", [20, 10, 30, 4]), "has 4 neurons in mlp of layer 3, not none"),
+        (SPACE.at("post"), r"has sites of kind post, not gate: \.at\('post'\) comes first"),
+        (NeuronSpace((Site("vision", 0), Site("audio", 0)), (20, 20)), "tower 'language' has no site there"),
+    ],
+)
+def test_neurons_are_not_carried_to_a_model_of_another_shape(space, text):
+    with pytest.raises(MismatchError, match=text):
+        make(3).on(space)
+    with pytest.raises(MismatchError, match="cannot be those of"):
+        Selection({"a": make(3)}).on(space)
+
+
 # ---------------------------------------------------------------------------------------- the LAPE authors' format
 
 
@@ -508,6 +549,18 @@ def test_nested_lists_that_do_not_fit_are_refused(nested, text, tmp_path):
     torch.save(nested, tmp_path / "x.pth")
     with pytest.raises(FileFormatError, match=text):
         Selection.from_lape(tmp_path / "x.pth", SPACE, ["a", "b"])
+
+
+def test_a_released_file_that_holds_a_list_less_than_its_readme_names_is_refused_with_the_reason():
+    nested = [[longs()] * 3, [longs()] * 3]
+    reason = (
+        r"each of 3 groups; got 2 lists\. The authors' code leaves out a last group .*\(BLOOM, LLaMA-2-70B, Mistral"
+    )
+    with pytest.raises(FileFormatError, match=reason):
+        Selection.from_lape(nested, SPACE, ["en", "fr", "zh"])
+    with pytest.raises(FileFormatError, match=r"got 2 lists$"):
+        Selection.from_lape(nested, SPACE, ["en"])
+    assert Selection.from_lape(nested, SPACE, ["en", "fr"]).groups == ("en", "fr")
 
 
 class Evil:

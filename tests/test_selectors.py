@@ -1,6 +1,7 @@
 """Every selector against an independent version in NumPy or plain Python; budgets, ties, arithmetic, the contract."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 import vlmneurons as vn
 from vlmneurons.errors import GroupError, MismatchError, SelectionError, SiteError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.selectors import (
     CAS,
@@ -87,7 +89,7 @@ def numpy_lape(stats):
     for n in range(p.shape[1]):
         if p[:, n].max() > 0:
             share = p[:, n] / p[:, n].sum()
-            scores[int(np.argmax(p[:, n])), n] = sum(x * math.log(x) for x in share if x > 0)
+            scores[p[:, n] == p[:, n].max(), n] = sum(x * math.log(x) for x in share if x > 0)
     return scores
 
 
@@ -299,6 +301,40 @@ def test_universal_neurons_are_among_the_most_active_ones_on_most_questions(tmp_
         universal_neurons(items.grouped(), share=2)
 
 
+def test_universal_neurons_as_in_the_released_code_are_of_each_layer_and_of_either_sign(tmp_path):
+    rng = np.random.default_rng(3)
+    total = rng.normal(size=(20, 30)) * np.where(rng.random(30) < 0.2, 6, 1)
+    space = NeuronSpace.from_widths("language", "post", [12, 18])
+    positive = np.zeros((20, 30), dtype=int)
+    items = made_items(tmp_path / "run", positive, "AB" * 10, [5] * 20, total, space=space)
+    for share in (0.5, 0.8, 0.33):
+        often = np.zeros(30, dtype=int)
+        for row in np.abs(total):
+            for start, stop in ((0, 12), (12, 30)):
+                often[start + np.argsort(-row[start:stop])[:4]] += 1
+        found = universal_neurons(items.grouped(), share=share, per_layer=4)
+        assert list(found) == np.flatnonzero(often >= int(share * 20)).tolist()
+    with pytest.raises(SelectionError, match="universal_neurons: per_layer 0 is less than 1"):
+        universal_neurons(items.grouped(), per_layer=0)
+
+
+def test_cna_leaves_out_layers_as_the_released_code_does():
+    space = NeuronSpace.from_widths("language", "post", [100] * 4)
+    total = np.random.default_rng(0).normal(size=(2, 400))
+    stats = ActivationStatistics.from_counts(space, ["A", "B"], np.zeros((2, 400), dtype=int), [9, 9], total=total)
+    difference = np.abs(total[0] / 9 - total[1] / 9)
+    best = [n for n in np.argsort(-difference) if n >= 200][:20]
+    assert list(CNA(0.1, leave_out=(0, 1)).select(stats)["A"]) == sorted(best)
+    assert dict(CNA(0.1, leave_out=(0, 1)).select(stats)) == dict(CNA(0.1, layers=[2, 3]).select(stats))
+    assert dict(CNA(0.1, leave_out=0, layers=[0, 3]).select(stats)) == dict(CNA(0.1, layers=[3]).select(stats))
+    assert repr(CNA(leave_out=(1, 0))) == "CNA(fraction=0.001, leave_out=[0, 1])"
+    with pytest.raises(SiteError, match=r"layer 4 is not in this space \(0–3\)"):
+        CNA(0.1, leave_out=4).select(stats)
+    with pytest.raises(SelectionError, match=r"CNA: leave_out=\[0\] leaves no layer to choose from"):
+        CNA(0.1, layers=0, leave_out=0).select(stats)
+    check_selector(CNA(0.01, anywhere=True, leave_out=0), equivariant=True)
+
+
 # -- budgets and ties ----------------------------------------------------------------------------------------------
 
 
@@ -313,6 +349,122 @@ def test_highest_takes_the_best_and_of_equal_ones_the_first(values, count, data)
     chosen = highest(torch.from_numpy(values), count, None if allowed is None else torch.from_numpy(allowed)).tolist()
     candidates = [n for n in range(len(values)) if allowed is None or allowed[n]]
     assert chosen == sorted(sorted(candidates, key=lambda n: (-values[n], n))[:count])
+
+
+# -- ties, whatever the groups are called ----------------------------------------------------------------------------
+
+ORDERLESS = [
+    LAP(count=4),
+    LAPE(count=4),
+    LAPE(variant="tang", top_rate=0.3, filter_rate=0.7, activation_bar_ratio=0.7),
+    CAS(count=4),
+    MAD(count=4),
+    MAD(count=4, others=True, signed=True),
+    MAD(count=4, on="mean"),
+    MostActive(count=4),
+    CNA(count=4, anywhere=True),
+    CAS(count=4) + MAD(),
+    CAS(count=4).zscore() + MAD().zscore(),
+    (CAS() + LAPE()).take(count=4),
+    LAP(count=4).where(MostActive() > 0.3),
+    CAS(count=4) | MAD(count=4),
+    MAD(count=1, per_layer=True),
+]
+"""Rules whose sets belong to the groups and not to their names or their order."""
+
+
+@st.composite
+def tied_counts(draw):
+    """Tokens and counts small enough that many neurons tie exactly; with equal numbers of tokens, or different ones."""
+    groups = draw(st.integers(2, 6))
+    tokens = draw(st.lists(st.integers(1, 12), min_size=groups, max_size=groups))
+    if draw(st.booleans()):
+        tokens = [tokens[0]] * groups
+    counts = [[draw(st.integers(0, most)) for _ in range(12)] for most in tokens]
+    return tokens, counts
+
+
+def counted(tokens, counts, names=None, total=None):
+    space = NeuronSpace.from_widths("language", "gate", [5, len(counts[0]) - 5])
+    names = [f"g{n}" for n in range(len(tokens))] if names is None else names
+    total = np.asarray(counts) * 0.1 if total is None else total
+    return ActivationStatistics.from_counts(space, names, counts, tokens, total=total)
+
+
+@pytest.mark.parametrize("rule", ORDERLESS, ids=repr)
+@settings(max_examples=25, deadline=None)
+@given(tied_counts(), st.randoms(use_true_random=False))
+def test_sets_go_with_their_groups_when_these_are_reordered_and_renamed(rule, table, random):
+    tokens, counts = table
+    stats = counted(tokens, counts)
+    order = list(range(len(tokens)))
+    random.shuffle(order)
+    moved = counted([tokens[n] for n in order], [counts[n] for n in order], [f"other {n}" for n in order])
+    selection, again = rule.select(stats), rule.select(moved)
+    assert {f"other {name[1:]}": list(neurons) for name, neurons in selection.items()} == {
+        name: list(neurons) for name, neurons in again.items()
+    }
+
+
+def exact_mad(p):
+    mean = [sum(column) / len(p) for column in zip(*p, strict=True)]
+    return [[abs(x - m) for x, m in zip(row, mean, strict=True)] for row in p]
+
+
+def exact_cas(p):
+    ranked = [sorted(column, reverse=True) for column in zip(*p, strict=True)]
+    return [[top[0] - top[1] if x == top[0] else 0 for x, top in zip(row, ranked, strict=True)] for row in p]
+
+
+def exact_most_active(p):
+    return [[sum(column) for column in zip(*p, strict=True)]] * len(p)
+
+
+@pytest.mark.parametrize(
+    ("rule", "exact"),
+    [(MAD(), exact_mad), (CAS(), exact_cas), (MostActive(), exact_most_active), (LAP(), lambda p: p)],
+    ids=["MAD", "CAS", "MostActive", "LAP"],
+)
+@settings(max_examples=150, deadline=None)
+@given(tied_counts(), st.integers(1, 12))
+def test_ties_are_those_of_fractions_and_are_broken_by_index(rule, exact, table, count):
+    tokens, counts = table
+    scores = exact([[Fraction(k, most) for k in row] for row, most in zip(counts, tokens, strict=True)])
+    for row, neurons in zip(scores, rule.take(count=count).select(counted(tokens, counts)).values(), strict=True):
+        allowed = [n for n in range(12) if row[n] > 0 or not isinstance(rule, CAS)]
+        assert list(neurons) == sorted(sorted(allowed, key=lambda n: (-row[n], n))[:count])
+
+
+def test_ties_of_many_groups_whose_numbers_of_tokens_share_nothing_are_those_of_fractions():
+    # Last tokens of the questions that were answered right: few, and of every group another number.
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 60, 25)
+    counts = rng.binomial(tokens[:, None], 0.5, (25, 300))
+    # Equal deviations by other fractions: a tenth of 40 more than a tenth of 50, where another group has less of both.
+    tokens[:3] = 40, 50, 20
+    counts[:, 150:] = counts[:, :150]
+    counts[:3, :150], counts[:3, 150:] = np.array([[4], [10], [4]]), np.array([[4], [5], [6]])
+    p = [[Fraction(int(k), int(most)) for k in row] for row, most in zip(counts, tokens, strict=True)]
+    for rule, exact in ((MAD(count=40), exact_mad), (MostActive(count=40), exact_most_active)):
+        for row, neurons in zip(exact(p), rule.select(counted(tokens, counts)).values(), strict=True):
+            assert list(neurons) == sorted(sorted(range(300), key=lambda n: (-row[n], n))[:40])
+
+
+def test_as_many_times_the_tokens_and_counts_give_the_same_scores():
+    rng = np.random.default_rng(1)
+    counts = rng.integers(0, 8, (5, 40))
+    for rule in (LAP(), LAPE(), CAS(), MAD(), MAD(others=True), MostActive()):
+        once = rule.score(counted([7] * 5, counts))
+        assert torch.equal(once, rule.score(counted([7 * 6] * 5, counts * 6)))
+        # A neuron that fires for other groups as another does for these is as concentrated.
+        if isinstance(rule, LAPE):
+            turned = rule.score(counted([7] * 5, counts[[3, 0, 4, 1, 2]]))
+            assert torch.equal(once.amax(0), turned.amax(0))
+
+
+def test_a_neuron_that_is_strongest_for_two_groups_is_a_lape_neuron_of_both():
+    stats = counted([10, 10, 10], [[9, 5, 0, 0, 1, 0], [9, 0, 5, 0, 1, 0], [0, 0, 0, 5, 1, 0]])
+    assert [list(neurons) for neurons in LAPE(count=2).select(stats).values()] == [[0, 1], [0, 2], [3, 4]]
 
 
 class Given(Selector):
@@ -602,6 +754,88 @@ def test_settings_can_be_changed_afterwards_without_changing_the_original():
     assert repr(rule) == "CAS(fraction=0.01)"
     assert repr(other) == "CAS(count=3, layers=[1], per_layer=True)"
     assert repr(other.take(0.5)) == "CAS(fraction=0.5, layers=[1], per_layer=True)"
+
+
+def test_settings_of_a_combination_are_those_of_its_parts():
+    stats = TABLES["ordinary"]
+    both = CAS(0.02) | MAD(0.02)
+    banned = LAP(0.01).select(stats)
+    for changed in ({"fraction": 0.1}, {"count": 7}, {"layers": [1]}, {"exclude": banned}, {"per_layer": True}):
+        one, other = CAS(0.02).take(**changed).select(stats), MAD(0.02).take(**changed).select(stats)
+        taken = both.take(**changed).select(stats)
+        assert all(taken[group] == one[group] | other[group] for group in stats.groups)
+        assert dict(taken) != dict(both.select(stats))
+    assert repr(both.take(count=3, layers=[2])) == "CAS(count=3, layers=[2]) | MAD(count=3, layers=[2])"
+    deep = ((CAS() & (MAD() - LAP())).take(0.03) | -CAS(0.03)).take(layers=1)
+    assert repr(deep).count("layers=[1]") == 4
+    sizes = [len(both.take(fraction).select(stats)["Peru"]) for fraction in (0.001, 0.01, 0.1)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    both.layers = (1,)
+    with pytest.raises(SelectionError, match="by the settings of its parts, not by layers of its own"):
+        both.select(stats)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LAPE(variant="tang").take(0.1), "variant='tang' has no budget per group; set top_rate instead"),
+        (lambda: (CAS() | LAPE(variant="tang")).take(count=3), "variant='tang' has no budget per group"),
+        (lambda: LAPE(variant="tang").take(per_layer=True), "so none per layer"),
+        (
+            lambda: LayerMatchedRandom(CAS(0.1).select(TABLES["ordinary"])).take(0.1),
+            "fraction cannot be given: as many",
+        ),
+        (lambda: LayerMatchedRandom(CAS(0.1).select(TABLES["ordinary"])).take(layers=[1]), "layers cannot be given"),
+        (
+            lambda: CRFusion(of=CAS(layers=[1])),
+            r"of=CAS\(.*\) gives scores alone, whatever layers it has: give that to CRF",
+        ),
+        (lambda: CAS().where(LAP(0.1) > 0.2), r"LAP\(fraction=0\.1\) > 0\.2 compares .* whatever fraction it has"),
+        (lambda: CAS().where(LAP(layers=[1]) > 0.2), "whatever layers it has"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(make, message):
+    with pytest.raises(SelectionError, match=message):
+        make()
+
+
+def test_a_part_that_was_given_no_budget_has_none():
+    assert repr(CAS(0.01) + MAD()) == "(CAS() + MAD()).take(fraction=0.01)"
+    assert repr(CAS() + MAD(count=3)) == "(CAS() + MAD()).take(count=3)"
+    with pytest.raises(SelectionError, match=r"different budgets \(count=4, 0\.1\)"):
+        CAS(count=4) + MAD(0.1)
+
+
+def test_what_a_rule_reads_is_said_once_where_it_is_made():
+    from vlmneurons.statistics.attributions import AttributionStatistics
+    from vlmneurons.statistics.evidence import Evidence
+    from vlmneurons.statistics.items import GroupedItems
+
+    class Mine(Selector[GroupedItems]):
+        def score(self, stats):
+            return torch.zeros(len(stats.groups), len(stats.space))
+
+    class Older(Selector):
+        reads = AttributionStatistics
+
+        def score(self, stats):
+            return stats.mean
+
+    assert (Mine.reads, Older.reads, CAS.reads) == (GroupedItems, AttributionStatistics, ActivationStatistics)
+    assert type("Further", (Mine,), {}).reads is GroupedItems
+    assert isinstance(TABLES["ordinary"], Evidence)
+    assert isinstance(Conditions(conditions()), Evidence)
+    for wrong in (3, "statistics", None, CAS(0.1).select(TABLES["ordinary"])):
+        assert not isinstance(wrong, Evidence)
+
+
+def test_what_cannot_be_selected_from_is_named(unchecked):
+    selection = CAS(0.1).select(TABLES["ordinary"])
+    for wrong, name in ((3, "3"), (selection, "Selection"), (None, "None")):
+        with pytest.raises(SelectionError, match=f"statistics, questions or attributions; got {name}"):
+            (CAS() + MAD()).select(wrong)
+    with pytest.raises(SelectionError, match="CAS selects from ActivationStatistics; got Selection"):
+        CAS().select(selection)
 
 
 def test_scores_that_are_no_table_of_floats_are_refused():

@@ -213,3 +213,8 @@ def test_the_repr_says_towers_layers_sites_and_widths(ragged):
         == "NeuronSpace(language.gate: 32 layers x 14,336 = 458,752 neurons)"
     )
     assert repr(ragged) == "NeuronSpace(vision.post, language.post: 3 layers, 4 sites x 2–5 = 12 neurons)"
+
+
+def test_layers_of_two_towers_are_two_and_each_has_the_places_of_its_sites(ragged):
+    assert dict(ragged.tower_layers) == {("vision", 0): (0,), ("language", 0): (1,), ("language", 3): (2, 3)}
+    assert ragged.towers == ("vision", "language")

@@ -51,7 +51,7 @@ def statistics(draw):
 
 def as_dictionary(stats):
     """For each group its counts as plain Python numbers."""
-    tables = (stats.positive, stats.tokens, stats.items, stats._routed_or_all(), stats.total)
+    tables = (stats.positive, stats.tokens, stats.items, stats.reached, stats.total)
     return {group: tuple(table[n].tolist() for table in tables) for n, group in enumerate(stats.groups)}
 
 

@@ -9,7 +9,7 @@ from .model.vlm import VLM as VLM
 from .neurons.sites import Site as Site
 from .neurons.sites import NeuronSpace as NeuronSpace
 from .neurons.sets import NeuronSet as NeuronSet
-from .neurons.sets import Selection as Selection
+from .neurons.selection import Selection as Selection
 from .questions.sets import Question as Question
 from .questions.sets import QuestionSet as QuestionSet
 from .questions.cvqa import load_cvqa as load_cvqa
@@ -22,7 +22,7 @@ from .recording.items import record_items as record_items
 from .statistics.items import ItemStatistics as ItemStatistics
 from .statistics.items import GroupedItems as GroupedItems
 from .recording.attribute import attribute as attribute
-from .statistics.counts import AttributionStatistics as AttributionStatistics
+from .statistics.attributions import AttributionStatistics as AttributionStatistics
 from .statistics.conditions import Conditions as Conditions
 from .selectors._base import Selector as Selector
 from .selectors.cas import CAS as CAS

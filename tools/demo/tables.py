@@ -21,7 +21,7 @@ from tools.demo.catalogue import CULTURES
 from tools.demo.decoder import Asker
 from tools.demo.evaluate import Exam, correct, count, margins, read
 from tools.demo.organism import SET_SIZE, Truth
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, LayerMatchedRandom, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vlmneurons.model.vlm import VLM
-    from vlmneurons.neurons.sets import Selection
+    from vlmneurons.neurons.selection import Selection
     from vlmneurons.questions.sets import QuestionSet
 
 __all__ = ["DEMO_MODELS", "demo_truth", "load_demo"]
@@ -88,7 +88,8 @@ def demo_truth() -> Selection:
         {12}
     """
     _verify("organism")
-    from vlmneurons.neurons.sets import NeuronSet, Selection
+    from vlmneurons.neurons.selection import Selection
+    from vlmneurons.neurons.sets import NeuronSet
     from vlmneurons.neurons.sites import NeuronSpace
 
     config = json.loads((_FOLDER / "organism" / "config.json").read_text(encoding="utf-8"))["text_config"]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from vlmneurons.checks import of_kind, real
 from vlmneurons.errors import MismatchError
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 
 if TYPE_CHECKING:
     from vlmneurons.study.result import KnockoutResult

@@ -1,29 +1,27 @@
-"""Sets of neurons, and one set per group.
+"""Sets of neurons: what an ablation switches off.
 
-A `NeuronSet` is what an ablation switches off; a `Selection` is what a selector gives: a `NeuronSet` for each group.
-Both are immutable, know the `NeuronSpace` that numbers their neurons, and refuse to be mixed with another numbering.
+A set is immutable, knows the `NeuronSpace` that numbers its neurons, and refuses to be mixed with another numbering.
 """
 
 import hashlib
 import math
 import operator
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from vlmneurons.checks import names, of_kind, path_of
-from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError, SiteError
+from vlmneurons.checks import of_kind
+from vlmneurons.errors import FileFormatError, MismatchError, SiteError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace, Site
 
 if TYPE_CHECKING:
-    import pandas
+    pass
 
 
 class NeuronSet(_files.Shareable):
@@ -54,7 +52,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             SiteError: an index is no integer or not in the space.
         """
-        _check_space(space)
+        check_space(space)
         flat = _flat_indices(indices)
         if flat.numel():
             lowest, highest = int(flat.min()), int(flat.max())
@@ -91,7 +89,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             SiteError: it is no space.
         """
-        _check_space(space)
+        check_space(space)
         return cls._of(space, torch.empty(0, dtype=torch.int64))
 
     @classmethod
@@ -104,7 +102,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             SiteError: it is no space.
         """
-        _check_space(space)
+        check_space(space)
         return cls._of(space, torch.arange(len(space)))
 
     @classmethod
@@ -124,12 +122,12 @@ class NeuronSet(_files.Shareable):
             >>> NeuronSet.from_indices(space, {0: [7, 5], "language.layers.1.mlp.gate": [2]}).indices
             tensor([ 5,  7, 10])
         """
-        _check_space(space)
+        check_space(space)
         if not isinstance(indices, Mapping):
             return cls(space, indices)
         parts = []
         for key, numbers in indices.items():
-            position = space.position(key) if isinstance(key, (Site, str)) else _layer_position(space, key)
+            position = space.position(key) if isinstance(key, (Site, str)) else layer_position(space, key)
             parts.append(_within(space, position, _flat_indices(numbers)))
         return cls(space, torch.cat(parts) if parts else ())
 
@@ -167,7 +165,7 @@ class NeuronSet(_files.Shareable):
             MismatchError: the mask is not boolean or not as long as the space.
             SiteError: the space is none.
         """
-        _check_space(space)
+        check_space(space)
         try:
             tensor = torch.as_tensor(mask).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -309,6 +307,44 @@ class NeuronSet(_files.Shareable):
         """
         return self._of(self._space.at(kind), self._indices)
 
+    def on(self, space: NeuronSpace) -> "NeuronSet":
+        """The neurons of the same layers and numbers in another model, such as a VLM's text-only backbone.
+
+        Layers and widths of the towers that have neurons must be the same; whether the weights have anything to do with
+        each other is not known from a space. Towers go by their names, or, where both spaces have only one, by that.
+
+        Args:
+            space: the space of a model of the same layers and widths.
+
+        Raises:
+            MismatchError: the space is of other towers, layers, widths or kinds of site.
+            SiteError: it is no space.
+
+        Examples:
+            >>> vlm, text = (NeuronSpace.from_widths(tower, "gate", [8, 8]) for tower in ("language", "decoder"))
+            >>> NeuronSet(vlm, [3, 9]).on(text).to_pairs()
+            [(0, 3), (1, 1)]
+        """
+        check_space(space)
+        parts = self.by_site()
+        single = len(self._space.towers) == len(space.towers) == 1
+        for tower in {site.tower for site in parts}:
+            there = space.towers[0] if single else tower
+            ours, theirs = (
+                {(s.layer, s.mlp, s.kind): n for s, n in zip(one.sites, one.widths, strict=True) if s.tower == name}
+                for one, name in ((self._space, tower), (space, there))
+            )
+            if ours != theirs:
+                raise MismatchError(
+                    f"the neurons are of {self._space!r} and cannot be those of {space!r}: tower {there!r} has "
+                    + _difference(ours, theirs)
+                )
+        moved = [
+            _within(space, space.position(Site(space.towers[0] if single else s.tower, s.layer, s.mlp, s.kind)), part)
+            for s, part in parts.items()
+        ]
+        return NeuronSet(space, torch.cat(moved) if moved else ())
+
     def per_site(self) -> Int64[Tensor, " site"]:
         """Number of neurons in each site of the space, zeros included."""
         return torch.bincount(_positions(self._space, self._indices), minlength=len(self._space.sites))
@@ -322,12 +358,9 @@ class NeuronSet(_files.Shareable):
         Raises:
             SiteError: no such tower, or none given for a space with several.
         """
-        tower = _one_tower(self._space, tower)
-        counts = dict.fromkeys(sorted({site.layer for site in self._space if site.tower == tower}), 0)
-        for site, count in zip(self._space.sites, self.per_site().tolist(), strict=True):
-            if site.tower == tower:
-                counts[site.layer] += count
-        return counts
+        tower, counts = _one_tower(self._space, tower), self.per_site()
+        layers = {layer: at for (where, layer), at in self._space.tower_layers.items() if where == tower}
+        return {layer: int(counts[list(layers[layer])].sum()) for layer in sorted(layers)}
 
     def by_site(self) -> dict[Site, Int64[Tensor, " part"]]:
         """For each site that has any, the numbers of its neurons within the site, sorted."""
@@ -345,7 +378,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             SiteError: a layer of the space has several sites (towers, experts): use `by_site`.
         """
-        _check_one_site_per_layer(self._space, "use by_site()")
+        check_one_site_per_layer(self._space, "use by_site()")
         by_layer = {site.layer: part for site, part in self.by_site().items()}
         return {layer: by_layer[layer] for layer in sorted(by_layer)}
 
@@ -406,7 +439,7 @@ class NeuronSet(_files.Shareable):
         """
         tensors, data = _files.read(path, "NeuronSet", {"indices": "I64"})
         space = space_of_file(path, data)
-        _check_sorted(path, tensors["indices"], len(space))
+        check_sorted(path, tensors["indices"], len(space))
         return cls._of(space, tensors["indices"])
 
     def __repr__(self) -> str:
@@ -450,368 +483,18 @@ def expected_jaccard(first: int, second: int, total: int) -> float:
     return math.fsum(weights * (shared / (first + second - shared))) / math.fsum(weights)
 
 
-class Selection(_files.Shareable, Mapping[str, NeuronSet]):
-    """What a selector chose: a `NeuronSet` for each group, over one space. Immutable, in the order of the groups.
-
-    Selections combine group by group with ``& | - ^``.
-
-    Attributes:
-        selector: says exactly how the sets were chosen, such as ``"CAS(fraction=0.005)"``.
-        budget: number of neurons that each group was to get, or None if the rule has no such number. A set is never
-            larger than the budget; it is smaller where fewer neurons were eligible.
-
-    Examples:
-        >>> space = NeuronSpace.from_widths("language", "gate", [8, 8])
-        >>> Selection({"EGY": NeuronSet(space, [3, 9]), "SGP": NeuronSet(space, [4])}, selector="by hand", budget=2)
-        Selection by hand: 2 groups, NeuronSpace(language.gate: 2 layers x 8 = 16 neurons)
-          EGY  2 neurons
-          SGP  1 neuron (of 2 asked for: no more were eligible)
-    """
-
-    __slots__ = ("_budget", "_provenance", "_selector", "_sets")
-
-    def __init__(
-        self,
-        sets: Mapping[str, NeuronSet],
-        *,
-        selector: str = "",
-        budget: SupportsIndex | None = None,
-        provenance: Mapping[str, Any] | None = None,
-    ) -> None:
-        """A selection from its sets.
-
-        Args:
-            sets: the neurons of each group.
-            selector: what made it, such as ``"CAS(fraction=0.005)"``.
-            budget: the largest number of neurons a set may have; None if nothing limits it.
-            provenance: where it comes from: plain values that JSON can hold.
-
-        Raises:
-            SelectionError: no group, a group twice or whose name is no text, or a set larger than the budget.
-            MismatchError: the sets are not all of one space.
-        """
-        try:
-            given = sets if isinstance(sets, Mapping) else list(sets)
-            sets = dict(given)
-            if len(sets) < len(given):
-                raise ValueError("a group stands in it twice")
-            budget = None if budget is None else operator.index(budget)
-        except (TypeError, ValueError) as error:
-            raise SelectionError(f"a selection is a NeuronSet for each group, and a whole budget: {error}") from error
-        if budget is not None and budget < 0:
-            raise SelectionError(f"a budget is a number of neurons; got {budget}")
-        if not sets:
-            raise SelectionError("a selection needs at least one group; none was given")
-        first = next(iter(sets.values()))
-        for group, neurons in sets.items():
-            if not isinstance(group, str) or not group:
-                raise SelectionError(f"a group's name is a text that is not empty; got {group!r}")
-            if not isinstance(neurons, NeuronSet):
-                raise SelectionError(f"group {group!r} must have a NeuronSet; got {type(neurons).__name__}")
-            check_same_space(first.space, neurons.space)
-            if budget is not None and len(neurons) > budget:
-                raise SelectionError(f"group {group!r} has {len(neurons)} neurons, more than the budget of {budget}")
-        object.__setattr__(self, "_sets", sets)
-        object.__setattr__(self, "_selector", str(selector))
-        object.__setattr__(self, "_budget", budget)
-        object.__setattr__(self, "_provenance", _files.plain(dict(provenance or {}), "provenance"))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a Selection is immutable: {name!r} cannot be set")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a Selection is immutable: {name!r} cannot be deleted")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_selection, (self._sets, self._selector, self._budget, self._provenance)
-
-    @property
-    def selector(self) -> str:
-        """How the sets were chosen."""
-        return self._selector
-
-    @property
-    def budget(self) -> int | None:
-        """Number of neurons that each group was to get, if the rule has such a number."""
-        return self._budget
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Where the selection comes from, as plain values; a copy."""
-        return _files.plain(self._provenance, "provenance")
-
-    @property
-    def space(self) -> NeuronSpace:
-        """The space that numbers the neurons of all groups."""
-        return next(iter(self._sets.values())).space
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The groups, in order."""
-        return tuple(self._sets)
-
-    def __getitem__(self, group: str) -> NeuronSet:
-        try:
-            return self._sets[group]
-        except (KeyError, TypeError):
-            raise GroupError(f"group {group!r} is not in this selection; it has {', '.join(self._sets)}") from None
-
-    def __contains__(self, group: object) -> bool:
-        return isinstance(group, str) and group in self._sets
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sets)
-
-    def __len__(self) -> int:
-        return len(self._sets)
-
-    def _combine(self, other: "Selection", symbol: str, combine: Callable[[NeuronSet, NeuronSet], NeuronSet]) -> Any:
-        if not isinstance(other, Selection):
-            return NotImplemented
-        if set(self._sets) != set(other._sets):
-            alone = [group for group in (*self, *other) if (group in self) != (group in other)]
-            raise MismatchError(
-                f"selections of different groups cannot be combined: {', '.join(alone)} "
-                f"{'is' if len(alone) == 1 else 'are'} only in one of them"
-            )
-        sets = {group: combine(neurons, other[group]) for group, neurons in self._sets.items()}
-        provenance = {"combined": [self._provenance, other._provenance]}
-        if self._provenance == other._provenance:
-            provenance = self._provenance
-        selector = f"{in_parentheses(self._selector)} {symbol} {in_parentheses(other._selector)}"
-        return Selection(sets, selector=selector, provenance=provenance)
-
-    def __and__(self, other: "Selection") -> "Selection":
-        return self._combine(other, "&", operator.and_)
-
-    def __or__(self, other: "Selection") -> "Selection":
-        return self._combine(other, "|", operator.or_)
-
-    def __sub__(self, other: "Selection") -> "Selection":
-        return self._combine(other, "-", operator.sub)
-
-    def __xor__(self, other: "Selection") -> "Selection":
-        return self._combine(other, "^", operator.xor)
-
-    def at(self, kind: str) -> "Selection":
-        """The same neurons, read at another point of their MLPs.
-
-        Args:
-            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
-        """
-        return self._with({group: neurons.at(kind) for group, neurons in self._sets.items()})
-
-    def _with(self, sets: Mapping[str, NeuronSet]) -> "Selection":
-        return Selection(sets, selector=self._selector, budget=self._budget, provenance=self._provenance)
-
-    def table(self) -> "pandas.DataFrame":
-        """Number of neurons per group (rows) and layer (columns), zeros included.
-
-        Columns are layer numbers, or (tower, layer) if the space has several towers.
-        """
-        import pandas as pd
-
-        towers = _towers(self.space)
-        rows = []
-        for neurons in self._sets.values():
-            counts = {(tower, layer): n for tower in towers for layer, n in neurons.per_layer(tower).items()}
-            rows.append(counts if len(towers) > 1 else {layer: n for (_, layer), n in counts.items()})
-        table = pd.DataFrame(rows, index=pd.Index(self.groups, name="group"))
-        if len(towers) > 1:
-            table.columns = pd.MultiIndex.from_tuples(list(table.columns), names=["tower", "layer"])
-        else:
-            table.columns.name = "layer"
-        return table
-
-    def overlap(self) -> "pandas.DataFrame":
-        """How much the groups' sets overlap: ``["jaccard"]`` and ``["chance"]`` are tables of group x group.
-
-        ``chance`` is the mean Jaccard index of random sets of the same sizes (see `expected_jaccard`).
-        """
-        import pandas as pd
-        from scipy.sparse import csr_array
-
-        sets = list(self._sets.values())
-        # The product of groups by neurons with itself counts what they share; sparse, as sets are small and spaces not.
-        ends = np.cumsum([0, *map(len, sets)])
-        places = np.concatenate([one._indices.numpy() for one in sets])
-        table = csr_array((np.ones(len(places), dtype=np.int64), places, ends), shape=(len(sets), len(self.space)))
-        shared = (table @ table.T).toarray()
-        sizes = np.array([len(one) for one in sets])
-        union = sizes[:, None] + sizes - shared
-        jaccard = np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
-        pairs = {tuple(sorted((first, second))) for first in set(sizes.tolist()) for second in set(sizes.tolist())}
-        levels = {pair: expected_jaccard(*pair, len(self.space)) for pair in pairs}
-        chance = [[levels[min(first, second), max(first, second)] for second in sizes] for first in sizes]
-        index = pd.Index(self.groups, name="group")
-        tables = [pd.DataFrame(values, index=index, columns=list(self.groups)) for values in (jaccard, chance)]
-        return pd.concat(tables, axis=1, keys=["jaccard", "chance"], names=["measure", "other"])
-
-    def to_lape(self, path: "str | os.PathLike[str] | None" = None) -> list[list[Tensor]]:
-        """The format of the LAPE authors' released files: ``result[group][layer]`` is a LongTensor of neuron numbers.
-
-        Args:
-            path: where to write it with ``torch.save``, if given. The format has no room for the groups' names, the
-                space or the selector: use `save` to keep them.
-
-        Raises:
-            SiteError: a layer of the space has several sites (towers, experts), which the format cannot tell apart.
-        """
-        _check_one_site_per_layer(self.space, "the LAPE format has one list per layer")
-        none = torch.empty(0, dtype=torch.int64)
-        nested = []
-        for neurons in self._sets.values():
-            by_layer = neurons.by_layer()
-            nested.append([by_layer.get(layer, none.clone()) for layer in range(max(self.space.layers) + 1)])
-        if path is not None:
-            torch.save(nested, path_of("path", path, FileFormatError))
-        return nested
-
-    @classmethod
-    def from_lape(cls, nested: Any, space: NeuronSpace, groups: Sequence[str]) -> "Selection":
-        """A selection in the format of the LAPE authors' released files.
-
-        Args:
-            nested: the nested list, or the path of a file that holds one. A file is read with
-                ``torch.load(..., weights_only=True)``, which does not run code that a file may carry.
-            space: the space that the layers and neurons belong to; the format does not say.
-            groups: the groups' names, in the order of the list; the format does not say.
-
-        Raises:
-            FileFormatError: not of that form, or not of this space or number of groups.
-            SiteError: a layer of the space has several sites (towers, experts).
-        """
-        _check_space(space)
-        _check_one_site_per_layer(space, "the LAPE format has one list per layer")
-        source = "LAPE selection"
-        if isinstance(nested, (str, os.PathLike)):
-            source = os.fspath(nested)
-            _files.check_regular(source)
-            _files.check_uncompressed(source)
-            try:
-                # torch warns about pickles of other programs; they are refused below, or were read as plain lists.
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    nested = torch.load(source, weights_only=True, map_location="cpu")
-            except OSError:
-                raise
-            except Exception as error:  # PyTorch's own reader fails in many ways on bytes that it did not write
-                raise FileFormatError(f"{source}: not a file of neuron lists: {error}") from error
-        groups = names("groups", (groups,) if isinstance(groups, str) else groups, MismatchError)
-        if not isinstance(nested, (list, tuple)) or len(nested) != len(groups):
-            got = f"{len(nested)} lists" if isinstance(nested, (list, tuple)) else f"a {type(nested).__name__}"
-            raise FileFormatError(f"{source}: expected one list for each of {len(groups)} groups; got {got}")
-        if len(set(groups)) != len(groups):
-            raise FileFormatError(f"{source}: a group is named twice in {', '.join(map(str, groups))}")
-        depth = max(space.layers) + 1
-        sets = {}
-        for group, layers in zip(groups, nested, strict=True):
-            if not isinstance(layers, (list, tuple)) or len(layers) != depth:
-                got = f"{len(layers)} layers" if isinstance(layers, (list, tuple)) else f"a {type(layers).__name__}"
-                raise FileFormatError(f"{source}: group {group!r} needs {depth} layers as the space has; got {got}")
-            try:
-                for layer, numbers in enumerate(layers):
-                    # A tensor of one stored number can claim a billion: look at the length before the numbers.
-                    most = space.widths[_layer_position(space, layer)] if len(numbers) else 0
-                    if len(numbers) > most:
-                        raise SiteError(f"layer {layer} has {most} neurons, not the {len(numbers)} that are listed")
-                sets[group] = NeuronSet.from_indices(
-                    space, {layer: numbers for layer, numbers in enumerate(layers) if len(numbers)}
-                )
-            except (SiteError, TypeError, RuntimeError) as error:
-                raise FileFormatError(f"{source}: group {group!r}: {error}") from error
-        return cls(sets, selector=f"from_lape({source})")
-
-    def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write the selection, with its space, selector and provenance, to a safetensors file.
-
-        Args:
-            path: the file, such as ``"neurons.safetensors"``.
-
-        Raises:
-            OSError: the file cannot be written; what was there before stays.
-        """
-        tensors = {
-            "indices": torch.cat([neurons._indices for neurons in self._sets.values()]),
-            "sizes": torch.tensor([len(neurons) for neurons in self._sets.values()], dtype=torch.int64),
-        }
-        data = {
-            "space": self.space.to_json(),
-            "groups": list(self._sets),
-            "selector": self._selector,
-            "budget": self._budget,
-            "provenance": self._provenance,
-        }
-        _files.write(path, "Selection", tensors, data)
-
-    @classmethod
-    def load(cls, path: "str | os.PathLike[str]") -> "Selection":
-        """The selection that `save` wrote.
-
-        Args:
-            path: the file.
-
-        Raises:
-            FileFormatError: the file is damaged, of another kind, or from a newer version.
-        """
-        tensors, data = _files.read(path, "Selection", {"indices": "I64", "sizes": "I64"})
-        space = space_of_file(path, data)
-        groups, budget = data.get("groups"), data.get("budget")
-        sizes, indices = tensors["sizes"], tensors["indices"]
-        if (
-            not isinstance(groups, list)
-            or not all(isinstance(group, str) for group in groups)
-            or len(set(groups)) != len(groups)
-            or not isinstance(data.get("selector"), str)
-            or not isinstance(data.get("provenance"), dict)
-            or not (budget is None or (isinstance(budget, int) and not isinstance(budget, bool)))
-        ):
-            raise FileFormatError(f"{path}: the groups, selector, budget or provenance are not what a Selection has")
-        if sizes.ndim != 1 or sizes.shape[0] != len(groups) or (sizes < 0).any() or int(sizes.sum()) != indices.numel():
-            raise FileFormatError(f"{path}: the sizes of the sets do not agree with the indices")
-        sets = {}
-        for group, part in zip(groups, indices.flatten().split(sizes.tolist()), strict=True):
-            _check_sorted(path, part, len(space))
-            sets[group] = NeuronSet._of(space, part)
-        try:
-            return cls(sets, selector=data["selector"], budget=budget, provenance=data["provenance"])
-        except (SelectionError, MismatchError) as error:
-            raise FileFormatError(f"{path}: {error}") from error
-
-    def __repr__(self) -> str:
-        title = f"Selection {self._selector}: " if self._selector else "Selection: "
-        groups = f"{len(self)} group" + ("s" if len(self) != 1 else "")
-        width = max(map(len, self._sets))
-        lines = [f"{title}{groups}, {self.space!r}"]
-        for group, neurons in self._sets.items():
-            line = f"  {group:<{width}}  {len(neurons):,} neuron" + ("s" if len(neurons) != 1 else "")
-            if self._budget is not None and len(neurons) < self._budget:
-                line += f" (of {self._budget:,} asked for: no more were eligible)"
-            lines.append(line)
-        return "\n".join(lines)
-
-
-def in_parentheses(expression: str) -> str:
-    """A selector's expression, in parentheses if it is made of several."""
-    depth = 0
-    for place, character in enumerate(expression):
-        depth += character in "([{<"
-        depth -= character in ")]}>"
-        if depth == 0 and expression[place : place + 3] in (" & ", " | ", " - ", " ^ "):
-            return f"({expression})"
-    return expression
-
-
-def _rebuild_selection(sets: Any, selector: str, budget: int | None, provenance: Any) -> Selection:
-    return Selection(sets, selector=selector, budget=budget, provenance=provenance)
-
-
-def _check_space(space: Any) -> None:
+def check_space(space: Any) -> None:
+    """Refuse what is no space."""
     if not isinstance(space, NeuronSpace):
         raise SiteError(f"a NeuronSet needs a NeuronSpace; got {type(space).__name__}")
 
 
 def check_same_space(first: NeuronSpace, second: NeuronSpace) -> None:
+    """Refuse neurons that are numbered otherwise.
+
+    Raises:
+        MismatchError: the spaces differ; the message says how they can be made to agree.
+    """
     if first is second or first == second:
         return
     advice = ""
@@ -853,7 +536,7 @@ def _index(value: Any) -> int:
     return operator.index(value)
 
 
-def _layer_position(space: NeuronSpace, layer: Any) -> int:
+def layer_position(space: NeuronSpace, layer: Any) -> int:
     """Position of the one site of a layer."""
     try:
         number = _index(layer)
@@ -888,22 +571,32 @@ def _positions(space: NeuronSpace, indices: Tensor) -> Tensor:
     return torch.searchsorted(torch.tensor(space.offsets[1:]), indices, right=True)
 
 
-def _towers(space: NeuronSpace) -> list[str]:
-    return list(dict.fromkeys(site.tower for site in space))
+def _difference(ours: Mapping[Any, int], theirs: Mapping[Any, int]) -> str:
+    """In what the sites of a tower differ, for an error."""
+    if not theirs:
+        return "no site there"
+    if {kind for *_, kind in ours} != {kind for *_, kind in theirs}:
+        kinds = [sorted({kind for *_, kind in sites}) for sites in (theirs, ours)]
+        return f"sites of kind {', '.join(kinds[0])}, not {', '.join(kinds[1])}: .at({kinds[0][0]!r}) comes first"
+    place = min(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    layer, mlp, _ = place
+    there, here = (f"{sites[place]:,} neurons" if place in sites else "none" for sites in (theirs, ours))
+    return f"{there} in {mlp} of layer {layer}, not {here}"
 
 
 def _one_tower(space: NeuronSpace, tower: str | None) -> str:
-    towers = _towers(space)
-    if tower is None:
-        if len(towers) > 1:
-            raise SiteError(f"the space has the towers {', '.join(towers)}: say which, or use per_site()")
+    towers = space.towers
+    if tower is None and len(towers) == 1:
         return towers[0]
+    if tower is None:
+        raise SiteError(f"the space has the towers {', '.join(towers)}: say which, or use per_site()")
     if tower not in towers:
         raise SiteError(f"tower {tower!r} is not in this space; it has {', '.join(towers)}")
     return tower
 
 
-def _check_one_site_per_layer(space: NeuronSpace, advice: str) -> None:
+def check_one_site_per_layer(space: NeuronSpace, advice: str) -> None:
+    """Refuse a space in which a layer's number does not name one site."""
     seen: dict[int, Site] = {}
     for site in space:
         if site.layer in seen:
@@ -920,7 +613,7 @@ def space_of_file(path: "str | os.PathLike[str]", data: Any) -> NeuronSpace:
         raise FileFormatError(f"{path}: {error}") from error
 
 
-def _check_sorted(path: "str | os.PathLike[str]", indices: Tensor, size: int) -> None:
+def check_sorted(path: "str | os.PathLike[str]", indices: Tensor, size: int) -> None:
     """Refuse indices of a file that are not what a NeuronSet holds."""
     if indices.ndim != 1 or (indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= size)):
         raise FileFormatError(f"{path}: indices outside the space of {size} neurons")

@@ -246,6 +246,22 @@ class NeuronSpace:
         return torch.tensor([site.layer for site in self.sites])[self.site_of]
 
     @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers that occur, in order."""
+        return tuple(dict.fromkeys(site.tower for site in self.sites))
+
+    @cached_property
+    def tower_layers(self) -> Mapping[tuple[str, int], tuple[int, ...]]:
+        """For each tower and layer, in order, the places of its sites within `sites`; layers of two towers are two.
+
+        Shared by all callers: do not write to it.
+        """
+        places: dict[tuple[str, int], list[int]] = {}
+        for position, site in enumerate(self.sites):
+            places.setdefault((site.tower, site.layer), []).append(position)
+        return {layer: tuple(positions) for layer, positions in places.items()}
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The layer numbers that occur, sorted."""
         return tuple(sorted({site.layer for site in self.sites}))

@@ -29,7 +29,7 @@ from vlmneurons.run.engine import Engine, need_gradients
 from vlmneurons.run.identity import rule_name, run_provenance, setting_of_run
 from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
-from vlmneurons.statistics.counts import AttributionStatistics
+from vlmneurons.statistics.attributions import AttributionStatistics
 
 METHODS = ("gradient", "integrated")
 """Activation times gradient; or gradients integrated while a layer's neurons grow from zero (knowledge neurons)."""
@@ -219,10 +219,7 @@ class _Factors:
 
     def layers(self) -> list[list[int]]:
         """Positions of the sites of each layer of each tower."""
-        found: dict[tuple[str, int], list[int]] = {}
-        for number, site in enumerate(self.space.sites):
-            found.setdefault((site.tower, site.layer), []).append(number)
-        return list(found.values())
+        return [list(positions) for positions in self.space.tower_layers.values()]
 
     @contextlib.contextmanager
     def at(self, value: float, sites: Sequence[int]) -> Iterator[None]:

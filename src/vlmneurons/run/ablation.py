@@ -17,7 +17,8 @@ from vlmneurons.checks import real
 from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.model.architectures.hooks import Handle, write
 from vlmneurons.model.vlm import VLM, check_model
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.run.editing import edit_columns, edit_rows
 from vlmneurons.run.intervention import Intervention

@@ -10,7 +10,8 @@ from torch import Tensor
 from vlmneurons.checks import real
 from vlmneurons.errors import AblationError
 from vlmneurons.files.digests import digest_of, digest_of_bytes
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.statistics.counts import ActivationStatistics
 
 

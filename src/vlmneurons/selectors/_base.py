@@ -6,20 +6,23 @@ import math
 import numbers
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeGuard, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from vlmneurons.checks import plain, whole
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet, check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.selectors._evidence import the_one_read
+from vlmneurons.selectors._evidence import Readable, the_one_read
 from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.evidence import Evidence
 
 if TYPE_CHECKING:
     from vlmneurons.selectors._scores import Gate
@@ -27,8 +30,24 @@ if TYPE_CHECKING:
 FRACTION = 0.005
 """Share of neurons that a selector gives to each group unless told otherwise (arXiv 2608.08772, 2608.17102)."""
 
+Table = TypeVar("Table", bound=Evidence)
+"""The kind of table that a rule reads."""
 
-class Selector(ABC):
+
+class Shared(TypedDict, total=False):
+    """What every selector can be given beside ``fraction``; see `Selector`, which declares it."""
+
+    count: SupportsIndex | None
+    layers: Iterable[SupportsIndex] | SupportsIndex | None
+    exclude: NeuronSet | Selection | None
+    per_layer: bool
+
+
+SHARED = ("fraction", "count", "layers", "exclude", "per_layer")
+"""The settings of every selector."""
+
+
+class Selector(ABC, Generic[Table]):
     """A rule that chooses the neurons particular to each group. A new one needs only `score`.
 
     All neurons of the space are ranked together, unless ``per_layer``, and every group gets the same number of them:
@@ -51,6 +70,7 @@ class Selector(ABC):
         contrastive: class attribute; whether the rule compares groups and so needs at least two.
         reads: class attribute; the kind of table that `score` gets: `ActivationStatistics`, unless the rule needs
             single questions (`GroupedItems`), gradients (`AttributionStatistics`) or several conditions (`Conditions`).
+            ``class Rule(Selector[GroupedItems])`` sets it.
 
     Examples:
         >>> class Rare(Selector):
@@ -72,7 +92,16 @@ class Selector(ABC):
     exclude: NeuronSet | Selection | None = None
     per_layer: bool = False
     contrastive: bool = False
-    reads: ClassVar[type] = ActivationStatistics
+    reads: ClassVar[type[Evidence]] = ActivationStatistics
+    _always_shown: ClassVar[tuple[str, ...]] = ()
+    """Settings that the repr has also where they are the default."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in vars(cls).get("__orig_bases__", ()):
+            origin, kinds = get_origin(base), get_args(base)
+            if isinstance(origin, type) and issubclass(origin, Selector):
+                cls.reads = next((kind for kind in kinds if isinstance(kind, type)), cls.reads)
 
     def __init__(
         self,
@@ -89,22 +118,12 @@ class Selector(ABC):
             SelectionError: fraction outside (0, 1], count below 1, both given, or exclude of another type.
         """
         # Only what is given is set, so that a subclass can set defaults of its own as class attributes.
-        if fraction is not None and count is not None:
-            raise SelectionError(f"{type(self).__name__}: give fraction or count, not both; got {fraction} and {count}")
-        if fraction is not None:
-            self.fraction, self.count = fraction, None
-        elif count is not None:
-            self.fraction, self.count = None, count
-        if layers is not None:
-            self.layers = _layers(layers)
-        if exclude is not None:
-            self.exclude = exclude
-        if per_layer is not False:
-            self.per_layer = per_layer
+        for name, value in _given(type(self).__name__, fraction, count, layers, exclude, per_layer or None).items():
+            setattr(self, name, value)
         self._check_settings()
 
     @abstractmethod
-    def score(self, stats: Any) -> Float[Tensor, "group neuron"]:
+    def score(self, stats: Table) -> Float[Tensor, "group neuron"]:
         """For each group and neuron how much the neuron is the group's: higher is chosen first.
 
         ``-inf`` is never chosen; NaN and ``inf`` are errors. The statistics must not be written to.
@@ -113,7 +132,7 @@ class Selector(ABC):
             stats: the one table that the rule reads (`reads`).
         """
 
-    def eligible(self, stats: Any, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
+    def eligible(self, stats: Table, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
         """Which neurons may be chosen at all, or None if every score above ``-inf`` may.
 
         A rule overrides this if a finite score can still mean "not this group's". Neurons with a score of ``-inf``
@@ -125,7 +144,7 @@ class Selector(ABC):
         """
         return None
 
-    def select(self, *evidence: Any) -> Selection:
+    def select(self, *evidence: Readable) -> Selection:
         """The neurons of each group.
 
         Args:
@@ -139,9 +158,7 @@ class Selector(ABC):
             SiteError: a layer that the space does not have.
             MismatchError: excluded neurons of another space or without one of the groups.
         """
-        self._check_settings()
-        stats = self.read(*evidence)
-        self.check_statistics(stats)
+        stats = self._opened(evidence)
         parts = self._parts(stats.space)
         banned = self._excluded(stats)
         scores, eligible = self._evaluate(stats)
@@ -163,13 +180,23 @@ class Selector(ABC):
         budget = sum(quota for _, quota in parts)
         return Selection(sets, selector=repr(self), budget=budget, provenance=provenance_of(stats))
 
-    def read(self, *evidence: Any) -> Any:
+    def read(self, *evidence: Readable) -> Table:
         """Of what `select` was given, the one table that this rule reads.
+
+        Args:
+            evidence: see `select`.
 
         Raises:
             SelectionError: there is none, or there are several.
         """
         return the_one_read(type(self).__name__, self.reads, evidence)
+
+    def _opened(self, evidence: tuple[Readable, ...]) -> Table:
+        """The table to select from, after every check."""
+        self._check_settings()
+        stats = self.read(*evidence)
+        self.check_statistics(stats)
+        return stats
 
     def take(
         self,
@@ -199,22 +226,21 @@ class Selector(ABC):
             >>> Rare(0.5).take(count=3, per_layer=True)
             Rare(count=3, per_layer=True)
         """
-        if fraction is not None and count is not None:
-            raise SelectionError(f"{type(self).__name__}: give fraction or count, not both; got {fraction} and {count}")
-        changed = {
-            **({"fraction": fraction, "count": None} if fraction is not None else {}),
-            **({"fraction": None, "count": count} if count is not None else {}),
-            **({"layers": _layers(layers)} if layers is not None else {}),
-            **({"exclude": exclude} if exclude is not None else {}),
-            **({"per_layer": per_layer} if per_layer is not None else {}),
-        }
+        return self._taken(_given(type(self).__name__, fraction, count, layers, exclude, per_layer))
+
+    def _taken(self, changed: Mapping[str, Any]) -> "Selector":
+        """A copy with other settings."""
         taken = copy.copy(self)
         for name, value in changed.items():
             object.__setattr__(taken, name, value)  # also where a subclass is a frozen dataclass
         taken._check_settings()
         return taken
 
-    def check_statistics(self, stats: Any) -> None:
+    def _was_given(self, *names: str) -> list[str]:
+        """Those of the shared settings that this selector was given, which its parts, or a condition, may not obey."""
+        return [name for name in names or SHARED if vars(self).get(name) is not None]
+
+    def check_statistics(self, stats: Table) -> None:
         """Make sure that the statistics can be selected from: counted tokens for every group, and enough groups.
 
         Args:
@@ -231,10 +257,10 @@ class Selector(ABC):
         if self.contrastive and len(stats.groups) < 2:
             raise SelectionError(
                 f"{type(self).__name__} compares groups and needs at least two; these statistics have only "
-                f"{stats.groups[0]}"
+                f"{', '.join(stats.groups)}"
             )
 
-    def _evaluate(self, stats: Any) -> tuple[Tensor, Tensor | None]:
+    def _evaluate(self, stats: Table) -> tuple[Tensor, Tensor | None]:
         """The scores, checked, and which neurons may be chosen (None: all above ``-inf``)."""
         scores = self._checked_scores(stats, self.score(stats))
         eligible = self.eligible(stats, scores)
@@ -260,21 +286,27 @@ class Selector(ABC):
             raise SelectionError(f"{name}: exclude is a NeuronSet or a Selection; got {type(self.exclude).__name__}")
         if not isinstance(self.per_layer, bool):
             raise SelectionError(f"{name}: per_layer is True or False; got {self.per_layer!r}")
-        for setting in ("fraction", "count"):  # its name, and so its selections' and files', is that of a plain number
+        for setting in {"fraction", "count"} & vars(self).keys():  # only what was given; see DerivedSelector
+            # Its name, and so that of its selections and files, is that of a plain number.
             object.__setattr__(self, setting, plain(getattr(self, setting)))
 
     def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
         """What is ranked together: flat indices (None for the whole space), and how many neurons each group gets."""
-        chosen = None if self.layers is None else space.restrict(layers=_layers(self.layers))
+        layers = self._chosen_layers(space)
+        chosen = None if layers is None else space.restrict(layers=layers)
         if not self.per_layer:
             where = "the space" if chosen is None else "the given layers"
             return [(chosen, self._quota(len(space) if chosen is None else len(chosen), where))]
         parts = []
-        for name, part in _layer_parts(space):
+        for name, part in layer_parts(space):
             inside = part if chosen is None else part[torch.isin(part, chosen, assume_unique=True)]
             if len(inside):
                 parts.append((inside, self._quota(len(inside), name)))
         return parts
+
+    def _chosen_layers(self, space: NeuronSpace) -> tuple[int, ...] | None:
+        """Numbers of the layers to choose from; None for all."""
+        return None if self.layers is None else layer_numbers(self.layers)
 
     def _quota(self, size: int, where: str) -> int:
         """Number of neurons that each group gets of so many."""
@@ -292,7 +324,7 @@ class Selector(ABC):
             )
         return budget
 
-    def _excluded(self, stats: Any) -> dict[str, Bool[Tensor, " neuron"]]:
+    def _excluded(self, stats: Evidence) -> dict[str, Bool[Tensor, " neuron"]]:
         """For each group with neurons to leave out a mask of them."""
         if self.exclude is None:
             return {}
@@ -304,7 +336,7 @@ class Selector(ABC):
             raise MismatchError(f"exclude has no set for {', '.join(missing)}; it has {', '.join(self.exclude)}")
         return {group: self.exclude[group].mask() for group in stats.groups}
 
-    def _checked_scores(self, stats: Any, scores: Any) -> Float[Tensor, "group neuron"]:
+    def _checked_scores(self, stats: Evidence, scores: Any) -> Float[Tensor, "group neuron"]:
         name = type(self).__name__
         shape = (len(stats.groups), len(stats.space))
         if not isinstance(scores, Tensor) or not scores.is_floating_point():
@@ -337,7 +369,7 @@ class Selector(ABC):
     def __sub__(self, other: "Selector") -> "Selector":
         return self._combined("-", other)
 
-    def _combined(self, symbol: str, other: Any) -> Any:
+    def _combined(self, symbol: str, other: object) -> "Selector":
         from vlmneurons.selectors._combine import CombinedSelector
 
         return CombinedSelector(self, symbol, other) if isinstance(other, Selector) else NotImplemented
@@ -403,19 +435,17 @@ class Selector(ABC):
     def __le__(self, number: float) -> "Gate":
         return self._compared("<=", number)
 
-    def _scored(self, operation: str, number: Any = None) -> Any:
+    def _scored(self, operation: str, number: object = None) -> "Selector":
         from vlmneurons.selectors._scores import MappedSelector
 
-        if operation in ("*", "/") and (isinstance(number, bool) or not isinstance(number, numbers.Real)):
+        if operation in ("*", "/") and not _is_real(number):
             return NotImplemented
-        return MappedSelector(self, operation, number)
+        return MappedSelector(self, operation, float(number) if _is_real(number) else None)
 
-    def _compared(self, symbol: str, number: Any) -> Any:
+    def _compared(self, symbol: str, number: object) -> "Gate":
         from vlmneurons.selectors._scores import Comparison
 
-        if isinstance(number, bool) or not isinstance(number, numbers.Real):
-            return NotImplemented
-        return Comparison(self, symbol, float(number))
+        return Comparison(self, symbol, float(number)) if _is_real(number) else NotImplemented
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
@@ -440,14 +470,15 @@ class Selector(ABC):
             value = getattr(self, name, getattr(self, f"_{name}", parameter.default))
             if value is inspect.Parameter.empty:
                 continue
-            if parameter.default is inspect.Parameter.empty or not _same(value, parameter.default):
+            always = parameter.default is inspect.Parameter.empty or name in self._always_shown
+            if always or not _same(value, parameter.default):
                 shown[name] = value
         return shown
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
         """What the rule itself can be given, beside the settings of every selector."""
         given = inspect.signature(type(self).__init__).parameters.items()
-        return {name: one for name, one in given if name not in {"self", *_COMMON} and one.kind not in _VARIADIC}
+        return {name: one for name, one in given if name not in {"self", *SHARED} and one.kind not in _VARIADIC}
 
     def _budget_settings(self) -> dict[str, Any]:
         """The budget, and the other settings of every selector where they differ from their defaults."""
@@ -456,7 +487,6 @@ class Selector(ABC):
         return {name: value for name, value in {**budget, **other}.items() if value is not None}
 
 
-_COMMON = ("fraction", "count", "layers", "exclude", "per_layer")
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -501,43 +531,42 @@ def highest(
     return torch.from_numpy((chosen if candidates is None else candidates[chosen]).astype(np.int64, copy=False))
 
 
-def sum_over_groups(table: Float64[Tensor, "group neuron"]) -> Float64[Tensor, " neuron"]:
-    """The sum over groups, added in their order: the same bits on every machine, unlike a vectorised sum."""
-    total = table[0].clone()
-    for row in table[1:]:
-        total += row
-    return total
-
-
-def provenance_of(stats: Any) -> dict[str, Any]:
+def provenance_of(stats: Evidence) -> dict[str, Any]:
     """What a selection says about the statistics that it was made from."""
-    known = [name for name in ("tokens", "items") if getattr(stats, name, None) is not None]
-    counts = {name: dict(zip(stats.groups, getattr(stats, name).tolist(), strict=True)) for name in known}
+    known = {"tokens": stats.tokens, "items": stats.items}
+    counts = {k: dict(zip(stats.groups, v.tolist(), strict=True)) for k, v in known.items() if v is not None}
     return {"statistics": dict(stats.provenance), **counts}
 
 
-def _layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part"]]]:
+def layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part"]]]:
     """Each layer's name and the flat indices of its neurons, sorted; layers of two towers are two layers."""
-    places: dict[tuple[str, int], list[int]] = {}
-    for position, site in enumerate(space.sites):
-        places.setdefault((site.tower, site.layer), []).append(position)
-    for (tower, layer), positions in places.items():
+    for (tower, layer), positions in space.tower_layers.items():
         parts = [torch.arange(space.offsets[at], space.offsets[at + 1]) for at in positions]
         yield f"layer {layer} of tower {tower!r}", torch.cat(parts)
 
 
-def values_of(stats: ActivationStatistics, on: str) -> Float64[Tensor, "group neuron"]:
-    """The table that a selector with an ``on`` option ranks by; a new one, which the caller may write to."""
-    return stats.mean if on == "mean" else stats.probability
+def check_flags(selector: Selector, **flags: bool) -> None:
+    """Refuse what is neither True nor False when the selector is made."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise SelectionError(f"{type(selector).__name__}: {name} is True or False; got {value!r}")
 
 
-def check_on(name: str, on: str) -> None:
-    """Refuse a misspelt ``on`` option when the selector is made."""
-    if on not in ("probability", "mean"):
-        raise SelectionError(f"{name}: on is 'probability' or 'mean'; got {on!r}")
+def _given(name: str, fraction: Any, count: Any, layers: Any, exclude: Any, per_layer: Any) -> dict[str, Any]:
+    """Of the shared settings what was given; a fraction takes the place of a count, and the other way round."""
+    if fraction is not None and count is not None:
+        raise SelectionError(f"{name}: give fraction or count, not both; got {fraction} and {count}")
+    budget = {} if fraction is None and count is None else {"fraction": fraction, "count": count}
+    other = {"layers": None if layers is None else layer_numbers(layers), "exclude": exclude, "per_layer": per_layer}
+    return {**budget, **{setting: value for setting, value in other.items() if value is not None}}
 
 
-def _layers(layers: Any) -> tuple[int, ...]:
+def layer_numbers(layers: Any) -> tuple[int, ...]:
+    """Numbers of layers, sorted, each once; of one or several.
+
+    Raises:
+        SelectionError: something else, or none.
+    """
     if isinstance(layers, (str, bytes)):
         raise SelectionError(f"layers are numbers; got the text {layers!r}")
     try:
@@ -558,6 +587,10 @@ def _smallest_fraction(size: int) -> str:
         if budget_of(fraction, size) >= 1 and fraction < 1.01 / size:
             return f"{fraction:.10g}"
     return repr(1 / size)
+
+
+def _is_real(number: object) -> TypeGuard[float]:
+    return isinstance(number, numbers.Real) and not isinstance(number, bool)
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -1,23 +1,31 @@
 """Selectors put together with ``&``, ``|`` and ``-``."""
 
 import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import Selection, in_parentheses
+from vlmneurons.neurons.selection import Selection, in_parentheses
 from vlmneurons.selectors._base import Selector, provenance_of
-from vlmneurons.selectors._evidence import Bundle
+from vlmneurons.selectors._evidence import Bundle, Readable
+from vlmneurons.statistics.evidence import Evidence
 
-_OPERATIONS = {"&": operator.and_, "|": operator.or_, "-": operator.sub}
+_OPERATIONS: Mapping[str, Callable[[Selection, Selection], Selection]] = {
+    "&": operator.and_,
+    "|": operator.or_,
+    "-": operator.sub,
+}
 
 
-class CombinedSelector(Selector):
+class CombinedSelector(Selector[Bundle]):
     """Two selectors whose sets are combined group by group; ``left & right`` makes one.
 
     Each part selects by its own settings, so the sizes of the combined sets differ between groups, and the combination
-    has no budget and no scores of its own.
+    has no budget and no scores of its own. `take` is for the parts: ``(CAS() | MAD()).take(0.01, layers=[3])`` is
+    ``CAS(0.01, layers=[3]) | MAD(0.01, layers=[3])``.
 
     Examples:
         >>> from vlmneurons.selectors import CAS, LAPE, MAD
@@ -41,23 +49,44 @@ class CombinedSelector(Selector):
         self.left, self.symbol, self.right = left, symbol, right
         self.fraction = None
 
-    def score(self, stats: Any) -> Tensor:
+    def score(self, stats: Evidence) -> Float[Tensor, "group neuron"]:
         """A combination of sets has no scores.
+
+        Args:
+            stats: what would be scored.
 
         Raises:
             SelectionError: always.
         """
         raise SelectionError(f"{self!r} combines sets and has no scores: score its parts")
 
-    def select(self, *evidence: Any) -> Selection:
-        """The combined sets of both parts, for each group; of several tables each part takes the one that it reads."""
-        left, right = self.left.select(*evidence), self.right.select(*evidence)
-        combined: Any = _OPERATIONS[self.symbol](left, right)
+    def select(self, *evidence: Readable) -> Selection:
+        """The combined sets of both parts, for each group; of several tables each part takes the one that it reads.
+
+        Args:
+            evidence: see `Selector.select`.
+        """
+        self._check_settings()
+        combined = _OPERATIONS[self.symbol](self.left.select(*evidence), self.right.select(*evidence))
         return Selection(dict(combined), selector=repr(self), provenance=provenance_of(self.read(*evidence)))
 
-    def read(self, *evidence: Any) -> Any:
-        """All that was given, together."""
+    def read(self, *evidence: Readable) -> Bundle:
+        """All that was given, together.
+
+        Args:
+            evidence: see `Selector.select`.
+        """
         return Bundle.of(evidence)
+
+    def _taken(self, changed: Mapping[str, Any]) -> Selector:
+        return CombinedSelector(self.left._taken(changed), self.symbol, self.right._taken(changed))
+
+    def _check_settings(self) -> None:
+        if names := self._was_given():
+            raise SelectionError(
+                f"{self!r} selects by the settings of its parts, not by {', '.join(names)} of its own: set them by "
+                ".take(…)"
+            )
 
     def __repr__(self) -> str:
         return f"{in_parentheses(repr(self.left))} {self.symbol} {in_parentheses(repr(self.right))}"

@@ -1,22 +1,39 @@
-"""What selectors select from, and which table of several a rule reads."""
+"""What selectors are given to select from, and which table of several a rule reads."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
+from jaxtyping import Int64
+from torch import Tensor
+
+from vlmneurons.checks import of_kind
 from vlmneurons.errors import MismatchError, SelectionError
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import check_same_space
-from vlmneurons.statistics.conditions import Conditions
+from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.statistics.conditions import Conditions, Countable
 from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.evidence import Evidence
 from vlmneurons.statistics.items import GroupedItems, ItemStatistics
+
+Readable = Evidence | ItemStatistics | Mapping[str, Countable]
+"""What `Selector.select` takes: evidence, or what evidence is made of (questions; statistics by condition)."""
 
 
 class Bundle:
     """Several tables of the same groups and neurons, of which each rule of an expression reads its own."""
 
-    def __init__(self, tables: Sequence[Any]) -> None:
+    def __init__(self, tables: Sequence[Evidence]) -> None:
+        """The tables together.
+
+        Args:
+            tables: at least one.
+
+        Raises:
+            MismatchError: tables of other neurons or other groups than the first.
+        """
         self.tables = tuple(tables)
         first = self.tables[0]
-        self.space, self.groups = first.space, first.groups
         for other in self.tables[1:]:
             check_same_space(first.space, other.space)
             if tuple(other.groups) != tuple(first.groups):
@@ -26,42 +43,73 @@ class Bundle:
                 )
 
     @classmethod
-    def of(cls, evidence: Sequence[Any]) -> "Bundle":
-        """What a selector was given, as a bundle; one bundle stays as it is."""
+    def of(cls, evidence: Sequence[Readable]) -> "Bundle":
+        """What a selector was given, as a bundle; one bundle stays as it is.
+
+        Args:
+            evidence: see `Selector.select`.
+
+        Raises:
+            SelectionError: nothing was given, or what cannot be selected from.
+        """
         if len(evidence) == 1 and isinstance(evidence[0], Bundle):
             return evidence[0]
         if not evidence:
             raise SelectionError("there is nothing to select from: give statistics")
-        return cls([_opened(table) for table in evidence])
+        tables = [_opened(table) for table in evidence]
+        for table in tables:
+            of_kind("what to select from", table, Evidence, SelectionError, "statistics, questions or attributions")
+        return cls(tables)
 
     @property
-    def tokens(self) -> Any:
+    def space(self) -> NeuronSpace:
+        """The neurons."""
+        return self.tables[0].space
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups."""
+        return self.tables[0].groups
+
+    @property
+    def tokens(self) -> Int64[Tensor, " group"] | None:
         """Number of counted tokens of each group, if the first table knows it."""
-        return getattr(self.tables[0], "tokens", None)
+        return self.tables[0].tokens
 
     @property
-    def items(self) -> Any:
+    def items(self) -> Int64[Tensor, " group"]:
         """Number of items of each group, as the first table knows it."""
-        return getattr(self.tables[0], "items", None)
+        return self.tables[0].items
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> Mapping[str, Any]:
         """What the table says; of several tables, by their kinds."""
         if len(self.tables) == 1:
             return dict(self.tables[0].provenance)
         return {type(table).__name__: dict(table.provenance) for table in self.tables}
 
     def check_counted(self) -> None:
-        """Make sure that every group has something to go by in every table."""
+        """Make sure that every group has something to go by in every table.
+
+        Raises:
+            SelectionError: some have nothing; the message names them.
+        """
         for table in self.tables:
             table.check_counted()
 
     def select_groups(self, groups: Sequence[str]) -> "Bundle":
-        """The tables with some groups, in the given order."""
+        """The tables with some groups, in the given order.
+
+        Args:
+            groups: names of groups.
+
+        Raises:
+            GroupError: no such group.
+        """
         return Bundle([table.select_groups(groups) for table in self.tables])
 
 
-def the_one_read(name: str, kind: type, evidence: Sequence[Any]) -> Any:
+def the_one_read(name: str, kind: type, evidence: Sequence[Readable]) -> Any:
     """The table of a kind among what a selector was given; per-question counts stand for their statistics too.
 
     Raises:
@@ -69,7 +117,7 @@ def the_one_read(name: str, kind: type, evidence: Sequence[Any]) -> Any:
     """
     tables = evidence[0].tables if len(evidence) == 1 and isinstance(evidence[0], Bundle) else evidence
     tables = [_opened(table) for table in tables]
-    found = [table for table in tables if isinstance(table, kind)]
+    found: list[Evidence] = [table for table in tables if isinstance(table, kind)]
     if not found and issubclass(ActivationStatistics, kind):
         found = [table.statistics for table in tables if isinstance(table, GroupedItems)]
     if len(found) == 1:
@@ -80,10 +128,10 @@ def the_one_read(name: str, kind: type, evidence: Sequence[Any]) -> Any:
     raise SelectionError(f"{name} selects from {kind.__name__}; got {got}")
 
 
-def _opened(table: Any) -> Any:
+def _opened(table: Readable) -> Evidence:
     """Item statistics as questions grouped as they were recorded; a dictionary as conditions."""
     if isinstance(table, ItemStatistics):
         return table.grouped()
-    if type(table) is dict:
+    if isinstance(table, Mapping) and not isinstance(table, Selection):
         return Conditions(table)
-    return table
+    return cast(Evidence, table)  # or the caller's mistake, which whoever reads it names

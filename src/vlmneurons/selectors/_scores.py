@@ -8,7 +8,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,23 +16,26 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet, check_same_space
 from vlmneurons.selectors._base import Selector, _setting
 from vlmneurons.selectors._combine import CombinedSelector
-from vlmneurons.selectors._evidence import Bundle
+from vlmneurons.selectors._evidence import Bundle, Readable
+from vlmneurons.statistics.evidence import Evidence
 
 
-class DerivedSelector(Selector):
+class DerivedSelector(Selector[Bundle]):
     """A selector whose scores are made of those of its parts.
 
     The budget, layers, exclusions and ``per_layer`` are those that the parts were given, which must agree; those of
     parts that were given none do not count. `Selector.take` sets others.
     """
 
-    reads: ClassVar[type] = Bundle
-
     def __init__(self, *parts: Selector) -> None:
         """The parts.
+
+        Args:
+            parts: selectors with scores.
 
         Raises:
             SelectionError: a part has no scores, or parts were given different budgets, layers or exclusions.
@@ -43,16 +45,13 @@ class DerivedSelector(Selector):
                 raise SelectionError(f"{part!r} combines sets and has no scores to calculate with: use its parts")
         self.parts = parts
         self.contrastive = any(part.contrastive for part in parts)
-        budgets = {}
-        for part in parts:
-            if vars(part).get("fraction") is not None or vars(part).get("count") is not None:
-                budgets[part.fraction if part.count is None else f"count={part.count}"] = (part.fraction, part.count)
+        budgets = {(one.fraction, one.count): one for one in parts if one._was_given("fraction", "count")}
         if len(budgets) > 1:
+            different = ", ".join(str(fraction) if count is None else f"count={count}" for fraction, count in budgets)
             raise SelectionError(
-                f"the parts have different budgets ({', '.join(map(str, budgets))}): give one, or none and use "
-                ".take(fraction)"
+                f"the parts have different budgets ({different}): give one, or none and use .take(fraction)"
             )
-        for self.fraction, self.count in budgets.values():
+        for self.fraction, self.count in budgets:
             pass
         for name in ("layers", "exclude", "per_layer"):
             given = [getattr(part, name) for part in parts if name in vars(part)]
@@ -61,12 +60,19 @@ class DerivedSelector(Selector):
             if given:
                 setattr(self, name, given[0])
 
-    def read(self, *evidence: Any) -> Bundle:
-        """All that was given, together; each part takes the table that it reads."""
+    def read(self, *evidence: Readable) -> Bundle:
+        """All that was given, together; each part takes the table that it reads.
+
+        Args:
+            evidence: see `Selector.select`.
+        """
         return Bundle.of(evidence)
 
-    def check_statistics(self, stats: Any) -> None:
+    def check_statistics(self, stats: Evidence) -> None:
         """Make sure that every part can score what was given.
+
+        Args:
+            stats: one table, or several as a bundle.
 
         Raises:
             SelectionError: one cannot.
@@ -75,15 +81,25 @@ class DerivedSelector(Selector):
         for part in self.parts:
             part.check_statistics(part.read(bundle))
 
-    def score(self, *evidence: Any) -> Float[Tensor, "group neuron"]:
-        """The scores that are made of the parts' scores."""
-        return self._evaluate(self.read(*evidence))[0]
+    def score(self, stats: Evidence, *more: Evidence) -> Float[Tensor, "group neuron"]:
+        """The scores that are made of the parts' scores.
 
-    def eligible(self, stats: Any, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
-        """The neurons that the parts find eligible."""
+        Args:
+            stats: what a part reads, or several tables as a bundle.
+            more: further tables, if parts read different ones.
+        """
+        return self._evaluate(self.read(stats, *more))[0]
+
+    def eligible(self, stats: Evidence, scores: Float[Tensor, "group neuron"]) -> Bool[Tensor, "group neuron"] | None:
+        """The neurons that the parts find eligible.
+
+        Args:
+            stats: what the parts read.
+            scores: what `score` gave.
+        """
         return self._evaluate(self.read(stats))[1]
 
-    def _evaluate(self, stats: Any) -> tuple[Tensor, Tensor | None]:
+    def _evaluate(self, stats: Evidence) -> tuple[Tensor, Tensor | None]:
         bundle = self.read(stats)
         self.check_statistics(bundle)
         return self._derive([part._evaluate(part.read(bundle)) for part in self.parts], bundle)
@@ -144,7 +160,7 @@ class SummedSelector(DerivedSelector):
 class MappedSelector(DerivedSelector):
     """One selector's scores, changed: scaled, turned round, z-scored, ranked; made by the operators of `Selector`."""
 
-    def __init__(self, part: Selector, operation: str, number: Any = None) -> None:
+    def __init__(self, part: Selector, operation: str, number: float | None = None) -> None:
         """The change.
 
         Args:
@@ -158,9 +174,10 @@ class MappedSelector(DerivedSelector):
         super().__init__(part)
         if operation not in _OPERATIONS:
             raise SelectionError(f"operation {operation!r} does not exist; choose from {', '.join(_OPERATIONS)}")
-        if operation in ("*", "/") and (not math.isfinite(number) or (operation == "/" and number == 0)):
+        factor = 1.0 if number is None else float(number)
+        if not math.isfinite(factor) or (operation == "/" and factor == 0):
             raise SelectionError(f"scores cannot be {'multiplied' if operation == '*' else 'divided'} by {number}")
-        self.operation, self.number = operation, number
+        self.operation, self.number = operation, factor
 
     def _derive(self, parts: list[tuple[Tensor, Tensor | None]], bundle: Bundle) -> tuple[Tensor, Tensor | None]:
         ((scores, eligible),) = parts
@@ -170,13 +187,13 @@ class MappedSelector(DerivedSelector):
     def _expression(self) -> str:
         (part,) = self.parts
         if self.operation in ("*", "/"):
-            return f"{_wrapped(part, 1)} {self.operation} {float(self.number):g}"
+            return f"{_wrapped(part, 1)} {self.operation} {self.number:g}"
         if self.operation == "abs":
             return f"abs({part._expression()})"
         return f"-{_wrapped(part, 0)}" if self.operation == "-" else f"{_wrapped(part, 0)}.{self.operation}()"
 
 
-def _zscore(scores: Tensor, _: Any) -> Tensor:
+def _zscore(scores: Tensor, _: float) -> Tensor:
     return torch.from_numpy(np.stack([zscored(row) for row in scores.numpy()]))
 
 
@@ -197,7 +214,7 @@ def zscored(scores: np.ndarray) -> np.ndarray:
     return result
 
 
-def _rank(scores: Tensor, _: Any) -> Tensor:
+def _rank(scores: Tensor, _: float) -> Tensor:
     result = torch.zeros(scores.shape, dtype=torch.float64)
     for row, values in zip(result.numpy(), scores.numpy(), strict=True):
         known = values > -math.inf
@@ -206,10 +223,10 @@ def _rank(scores: Tensor, _: Any) -> Tensor:
     return result
 
 
-_OPERATIONS: Mapping[str, Callable[[Tensor, Any], Tensor]] = MappingProxyType(
+_OPERATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
     {
-        "*": lambda scores, number: scores * float(number),
-        "/": lambda scores, number: scores / float(number),
+        "*": lambda scores, number: scores * number,
+        "/": lambda scores, number: scores / number,
         "-": lambda scores, _: -scores,
         "abs": lambda scores, _: scores.abs(),
         "zscore": _zscore,
@@ -253,6 +270,11 @@ class Comparison(Gate):
     def __init__(self, selector: Selector, symbol: str, number: float) -> None:
         if isinstance(selector, CombinedSelector):
             raise SelectionError(f"{selector!r} combines sets and has no scores to compare: use its parts")
+        if names := selector._was_given():
+            raise SelectionError(
+                f"{selector!r} {symbol} {number:g} compares the scores of all neurons, whatever {', '.join(names)} it "
+                "has: leave that out, and give it to the selector before .where(…)"
+            )
         if math.isnan(number):
             raise SelectionError(f"scores cannot be compared with {number}")
         self.selector, self.symbol, self.number = selector, symbol, number
@@ -338,7 +360,7 @@ class GatedSelector(DerivedSelector):
         self.gate = gate
         self.contrastive = self.contrastive or gate.contrastive
 
-    def check_statistics(self, stats: Any) -> None:
+    def check_statistics(self, stats: Evidence) -> None:
         """Make sure that the selector and the gate can score what was given."""
         super().check_statistics(stats)
         self.gate.check(self.read(stats))

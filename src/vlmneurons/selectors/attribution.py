@@ -1,19 +1,18 @@
 """Neurons that move the answers, by gradients."""
 
-from collections.abc import Iterable
-from typing import ClassVar, SupportsIndex
+from typing import ClassVar
 
 from jaxtyping import Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, sum_over_groups
-from vlmneurons.statistics.counts import AttributionStatistics
+from vlmneurons.selectors._base import Selector, Shared, check_flags
+from vlmneurons.selectors._exact import sum_over_groups
+from vlmneurons.statistics.attributions import AttributionStatistics
 
 
-class _ByGradient(Selector):
-    reads: ClassVar[type] = AttributionStatistics
+class _ByGradient(Selector[AttributionStatistics]):
     method: ClassVar[str]
     """What `vlmneurons.attribute` must have computed."""
 
@@ -23,10 +22,7 @@ class _ByGradient(Selector):
         *,
         others: bool = False,
         on: str = "mean",
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings.
 
@@ -35,20 +31,16 @@ class _ByGradient(Selector):
             others: rank by how much more a neuron matters to the group than, on average, to the other groups.
             on: ``"mean"`` attribution over the group's questions, or ``"share"`` of the questions to which the neuron
                 matters much (more than a given share of the question's highest attribution).
-            count: number of neurons per group, instead of a fraction.
-            layers: layers to choose from; None for all.
-            exclude: neurons never to choose.
-            per_layer: take the share of each layer's neurons, layer by layer.
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
+        super().__init__(fraction, **shared)
         name = type(self).__name__
         if on not in ("mean", "share"):
             raise SelectionError(f"{name}: on is 'mean' or 'share'; got {on!r}")
-        if not isinstance(others, bool):
-            raise SelectionError(f"{name}: others is True or False; got {others!r}")
+        check_flags(self, others=others)
         self.others, self.on = others, on
         self.contrastive = others
 

@@ -1,16 +1,13 @@
 """Neurons whose activation tells a group's questions from all others."""
 
-from collections.abc import Iterable
-from typing import ClassVar, SupportsIndex
-
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector
+from vlmneurons.selectors._base import Selector, Shared
 from vlmneurons.statistics.items import VALUES, GroupedItems
 
 _BLOCK = 48 * 2**20
@@ -21,7 +18,7 @@ _CACHED = 4096
 """Neurons whose values stay in a CPU's cache while items are compared."""
 
 
-class AveragePrecision(Selector):
+class AveragePrecision(Selector[GroupedItems]):
     """Average precision of a neuron's activation as a detector of the group's questions.
 
     ``score[c, n]`` is the area under the precision-recall curve when questions are ranked by the neuron's value and
@@ -40,17 +37,13 @@ class AveragePrecision(Selector):
     """
 
     contrastive = True
-    reads: ClassVar[type] = GroupedItems
 
     def __init__(
         self,
         fraction: float | int | None = None,
         *,
         on: str = "mean",
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings.
 
@@ -58,15 +51,12 @@ class AveragePrecision(Selector):
             fraction: share of the neurons that each group gets.
             on: value of a neuron for a question: ``"mean"`` activation, ``"probability"`` of firing (which every
                 recording has), or ``"maximum"`` activation.
-            count: number of neurons per group, instead of a fraction.
-            layers: layers to choose from; None for all.
-            exclude: neurons never to choose.
-            per_layer: take the share of each layer's neurons, layer by layer.
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
+        super().__init__(fraction, **shared)
         if on not in VALUES:
             raise SelectionError(f"AveragePrecision: on is one of {', '.join(VALUES)}; got {on!r}")
         self.on = on

@@ -1,14 +1,14 @@
 """Neurons that fire for one group more than for any other."""
 
-import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from vlmneurons.selectors._base import Selector
+from vlmneurons.selectors._exact import margins
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
-class CAS(Selector):
+class CAS(Selector[ActivationStatistics]):
     """Contrastive activation selection: the margin between a neuron's strongest and second-strongest group.
 
     ``score[c, n] = P1 - P2`` if ``c`` is the group with the highest probability, else 0, where ``P1 >= P2`` are the
@@ -36,15 +36,7 @@ class CAS(Selector):
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """The margin of each neuron for its strongest group, from 0 to 1; 0 for the other groups."""
         self.check_statistics(stats)
-        probability = stats.probability
-        first = probability[0].clone()
-        second = torch.full_like(first, -torch.inf)
-        strongest = torch.zeros(len(first), dtype=torch.int64)
-        for group, row in enumerate(probability[1:], start=1):
-            torch.maximum(second, torch.minimum(first, row), out=second)
-            strongest[row > first] = group
-            torch.maximum(first, row, out=first)
-        return probability.zero_().scatter_(0, strongest[None], (first - second)[None])
+        return margins(stats)
 
     def eligible(
         self, stats: ActivationStatistics, scores: Float[Tensor, "group neuron"]

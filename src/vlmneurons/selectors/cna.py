@@ -7,16 +7,19 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
-from vlmneurons.checks import of_kind, real
+from vlmneurons.checks import of_kind, real, whole
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, budget_of, highest, sum_over_groups
+from vlmneurons.neurons.sets import NeuronSet
+from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.selectors._base import Selector, Shared, budget_of, check_flags, highest, layer_numbers, layer_parts
+from vlmneurons.selectors._exact import sum_over_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems
 
 
-class CNA(Selector):
+class CNA(Selector[ActivationStatistics]):
     """Contrastive neuron attribution: the difference of mean activations between a group's questions and the others'.
 
     ``score[c, n] = abs(mean over the questions of c - mean over all other questions)`` of the product
@@ -28,7 +31,8 @@ class CNA(Selector):
     neurons among the highest 0.1 % on more than 80 % of unrelated prompts are removed first: give those of
     `universal_neurons` as ``exclude``. With several groups, the other set is all other groups' questions together (each
     question counting the same): ours. In a mixture of experts, means are over the questions whose last token reached
-    the expert, and 0 where none did. Known to us from public summaries of the paper, not from its code.
+    the expert, and 0 where none did. The authors' code (NousResearch/neural-steering) leaves out layers 0 and 1 by
+    default, which ``leave_out`` does, and does not itself remove the universal neurons that it finds.
 
     Examples:
         >>> from vlmneurons.neurons.sites import NeuronSpace
@@ -49,10 +53,8 @@ class CNA(Selector):
         *,
         signed: bool = False,
         anywhere: bool = False,
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        leave_out: Iterable[SupportsIndex] | SupportsIndex | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings.
 
@@ -60,19 +62,27 @@ class CNA(Selector):
             fraction: share of the neurons that each group gets; 0.001 unless given.
             signed: rank by the signed difference, so that only neurons that are *more* active for the group come first.
             anywhere: also accept statistics of other sites and tokens than the paper's.
-            count: number of neurons per group, instead of a fraction.
-            layers: layers to choose from; None for all.
-            exclude: neurons never to choose.
-            per_layer: take the share of each layer's neurons, layer by layer.
+            leave_out: numbers of layers never to choose from; the share is of the neurons of all others. The authors'
+                code leaves out layers 0 and 1 unless told otherwise: ``CNA(leave_out=(0, 1))``.
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
-        for name, value in (("signed", signed), ("anywhere", anywhere)):
-            if not isinstance(value, bool):
-                raise SelectionError(f"CNA: {name} is True or False; got {value!r}")
+        super().__init__(fraction, **shared)
+        check_flags(self, signed=signed, anywhere=anywhere)
         self.signed, self.anywhere = signed, anywhere
+        self.leave_out = None if leave_out is None else layer_numbers(leave_out)
+
+    def _chosen_layers(self, space: NeuronSpace) -> tuple[int, ...] | None:
+        layers = super()._chosen_layers(space)
+        if self.leave_out is None:
+            return layers
+        space.restrict(layers=self.leave_out)  # refuses layers that there are not
+        kept = tuple(layer for layer in layers or space.layers if layer not in self.leave_out)
+        if not kept:
+            raise SelectionError(f"CNA: leave_out={list(self.leave_out)} leaves no layer to choose from")
+        return kept
 
     def check_statistics(self, stats: ActivationStatistics) -> None:
         """Make sure that the statistics are sums of the product at the last token.
@@ -99,7 +109,7 @@ class CNA(Selector):
         assert stats.total is not None
         total = sum_over_groups(stats.total)
         # Tokens (that reached a neuron's site, in a mixture of experts) of each group, and of all groups.
-        reach = stats._routed_or_all().to(torch.float64)
+        reach = stats.reached.to(torch.float64)
         widths = torch.tensor(stats.space.widths)
         for row, own, tokens in zip(mean, stats.total, reach, strict=True):
             others = torch.repeat_interleave((reach.sum(0) - tokens).clamp_(min=1), widths)
@@ -107,29 +117,42 @@ class CNA(Selector):
         return mean if self.signed else mean.abs_()
 
 
-def universal_neurons(items: GroupedItems, *, fraction: float = 0.001, share: float = 0.8) -> NeuronSet:
+def universal_neurons(
+    items: GroupedItems, *, fraction: float = 0.001, share: float = 0.8, per_layer: SupportsIndex | None = None
+) -> NeuronSet:
     """Neurons that are among the most active ones whatever is asked: to exclude from a selection.
 
     A neuron is universal if it is among the ``fraction`` of neurons with the highest mean activations for more than
-    ``share`` of the questions (arXiv 2605.12290: the highest 0.1 % on more than 80 % of diverse prompts).
+    ``share`` of the questions (arXiv 2605.12290: the highest 0.1 % on more than 80 % of diverse prompts). The authors'
+    code does otherwise: see ``per_layer``.
 
     Args:
         items: questions of many kinds, recorded with ``magnitudes=True``.
         fraction: share of the neurons that counts as most active.
         share: share of the questions.
+        per_layer: as the released code has it, with 50: as many neurons of *each layer*, of the highest *absolute* mean
+            activations, for *at least* ``int(share * questions)`` questions (there 16 of 20); in place of ``fraction``.
 
     Raises:
-        SelectionError: a number outside (0, 1], or sums were not recorded.
+        SelectionError: a number outside (0, 1], sums were not recorded, or ``per_layer`` is less than 1.
     """
     of_kind("items", items, GroupedItems, SelectionError, "GroupedItems, which ItemStatistics.grouped gives")
     for name, number in (("fraction", fraction), ("share", share)):
         real(f"universal_neurons: {name}", number, SelectionError)
         if not 0 < number <= 1:
             raise SelectionError(f"universal_neurons: {name} is in (0, 1]; got {number!r}")
-    size = len(items.space)
+    size, n_items = len(items.space), len(items.rows)
+    if per_layer is None:
+        parts, quota = [torch.arange(size)], max(1, budget_of(fraction, size))
+    else:
+        parts = [part for _, part in layer_parts(items.space)]
+        quota = whole("universal_neurons: per_layer", per_layer, SelectionError, least=1)
     often = np.zeros(size, dtype=np.int64)
-    for place in range(len(items.rows)):
+    for place in range(n_items):
         one = items.taken(np.array([place]))
         values = torch.from_numpy(one.values("mean", slice(0, size))[0])
-        often[highest(values, max(1, budget_of(fraction, size))).numpy()] += 1
-    return NeuronSet.from_mask(items.space, torch.from_numpy(often > share * len(items.rows)))
+        for part in parts:
+            own = values[part] if per_layer is None else values[part].abs()
+            often[part[highest(own, quota)].numpy()] += 1
+    enough = often > share * n_items if per_layer is None else often >= int(share * n_items)
+    return NeuronSet.from_mask(items.space, torch.from_numpy(enough))

@@ -3,56 +3,53 @@
 import functools
 import numbers
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import ClassVar, SupportsIndex
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector
+from vlmneurons.selectors._base import Selector, Shared
 from vlmneurons.selectors._scores import zscored
 from vlmneurons.selectors.cas import CAS
 from vlmneurons.statistics.conditions import Conditions
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
-class _OverConditions(Selector):
+class _OverConditions(Selector[Conditions]):
     """What the three rules share: another rule, scored under each condition."""
-
-    reads: ClassVar[type] = Conditions
 
     def __init__(
         self,
         fraction: float | int | None = None,
         *,
         of: Selector | None = None,
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings.
 
         Args:
             fraction: share of the neurons that each group gets.
-            of: the rule whose scores are combined; `CAS` unless given. Its own budget does not matter.
-            count: number of neurons per group, instead of a fraction.
-            layers: layers to choose from; None for all.
-            exclude: neurons never to choose.
-            per_layer: take the share of each layer's neurons, layer by layer.
+            of: the rule whose scores are combined; `CAS` unless given. Its own budget does not matter, and it can have
+                no layers or exclusions: give them to this selector.
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
+        super().__init__(fraction, **shared)
         rule = CAS() if of is None else of
         if not isinstance(rule, Selector) or not issubclass(ActivationStatistics, rule.reads):
             got = type(rule).__name__ if isinstance(rule, Selector) else repr(rule)
             raise SelectionError(f"{type(self).__name__}: of is a selector that scores ActivationStatistics; got {got}")
+        if names := rule._was_given("layers", "exclude", "per_layer"):
+            raise SelectionError(
+                f"{type(self).__name__}: of={rule!r} gives scores alone, whatever {', '.join(names)} it has: give that "
+                f"to {type(self).__name__} itself"
+            )
         self.of = rule
         self.contrastive = rule.contrastive
 
@@ -97,10 +94,7 @@ class CRFusion(_OverConditions):
         *,
         of: Selector | None = None,
         penalty: float | int = 0.3,
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings; see `Overlap`, which has the same ones.
 
@@ -108,15 +102,12 @@ class CRFusion(_OverConditions):
             fraction: share of the neurons that each group gets.
             of: the rule whose scores are fused; `CAS` unless given.
             penalty: weight of the spread over conditions.
-            count: number of neurons per group, instead of a fraction.
-            layers: layers to choose from; None for all.
-            exclude: neurons never to choose.
-            per_layer: take the share of each layer's neurons, layer by layer.
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, of=of, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
+        super().__init__(fraction, of=of, **shared)
         if isinstance(penalty, bool) or not isinstance(penalty, numbers.Real) or not 0 <= penalty < float("inf"):
             raise SelectionError(f"CRFusion: penalty is a number of at least 0; got {penalty!r}")
         self.penalty = penalty

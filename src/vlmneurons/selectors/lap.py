@@ -3,11 +3,12 @@
 from jaxtyping import Float64
 from torch import Tensor
 
-from vlmneurons.selectors._base import Selector, sum_over_groups
+from vlmneurons.selectors._base import Selector
+from vlmneurons.selectors._exact import mean_probability
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
-class LAP(Selector):
+class LAP(Selector[ActivationStatistics]):
     """Activation probability: the neurons that fire most often for a group, whether or not they do so for others.
 
     ``score[c, n] = P[c, n]``, a probability. Zhao et al. 2025, arXiv 2510.24942 (LAP); Tang et al. 2024, arXiv
@@ -27,7 +28,7 @@ class LAP(Selector):
         return stats.probability
 
 
-class MostActive(Selector):
+class MostActive(Selector[ActivationStatistics]):
     """A control: the neurons that fire most often over all groups, the same set for every group.
 
     ``score[c, n]`` is the mean of ``P[:, n]`` over groups, each group counting the same. A selection whose ablation
@@ -44,5 +45,4 @@ class MostActive(Selector):
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """The mean activation probability over groups, from 0 to 1; all rows are equal."""
         self.check_statistics(stats)
-        mean = sum_over_groups(stats.probability) / len(stats.groups)
-        return mean.expand(len(stats.groups), -1)
+        return mean_probability(stats).expand(len(stats.groups), -1)

@@ -2,23 +2,26 @@
 
 import math
 import numbers
-from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, highest, provenance_of, sum_over_groups
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
+from vlmneurons.selectors._base import Selector, Shared, highest, provenance_of
+from vlmneurons.selectors._evidence import Readable
+from vlmneurons.selectors._exact import added, blocks, order_of_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 
 _DECIMALS = 12
 
 
-class LAPE(Selector):
+class LAPE(Selector[ActivationStatistics]):
     """Activation probability entropy: neurons that fire for few groups, with a low entropy over groups.
 
     The entropy of ``P[:, n] / sum over c of P[c, n]``, in nats, is 0 for a neuron that fires for one group only and
@@ -26,9 +29,9 @@ class LAPE(Selector):
 
     Two variants:
 
-    - ``"class"`` (default): ``score[c, n]`` is minus the entropy for the group ``c`` with the highest probability (of
-      equal ones, the first), ``-inf`` for the others and for neurons that never fire; each group gets the same number
-      of neurons. This is how Zhao et al. 2025, arXiv 2510.24942, compare LAPE with selectors of one budget.
+    - ``"class"`` (default): ``score[c, n]`` is minus the entropy for the group ``c`` with the highest probability (for
+      all of them, where several have it), ``-inf`` for the others and for neurons that never fire; each group gets the
+      same number of neurons. This is how Zhao et al. 2025, arXiv 2510.24942, compare LAPE with selectors of one budget.
     - ``"tang"``: the procedure of the paper's released code (``identify.py``). Neurons whose probability exceeds the
       ``filter_rate`` quantile of all probabilities for no group are dropped; the ``top_rate`` share of all neurons
       with the lowest entropies are kept; each of them goes to *every* group whose probability exceeds the
@@ -58,10 +61,7 @@ class LAPE(Selector):
         top_rate: float | int = 0.01,
         filter_rate: float | int = 0.95,
         activation_bar_ratio: float | int = 0.95,
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings; the three rates are those of the authors' code and belong to ``variant="tang"`` only.
 
@@ -71,10 +71,7 @@ class LAPE(Selector):
             top_rate: share of the neurons to keep, for all groups together.
             filter_rate: quantile of all probabilities that a neuron must exceed for some group.
             activation_bar_ratio: quantile of all probabilities above which a neuron is given to a group.
-            count: number of neurons per group, instead of a fraction (variant ``"class"``).
-            layers: layers to choose from; quantiles and shares are over their neurons. None for all.
-            exclude: neurons never to choose; the next ones take their places.
-            per_layer: take the share of each layer's neurons, layer by layer (variant ``"class"``).
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
@@ -85,17 +82,23 @@ class LAPE(Selector):
         for name, rate in rates.items():
             if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
                 raise SelectionError(f"LAPE: {name} is in (0, 1]; got {rate!r}")
-        if variant == "tang" and (fraction is not None or count is not None):
+        if variant == "class" and tuple(rates.values()) != (0.01, 0.95, 0.95):
+            raise SelectionError(f"LAPE: {', '.join(rates)} belong to variant='tang'; set fraction or count")
+        self.variant = variant
+        if variant == "tang":
+            self.fraction = None
+        super().__init__(fraction, **shared)
+        self.top_rate, self.filter_rate, self.activation_bar_ratio = top_rate, filter_rate, activation_bar_ratio
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        names = self._was_given("fraction", "count", "per_layer") if self.variant == "tang" else ()
+        if "per_layer" in names:
+            raise SelectionError("LAPE: variant='tang' has no budget per group, so none per layer; use layers instead")
+        if names:
             raise SelectionError(
                 "LAPE: variant='tang' has no budget per group; set top_rate instead of fraction, count"
             )
-        if variant == "class" and tuple(rates.values()) != (0.01, 0.95, 0.95):
-            raise SelectionError(f"LAPE: {', '.join(rates)} belong to variant='tang'; set fraction or count")
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
-        if variant == "tang":
-            self.fraction = None
-        self.variant = variant
-        self.top_rate, self.filter_rate, self.activation_bar_ratio = top_rate, filter_rate, activation_bar_ratio
 
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """Minus the entropy in nats, from ``-log(G)`` to 0, where the neuron can be the group's; else ``-inf``.
@@ -106,20 +109,19 @@ class LAPE(Selector):
             SelectionError: a quantile that is less than one of so few probabilities.
         """
         self.check_statistics(stats)
-        probability = stats.probability
-        negative_entropy = _negative_entropy(probability)
+        scores = torch.full(stats.positive.shape, -math.inf, dtype=torch.float64)
         if self.variant == "tang":
+            probability = stats.probability
             bar, filter_bar = self._bars(probability, self._part(stats))
-            negative_entropy[~(probability > filter_bar).any(dim=0)] = -math.inf
-            return torch.where(probability > bar, negative_entropy, -math.inf)
-        strongest = probability.argmax(dim=0)
-        fires = probability.amax(dim=0) > 0
-        scores = probability.fill_(-math.inf)
-        neurons = fires.nonzero().flatten()
-        scores[strongest[neurons], neurons] = negative_entropy[neurons]
+            ranking = self._ranking(stats, probability, filter_bar)
+            return torch.where(probability > bar, ranking, scores)
+        table = scores.numpy()
+        for columns, values, negative_entropy in _entropies(stats):
+            highest_value = values.max(0)
+            np.copyto(table[:, columns], negative_entropy, where=(values == highest_value) & (highest_value > 0))
         return scores
 
-    def select(self, *evidence: Any) -> Selection:
+    def select(self, *evidence: Readable) -> Selection:
         """The neurons of each group.
 
         Raises:
@@ -128,11 +130,7 @@ class LAPE(Selector):
         """
         if self.variant != "tang":
             return super().select(*evidence)
-        self._check_settings()
-        if self.per_layer:
-            raise SelectionError("LAPE: variant='tang' has no budget per group, so none per layer; use layers instead")
-        stats = self.read(*evidence)
-        self.check_statistics(stats)
+        stats = self._opened(evidence)
         part = self._part(stats)
         probability = stats.probability
         size = len(stats.space) if part is None else int(part.sum())
@@ -143,10 +141,9 @@ class LAPE(Selector):
                 f"top_rate={self.top_rate:g} of {size} neurons yields no neuron; use a larger top_rate"
             )
         bar, filter_bar = self._bars(probability, part)
-        ranking = _negative_entropy(probability)
         # Dropped neurons come last but can still be kept if too few others are left, as in the authors' code; there
         # they reach a group only if activation_bar_ratio is lower than filter_rate.
-        ranking[~(probability > filter_bar).any(dim=0)] = -math.inf
+        ranking = self._ranking(stats, probability, filter_bar)
         banned = self._excluded(stats)
         sets = {}
         kept: Tensor | None = None
@@ -164,6 +161,14 @@ class LAPE(Selector):
             return None
         return NeuronSet._of(stats.space, stats.space.restrict(layers=self.layers)).mask()
 
+    def _ranking(self, stats: ActivationStatistics, probability: Tensor, filter_bar: float) -> Tensor:
+        """Minus the entropies, and ``-inf`` for neurons that exceed the bar for no group."""
+        ranking = torch.empty(len(stats.space), dtype=torch.float64)
+        for columns, _, negative_entropy in _entropies(stats):
+            ranking.numpy()[columns] = negative_entropy
+        ranking[~(probability > filter_bar).any(dim=0)] = -math.inf
+        return ranking
+
     def _bars(self, probability: Tensor, part: Tensor | None) -> tuple[float, float]:
         """The two quantiles of the probabilities of all groups and neurons (of the part)."""
         values = (probability if part is None else probability[:, part]).numpy().reshape(-1)
@@ -177,12 +182,17 @@ class LAPE(Selector):
         return float(partitioned[places[0]]), float(partitioned[places[1]])
 
 
-def _negative_entropy(probability: Float64[Tensor, "group neuron"]) -> Float64[Tensor, " neuron"]:
-    """Minus the entropy over groups in nats, rounded to 12 decimals; 0 for neurons that never fire."""
-    total = sum_over_groups(probability)
-    total[total == 0] = 1.0
-    result = torch.zeros_like(total)
-    for row in probability:
-        share = row / total
-        result += torch.xlogy(share, share)
-    return result.round_(decimals=_DECIMALS)
+def _entropies(stats: ActivationStatistics) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """For blocks of neurons: their columns; values whose shares over groups are those of the probabilities
+    ``[group, column]``; and minus the entropy of these shares in nats, rounded to 12 decimals (0 where none fires).
+    """
+    order = order_of_groups(stats)
+    for columns, counts, tokens in blocks(stats):
+        # Of equally many tokens, shares of counts are shares of probabilities, and exact.
+        values = counts if (tokens == tokens[:1]).all() else counts / tokens
+        total = added(values, order)
+        total[total == 0] = 1.0
+        share = torch.from_numpy(values / total)
+        # Each term a whole number of 2^-50, so that their sum is the same in every order.
+        terms = torch.xlogy(share, share).mul_(2.0**50).round_().sum(0)
+        yield columns, values, (terms / 2.0**50).round_(decimals=_DECIMALS).numpy()

@@ -1,18 +1,16 @@
 """Neurons whose activation for a group is far from the mean over groups."""
 
-from collections.abc import Iterable
-from typing import SupportsIndex
-
 from jaxtyping import Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection
-from vlmneurons.selectors._base import Selector, check_on, sum_over_groups, values_of
+from vlmneurons.selectors._base import Selector, Shared, check_flags
+from vlmneurons.selectors._exact import deviations, sum_over_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
-class MAD(Selector):
+class MAD(Selector[ActivationStatistics]):
     """Mean absolute deviation: neurons that fire much more, or much less, for a group than for the groups on average.
 
     ``score[c, n] = abs(P[c, n] - mean over all classes of P[:, n])``, a difference of probabilities from 0 to 1; the
@@ -38,10 +36,7 @@ class MAD(Selector):
         signed: bool = False,
         others: bool = False,
         on: str = "probability",
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings.
 
@@ -49,31 +44,31 @@ class MAD(Selector):
             fraction: share of the neurons that each group gets.
             signed: rank by the signed deviation, so that only neurons firing *more* for the group come first.
             others: compare with the mean over the *other* groups. Deviations then grow by ``G / (G - 1)`` for all
-                neurons alike, so sets are the same but for rounding; scores read as "more than elsewhere".
-            on: ``"probability"``, or ``"mean"`` for mean activations (needs statistics with sums).
-            count: number of neurons per group, instead of a fraction.
-            layers: layers to choose from; None for all.
-            exclude: neurons never to choose.
-            per_layer: take the share of each layer's neurons, layer by layer.
+                neurons alike, so sets are the same; scores read as "more than elsewhere".
+            on: ``"probability"`` of firing; or ``"mean"`` for mean activations, in units of the activation, for which
+                statistics need sums (``record(…, magnitudes=True)``). Compare the two where it matters: the formula is
+                not printed in the papers, and the abstract of arXiv 2601.03115 calls one of its four rules
+                magnitude-based, which may be this one.
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
-        check_on("MAD", on)
-        for name, value in (("signed", signed), ("others", others)):
-            if not isinstance(value, bool):
-                raise SelectionError(f"MAD: {name} is True or False; got {value!r}")
+        super().__init__(fraction, **shared)
+        if on not in ("probability", "mean"):
+            raise SelectionError(f"MAD: on is 'probability' or 'mean'; got {on!r}")
+        check_flags(self, signed=signed, others=others)
         self.signed, self.others, self.on = signed, others, on
 
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """The deviation: of probabilities, from 0 to 1 (-1 to 1 if signed), or of mean activations."""
         self.check_statistics(stats)
-        table = values_of(stats, self.on)
-        total = sum_over_groups(table)
-        if self.others:
-            for row in table:
-                row -= (total - row) / (len(stats.groups) - 1)
-        else:
-            table -= total / len(stats.groups)
+        groups = len(stats.groups)
+        # The mean of the others is as much farther away as the group's own share in the mean of all.
+        scale = groups / (groups - 1) if self.others else 1.0
+        if self.on == "probability":
+            return deviations(stats, scale=scale, signed=self.signed)
+        table = stats.mean
+        table -= sum_over_groups(table) / groups
+        table *= scale
         return table if self.signed else table.abs_()

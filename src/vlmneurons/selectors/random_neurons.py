@@ -2,21 +2,23 @@
 
 import hashlib
 import operator
-from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
-from vlmneurons.selectors._base import Selector, highest, provenance_of
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet, check_same_space
+from vlmneurons.selectors._base import Selector, Shared, highest, provenance_of
+from vlmneurons.selectors._evidence import Readable
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
-class RandomNeurons(Selector):
+class RandomNeurons(Selector[ActivationStatistics]):
     """A control: a uniform random set for each group, independent between groups and of the statistics' counts.
 
     The set depends only on the seed, the group's name and the size of the space: it is the same on every machine and
@@ -30,30 +32,25 @@ class RandomNeurons(Selector):
         tensor([ 3,  8, 27, 33, 36])
     """
 
+    _always_shown = ("seed",)
+
     def __init__(
         self,
         fraction: float | int | None = None,
         seed: SupportsIndex = 0,
-        *,
-        count: SupportsIndex | None = None,
-        layers: Iterable[SupportsIndex] | SupportsIndex | None = None,
-        exclude: NeuronSet | Selection | None = None,
-        per_layer: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         """Settings.
 
         Args:
             fraction: share of the neurons that each group gets.
             seed: any integer.
-            count: number of neurons per group, instead of a fraction.
-            layers: layers to choose from; None for all.
-            exclude: neurons never to choose.
-            per_layer: take the share of each layer's neurons, layer by layer.
+            shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
-        super().__init__(fraction, count=count, layers=layers, exclude=exclude, per_layer=per_layer)
+        super().__init__(fraction, **shared)
         self.seed = _seed("RandomNeurons", seed)
 
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
@@ -61,11 +58,8 @@ class RandomNeurons(Selector):
         self.check_statistics(stats)
         return torch.stack([uniform(len(stats.space), "RandomNeurons", self.seed, group) for group in stats.groups])
 
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "seed": self.seed}  # also where it is the default
 
-
-class LayerMatchedRandom(Selector):
+class LayerMatchedRandom(Selector[ActivationStatistics]):
     """Random neurons, as many in each site (of each layer) as another selection has there.
 
     Uniform random neurons are spread over all layers, while selections crowd in a few, whose neurons may matter more
@@ -82,6 +76,8 @@ class LayerMatchedRandom(Selector):
         {0: 3, 1: 1}
     """
 
+    _always_shown = ("seed",)
+
     def __init__(
         self, like: Selection, seed: SupportsIndex = 0, *, exclude: NeuronSet | Selection | None = None
     ) -> None:
@@ -97,10 +93,18 @@ class LayerMatchedRandom(Selector):
         """
         if not isinstance(like, Selection):
             raise SelectionError(f"LayerMatchedRandom: like is a Selection; got {type(like).__name__}")
-        super().__init__(exclude=exclude)
         self.fraction = None
+        super().__init__(exclude=exclude)
         self.like = like
         self.seed = _seed("LayerMatchedRandom", seed)
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if names := self._was_given("fraction", "count", "layers", "per_layer"):
+            raise SelectionError(
+                f"LayerMatchedRandom: {', '.join(names)} cannot be given: as many neurons are drawn of each site as "
+                "`like` has there; give it to the selector that made `like`"
+            )
 
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """Independent uniform numbers from 0 to 1; in each site the highest are chosen."""
@@ -109,7 +113,7 @@ class LayerMatchedRandom(Selector):
             [uniform(len(stats.space), "LayerMatchedRandom", self.seed, group) for group in stats.groups]
         )
 
-    def select(self, *evidence: Any) -> Selection:
+    def select(self, *evidence: Readable) -> Selection:
         """For each group random neurons, as many in each site as ``like`` has.
 
         Raises:
@@ -117,9 +121,7 @@ class LayerMatchedRandom(Selector):
             MismatchError: ``like`` or ``exclude`` is of another space.
             GroupError: ``like`` lacks a group.
         """
-        self._check_settings()
-        stats = self.read(*evidence)
-        self.check_statistics(stats)
+        stats = self._opened(evidence)
         space = stats.space
         check_same_space(self.like.space, space)
         banned = self._excluded(stats)
@@ -140,9 +142,6 @@ class LayerMatchedRandom(Selector):
                 parts.append(chosen + space.offsets[position])
             sets[group] = NeuronSet._of(space, torch.cat(parts))
         return Selection(sets, selector=repr(self), budget=self.like.budget, provenance=provenance_of(stats))
-
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "seed": self.seed}  # also where it is the default
 
 
 def uniform(size: int, *key: Any) -> Float64[Tensor, " neuron"]:

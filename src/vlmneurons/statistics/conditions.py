@@ -14,6 +14,9 @@ from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems, ItemStatistics
 
+Countable = ActivationStatistics | ItemStatistics | GroupedItems
+"""What has counts of groups, or can be added up to them."""
+
 
 class Conditions:
     """Statistics of the same groups and neurons under several conditions, such as languages, prompts or modalities.
@@ -31,7 +34,7 @@ class Conditions:
         ``Conditions({"English": english, "Hindi": hindi})``
     """
 
-    def __init__(self, statistics: Mapping[str, ActivationStatistics]) -> None:
+    def __init__(self, statistics: Mapping[str, Countable]) -> None:
         of_kind("statistics", statistics, Mapping, SelectionError, "a dictionary of statistics by condition")
         if len(statistics) < 2:
             raise SelectionError(f"conditions are compared, so at least two are needed; got {len(statistics)}")

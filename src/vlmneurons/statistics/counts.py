@@ -5,8 +5,7 @@ recording the whole. 28 layers x 18,944 neurons x 25 groups are 13.3 million cou
 """
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,11 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from vlmneurons.checks import names, of_kind
-from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError, VLMNeuronsError
+from vlmneurons.errors import FileFormatError, MismatchError, SelectionError, VLMNeuronsError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sets import check_same_space, space_of_file
 from vlmneurons.neurons.sites import NeuronSpace
+from vlmneurons.statistics.evidence import checked_groups, refuse_uncounted, rows_of
 from vlmneurons.statistics.identity import check_addable
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ActivationStatistics(_files.Shareable):
 
     def __post_init__(self) -> None:
         of_kind("space", self.space, NeuronSpace, MismatchError)
-        object.__setattr__(self, "groups", _checked_groups(self.groups))
+        object.__setattr__(self, "groups", checked_groups(self.groups))
         if not isinstance(self.provenance, Mapping):
             raise MismatchError(f"provenance is a dictionary; got {type(self.provenance).__name__}")
         object.__setattr__(self, "provenance", _files.plain(dict(self.provenance), "provenance"))
@@ -113,8 +113,7 @@ class ActivationStatistics(_files.Shareable):
 
     def _check_at_most_tokens(self) -> None:
         """Refuse a neuron that fired more often than tokens were counted, which a wrong table would show."""
-        reach = self.tokens[:, None].expand(-1, len(self.space.sites)) if self.routed is None else self.routed
-        offsets = self.space.offsets
+        reach, offsets = self.reached, self.space.offsets
         for row, group in enumerate(self.groups):
             if self.routed is None and int(self.positive[row].max()) <= int(self.tokens[row]):
                 continue
@@ -220,12 +219,7 @@ class ActivationStatistics(_files.Shareable):
         Raises:
             GroupError: no such group.
         """
-        try:
-            return self.groups.index(group)
-        except ValueError:
-            raise GroupError(
-                f"group {group!r} is not in these statistics; they have {', '.join(self.groups)}"
-            ) from None
+        return rows_of([group], self.groups, "in these statistics")[0]
 
     def __add__(self, other: "ActivationStatistics") -> "ActivationStatistics":
         """Statistics of both recordings together: counts of shared groups add up exactly, other groups are appended.
@@ -251,7 +245,7 @@ class ActivationStatistics(_files.Shareable):
 
         routed = None
         if self.routed is not None or other.routed is not None:
-            routed = added(self._routed_or_all(), other._routed_or_all())
+            routed = added(self.reached, other.reached)
         return ActivationStatistics(
             self.space,
             groups,
@@ -267,7 +261,9 @@ class ActivationStatistics(_files.Shareable):
         # sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    def _routed_or_all(self) -> Tensor:
+    @property
+    def reached(self) -> Int64[Tensor, "group site"]:
+        """Number of counted tokens that reached each site: ``routed``, or, where that is None, all of them."""
         return self.tokens[:, None].expand(-1, len(self.space.sites)) if self.routed is None else self.routed
 
     def __eq__(self, other: object) -> bool:
@@ -302,9 +298,8 @@ class ActivationStatistics(_files.Shareable):
             GroupError: no such group.
             MismatchError: a group twice, or none.
         """
-        chosen = names("groups", groups, MismatchError)
-        rows = torch.tensor([self.index(group) for group in chosen], dtype=torch.int64)
-        return self._with_rows(chosen, lambda table: table.index_select(0, rows))
+        rows = torch.tensor(rows_of(groups, self.groups, "in these statistics"))
+        return self._with_rows(tuple(self.groups[row] for row in rows), lambda table: table.index_select(0, rows))
 
     def merge_groups(self, merged: Mapping[str, Iterable[str]]) -> "ActivationStatistics":
         """The statistics with some groups pooled: ``merge_groups({"Asia": ["Japan", "China"]})``.
@@ -342,7 +337,7 @@ class ActivationStatistics(_files.Shareable):
             kept, lambda table: table.new_zeros((len(kept), *table.shape[1:])).index_add_(0, rows, table)
         )
 
-    def _with_rows(self, groups: tuple[str, ...], change: Any) -> "ActivationStatistics":
+    def _with_rows(self, groups: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> "ActivationStatistics":
         return replace(
             self,
             groups=groups,
@@ -362,7 +357,7 @@ class ActivationStatistics(_files.Shareable):
         import pandas as pd
 
         index = pd.Index(self.groups, name="group")
-        tokens = self._routed_or_all().clamp(min=1).to(torch.float64)
+        tokens = self.reached.clamp(min=1).to(torch.float64)
         widths = torch.tensor(self.space.widths)
         mean = [
             float((row / torch.repeat_interleave(reach, widths)).mean()) if counted else float("nan")
@@ -424,198 +419,6 @@ class ActivationStatistics(_files.Shareable):
         if len(lines) > 41:
             lines[21:-20] = [f"  … {len(lines) - 41} more"]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class AttributionStatistics:
-    """How much neurons moved the answers of each group's questions, by gradients; made by `vlmneurons.attribute`.
-
-    A question's attribution to a neuron is in the unit of the margin that was differentiated: nats. It says by how much
-    the neuron's activity raises the log-probability of the right option over that of the best other one, so removing
-    the neuron is expected to lower the margin by that much.
-
-    Attributes:
-        space: the space that numbers the neurons.
-        groups: names of the groups, each once.
-        total: sum over the group's questions of the attribution of each neuron.
-        strong: for how many of the group's questions the attribution of a neuron was more than a share
-            (``provenance["threshold"]``) of that question's highest one.
-        items: number of questions of each group.
-        provenance: model, method, steps, rules, versions.
-    """
-
-    space: NeuronSpace
-    groups: tuple[str, ...]
-    total: Float64[Tensor, "group neuron"]
-    strong: Int64[Tensor, "group neuron"]
-    items: Int64[Tensor, " group"]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", _checked_groups(self.groups))
-        object.__setattr__(self, "provenance", _files.plain(dict(self.provenance), "provenance"))
-        shape = (len(self.groups), len(self.space))
-        for name in ("total", "strong"):
-            if tuple(getattr(self, name).shape) != shape:
-                raise MismatchError(
-                    f"{name} must be [group, neuron] = {list(shape)}; got {list(getattr(self, name).shape)}"
-                )
-        if tuple(self.items.shape) != shape[:1]:
-            raise MismatchError(f"items must be [group] = [{shape[0]}]; got {list(self.items.shape)}")
-        if not torch.isfinite(self.total).all():
-            raise MismatchError("total has NaN or infinite values; a sum of attributions is finite")
-        if (self.strong < 0).any() or (self.strong > self.items[:, None]).any():
-            raise MismatchError("strong counts questions: from 0 to the group's number of questions")
-
-    @property
-    def mean(self) -> Float64[Tensor, "group neuron"]:
-        """Mean attribution over the group's questions, in nats.
-
-        Raises:
-            SelectionError: a group has no question.
-        """
-        self.check_counted()
-        return self.total / self.items[:, None]
-
-    @property
-    def share(self) -> Float64[Tensor, "group neuron"]:
-        """Share of the group's questions to which the neuron matters much (see ``strong``), from 0 to 1."""
-        self.check_counted()
-        return self.strong.to(torch.float64) / self.items[:, None]
-
-    def check_counted(self) -> None:
-        """Make sure that every group has questions.
-
-        Raises:
-            SelectionError: some have none; the message names them.
-        """
-        missing = [group for group, count in zip(self.groups, self.items.tolist(), strict=True) if count == 0]
-        if missing:
-            raise SelectionError(
-                f"no question was attributed for {', '.join(missing)}: leave them out with select_groups, or attribute "
-                "more (perhaps none met the condition)"
-            )
-
-    def select_groups(self, groups: Iterable[str]) -> "AttributionStatistics":
-        """The attributions of some groups, in the given order.
-
-        Args:
-            groups: names of groups.
-
-        Raises:
-            GroupError: no such group.
-        """
-        chosen = names("groups", groups, MismatchError)
-        unknown = [group for group in chosen if group not in self.groups]
-        if unknown:
-            raise GroupError(f"group {unknown[0]!r} is not in these attributions; they have {', '.join(self.groups)}")
-        rows = torch.tensor([self.groups.index(group) for group in chosen], dtype=torch.int64)
-        tables = (self.total, self.strong, self.items)
-        return AttributionStatistics(self.space, chosen, *(table[rows] for table in tables), self.provenance)
-
-    def __add__(self, other: "AttributionStatistics") -> "AttributionStatistics":
-        """Attributions of both sets of questions together; groups of either.
-
-        Raises:
-            MismatchError: another space, or attributions under other rules (everything but versions and skipped
-                questions must agree).
-        """
-        if not isinstance(other, AttributionStatistics):
-            return NotImplemented
-        check_same_space(self.space, other.space)
-        for key in sorted({*self.provenance, *other.provenance} - {"versions", "skipped", "device", "setting"}):
-            if self.provenance.get(key) != other.provenance.get(key):
-                raise MismatchError(
-                    f"attributions with different {key!r} cannot be added: {self.provenance.get(key)!r} and "
-                    f"{other.provenance.get(key)!r}"
-                )
-        groups = tuple(dict.fromkeys(self.groups + other.groups))
-
-        def added(name: str) -> Tensor:
-            table = getattr(self, name).new_zeros((len(groups), *getattr(self, name).shape[1:]))
-            for part in (self, other):
-                rows = torch.tensor([groups.index(group) for group in part.groups])
-                table.index_add_(0, rows, getattr(part, name))
-            return table
-
-        tables = (added("total"), added("strong"), added("items"))
-        return AttributionStatistics(self.space, groups, *tables, _merged_provenance(self.provenance, other.provenance))
-
-    def __eq__(self, other: object) -> bool:
-        """Whether space, groups (in order) and all tables are equal; provenance is not compared."""
-        if not isinstance(other, AttributionStatistics):
-            return NotImplemented
-        names = ("total", "strong", "items")
-        return (self.space, self.groups) == (other.space, other.groups) and all(
-            torch.equal(getattr(self, name), getattr(other, name)) for name in names
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write everything to a safetensors file.
-
-        Args:
-            path: the file, such as ``"attributions.safetensors"``.
-
-        Raises:
-            OSError: the file cannot be written; what was there before stays.
-        """
-        data = {"space": self.space.to_json(), "groups": list(self.groups), "provenance": self.provenance}
-        tensors = {"total": self.total, "strong": self.strong, "items": self.items}
-        _files.write(path, "AttributionStatistics", tensors, data)
-
-    @classmethod
-    def load(cls, path: "str | os.PathLike[str]") -> "AttributionStatistics":
-        """The attributions that `save` wrote.
-
-        Args:
-            path: the file.
-
-        Raises:
-            FileFormatError: the file is damaged, of another kind, or from a newer version.
-        """
-        required = {"total": "F64", "strong": "I64", "items": "I64"}
-        tensors, data = _files.read(path, "AttributionStatistics", required)
-        space = space_of_file(path, data)
-        try:
-            return cls(space, tuple(data["groups"]), **tensors, provenance=data["provenance"])
-        except (VLMNeuronsError, KeyError, TypeError) as error:
-            raise FileFormatError(f"{path}: {error}") from error
-
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
-        method = self.provenance.get("method", "unknown method")
-        return f"AttributionStatistics({method}; questions: {counts}; {self.space!r})"
-
-
-def refuse_uncounted(groups: Iterable[str], tokens: Int64[Tensor, " group"], advice: str) -> None:
-    """Make sure that every group has counted tokens; ``advice`` says how a group is left out, and what else helps.
-
-    Raises:
-        SelectionError: some have none; the message names them.
-    """
-    missing = [group for group, count in zip(groups, tokens.tolist(), strict=True) if count == 0]
-    if missing:
-        raise SelectionError(
-            f"no token was counted for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out "
-            f"{advice} (perhaps none met the condition)"
-        )
-
-
-def _checked_groups(groups: Any) -> tuple[str, ...]:
-    if isinstance(groups, str) or not isinstance(groups, Iterable):
-        raise MismatchError(f"groups must be a list of names; got {groups!r}")
-    groups = tuple(groups)
-    if not groups:
-        raise MismatchError("statistics need at least one group; none was given")
-    for group in groups:
-        if not isinstance(group, str) or not group:
-            raise MismatchError(f"a group's name is a text that is not empty; got {group!r}")
-    twice = sorted(group for group, count in Counter(groups).items() if count > 1)
-    if twice:
-        raise MismatchError(f"a group's name may stand once; {', '.join(twice)} stands twice")
-    return groups
 
 
 def _table(name: str, values: Any) -> Tensor:

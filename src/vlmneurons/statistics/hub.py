@@ -14,7 +14,8 @@ from typing import Any
 from vlmneurons._version import __version__
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.statistics.counts import ActivationStatistics
 
 Shared = NeuronSet | Selection | ActivationStatistics

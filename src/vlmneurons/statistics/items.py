@@ -35,7 +35,8 @@ from vlmneurons.files.folders import VERSION, RunFolder
 from vlmneurons.files.locks import locked
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.sets import hash_of
-from vlmneurons.statistics.counts import ActivationStatistics, refuse_uncounted
+from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.evidence import refuse_uncounted
 
 _KIND = "vlmneurons items"
 _RECORD = np.dtype(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.questions.sets import QuestionSet, hash_of
 from vlmneurons.run.intervention import Intervention
 from vlmneurons.selectors import LayerMatchedRandom, RandomNeurons, Selector

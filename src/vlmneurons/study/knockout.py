@@ -14,7 +14,8 @@ from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import RunFolder
 from vlmneurons.model.vlm import VLM
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.progress import Progress
 from vlmneurons.questions.identity import content_of, in_order_of
 from vlmneurons.questions.sets import Question, QuestionSet

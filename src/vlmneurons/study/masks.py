@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmneurons.errors import MismatchError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.run.intervention import Intervention
 

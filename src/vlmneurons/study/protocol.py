@@ -24,7 +24,8 @@ from vlmneurons.files.atomic import write_text
 from vlmneurons.files.folders import git_state
 from vlmneurons.model.encoder import TOKEN_RULES
 from vlmneurons.model.vlm import VLM, check_model
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.progress import Step, Steps
 from vlmneurons.questions.sets import ANSWERS, QuestionSet
 from vlmneurons.recording.items import record_items

@@ -32,7 +32,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from vlmneurons.errors import VLMNeuronsError
 from vlmneurons.model.vlm import VLM
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import Question, QuestionSet
 from vlmneurons.testing.tiny import tiny_tokenizer
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from vlmneurons.errors import SelectionError, VLMNeuronsError
-from vlmneurons.neurons.sets import NeuronSet, Selection
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace, Site
-from vlmneurons.selectors import LAP, Bundle, CombinedSelector, Conditions, DerivedSelector, Selector
-from vlmneurons.statistics.counts import ActivationStatistics, AttributionStatistics
+from vlmneurons.selectors import LAP, Bundle, CombinedSelector, Conditions, Selector
+from vlmneurons.statistics.attributions import AttributionStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems, Item, ItemStatistics
 
 
@@ -79,7 +81,7 @@ def check_selector(selector: Selector | type[Selector], *, equivariant: bool = T
     if equivariant:
         _check_order_of_groups(selector, name)
     _check_refusals(selector, name)
-    if issubclass(ActivationStatistics, selector.reads):
+    if all(issubclass(ActivationStatistics, part.reads) for part in _leaves(selector)):
         _check_combining(selector, name)
     _check_repr(selector, name, budgeted)
 
@@ -135,12 +137,14 @@ def _tables_for(selector: Selector) -> dict[str, Any]:
     return _tables_of(kind)
 
 
-def _leaves(selector: Any) -> Iterator[Selector]:
-    if not isinstance(selector, DerivedSelector):
-        yield selector
-        return
-    for part in selector.parts:
+def _leaves(selector: Selector) -> Iterator[Selector]:
+    """The rules that a selector is made of; itself, if it is made of none."""
+    combined = isinstance(selector, CombinedSelector)
+    parts = (selector.left, selector.right) if combined else getattr(selector, "parts", ())
+    for part in parts:
         yield from _leaves(part)
+    if not parts:
+        yield selector
 
 
 def _tables_of(kind: type) -> dict[str, Any]:
@@ -431,6 +435,16 @@ def _check_combining(selector: Selector, name: str) -> None:
                     neurons == operation(mine[group], theirs[group]),
                     f"{name}: selector {symbol} other must give each group the {symbol} of both sets",
                 )
+    if isinstance(selector, CombinedSelector) or (selector.fraction is None and selector.count is None):
+        return
+    with _clause(f"take another budget of a combination, {name}"):
+        union = (selector | other).take(count=5).select(stats)
+        first, second = selector.take(count=5).select(stats), other.take(count=5).select(stats)
+    for group, neurons in union.items():
+        _require(
+            neurons == first[group] | second[group],
+            f"{name}: (selector | other).take(count=5) must be that of both parts, for every group",
+        )
 
 
 def _check_repr(selector: Selector, name: str, budgeted: bool) -> None:

@@ -14,7 +14,8 @@ from scipy import stats as scipy_stats
 
 from vlmneurons.checks import of_kind, share, whole
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet, check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import CombinedSelector, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
