@@ -21,7 +21,8 @@ from torch import Tensor
 from vlmneurons.checks import names, of_kind, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
-from vlmneurons.questions.sets import LETTERS, QuestionSet, normalize
+from vlmneurons.questions.question import LETTERS, normalize
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.pictures import each_once
 
 if TYPE_CHECKING:

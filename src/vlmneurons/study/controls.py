@@ -31,7 +31,7 @@ def blind(questions: QuestionSet) -> QuestionSet:
     Args:
         questions: any questions.
     """
-    return questions._with(replace(item, image=None, image_id=item.image_id or item.id) for item in questions)
+    return questions.with_items(replace(item, image=None, image_id=item.image_id or item.id) for item in questions)
 
 
 def options_only(questions: QuestionSet) -> QuestionSet:
@@ -40,7 +40,7 @@ def options_only(questions: QuestionSet) -> QuestionSet:
     Args:
         questions: any questions.
     """
-    return questions._with(
+    return questions.with_items(
         replace(item, image=None, question="", image_id=item.image_id or item.id) for item in questions
     )
 

@@ -350,7 +350,7 @@ def record_shared(
 def share_of(questions: QuestionSet, batch_size: int, processes: Processes) -> QuestionSet:
     """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
     own = [item for _, batch in processes.mine(list(batches(questions, batch_size))) for item in batch]
-    return questions._with(own)
+    return questions.with_items(own)
 
 
 def _openable(questions: QuestionSet) -> QuestionSet:
