@@ -360,7 +360,7 @@ def test_labels_that_count_from_one_are_explained_as_such_and_not_as_secrets(tmp
             QuestionError, match=r"answer 4 is outside the options \(0–3\)\. The labels may count from 1"
         ):
             given_as(source, tmp_path, options=FOUR, answer=4)
-        with pytest.raises(QuestionError, match="answer -1 is outside .* keeps its answers secret: use a lab"):
+        with pytest.raises(QuestionError, match=r"answer -1 is outside .* keeps its answers secret: use a lab"):
             given_as(source, tmp_path, options=FOUR, answer=-1)
     with pytest.raises(QuestionError, match=r"answer 9 is outside the options \(0–3\)$"):
         vn.Question(None, "Q?", FOUR, 9, "A")
