@@ -20,6 +20,7 @@ import vlmneurons as vn
 from abuse import damaged, limits
 from helpers import picture, some_questions
 from vlmneurons.errors import QuestionError
+from vlmneurons.questions.media import picture_size
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -123,9 +124,18 @@ def test_a_pipe_in_place_of_a_table_or_a_picture_is_refused_and_not_waited_for(t
     (tmp_path / "t.csv").unlink()
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "t.csv").write_text(HEADER + ROW)
-    (question,) = vn.QuestionSet.from_folder(tmp_path)
-    with limits(5), pytest.raises(QuestionError, match=r"a\.png' cannot be opened .* is no ordinary file"):
-        question.load_images()
+    with limits(5), pytest.raises(QuestionError, match=r"row 1, column 'image': the picture '.*a\.png' is no ordinary"):
+        vn.QuestionSet.from_folder(tmp_path)
+    for question in (ask(image=tmp_path / "a.png"), ask(image=lambda: str(tmp_path / "a.png"))):
+        with limits(5), pytest.raises(QuestionError, match=r"cannot be opened .* is no ordinary file"):
+            question.load_images()
+        with limits(5), pytest.raises(OSError, match="is no ordinary file"):
+            picture_size(question.image)
+    (tmp_path / "t.csv").unlink()
+    for name in ("t.csv", "t.tsv", "t.parquet", "t.arrow"):
+        os.mkfifo(tmp_path / name)
+        with limits(5), pytest.raises(QuestionError, match="is no ordinary file"):
+            vn.load_cvqa(tmp_path / name)
 
 
 def test_a_dataset_with_holes_is_refused_by_row():
@@ -167,9 +177,9 @@ def test_damaged_pictures_open_or_name_their_question(form):
             except QuestionError as error:
                 refused = str(error)
             else:
-                refused = "question 'q0': the image"
+                refused = "question 'q0': the picture"
                 assert image.mode == "RGB"
-            assert refused.startswith("question 'q0': the image")
+            assert refused.startswith("question 'q0': the picture")
 
 
 def test_a_picture_that_unpacks_to_gigabytes_is_refused():

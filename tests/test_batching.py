@@ -13,7 +13,7 @@ from PIL import Image
 import vlmneurons as vn
 from helpers import picture, some_questions
 from vlmneurons.errors import QuestionError
-from vlmneurons.questions.sets import DatasetImage
+from vlmneurons.questions.media import DatasetPicture
 from vlmneurons.run.batching import batches, prefetched
 from vlmneurons.run.readers import Letters, reader_of
 
@@ -34,7 +34,7 @@ def test_questions_of_one_picture_come_together_and_the_others_keep_their_order(
     assert ids_of(batches(questions, 3)) == [["q0", "q3", "q8"], ["q1", "q2", "q4"], ["q6", "q5"], ["q7"]]
     assert ids_of(batches(questions, 1)) == [[f"q{k}"] for k in (0, 1, 2, 3, 4, 5, 6, 8, 7)]
     again = [item for batch in batches(questions, 3) for item in batch]
-    assert ids_of(batches(questions._with(again), 3)) == ids_of(batches(questions, 3))
+    assert ids_of(batches(questions.with_items(again), 3)) == ids_of(batches(questions, 3))
 
 
 def test_pictures_behind_functions_are_not_opened_to_be_compared():
@@ -58,8 +58,8 @@ def test_a_datasets_pictures_are_digested_once_undecoded_and_not_kept(monkeypatc
     dataset = datasets.Dataset.from_dict({**rows, "A": ["Tea"] * 3, "B": ["Rice"] * 3})
     questions = vn.QuestionSet.from_dataset(dataset.cast_column("image", datasets.Image()))
     read = []
-    original = DatasetImage.__call__
-    monkeypatch.setattr(DatasetImage, "__call__", lambda self: read.append(self.row) or original(self))
+    original = DatasetPicture.__call__
+    monkeypatch.setattr(DatasetPicture, "__call__", lambda self: read.append(self.row) or original(self))
     monkeypatch.setattr(Image, "open", None)  # nothing is decoded
     assert ids_of(batches(questions, 2)) == [["a", "c"], ["b"]]
     assert ids_of(batches(questions, 2, lambda item: 1)) == [["a", "c"], ["b"]]
@@ -85,7 +85,7 @@ def test_by_length_batches_are_of_like_length_longest_first_within_a_window():
 def test_lengths_are_those_of_the_encoded_questions(paper_model):
     questions = vn.QuestionSet([*some_questions(4), vn.Question(None, "Text only?", ("a", "b"), 0, "A", id="t")])
     for item in questions:
-        encoded = paper_model.prepare(questions._with([item]))
+        encoded = paper_model.prepare(questions.with_items([item]))
         assert paper_model.encoder.length(questions, item) == encoded["input_ids"].shape[1]
     broken = vn.Question("missing.png", "Why?", ("a", "b"), 0, "A", id="m")
     assert paper_model.encoder.length(questions, broken) > 0
@@ -148,8 +148,8 @@ def test_an_error_of_the_thread_comes_at_its_batch_and_names_the_question(model)
     questions = some_questions(6)
     items = [*questions]
     items.insert(4, vn.Question("missing.png", "Bad?", ("x", "y"), 0, "A", id="bad"))
-    with pytest.raises(QuestionError, match=r"question 'bad': the image 'missing.png' cannot be opened") as caught:
-        vn.record(model, questions._with(items), condition="all", batch_size=2, prefetch=4, progress=False)
+    with pytest.raises(QuestionError, match=r"question 'bad': the picture 'missing.png' cannot be opened") as caught:
+        vn.record(model, questions.with_items(items), condition="all", batch_size=2, prefetch=4, progress=False)
     assert caught.value.partial == vn.record(model, questions[:4], condition="all", batch_size=2, progress=False)
     assert not [one for one in threading.enumerate() if one.name.startswith("vlmneurons-encode")]
 

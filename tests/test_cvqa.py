@@ -240,7 +240,7 @@ def test_labels_of_ones_own_open_the_secret_copy(copies):
 def test_a_corrupt_picture_spoils_only_its_own_question_and_only_when_it_is_opened(copies):
     questions = vn.load_cvqa(copies / "labelled.parquet")
     bad = next(q for q in questions if q.id == "7003b_2")
-    with pytest.raises(QuestionError, match=r"question '7003b_2': the image .* cannot be opened"):
+    with pytest.raises(QuestionError, match=r"question '7003b_2': the picture .* cannot be opened"):
         bad.load_images()
     first, second = questions.split(0.5, seed=0)  # by content, without decoding
     for item in questions:
@@ -301,7 +301,7 @@ def test_rows_that_are_no_questions_are_named_or_skipped(copies, caplog):
         ),
         (spoiled(Subset="('Klingon', 'Kronos')"), "'Kronos' is no country name that pycountry knows for certain"),
         (spoiled(Subset="('Korean', 'Korea')"), "'Korea' is no country name that pycountry knows for certain"),
-        (spoiled(image=None), r"row 5 \(ID '7001b_2'\): the row has no image"),
+        (spoiled(image=None), r"row 5 \(ID '7001b_2'\): the row has no picture"),
         (spoiled(ID="7000a_0"), "ids must be unique; more than once there are 7000a_0"),
     ]
     for dataset, message in cases:
@@ -362,12 +362,12 @@ def test_a_table_keeps_options_that_look_like_missing_values_or_numbers(tmp_path
     assert item.options == ("None", "NA", "1.0", "10")
     assert (item.right, item.group, item.metadata["subset"]) == ("NA", "NAM", "Afrikaans (NAM)")
     (tmp_path / "p.tsv").write_text("index\timage_path\tquestion\tA\tB\tC\tD\tanswer\n1\t../x.png\t?\ta\tb\tc\td\tA\n")
-    with pytest.raises(QuestionError, match=r"the image path '../x.png' leads out of the folder"):
+    with pytest.raises(QuestionError, match=r"the picture's path '../x.png' leads out of the folder"):
         vn.load_cvqa(tmp_path / "p.tsv")
     (tmp_path / "b.tsv").write_text(
         "index\timage\tquestion\tA\tB\tC\tD\tanswer\tcountry\n1\t!!\t?\ta\tb\tc\td\tA\tPeru\n"
     )
-    with pytest.raises(QuestionError, match=r"the image '_Base64Image' cannot be opened .* no base64 text"):
+    with pytest.raises(QuestionError, match=r"the picture 'Base64Picture' cannot be opened .* no base64 text"):
         vn.load_cvqa(tmp_path / "b.tsv")[0].load_images()
     (tmp_path / "n.tsv").write_text("index\tquestion\n1\t?\n")
     with pytest.raises(QuestionError, match="has no column 'a', 'b', 'c', 'd', 'answer'; it has index, question"):

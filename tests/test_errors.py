@@ -121,7 +121,7 @@ BAD = {
     "a picture that cannot be opened": (
         lambda model: vn.record(model, [question(), question(id="broken", image=b"?")], progress=False),
         QuestionError,
-        r"question 'broken': the image 'bytes' cannot be opened \(UnidentifiedImageError",
+        r"question 'broken': the picture 'bytes' cannot be opened \(UnidentifiedImageError",
     ),
     "a file that is none": (
         lambda model: vn.KnockoutResult.load("/nowhere"),

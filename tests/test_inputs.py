@@ -8,6 +8,7 @@ import vlmneurons as vn
 from helpers import picture, some_questions
 from vlmneurons.errors import QuestionError
 from vlmneurons.model.encoder import TokenTable
+from vlmneurons.study.controls import blind
 
 FOUR = ("Tea", "Rice", "Bread", "Soup")
 BEFORE = {
@@ -199,6 +200,80 @@ def test_pictures_of_every_mode_and_one_pixel_are_encoded(model, mode):
     assert torch.isfinite(batch["pixel_values"]).all()
     dot = model.prepare(vn.Question(picture(0, 1, 1), "What?", FOUR, 0, "A"))
     assert torch.isfinite(dot["pixel_values"]).all()
+
+
+# -- pictures that nobody would look at --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    """A language model without a vision tower, and the processor of the model that it was taken from."""
+    from transformers import AutoModelForCausalLM
+
+    from vlmneurons.testing.tiny import tiny_model
+
+    hf, processor = tiny_model("llava_next_qwen2")
+    return AutoModelForCausalLM.from_config(hf.config.text_config), processor
+
+
+NO_TOKENIZER = (
+    r"the questions show pictures, and .*, the VLM's processor, takes none: VLM\(model, AutoProcessor\.from_pretrained"
+    r"\(name\)\) gives it one that does; to ask without pictures: vlmneurons.study.controls.blind\(questions\)"
+)
+NO_MODEL = (
+    r"the questions show pictures, and Qwen2ForCausalLM takes none: its forward has no argument for them and its "
+    r"configuration no vision tower; to ask without pictures: vlmneurons.study.controls.blind\(questions\)"
+)
+
+
+@pytest.mark.parametrize("answer", ["letters", "text", "generate"])
+@pytest.mark.parametrize("which", ["tokenizer", "text model", "both"])
+def test_questions_with_pictures_are_refused_before_any_forward_by_what_takes_none(
+    load, text_model, which, answer, tmp_path
+):
+    whole = load("llava_next_qwen2")
+    hf, processor = text_model
+    model = {
+        "tokenizer": lambda: vn.VLM(whole.hf, whole.tokenizer),
+        "text model": lambda: vn.VLM(hf, processor),
+        "both": lambda: vn.VLM(hf, processor.tokenizer, template=lambda text, n: text),
+    }[which]()
+    forwards = []
+    handle = model.hf.register_forward_pre_hook(lambda *_: forwards.append(1))
+    questions = some_questions(4, answer=answer)
+    mixed = vn.QuestionSet(
+        [*(q for q in questions), vn.Question(None, "What?", FOUR, 0, "A", id="bare")], answer=answer
+    )
+    nothing = vn.NeuronSet(model.space(), [0])
+    runs = {
+        "prepare": lambda: model.prepare(questions),
+        "record": lambda: vn.record(model, questions, condition="all", progress=False),
+        "record, mixed": lambda: vn.record(model, mixed, condition="all", progress=False),
+        "record_items": lambda: vn.record_items(model, questions, tmp_path, progress=False),
+        "knockout": lambda: vn.knockout(model, questions, {"x": nothing}, progress=False),
+    }
+    try:
+        for run in runs.values():
+            with pytest.raises(QuestionError, match=NO_MODEL if which == "text model" else NO_TOKENIZER):
+                run()
+        assert not forwards
+        stats = vn.record(model, blind(questions), condition="all", progress=False)
+        assert int(stats.tokens.sum()) > 0
+    finally:
+        handle.remove()
+
+
+def test_a_processor_that_makes_nothing_of_pictures_is_refused(model):
+    class Forgetful(type(model.processor)):
+        def __call__(self, images=None, **how):
+            data = super().__call__(images=images, **how)
+            return type(data)({name: data[name] for name in ("input_ids", "attention_mask")}, tensor_type="pt")
+
+    own = object.__new__(Forgetful)
+    vars(own).update(vars(model.processor))
+    message = "Forgetful made nothing of the questions' pictures: it gave input_ids, attention_mask"
+    with pytest.raises(QuestionError, match=message):
+        vn.VLM(model.hf, own).prepare(some_questions(2))
 
 
 # -- functions of one's own --------------------------------------------------------------------------------------------

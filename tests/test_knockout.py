@@ -384,7 +384,7 @@ def test_questions_that_cannot_be_asked_are_skipped_or_carry_the_partial_result(
     spoiled = [*questions[:4], bad, *questions[4:]]
     masks = {"x": selection(model)}
     clean = vn.knockout(model, questions, masks, progress=False)
-    with pytest.raises(QuestionError, match=r"question 'bad': the image 'missing.png' cannot be opened") as caught:
+    with pytest.raises(QuestionError, match=r"question 'bad': the picture 'missing.png' cannot be opened") as caught:
         vn.knockout(model, spoiled, masks, batch_size=2, progress=False)
     partial = caught.value.partial
     assert partial.ids == ("q0", "q1", "q2", "q3")

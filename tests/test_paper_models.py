@@ -16,7 +16,7 @@ def test_record_select_ablate_and_measure(paper_model, bare_model, tmp_path):
     by_hand = {group: np.zeros(256) for group in "ABC"}
     tokens = dict.fromkeys("ABC", 0)
     for item in identify:
-        inputs = paper_model.prepare(identify._with([item]))
+        inputs = paper_model.prepare(identify.with_items([item]))
         with plain_hooks(bare_model) as values, torch.inference_mode():
             bare_model(**inputs)
         counted = inputs.tokens.counted("content")[0]
@@ -66,7 +66,7 @@ def test_half_precision_is_counted_exactly_as_hooks_see_it(paper_model, tiny_fol
     questions = some_questions(3, groups="A")
     expected = torch.zeros(256, dtype=torch.int64)
     for item in questions:
-        inputs = model.prepare(questions._with([item]))
+        inputs = model.prepare(questions.with_items([item]))
         with plain_hooks(model.hf) as values, torch.inference_mode():
             model.hf(**inputs)
         counted = inputs.tokens.counted("content")[0]

@@ -17,7 +17,8 @@ from PIL import Image
 import vlmneurons as vn
 from helpers import picture, save_questions
 from vlmneurons.errors import GroupError, QuestionError
-from vlmneurons.questions.sets import normalize, open_prompt
+from vlmneurons.questions.question import normalize
+from vlmneurons.questions.sets import open_prompt
 
 FOUR = ("Tea", "Rice", "Bread", "Soup")
 
@@ -160,13 +161,16 @@ def explode():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("missing.png", r"question 'q0': the image 'missing.png' cannot be opened \(FileNotFoundError"),
-        (b"no picture", r"question 'q0': the image 'bytes' cannot be opened \(UnidentifiedImageError"),
-        (b"", r"question 'q0': the image 'bytes' cannot be opened"),
-        (saved(picture(0, 64, 64), "PNG")[:1000], r"question 'q0': the image 'bytes' cannot be opened \(OSError"),
-        (saved(picture(0, 64, 64), "JPEG")[:900], r"question 'q0': the image 'bytes' cannot be opened \(OSError"),
-        (explode, r"question 'q0': the image 'function' cannot be opened \(RuntimeError: no disk\)"),
-        (lambda: None, r"cannot be opened \(TypeError: an image is a PIL image, a path, bytes or a function; got None"),
+        ("missing.png", r"question 'q0': the picture 'missing.png' cannot be opened \(FileNotFoundError"),
+        (b"no picture", r"question 'q0': the picture 'bytes' cannot be opened \(UnidentifiedImageError"),
+        (b"", r"question 'q0': the picture 'bytes' cannot be opened"),
+        (saved(picture(0, 64, 64), "PNG")[:1000], r"question 'q0': the picture 'bytes' cannot be opened \(OSError"),
+        (saved(picture(0, 64, 64), "JPEG")[:900], r"question 'q0': the picture 'bytes' cannot be opened \(OSError"),
+        (explode, r"question 'q0': the picture 'function' cannot be opened \(RuntimeError: no disk\)"),
+        (
+            lambda: None,
+            r"cannot be opened \(TypeError: a picture is a PIL image, a path, bytes or a function; got None",
+        ),
     ],
     ids=["missing", "garbage", "empty", "truncated-png", "truncated-jpeg", "raising", "none"],
 )
@@ -177,7 +181,7 @@ def test_a_picture_that_cannot_be_opened_names_its_question(source, message):
 
 def test_splitting_names_the_question_whose_picture_cannot_be_identified():
     questions = vn.QuestionSet([ask(0), ask(1, image=explode)])
-    with pytest.raises(QuestionError, match=r"question 'q1': an image cannot be opened \(RuntimeError: no disk\)"):
+    with pytest.raises(QuestionError, match=r"question 'q1': a picture cannot be opened \(RuntimeError: no disk\)"):
         questions.split()
 
 
@@ -274,10 +278,13 @@ def test_pictures_under_another_name_are_refused_where_questions_would_be_asked_
     picture(0).save(tmp_path / "a.PNG")
     (tmp_path / "q.csv").write_text("photo,question,A,B,answer,group\n,Q?,x,y,A,g\na.PNG,Q?,x,y,A,g\n")
     with pytest.raises(
-        QuestionError, match=r"has no column 'image', and its column 'photo' names a picture \(a\.PNG\)"
+        QuestionError,
+        match=r"q\.csv, row 2, column 'photo' holds a picture, 'a\.PNG', that the question would be asked without: "
+        r"give columns=\{'image': 'photo'\}, or leave the column out to ask without it",
     ):
         vn.QuestionSet.from_folder(tmp_path)
-    names = ["b.png", "x\0.png", "y" * 5000 + ".png", "nothing"]
+    assert [q.n_images for q in vn.QuestionSet.from_folder(tmp_path, columns={"image": "photo"})] == [0, 1]
+    names = ["b of c.png", "x\0.pn", "y" * 5000 + ".png", "nothing"]
     rows = [{"file": f, "question": f"Q{f[:9]}?", "options": ["x", "y"], "answer": 0, "group": "g"} for f in names]
     (tmp_path / "q.csv").unlink()
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -285,7 +292,9 @@ def test_pictures_under_another_name_are_refused_where_questions_would_be_asked_
     photos = datasets.Features({"photo": datasets.Image(), "question": datasets.Value("string")})
     made = datasets.Dataset.from_list([{"photo": picture(0), "question": "Q?"}], features=photos)
     made = made.add_column("options", [["x", "y"]]).add_column("answer", [0]).add_column("group", ["g"])
-    with pytest.raises(QuestionError, match=r"its column 'photo' holds pictures: give columns=\{'image': 'photo'\}"):
+    with pytest.raises(
+        QuestionError, match=r"row 0, column 'photo' holds a picture.* give columns=\{'image': 'photo'\}"
+    ):
         vn.QuestionSet.from_dataset(made)
     assert vn.QuestionSet.from_dataset(made, columns={"image": "photo"})[0].n_images == 1
     assert vn.QuestionSet.from_dataset(made.remove_columns("photo"))[0].n_images == 0
@@ -440,6 +449,8 @@ def test_a_json_lines_folder_is_read(tmp_path):
         {"question": "One\u2028line\x85?", "A": "x", "B": "y", "answer": 1, "group": "g", "image": None, "year": 1990},
         {"question": "Two?", "options": ["x", "y"], "answer": "A", "group": "h", "image": ["a.png", "b.png"]},
     ]
+    for name in ("a.png", "b.png"):
+        picture().save(tmp_path / name)
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "q.jsonl").write_bytes(text.replace("\n\n", "\r\n\r\n").encode())
     questions = vn.QuestionSet.from_folder(str(tmp_path), "q.jsonl")
@@ -453,9 +464,12 @@ def test_a_json_lines_folder_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image": "../secret.png"}, r"row 1: the image path '../secret.png' leads out of the folder"),
-        ({"image": "/etc/hosts"}, r"row 1: the image path '/etc/hosts' leads out of the folder"),
-        ({"image": "a\0b.png"}, r"row 1: 'a\\x00b.png' is no path of an image"),
+        (
+            {"image": "../secret.png"},
+            r"row 1, column 'image': the picture's path '../secret.png' leads out of the folder",
+        ),
+        ({"image": "/etc/hosts"}, r"row 1, column 'image': the picture's path '/etc/hosts' leads out of the folder"),
+        ({"image": "a\0b.png"}, r"row 1, column 'image': 'a\\x00b.png' is no path of a picture"),
         ({"options": "[1"}, r"row 1: options must be a JSON list; got '\[1'"),
         ({"options": "5"}, r"row 1: no options; give a list in 'options', or columns A, B, C, D"),
         ({"options": "[" * 100_000}, r"row 1: options must be a JSON list"),
@@ -481,6 +495,7 @@ def test_a_bad_row_says_which_and_why(tmp_path, changes, message):
 
 
 def test_numbers_among_the_options_are_read_where_only_one_reading_is_possible(tmp_path):
+    picture().save(tmp_path / "one.png")
     years = '["1990", "2000", "2010"]'
     rows = [row(0, options=years, answer="2000"), row(1, options=years, answer="0"), row(2, options=years, answer="C")]
     write_table(tmp_path, [*rows, row(3, options='["0", "1", "2"]', answer="1")])
@@ -553,7 +568,7 @@ def test_a_dataset_is_read_lazily_with_its_own_column_names():
     assert questions[0].load_images()[0] == picture(0)
     assert questions[3].load_images()[0] == picture(3)
     assert questions[0].metadata == {"group": "not this", "category": "food"}
-    with pytest.raises(QuestionError, match="question 'b': the image 'DatasetImage' cannot be opened"):
+    with pytest.raises(QuestionError, match="question 'b': the picture 'DatasetPicture' cannot be opened"):
         questions[1].load_images()
 
 

@@ -17,7 +17,7 @@ def by_hand(model, bare, questions, kind="gate", rule="content", tower="language
     layers = 4 if tower == "language" else 3
     result = {}
     for item in questions:
-        inputs = model.prepare(questions._with([item]))
+        inputs = model.prepare(questions.with_items([item]))
         with plain_hooks(bare) as values, torch.inference_mode():
             logits = bare(**inputs).logits[0, -1]
         counted = inputs.tokens.counted(rule)[0]
@@ -209,12 +209,12 @@ def test_settings_that_do_not_exist_are_refused_before_anything_runs(model, unch
 def spoiled(questions: vn.QuestionSet, at: int, image) -> vn.QuestionSet:
     items = list(questions)
     bad = vn.Question(image, "Bad?", ("x", "y"), 0, "A", id="bad")
-    return questions._with([*items[:at], bad, *items[at:]])
+    return questions.with_items([*items[:at], bad, *items[at:]])
 
 
 def test_an_error_carries_the_statistics_of_the_batches_before_it(model):
     questions = some_questions(6)
-    with pytest.raises(QuestionError, match=r"question 'bad': the image 'missing.png' cannot be opened") as caught:
+    with pytest.raises(QuestionError, match=r"question 'bad': the picture 'missing.png' cannot be opened") as caught:
         vn.record(model, spoiled(questions, 5, "missing.png"), condition="all", batch_size=2, progress=False)
     expected = vn.record(model, questions[:4], condition="all", progress=False)
     assert caught.value.partial == expected

@@ -10,7 +10,7 @@ from .neurons.sites import Site as Site
 from .neurons.sites import NeuronSpace as NeuronSpace
 from .neurons.sets import NeuronSet as NeuronSet
 from .neurons.selection import Selection as Selection
-from .questions.sets import Question as Question
+from .questions.question import Question as Question
 from .questions.sets import QuestionSet as QuestionSet
 from .questions.cvqa import load_cvqa as load_cvqa
 from .demo import load_demo as load_demo

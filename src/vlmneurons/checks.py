@@ -163,7 +163,7 @@ def is_missing(value: Any) -> bool:
     """Whether a value stands for none: None, NaN, and what pandas has in their place."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
-    return isinstance(value, numbers.Real) and math.isnan(value)
+    return isinstance(value, numbers.Real) and bool(value != value)  # also a whole number too large for isnan
 
 
 def _is_number(value: Any) -> bool:

@@ -44,7 +44,8 @@ class Halves:
 
 def split(records: Sequence[Record], seed: int = 0) -> Halves:
     """The split that ``questions.split(0.5, seed)`` makes: the library's own."""
-    from vlmneurons.questions.sets import Question, QuestionSet
+    from vlmneurons.questions.question import Question
+    from vlmneurons.questions.sets import QuestionSet
 
     questions = [
         Question(None, record.question, record.options, record.answer, record.group, record.id, {}, record.image_id)

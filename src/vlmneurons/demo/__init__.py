@@ -106,7 +106,8 @@ def demo_truth() -> Selection:
 
 def _questions() -> QuestionSet:
     """The shipped questions with their pictures."""
-    from vlmneurons.questions.sets import Question, QuestionSet
+    from vlmneurons.questions.question import Question
+    from vlmneurons.questions.sets import QuestionSet
 
     rows, pictures = read_archive(_FOLDER / "pictures" / "questions.zip")
     questions = [Question(**{**row, "image": pictures[row["image"]]}) for row in rows]

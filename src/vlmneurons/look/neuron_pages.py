@@ -29,7 +29,8 @@ from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import Site, site_of
 from vlmneurons.progress import Progress
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ask import Job, Options, ask, to_ask
 from vlmneurons.run.engine import Engine
 from vlmneurons.run.local import LocalEngine

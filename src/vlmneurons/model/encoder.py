@@ -6,21 +6,25 @@ template, padding or special tokens decides what is counted, so it is worked out
 """
 
 import hashlib
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int64
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.prompts import Prompts
-from vlmneurons.model.vision_rows import Rows, vision_rows
-from vlmneurons.questions.sets import Question, QuestionSet, picture_size
+from vlmneurons.model.vision_rows import OF_PICTURES, Rows, vision_rows
+from vlmneurons.questions.media import picture_size
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
@@ -137,9 +141,30 @@ class Encoder:
         """One user turn in the chat template, up to where the model's answer begins.
 
         Raises:
-            QuestionError: the processor has no chat template, or it does not show the text as it is.
+            QuestionError: the processor has no chat template, or it does not show the text as it is; or pictures are
+                shown to a model or processor that takes none.
         """
+        if n_images and self._takes_no_pictures:
+            raise QuestionError(self._takes_no_pictures)
         return self.prompts.render(text, n_images)
+
+    @cached_property
+    def _takes_no_pictures(self) -> str:
+        """Why questions with pictures cannot be asked; empty where they can. Else they would be asked blind, unsaid."""
+        how = "; to ask without pictures: vlmneurons.study.controls.blind(questions)"
+        if not _takes_pictures(self.processor):
+            return (
+                f"the questions show pictures, and {type(self.processor).__name__}, the VLM's processor, takes none: "
+                f"VLM(model, AutoProcessor.from_pretrained(name)) gives it one that does{how}"
+            )
+        forward = inspect.signature(self.model.hf.forward).parameters
+        seen = any(map(OF_PICTURES.search, forward)) or "input_ids" not in forward or "vision" in self.model.towers
+        if not seen and getattr(self.model.hf.config, "vision_config", None) is None:
+            return (
+                f"the questions show pictures, and {type(self.model.hf).__name__} takes none: its forward has no "
+                f"argument for them and its configuration no vision tower{how}"
+            )
+        return ""
 
     def _adds_special(self, rendered: str) -> bool:
         # As in transformers' own apply_chat_template(tokenize=True): a template that writes the beginning-of-text
@@ -195,7 +220,7 @@ class Encoder:
         with TOKENIZING:
             n_text = len(self.token_ids(self.render(asked.prompt(item, shown), item.n_images)))
         try:
-            sizes = [picture_size(source) for source in item._sources]
+            sizes = [picture_size(source) for source in item.sources]
             n_image = sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
             return n_text - len(sizes) + n_image  # in the place of one placeholder each
         except Exception:  # only the order of the work depends on it; what cannot be asked is named when its turn comes
@@ -250,6 +275,10 @@ class Encoder:
                 if len(items) == 1
                 else f"the processor refuses these questions together ({type(error).__name__}: {error})"
             ) from error
+        if any(with_picture) and not any(map(OF_PICTURES.search, data)):
+            raise QuestionError(
+                f"{type(self.processor).__name__} made nothing of the questions' pictures: it gave {', '.join(data)}"
+            )
         if "aspect_ratio_mask" in data and len(set(map(len, pictures))) > 1:
             # In Mllama what stands before a picture sees all of the row, the pictures that another row has more too.
             raise QuestionError(
@@ -259,6 +288,12 @@ class Encoder:
         attention = data["attention_mask"].bool()
         ids = data["input_ids"]
         image = self._image_mask(data)
+        shown = image.any(1).tolist()
+        blind = [item.id for item, there in zip(items, shown, strict=True) if item.n_images and not there]
+        if blind and any(shown):
+            raise QuestionError(
+                f"question {blind[0]!r}: its prompt has no placeholder for its pictures: see the template"
+            )
         special = torch.isin(ids, torch.tensor(sorted(self._special_ids), dtype=ids.dtype))
         template = torch.ones_like(attention)
         last = torch.zeros(len(ids), dtype=torch.int64)
@@ -293,7 +328,7 @@ class Encoder:
         for name, value in data.items():  # Llama 4's pixels are bfloat16, whatever the model is
             if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) and value.dtype != wanted:
                 data[name] = value.to(wanted)
-        return data
+        return BatchFeature(dict(data))  # a tokenizer alone gives another kind
 
     def _content_tokens(self, ids: list[int], rendered: str, more: str, item: Question) -> tuple[Tensor, int]:
         """Positions (among a row's real tokens) of the user's own text, and how many tokens a continuation added.
@@ -396,6 +431,16 @@ class Encoder:
 
 
 _TOKEN_NAMES = ("image_token", "video_token", "boi_token", "image_pad_token")
+
+
+def _takes_pictures(processor: Any) -> bool:
+    """Whether a processor makes something of pictures, as far as can be told: one of an unknown kind is believed."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return False
+    if isinstance(processor, ProcessorMixin):
+        return any(callable(part) and OF_PICTURES.search(name) for name, part in vars(processor).items())
+    arguments = inspect.signature(processor.__call__).parameters
+    return "images" in arguments or any(one.kind is one.VAR_KEYWORD for one in arguments.values())
 
 
 def _digest(pictures: Sequence[Image.Image]) -> bytes:

@@ -28,7 +28,7 @@ _MASKED_PATCH = {
 _DROPS_TILES = ("granite_docling",)
 """The families whose mask is of tiles, ``[question, tile]``: those that are padding never reach the vision tower."""
 
-_OF_PICTURES = re.compile("pixel|image|patch|tile|vision|visual|spatial|aspect|crop")
+OF_PICTURES = re.compile("pixel|image|patch|tile|vision|visual|spatial|aspect|crop")
 _OF_TEXT = ("image_embeds_position_mask",)
 """Names of masks in a model's inputs: of pictures, save these, which are of the text's tokens."""
 
@@ -117,7 +117,7 @@ def real_patches(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patc
     elif "pixel_mask" in data and pixels.ndim == 4:
         real = _covered(data["pixel_mask"], config)
     else:
-        unknown = [name for name in data if "mask" in name and _OF_PICTURES.search(name) and name not in _OF_TEXT]
+        unknown = [name for name in data if "mask" in name and OF_PICTURES.search(name) and name not in _OF_TEXT]
         if pixels.ndim == 4 and "image_sizes" in data and not _is_one_row(data, config):
             unknown.append("image_sizes")
         if unknown:

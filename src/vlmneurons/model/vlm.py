@@ -27,7 +27,8 @@ from vlmneurons.model.encoder import Batch, Encoder
 from vlmneurons.model.loading import HUB_ARGUMENTS, of_first_class, pipeline_of, refuse_copies, without_class_names
 from vlmneurons.model.prompts import Prompts, Template
 from vlmneurons.neurons.sites import KINDS, NeuronSpace, Site, ranges_of, site_of
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 
 
 class _Value(eproperty):

@@ -7,8 +7,6 @@ picture's; nothing of the dataset is part of this library.
 """
 
 import ast
-import base64
-import binascii
 import json
 import logging
 import os
@@ -20,7 +18,10 @@ from typing import Any
 
 from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import QuestionError
-from vlmneurons.questions.sets import Question, QuestionSet, _inside, _listed, _question_of_row, _rows_of_dataset
+from vlmneurons.questions.media import Base64Picture
+from vlmneurons.questions.question import Question, listed, why_outside
+from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.questions.tables import inside, question_of_row, refuse_unasked, rows_of_dataset
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ LANGUAGES = {
 _METADATA = {"Category": "category", "Image Type": "image_type", "Image Source": "image_source", "License": "license"}
 _LONGEST = 20_000
 """Characters of the longest text that is parsed as a list; a longer one is no list of options."""
+
+_RATIO, _UNPACKED = 50, 2**28
+"""How many times its size, and always how many bytes, a parquet may unpack to."""
 
 
 def load_cvqa(
@@ -116,7 +120,7 @@ def load_cvqa(
     kept = grouped.at_least(min_items)
     thin = [f"{group} ({n})" for group, n in grouped.counts().items() if group not in kept.groups]
     if thin:
-        log.warning("left out, with fewer than %d questions: %s", min_items, _listed(thin, 50))
+        log.warning("left out, with fewer than %d questions: %s", min_items, listed(thin, 50))
     return kept if per_group is None else kept.balanced(per_group, seed=seed)
 
 
@@ -144,6 +148,8 @@ def _rows(source: Any, language: str, revision: str | None, split: str) -> tuple
         if path.suffix in (".parquet", ".arrow", ".tsv", ".csv") or str(source).count("/") != 1 or path.is_absolute():
             raise QuestionError(f"there is no file or folder {os.fspath(source)!r}")
         return str(source), _dataset_rows(_from_hub(str(source), revision, split), language)
+    if not path.is_dir() and not path.is_file():
+        raise QuestionError(f"{path} is no ordinary file")  # a pipe would be waited for without end
     if path.suffix in (".tsv", ".csv"):
         return str(path), _table_rows(path)
     return str(path), _dataset_rows(_from_disk(path, split), language)
@@ -172,12 +178,47 @@ def _from_disk(path: Path, split: str) -> Any:
         raise QuestionError(f"{path} holds no .parquet or .arrow file, and is no folder that save_to_disk wrote")
     # Files of another split stand beside this one's in a copy of a repository.
     of_split = [file for file in files if file.name.startswith(f"{split}-")] or files
+    for file in of_split:
+        _check_unpacked_size(file)
     try:
         if of_split[0].suffix == ".arrow":
             return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in of_split])
         return datasets.Dataset.from_parquet([str(file) for file in of_split])
     except Exception as error:
         raise QuestionError(f"{path} cannot be read as a dataset ({type(error).__name__}: {error})") from error
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Refuse a parquet that packs far more than tables of questions and pictures do: it would fill memory and disk.
+
+    Pictures are packed already, and texts to a twentieth at best; what is packed to a hundredth is one value many
+    times. A row group is told by its own books, and where these say little (values that repeat are kept once) by
+    reading some rows at a time until it is too much.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise QuestionError(f"{path} is no ordinary file")
+    if path.suffix != ".parquet":
+        return  # Arrow's own files are mapped, not unpacked
+    most = max(_UNPACKED, _RATIO * path.stat().st_size)
+    try:
+        file = pq.ParquetFile(path)
+        groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+        total = sum(group.column(n).total_uncompressed_size for group in groups for n in range(group.num_columns))
+        read, batches = 0, file.iter_batches(batch_size=16)
+        while total <= most and (batch := next(batches, None)) is not None:
+            read += batch.nbytes
+            total = max(total, read)
+    except (OSError, pa.ArrowException):
+        return  # it is named where it is read
+    if total > most:
+        raise QuestionError(
+            f"{path} has {path.stat().st_size / 2**20:,.2f} MiB and unpacks to {'over ' if total == read else ''}"
+            f"{total / 2**20:,.0f} MiB, more than {_RATIO} times as much: no table of questions does. If it is right, "
+            "give its rows to load_cvqa as a datasets.Dataset"
+        )
 
 
 def _dataset_rows(dataset: Any, language: str) -> Iterator[_Row]:
@@ -188,12 +229,14 @@ def _dataset_rows(dataset: Any, language: str) -> Iterator[_Row]:
             f"the dataset has no column {', '.join(map(repr, missing))}; it has {', '.join(dataset.column_names)}. "
             "For other datasets use QuestionSet.from_dataset(dataset, columns={…})"
         )
-    for n, (values, image) in enumerate(_rows_of_dataset(dataset, "image")):
+    for n, values in enumerate(rows_of_dataset(dataset)):
         where = f"row {n} (ID {values['ID']!r})"
-        if image is None:
-            raise QuestionError(f"{where}: the row has no image")
+        if not values["image"]:
+            raise QuestionError(f"{where}: the row has no picture")
+        others = {name: value for name, value in values.items() if name != "image"}
+        refuse_unasked(others, where, None, [values["image"]])
         fields = {
-            "image": image,
+            "image": values["image"],
             "question": values[question],
             "options": _options(values[options], f"{where}, column {options!r}"),
             "answer": values["Label"],
@@ -228,13 +271,13 @@ def _table_rows(path: Path) -> Iterator[_Row]:
         where = f"{path}, row {n + 1} (index {index[n]!r})"
         cell = cells[n]
         if not cell:
-            raise QuestionError(f"{where}: the row has no image")
+            raise QuestionError(f"{where}: the row has no picture")
         if picture == "image_path":
-            image: Any = _inside(path.parent, cell, where)
+            image: Any = inside(path.parent, cell, where)
         else:
             if len(cell) <= 64 and cell in place:  # the picture of another row
                 cell = cells[place[cell]]
-            image = _Base64Image(cell)
+            image = cell if cell.lstrip().startswith("[") else Base64Picture(cell)
         low = {name: values[column] for name, column in names.items()}
         fields = {
             "image": image,
@@ -247,19 +290,6 @@ def _table_rows(path: Path) -> Iterator[_Row]:
             subset = (low.get("language", ""), low["country"])
         metadata = {name: value for name, value in low.items() if name not in known}
         yield _Row(where, low.get("id") or index[n], fields, subset, metadata)
-
-
-@dataclass(frozen=True)
-class _Base64Image:
-    """A picture as text, decoded when it is called."""
-
-    text: str
-
-    def __call__(self) -> bytes:
-        try:
-            return base64.b64decode(self.text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"the image is no base64 text: {error}") from error
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------
@@ -279,7 +309,7 @@ def _question(row: _Row, codes: Mapping[str, str]) -> Question:
         )
     # The group is what group_by makes of it later; until then every row has one.
     fields = {**row.fields, "id": row.id, "group": metadata.get("country", "all")}
-    return _question_of_row(fields, row.where, None, metadata)
+    return question_of_row(fields, metadata, row.where)
 
 
 def parse_subset(subset: Any, where: str = "Subset") -> tuple[str, str]:
@@ -380,8 +410,14 @@ def _refuse_secret_labels(name: str, rows: Sequence[_Row]) -> None:
             outside.append(row)
     if outside:
         count = f"all {len(rows):,}" if len(outside) == len(rows) else f"{len(outside):,} of {len(rows):,}"
+        labels = {str(row.fields["answer"]).strip() for row in outside}
+        why = (
+            ". The public copy of CVQA keeps its answers secret (Label -1). Use a labelled copy (parquet, or the TSV "
+            "of VLMEvalKit), or give labels={ID: answer}"
+        )
+        if not labels & {"-1", "", "None"}:
+            why = why_outside([4], 4) if labels == {"4"} else ". Correct these rows, or give labels={ID: answer}"
         raise QuestionError(
             f"{name}: Label is {outside[0].fields['answer']!r} in {count} rows (first: {outside[0].where}), but the "
-            "options are 0–3. The public copy of CVQA keeps its answers secret (Label -1). Use a labelled copy "
-            "(parquet, or the TSV of VLMEvalKit), or give labels={ID: answer}"
+            f"options are 0–3{why}"
         )

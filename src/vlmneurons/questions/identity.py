@@ -7,7 +7,9 @@ from typing import Any
 from PIL import Image
 
 from vlmneurons.files.digests import digest_of, digest_of_bytes
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.media import resolved
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 
 
 def content_of(questions: QuestionSet) -> dict[str, str]:
@@ -21,7 +23,7 @@ def content_of(questions: QuestionSet) -> dict[str, str]:
     for item in questions:
         order = questions.order(item)
         text = questions.prompt(item, [item.options[index] for index in order])
-        pictures = [_content_of_picture(source) for source in item._sources]
+        pictures = [_content_of_picture(source) for source in item.sources]
         asked = digest_of([text, item.options, order, item.answer, item.group, len(pictures)])[:16]
         content[item.id] = f"{asked} {'?' if None in pictures else digest_of(pictures)[:16]}"
     return content
@@ -37,15 +39,13 @@ def in_order_of(ids: Iterable[str], questions: QuestionSet) -> QuestionSet:
     by_id: Mapping[str, Question] = {item.id: item for item in questions}
     named = [by_id[name] for name in ids if name in by_id]
     rest = set(by_id) - {item.id for item in named}
-    return questions._with([*named, *(item for item in questions if item.id in rest)])
+    return questions.with_items([*named, *(item for item in questions if item.id in rest)])
 
 
 def _content_of_picture(source: Any) -> str | None:
     """A digest of a picture's bytes where it is encoded, else of its pixels; None where it cannot be read."""
-    from vlmneurons.questions.sets import _resolved
-
     try:
-        source = _resolved(source)
+        source = resolved(source)
         if isinstance(source, bytes):
             return digest_of_bytes(source)
         if isinstance(source, str | Path):

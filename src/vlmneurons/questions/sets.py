@@ -1,278 +1,26 @@
-"""What is asked: questions, sets of questions, and prompts.
+"""Sets of questions, and how they are asked.
 
-A `Question` is a picture, a question, answer options, and the *group* (a culture, a language, a topic) it stands for.
-A `QuestionSet` is a sequence of them together with how they are asked: the prompt, the way the answer is read, and the
-order of the options. How a model is run on them is the business of `vlmneurons.run` and `vlmneurons.recording`.
+A `QuestionSet` is a sequence of questions together with how they are asked: the prompt, the way the answer is read, and
+the order of the options. How a model is run on them is the business of `vlmneurons.run` and `vlmneurons.recording`.
 """
 
-import csv
-import hashlib
-import io
-import json
+import logging
 import os
-import re
-import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from vlmneurons.checks import is_missing, of_kind, share, whole
 from vlmneurons.errors import GroupError, QuestionError
+from vlmneurons.questions import tables
+from vlmneurons.questions.question import LETTERS, Question, hash_of, listed, value_of
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-ImageSource = Image.Image | str | Path | bytes | Callable[[], Any]
-"""A picture: in memory, a file, an encoded file's bytes, or a function that yields one of these when it is needed."""
+log = logging.getLogger(__name__)
 
 Prompt = Callable[["Question", Sequence[str]], str]
 """The text of the user's turn, from a question and its options in the order in which they are shown."""
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One multiple-choice question about a picture.
-
-    Attributes:
-        image: the picture; several in a list or tuple; None for a question without a picture. Pictures are opened when
-            they are needed, not before.
-        question: the question's text.
-        options: 2 to 26 answer options, kept as a tuple.
-        answer: index of the right option, from 0.
-        group: what the question stands for, such as a country.
-        id: unique within a set. Derived from the content if left out.
-        metadata: further plain values by name, for filtering and grouping.
-        image_id: questions with equal ``image_id`` share a picture and are never split apart. Derived from the
-            picture's content or path if left out.
-
-    Raises:
-        QuestionError: the answer is not the index of an option, or a field has the wrong form.
-
-    Examples:
-        >>> Question(None, "What is the capital?", ("Cairo", "Paris"), 0, "Egypt", id="q1").options[0]
-        'Cairo'
-    """
-
-    image: ImageSource | Sequence[ImageSource] | None
-    question: str
-    options: Sequence[str]
-    answer: int
-    group: str
-    id: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    image_id: str | None = None
-
-    def __post_init__(self) -> None:
-        where = self._where
-        if not isinstance(self.options, Iterable) or isinstance(self.options, str | bytes | Mapping | set | frozenset):
-            raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
-        object.__setattr__(self, "options", tuple(self.options))
-        if not all(isinstance(option, str) for option in self.options):
-            raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
-        if not isinstance(self.question, str):
-            raise QuestionError(f"{where}: the question is a string; got {type(self.question).__name__}")
-        if not 2 <= len(self.options) <= len(LETTERS):
-            raise QuestionError(f"{where}: a question has 2 to {len(LETTERS)} options; got {len(self.options)}")
-        if isinstance(self.answer, bool) or not isinstance(self.answer, int | np.integer):
-            raise QuestionError(f"{where}: answer is the index of the right option; got {self.answer!r}")
-        if not 0 <= self.answer < len(self.options):
-            raise QuestionError(
-                f"{where}: answer {self.answer} is outside the options (0–{len(self.options) - 1}). A label of -1 "
-                "usually means that the dataset keeps its answers secret: use a labelled copy"
-            )
-        object.__setattr__(self, "answer", int(self.answer))
-        right = normalize(self.options[self.answer])
-        if sum(normalize(option) == right for option in self.options) > 1:
-            raise QuestionError(
-                f"{where}: the right answer {self.options[self.answer]!r} stands among the options twice"
-            )
-        if not isinstance(self.group, str) or not self.group:
-            raise QuestionError(f"{where}: the group is a non-empty string; got {self.group!r}")
-        of_kind(f"{where}: metadata", self.metadata, Mapping, QuestionError, "a dictionary of values by name")
-        object.__setattr__(self, "metadata", dict(self.metadata))
-        if isinstance(self.image, list):
-            object.__setattr__(self, "image", tuple(self.image))
-        for source in self._sources:
-            if not isinstance(source, Image.Image | str | Path | bytes | Mapping) and not callable(source):
-                raise QuestionError(
-                    f"{where}: an image is a PIL image, a path, bytes or a function; got {type(source).__name__}"
-                    + (": PIL.Image.fromarray makes an image of an array" if hasattr(source, "__array__") else "")
-                )
-            if isinstance(source, str) and not source:
-                raise QuestionError(f"{where}: an image's path is empty; give image=None for a question without one")
-        for name, value in (("id", self.id), ("image_id", self.image_id)):
-            number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not isinstance(value, str) and not number and (name, value) != ("image_id", None):
-                raise QuestionError(
-                    f"{where}: {name} is a text or a whole number; got {value!r}. Leave it out, and it is derived from "
-                    "the content"
-                )
-        if not isinstance(self.id, str):
-            object.__setattr__(self, "id", str(self.id))
-        if not self.id:
-            object.__setattr__(self, "id", self._derived_id())
-
-    @property
-    def _where(self) -> str:
-        """How errors name the question."""
-        return f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
-
-    def _derived_id(self) -> str:
-        if any(map(is_function, self._sources)):  # which are not called before their pictures are needed
-            pictures = [_picture_key(image) for image in self._sources if not is_function(image)]
-        else:
-            pictures = list(self._picture_keys)
-        return _derived_id(self.question, self.options, self.answer, self.group, pictures, self.image_id)
-
-    @property
-    def _sources(self) -> tuple[ImageSource, ...]:
-        if self.image is None:
-            return ()
-        return self.image if isinstance(self.image, tuple) else (self.image,)
-
-    @property
-    def n_images(self) -> int:
-        """How many pictures the question shows."""
-        return len(self._sources)
-
-    @property
-    def right(self) -> str:
-        """The text of the right option."""
-        return self.options[self.answer]
-
-    def load_images(self) -> tuple[Image.Image, ...]:
-        """The pictures, opened: RGB, upright (EXIF rotation applied), transparency on white, first frame of several.
-
-        Raises:
-            QuestionError: a picture cannot be opened; the message names the question.
-        """
-        opened = []
-        for source in self._sources:
-            try:
-                opened.append(_open_image(source))
-            except Exception as error:
-                name = str(source) if isinstance(source, str | Path) else type(source).__name__
-                raise QuestionError(
-                    f"question {self.id!r}: the image {name!r} cannot be opened ({type(error).__name__}: {error})"
-                ) from error
-        return tuple(opened)
-
-    @property
-    def image_key(self) -> str:
-        """What identifies the question's pictures: ``image_id``, or a digest of their paths or contents."""
-        if self.image_id is not None:
-            return str(self.image_id)
-        if not self._sources:
-            return f"no image: {self.id}"
-        return "+".join(self._picture_keys)
-
-    @cached_property
-    def _picture_keys(self) -> tuple[str, ...]:
-        """What identifies each picture, by its path or content; found out once, for every batch, split and cluster.
-
-        Only the digests are kept, and an encoded file, such as a dataset's, is not decoded for them.
-        """
-        try:
-            return tuple(_picture_key(source) for source in self._sources)
-        except Exception as error:
-            raise QuestionError(
-                f"{self._where}: an image cannot be opened ({type(error).__name__}: {error})"
-            ) from error
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Question):
-            return NotImplemented
-        return self._plain == other._plain and all(
-            a is b
-            or (not isinstance(a, Image.Image) and not callable(a) and a == b)
-            or (isinstance(a, Image.Image) and isinstance(b, Image.Image) and a == b)
-            for a, b in zip(self._sources, other._sources, strict=True)
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.id, self.question, self.options, self.answer, self.group))
-
-    @property
-    def _plain(self) -> tuple[Any, ...]:
-        return (self.question, self.options, self.answer, self.group, self.id, self.metadata, self.n_images)
-
-
-def is_function(source: Any) -> bool:
-    return callable(source) and not isinstance(source, Image.Image)
-
-
-def _resolved(source: Any) -> Any:
-    """A picture, its path or its bytes: functions are called."""
-    while is_function(source):
-        source = source()
-    if isinstance(source, Mapping):  # how `datasets` hands out an image that it was told not to decode
-        source = source["bytes"] if source.get("bytes") is not None else source["path"]
-    if not isinstance(source, Image.Image | bytes | str | Path):
-        raise TypeError(f"an image is a PIL image, a path, bytes or a function; got {type(source).__name__}")
-    return source
-
-
-def _derived_id(*parts: Any) -> str:
-    """An id for a question that has none, from all that it is."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _picture_key(source: Any) -> str:
-    """A digest of a picture's path, or of its content where it has none."""
-    source = _resolved(source)
-    if isinstance(source, str | Path):
-        content = str(Path(source)).encode()
-    elif isinstance(source, bytes):
-        content = source
-    else:
-        content = f"{source.mode} {source.size}".encode() + source.tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Formats that pictures are opened in: all but PostScript, which Pillow hands to another program to be run."""
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
-
-
-def picture_size(source: Any) -> tuple[int, int]:
-    """Height and width of a picture, from its first bytes where it is a file."""
-    source = _resolved(source)
-    if isinstance(source, Image.Image):
-        return source.height, source.width
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
-        return image.height, image.width
-
-
-def _open_image(source: Any) -> Image.Image:
-    source = _resolved(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if isinstance(source, Image.Image):
-            source.load()
-            image = source
-        else:
-            if not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
-                raise OSError(f"{source} is no ordinary file")  # a pipe would be waited for without end
-            # Closed at once: Pillow would keep the file of an animation open for its later frames.
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
-                image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))  # Pillow would cut at 255
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        page = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(page, image)
-    return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def multiple_choice_prompt(question: Question, options: Sequence[str]) -> str:
@@ -306,7 +54,9 @@ class QuestionSet(Sequence[Question]):
             (greedy generation, parsed) or ``"text"`` (likelihood of each option's text); or an object of
             `vlmneurons.run.readers`.
         shuffle: seed of the order in which each question's options are shown, drawn per question from (seed, id);
-            None shows them as they are.
+            None shows them as they are. Options that speak of each other's letters or places (``"A. Oslo"``, ``"Both A
+            and B"``, ``"None of the above"``; see `Question.keeps_order`) are always shown as they are, and the log
+            says for how many questions.
 
     Raises:
         QuestionError: an id stands twice, or something that is not a Question was given.
@@ -322,15 +72,6 @@ class QuestionSet(Sequence[Question]):
     ) -> None:
         if isinstance(questions, str | Question | set | frozenset) or not isinstance(questions, Iterable):
             raise QuestionError(f"a QuestionSet is made of a list of Question objects; got {type(questions).__name__}")
-        items = tuple(questions)
-        for item in items:
-            if not isinstance(item, Question):
-                raise QuestionError(f"a QuestionSet holds Question objects; got {type(item).__name__}")
-        twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
-        if twice:
-            raise QuestionError(
-                f"ids must be unique; more than once there are {_listed(twice)}. Give each question an id of its own"
-            )
         if isinstance(answer, str) and answer not in ANSWERS:
             raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}")
         if not isinstance(answer, str) and (isinstance(answer, type) or not callable(getattr(answer, "read", None))):
@@ -351,6 +92,25 @@ class QuestionSet(Sequence[Question]):
             )
         if shuffle is not None:
             shuffle = whole("shuffle", shuffle, QuestionError)
+        self._fill(questions, prompt, answer, shuffle)
+        kept = [item.id for item in self._items if item.keeps_order]
+        if kept and shuffle is not None:
+            log.warning(
+                "%d of %d questions have options that speak of each other's letters or places (%s): their options are "
+                "shown as they are, not shuffled",
+                *(len(kept), len(self), listed(kept)),
+            )
+
+    def _fill(self, items: Iterable[Question], prompt: Prompt | str | None, answer: Any, shuffle: int | None) -> None:
+        items = tuple(items)
+        for item in items:
+            if not isinstance(item, Question):
+                raise QuestionError(f"a QuestionSet holds Question objects; got {type(item).__name__}")
+        twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+        if twice:
+            raise QuestionError(
+                f"ids must be unique; more than once there are {listed(twice)}. Give each question an id of its own"
+            )
         self._items = items
         self._prompt = prompt
         self.answer = answer
@@ -374,8 +134,18 @@ class QuestionSet(Sequence[Question]):
             self._items, **{"prompt": self._prompt, "answer": self.answer, "shuffle": self.shuffle, **how}
         )
 
-    def _with(self, items: Iterable[Question]) -> "QuestionSet":
-        return QuestionSet(items, prompt=self._prompt, answer=self.answer, shuffle=self.shuffle)
+    def with_items(self, items: Iterable[Question]) -> "QuestionSet":
+        """Other questions, asked in the same way.
+
+        Args:
+            items: the questions.
+
+        Raises:
+            QuestionError: an id stands twice, or something that is not a Question was given.
+        """
+        other = object.__new__(QuestionSet)
+        other._fill(items, self._prompt, self.answer, self.shuffle)
+        return other
 
     # -- a sequence ----------------------------------------------------------------------------------------------------
 
@@ -387,7 +157,7 @@ class QuestionSet(Sequence[Question]):
     @overload
     def __getitem__(self, index: slice) -> "QuestionSet": ...
     def __getitem__(self, index: Any) -> Any:
-        return self._with(self._items[index]) if isinstance(index, slice) else self._items[index]
+        return self.with_items(self._items[index]) if isinstance(index, slice) else self._items[index]
 
     def __iter__(self) -> Iterator[Question]:
         return iter(self._items)
@@ -401,7 +171,7 @@ class QuestionSet(Sequence[Question]):
     def __add__(self, other: Iterable[Question]) -> "QuestionSet":
         if not isinstance(other, Iterable):
             return NotImplemented
-        return self._with((*self._items, *other))
+        return self.with_items((*self._items, *other))
 
     def __repr__(self) -> str:
         counts = self.counts()
@@ -423,7 +193,7 @@ class QuestionSet(Sequence[Question]):
 
     def by_group(self) -> dict[str, "QuestionSet"]:
         """One set per group, groups sorted."""
-        return {group: self._with(item for item in self._items if item.group == group) for group in self.groups}
+        return {group: self.with_items(item for item in self._items if item.group == group) for group in self.groups}
 
     def group_by(self, key: str | Callable[[Question], str]) -> "QuestionSet":
         """The same questions, grouped by a metadata column, or by a function of the question.
@@ -436,7 +206,7 @@ class QuestionSet(Sequence[Question]):
         """
         if not isinstance(key, str) and not callable(key):
             raise QuestionError(f"questions are grouped by a column or a function of the question; got {key!r}")
-        return self._with(replace(item, group=_label(item, key)) for item in self._items)
+        return self.with_items(replace(item, group=_label(item, key)) for item in self._items)
 
     def filter(self, keep: Callable[[Question], bool] | None = None, **where: Any) -> "QuestionSet":
         """The questions for which ``keep`` is true, and whose fields or metadata have the given values.
@@ -473,11 +243,11 @@ class QuestionSet(Sequence[Question]):
 
         def wanted(item: Question) -> bool:
             for key, allowed in of_key.items():
-                if _value(item, key) not in allowed:
+                if value_of(item, key) not in allowed:
                     return False
             return keep is None or bool(keep(item))
 
-        return self._with(item for item in self._items if wanted(item))
+        return self.with_items(item for item in self._items if wanted(item))
 
     def balanced(self, size: int | None = None, *, seed: int = 0) -> "QuestionSet":
         """The same number of questions of every group, chosen by a seeded hash of their ids.
@@ -496,11 +266,11 @@ class QuestionSet(Sequence[Question]):
         size = min(counts.values(), default=0) if size is None else size
         thin = [f"{group} ({n})" for group, n in counts.items() if n < size]
         if thin:
-            raise QuestionError(f"{size} questions per group were asked for; fewer are in {_listed(thin)}")
+            raise QuestionError(f"{size} questions per group were asked for; fewer are in {listed(thin)}")
         kept = set()
         for members in self.by_group().values():
             kept.update(sorted((item.id for item in members), key=lambda name: hash_of(seed, name))[:size])
-        return self._with(item for item in self._items if item.id in kept)
+        return self.with_items(item for item in self._items if item.id in kept)
 
     def at_least(self, size: int) -> "QuestionSet":
         """The questions of the groups that have at least ``size`` of them; thinner groups are left out.
@@ -520,7 +290,7 @@ class QuestionSet(Sequence[Question]):
         if counts and not kept:
             largest = max(counts, key=lambda group: counts[group])
             raise QuestionError(f"no group has {size} questions; the largest is {largest} ({counts[largest]})")
-        return self._with(item for item in self._items if item.group in kept)
+        return self.with_items(item for item in self._items if item.group in kept)
 
     def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple["QuestionSet", "QuestionSet"]:
         """Two disjoint sets, such as one to identify neurons on and one to evaluate on.
@@ -552,8 +322,8 @@ class QuestionSet(Sequence[Question]):
                 for group, n in sizes.items():
                     given[group] += n
         return (
-            self._with(item for item in self._items if item.id in first),
-            self._with(item for item in self._items if item.id not in first),
+            self.with_items(item for item in self._items if item.id in first),
+            self.with_items(item for item in self._items if item.id not in first),
         )
 
     def _by_picture(self) -> dict[str, list[Question]]:
@@ -568,7 +338,7 @@ class QuestionSet(Sequence[Question]):
         keys = []
         for item in self._items:
             single = item.image_id is not None or not item.n_images
-            own = [item.image_key] if single else list(item._picture_keys)
+            own = [item.image_key] if single else list(item.source_keys)
             for key in own:
                 first, second = sorted((root(own[0]), root(key)))
                 parent[second] = first
@@ -597,314 +367,115 @@ class QuestionSet(Sequence[Question]):
     def order(self, question: Question) -> tuple[int, ...]:
         """The order in which a question's options are shown: position shown → index in ``question.options``.
 
+        Options that speak of each other's letters or places are shown as they are; see `Question.keeps_order`.
+
         Args:
             question: one of the questions.
         """
         of_kind("question", question, Question, QuestionError)
         indices = range(len(question.options))
-        if self.shuffle is None:
+        if self.shuffle is None or question.keeps_order:
             return tuple(indices)
         return tuple(sorted(indices, key=lambda index: hash_of(self.shuffle, question.id, index)))
 
     # -- where they come from ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_folder(cls, folder: str | Path, table: str | None = None, **how: Any) -> "QuestionSet":
+    def from_folder(
+        cls,
+        folder: str | Path,
+        table: str | None = None,
+        columns: Mapping[str, str | Sequence[str]] | None = None,
+        **how: Any,
+    ) -> "QuestionSet":
         """Questions from a folder that holds a CSV or JSON Lines table and picture files.
 
-        The table has the columns ``image`` (a path within the folder; empty for none), ``question``, ``options`` (a
-        JSON list, or columns ``A``, ``B``, ``C``, ``D`` …), ``answer`` (an index from 0, a letter, or the right
-        option's text; refused where these differ), ``group``, and optionally ``id`` and ``image_id``; every further
-        column becomes metadata.
+        The table has the columns ``image`` (a path within the folder, or a picture in base64; empty for none; several
+        as a JSON list), ``question``, ``options`` (a list, or columns ``A``, ``B``, ``C``, ``D`` …, or ``a``, ``b``
+        …), ``answer`` (an index from 0, a letter, or the right option's text; refused where these differ), ``group``,
+        and optionally ``id`` and ``image_id``; every further column becomes metadata.
 
         Args:
             folder: the folder.
             table: name of the table within it; by default the only ``.csv``, ``.tsv`` or ``.jsonl`` file.
+            columns: the table's own name of each field, where it differs; see `from_dataset`.
             **how: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
-            QuestionError: no table or several, a row that is not a question (which one is said), a picture path that
-                leads out of the folder, or pictures under another name than ``image``.
+            QuestionError: no table or several, a column that is not there or stands twice, or a row that is not a
+                question (which one is said): also one with a picture that is not there, that lies outside the folder,
+                or that no column of ``image`` names, as it would be asked without it.
         """
         of_kind("folder", folder, (str, os.PathLike), QuestionError, "a path")
         of_kind("table", table, (str, type(None)), QuestionError, "the name of a file")
-        folder = Path(folder)
-        if table is None:
-            found = sorted(path.name for path in folder.glob("*") if path.suffix in (".csv", ".tsv", ".jsonl"))
-            if len(found) != 1:
-                has = f"{len(found)}: {', '.join(found)}" if found else "none"
-                raise QuestionError(
-                    f"{folder} must hold one .csv, .tsv or .jsonl table; it has {has}. Name one: table=…"
-                )
-            table = found[0]
-        path = folder / table
-        try:
-            if path.exists() and not path.is_file():
-                raise OSError("it is no ordinary file")
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise QuestionError(f"the table {path} cannot be read: {error}") from error
-        if path.suffix == ".jsonl":
-            rows = _json_lines(text, path)
-        else:
-            cells = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-            try:
-                rows = list(cells)
-            except csv.Error as error:
-                raise QuestionError(f"{path}, after line {cells.line_num}, cannot be read: {error}") from error
-        if not any("image" in row for row in rows):
-            _refuse_pictures_elsewhere(rows, path, folder)
-        return cls([_question_of_row(row, f"{path}, row {n}", folder) for n, row in enumerate(rows, start=1)], **how)
+        path, rows = tables.rows_of_folder(Path(folder), table)
+        return cls(tables.questions_of_rows(rows, columns, f"{path}, row", start=1, folder=Path(folder)), **how)
 
     @classmethod
-    def from_dataset(cls, dataset: Any, columns: Mapping[str, str] | None = None, **how: Any) -> "QuestionSet":
-        """Questions from a `datasets.Dataset` (one split). Pictures stay on disk until they are needed.
+    def from_dataset(
+        cls, dataset: Any, columns: Mapping[str, str | Sequence[str]] | None = None, **how: Any
+    ) -> "QuestionSet":
+        """Questions from a dataset of `datasets` (one split). Pictures stay on disk until they are needed.
+
+        Columns of pictures, of lists of pictures, of encoded files (``{"bytes", "path"}``), of paths and of base64
+        texts are read alike; ``ClassLabel`` columns give their names. A transform (``with_transform``) is applied. A
+        streaming dataset is gone through once, and its pictures are kept in memory, encoded: ``take(n)`` of it.
 
         Args:
             dataset: rows with the columns that `from_folder` describes.
-            columns: the dataset's own name of each field, where it differs: ``{"image": "photo", "group": "country"}``.
+            columns: the dataset's own name of each field, where it differs: ``{"image": "photo", "group": "country"}``;
+                several for pictures and options that stand in columns of their own: ``{"image": ["image_1",
+                "image_2"]}``, of which a row may leave some empty.
             **how: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
-            QuestionError: a column is missing, a row is not a question, or there are pictures and no column ``image``.
+            QuestionError: a column is missing, or a row is not a question, or holds a picture that it would be asked
+                without; the message names row and column.
         """
         if not hasattr(dataset, "column_names") or not hasattr(dataset, "remove_columns"):
             raise QuestionError(
-                f"from_dataset takes a datasets.Dataset; got {type(dataset).__name__}. Dataset.from_list makes one of "
-                "dictionaries, and QuestionSet.from_folder reads a table"
+                f"from_dataset takes a datasets.Dataset; got {type(dataset).__name__}. QuestionSet.from_rows reads "
+                "dictionaries and pandas tables, QuestionSet.from_folder the files of a folder"
             )
         if isinstance(dataset.column_names, Mapping):
             splits = ", ".join(dataset.column_names)
             raise QuestionError(f"from_dataset takes one split; got a {type(dataset).__name__} of {splits}: choose one")
-        column_of = {name: name for name in ("image", "question", "options", "answer", "group", "id", "image_id")}
-        of_kind("columns", {} if columns is None else columns, Mapping, QuestionError, "a dictionary {field: column}")
-        unknown = [name for name in columns or {} if name not in column_of]
-        if unknown:
-            raise QuestionError(f"columns has no field {unknown[0]!r}; a question has {', '.join(column_of)}")
-        column_of.update(columns or {})
-        have = list(dataset.column_names)
-        for wanted in {"question", "answer", "group"} | set(columns or {}):
-            if column_of[wanted] not in have:
-                raise QuestionError(
-                    f"the dataset has no column {column_of[wanted]!r} for {wanted!r}; it has {', '.join(have)}"
-                )
-        image_column = column_of["image"] if column_of["image"] in have else None
-        pictures = _picture_columns(dataset)
-        if image_column is None and pictures:
-            raise QuestionError(
-                f"the dataset has no column 'image', and its column {pictures[0]!r} holds pictures: give "
-                f"columns={{'image': {pictures[0]!r}}}, or remove the column to ask without pictures"
-            )
-        theirs = {column: name for name, column in column_of.items() if column in have}
-        questions = []
-        for n, (values, image) in enumerate(_rows_of_dataset(dataset, image_column)):
-            row = {theirs[column]: value for column, value in values.items() if column in theirs}
-            more = {column: value for column, value in values.items() if column not in theirs}
-            if "options" not in row:
-                row.update((letter, more.pop(letter)) for letter in LETTERS if letter in more)
-            row["image"] = image
-            questions.append(_question_of_row(row, f"dataset row {n}", None, more))
-        return cls(questions, **how)
+        rows = tables.rows_of_dataset(dataset)
+        names = tables.names_in_dataset(dataset)
+        return cls(tables.questions_of_rows(rows, columns, "dataset row", names=names), **how)
+
+    @classmethod
+    def from_rows(
+        cls, rows: Any, columns: Mapping[str, str | Sequence[str]] | None = None, **how: Any
+    ) -> "QuestionSet":
+        """Questions from dictionaries, or a table of pandas, with the columns that `from_folder` describes.
+
+        Args:
+            rows: dictionaries, or a `pandas.DataFrame`. Pictures may be all that `Question` takes, in lists too.
+            columns: the table's own name of each field, where it differs; see `from_dataset`.
+            **how: ``prompt``, ``answer``, ``shuffle`` of the set.
+
+        Raises:
+            QuestionError: as for `from_dataset`.
+
+        Example:
+            ``QuestionSet.from_rows(pandas.read_parquet("mine.parquet"), columns={"group": "country"})``
+        """
+        return cls(tables.questions_of_rows(tables.rows_of_table(rows), columns, "row"), **how)
 
 
 def _name_of_cluster(key: str, items: Sequence[Question]) -> str:
     """What stands for some questions about a picture in a division: not the folder that its file lies in today."""
-    paths = any(isinstance(source, str | Path) for item in items if item.image_id is None for source in item._sources)
+    paths = any(isinstance(source, str | Path) for item in items if item.image_id is None for source in item.sources)
     return " ".join(sorted(item.id for item in items)) if paths else key
-
-
-def _picture_columns(dataset: Any) -> list[str]:
-    import datasets
-
-    return [column for column, form in dataset.features.items() if isinstance(form, datasets.Image)]
-
-
-def _rows_of_dataset(dataset: Any, image_column: str | None) -> Iterator[tuple[dict[str, Any], "DatasetImage | None"]]:
-    """The rows of a `datasets.Dataset` without their pictures, and each row's picture, which is not read yet."""
-    import datasets
-
-    # Pictures are no metadata, and are not decoded here: one that is broken spoils its own question only.
-    plain = dataset.remove_columns(sorted({*_picture_columns(dataset), image_column} - {None}))
-    if image_column is None:
-        yield from ((dict(values), None) for values in plain)
-        return
-    encoded = dataset.select_columns([image_column])
-    if isinstance(encoded.features[image_column], datasets.Image):
-        encoded = encoded.cast_column(image_column, datasets.Image(decode=False))
-    tables = encoded.with_format("arrow").iter(batch_size=1000)
-    present = [known for table in tables for known in table.column(image_column).is_valid().to_pylist()]
-    for n, values in enumerate(plain):
-        yield dict(values), DatasetImage(encoded, n, image_column) if present[n] else None
-
-
-@dataclass(frozen=True)
-class DatasetImage:
-    """One picture of a dataset, read when it is called."""
-
-    dataset: Any
-    row: int
-    column: str
-
-    def __call__(self) -> Any:
-        return self.dataset[self.row][self.column]
-
-
-def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for n, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line separators
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
-            raise QuestionError(f"{path}, line {n} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise QuestionError(f"{path}, line {n} is not a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _refuse_pictures_elsewhere(rows: Sequence[Mapping[str, Any]], path: Path, folder: Path) -> None:
-    """A column of pictures by another name would be metadata, and the questions asked without them."""
-    for name, value in (cell for row in rows for cell in row.items()):
-        if isinstance(value, str) and value.lower().endswith(_PICTURES) and _is_file(folder / value):
-            raise QuestionError(
-                f"{path} has no column 'image', and its column {name!r} names a picture ({value}): call it 'image', or "
-                "leave the column out to ask without pictures"
-            )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # it cannot be a path
-        return False
-
-
-def _question_of_row(
-    row: Mapping[str, Any], where: str, folder: Path | None, more: Mapping[str, Any] | None = None
-) -> Question:
-    """The question of a table's row; what the row has beyond a question's fields, and ``more``, is metadata."""
-    row = dict(row)
-    row.pop(None, None)  # type: ignore[call-overload]  # csv puts surplus cells under None
-    options = row.pop("options", None)
-    if isinstance(options, str):
-        try:
-            options = json.loads(options)
-        except (ValueError, RecursionError) as error:
-            raise QuestionError(f"{where}: options must be a JSON list; got {options!r}") from error
-    if options is None:
-        letters = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
-        if letters != list(LETTERS[: len(letters)]):
-            raise QuestionError(f"{where}: options {', '.join(letters)} are there, one before is empty")
-        options = [str(row[letter]) for letter in letters]
-        for letter in LETTERS:
-            row.pop(letter, None)
-    if not isinstance(options, Sequence) or isinstance(options, str):
-        raise QuestionError(f"{where}: no options; give a list in 'options', or columns A, B, C, D")
-    if any(option is None for option in options):  # its text would read "None"
-        raise QuestionError(f"{where}: an option is missing; got {list(options)!r}")
-    missing = [name for name in ("question", "answer", "group") if row.get(name) in (None, "")]
-    if missing:
-        raise QuestionError(f"{where}: no value for {', '.join(missing)}; the row has {', '.join(map(str, row))}")
-    image = row.pop("image", None)
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    named: list[Any] = []
-    if folder is not None and image not in (None, ""):
-        named = image if isinstance(image, list) else [image]
-        image = tuple(_inside(folder, part, where) for part in named)
-        image = image[0] if len(image) == 1 else image
-    identity, image_id = row.pop("id", None), row.pop("image_id", None)
-    answer, question, group = row.pop("answer"), row.pop("question"), row.pop("group")
-    texts = tuple(str(option) for option in options)
-    right = _answer_index(answer, options, where)
-    try:
-        if identity in (None, "") and named:  # the same wherever the folder lies
-            identity = _derived_id(
-                str(question), texts, right, str(group), [str(part) for part in named], str(image_id)
-            )
-        return Question(
-            image or None,
-            str(question),
-            texts,
-            right,
-            str(group),
-            id="" if identity in (None, "") else str(identity),
-            metadata={str(key): value for key, value in {**row, **(more or {})}.items()},
-            image_id=None if image_id in (None, "") else str(image_id),
-        )
-    except QuestionError as error:
-        raise QuestionError(f"{where}: {error}") from error
-
-
-def _inside(folder: Path, name: Any, where: str) -> Path:
-    """A picture path of a table, which may not lead out of the table's folder."""
-    try:
-        inside = (folder / str(name)).resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that lead to each other
-        raise QuestionError(f"{where}: {str(name)!r} is no path of an image: {error}") from error
-    if not inside:
-        raise QuestionError(f"{where}: the image path {str(name)!r} leads out of the folder {folder}")
-    return folder / str(name)
-
-
-def _answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
-    if isinstance(answer, bool):
-        raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor an option's text")
-    if isinstance(answer, int | np.integer):
-        return int(answer)
-    if isinstance(answer, float) and answer.is_integer():
-        return int(answer)
-    text = str(answer).strip()
-    same = [index for index, option in enumerate(options) if str(option).strip() == text][:1]
-    place = None
-    if re.fullmatch(r"-?\d{1,9}", text):
-        place = int(text)
-    elif len(text) == 1 and text.upper() in LETTERS:
-        place = LETTERS.index(text.upper())
-    if same and place is not None and place not in same and 0 <= place < len(options):
-        raise QuestionError(
-            f"{where}: answer {answer!r} may mean the text of an option or its place; among options that are numbers "
-            "give its letter, among letters its index"
-        )
-    if same or place is not None:
-        return same[0] if same else place  # type: ignore[return-value]
-    raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor one of the options")
-
-
-def _value(item: Question, key: str | Callable[[Question], Any]) -> Any:
-    if callable(key):
-        return key(item)
-    if key in ("id", "question", "options", "answer", "group", "right", "n_images", "image_id"):
-        return getattr(item, key)
-    if key in item.metadata:
-        return item.metadata[key]
-    raise QuestionError(f"question {item.id!r} has no column {key!r}; it has {', '.join(item.metadata) or 'none'}")
 
 
 def _label(item: Question, key: str | Callable[[Question], Any]) -> str:
     """A question's group by a column or function; what stands for nothing is no group."""
-    value = _value(item, key)
+    value = value_of(item, key)
     if is_missing(value):
         where = f"in the column {key!r}" if isinstance(key, str) else "from the function that groups"
         raise QuestionError(
             f"question {item.id!r} has {value} {where}, which is no group: leave such questions out with filter()"
         )
     return str(value)
-
-
-def hash_of(*parts: Any) -> str:
-    """The same hexadecimal digits for the same parts on every machine."""
-    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
-
-
-def normalize(text: str) -> str:
-    """Text for comparison: Unicode NFKC, case folded, runs of white space as one space, no punctuation at the ends."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return folded.strip("""#.,;:!?"'`*()[]{}。、""".replace("#", " ")) or folded

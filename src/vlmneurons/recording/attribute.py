@@ -22,7 +22,8 @@ from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.recording.record import CONDITIONS
 from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
 from vlmneurons.run.engine import Engine, need_gradients

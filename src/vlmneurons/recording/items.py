@@ -14,7 +14,8 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
 from vlmneurons.questions.identity import content_of
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.recording.counter import Counter
 from vlmneurons.recording.record import CountingJob
 from vlmneurons.run.ask import Options, ask, engine_of, to_ask
@@ -116,7 +117,7 @@ def record_items(
 def share_of(questions: QuestionSet, batch_size: int, processes: Processes) -> QuestionSet:
     """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
     own = [item for _, batch in processes.mine(list(batches(questions, batch_size))) for item in batch]
-    return questions._with(own)
+    return questions.with_items(own)
 
 
 def _uneven(counter: Counter) -> bool:

@@ -11,7 +11,8 @@ from vlmneurons.model.encoder import TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.recording.counter import Counter, NotFinite
 from vlmneurons.recording.groups import GroupTables
 from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask

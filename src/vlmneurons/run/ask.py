@@ -20,7 +20,8 @@ from vlmneurons.errors import OutOfMemoryError, QuestionError
 from vlmneurons.files.stopping import Stopped
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.progress import Progress, progress_bar
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.batching import batches, prefetched
 from vlmneurons.run.engine import Engine
 from vlmneurons.run.local import LocalEngine

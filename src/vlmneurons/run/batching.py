@@ -16,7 +16,9 @@ import torch
 
 from vlmneurons.errors import QuestionError
 from vlmneurons.model.vlm import VLM
-from vlmneurons.questions.sets import DatasetImage, Question, QuestionSet, is_function
+from vlmneurons.questions.media import DatasetPicture, is_function
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.readers import AnswerReader, TextLikelihood
 
 _WINDOW = 16
@@ -51,7 +53,7 @@ def batches(
             windows = (together[start : start + _WINDOW * size] for start in range(0, len(together), _WINDOW * size))
             together = [item for window in windows for item in _sorted(window, lengths)]
         for start in range(0, len(together), size):
-            yield questions._with(together[start : start + size])
+            yield questions.with_items(together[start : start + size])
 
 
 def _sorted(items: list[Question], lengths: Callable[[Question], int]) -> list[Question]:
@@ -69,10 +71,10 @@ def _shown(item: Question) -> Any:
     """What tells a question's pictures from others; pictures behind functions of the user's own are not opened."""
     if not item.n_images:
         return item.id
-    if any(is_function(source) and not isinstance(source, DatasetImage) for source in item._sources):
-        return tuple(id(source) for source in item._sources)
+    if any(is_function(source) and not isinstance(source, DatasetPicture) for source in item.sources):
+        return tuple(id(source) for source in item.sources)
     try:
-        return item._picture_keys
+        return item.source_keys
     except QuestionError:  # it is named when its turn comes
         return item.id
 

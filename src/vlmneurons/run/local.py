@@ -59,6 +59,6 @@ class LocalEngine(Engine):
             if run.rows is None:
                 yield next(shared)
                 continue
-            some = questions._with([questions[row] for row in run.rows])
+            some = questions.with_items([questions[row] for row in run.rows])
             with run.ablation or self._untouched:
                 yield self.reader.read(self.model, some, self.encode(some))

@@ -27,7 +27,7 @@ from importlib import resources
 from vlmneurons.checks import names, of_kind
 from vlmneurons.errors import QuestionError
 from vlmneurons.model.prompts import THOUGHT
-from vlmneurons.questions.sets import normalize
+from vlmneurons.questions.question import normalize
 
 
 def parse_answer(text: str, options: Sequence[str]) -> int | None:

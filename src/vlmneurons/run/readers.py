@@ -20,7 +20,8 @@ from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
-from vlmneurons.questions.sets import LETTERS, QuestionSet
+from vlmneurons.questions.question import LETTERS
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.greedy import greedily, greedy_config, settings_of
 from vlmneurons.run.parsing import parse_answer
 from vlmneurons.run.pictures import each_once

@@ -34,7 +34,7 @@ from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import VERSION, RunFolder
 from vlmneurons.files.locks import locked
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.questions.sets import hash_of
+from vlmneurons.questions.question import hash_of
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.evidence import refuse_uncounted
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
-from vlmneurons.questions.sets import QuestionSet, hash_of
+from vlmneurons.questions.question import hash_of
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.intervention import Intervention
 from vlmneurons.selectors import LayerMatchedRandom, RandomNeurons, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
@@ -32,7 +33,7 @@ def blind(questions: QuestionSet) -> QuestionSet:
     Args:
         questions: any questions.
     """
-    return questions._with(replace(item, image=None, image_id=item.image_id or item.id) for item in questions)
+    return questions.with_items(replace(item, image=None, image_id=item.image_id or item.id) for item in questions)
 
 
 def options_only(questions: QuestionSet) -> QuestionSet:
@@ -41,7 +42,7 @@ def options_only(questions: QuestionSet) -> QuestionSet:
     Args:
         questions: any questions.
     """
-    return questions._with(
+    return questions.with_items(
         replace(item, image=None, question="", image_id=item.image_id or item.id) for item in questions
     )
 

@@ -18,7 +18,8 @@ from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.progress import Progress
 from vlmneurons.questions.identity import content_of, in_order_of
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
 from vlmneurons.run.batching import batches

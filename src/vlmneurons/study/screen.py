@@ -28,7 +28,8 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
 from vlmneurons.run.engine import Engine, need_gradients
 from vlmneurons.run.intervention import Intervention

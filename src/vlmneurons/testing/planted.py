@@ -34,7 +34,8 @@ from vlmneurons.errors import VLMNeuronsError
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
-from vlmneurons.questions.sets import Question, QuestionSet
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.testing.tiny import tiny_tokenizer
 
 GROUPS = ("Brazil", "Egypt", "France", "India", "Japan", "Kenya", "Mexico", "Norway")

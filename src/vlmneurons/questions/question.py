@@ -1,0 +1,364 @@
+"""One question: a picture, a text, answer options, and the group that it stands for."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmneurons.checks import is_missing, of_kind
+from vlmneurons.errors import QuestionError
+from vlmneurons.questions.media import PictureSource, is_function, open_picture, picture_key
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""The letters that options are shown with."""
+
+_DEEPEST, _LONGEST = 50, 10**1000
+"""Nesting of metadata, and its largest whole number: far from where files of JSON, or Python, give up."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One multiple-choice question about a picture.
+
+    Attributes:
+        image: the picture; several in a list or tuple; None for a question without a picture. Pictures are opened when
+            they are needed, not before.
+        question: the question's text.
+        options: 2 to 26 answer options, kept as a tuple.
+        answer: index of the right option, from 0.
+        group: what the question stands for, such as a country.
+        id: unique within a set. Derived from the content if left out.
+        metadata: further plain values by name, for filtering and grouping. Missing ones (NaN, pandas' NA) become None,
+            numbers and arrays of NumPy and PyTorch Python's own, sets sorted lists: what a file can hold.
+        image_id: questions with equal ``image_id`` share a picture and are never split apart. Derived from the
+            picture's content or path if left out.
+
+    Raises:
+        QuestionError: the answer is not the index of an option, a field has the wrong form, metadata hold what no file
+            can, or the options bear letters of their own that contradict their places.
+
+    Examples:
+        >>> Question(None, "What is the capital?", ("Cairo", "Paris"), 0, "Egypt", id="q1").options[0]
+        'Cairo'
+    """
+
+    image: PictureSource | Sequence[PictureSource] | None
+    question: str
+    options: Sequence[str]
+    answer: int
+    group: str
+    id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    image_id: str | None = None
+
+    def __post_init__(self) -> None:
+        where = self._where
+        if not isinstance(self.options, Iterable) or isinstance(self.options, str | bytes | Mapping | set | frozenset):
+            raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
+        object.__setattr__(self, "options", tuple(self.options))
+        if not all(isinstance(option, str) for option in self.options):
+            raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
+        if not isinstance(self.question, str):
+            raise QuestionError(f"{where}: the question is a string; got {type(self.question).__name__}")
+        if not 2 <= len(self.options) <= len(LETTERS):
+            raise QuestionError(f"{where}: a question has 2 to {len(LETTERS)} options; got {len(self.options)}")
+        if isinstance(self.answer, bool) or not isinstance(self.answer, int | np.integer):
+            raise QuestionError(f"{where}: answer is the index of the right option; got {self.answer!r}")
+        if not 0 <= self.answer < len(self.options):
+            raise QuestionError(
+                f"{where}: answer {self.answer} is outside the options (0–{len(self.options) - 1})"
+                f"{why_outside([int(self.answer)], len(self.options))}"
+            )
+        object.__setattr__(self, "answer", int(self.answer))
+        right = normalize(self.options[self.answer])
+        if sum(normalize(option) == right for option in self.options) > 1:
+            raise QuestionError(
+                f"{where}: the right answer {self.options[self.answer]!r} stands among the options twice"
+            )
+        labels = _labels(self.options)
+        if sorted(labels) == list(LETTERS[: len(labels)]) and labels != sorted(labels):
+            raise QuestionError(
+                f"{where}: its options bear letters of their own in another order ({', '.join(labels)}) than A–"
+                f"{LETTERS[len(labels) - 1]}, with which they are shown: take the letters off their texts, or "
+                "put the options into their order"
+            )
+        if not isinstance(self.group, str) or not self.group:
+            raise QuestionError(f"{where}: the group is a non-empty string; got {self.group!r}")
+        of_kind(f"{where}: metadata", self.metadata, Mapping, QuestionError, "a dictionary of values by name")
+        object.__setattr__(self, "metadata", _plain_metadata(self.metadata, where))
+        self._check_pictures()
+        for name, value in (("id", self.id), ("image_id", self.image_id)):
+            number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not isinstance(value, str) and not number and (name, value) != ("image_id", None):
+                raise QuestionError(
+                    f"{where}: {name} is a text or a whole number; got {value!r}. Leave it out, and it is derived from "
+                    "the content"
+                )
+        if not isinstance(self.id, str):
+            object.__setattr__(self, "id", str(self.id))
+        for name, text in (("question", self.question), ("group", self.group), ("id", self.id)):
+            _check_text(f"{where}: the {name}", text)
+        for option in self.options:
+            _check_text(f"{where}: an option", option)
+        if not self.id:
+            object.__setattr__(self, "id", self._derived_id())
+
+    def _check_pictures(self) -> None:
+        where = self._where
+        if isinstance(self.image, list):
+            object.__setattr__(self, "image", tuple(self.image))
+        for source in self.sources:
+            if not isinstance(source, Image.Image | str | Path | bytes | Mapping) and not callable(source):
+                raise QuestionError(
+                    f"{where}: a picture is a PIL image, a path, bytes or a function; got {type(source).__name__}"
+                    + (": PIL.Image.fromarray makes one of an array" if hasattr(source, "__array__") else "")
+                )
+            if isinstance(source, str) and not source:
+                raise QuestionError(f"{where}: a picture's path is empty; give image=None for a question without one")
+
+    @property
+    def _where(self) -> str:
+        """How errors name the question."""
+        return f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
+
+    def _derived_id(self) -> str:
+        if any(map(is_function, self.sources)):  # which are not called before their pictures are needed
+            pictures = [picture_key(source) for source in self.sources if not is_function(source)]
+        else:
+            pictures = list(self.source_keys)
+        return derived_id(self.question, self.options, self.answer, self.group, pictures, self.image_id)
+
+    @property
+    def sources(self) -> tuple[PictureSource, ...]:
+        """Where the question's pictures come from, in order."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @property
+    def n_images(self) -> int:
+        """How many pictures the question shows."""
+        return len(self.sources)
+
+    @property
+    def right(self) -> str:
+        """The text of the right option."""
+        return self.options[self.answer]
+
+    def load_images(self) -> tuple[Image.Image, ...]:
+        """The pictures, opened: RGB, upright (EXIF rotation applied), transparency on white, first frame of several.
+
+        Raises:
+            QuestionError: a picture cannot be opened; the message names the question.
+        """
+        opened = []
+        for source in self.sources:
+            try:
+                opened.append(open_picture(source))
+            except Exception as error:
+                name = str(source) if isinstance(source, str | Path) else type(source).__name__
+                raise QuestionError(
+                    f"question {self.id!r}: the picture {name!r} cannot be opened ({type(error).__name__}: {error})"
+                ) from error
+        return tuple(opened)
+
+    @property
+    def image_key(self) -> str:
+        """What identifies the question's pictures: ``image_id``, or a digest of their paths or contents."""
+        if self.image_id is not None:
+            return str(self.image_id)
+        if not self.sources:
+            return f"no image: {self.id}"
+        return "+".join(self.source_keys)
+
+    @cached_property
+    def source_keys(self) -> tuple[str, ...]:
+        """What identifies each picture, by its path or content; found out once, for every batch, split and cluster.
+
+        Only the digests are kept, and an encoded file, such as a dataset's, is not decoded for them.
+
+        Raises:
+            QuestionError: a picture cannot be opened; the message names the question.
+        """
+        try:
+            return tuple(picture_key(source) for source in self.sources)
+        except Exception as error:
+            raise QuestionError(
+                f"{self._where}: a picture cannot be opened ({type(error).__name__}: {error})"
+            ) from error
+
+    @cached_property
+    def keeps_order(self) -> bool:
+        """Whether the options speak of each other's letters or places, so that no other order may be shown.
+
+        They do where they bear letters of their own (``"A. Oslo"``, ``"(B) Paris"``), name other options' letters
+        (``"Both A and B"``), or point to those above (``"None of the above"``, in fifteen languages).
+        """
+        return _bears_letters(self.options) or any(_refers(text, len(self.options)) for text in self.options)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Question):
+            return NotImplemented
+        return self._plain == other._plain and all(
+            a is b
+            or (not isinstance(a, Image.Image) and not callable(a) and a == b)
+            or (isinstance(a, Image.Image) and isinstance(b, Image.Image) and a == b)
+            for a, b in zip(self.sources, other.sources, strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.question, self.options, self.answer, self.group))
+
+    @property
+    def _plain(self) -> tuple[Any, ...]:
+        return (self.question, self.options, self.answer, self.group, self.id, self.metadata, self.n_images)
+
+
+def why_outside(labels: Sequence[int], n_options: int) -> str:
+    """What labels outside the options usually mean, as the end of a sentence; empty where that is not known."""
+    if set(labels) == {-1}:
+        return ". A label of -1 usually means that the dataset keeps its answers secret: use a labelled copy"
+    if set(labels) == {n_options}:
+        return ". The labels may count from 1; here they count from 0: subtract 1, or give the options' letters"
+    return ""
+
+
+# -- metadata and texts that every file can hold -----------------------------------------------------------------------
+
+
+def _check_text(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise QuestionError(
+            f"{what} holds half a character, {text[error.start]!r}, which no file can: {text!r}"
+        ) from None
+
+
+def _plain_metadata(metadata: Mapping[Any, Any], where: str, depth: int = 0) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for name, value in metadata.items():
+        if not isinstance(name, str | int | np.integer):
+            raise QuestionError(f"{where}: names of metadata are texts; got {name!r}")
+        if str(name) in plain:
+            raise QuestionError(f"{where}: two names of metadata read {str(name)!r} as text: call one otherwise")
+        plain[str(name)] = _plain_value(value, f"{where}: metadata {str(name)!r}", depth + 1)
+    return plain
+
+
+def _plain_value(value: Any, where: str, depth: int) -> Any:
+    if depth > _DEEPEST:
+        raise QuestionError(f"{where} is nested more than {_DEEPEST} deep: keep it outside, under the question's id")
+    if hasattr(value, "tolist"):  # numbers and arrays of NumPy and PyTorch
+        value = value.tolist()
+    if is_missing(value) or (isinstance(value, Decimal) and value.is_nan()):
+        return None
+    if isinstance(value, float | Decimal) and value in (float("inf"), float("-inf")):
+        raise QuestionError(f"{where} is infinite, which no file can hold: leave it out, or give it as text")
+    if isinstance(value, int) and abs(value) > _LONGEST:
+        raise QuestionError(f"{where} has more than 1,000 digits, which no file can hold: give it as text")
+    if isinstance(value, Mapping):
+        return _plain_metadata(value, where, depth)
+    if isinstance(value, set | frozenset):  # whose order is another in the next run
+        value = sorted(value, key=lambda part: (type(part).__name__, str(part)))
+    if isinstance(value, list | tuple):
+        parts = [_plain_value(part, where, depth + 1) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value
+
+
+# -- options that speak of each other ----------------------------------------------------------------------------------
+
+_LABEL = re.compile(r"\s*(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s*[.):：、．）]|([A-Za-z])\s+[-–—])\s*\S")
+_ABOVE = re.compile(
+    "|".join(
+        [
+            r"\b(none|all|both|neither|any|either|each|some|two|one|most) of (the |these |those )?"
+            r"(above|below|preceding|previous|following|other|these|those|them|options|choices|answers|first|last)\b",
+            r"\b(all|none) (the )?above\b",
+            r"\bthe (first|last) (two|three)\b",
+            r"\bnot? (among |one of )?(the )?(above|options|choices)\b",
+            r"\b(all|none) (are )?(correct|right|apply)\b",
+            r"(tod[ao]s|ningun[ao]|nenhum[ao]|cualquiera) (de |d)?(l?[ao]s )?(opciones |respuestas )?anteriores",
+            r"ci-dessus|(toutes|aucune) (de )?(ces|les|des) réponses",
+            r"\b(alle|keine)\w* (der |des )?(oben|obigen|genannten)|precedenti\b",
+            r"以上(都|皆|全|均|所有|的|各|选|選|两|兩|三)|上述|上記|위의? ?(모든|모두|어느|보기|둘)|모두 (정답|해당)",
+            r"ما سبق|вышеперечисленн|все перечисленн|उपरोक्त|उपर्युक्त|yukarıdaki|hapo juu",
+            r"(semua|tidak ada|bukan) (yang |pilihan |jawaban )?di ?atas|(tất cả|không).*(ở trên|trên đây)",
+        ]
+    ),
+    re.IGNORECASE,
+)
+
+
+def _labels(options: Sequence[str]) -> list[str]:
+    """The letter that each option bears by itself; empty where it bears none, or one of no option."""
+    found = [_LABEL.match(option) for option in options]
+    letters = [next(filter(None, match.groups())).upper() if match else "" for match in found]
+    return [letter if letter in LETTERS[: len(options)] else "" for letter in letters]
+
+
+def _bears_letters(options: Sequence[str]) -> bool:
+    """Whether two options or more bear letters of their own, each that of its place."""
+    labels = _labels(options)
+    return sum(map(bool, labels)) > 1 and all(own in ("", letter) for own, letter in zip(labels, LETTERS))
+
+
+_JOIN = r"\s*(?:(?:,|&|\+|/|、|(?i:and|or|nor|y|et|und|oder|e|o|ou|и|или|dan|ve|und)\b|和|与|或|と|와|과|و)\s*)+"
+
+
+def _refers(text: str, n_options: int) -> bool:
+    """Whether an option's text is about other options."""
+    one = rf"[(\[]?[{LETTERS[:n_options]}][)\]]?"
+    named = rf"\b(?i:both|either|neither|only|options?|choices?|answers?)\s+{one}(?![\w'’-])"
+    alone = rf"^\W*{one}(?:{_JOIN}{one})+(?:\s+(?i:only|both))?\W*$"
+    return any(re.search(pattern, text) for pattern in (_ABOVE, named, alone))
+
+
+# -- texts and digests -------------------------------------------------------------------------------------------------
+
+
+def derived_id(*parts: Any) -> str:
+    """An id for a question that has none, from all that it is."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def hash_of(*parts: Any) -> str:
+    """The same hexadecimal digits for the same parts on every machine."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
+
+
+def value_of(item: Question, key: str | Callable[[Question], Any]) -> Any:
+    """A question's field or metadata by name, or what a function makes of it.
+
+    Raises:
+        QuestionError: it has no such column.
+    """
+    if callable(key):
+        return key(item)
+    if key in ("id", "question", "options", "answer", "group", "right", "n_images", "image_id"):
+        return getattr(item, key)
+    if key in item.metadata:
+        return item.metadata[key]
+    raise QuestionError(f"question {item.id!r} has no column {key!r}; it has {', '.join(item.metadata) or 'none'}")
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def normalize(text: str) -> str:
+    """Text for comparison: Unicode NFKC, case folded, runs of white space as one space, no punctuation at the ends."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return folded.strip("""#.,;:!?"'`*()[]{}。、""".replace("#", " ")) or folded

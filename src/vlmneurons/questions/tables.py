@@ -1,0 +1,657 @@
+"""Rows of any source become questions: a folder's table, a dataset, dictionaries, a table of pandas, CVQA.
+
+Whatever a row holds is asked with, is kept as metadata, or is refused by row and column. Above all no picture is
+dropped: a cell that holds one, in any of the forms that tables have for it, and that no field ``image`` names, would be
+metadata of a question that is asked blind.
+"""
+
+import ast
+import contextlib
+import csv
+import difflib
+import io
+import json
+import re
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmneurons.checks import is_missing, of_kind
+from vlmneurons.errors import QuestionError
+from vlmneurons.questions import media
+from vlmneurons.questions.media import Base64Picture, DatasetPicture
+from vlmneurons.questions.question import LETTERS, Question, derived_id
+
+FIELDS = ("image", "question", "options", "answer", "group", "id", "image_id")
+"""What a table says of a question; every further column is metadata."""
+
+_SEVERAL = ("image", "options")
+"""Fields that several columns may make up."""
+
+_OTHER_NAMES = {
+    "image": ("images", "picture", "pictures", "photo", "img", "image_path", "image_1", "file_name"),
+    "question": ("query", "prompt", "text", "q"),
+    "options": ("choices", "candidates", "answers", "endings"),
+    "answer": ("label", "correct", "target", "correct_answer", "answer_idx", "gold", "solution"),
+    "group": ("culture", "country", "language", "category", "subset", "topic", "class"),
+    "id": ("index", "ID", "qid", "question_id"),
+}
+_OPTION = re.compile(r"(?:options?|choices?|answers?|opt|ans)[ _-]?([A-Za-z]|\d)", re.IGNORECASE)
+_LONGEST = 20_000
+"""Characters of the longest text that is read as a list of Python's; a longer one is no list of options."""
+
+# -- where rows come from ----------------------------------------------------------------------------------------------
+
+
+def rows_of_folder(folder: Path, table: str | None) -> tuple[Path, list[dict[str, Any]]]:
+    """The table of a folder, and its rows.
+
+    Raises:
+        QuestionError: no table or several, or one that cannot be read without losing something.
+    """
+    if table is None:
+        found = sorted(path.name for path in folder.glob("*") if path.suffix in (".csv", ".tsv", ".jsonl"))
+        if len(found) != 1:
+            has = f"{len(found)}: {', '.join(found)}" if found else "none"
+            raise QuestionError(f"{folder} must hold one .csv, .tsv or .jsonl table; it has {has}. Name one: table=…")
+        table = found[0]
+    path = folder / table
+    if path.suffix in (".parquet", ".arrow", ".xlsx", ".json"):
+        raise QuestionError(
+            f"the table {path} is no .csv, .tsv or .jsonl: read it with pandas or datasets, and give it to "
+            "QuestionSet.from_rows or from_dataset"
+        )
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no ordinary file")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise QuestionError(f"the table {path} cannot be read: {error}") from error
+    return path, _json_lines(text, path) if path.suffix == ".jsonl" else _cells(text, path)
+
+
+def _cells(text: str, path: Path) -> list[dict[str, Any]]:
+    cells = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    try:
+        rows = list(cells)
+    except csv.Error as error:
+        hint = "; a picture as text belongs into a .jsonl table" if "limit" in str(error) else ""
+        raise QuestionError(f"{path}, after line {cells.line_num}, cannot be read: {error}{hint}") from error
+    _refuse_twice(cells.fieldnames or (), str(path))
+    for number, row in enumerate(rows, start=1):
+        surplus = [cell for cell in row.pop(None, None) or () if cell]  # type: ignore[call-overload]
+        if surplus:
+            raise QuestionError(
+                f"{path}, row {number} has more cells than there are columns, such as {surplus[0][:60]!r}: put texts "
+                "that hold the separator into quotation marks"
+            )
+    return rows
+
+
+def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_twice([name for name, _ in pairs], f"{path}, line {number}")
+        return dict(pairs)
+
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line separators
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=once)
+        except QuestionError:
+            raise
+        except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
+            raise QuestionError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise QuestionError(f"{path}, line {number} is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _refuse_twice(names: Sequence[Any], where: str) -> None:
+    """One of two columns of a name would be lost."""
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if twice:
+        raise QuestionError(f"{where}: the column {twice[0]!r} stands there twice: give each a name of its own")
+
+
+def rows_of_table(rows: Any) -> list[dict[str, Any]]:
+    """Dictionaries as they are, and the rows of a table of pandas.
+
+    Raises:
+        QuestionError: it is neither.
+    """
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        _refuse_twice(list(rows.columns), "the table")
+        rows = rows.to_dict("records")
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise QuestionError(
+            f"from_rows takes a list of dictionaries or a pandas.DataFrame; got {type(rows).__name__}. "
+            "QuestionSet.from_folder reads a table's file, from_dataset a dataset"
+        )
+    rows = list(rows)
+    for number, row in enumerate(rows):
+        of_kind(f"row {number}", row, Mapping, QuestionError, "a dictionary of values by column")
+    return [dict(row) for row in rows]
+
+
+def names_in_dataset(dataset: Any) -> Sequence[str] | None:
+    """Names of a dataset's columns, where they are known before its rows are read."""
+    transformed = getattr(dataset, "format", {}).get("type") == "custom" if hasattr(dataset, "format") else False
+    return None if transformed else dataset.column_names
+
+
+def rows_of_dataset(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset. Pictures are tuples of functions: one that is broken spoils its own question only."""
+    import datasets
+
+    if names_in_dataset(dataset) is None and not isinstance(dataset, datasets.IterableDataset):  # a transform
+        for number in range(len(dataset)):
+            yield {name: _again(dataset, number, name, value) for name, value in dataset[number].items()}
+        return
+    features = dataset.features or {}
+    pictured = [name for name, form in features.items() if _is_pictured(form)]
+    dataset = dataset.with_format(None)
+    if isinstance(dataset, datasets.IterableDataset):
+        for name in pictured:
+            dataset = dataset.cast_column(name, _undecoded(features[name])) if _is_decoded(features[name]) else dataset
+        yield from (_named(row, features) for row in dataset)  # nobody could come back for a picture later
+        return
+    columns = {name: iter(_lazy(dataset, name)) for name in pictured}
+    for row in dataset.remove_columns(pictured) if len(pictured) < len(features) else ({} for _ in range(len(dataset))):
+        yield _named(row, features) | {name: next(cells) for name, cells in columns.items()}
+
+
+def _again(dataset: Any, number: int, name: str, value: Any) -> Any:
+    """A cell that a transform made: pictures are made again when they are needed, and not kept."""
+    if isinstance(value, Image.Image):
+        return DatasetPicture(dataset, number, name)
+    if isinstance(value, list | tuple) and any(isinstance(part, Image.Image) for part in value):
+        return [
+            DatasetPicture(dataset, number, name, place) if isinstance(part, Image.Image) else part
+            for place, part in enumerate(value)
+        ]
+    return value
+
+
+def _inner(form: Any) -> Any:
+    """What a column's lists hold; the form itself where it holds none."""
+    form = form[0] if isinstance(form, list) else form
+    return form.feature if type(form).__name__ in ("List", "LargeList", "Sequence") else form
+
+
+def _is_decoded(form: Any) -> bool:
+    return type(_inner(form)).__name__ == "Image"
+
+
+def _is_pictured(form: Any) -> bool:
+    """Whether a column is made for pictures, or lists of them: as such, or as encoded files without a name for it."""
+    inner = _inner(form)
+    return _is_decoded(form) or (isinstance(inner, Mapping) and set(inner) == {"bytes", "path"})
+
+
+def _undecoded(form: Any) -> Any:
+    import datasets
+
+    picture = datasets.Image(decode=False)
+    if _inner(form) is form:
+        return picture
+    return [picture] if isinstance(form, list) else type(form)(picture)
+
+
+def _lazy(dataset: Any, name: str) -> Iterator[Any]:
+    """Each row's pictures of a column, unread: which there are is in Arrow's own books."""
+    dataset = dataset.select_columns([name]).with_format("arrow")
+    number = 0
+    for table in dataset.iter(batch_size=1000):
+        for chunk in table.column(name).chunks:
+            for cell in _filled(chunk):
+                if isinstance(cell, list):
+                    yield [DatasetPicture(dataset, number, name, n) if there else None for n, there in enumerate(cell)]
+                else:
+                    yield DatasetPicture(dataset, number, name) if cell else ({} if cell is False else None)
+                number += 1
+
+
+def _filled(chunk: Any) -> list[Any]:
+    """For each cell whether there is a picture; None for none at all, False for one without content."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(chunk, pa.ExtensionArray):
+        chunk = chunk.storage
+    if pa.types.is_struct(chunk.type):
+        known = [part for part in chunk.flatten() if not pa.types.is_null(part.type)]
+        lengths = [pc.fill_null(pc.binary_length(part), 0).to_pylist() for part in known]
+        return [any(n) if known else None for *n, known in zip(*lengths, chunk.is_valid().to_pylist(), strict=True)]
+    parts = iter(_filled(chunk.flatten()))
+    return [None if n is None else [next(parts) for _ in range(n)] for n in pc.list_value_length(chunk).to_pylist()]
+
+
+def _named(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose classes have their names; -1, which datasets have where there is none, is none."""
+
+    def of(value: Any, form: Any) -> Any:
+        if hasattr(form, "int2str"):
+            return form.int2str(value) if isinstance(value, int) and value >= 0 else None
+        inner = _inner(form)
+        return [of(part, inner) for part in value] if inner is not form and isinstance(value, list) else value
+
+    return {name: of(value, features.get(name)) for name, value in row.items()}
+
+
+# -- which column is which ---------------------------------------------------------------------------------------------
+
+
+def questions_of_rows(
+    rows: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str | Sequence[str]] | None,
+    where: str,
+    *,
+    start: int = 0,
+    folder: Path | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Question]:
+    """The questions of rows.
+
+    Args:
+        rows: values by column.
+        columns: the column of each field, or several, where it is not called as the field is.
+        where: how errors call a row, before its number.
+        start: number of the first row.
+        folder: where paths of pictures begin, and which they may not leave.
+        names: the columns that there are; by default those of all rows.
+
+    Raises:
+        QuestionError: a column is not there, or a row is no question.
+    """
+    rows = rows if names is not None else list(rows)
+    have = list(names if names is not None else dict.fromkeys(name for row in rows for name in row))
+    column_of = _columns(columns, have, needed=names is not None)
+    questions = []
+    for number, row in enumerate(rows, start=start):
+        place = f"{where} {number}"
+        fields, rest = {}, dict(row)
+        for field, its in column_of.items():
+            cells = [rest.pop(name) for name in its if name in rest]
+            if len(its) == 1 and cells:
+                fields[field] = cells[0]
+            elif cells:
+                filled = [not _is_empty(cell) for cell in cells]
+                if field == "options" and sorted(filled, reverse=True) != filled:
+                    raise QuestionError(f"{place}: option {its[filled.index(False)]!r} is empty, one after it is not")
+                fields[field] = [cell for cell, there in zip(cells, filled, strict=True) if there]
+        questions.append(question_of_row(fields, rest, place, folder, column_of))
+    return questions
+
+
+def _columns(columns: Any, have: Sequence[Any], *, needed: bool) -> dict[str, tuple[str, ...]]:
+    of_kind("columns", {} if columns is None else columns, Mapping, QuestionError, "a dictionary {field: column}")
+    column_of: dict[str, tuple[str, ...]] = {name: (name,) for name in FIELDS}
+    for field, name in (columns or {}).items():
+        if field not in column_of:
+            raise QuestionError(
+                f"columns has no field {field!r}; a question has {', '.join(FIELDS)}{_close(str(field), FIELDS)}"
+            )
+        if not isinstance(name, str) and not (isinstance(name, list | tuple) and name and field in _SEVERAL):
+            raise QuestionError(
+                f"columns: {field!r} is the name of a column"
+                f"{', or a list of names' if field in _SEVERAL else ''}; got {name!r}"
+            )
+        column_of[field] = (name,) if isinstance(name, str) else tuple(name)
+    twice = [name for field in columns or {} for name in column_of[field]]
+    if len(set(twice)) < len(twice):
+        _refuse_twice(twice, "columns")
+    for field in dict.fromkeys((*(columns or {}), "question", "answer", "group")):
+        absent = [name for name in column_of[field] if name not in have]
+        if absent and (needed or field in (columns or {})) and have:
+            what = "dataset" if needed else "table"
+            raise QuestionError(
+                f"the {what} has no column {absent[0]!r} for {field!r}; it has {', '.join(map(str, have))}"
+                f"{_advice(field, absent[0], have)}"
+            )
+    # A field's usual name is another field's column, or stays metadata, where the field has a column of its own.
+    taken = {name for field in columns or {} for name in column_of[field]}
+    column_of = {name: its for name, its in column_of.items() if name in (columns or {}) or not taken.intersection(its)}
+    return {name: tuple(one for one in its if one in have) for name, its in column_of.items()}
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.casefold(), [str(one).casefold() for one in names], 1)
+    found = [str(one) for one in names if near and str(one).casefold() == near[0]]
+    return f". Did you mean {found[0]!r}?" if found else ""
+
+
+def _advice(field: str, name: str, have: Sequence[Any]) -> str:
+    """What the column may be called instead."""
+    if field == "options":
+        options = [column for column in have if _OPTION.fullmatch(str(column))]
+        if len(options) > 1:
+            return f". Did you mean columns={{'options': {options}}}?"
+    low = {str(column).casefold(): str(column) for column in have}
+    near = difflib.get_close_matches(name.casefold(), list(low), 1, cutoff=0.8)
+    near += [word.casefold() for word in _OTHER_NAMES.get(field, ()) if word.casefold() in low]
+    near += difflib.get_close_matches(name.casefold(), [one for one in low if one not in FIELDS], 1)
+    found = low[near[0]] if near else None
+    return f". Did you mean columns={{{field!r}: {found!r}}}?" if found and found != name else ""
+
+
+def _is_empty(cell: Any) -> bool:
+    return is_missing(cell) or (isinstance(cell, str) and cell == "")
+
+
+# -- one row -----------------------------------------------------------------------------------------------------------
+
+
+def question_of_row(
+    fields: Mapping[str, Any],
+    rest: Mapping[str, Any],
+    where: str,
+    folder: Path | None = None,
+    column_of: Mapping[str, Sequence[str]] | None = None,
+) -> Question:
+    """The question of a row.
+
+    Args:
+        fields: values of the question's fields, as tables have them.
+        rest: what else the row holds: letters of options, and metadata.
+        where: how errors call the row.
+        folder: where paths of pictures begin, and which they may not leave.
+        column_of: the columns of each field, for errors.
+
+    Raises:
+        QuestionError: it is no question, or something of it would be lost.
+    """
+    rest = dict(rest)
+    options = _options(fields.get("options"), rest, where)
+    missing = [name for name in ("question", "answer", "group") if _is_empty(fields.get(name))]
+    missing = [name for name in missing if name != "answer" or fields.get(name) in (None, "")]
+    if missing:
+        names = [str(name) for name in (*fields, *rest)]
+        raise QuestionError(
+            f"{where}: no value for {', '.join(missing)}; the row has {', '.join(names)}"
+            f"{'' if missing[0] in fields else _advice(missing[0], missing[0], names)}"
+        )
+    for name in ("question", "group"):
+        if not isinstance(fields[name], str | int | float | np.generic):
+            raise QuestionError(f"{where}: {name} is a text; got {type(fields[name]).__name__} {fields[name]!r:.80}")
+    its = ", ".join(map(repr, (column_of or {}).get("image", ("image",)))) or "'image'"
+    pictures = _pictures(fields.get("image"), f"{where}, column {its}", folder)
+    refuse_unasked(rest, where, folder, pictures, column_of)
+    question, group = str(fields["question"]), str(fields["group"])
+    right = answer_index(fields["answer"], options, where) if 2 <= len(options) <= len(LETTERS) else 0
+    identity, image_id = (None if _is_empty(fields.get(name)) else str(fields[name]) for name in ("id", "image_id"))
+    texts = tuple(map(str, options))
+    if identity is None and folder is not None and pictures:  # the same wherever the folder lies
+        named = [str(part.relative_to(folder) if isinstance(part, Path) else part) for part in pictures]
+        identity = derived_id(question, texts, right, group, named, str(image_id))
+    try:
+        item = Question(
+            None if not pictures else pictures[0] if len(pictures) == 1 else pictures,
+            *(question, texts, right, group),
+            id=identity or "",
+            metadata=rest,
+            image_id=image_id,
+        )
+    except QuestionError as error:
+        raise QuestionError(f"{where}: {error}") from error
+    for picture in pictures:
+        if isinstance(picture, str | Path) and (fault := _fault(Path(picture))):
+            raise QuestionError(f"{where}, column {its}: the picture '{picture}' {fault}")
+    return item
+
+
+def _fault(path: Path) -> str:
+    """What keeps a file from being opened, as far as that can be told without opening it."""
+    try:
+        return "" if path.is_file() else "is no ordinary file" if path.exists() else "is not there"
+    except (OSError, ValueError) as error:
+        return f"is no path: {error}"
+
+
+def _options(options: Any, rest: dict[str, Any], where: str) -> list[Any]:
+    if isinstance(options, str):
+        options = literal_list(options, f"{where}: options must be a JSON list")
+    if hasattr(options, "tolist"):
+        options = options.tolist()
+    if options is None:
+        options = _lettered(rest, where)
+    if not isinstance(options, Sequence) or isinstance(options, str | bytes):
+        advice = _advice("options", "options", list(rest))
+        raise QuestionError(f"{where}: no options; give a list in 'options', or columns A, B, C, D{advice}")
+    if any(map(is_missing, options)):  # its text would read "None"
+        raise QuestionError(f"{where}: an option is missing; got {list(options)!r}")
+    if not all(isinstance(option, str | int | float | np.generic) for option in options):
+        raise QuestionError(f"{where}: options are texts or numbers; got {list(options)!r:.120}")
+    if not options and (advice := _advice("options", "options", list(rest))):
+        raise QuestionError(f"{where}: no options; the row has {', '.join(map(str, rest))}{advice}")
+    return list(options)
+
+
+def _lettered(rest: dict[str, Any], where: str) -> list[str]:
+    """Options in columns of their own, ``A``, ``B`` … or ``a``, ``b`` …, which are taken out of the rest."""
+    upper = [letter for letter in LETTERS if not _is_empty(rest.get(letter))]
+    lower = [letter for letter in LETTERS.lower() if not _is_empty(rest.get(letter))]
+    small = not {"A", "B"} & set(rest) and {"a", "b"} <= set(rest)
+    alphabet, filled = (LETTERS.lower(), lower) if small else (LETTERS, upper)
+    if filled != list(alphabet[: len(filled)]):
+        raise QuestionError(f"{where}: options {', '.join(filled)} are there, one before is empty")
+    if not small and filled and len(filled) < 26 and LETTERS[len(filled)].lower() in lower:
+        raise QuestionError(
+            f"{where}: options {', '.join(filled)} are there, and a column {LETTERS[len(filled)].lower()!r}: write the "
+            "letters of options alike, or call the column otherwise"
+        )
+    options = [str(rest[letter]) for letter in filled]
+    for letter in alphabet:
+        rest.pop(letter, None)
+    return options
+
+
+def literal_list(text: str, what: str) -> Any:
+    """The list that a text spells, in JSON or in Python's own way; never run.
+
+    Args:
+        text: the text.
+        what: how an error begins.
+
+    Raises:
+        QuestionError: it spells none for certain: two texts with nothing between them, as NumPy prints them, would be
+            read as one.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        found = error
+    if len(text) <= _LONGEST:
+        try:
+            value = ast.literal_eval(text.strip())
+            tokens = list(tokenize.generate_tokens(io.StringIO(text.strip()).readline))
+            texts = sum(token.type == tokenize.STRING for token in tokens)
+            if isinstance(value, list | tuple) and texts in (0, sum(isinstance(part, str) for part in value)):
+                return list(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
+            pass
+    raise QuestionError(f"{what}; got {text!r:.200}") from found
+
+
+def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
+    """The index of the right option, from an index, a letter or the option's text.
+
+    Raises:
+        QuestionError: it is none of these, or two of them, and of different options.
+    """
+    if isinstance(answer, bool | np.bool_) or is_missing(answer):
+        raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor an option's text")
+    if isinstance(answer, float | np.floating) and float(answer).is_integer():
+        answer = int(answer)  # as pandas has whole numbers in a column with holes
+    text = str(answer).strip()
+    same = [index for index, option in enumerate(options) if str(option).strip() == text][:1]
+    place = None
+    if isinstance(answer, int | np.integer) or re.fullmatch(r"-?\d{1,9}", text):
+        place = int(answer)
+        same = same or [index for index, option in enumerate(options) if _number(option) == place][:1]
+    elif len(text) == 1 and text.upper() in LETTERS:
+        place = LETTERS.index(text.upper())
+    if same and place is not None and place not in same and 0 <= place < len(options):
+        raise QuestionError(
+            f"{where}: answer {answer!r} may mean the text of an option or its place; among options that are numbers "
+            "give its letter, among letters its index"
+        )
+    if same or place is not None:
+        return same[0] if same else place  # type: ignore[return-value]
+    raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor one of the options")
+
+
+def _number(option: Any) -> float | None:
+    try:
+        return float(str(option).replace("_", "x"))
+    except ValueError:
+        return None
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _parts(cell: Any) -> list[Any]:
+    """The pictures of a cell: one, or those of a list, which may stand there as its text."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        cell = literal_list(cell, "a list of pictures must be a JSON list")
+    if isinstance(cell, np.ndarray) and cell.dtype == object:
+        cell = cell.tolist()
+    return list(cell) if isinstance(cell, list | tuple) else [] if _is_empty(cell) else [cell]
+
+
+def _pictures(cell: Any, where: str, folder: Path | None) -> tuple[Any, ...]:
+    try:
+        parts = [part for one in _parts(cell) for part in ([one] if _is_empty(one) else _parts(one))]
+    except QuestionError as error:
+        raise QuestionError(f"{where}: {error}") from error
+    return tuple(_picture(part, where, folder) for part in parts)
+
+
+def _picture(part: Any, where: str, folder: Path | None) -> Any:
+    """One picture of a cell, in a form that `Question` takes."""
+    if isinstance(part, Mapping) and set(part) & {"bytes", "path"}:
+        part = part.get("bytes") or part.get("path")
+    if _is_empty(part) or (isinstance(part, bytes | Mapping) and not part):
+        raise QuestionError(f"{where}: a picture is empty: take it out of its list, or leave the whole cell empty")
+    if isinstance(part, str):
+        if media.is_base64_picture(part):
+            return Base64Picture(part)
+        if media.is_url(part):
+            raise QuestionError(f"{where}: {part!r:.120} is elsewhere, and nothing is fetched: save it, give its path")
+        return part if folder is None else inside(folder, part, where)
+    if isinstance(part, Path) and folder is not None:
+        return inside(folder, str(part), where)
+    if isinstance(part, Image.Image | bytes | Path) or callable(part):
+        return part
+    shape = ": PIL.Image.fromarray makes a picture of an array" if hasattr(part, "__array__") else ""
+    raise QuestionError(
+        f"{where}: a picture is a path, bytes, base64 text, {{'bytes', 'path'}} or a PIL image; got "
+        f"{type(part).__name__} {part!r:.60}{shape}"
+    )
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """A path of a table, which may not lead out of the table's folder.
+
+    Raises:
+        QuestionError: it does, or is no path.
+    """
+    try:
+        within = (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        raise QuestionError(f"{where}: {name!r:.200} is no path of a picture: {error}") from error
+    if not within:
+        raise QuestionError(f"{where}: the picture's path {name!r} leads out of the folder {folder}")
+    return folder / name
+
+
+def refuse_unasked(
+    rest: Mapping[str, Any],
+    where: str,
+    folder: Path | None,
+    pictures: Sequence[Any],
+    column_of: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Refuse a row with a picture in a column that no field names: the question would be asked without it.
+
+    Args:
+        rest: the row's other columns.
+        where: how errors call the row.
+        folder: where paths begin.
+        pictures: those that the question is asked with.
+        column_of: the columns of each field.
+
+    Raises:
+        QuestionError: there is one; the message names the column.
+    """
+    own = {str(picture) for picture in pictures}
+    found = [name for name, value in rest.items() if _holds_picture(value, folder, own, named=not pictures)]
+    if found:
+        of_picture = [*(column_of or {}).get("image", ("image",) if pictures else ()), *found]
+        all_of_them = of_picture if len(of_picture) > 1 else found[0]
+        raise QuestionError(
+            f"{where}, column {found[0]!r} holds a picture, {_described(rest[found[0]])}, that the question would be "
+            f"asked without: give columns={{'image': {all_of_them!r}}}, or leave the column out to ask without it"
+        )
+
+
+def _holds_picture(value: Any, folder: Path | None, own: set[str], *, named: bool, depth: int = 4) -> bool:
+    """Whether a cell shows a picture in any of the forms that tables have for one.
+
+    Args:
+        value: the cell.
+        folder: where paths begin.
+        own: paths that the question is asked with.
+        named: whether a mere name of a picture's file, which is not there, is one as well: where a question has no
+            picture, it is more likely forgotten than meant as a remark.
+        depth: how deep lists and dictionaries are looked through.
+    """
+    if isinstance(value, Image.Image | DatasetPicture | Base64Picture):
+        return True
+    if isinstance(value, bytes | bytearray):
+        return media.has_signature(bytes(value[:16]))
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.dtype == np.uint8 and value.ndim == 3 and value.shape[-1] in (1, 3, 4)
+    if isinstance(value, str) and value.startswith("[") and len(value) < _LONGEST:
+        with contextlib.suppress(QuestionError):
+            value = literal_list(value, "")
+    if isinstance(value, str):
+        return media.is_base64_picture(value) or _names_picture(value, folder, own, named)
+    if isinstance(value, Mapping):
+        if value and set(value) <= {"bytes", "path"}:
+            return bool(value.get("bytes") or value.get("path"))
+        value = list(value.values())
+    if isinstance(value, list | tuple | np.ndarray) and depth:
+        return any(_holds_picture(part, folder, own, named=named, depth=depth - 1) for part in value)
+    return False
+
+
+def _names_picture(text: str, folder: Path | None, own: set[str], named: bool) -> bool:
+    if not 0 < len(text) < 256 or "\n" in text:
+        return False
+    has_suffix = text.partition("?")[0].lower().endswith(media.SUFFIXES)
+    if media.is_url(text) or (named and has_suffix and " " not in text.strip()):
+        return named and has_suffix
+    path = Path(text) if folder is None else folder / text
+    if str(path) in own or (folder is None and not has_suffix):
+        return False
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return has_suffix or media.has_signature(file.read(16))
+    except (OSError, ValueError):  # it cannot be a path
+        return False
+
+
+def _described(value: Any) -> str:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return f"{value!r:.60}" if isinstance(value, str) else f"a {type(value).__name__}"
