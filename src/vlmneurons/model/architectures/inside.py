@@ -1,9 +1,9 @@
 """Hooks that stand where the model itself does, within nnsight's handoff of a module's values to a trace.
 
 nnsight runs *inside* PyTorch's hooks: a trace is served a module's input after all forward pre-hooks, and its output
-before any forward hook. So an input is best changed by a pre-hook and an output best read by a hook; the other two have
-to stand further in, next to the module's own code. Then the order is one everywhere: what changes a value comes first, a
-trace reads and writes it next, and what only looks at it sees what the model goes on with.
+before any forward hook. So an input is best changed by a pre-hook, and an output best read by a hook; the other two
+have to stand further in, next to the module's own code. Then the order is one everywhere: what changes a value comes
+first, a trace reads and writes it next, and what only looks at it sees what the model goes on with.
 """
 
 import functools
