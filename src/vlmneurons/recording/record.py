@@ -15,7 +15,7 @@ import torch
 from vlmneurons.checks import path_of, whole
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.model.encoder import TokenRule
-from vlmneurons.model.vlm import VLM
+from vlmneurons.model.vlm import VLM, refuse_edits
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions.sets import Question, QuestionSet
@@ -95,6 +95,7 @@ def record(
         questions = questions.asked(answer=answer)
     reader = reader_of(questions.answer)
     recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
+    refuse_edits(model)
     recorder._strict = False
     reader = reader_at(model, reader, remote, recorder)
     skipped: list[str] = []
@@ -196,6 +197,7 @@ def record_items(
         questions = questions.asked(answer=answer)
     reader = reader_of(questions.answer)
     recorder = Recorder(model, space, tokens=tokens, magnitudes=magnitudes)
+    refuse_edits(model)
     recorder._strict = False
     recorder._maxima = maxima
     reader = reader_at(model, reader, remote, recorder)

@@ -18,6 +18,7 @@ from vlmneurons._version import __version__
 from vlmneurons.checks import flag, names, of_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.model.architectures.hooks import Handle, read
+from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule, free_tokens
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
 from vlmneurons.model.vlm import VLM, check_model
@@ -202,8 +203,8 @@ class Recorder:
             for number, site in enumerate(self.space.sites):
                 mlp = self.model.mlp_of(site)
                 self._handles.append(read(hf, mlp, site.kind, self._callback(number)))
-            self._handles.append(Handle([hf.register_forward_pre_hook(self._begin, with_kwargs=True)]))
-            self._handles.append(Handle([hf.register_forward_hook(self._end)]))
+            self._handles.append(Handle([hf.register_forward_pre_hook(Hook(self._begin), with_kwargs=True)]))
+            self._handles.append(Handle([hf.register_forward_hook(Hook(self._end))]))
         except BaseException:
             self._detach()
             raise

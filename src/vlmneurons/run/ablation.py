@@ -6,6 +6,7 @@ calls, and every token of every step of ``generate``. Ablations nest: each acts 
 
 import asyncio
 import threading
+import types
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from vlmneurons.checks import real
 from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.model.architectures.hooks import Handle, write
+from vlmneurons.model.architectures.inside import Hook, Removal
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace, Site
@@ -82,6 +84,41 @@ def _current_task() -> Any:
 
 
 _OWNERS = _Owners()
+
+
+class _Refusal:
+    """Stands in the way of ``save_pretrained`` while a model is ablated: its weights are not what it computes with."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.hf, self.holders, self.before = weakref.ref(hf), 0, vars(hf).get("save_pretrained")
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise AblationError(
+            "this model is being ablated, and an ablation is no part of its weights: what is saved would be the "
+            "untouched model. Save it outside of the ablation"
+        )
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Any:
+        # A copy of the model is not ablated, and may be saved.
+        hf = self.hf()
+        copied = memo.get(id(hf))
+        return self if hf is None or copied is None else types.MethodType(type(hf).save_pretrained, copied)
+
+
+def _refuse_saving(hf: nn.Module) -> Removal:
+    refusal = vars(hf).get("save_pretrained")
+    if not isinstance(refusal, _Refusal):
+        refusal = vars(hf)["save_pretrained"] = _Refusal(hf)
+    refusal.holders += 1
+
+    def allow() -> None:
+        refusal.holders -= 1
+        if refusal.holders == 0:
+            vars(hf).pop("save_pretrained", None)
+            if refusal.before is not None:
+                vars(hf)["save_pretrained"] = refusal.before
+
+    return Removal(allow)
 
 
 @dataclass(frozen=True)
@@ -250,8 +287,8 @@ class Ablation:
         _OWNERS.take(hf)
         try:
             # Entered first and removed last, so that an empty set is guarded against other threads as well.
-            guard = hf.register_forward_pre_hook(lambda module, args: _OWNERS.check(module))
-            self._handles.append(Handle([guard]))
+            guard = hf.register_forward_pre_hook(Hook(lambda module, args: _OWNERS.check(module)))
+            self._handles.append(Handle([guard, _refuse_saving(hf)]))
             for site, edit in self._edits.items():
                 mlp = self.model.mlp_of(site.at(self.at))
                 self._handles.append(write(hf, mlp, self.at, self._editor(site, edit)))

@@ -15,7 +15,7 @@ from vlmneurons.checks import path_of
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.folders import RunFolder, Stopped
 from vlmneurons.model.identity import digest_of_weights
-from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.model.vlm import VLM, check_model, refuse_edits
 from vlmneurons.neurons.sets import NeuronSet, Selection
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions.identity import digest_of_questions
@@ -96,6 +96,7 @@ def knockout(
     if on_error not in ("raise", "skip"):
         raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
     check_model(model)
+    refuse_edits(model)
     check_sizes(batch_size, prefetch)
     batch_size = int(batch_size)  # as the manifest has it
     controls = QuestionSet(controls) if controls is not None and not isinstance(controls, QuestionSet) else controls

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from vlmneurons.checks import whole
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.architectures.hooks import write
-from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.model.vlm import VLM, check_model, refuse_edits
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.sets import Question, QuestionSet
@@ -68,6 +68,7 @@ def screen(
         ``screen(model, questions, {"CAS": [CAS(r).select(stats) for r in (0.001, 0.005, 0.02)]})``
     """
     check_model(model)
+    refuse_edits(model)
     questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
     if not len(questions):
         raise QuestionError("there are no questions to screen with")
