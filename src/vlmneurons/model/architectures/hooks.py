@@ -311,7 +311,7 @@ class _Served:
         # Inference tensors do not count what is written to them.
         self.before = gate.clone() if gate.is_inference() else None
         self.version = None if gate.is_inference() else gate._version
-        self.source = (pre.untyped_storage().data_ptr(), None if pre.is_inference() else pre._version)
+        self.source = (pre.untyped_storage()._cdata, None if pre.is_inference() else pre._version)
 
     def is_changed(self) -> bool:
         if self.assigned or self.before is None:
@@ -320,7 +320,7 @@ class _Served:
 
     def is_differentiated(self, pre: Tensor) -> bool:
         """Whether gradients should flow through it: only if nothing was written to what it was computed from."""
-        return self.gate.requires_grad and self.source == (pre.untyped_storage().data_ptr(), pre._version)
+        return self.gate.requires_grad and self.source == (pre.untyped_storage()._cdata, pre._version)
 
 
 def _first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
