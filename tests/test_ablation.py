@@ -5,11 +5,14 @@ import threading
 
 import pytest
 import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 import vlmneurons as vn
 from helpers import language_blocks, logits_of, plain_edit, plain_hooks, some_questions
 from vlmneurons.errors import AblationError, MismatchError, SelectionError
 from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.testing import tiny_inputs, tiny_model, tiny_template
 
 CHOSEN = {0: [3, 40], 2: [0, 1, 2, 63], 3: [17]}
 
@@ -439,3 +442,183 @@ def test_its_repr_says_what_it_does(model):
     assert repr(vn.Ablation(model, neurons_of(model))) == "Ablation(7 neurons, 'zero', at='post')"
     scaled = vn.Ablation(model, [neurons_of(model)] * 2, "scale", factor=1.5, at="gate")
     assert repr(scaled) == "Ablation(2 rows, 'scale', factor=1.5, at='gate')"
+
+
+# -- the order: what changes a value, what a trace writes, what looks at it --------------------------------------------
+
+MODELS = ["llava_next_qwen2", "qwen2_5_vl", "gemma3", "molmo2", "llama4", "florence2"]
+"""Gated with modules, ungated vision towers, fused projections, experts beside dense layers, an encoder-decoder."""
+
+
+def functional_model():
+    """A model whose activation is a function."""
+    hf, processor = tiny_model("llava_next_mistral")
+
+    class Functional(nn.Module):
+        def __init__(self, like):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = like.gate_proj, like.up_proj, like.down_proj
+
+        def forward(self, x):
+            return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    for layer in hf.model.language_model.layers:
+        layer.mlp = Functional(layer.mlp)
+    return hf, processor
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "functional"])
+def any_model(request):
+    name = request.param
+    hf, processor = functional_model() if name == "functional" else tiny_model(name)
+    known = "llava_next_mistral" if name == "functional" else name
+    return vn.VLM(hf, processor, template=tiny_template(known)), tiny_inputs(known)
+
+
+def one_site(model, tower, at):
+    """The first site of a tower that a trace can stop at, and all of its neurons."""
+    space = model.space(tower, at)
+    position = next(n for n, site in enumerate(space.sites) if model.mlp_of(site).expert is None)
+    start = space.offsets[position]
+    return space.sites[position], vn.NeuronSet(space, range(start, start + space.widths[position]))
+
+
+@pytest.mark.parametrize("recorder_first", [True, False])
+@pytest.mark.parametrize("at", ["gate", "post"])
+@pytest.mark.parametrize("tower", ["language", "vision"])
+def test_a_trace_reads_the_ablated_value_its_writes_win_and_a_recorder_counts_what_is_used(
+    any_model, tower, at, recorder_first
+):
+    model, inputs = any_model
+    site, neurons = one_site(model, tower, at)
+    clean = logits_of(model.hf, inputs)
+    ablation = vn.Ablation(model, neurons, "replace", values=2.0, at=at)
+    with ablation:
+        ablated = logits_of(model.hf, inputs)
+
+    def run(write):
+        recorder = vn.Recorder(model, model.space(tower, at), tokens="image" if tower == "vision" else "content")
+        order = (recorder, ablation) if recorder_first else (ablation, recorder)
+        with order[0], order[1], torch.no_grad():
+            seen, logits = traced(model, inputs, site, write)
+        share = recorder.statistics.probability[0][neurons.indices]
+        return seen, logits, share
+
+    seen, logits, share = run(None)
+    assert (seen == 2).all()
+    assert torch.equal(logits, ablated)
+    assert (share == 1).all()
+    for write in ("in place", "assigned"):
+        seen, logits, share = run(write)
+        assert (seen == -1).all(), write
+        assert (share == 0).all(), write
+        with vn.Ablation(model, neurons, "replace", values=-1.0, at=at):
+            assert torch.equal(logits, logits_of(model.hf, inputs)), write
+    assert torch.equal(logits_of(model.hf, inputs), clean)
+
+
+def traced(model, inputs, site, write):
+    with model.trace(**inputs) as tracer:
+        if write == "in place":
+            model.site(site)[:] = -1.0
+        elif write == "assigned":
+            model.set_site(site, torch.full_like(model.site(site), -1.0))
+        seen = model.site(site).clone().save()
+        logits = tracer.result.logits.save()
+    return seen, logits
+
+
+def test_a_cache_keeps_what_the_ablation_left_at_gate_and_at_post(model):
+    inputs = model.prepare(some_questions(1))
+    for at in ("gate", "post"):
+        neurons = vn.NeuronSet(model.space("language", at), range(64, 128))
+        mlp = model.language.layers[1].mlp
+        with (
+            vn.Ablation(model, neurons, "replace", values=5.0, at=at),
+            torch.no_grad(),
+            model.trace(**inputs) as tracer,
+        ):
+            cache = tracer.cache(modules=[mlp.act_fn, mlp.down_proj], include_inputs=True)
+        seen = cache[mlp.act_fn.path].output if at == "gate" else cache[mlp.down_proj.path].input
+        assert (seen == 5).all()
+
+
+def test_an_ablation_at_gate_stays_when_a_trace_opens_the_source_of_the_activation(model):
+    inputs = model.prepare(some_questions(1))
+    neurons = vn.NeuronSet(model.space(), range(64, 128))
+    mlp = model.language.layers[1].mlp
+    for _ in range(2):
+        with vn.Ablation(model, neurons, at="gate"), torch.no_grad(), model.trace(**inputs):
+            assert mlp.act_fn.source is not None
+            gate = mlp.gate.save()
+            post = mlp.post.save()
+        assert (gate == 0).all()
+        assert (post == 0).all()
+    with torch.no_grad(), model.trace(**inputs):
+        gate = mlp.gate.save()
+    assert (gate != 0).any()
+
+
+# -- interrupts --------------------------------------------------------------------------------------------------------
+
+
+def interrupted_at(module, end):
+    """Ctrl-C as a module begins, runs or ends."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    if end == "run":
+        forward = module.__dict__.get("forward")
+        object.__setattr__(module, "forward", stop)
+        restore = (lambda: module.__dict__.pop("forward")) if forward is None else None
+        return restore or (lambda: object.__setattr__(module, "forward", forward))
+    hook = module.register_forward_pre_hook if end == "begin" else module.register_forward_hook
+    return hook(stop).remove
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *((name, how) for name in ("qwen3_vl_moe", "glm4v_moe") for how in ("eager", "grouped_mm")),
+        *((name, None) for name in ("llama4", "functional", "qwen2_5_vl")),
+    ],
+)
+def test_an_interrupt_in_any_module_leaves_the_model_as_it_was(name, implementation):
+    hf, processor = functional_model() if name == "functional" else tiny_model(name)
+    known = "llava_next_mistral" if name == "functional" else name
+    model, inputs = vn.VLM(hf, processor, template=tiny_template(known)), tiny_inputs(known)
+    if implementation is not None:
+        hf.set_experts_implementation(implementation)
+    clean, space = logits_of(hf, inputs), model.space()
+    decoder = hf.get_submodule(model.towers["language"].layer_paths[1])
+    places = [decoder, *(module for name, module in decoder.named_modules() if "mlp" in name or "feed_forward" in name)]
+    entered = [
+        lambda: vn.Recorder(model),
+        lambda: vn.Ablation(model, vn.NeuronSet(space, range(0, len(space), 2)), at="gate"),
+    ]
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in hf.modules())
+    tried = 0
+    for enter in entered:
+        with enter(), torch.no_grad():
+            expected = hf(**inputs).logits
+        for module in places:
+            for end in ("begin", "run", "end"):
+                restore = interrupted_at(module, end)
+                again = None
+                try:
+                    with enter(), torch.no_grad():
+                        try:
+                            hf(**inputs)
+                        except KeyboardInterrupt:
+                            tried += 1
+                        restore()
+                        again = hf(**inputs).logits  # within, as if nothing had been
+                finally:
+                    restore()
+                assert torch.equal(again, expected)
+                assert not _get_current_function_mode_stack()
+                assert not any("_apply_gate" in vars(module) for module in hf.modules())
+                assert torch.equal(logits_of(hf, inputs), clean)
+    assert tried >= 20
+    assert hooks == sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in hf.modules())

@@ -5,251 +5,38 @@ VLM itself) and adds names: ``model.language.layers[3].mlp.gate`` is a value tha
 model's own modules are called.
 """
 
+import copy
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
-from nnsight.intervention.interleaver import Mediator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
 from vlmneurons.model.architectures.find import find_towers
+from vlmneurons.model.architectures.hooks import ComputedGate
 from vlmneurons.model.architectures.layout import MLP, Tower
 from vlmneurons.model.encoder import Batch, Encoder
 from vlmneurons.model.loading import HUB_ARGUMENTS, of_first_class, pipeline_of, refuse_copies, without_class_names
+from vlmneurons.model.named import NamedMLP, NamedTower, describe
 from vlmneurons.model.prompts import Prompts, Template
-from vlmneurons.neurons.sites import KINDS, NeuronSpace, Site, ranges_of, site_of
+from vlmneurons.model.tracing import TracedModel
+from vlmneurons.model.travel import PART
+from vlmneurons.neurons.sites import KINDS, NeuronSpace, Site, site_of
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 
-
-class _Value(eproperty):
-    """The values of one site inside a trace; where nnsight finds them depends on the MLP's layout.
-
-    Reading waits until the model computes the site and gives the model's own tensor (or a view of it), so editing it
-    in place reaches the model; assigning replaces it.
-    """
-
-    def __init__(self, kind: str, description: str) -> None:
-        super().__init__(key=kind, description=description)
-        self.__doc__ = f"{description}: ``[..., neuron]``, readable and writable inside a trace."
-
-    def _location(self, obj: "NamedMLP") -> str:  # type: ignore[override]
-        place, end = obj._place(self.key)
-        return f"{obj.path}.{place}.{end}"
-
-    def __get__(self, obj: "NamedMLP | None", owner: Any = None) -> Any:  # type: ignore[override]
-        if obj is None:
-            return self
-        raw = Mediator.value(self._location(obj))
-        return obj._view(self.key, raw)
-
-    def __set__(self, obj: "NamedMLP", value: Tensor) -> None:  # type: ignore[override]
-        location = self._location(obj)
-        layout = obj.mlp.layout
-        if self.key == "gate" and obj._place("gate") == obj._place("pre"):
-            raise SiteError(
-                f"{obj.mlp.site('gate')} has no module of its own and cannot be assigned in a trace; assign "
-                f"{obj.mlp.site('post')}, or use vn.Ablation(…, at='gate')"
-            )
-        if location.endswith(".input"):
-            Mediator.swap(location, ((value,), {}))
-        elif layout.fused is not None and self.key in ("pre", "up"):
-            whole = Mediator.value(location).clone()
-            layout.part(whole, self.key).copy_(value)
-            Mediator.swap(location, whole)
-        else:
-            Mediator.swap(location, value)
-
-
-class NamedMLP:
-    """One MLP, or one expert, with its sites as values: ``.pre``, ``.gate``, ``.up`` and ``.post``.
-
-    Every other attribute is that of nnsight's envoy of the same module (``.output``, ``.down_proj.input`` …).
-    """
-
-    pre = _Value("pre", "Input of the activation function")
-    gate = _Value("gate", "Output of the activation function")
-    up = _Value("up", "The other factor of a gated MLP")
-    post = _Value("post", "Input of the down projection, gate times up")
-
-    def __init__(self, envoy: Envoy, module: nn.Module, mlp: MLP) -> None:
-        object.__setattr__(self, "envoy", envoy)
-        object.__setattr__(self, "module", module)
-        object.__setattr__(self, "mlp", mlp)
-
-    @property
-    def path(self) -> str:
-        """Location of the module in nnsight's tree."""
-        return self.envoy.path
-
-    @property
-    def interleaver(self) -> Any:
-        """nnsight's interleaver, which serves the values."""
-        return self.envoy.interleaver
-
-    @property
-    def width(self) -> int:
-        """Number of neurons."""
-        return self.mlp.width
-
-    def _place(self, kind: str) -> tuple[str, str]:
-        """The module, relative to the MLP, and which end of it, where nnsight finds a site."""
-        layout = self.mlp.layout
-        if kind not in layout.kinds:
-            self.mlp.site(kind)  # raises, naming what there is
-        if self.mlp.expert is not None:
-            raise SiteError(
-                f"{self.mlp.site(kind)}: experts kept in one tensor have no module that a trace could stop at; "
-                "record and ablate them with vn.Recorder and vn.Ablation"
-            )
-        if kind == "post" or (kind == "gate" and not layout.gated and layout.product is None):
-            return layout.down, "input"
-        if layout.activation is not None and kind in ("pre", "gate"):
-            return layout.activation, "output" if kind == "gate" else "input"
-        if layout.fused is not None:
-            return layout.fused, "output"
-        return (layout.up if kind == "up" else layout.gate), "output"  # type: ignore[return-value]
-
-    def _view(self, kind: str, raw: Any) -> Float[Tensor, "*any neuron"]:
-        layout = self.mlp.layout
-        place, end = self._place(kind)
-        if end == "input":
-            args, kwargs = raw
-            return args[0] if args else next(iter(kwargs.values()))
-        if place == layout.fused:
-            part = layout.part(raw, "up" if kind == "up" else "pre")
-            return layout.gate_of(self.module, part) if kind == "gate" else part
-        if kind == "gate" and place == layout.gate:
-            return layout.gate_of(self.module, raw)
-        return raw
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.envoy, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in KINDS:
-            getattr(type(self), name).__set__(self, value)
-        else:
-            _assign(self, self.envoy, name, value)
-
-    def __repr__(self) -> str:
-        where = f"{self.mlp.tower}.layers.{self.mlp.layer}.{self.mlp.name}"
-        return f"<{where}: {', '.join(self.mlp.layout.kinds)} of {self.width:,} neurons>"
-
-
-def _assign(owner: Any, envoy: Envoy, name: str, value: Any) -> None:
-    """Assign one of nnsight's values of a module, such as ``output``. Any other assignment would silently be lost."""
-    if not isinstance(getattr(type(envoy), name, None), eproperty):
-        raise AttributeError(f"{owner!r} has no value {name!r} that could be assigned")
-    setattr(envoy, name, value)
-
-
-class _Branch:
-    """A step of a path within a layer that is not itself an MLP, such as ``.experts`` of ``mlp.experts[7]``."""
-
-    def __init__(self, layer: "NamedLayer", prefix: str) -> None:
-        self._layer, self._prefix = layer, prefix
-
-    def __getitem__(self, index: int) -> Any:
-        return self._layer._part(f"{self._prefix}.{index}")
-
-    def __len__(self) -> int:
-        depth = self._prefix.count(".") + 1
-        return len({name.split(".")[depth] for name in self._layer._mlps if name.startswith(f"{self._prefix}.")})
-
-    def __getattr__(self, name: str) -> Any:
-        return self._layer._part(f"{self._prefix}.{name}")
-
-    def __repr__(self) -> str:
-        return f"<{self._layer!r} {self._prefix}: {len(self)} parts>"
-
-
-class NamedLayer:
-    """One transformer block: its MLPs under their site names (``.mlp``), all else nnsight's envoy of the block."""
-
-    def __init__(self, tower: "NamedTower", index: int, envoy: Envoy, mlps: Mapping[str, NamedMLP]) -> None:
-        self._tower, self._index, self.envoy, self._mlps = tower, index, envoy, dict(mlps)
-
-    def _part(self, name: str) -> Any:
-        if name in self._mlps:
-            return self._mlps[name]
-        if any(other.startswith(f"{name}.") for other in self._mlps):
-            return _Branch(self, name)
-        has = ", ".join(self._mlps) or "no MLP"
-        raise SiteError(f"layer {self._index} of tower {self._tower.name!r} has no {name!r}; it has {has}")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name == "mlp" or name in self._mlps or any(other.startswith(f"{name}.") for other in self._mlps):
-            return self._part(name)
-        return getattr(self.envoy, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or name == "envoy":
-            object.__setattr__(self, name, value)
-        else:
-            _assign(self, self.envoy, name, value)
-
-    def __repr__(self) -> str:
-        return f"<{self._tower.name}.layers.{self._index}: {', '.join(self._mlps) or 'no MLP'}>"
-
-
-class NamedTower:
-    """A stack of transformer blocks: ``tower.layers[i].mlp``."""
-
-    def __init__(self, model: "VLM", tower: Tower) -> None:
-        self.name, self.tower, self._model = tower.name, tower, model
-        self.layers: tuple[NamedLayer, ...] = _Layers(self, tower)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __repr__(self) -> str:
-        return _describe(self.tower)
-
-
-class _Layers(Sequence[NamedLayer]):
-    """The layers of a tower; an index that does not exist says which do."""
-
-    def __init__(self, owner: NamedTower, tower: Tower) -> None:
-        self._owner, self._tower = owner, tower
-        by_layer: dict[int, dict[str, NamedMLP]] = {index: {} for index in range(len(tower.layer_paths))}
-        model = owner._model
-        for mlp in tower.mlps:
-            by_layer[mlp.layer][mlp.name] = NamedMLP(model.envoy(mlp.path), model.hf.get_submodule(mlp.path), mlp)
-        self._layers = [
-            NamedLayer(owner, index, model.envoy(path), by_layer[index]) for index, path in enumerate(tower.layer_paths)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return tuple(self._layers[index])
-        if not -len(self) <= index < len(self):
-            raise SiteError(f"layer {index} is not in tower {self._owner.name!r} (0–{len(self) - 1})")
-        return self._layers[index]
-
-    def __iter__(self) -> Iterator[NamedLayer]:
-        return iter(self._layers)  # Sequence's own would go on until an IndexError
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} layers of {self._owner.name}>"
-
-
 _NEEDED = ("config", "device", "dtype")
 """What nnsight, transformers' pipelines and the records of what was run ask of any model."""
+_OF_THE_MODULE = ("eval", "train", "to", "cpu", "cuda", "float", "half", "double", "bfloat16", "requires_grad_")
+"""Methods by which a module changes itself and gives itself back: a VLM gives itself."""
 
 
 class VLM:
@@ -262,6 +49,7 @@ class VLM:
         template: what takes the place of the processor's chat template: a function ``(text, n_images) -> prompt``, or
             ``"plain"``: the question's text after its pictures' placeholders and no more, as for a base model.
         template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
+        rename: further names of modules for your traces, as nnsight's ``rename=``.
 
     Attributes:
         nnsight: the nnsight model (`nnsight.TransformersModel`); its methods can be called on the VLM itself.
@@ -284,6 +72,7 @@ class VLM:
         *,
         template: Template | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        rename: Mapping[Any, Any] | None = None,
     ) -> None:
         if processor is None:
             raise ArchitectureError("a VLM needs its processor: VLM(model, AutoProcessor.from_pretrained(name))")
@@ -313,8 +102,16 @@ class VLM:
         if offloaded is not None and not hasattr(hf_model, "hf_device_map"):
             # As `dispatch_model` leaves it: else transformers would try to move the weights, which are not there.
             hf_model.hf_device_map = {"": offloaded}
+        self._rename = rename
+        computed = [
+            ComputedGate.of(hf_model.get_submodule(mlp.path), mlp.layout)
+            for tower in self.towers.values()
+            for mlp in tower.mlps
+            if mlp.expert is None and mlp.place("gate").computed
+        ]
+        named = {} if rename is None else {"rename": dict(rename)}
         with without_class_names():
-            self.nnsight = TransformersModel(hf_model, **pipeline_of(processor))
+            self.nnsight = TracedModel(hf_model, self, computed, **pipeline_of(processor), **named)
         self.encoder = Encoder(self)
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
 
@@ -328,6 +125,7 @@ class VLM:
         processor_kwargs: Mapping[str, Any] | None = None,
         template: Template | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        rename: Mapping[Any, Any] | None = None,
         weights: bool = True,
         **hf_kwargs: Any,
     ) -> "VLM":
@@ -342,6 +140,7 @@ class VLM:
             processor_kwargs: further arguments of ``AutoProcessor.from_pretrained``.
             template: see `VLM`.
             template_kwargs: see `VLM`.
+            rename: see `VLM`.
             weights: False for a model without its weights, on the meta device: its sites have names, and it can run
                 elsewhere (``remote=True``, see `vlmneurons.run.remote`).
             **hf_kwargs: arguments of the model's ``from_pretrained``: ``dtype``, ``device_map`` …; where files
@@ -374,7 +173,7 @@ class VLM:
                     lambda auto: auto.from_config(config, trust_remote_code=trust_remote_code),
                 )
             hf_model.hf_device_map = {"": torch.device("meta")}  # else transformers would try to move the weights
-        model = cls(hf_model, processor, template=template, template_kwargs=template_kwargs)
+        model = cls(hf_model, processor, template=template, template_kwargs=template_kwargs, rename=rename)
         model.nnsight.revision = revision  # names the model in a remote run
         return model
 
@@ -433,7 +232,7 @@ class VLM:
         Raises:
             SiteError: the model has no such tower.
         """
-        return self._tower("language")
+        return self.tower("language")
 
     @property
     def vision(self) -> NamedTower:
@@ -442,17 +241,26 @@ class VLM:
         Raises:
             SiteError: the model has no such tower.
         """
-        return self._tower("vision")
+        return self.tower("vision")
 
-    def _tower(self, name: str) -> NamedTower:
+    def tower(self, name: str) -> NamedTower:
+        """A tower by its name.
+
+        Args:
+            name: such as ``"language"``.
+
+        Raises:
+            SiteError: the model has no such tower.
+        """
         if name not in self._named:
             raise SiteError(f"tower {name!r} does not exist; {type(self.hf).__name__} has {', '.join(self._named)}")
         return self._named[name]
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Every site of the model, by tower and layer, in the order of computation within an MLP."""
-        return tuple(site for tower in self.towers.values() for mlp in tower.mlps for site in mlp.sites)
+        """Every site of the model, in the order of computation: towers before the text decoder, layers, sites."""
+        towers = sorted(self.towers.values(), key=lambda tower: tower.name == "language")
+        return tuple(site for tower in towers for mlp in tower.mlps for site in mlp.sites)
 
     def space(self, tower: str | Sequence[str] = "language", kind: str = "gate") -> NeuronSpace:
         """The neurons of one tower (or several) at one kind of site, numbered.
@@ -467,7 +275,7 @@ class VLM:
         if kind not in KINDS:
             raise SiteError(f"site kind {kind!r} does not exist; the kinds are {', '.join(KINDS)}")
         of_kind("tower", tower, (str, Sequence), SiteError, "the name of a tower, or a list of names")
-        mlps = [mlp for name in ([tower] if isinstance(tower, str) else tower) for mlp in self._tower(name).tower.mlps]
+        mlps = [mlp for name in ([tower] if isinstance(tower, str) else tower) for mlp in self.tower(name).tower.mlps]
         return NeuronSpace(tuple(mlp.site(kind) for mlp in mlps), tuple(mlp.width for mlp in mlps))
 
     @cached_property
@@ -484,7 +292,7 @@ class VLM:
             SiteError: no such tower, layer, MLP or kind; the message says what there is.
         """
         site = site_of("site", site)
-        tower = self._tower(site.tower).tower
+        tower = self.tower(site.tower).tower
         if site.layer >= len(tower):
             raise SiteError(f"layer {site.layer} is not in tower {site.tower!r} (0–{len(tower) - 1})")
         mlp = self._mlps.get((site.tower, site.layer, site.mlp))
@@ -523,7 +331,7 @@ class VLM:
             SiteError: no such site; the message says what there is.
         """
         site = site_of("name", name)
-        return getattr(self._named_mlp(site), site.kind)
+        return getattr(self.named(site), site.kind)
 
     def set_site(self, name: Site | str, value: Tensor) -> None:
         """Replace the value of a site inside a trace.
@@ -536,11 +344,20 @@ class VLM:
             SiteError: no such site; the message says what there is.
         """
         site = site_of("name", name)
-        setattr(self._named_mlp(site), site.kind, value)
+        setattr(self.named(site), site.kind, value)
 
-    def _named_mlp(self, site: Site) -> NamedMLP:
+    def named(self, site: Site | str) -> NamedMLP:
+        """The MLP of a site as traces see it: ``model.language.layers[3].mlp``.
+
+        Args:
+            site: a `Site`, or its name.
+
+        Raises:
+            SiteError: no such site; the message says what there is.
+        """
+        site = site_of("site", site)
         mlp = self.mlp_of(site)
-        return self._named[site.tower].layers[site.layer]._mlps[mlp.name]
+        return self._named[site.tower].layers[site.layer].mlps[mlp.name]
 
     def envoy(self, path: str) -> Envoy:
         """nnsight's envoy of a module of ``hf``, by the module's path.
@@ -578,6 +395,38 @@ class VLM:
 
     # -- the nnsight model ---------------------------------------------------------------------------------------------
 
+    def with_nnsight(self, nnsight: TracedModel) -> "VLM":
+        """The same model, and the same modules, with another nnsight model of them, such as an edited one.
+
+        Args:
+            nnsight: what `nnsight` gives as ``edited``.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update({**self.__dict__, "nnsight": nnsight})
+        return other
+
+    def get(self, path: str) -> Any:
+        """What a dotted path leads to, as nnsight's ``get``: a part of the model or, in a trace, a value.
+
+        Args:
+            path: such as ``"language.layers.3.mlp.gate"`` or ``"lm_head.output"``.
+        """
+        first, *steps = path.split(".")
+        found = getattr(self, first)
+        for step in steps:
+            found = found[int(step)] if step.isdigit() else getattr(found, step)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, as that of a plain call of ``hf``."""
+        return self.nnsight(*args, **kwargs)
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return iter(self.nnsight)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name) if isinstance(name, str) else self.nnsight[name]
+
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that a VLM does not have: those are nnsight's (trace, generate, session, edit …) or
         # modules of the model. A bound method is handed out untouched, because a trace reads its caller's source.
@@ -586,6 +435,8 @@ class VLM:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name in self.__dict__.get("_named", {}):
             return self._named[name]
+        if name in _OF_THE_MODULE:
+            return functools.partial(self._change, name)
         try:
             return getattr(nnsight, name)
         except AttributeError:
@@ -593,19 +444,42 @@ class VLM:
                 f"{type(self).__name__!r} object has no attribute {name!r}, nor has its nnsight model or module"
             ) from None
 
+    def _change(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.hf, method)(*args, **kwargs)
+        return self if result is self.hf else result
+
     def __setattr__(self, name: str, value: Any) -> None:
         nnsight = self.__dict__.get("nnsight")
-        if nnsight is not None and isinstance(getattr(type(nnsight), name, None), eproperty):
-            setattr(nnsight, name, value)  # model.output = … inside a trace
+        if nnsight is None:
+            object.__setattr__(self, name, value)
+        elif name == "hf":
+            raise ArchitectureError("a VLM wraps one model for good; for another one make another: VLM(hf, processor)")
+        elif isinstance(value, nn.Module) or isinstance(getattr(type(nnsight), name, None), eproperty):
+            setattr(nnsight, name, value)  # model.output = … inside a trace; model.adapter = a module of your own
         else:
             object.__setattr__(self, name, value)
+
+    def __copy__(self) -> "VLM":
+        return self.with_nnsight(self.nnsight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VLM":
+        # Hooks of ours stay with their model: a copy made inside an ablation is of the untouched model.
+        hf = copy.deepcopy(self.hf, memo)
+        processor = copy.deepcopy(self.processor, memo)
+        other = memo[id(self)] = type(self)(hf, processor, template=self.template, rename=self._rename)
+        other.nnsight.revision, other.nnsight._edits = self.nnsight.revision, list(self.nnsight._edits)
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # Into a remote trace, by nnsight. Elsewhere it fails: a model is kept by save_pretrained.
+        return PART, (self.nnsight, dict(self._named), {})
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self.nnsight), *self._named})
 
     def __repr__(self) -> str:
         lines = [f"VLM({self.name}: {type(self.hf).__name__}, {self.hf.dtype}, {self.device})"]
-        return "\n".join(lines + [f"  {_describe(tower)}" for tower in self.towers.values()])
+        return "\n".join(lines + [f"  {describe(tower)}" for tower in self.towers.values()])
 
 
 def offloaded_to(hf_model: nn.Module) -> torch.device | None:
@@ -619,25 +493,20 @@ def offloaded_to(hf_model: nn.Module) -> torch.device | None:
     return None
 
 
-def _describe(tower: Tower) -> str:
-    """One line: layers, widths, kinds of sites."""
-    names = list(dict.fromkeys(mlp.name.split(".experts.")[0] for mlp in tower.mlps))
-    experts = sum(mlp.name.count(".experts.") for mlp in tower.mlps)
-    widths = sorted(set(tower.widths))
-    width = f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,}–{widths[-1]:,}" if widths else "0"
-    kinds = [kind for kind in KINDS if any(kind in mlp.layout.kinds for mlp in tower.mlps)]
-    bare = sorted(set(range(len(tower))) - {mlp.layer for mlp in tower.mlps})
-    text = f"{tower.name}: {len(tower)} layers"
-    text += f", {experts} experts" if experts else ""
-    text += f" x {width} = {sum(tower.widths):,} neurons; {', '.join(names)}.{{{','.join(kinds)}}} at {tower.path}"
-    return text + (f"; no MLP in layers {ranges_of(bare)}" if bare else "")
+def refuse_edits(model: VLM) -> None:
+    """Refuse a model with standing edits, for a run that would not obey them.
 
+    Edits of ``model.edit`` act in traces only. What runs the model itself knows nothing of them.
 
-def _named_parts(model: VLM) -> Iterator[NamedMLP]:
-    """Every MLP of a model as a named value."""
-    for tower in model._named.values():
-        for layer in tower.layers:
-            yield from layer._mlps.values()
+    Raises:
+        MismatchError: the model has edits.
+    """
+    if model.nnsight._edits:
+        raise MismatchError(
+            f"this model has {len(model.nnsight._edits)} edits of model.edit(…), which act in traces and nowhere else: "
+            "this run would not obey them. Take them off with model.clear_edits(), or use vn.Ablation, which acts "
+            "everywhere"
+        )
 
 
 def check_model(model: Any) -> None:

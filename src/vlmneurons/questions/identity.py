@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from vlmneurons.files.digests import digest_of, digest_of_bytes
-from vlmneurons.questions.media import resolved
+from vlmneurons.files.digests import digest_of
+from vlmneurons.questions.media import picture_key, resolved
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 
@@ -46,19 +44,10 @@ def _content_of_picture(source: Any) -> str | None:
     """A digest of a picture's bytes where it is encoded, else of its pixels; None where it cannot be read."""
     try:
         source = resolved(source)
-        if isinstance(source, bytes):
-            return digest_of_bytes(source)
         if isinstance(source, str | Path):
             if Path(source).exists() and not Path(source).is_file():
                 raise OSError("it is no ordinary file")  # a pipe would be waited for without end
-            return digest_of_bytes(Path(source).read_bytes())
-        palette = source.getpalette() if source.mode == "P" else None
-        return digest_of_bytes(f"{source.mode} {source.size} {palette}".encode(), _pixels(source))
+            source = Path(source).read_bytes()
+        return picture_key(source)
     except Exception:  # it is named when its turn comes
         return None
-
-
-def _pixels(image: Image.Image) -> bytes:
-    image.load()
-    transparency = str(image.info.get("transparency")).encode() + str(image.getexif().get(0x0112)).encode()
-    return image.tobytes() + transparency

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmneurons.checks import flag, of_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.model.architectures.hooks import Handle, read
+from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace, Site
@@ -150,11 +151,11 @@ class Counter:
         try:
             for number, site in enumerate(self.space.sites):
                 handles.append(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
-            guard = hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module))
-            begun = hf.register_forward_pre_hook(begin or self._begin_watched, with_kwargs=True)
+            guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
+            begun = hf.register_forward_pre_hook(Hook(begin or self._begin_watched), with_kwargs=True)
             handles.append(Handle([guard, begun]))
             if end is not None:
-                handles.append(Handle([hf.register_forward_hook(end)]))
+                handles.append(Handle([hf.register_forward_hook(Hook(end))]))
             yield
         finally:
             while handles:

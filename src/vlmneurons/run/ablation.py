@@ -4,6 +4,7 @@ The intervention is a hook on the model's own modules, so it acts in every way o
 calls, and every token of every step of ``generate``. Ablations nest: each acts on what the ones entered before it left.
 """
 
+import types
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vlmneurons.checks import real
 from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.model.architectures.hooks import Handle, write
+from vlmneurons.model.architectures.inside import Hook, Removal
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
@@ -35,6 +37,41 @@ _IN_FORCE: "weakref.WeakKeyDictionary[nn.Module, list[Ablation]]" = weakref.Weak
 def ablations_in_force(module: nn.Module) -> "tuple[Ablation, ...]":
     """The ablations that a model is under, in the order in which they were entered."""
     return tuple(_IN_FORCE.get(module, ()))
+
+
+class _Refusal:
+    """Stands in the way of ``save_pretrained`` while a model is ablated: its weights are not what it computes with."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.hf, self.holders, self.before = weakref.ref(hf), 0, vars(hf).get("save_pretrained")
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise AblationError(
+            "this model is being ablated, and an ablation is no part of its weights: what is saved would be the "
+            "untouched model. Save it outside of the ablation"
+        )
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Any:
+        # A copy of the model is not ablated, and may be saved.
+        hf = self.hf()
+        copied = memo.get(id(hf))
+        return self if hf is None or copied is None else types.MethodType(type(hf).save_pretrained, copied)
+
+
+def _refuse_saving(hf: nn.Module) -> Removal:
+    refusal = vars(hf).get("save_pretrained")
+    if not isinstance(refusal, _Refusal):
+        refusal = vars(hf)["save_pretrained"] = _Refusal(hf)
+    refusal.holders += 1
+
+    def allow() -> None:
+        refusal.holders -= 1
+        if refusal.holders == 0:
+            vars(hf).pop("save_pretrained", None)
+            if refusal.before is not None:
+                vars(hf)["save_pretrained"] = refusal.before
+
+    return Removal(allow)
 
 
 @dataclass(frozen=True)
@@ -216,8 +253,8 @@ class Ablation:
         _IN_FORCE.setdefault(hf, []).append(self)
         try:
             # Entered first and removed last, so that an empty set is guarded against other threads as well.
-            guard = hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module))
-            self._handles.append(Handle([guard]))
+            guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
+            self._handles.append(Handle([guard, _refuse_saving(hf)]))
             for site, edit in self._edits.items():
                 mlp = self.model.mlp_of(site.at(self.at))
                 self._handles.append(write(hf, mlp, self.at, self._editor(site, edit)))

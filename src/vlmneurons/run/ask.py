@@ -18,7 +18,7 @@ from torch import nn
 from vlmneurons.checks import flag, whole
 from vlmneurons.errors import OutOfMemoryError, QuestionError
 from vlmneurons.files.stopping import Stopped
-from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.model.vlm import VLM, check_model, refuse_edits
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
@@ -93,6 +93,7 @@ def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Eng
         QuestionError: a reader that the engine cannot run.
     """
     check_model(model)
+    refuse_edits(model)
     refuse_unknown(model, remote)
     reader = reader_of(questions.answer)
     return LocalEngine(model, reader) if remote is False else RemoteEngine(model, reader, remote)

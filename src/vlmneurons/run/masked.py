@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.vlm import VLM
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.readers import AnswerReader, LogitReader, Reading
-from vlmneurons.run.replay import CannotReplay, Structure, has_foreign_hook, replayed
+from vlmneurons.run.replay import CannotReplay, Structure, replayed
 
 
 def read_masked(
@@ -45,7 +46,7 @@ def _read_shared(
     model: VLM, reader: LogitReader, questions: QuestionSet, encoded: Any, ablations: Sequence[Ablation]
 ) -> Iterator[Reading]:
     """The readings of one shared forward; none, or no more, where it turns out that this cannot be."""
-    if has_foreign_hook(model.hf):
+    if any(map(is_watched, model.hf.modules())):
         return  # whose it is wants to see one run for each mask, and none that finds out about the model
     try:
         structure = Structure.of(model, questions)

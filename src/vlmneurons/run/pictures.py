@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.encoder import Batch
 
 _WORKS: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
@@ -39,7 +40,7 @@ def each_once(hf: nn.Module, batch: Batch) -> Iterator[None]:
     rows = batch.pictures
     repeated = rows is not None and len(set(rows)) < len(rows)
     known = owner is not None and repeated and batch.vision is not None and _WORKS.get(hf, True)
-    if not known or torch.is_grad_enabled() or _is_watched(hf):
+    if not known or torch.is_grad_enabled() or _vision_is_watched(hf):
         yield
         return
     assert owner is not None
@@ -86,17 +87,10 @@ def _owner(hf: nn.Module) -> Any:
     return None
 
 
-def _is_watched(hf: nn.Module) -> bool:
+def _vision_is_watched(hf: nn.Module) -> bool:
     """Whether hooks of the library or the user's are on anything but the text decoder."""
     decoder = set(map(id, hf.get_decoder().modules())) if hasattr(hf, "get_decoder") else set()
-    for module in hf.modules():
-        if id(module) in decoder or module is hf:
-            continue
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            maker = getattr(hook, "__module__", None) or type(hook).__module__
-            if maker.split(".")[0] not in ("nnsight", "transformers", "accelerate", "torch"):
-                return True
-    return False
+    return any(is_watched(module) for module in hf.modules() if id(module) not in decoder and module is not hf)
 
 
 def _rows_of(value: Any, batch: Batch, kept: Sequence[int]) -> Any:

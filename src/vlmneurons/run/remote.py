@@ -204,30 +204,16 @@ def stop(model: VLM, site: Site, remote: Remote = True) -> tuple[Any, str, slice
         MismatchError: the site has no module of its own, or sees only the tokens that a router sends to it.
     """
     mlp = model.mlp_of(site)
-    why = None
     if mlp.expert is not None or mlp.routed:
         why = "belongs to an expert, which sees only the tokens that are routed to it"
     elif site.tower not in ("language", "vision"):
         why = f"is of the tower {site.tower!r}, and only language and vision towers are known to see the question"
     else:
-        named = model._named_mlp(site)
-        place, end = named._place(site.kind)
-        part = None
-        if site.kind == "gate" and (place, end) == named._place("pre"):
-            why = "has no module of its own that a trace could stop at"
-        elif place == mlp.layout.fused:
-            part = _part(mlp.layout.split or "", site.kind, mlp.width)
-    if why is not None:
-        raise MismatchError(f"remote={remote!r}: {site} {why}; run the model here")
-    return model.envoy(f"{mlp.path}.{place}"), end, part
-
-
-def _part(split: str, kind: str, width: int) -> slice:
-    """Which columns of a fused projection's output are ``pre`` or ``up``; see `MLPLayout.part`."""
-    first = (kind == "pre") == (split in ("gate_up", "interleaved"))
-    if split in ("gate_up", "up_gate"):
-        return slice(0, width) if first else slice(width, 2 * width)
-    return slice(0 if first else 1, None, 2)
+        place = mlp.place(site.kind)
+        if not place.computed:
+            return model.envoy(f"{mlp.path}.{place.module}"), place.end, place.columns
+        why = "has no module of its own that a trace could stop at"
+    raise MismatchError(f"remote={remote!r}: {site} {why}; run the model here")
 
 
 def _computed(model: VLM, site: Site) -> tuple[bool, int]:

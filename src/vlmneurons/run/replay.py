@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from vlmneurons.errors import AblationError, QuestionError
 from vlmneurons.model.architectures.hooks import write
+from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.model.encoder import Batch
 from vlmneurons.model.vlm import VLM
@@ -139,7 +140,7 @@ def replayed(
     """
     if any(site.tower != "language" for one in ablations for site in one._edits):
         raise CannotReplay("an ablation acts outside the language tower")
-    if has_foreign_hook(model.hf):
+    if any(map(is_watched, model.hf.modules())):
         raise CannotReplay("there are hooks of somebody else, which would see other runs than one for each mask")
     vocabulary = getattr(model.hf.get_output_embeddings(), "out_features", 2**18)
     size = len(wanted.positions) * max(map(len, wanted.positions)) * vocabulary
@@ -153,18 +154,6 @@ def replayed(
                 raise
             structure.tokens = None  # this model's rows are better left as they are
             yield from _Pass(model, structure, wanted, one.ablations).run()
-
-
-def has_foreign_hook(hf: nn.Module) -> bool:
-    """Whether hooks of somebody else are on a model: of the user, or of a recorder or an ablation that is in force."""
-    hooks = (
-        hook
-        for module in hf.modules()
-        for kind in (module._forward_pre_hooks, module._forward_hooks)
-        for hook in kind.values()
-    )
-    makers = (getattr(hook, "__module__", None) or type(hook).__module__ for hook in hooks)
-    return any(maker.split(".")[0] not in ("nnsight", "transformers", "accelerate", "torch") for maker in makers)
 
 
 # -- one pass ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vlmneurons.errors import ArchitectureError
+from vlmneurons.model.architectures.inside import Hook, change_input, see_output
 from vlmneurons.model.architectures.layout import MLPLayout
 
 _IN_ROWS = ("grouped_mm", "batched_mm")
@@ -67,8 +68,8 @@ class Experts:
         if not self.visitors:
             module = self.module()
             self.hooks = [
-                module.register_forward_pre_hook(self._begin, with_kwargs=True),
-                module.register_forward_hook(self._end, always_call=True),
+                module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True),
+                module.register_forward_hook(Hook(self._end), always_call=True),
             ]
         key = max(self.visitors, default=-1) + 1
         self.visitors[key] = visitor
@@ -79,6 +80,7 @@ class Experts:
         if not self.visitors:
             while self.hooks:
                 self.hooks.pop().remove()
+            self._end()  # torch calls no hook after a KeyboardInterrupt, so a forward may not have ended
 
     # --- one forward ---
 
@@ -143,7 +145,7 @@ class Experts:
         def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             return self.through(args[0]) if through else self.point("gate", output)
 
-        self.undo.append(activation.register_forward_hook(after).remove)
+        self.undo.append(see_output(activation, after).remove)
 
     # --- values ---
 
@@ -352,11 +354,11 @@ class Routing:
         if not self.users:
             block = self.block()
             self.hooks = [
-                block.register_forward_pre_hook(self._begin),
-                block.register_forward_hook(self._end, always_call=True),
+                block.register_forward_pre_hook(Hook(self._begin)),
+                block.register_forward_hook(Hook(self._end), always_call=True),
             ]
         self.users += 1
-        hook = expert.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+        hook = change_input(expert, self._enter, first=True)
         removed = False
 
         def stop() -> None:
@@ -369,6 +371,7 @@ class Routing:
             if not self.users:
                 while self.hooks:
                     self.hooks.pop().remove()
+                self._end()
 
         return stop
 

@@ -1,14 +1,17 @@
 """Reading and writing a site of a model as it runs, by hooks of our own."""
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from vlmneurons.errors import ArchitectureError
+from vlmneurons.errors import ArchitectureError, SiteError
 from vlmneurons.model.architectures.experts import Experts, Routing, Visitor
+from vlmneurons.model.architectures.inside import Removal, change_input, change_output, see_input, see_output
 from vlmneurons.model.architectures.layout import MLP, MLPLayout
 
 
@@ -55,7 +58,7 @@ def read(hf_model: nn.Module, mlp: MLP, kind: str, callback: Callable[..., Any])
     _refuse_compiled(hf_model, mlp.path)
     layout, module = mlp.layout, hf_model.get_submodule(mlp.path)
     if layout.parameters:
-        return Handle([_Removal(Experts.of(module, layout).add(Visitor(kind, mlp.expert, callback, False)))])
+        return Handle([Removal(Experts.of(module, layout).add(Visitor(kind, mlp.expert, callback, False)))])
     handles = []
     if mlp.routed:
         routing, handles = _routing(hf_model, mlp)
@@ -64,19 +67,17 @@ def read(hf_model: nn.Module, mlp: MLP, kind: str, callback: Callable[..., Any])
         def callback(values: Tensor) -> Any:
             return inner(values.flatten(0, -2), routing.tokens_of(module))
 
-    name, where, value = _point(layout, module, kind)
-    point = module.get_submodule(name)
-    if where == "input":
+    place = mlp.place(kind)
+    if place.computed:
+        return Handle([*handles, ComputedGate.of(module, layout).see(callback)])
+    point = module.get_submodule(place.module)
+    if place.end == "input":
+        return Handle([*handles, see_input(point, lambda _, args, kwargs: callback(_first(args, kwargs)))])
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            callback(_first(args, kwargs))
+    def seen(_: nn.Module, args: tuple, output: Tensor) -> None:
+        callback(place.part(output))
 
-        return Handle([*handles, point.register_forward_pre_hook(before, with_kwargs=True)])
-
-    def after(_: nn.Module, args: tuple, output: Tensor) -> None:
-        callback(value(output))
-
-    return Handle([*handles, point.register_forward_hook(after)])
+    return Handle([*handles, see_output(point, seen)])
 
 
 def write(hf_model: nn.Module, mlp: MLP, kind: str, edit: Callable[..., Tensor | None]) -> Handle:
@@ -101,7 +102,7 @@ def write(hf_model: nn.Module, mlp: MLP, kind: str, edit: Callable[..., Tensor |
     _refuse_compiled(hf_model, mlp.path)
     layout, module = mlp.layout, hf_model.get_submodule(mlp.path)
     if layout.parameters:
-        return Handle([_Removal(Experts.of(module, layout).add(Visitor(kind, mlp.expert, edit, True)))])
+        return Handle([Removal(Experts.of(module, layout).add(Visitor(kind, mlp.expert, edit, True)))])
     handles = []
     if mlp.routed:
         routing, handles = _routing(hf_model, mlp)
@@ -111,29 +112,27 @@ def write(hf_model: nn.Module, mlp: MLP, kind: str, edit: Callable[..., Tensor |
             new = inner(values.flatten(0, -2), routing.tokens_of(module))
             return None if new is None else new.reshape(values.shape)
 
-    if kind == "gate" and layout.activation is None and not _gate_is_post(layout):
-        return Handle([*handles, _Recomputed.of(module, layout).add(edit)])
-    name, where, _ = _point(layout, module, kind)
-    point = module.get_submodule(name)
-    if where == "input":
+    place = mlp.place(kind)
+    if place.computed:
+        return Handle([*handles, ComputedGate.of(module, layout).change(edit)])
+    point = module.get_submodule(place.module)
+    if place.end == "input":
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             new = edit(_first(args, kwargs))
             return None if new is None else _with_first(args, kwargs, new)
 
-        return Handle([*handles, point.register_forward_pre_hook(before, with_kwargs=True)])
+        return Handle([*handles, change_input(point, before)])
 
     def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if layout.fused is None or kind == "gate":
-            return edit(output)
-        new = edit(layout.part(output, kind))
-        if new is None:
-            return None
+        new = edit(place.part(output))
+        if new is None or place.columns is None:
+            return new
         whole = output.clone()
-        layout.part(whole, kind).copy_(new)
+        place.part(whole).copy_(new)
         return whole
 
-    return Handle([*handles, point.register_forward_hook(after)])
+    return Handle([*handles, change_output(point, after)])
 
 
 def read_experts(hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, callback: Callable[..., Any]) -> Handle:
@@ -149,14 +148,14 @@ def read_experts(hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, c
     """
     _refuse_compiled(hf_model, path)
     experts = Experts.of(hf_model.get_submodule(path), layout)
-    return Handle([_Removal(experts.add(Visitor(kind, None, callback, False)))])
+    return Handle([Removal(experts.add(Visitor(kind, None, callback, False)))])
 
 
 def write_experts(hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, edit: Callable[..., Any]) -> Handle:
     """As `write`, for all experts of one module at once: ``edit(values, experts, tokens)``, as in `read_experts`."""
     _refuse_compiled(hf_model, path)
     experts = Experts.of(hf_model.get_submodule(path), layout)
-    return Handle([_Removal(experts.add(Visitor(kind, None, edit, True)))])
+    return Handle([Removal(experts.add(Visitor(kind, None, edit, True)))])
 
 
 def _refuse_compiled(hf_model: nn.Module, path: str) -> None:
@@ -175,81 +174,106 @@ def _routing(hf_model: nn.Module, mlp: MLP) -> tuple[Routing, list[Any]]:
     """What tells the tokens of an expert that is a module of its own in a list."""
     block = hf_model.get_submodule(".".join(mlp.path.split(".")[:-2]))
     routing = Routing.of(block)
-    return routing, [_Removal(routing.follow(hf_model.get_submodule(mlp.path)))]
+    return routing, [Removal(routing.follow(hf_model.get_submodule(mlp.path)))]
 
 
-def _point(layout: MLPLayout, module: nn.Module, kind: str) -> tuple[str, str, Callable[[Tensor], Tensor]]:
-    """Where a site is: name of a module, whether its input or its output, and how to get the values from an output."""
-    if kind == "post" or (kind == "gate" and layout.activation is None and _gate_is_post(layout)):
-        return layout.down, "input", lambda output: output
-    if kind in ("pre", "gate") and layout.activation is not None:
-        return layout.activation, "input" if kind == "pre" else "output", lambda output: output
-    name = layout.fused or (layout.up if kind == "up" else layout.gate)
-
-    def value(output: Tensor) -> Tensor:
-        if layout.fused is not None:
-            output = layout.part(output, "up" if kind == "up" else "pre")
-        return layout.gate_of(module, output) if kind == "gate" else output
-
-    return name, "output", value
-
-
-def _gate_is_post(layout: MLPLayout) -> bool:
-    return not layout.gated and layout.product is None
-
-
-class _Recomputed:
-    """Edits of a ``gate`` that no module of its own computes: ``post`` is computed again from the edited gate.
+class ComputedGate:
+    """A ``gate`` that no module computes: seen and changed where ``post`` is needed, which is then computed again.
 
     One for each MLP, so that several edits follow each other. Its hooks put themselves where they belong at every
     forward: last on the projections (they must see what others made of ``pre`` and ``up``) and first on the down
-    projection (others must see what it makes of ``post``).
+    projection (others must see what it makes of ``post``). A trace is served the gate as soon as there is a ``pre``;
+    what it writes comes after all edits, and what looks at the gate sees it.
     """
 
     _all: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
 
     @classmethod
-    def of(cls, module: nn.Module, layout: MLPLayout) -> "_Recomputed":
-        if not layout.repeatable:
-            raise ArchitectureError(f"post = {layout.product} cannot be repeated; write at 'post' instead")
+    def of(cls, module: nn.Module, layout: MLPLayout) -> "ComputedGate":
         return cls._all.setdefault(module, {}).setdefault(layout, cls(module, layout))
 
     def __init__(self, module: nn.Module, layout: MLPLayout) -> None:
         self.module = weakref.ref(module)
         self.layout = layout
+        self.numbers = itertools.count()
         self.edits: dict[int, Callable[[Tensor], Tensor | None]] = {}
+        self.watchers: dict[int, Callable[[Tensor], Any]] = {}
         self.hooks: list[Any] = []
         self.seen: dict[str, Tensor] = {}
+        self.served: list[_Served] = []
 
-    def add(self, edit: Callable[[Tensor], Tensor | None]) -> Handle:
-        if not self.edits:
+    def change(self, edit: Callable[[Tensor], Tensor | None]) -> Handle:
+        """Lets an edit act on every gate from now on."""
+        if not self.layout.repeatable:
+            raise ArchitectureError(f"post = {self.layout.product} cannot be repeated; write at 'post' instead")
+        return self._add(self.edits, edit)
+
+    def see(self, watcher: Callable[[Tensor], Any]) -> Handle:
+        """Shows every gate from now on, as it is used."""
+        return self._add(self.watchers, watcher)
+
+    def _add(self, where: dict[int, Callable], function: Callable) -> Handle:
+        number = next(self.numbers)
+        if not self.hooks:
             self._start()
-        key = max(self.edits, default=-1) + 1
-        self.edits[key] = edit
-        return Handle([_Removal(functools.partial(self._remove, key))])
+        where[number] = function
+        return Handle([Removal(functools.partial(self._remove, where, number))])
 
-    def _remove(self, key: int) -> None:
-        self.edits.pop(key, None)
-        if not self.edits:
-            for hook in self.hooks:
-                hook.remove()
-            self.hooks.clear()
+    def _remove(self, where: dict[int, Callable], number: int) -> None:
+        where.pop(number, None)
+        if not self.edits and not self.watchers:
+            while self.hooks:
+                self.hooks.pop().remove()
             self.seen.clear()
+            self.served.clear()
 
     def _start(self) -> None:
         module, layout = self.module(), self.layout
         down = module.get_submodule(layout.down)
-        last = down.register_forward_pre_hook(self._before_down, with_kwargs=True, prepend=True)
+        last = change_input(down, self._before_down, first=True)
         self.hooks.append(last)
         for name in dict.fromkeys(filter(None, (layout.fused, layout.gate, layout.up))):
             linear = module.get_submodule(name)
-            keep = linear.register_forward_hook(functools.partial(self._after_linear, name))
+            keep = see_output(linear, functools.partial(self._after_linear, name))
 
             def order(*_: Any, linear: nn.Module = linear, keep: Any = keep) -> None:
                 linear._forward_hooks.move_to_end(keep.id)
                 down._forward_pre_hooks.move_to_end(last.id, last=False)
 
-            self.hooks += [keep, linear.register_forward_pre_hook(order)]
+            self.hooks += [keep, change_input(linear, order)]
+
+    # -- in a trace ----------------------------------------------------------------------------------------------------
+
+    def serve(self, pre: Tensor, batcher: Any = None, rows: Any = None) -> Tensor:
+        """The gate of this forward for a trace to read and to edit in place; the same one if it asks again.
+
+        Args:
+            pre: what the trace is served of ``pre``.
+            batcher: nnsight's batcher, where a trace has several inputs.
+            rows: which rows the asking part of the trace sees; None for all of them.
+        """
+        for one in self.served:
+            if one.rows == rows:
+                return one.gate
+        gate = self._edited(self.layout.gate_of(self.module(), pre))
+        for one in self.served:
+            if one.rows is None and one.is_changed():
+                gate = batcher.narrow(one.gate, rows)
+        self.served.append(_Served(gate, pre, batcher, rows))
+        return gate
+
+    def assign(self, gate: Tensor, pre: Tensor, batcher: Any = None, rows: Any = None) -> None:
+        """Puts a trace's gate in place of this forward's; see `serve`."""
+        self.served = [one for one in self.served if one.rows != rows]
+        self.served.append(_Served(gate, pre, batcher, rows, assigned=True))
+
+    # -- one forward ---------------------------------------------------------------------------------------------------
+
+    def _edited(self, gate: Tensor) -> Tensor:
+        for edit in tuple(self.edits.values()):
+            new = edit(gate)
+            gate = gate if new is None else new
+        return gate
 
     def _after_linear(self, name: str, linear: nn.Module, args: tuple, output: Tensor) -> None:
         self.seen[name] = output
@@ -261,17 +285,42 @@ class _Recomputed:
             pre, up = layout.part(fused, "pre"), layout.part(fused, "up")
         else:
             pre, up = self.seen.pop(layout.gate), self.seen.pop(layout.up, None)
-        gate, changed = layout.gate_of(module, pre), False
-        for edit in tuple(self.edits.values()):
-            new = edit(gate)
-            if new is not None:
-                gate, changed = new, True
-        return _with_first(args, kwargs, layout.post_of(module, gate, up)) if changed else None
+        computed = layout.gate_of(module, pre)
+        gate = self._edited(computed)
+        served, self.served = self.served, []
+        for one in served:
+            if one.is_changed() or one.is_differentiated(pre):
+                gate = one.gate if one.rows is None else one.batcher.widen(gate, one.rows, one.gate)
+        for watcher in tuple(self.watchers.values()):
+            watcher(gate)
+        if gate is computed:
+            return None
+        if not layout.repeatable:
+            raise SiteError(
+                f"gate has no module of its own here, and post = {layout.product} cannot be computed again from what "
+                "the trace made of it; write at 'post' instead"
+            )
+        return _with_first(args, kwargs, layout.post_of(module, gate, up))
 
 
-class _Removal:
-    def __init__(self, remove: Callable[[], None]) -> None:
-        self.remove = remove
+class _Served:
+    """What a trace was served of a computed gate, and whether the model is to go on with it."""
+
+    def __init__(self, gate: Tensor, pre: Tensor, batcher: Any, rows: Any, assigned: bool = False) -> None:
+        self.gate, self.batcher, self.rows, self.assigned = gate, batcher, rows, assigned
+        # Inference tensors do not count what is written to them.
+        self.before = gate.clone() if gate.is_inference() else None
+        self.version = None if gate.is_inference() else gate._version
+        self.source = (pre.untyped_storage()._cdata, None if pre.is_inference() else pre._version)
+
+    def is_changed(self) -> bool:
+        if self.assigned or self.before is None:
+            return self.assigned or self.gate._version != self.version
+        return not torch.equal(self.gate, self.before)
+
+    def is_differentiated(self, pre: Tensor) -> bool:
+        """Whether gradients should flow through it: only if nothing was written to what it was computed from."""
+        return self.gate.requires_grad and self.source == (pre.untyped_storage()._cdata, pre._version)
 
 
 def _first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:

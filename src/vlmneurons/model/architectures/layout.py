@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -111,6 +111,27 @@ SPLITS = {
     ("even", "odd"): "interleaved",
     ("odd", "even"): "interleaved_up",
 }
+
+
+@dataclass(frozen=True)
+class SitePlace:
+    """Where the model shows the values of a site.
+
+    Attributes:
+        module: a module's name, relative to the MLP.
+        end: ``"input"`` (its first) or ``"output"``.
+        columns: which columns of it are the site's; None for all of them.
+        computed: whether ``gate`` is a function of what is there, and has no module of its own.
+    """
+
+    module: str
+    end: Literal["input", "output"]
+    columns: slice | None = None
+    computed: bool = False
+
+    def part(self, values: Float[Tensor, "... column"]) -> Float[Tensor, "... neuron"]:
+        """The site's columns of the values at that place: a view."""
+        return values if self.columns is None else values[..., self.columns]
 
 
 @dataclass(frozen=True)
@@ -227,11 +248,31 @@ class MLPLayout:
             fused: the output of the fused projection.
             kind: ``"pre"`` or ``"up"``.
         """
-        width = fused.shape[-1] // 2
+        return fused[..., self._columns(kind, fused.shape[-1] // 2)]
+
+    def _columns(self, kind: str, width: int) -> slice:
+        """Which columns of a fused projection's output are ``pre`` or ``up``."""
         first = (kind == "pre") == (self.split in ("gate_up", "interleaved"))
         if self.split in ("gate_up", "up_gate"):
-            return fused[..., :width] if first else fused[..., width:]
-        return fused[..., 0::2] if first else fused[..., 1::2]
+            return slice(0, width) if first else slice(width, 2 * width)
+        return slice(0 if first else 1, None, 2)
+
+    def place(self, kind: str, width: int) -> SitePlace:
+        """Where a site is: the one place that says so, for hooks, traces and remote runs.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+            width: number of neurons.
+        """
+        post_is_gate = not self.gated and self.product is None
+        if kind == "post" or (kind == "gate" and self.activation is None and post_is_gate):
+            return SitePlace(self.down, "input")
+        if kind in ("pre", "gate") and self.activation is not None:
+            return SitePlace(self.activation, "output" if kind == "gate" else "input")
+        if self.fused is not None:
+            columns = self._columns("up" if kind == "up" else "pre", width)
+            return SitePlace(self.fused, "output", columns, kind == "gate")
+        return SitePlace((self.up if kind == "up" else self.gate) or "", "output", None, kind == "gate")
 
 
 @dataclass(frozen=True)
@@ -273,10 +314,23 @@ class MLP:
             )
         return Site(self.tower, self.layer, self.name, kind)
 
+    def place(self, kind: str) -> SitePlace:
+        """Where the values of one of its sites are.
+
+        Args:
+            kind: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
+
+        Raises:
+            SiteError: this MLP has no such point.
+        """
+        self.site(kind)
+        return self.layout.place(kind, self.width)
+
     @property
     def sites(self) -> tuple[Site, ...]:
         """Its sites, in the order in which they are computed."""
-        return tuple(Site(self.tower, self.layer, self.name, kind) for kind in self.layout.kinds)
+        kinds = sorted(self.layout.kinds, key=lambda kind: self.layout.fused is None or kind != "up")
+        return tuple(Site(self.tower, self.layer, self.name, kind) for kind in kinds)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,230 @@
+"""The nnsight model of a `VLM`: nnsight's own, refusing early what nnsight would pass over without a word."""
+
+import ast
+import contextlib
+import functools
+import inspect
+import itertools
+import sys
+import types
+import weakref
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, no_type_check
+
+from nnsight import TransformersModel
+from nnsight.intervention.editing import EditingTracer
+from nnsight.intervention.tracer import InterleavingTracer, Invoker, ScanningTracer
+from nnsight.tracing.tracer import Tracer, skip_context, skippable
+
+from vlmneurons.errors import SiteError
+from vlmneurons.model.architectures.hooks import ComputedGate
+
+if TYPE_CHECKING:
+    from vlmneurons.model.vlm import VLM
+
+Position = tuple[int, int, int, int]
+"""Where an expression stands in its file: first and last line, first and last column."""
+
+_OPENS = ("trace", "generate", "pipe", "scan", "session", "edit", "invoke")
+"""What opens a block that nnsight reads and runs by itself."""
+
+
+def _position(frame: FrameType) -> Position | None:
+    """Where the call stands that a frame is making; None where Python keeps no columns (before 3.11)."""
+    positions = getattr(frame.f_code, "co_positions", None)
+    if positions is None:
+        return None
+    line, end_line, column, end_column = next(itertools.islice(positions(), frame.f_lasti // 2, None))
+    return None if None in (line, end_line, column, end_column) else (line, end_line, column, end_column)
+
+
+@functools.lru_cache(maxsize=512)
+def _withs(source: str) -> tuple[tuple[tuple[ast.expr, ...], int], ...]:
+    """Every ``with`` of a file: the expressions that it enters, and its line."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:  # a notebook's magic, which is no Python
+        return ()
+    found = [node for node in nodes if isinstance(node, ast.With | ast.AsyncWith)]
+    return tuple((tuple(item.context_expr for item in node.items), node.lineno) for node in found)
+
+
+def _entered(filename: str, position: Position | None) -> tuple[ast.expr, ...] | None:
+    """What follows an expression in the ``with`` that enters it; None if none does."""
+    for expressions, _ in _withs(Tracer.source(filename)) if position is not None else ():
+        for number, one in enumerate(expressions):
+            if (one.lineno, one.end_lineno, one.col_offset, one.end_col_offset) == position:
+                return expressions[number + 1 :]
+    return None
+
+
+def _is_entered(frame: FrameType, method: str) -> bool:
+    """Whether the call that a frame is making is what a ``with`` enters, and not a call within its block."""
+    position = _position(frame)
+    if position is not None:
+        return _entered(frame.f_code.co_filename, position) is not None
+    return any(
+        _calls(one, (method,)) and one.lineno <= frame.f_lineno <= (one.end_lineno or one.lineno)
+        for expressions, _ in _withs(Tracer.source(frame.f_code.co_filename))
+        for one in expressions
+    )
+
+
+def _calls(expression: ast.expr, methods: Sequence[str]) -> bool:
+    return (
+        isinstance(expression, ast.Call)
+        and isinstance(expression.func, ast.Attribute)
+        and expression.func.attr in methods
+    )
+
+
+class _Last(Tracer):
+    """A tracer that must be the last of what its ``with`` enters: nnsight skips what follows, without a word."""
+
+    position: Position | None = None
+
+    @no_type_check  # a checker of types would stand between this and the user's frame, which is looked for by depth
+    def __enter__(self) -> Any:  # as nnsight's own
+        self.capture()
+        self._refuse_followers()
+        if skippable(self.node):
+            skip_context(self)
+        return self
+
+    def _refuse_followers(self) -> None:
+        frame, node = self.info.frame, self.node
+        following = _entered(frame.f_code.co_filename, self.position)
+        if following is None and len(node.items) > 1:  # made elsewhere, or without columns: by what the last one is
+            last = node.items[-1].context_expr
+            name = last.id if isinstance(last, ast.Name) else None
+            mine = _calls(last, _OPENS) or (name and {**frame.f_globals, **frame.f_locals}.get(name) is self)
+            following = () if mine else (last,)
+        if following:
+            what = ", ".join(map(ast.unparse, following))
+            raise SiteError(
+                f"{what} stands after the trace in one `with`, where nnsight would skip it: it would do nothing. Put "
+                f"it first: with {what}, model.trace(…):"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "position"}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # What reads a request elsewhere has nnsight, and nothing of this library.
+        theirs = next(one for one in type(self).__mro__ if one.__module__.startswith("nnsight"))
+        return object.__new__, (theirs,), self.__getstate__()
+
+
+class _Tracing(_Last, InterleavingTracer):
+    @no_type_check  # see `_Last.__enter__`
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+        return _at(_position(sys._getframe(1)), _Invoking(self, *args, **kwargs))
+
+
+class _Invoking(_Last, Invoker):
+    pass
+
+
+class _Scanning(_Tracing, ScanningTracer):
+    pass
+
+
+class _Session(_Last):
+    pass
+
+
+class _Editing(_Last, EditingTracer):
+    @no_type_check  # see `_Last.__enter__`
+    def __enter__(self) -> Any:
+        self.capture()
+        self._refuse_followers()
+        if skippable(self.node):
+            skip_context(self)
+        vlm = self.envoy._vlm()
+        return self if self.inplace else (self, self.envoy if vlm is None else vlm.with_nnsight(self.envoy))
+
+
+def _at(position: Position | None, tracer: Any) -> Any:
+    if isinstance(tracer, _Last):
+        tracer.position = position
+    return tracer
+
+
+class TracedModel(TransformersModel):
+    """nnsight's model, whose blocks must be the last of what their ``with`` enters.
+
+    ``generate`` is traced only where a ``with`` enters it: nnsight looks at the line, and on a line that has both a
+    ``with`` and a plain call it would trace the call and run nothing. In all runs a trace can write to a ``gate`` that
+    no module computes. Where the model travels, it does so as nnsight's.
+    """
+
+    _computed: Sequence[ComputedGate] = ()
+
+    def __init__(self, hf_model: Any, vlm: "VLM", computed: Sequence[ComputedGate], **kwargs: Any) -> None:
+        super().__init__(hf_model, **kwargs)
+        self._vlm = weakref.ref(vlm)
+        self._computed = tuple(computed)
+
+    @no_type_check  # see `_Last.__enter__`
+    def trace(self, *args: Any, tracer_cls: Any = None, **kwargs: Any) -> Any:
+        """nnsight's ``trace``."""
+        position = _position(sys._getframe(1))
+        return _at(position, super().trace(*args, tracer_cls=tracer_cls or _Tracing, **kwargs))
+
+    @no_type_check  # see `_Last.__enter__`
+    def scan(self, *args: Any, fn: Any = None, backend: Any = None, **kwargs: Any) -> ScanningTracer:
+        """nnsight's ``scan``."""
+        tracer = _Scanning(self, "__call__" if fn is None else fn, *args, backend=backend, **kwargs)
+        return _at(_position(sys._getframe(1)), tracer)
+
+    @no_type_check  # see `_Last.__enter__`
+    def session(self, *args: Any, tracer_cls: Any = None, **kwargs: Any) -> Any:
+        """nnsight's ``session``."""
+        position = _position(sys._getframe(1))
+        return _at(position, super().session(*args, tracer_cls=tracer_cls or _Session, **kwargs))
+
+    @no_type_check  # see `_Last.__enter__`
+    def edit(self, *, inplace: bool = False, backend: Any = None) -> EditingTracer:
+        """nnsight's ``edit``; what it binds as the edited model has named sites as well."""
+        return _at(_position(sys._getframe(1)), _Editing(self, inplace=inplace, backend=backend))
+
+    @no_type_check  # see `_Last.__enter__`
+    def generate(self, *inputs: Any, **kwargs: Any) -> Any:
+        """nnsight's ``generate``."""
+        return self._run_or_trace("generate", sys._getframe(1), inputs, kwargs)
+
+    @no_type_check  # see `_Last.__enter__`
+    def pipe(self, *inputs: Any, **kwargs: Any) -> Any:
+        """nnsight's ``pipe``."""
+        return self._run_or_trace("pipe", sys._getframe(1), inputs, kwargs)
+
+    def _run_or_trace(self, name: str, frame: FrameType, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        method = types.MethodType(inspect.unwrap(getattr(TransformersModel, name)), self)
+        if self.interleaver.interleaving:
+            return method(*inputs, **kwargs)
+        if _is_entered(frame, name):
+            return _at(_position(frame), super().trace(*inputs, fn=method, tracer_cls=_Tracing, **kwargs))
+        return self.interleave(method, *inputs, **kwargs)
+
+    def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's ``interleave``."""
+        with contextlib.ExitStack() as stack:
+            for gate in self._computed:
+                stack.enter_context(gate.see(_nothing))
+            return super().interleave(fn, *args, **kwargs)
+
+    # -- where it travels ----------------------------------------------------------------------------------------------
+
+    def _remoteable_class(self) -> type:
+        return TransformersModel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name not in ("_vlm", "_computed")}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return object.__new__, (TransformersModel,), self.__getstate__()
+
+
+def _nothing(_: Any) -> None:
+    """Looks at a gate, so that it can be written to."""
