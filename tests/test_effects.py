@@ -204,7 +204,7 @@ def test_control_groups_stand_apart(result):
     with_controls = result.summary(resamples=20, permutations=20)
     without = random_result()
     places = [n for n, group in enumerate(without.groups) if group != "general"]
-    plain = without._keeping(np.array(places)).summary(resamples=20, permutations=20)
+    plain = without.at(places).summary(resamples=20, permutations=20)
     shared = [name for name in plain.columns if not name.startswith("control_effect")]
     pd.testing.assert_frame_equal(with_controls[shared], plain[shared])
 
