@@ -17,7 +17,7 @@ from recompute_study import generator_for
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.study.controls import random_controls
-from vlmneurons.study.effects import excess, mask_effects
+from vlmneurons.study.effects import excess
 from vlmneurons.study.masks import Mask, setting_name, split_setting
 from vlmneurons.study.result import KnockoutResult
 from vlmneurons.trust.pvalues import benjamini_hochberg, holm, mcnemar, sign_flips

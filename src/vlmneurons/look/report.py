@@ -32,7 +32,7 @@ from vlmneurons.look.plots import (
     plot_random,
 )
 from vlmneurons.study.masks import split_setting
-from vlmneurons.study.result import KnockoutResult
+from vlmneurons.study.result import NOT_ASKED, KnockoutResult
 
 _CONDITION = re.compile(r" \((all|wrong|correct)\)$")
 """Ends the name of a selection from questions of another condition; see `vlmneurons.study.controls.condition_masks`."""
@@ -58,7 +58,6 @@ def write_report(
     others: Mapping[str, KnockoutResult] | None = None,
     tables: Mapping[str, pd.DataFrame] | None = None,
     confidence: float = 0.95,
-    resamples: int = 2000,
     permutations: int = 2000,
     seed: int = 0,
     title: str = "Knockout study",
@@ -72,9 +71,8 @@ def write_report(
         others: the same questions asked in other ways, by name, such as ``"blind"``; their clean answers are compared.
         tables: further tables to include.
         confidence: level of all intervals.
-        resamples: number of bootstrap resamples.
-        permutations: number of sign flips.
-        seed: seed of both.
+        permutations: number of sign flips; see `KnockoutResult.effects`.
+        seed: of the sign flips.
         title: stands above the page.
 
     Returns:
@@ -86,7 +84,6 @@ def write_report(
     folder = path_of("folder", folder, MismatchError)
     how: dict[str, Any] = {
         "confidence": confidence,
-        "resamples": resamples,
         "permutations": permutations,
         "seed": seed,
     }
@@ -131,10 +128,10 @@ def write_report(
 def _effects(
     result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, how: Mapping[str, Any]
 ) -> list[_Part]:
-    overall = summary[(summary["group"] == "all") & summary["selector"].isin(plain)]
+    overall = _overall(summary, plain)
     own = summary[(summary["selector"] == main) & (summary["group"] != "all")]
     shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
-    level = f"{100 * how['confidence']:g} % paired bootstrap intervals over pictures"
+    level = f"{100 * how['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
     return [
         _Part(
             "effects",
@@ -145,6 +142,13 @@ def _effects(
         ),
         _Part(
             "effects-overall", "Effects over all groups", "In points of accuracy.", _effect_table(overall, "selector")
+        ),
+        _Part(
+            "effects-margin",
+            "Effects over all groups, on the margin",
+            "Change of the log-probability margin (right option less the best other one), in nats; it moves before an "
+            "answer flips.",
+            _effect_table(_overall(result.summary(value="margin", **how), plain), "selector", scale=1.0, digits=2),
         ),
         _Part(
             "effects-by-group",
@@ -161,9 +165,9 @@ def _effects(
         _Part(
             f"tests-{_slug(main)}",
             f"Tests of {main} by group",
-            "p: McNemar's exact test of the self effect, which takes questions for independent; p by pictures and gap "
-            "p: permutation tests of the self effect and of the gap, which flip pictures with all their questions; "
-            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH).",
+            "Sign flips of pictures with all their questions, of the self effect (p), the cross effect and the gap; "
+            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH). Settings: how many settings "
+            f"of {main} this study tried, which nothing here is corrected for.",
             _test_table(own, "group", list(_TESTS)),
         ),
     ]
@@ -191,9 +195,8 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapp
                 "pairs",
                 f"Whose mask harms whom: {main}",
                 "The fifteen cross effects that are most below what the mask and the group show on average (excess): "
-                "groups that depend on each other's neurons. p: McNemar's exact test, which takes questions for "
-                "independent, corrected over all pairs.",
-                _points_table(cross, ["delta", "delta_low", "delta_high", "excess"]),
+                "groups that depend on each other's neurons. p: sign flips of pictures, corrected over all pairs.",
+                _points_table(cross.drop(columns="exploratory"), ["delta", "delta_low", "delta_high", "excess"]),
             )
         )
     return parts
@@ -274,13 +277,19 @@ def _sweeps(result: KnockoutResult, how: Mapping[str, Any]) -> list[_Part]:
                 _Part(
                     f"curve-{_slug(base)}-{axis}",
                     f"{base} by {what}",
-                    "Mean over groups with intervals; thin lines are the groups.",
+                    f"Mean over groups with intervals; thin lines are the groups. Exploratory: {number} settings were "
+                    "tried, and no p is corrected for that.",
                     plot_curve(curve, axis),
                 )
             )
         overall = curve[curve["group"] == "all"]
         parts.append(
-            _Part(f"curve-{_slug(base)}-{axis}", f"{base} by {what}", "Over all groups.", _effect_table(overall, axis))
+            _Part(
+                f"curve-{_slug(base)}-{axis}",
+                f"{base} by {what}",
+                f"Over all groups. Exploratory: {number} settings were tried.",
+                _effect_table(overall, axis),
+            )
         )
     return parts
 
@@ -328,9 +337,17 @@ def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) ->
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _effect_table(summary: pd.DataFrame, label: str) -> pd.DataFrame:
-    """The columns of a summary that a paper prints, effects in points with their intervals."""
-    table = pd.DataFrame({label: summary[label].to_numpy(), "n": summary["n"].to_numpy()})
+def _overall(summary: pd.DataFrame, plain: Sequence[str]) -> pd.DataFrame:
+    return summary[(summary["group"] == "all") & summary["selector"].isin(plain)]
+
+
+def _effect_table(summary: pd.DataFrame, label: str, *, scale: float = 100.0, digits: int = 1) -> pd.DataFrame:
+    """The columns of a summary that a paper prints, effects in points (or scaled otherwise) with their intervals."""
+    names = summary[label].to_numpy()
+    shown = (
+        [f"{name:g}".replace("-", "−") for name in names] if names.dtype.kind == "f" else names
+    )  # 0.0005 is not 0.000
+    table = pd.DataFrame({label: shown, "n": summary["n"].to_numpy()})
     if (summary["pictures"] != summary["n"]).any():
         table["pictures"] = summary["pictures"].to_numpy()
     table["clean"] = [_number(100 * value) for value in summary["clean"]]
@@ -345,7 +362,11 @@ def _effect_table(summary: pd.DataFrame, label: str) -> pd.DataFrame:
         if name in summary:
             bounds = zip(summary[name], summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
             table[title] = [
-                f"{_number(100 * value)} [{_number(100 * low)}, {_number(100 * high)}]" for value, low, high in bounds
+                _number(scale * value, digits)
+                + (f" [{_number(scale * low, digits)}, {_number(scale * high, digits)}]" if low == low else " (few)")
+                if np.isfinite(value)
+                else "–"
+                for value, low, high in bounds
             ]
     table["flips"] = [_number(100 * value) for value in summary["flips"]]
     if (summary["failures"] > 0).any():
@@ -357,8 +378,8 @@ _TESTS = {
     "p": "p",
     "p_holm": "Holm",
     "p_bh": "BH",
-    "p_permutation": "p by pictures",
-    "p_permutation_holm": "Holm by pictures",
+    "cross_p": "cross p",
+    "cross_p_holm": "cross Holm",
     "gap_p": "gap p",
     "gap_p_holm": "gap Holm",
     "gap_p_bh": "gap BH",
@@ -368,7 +389,7 @@ _TESTS = {
 def _test_table(summary: pd.DataFrame, label: str, tests: Sequence[str]) -> pd.DataFrame:
     """P-values of a summary as they are printed."""
     columns = {_TESTS[name]: [_probability(value) for value in summary[name]] for name in tests}
-    return pd.DataFrame({label: summary[label].to_numpy(), **columns})
+    return pd.DataFrame({label: summary[label].to_numpy(), **columns, "settings": summary["settings"].to_numpy()})
 
 
 def _points_table(table: pd.DataFrame, points: Sequence[str]) -> pd.DataFrame:
@@ -537,8 +558,8 @@ def _page(
         + (f", control groups {', '.join(result.control_names)}" if result.control_names else ""),
         "Clean accuracy": f"{100 * float(np.mean(result.correct[0])):.1f} %",
         "Masks": f"{len(result.masks):,} of {len(result.selectors)} kinds",
-        "Answers kept": f"{result.chosen.size:,}",
-        "Could not be parsed": f"{int((result.chosen < 0).sum()):,}",
+        "Answers kept": f"{int((result.chosen > NOT_ASKED).sum()):,}",
+        "Could not be parsed": f"{int((result.chosen == -1).sum()):,}",
         "Questions skipped": f"{len(about.get('skipped', [])):,}",
         "Read by": about.get("answer", "not known"),
         "Made with": f"vlmneurons {__version__}",
