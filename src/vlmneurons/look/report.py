@@ -37,6 +37,8 @@ from vlmneurons.study.result import NOT_ASKED, KnockoutResult
 _CONDITION = re.compile(r" \((all|wrong|correct)\)$")
 """Ends the name of a selection from questions of another condition; see `vlmneurons.study.controls.condition_masks`."""
 
+_POINTS = ["delta", "delta_low", "delta_high", "excess"]
+
 _AXES = {"r": "share of neurons", "alpha": "strength", "items": "identification questions"}
 
 
@@ -166,8 +168,8 @@ def _effects(
             f"tests-{_slug(main)}",
             f"Tests of {main} by group",
             "Sign flips of pictures with all their questions, of the self effect (p), the cross effect and the gap; "
-            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH). Settings: how many settings "
-            f"of {main} this study tried, which nothing here is corrected for.",
+            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH). Settings: how many of "
+            f"{main} this study tried, which nothing here is corrected for.",
             _test_table(own, "group", list(_TESTS)),
         ),
     ]
@@ -196,7 +198,7 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapp
                 f"Whose mask harms whom: {main}",
                 "The fifteen cross effects that are most below what the mask and the group show on average (excess): "
                 "groups that depend on each other's neurons. p: sign flips of pictures, corrected over all pairs.",
-                _points_table(cross.drop(columns="exploratory"), ["delta", "delta_low", "delta_high", "excess"]),
+                _points_table(cross.drop(columns=["few", "exploratory"]), _POINTS),
             )
         )
     return parts
@@ -344,10 +346,9 @@ def _overall(summary: pd.DataFrame, plain: Sequence[str]) -> pd.DataFrame:
 def _effect_table(summary: pd.DataFrame, label: str, *, scale: float = 100.0, digits: int = 1) -> pd.DataFrame:
     """The columns of a summary that a paper prints, effects in points (or scaled otherwise) with their intervals."""
     names = summary[label].to_numpy()
-    shown = (
-        [f"{name:g}".replace("-", "−") for name in names] if names.dtype.kind == "f" else names
-    )  # 0.0005 is not 0.000
-    table = pd.DataFrame({label: shown, "n": summary["n"].to_numpy()})
+    if names.dtype.kind == "f":  # a setting such as 0.0005 is not 0.000
+        names = np.array([f"{name:g}".replace("-", "−") for name in names])
+    table = pd.DataFrame({label: names, "n": summary["n"].to_numpy()})
     if (summary["pictures"] != summary["n"]).any():
         table["pictures"] = summary["pictures"].to_numpy()
     table["clean"] = [_number(100 * value) for value in summary["clean"]]

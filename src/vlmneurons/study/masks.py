@@ -134,7 +134,7 @@ def listed_masks(masks: Masks, groups: Sequence[str], default: Intervention) -> 
         )
     if all(name in groups and isinstance(one, NeuronSet) for name, one in masks.items()):
         raise MismatchError(
-            f"these masks are a set for each of the groups {', '.join(masks)}, and would be taken for as many selectors: "
+            f"these masks are a set for each of the groups {', '.join(masks)}, and would pass for as many selectors: "
             'give them under one name, {"CAS": vn.Selection(masks)}'
         )
     listed: list[tuple[Mask, Intervention]] = []

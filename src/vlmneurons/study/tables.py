@@ -167,7 +167,7 @@ def effect_table(result: "KnockoutResult", selectors: Sequence[str], how: Infere
                 p = np.broadcast_to(_own_pvalues(result, masks, change, clusters, how), kind.shape)
             else:
                 tested &= cells.units[:, :-1] >= LEAST_UNITS
-                places = np.flatnonzero(tested.any(0))
+                places = np.flatnonzero(tested.any(0)).tolist()
                 p = cells.pvalues(how.flips(int(tested.sum())), [how.seed, 2], LEAST_UNITS, places)[:, :-1]
             for name, column in corrected(p[tested]).items():
                 found[name][tested] = column
