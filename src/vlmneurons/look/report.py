@@ -81,7 +81,7 @@ def write_report(
         the path of the page.
 
     Raises:
-        MismatchError: there is nothing to report: no questions, or no masks of groups; or no such main selector.
+        MismatchError: there is nothing to report: no questions, or no masks; or no such main selector.
     """
     folder = path_of("folder", folder, MismatchError)
     how: dict[str, Any] = {
@@ -91,18 +91,19 @@ def write_report(
     }
     summary = result.summary(**how) if result.ids else pd.DataFrame()
     if not len(summary):
-        raise MismatchError("there is nothing to report: the result has no questions, or no masks of their groups")
+        raise MismatchError("there is nothing to report: the result has no questions, or no masks")
     plain = [name for name in dict.fromkeys(summary["selector"]) if split_setting(name)[1] is None]
     if not plain:
         raise MismatchError("there is nothing to report but sweeps; include the selection itself")
-    main = main or ("CAS" if "CAS" in plain else plain[0])
+    of_groups = [name for name in plain if _has_groups(result, name)]
+    main = main or next(name for name in ("CAS", *of_groups, *plain) if name in plain)
     if main not in plain:
-        raise MismatchError(f"main={main!r} has no masks of groups here; there are {', '.join(plain)}")
+        raise MismatchError(f"main={main!r} has no masks here; there are {', '.join(plain)}")
     parts = [
         *_effects(result, summary, plain, main, how),
         *_matrices(result, plain, main, how),
         *_flips_and_depth(result, plain),
-        *_random(result, plain, main),
+        *(_random(result, of_groups, main) if main in of_groups else []),
         *_sweeps(result, how),
         *_conditions(result, plain, how),
         *_accuracies(result, others or {}),
@@ -112,8 +113,8 @@ def write_report(
         (folder / place).mkdir(parents=True, exist_ok=True)
     body = [_written(part, folder) for part in parts]
     every = {"every-mask": result.table(), "summary": summary}
-    if _repeated(result, plain):
-        every["every-random"] = _against_random(result, main, _repeated(result, plain))
+    if main in of_groups and _repeated(result, of_groups):
+        every["every-random"] = _against_random(result, main, _repeated(result, of_groups))
     if len(result.group_names) > 2:
         pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
         every["every-pair"] = pd.concat(pairs)[["selector", *pairs[0].columns[:-1]]]
@@ -205,15 +206,17 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapp
 
 
 def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part]:
-    parts = [
-        _Part(
-            "flips",
-            "Answers that changed",
-            "Share of questions whose answer changes under the mask of their own group and, on average, under the "
-            "others'. Equal shares of right → wrong and wrong → right are noise, not harm.",
-            plot_flips(result, plain),
+    parts = []
+    if any(_has_groups(result, name) for name in plain):
+        parts.append(
+            _Part(
+                "flips",
+                "Answers that changed",
+                "Share of questions whose answer changes under the mask of their own group and, on average, under the "
+                "others'. Equal shares of right → wrong and wrong → right are noise, not harm.",
+                plot_flips(result, plain),
+            )
         )
-    ]
     single = [name for name in plain if name not in _repeated(result, plain)]
     if result.provenance.get("layers") and single:
         parts.append(
@@ -257,6 +260,11 @@ def _against_random(result: KnockoutResult, main: str, controls: Sequence[str]) 
     table = pd.concat([result.against_random(main, name).assign(control=name) for name in controls], ignore_index=True)
     table.insert(0, "control", table.pop("control"))
     return table
+
+
+def _has_groups(result: KnockoutResult, name: str) -> bool:
+    """Whether a selector has masks of the questions' groups, and so self effects."""
+    return any(mask.selector == name and mask.group in result.group_names for mask in result.masks)
 
 
 def _repeated(result: KnockoutResult, names: Sequence[str]) -> list[str]:

@@ -225,17 +225,20 @@ def _satterthwaite(spread: np.ndarray, in_group: np.ndarray, units: np.ndarray) 
         in_group: ``[group, row, picture]`` whether it has questions of a group.
         units: ``[row, group]`` units of each group.
     """
-    kinds, kind = np.unique(in_group.any(1), axis=1, return_inverse=True)
-    of_picture = in_group.sum(0)
-    left = 1 - np.einsum("grp,rg->rp", in_group, 1 / np.maximum(units, 1)) / np.maximum(of_picture, 1)
-    left = np.where(of_picture > 0, left, 0.0)
-    below = np.zeros(len(spread))
+    n_groups, n_rows, n_pictures = in_group.shape
+    if not in_group.size:
+        return np.full(n_rows, np.nan)
+    kinds, kind = np.unique(in_group.reshape(n_groups, -1), axis=1, return_inverse=True)
+    place = kind.reshape(n_rows, n_pictures) + kinds.shape[1] * np.arange(n_rows)[:, None]
+
+    def by_kind(values: np.ndarray) -> np.ndarray:
+        summed = np.bincount(place.reshape(-1), values.reshape(-1), n_rows * kinds.shape[1])
+        return summed.reshape(n_rows, -1)
+
+    spent = np.einsum("grp,rg->rp", in_group, 1 / np.maximum(units, 1)) / np.maximum(in_group.sum(0), 1)
+    part, degrees = by_kind(spread**2), by_kind(np.where(in_group.any(0), 1 - spent, 0.0))
     with np.errstate(divide="ignore", invalid="ignore"):  # no spread, no degrees
-        for number in range(kinds.shape[1]):
-            here = kind.reshape(-1) == number
-            part, degrees = (spread[:, here] ** 2).sum(1), left[:, here].sum(1)
-            below += np.where(part > 0, part**2 / degrees, 0.0)
-        return (spread**2).sum(1) ** 2 / below
+        return part.sum(1) ** 2 / np.where(part > 0, part**2 / degrees, 0.0).sum(1)
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
