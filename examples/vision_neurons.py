@@ -29,7 +29,7 @@ def main() -> None:
     print(selection.table().to_string())
     asked = evaluate.balanced(max(size // 4, 2), seed=0)
     result = vn.knockout(model, asked, {"CAS": selection, "random": control}, batch_size=64, progress=False)
-    summary = result.summary(resamples=200)
+    summary = result.summary()
     shown = ["selector", "clean", "self_effect", "cross_effect", "self_margin", "cross_margin"]
     print(summary[summary["group"] == "all"][shown].to_string(index=False, float_format="{:+.3f}".format))
 

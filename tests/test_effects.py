@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import statsmodels.api as sm
 from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
 import vlmneurons as vn
 from helpers import picture
@@ -17,7 +19,7 @@ from recompute_study import generator_for
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.study.controls import random_controls
-from vlmneurons.study.effects import excess, mask_effects
+from vlmneurons.study.effects import estimates, excess, question_effects
 from vlmneurons.study.masks import Mask, setting_name, split_setting
 from vlmneurons.study.result import KnockoutResult
 from vlmneurons.trust.pvalues import benjamini_hochberg, holm, mcnemar, sign_flips
@@ -89,7 +91,7 @@ def test_tables_and_effects_follow_from_the_kept_answers_by_pandas(result, kept)
     failures = (kept["chosen"] < 0).groupby([kept["selector"], kept["repeat"], kept["mask"], kept["group"]]).mean()
     np.testing.assert_allclose(table["failures"], failures.reindex(table.index))
     mean = delta.groupby(["selector", "mask", "group"]).mean()
-    summary = result.summary(resamples=10, permutations=10).set_index(["selector", "group"])
+    summary = result.summary(permutations=10).set_index(["selector", "group"])
     for selector in result.selectors:
         for group in CODES:
             row, others = summary.loc[selector, group], [code for code in CODES if code != group]
@@ -102,41 +104,40 @@ def test_tables_and_effects_follow_from_the_kept_answers_by_pandas(result, kept)
 
 
 def test_mcnemar_holm_and_bh_equal_statsmodels(result, kept):
-    summary = result.summary(resamples=10, permutations=10).set_index(["selector", "group"])
+    summary = result.summary().set_index(["selector", "group"])
+    for row, group in enumerate(CODES, start=1):
+        own = kept[(kept["selector"] == "CAS") & (kept["mask"] == group) & (kept["group"] == group)]
+        counts = [[0, (own["change"] > 0).sum()], [(own["change"] < 0).sum(), 0]]
+        here = np.array(result.groups) == group
+        ours = mcnemar(result.correct[0][here], result.correct[row][here])
+        assert ours == pytest.approx(statsmodels_mcnemar(counts, exact=True).pvalue)
+        # Sign flips of questions that stand alone are that test by Monte Carlo.
+        assert summary.loc[("CAS", group), "p"] == pytest.approx(ours, abs=0.02)
     for selector in ("CAS", "MAD"):
-        expected = []
-        for group in CODES:
-            own = kept[(kept["selector"] == selector) & (kept["mask"] == group) & (kept["group"] == group)]
-            counts = pd.crosstab(own["clean"], own["correct"]).reindex(
-                index=[False, True], columns=[False, True], fill_value=0
-            )
-            expected.append(statsmodels_mcnemar(counts.to_numpy(), exact=True).pvalue)
         rows = summary.loc[selector].loc[list(CODES)]
-        np.testing.assert_allclose(rows["p"], expected)
-        np.testing.assert_allclose(rows["p_holm"], multipletests(expected, method="holm")[1])
-        np.testing.assert_allclose(rows["p_bh"], multipletests(expected, method="fdr_bh")[1])
-        gaps = rows["gap_p"].tolist()
-        np.testing.assert_allclose(rows["gap_p_holm"], multipletests(gaps, method="holm")[1])
-        np.testing.assert_allclose(rows["gap_p_bh"], multipletests(gaps, method="fdr_bh")[1])
-    pairs = result.pairs("CAS", resamples=10)
+        for name in ("p", "cross_p", "gap_p"):
+            np.testing.assert_allclose(rows[f"{name}_holm"], multipletests(rows[name], method="holm")[1])
+            np.testing.assert_allclose(rows[f"{name}_bh"], multipletests(rows[name], method="fdr_bh")[1])
+            assert np.isnan(summary.loc[(selector, "all"), f"{name}_holm"])
+    pairs = result.pairs("CAS")
     assert len(pairs) == 16
-    np.testing.assert_allclose(pairs["p_holm"], multipletests(pairs["p"], method="holm")[1])
-    np.testing.assert_allclose(pairs["p_bh"], multipletests(pairs["p"], method="fdr_bh")[1])
+    own = pairs["mask"] == pairs["group"]
+    for family in (pairs[own], pairs[~own]):  # self effects are one family of tests, the others another
+        np.testing.assert_allclose(family["p_holm"], multipletests(family["p"], method="holm")[1])
+        np.testing.assert_allclose(family["p_bh"], multipletests(family["p"], method="fdr_bh")[1])
     for row in pairs.itertuples():
         own = kept[(kept["selector"] == "CAS") & (kept["mask"] == row.mask) & (kept["group"] == row.group)]
-        counts = [[0, (own["change"] > 0).sum()], [(own["change"] < 0).sum(), 0]]
-        assert row.p == pytest.approx(statsmodels_mcnemar(counts, exact=True).pvalue)
         assert row.delta == pytest.approx(own["change"].mean())
 
 
 def test_sign_flips_equal_scipys_permutation_test(result, kept):
-    summary = result.summary(resamples=10, permutations=20_000).set_index(["selector", "group"])
+    summary = result.summary(permutations=20_000).set_index(["selector", "group"])
     for selector in ("MAD", "random"):
         for group in CODES:
             here = kept[(kept["selector"] == selector) & (kept["group"] == group)]
             by_mask = here.groupby(["mask", "id"], observed=True)["change"].mean().unstack("mask")
             gap = by_mask[group] - by_mask[[code for code in CODES if code != group]].mean(axis=1)
-            for values, name in ((by_mask[group], "p_permutation"), (gap, "gap_p")):
+            for values, name in ((by_mask[group], "p"), (gap, "gap_p")):
                 expected = scipy_stats.permutation_test(
                     (values.to_numpy(),),
                     lambda x, axis: x.mean(axis=axis),
@@ -167,20 +168,37 @@ def test_sign_flips_are_right_as_often_as_they_say_under_the_null():
     assert p.min() >= 1 / 501
 
 
-def test_bootstrap_intervals_equal_scipys(result, kept):
-    summary = result.summary(resamples=4000, permutations=10).set_index(["selector", "group"])
-    for group in CODES[:2]:
-        here = kept[(kept["selector"] == "MAD") & (kept["group"] == group)]
-        by_mask = here.pivot_table(index="id", columns="mask", values="change", observed=True)
-        gap = (by_mask[group] - by_mask[[code for code in CODES if code != group]].mean(axis=1)).to_numpy()
-        for values, name in ((by_mask[group].to_numpy(), "self_effect"), (gap, "gap")):
-            seeded = generator_for(scipy_stats.bootstrap, 2)
-            interval = scipy_stats.bootstrap(
-                (values,), np.mean, n_resamples=4000, method="percentile", **seeded
-            ).confidence_interval
-            row = summary.loc["MAD", group]
-            assert row[f"{name}_low"] == pytest.approx(interval.low, abs=0.03)
-            assert row[f"{name}_high"] == pytest.approx(interval.high, abs=0.03)
+def test_intervals_are_those_of_a_regression_on_a_constant_clustered_by_picture():
+    result = shared({"A": [4] * 20, "B": [1, 2, 3, 6] * 6})
+    summary = result.summary(confidence=0.9).set_index("group")
+    change = (result.chosen[1:] == 1).astype(float) - (result.chosen[0] == 1)
+    groups, pictures = np.array(result.groups), np.array(result.pictures)
+    for row, group in enumerate("AB"):
+        here = groups == group
+        for name, values in (("self_effect", change[row]), ("gap", change[row] - change[1 - row])):
+            units = np.unique(pictures[here], return_inverse=True)[1]
+            fit = sm.OLS(values[here], np.ones(here.sum())).fit(
+                cov_type="cluster", cov_kwds={"groups": units}, use_t=True
+            )
+            ours = summary.loc[group, [name, f"{name}_low", f"{name}_high"]].astype(float)
+            np.testing.assert_allclose(ours, [fit.params[0], *fit.conf_int(0.1)[0]], atol=1e-12)
+
+
+def test_an_interval_needs_twelve_pictures_and_twenty_changed_answers():
+    for pictures, questions, few in ((11, 8, True), (12, 8, False)):
+        result = shared({"A": [questions] * pictures, "B": [8] * 30})
+        row = result.effects("CAS").set_index(["mask", "group"]).loc["A", "A"]
+        assert (row["units"], row["few"], bool(np.isnan(row["low"]))) == (pictures, few, few)
+        assert np.isfinite(row["p"])  # of a self effect, at any number: there are all flips
+        assert np.isnan(result.effects("CAS").set_index(["mask", "group"]).loc[("B", "A"), "p"]) == few
+        assert ("self_effect" in result.summary().iloc[0]["few"]) == few
+    result = random_result(n=40)
+    table = result.effects("CAS")
+    assert table["few"].equals((table["units"] < 12) | (table["changed"] < 20))
+    assert table["low"].isna().equals(table["few"])
+    assert not result.effects("CAS", value="margin")["few"].any()
+    same = replace(result, chosen=np.where(np.arange(len(result.chosen))[:, None] == 0, result.answers, -1))
+    assert same.effects("CAS")["few"].all()  # every answer turned wrong: nothing to tell a spread from
 
 
 def test_conditions_keep_the_questions_that_the_clean_model_answers_right_or_wrong(result, kept):
@@ -191,7 +209,7 @@ def test_conditions_keep_the_questions_that_the_clean_model_answers_right_or_wro
         for mask in CODES:
             for group in (*CODES, "general"):
                 assert matrix.loc[mask, group] == pytest.approx(expected[mask, group])
-        summary = result.summary(condition=condition, resamples=10, permutations=10)
+        summary = result.summary(condition=condition, permutations=10)
         assert (summary["self_effect"] * (1 if clean else -1) <= 0).all()
     with pytest.raises(MismatchError, match="condition='easy' does not exist; choose from all, correct, wrong"):
         result.table(condition="easy")
@@ -201,11 +219,11 @@ def test_control_groups_stand_apart(result):
     assert result.group_names == CODES
     assert result.control_names == ("general",)
     assert list(result.matrix("CAS").columns) == [*CODES, "general"]
-    with_controls = result.summary(resamples=20, permutations=20)
+    with_controls = result.summary(permutations=20)
     without = random_result()
     places = [n for n, group in enumerate(without.groups) if group != "general"]
-    plain = without._keeping(np.array(places)).summary(resamples=20, permutations=20)
-    shared = [name for name in plain.columns if not name.startswith("control_effect")]
+    plain = without.at(places).summary(permutations=20)
+    shared = [name for name in plain.columns if not name.startswith("control_effect") and name != "few"]
     pd.testing.assert_frame_equal(with_controls[shared], plain[shared])
 
 
@@ -229,10 +247,10 @@ def test_random_repeats_are_a_distribution(result, kept):
 
 
 def test_curves_are_in_the_order_of_their_setting(result):
-    curve = result.curve("CAS", "r", resamples=20, permutations=20)
+    curve = result.curve("CAS", "r", permutations=20)
     assert curve["r"].tolist() == [r for r in (0.001, 0.01, 0.02) for _ in range(5)]
     assert set(curve["selector"]) == {"CAS"}
-    summary = result.summary(resamples=20, permutations=20).set_index(["selector", "group"])
+    summary = result.summary(permutations=20).set_index(["selector", "group"])
     assert curve.iloc[-1]["self_effect"] == summary.loc[("CAS [r=0.02]", "all"), "self_effect"]
     with pytest.raises(MismatchError, match="there is no sweep of 'CAS' over 'alpha' here"):
         result.curve("CAS", "alpha")
@@ -260,23 +278,55 @@ def test_excess_takes_out_what_a_mask_does_to_all_and_what_harms_a_group_always(
     own, receives = generator.normal(size=6), generator.normal(size=6)
     delta = own[:, None] + receives[None, :]
     np.fill_diagonal(delta, -5.0)
-    column = list(range(6))
-    left = excess(delta, column)
+    own = np.eye(6, dtype=bool)
+    left = excess(delta, own)
     assert np.isnan(np.diag(left)).all()
     np.testing.assert_allclose(left[~np.eye(6, dtype=bool)], 0, atol=1e-12)
     delta[1, 4] -= 1.0
-    left = excess(delta, column)
+    left = excess(delta, own)
     assert np.nanargmin(left) == 1 * 6 + 4
     np.testing.assert_allclose(np.nansum(left, 0), 0, atol=1e-9)
     np.testing.assert_allclose(np.nansum(left, 1), 0, atol=1e-9)
 
 
-def test_effects_of_masks_by_hand():
-    found = mask_effects(np.array([[-0.5, -0.1, 0.0], [-0.2, -0.4, -0.3]]), [0, 1])
-    np.testing.assert_allclose(found["self_effect"], [-0.5, -0.4])
-    np.testing.assert_allclose(found["cross_effect"], [-0.2, -0.1])
-    np.testing.assert_allclose(found["cross_caused"], [-0.05, -0.25])
-    np.testing.assert_allclose(found["gap"], [-0.3, -0.3])
+def test_excess_weighs_cells_by_their_questions_and_leaves_out_what_says_nothing():
+    delta = np.array([[np.nan, -0.2, 0.1, np.nan], [-0.1, np.nan, 0.3, np.nan], [0.0, -0.4, np.nan, -0.9]])
+    n = np.array([[0, 4, 9, 0], [7, 0, 2, 0], [5, 3, 0, 6]])
+    left = excess(delta, np.eye(3, 4, dtype=bool), n)
+    rows, columns = np.nonzero(n)
+    design = np.zeros((len(rows), 7))
+    design[range(len(rows)), rows] = design[range(len(rows)), 3 + columns] = 1
+    with pytest.warns(SingularMatrixWarning):
+        fit = sm.WLS(delta[rows, columns], design, weights=n[rows, columns].astype(float)).fit()
+    free = ~((rows == 2) & (columns == 3))  # the only cell of its group: whatever it is, it is fitted
+    np.testing.assert_allclose(left[rows, columns][free], fit.resid[free], atol=1e-12)
+    assert np.isnan(left[2, 3])
+    assert np.isfinite(left).sum() == free.sum()
+
+
+def test_effects_of_questions_by_hand():
+    change = np.array([[-1.0, 0.0, 1.0, np.nan], [0.0, -1.0, np.nan, 1.0], [-1.0, -1.0, 0.0, 0.0]])
+    found = question_effects(change, ["A", "B", "C"], ["A", "A", "B", "D"])
+    np.testing.assert_allclose(found[0], [-1, 0, np.nan, np.nan])  # the third was not asked under its own mask
+    np.testing.assert_allclose(found[1], [-0.5, -1, 0.5, 0.5])
+    np.testing.assert_allclose(found[2], [-0.5, 1, np.nan, np.nan])
+    found = question_effects(change[:2], ["A", "all"], ["A", "A", "B", "D"])  # a set of no group is no other group's
+    np.testing.assert_allclose(found[1], [np.nan, np.nan, 1, np.nan])
+    found = question_effects(change[:1], ["all"], ["A", "A", "B", "D"])
+    np.testing.assert_allclose(found[1], change[0])
+    assert np.isnan(found[0]).all()
+
+
+def test_a_question_effect_over_all_groups_weighs_groups_alike():
+    values = np.array([[1.0, 0.0, 1.0, 0.0, 4.0, 2.0, np.nan]])
+    found = estimates(values, [np.arange(4), np.arange(4, 7)], np.array([0, 0, 1, 1, 2, 3, 3]))
+    np.testing.assert_allclose(found.value, [[0.5, 3.0, 1.75]])
+    assert found.n.tolist() == [[4, 2, 6]]
+    assert found.units.tolist() == [[2, 2, 4]]
+    assert found.changed.tolist() == [[2, 2, 4]]
+    # The first group's pictures are alike; the second's sums are 1 from their mean: 2 / 1 * (1 + 1) / 2 ** 2.
+    np.testing.assert_allclose(found.variance, [[0, 1, 0.25]])
+    np.testing.assert_allclose(found.freedom[0, [0, 1]], 1)
 
 
 def test_corrections_leave_unknown_values_unknown():
@@ -393,15 +443,17 @@ def drawn_by_hand(result: KnockoutResult, effect: str, resamples: int = 4000) ->
     ],
     ids=["within groups", "all pictures in both groups", "some pictures in both groups"],
 )
-def test_intervals_resample_pictures_with_all_their_questions(result):
-    summary = result.summary(resamples=4000, permutations=10).set_index("group")
+def test_intervals_are_as_wide_as_resampling_pictures_with_all_their_questions(result):
+    summary = result.summary(value="margin").set_index("group")
     for effect in ("self_effect", "gap"):
-        by_hand = np.percentile(drawn_by_hand(result, effect), [2.5, 97.5], axis=0)
+        by_hand = 2 * drawn_by_hand(result, effect).std(0)  # a right answer has margin 1, a wrong one -1
         for place, group in enumerate(["A", "B", "all"]):
-            ours = summary.loc[group, [f"{effect}_low", f"{effect}_high"]].astype(float)
-            np.testing.assert_allclose(ours, by_hand[:, place], atol=0.04, err_msg=f"{effect} {group}")
-    pairs = result.pairs("CAS", resamples=4000).set_index(["mask", "group"])
-    assert pairs.loc[("A", "A"), "delta_low"] == pytest.approx(summary.loc["A", "self_effect_low"], abs=1e-9)
+            units = summary.loc[group, "pictures"]
+            reach = summary.loc[group, f"{effect}_high"] - summary.loc[group, effect]
+            error = reach / scipy_stats.t.ppf(0.975, units - 1)
+            assert error == pytest.approx(by_hand[place] * np.sqrt(units / (units - 1)), rel=0.12), f"{effect} {group}"
+    pairs = result.pairs("CAS", value="margin").set_index(["mask", "group"])
+    assert pairs.loc[("A", "A"), "delta_low"] == pytest.approx(summary.loc["A", "self_effect_low"], abs=1e-12)
 
 
 def test_questions_about_one_picture_make_an_interval_wider_than_as_many_pictures_would():

@@ -179,7 +179,6 @@ OF_PAPERS = {
     "ItemStatistics.grouped": "2601.03115",
     "study.controls.strength_sweep": "2601.03115",
     "study.controls.item_sweep": "2608.08772",
-    "study.controls.balanced_statistics": "2601.03115",
 }
 
 
@@ -213,8 +212,11 @@ def tables(folder, model) -> dict[str, pd.DataFrame]:
         "ActivationStatistics.table": stats.table(),
         "KnockoutResult.answer_table": result.answer_table(),
         "KnockoutResult.table": result.table(),
-        "KnockoutResult.summary": result.summary(resamples=20, permutations=20),
-        "KnockoutResult.pairs": result.pairs("CAS", resamples=20, permutations=20),
+        "KnockoutResult.summary": result.summary(permutations=20),
+        "KnockoutResult.effects": result.effects(permutations=20),
+        "KnockoutResult.pairs": result.pairs("CAS", permutations=20),
+        "KnockoutResult.difference": result.difference("CAS", "MAD", permutations=20),
+        "detectable": vn.detectable(50),
         "KnockoutResult.against_random": result.against_random("CAS", "random"),
         "screen": vn.screen(model, questions, masks, progress=False),
         "stability": vn.stability(items, vn.MAD(0.2), condition="all", resamples=3),

@@ -14,7 +14,7 @@ from vlmneurons.look.report import latex
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
 
-QUICK = {"resamples": 20, "permutations": 20}
+QUICK = {"permutations": 20}
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +82,16 @@ def test_printed_effects_are_those_of_the_summary_in_points(report):
         row = summary.loc[name, "all"]
         value, low, high = (100 * row[f"self_effect{end}"] for end in ("", "_low", "_high"))
         numbers = re.findall(r"[−\d.]+", printed.loc[name, "self effect"])
+        expected = (value,) if "self_effect" in row["few"] else (value, low, high)
         assert [float(number.replace("−", "-")) for number in numbers] == [
-            pytest.approx(number, abs=0.051) for number in (value, low, high)
+            pytest.approx(number, abs=0.051) for number in expected
         ]
+        assert ("(few)" in printed.loc[name, "self effect"]) == ("self_effect" in row["few"])
+    margins = pd.read_csv(folder / "tables" / "effects-margin.csv").set_index("selector")
+    by_margin = result.summary(value="margin", **QUICK).set_index(["selector", "group"])
+    numbers = re.findall(r"[−\d.]+", margins.loc["CAS", "self effect"])
+    ours = float(numbers[0].replace("−", "-"))
+    assert ours == pytest.approx(by_margin.loc[("CAS", "all"), "self_effect"], abs=0.0051)
 
 
 def test_latex_escapes_every_character():
@@ -101,7 +108,7 @@ def test_a_result_without_effects_has_no_report(tmp_path):
     empty = KnockoutResult((), (), result.answers[:0], result.masks, result.chosen[:, :0], result.margins[:, :0])
     with pytest.raises(MismatchError, match="there is nothing to report: the result has no questions"):
         empty.report(tmp_path)
-    with pytest.raises(MismatchError, match="main='LAP' has no masks of groups here; there are CAS, MAD, random"):
+    with pytest.raises(MismatchError, match="main='LAP' has no masks here; there are CAS, MAD, random"):
         result.report(tmp_path, main="LAP", **QUICK)
     with pytest.raises(MismatchError, match="effect 'harm' is not in the summary; it has self_effect"):
         plot_effects(result.summary(**QUICK), effects=["harm"])

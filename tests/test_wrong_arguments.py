@@ -526,11 +526,13 @@ def test_an_argument_of_a_wrong_kind_is_refused_by_what_reads_a_recording(record
 
 STUDIED = {
     "confidence of text": (lambda r: r.summary(confidence="x"), "confidence is a number; got 'x'"),
-    "0 resamples": (lambda r: r.summary(resamples=0), "resamples 0 is less than 1"),
+    "no value": (lambda r: r.summary(value="score"), "value='score' is not among those that effects are"),
     "-1 sign flips": (lambda r: r.summary(permutations=-1), "permutations -1 is less than 0"),
     "no seed": (lambda r: r.summary(seed=None), "seed is a whole number; got None"),
     "pairs' confidence": (lambda r: r.pairs("x", confidence=95), r"confidence 95 is outside \(0, 1\)"),
-    "pairs' resamples": (lambda r: r.pairs("x", resamples=2.5), "resamples is a whole number; got 2.5"),
+    "pairs' flips": (lambda r: r.pairs("x", permutations=2.5), "permutations is a whole number; got 2.5"),
+    "effects of nothing": (lambda r: r.effects("CAS "), "there is no selector 'CAS ' here; there are"),
+    "a difference of one": (lambda r: r.difference("x", "x"), "two selectors are compared; got 'x' twice"),
     "a plot of 3": (lambda r: r.plot_matrix(3), "selector is the name of a selector, or a list of names; got 3"),
     "colours up to NaN": (lambda r: vn.plot_matrix(r, limit=NAN), "limit nan is not finite"),
     "colours up to -1": (

@@ -45,6 +45,7 @@ from .run.ablation import Ablation as Ablation
 from .study.knockout import knockout as knockout
 from .run.intervention import Intervention as Intervention
 from .study.result import KnockoutResult as KnockoutResult
+from .study.effects import detectable as detectable
 from .study.screen import screen as screen
 from .study.protocol import run_study as run_study
 from .study.protocol import Protocol as Protocol

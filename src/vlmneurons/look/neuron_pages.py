@@ -26,7 +26,7 @@ from vlmneurons.checks import path_of, whole
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
-from vlmneurons.model.vlm import VLM, check_model, refuse_edits
+from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import Site, site_of
 from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
@@ -267,7 +267,6 @@ def inspect_neuron(
         >>> view.save("neuron.html")  # doctest: +SKIP
     """
     check_model(model)
-    refuse_edits(model)
     if isinstance(neuron, tuple) and len(neuron) == 2:
         site = site_of("the neuron's site", neuron[0])
         number = whole("the neuron's number", neuron[1], SiteError)

@@ -86,6 +86,8 @@ def plot_matrix(
         axis.set_xlabel("Questions about")
         if n_columns <= 12:
             for row, column in np.ndindex(values.shape):
+                if np.isnan(values[row, column]):  # not asked: no colour and no number
+                    continue
                 shade = abs(values[row, column]) / most
                 # A cell that is coloured says by how much: whole numbers would turn small effects into 0.
                 text = f"{values[row, column]:.{1 if most < 10 else 0}f}"

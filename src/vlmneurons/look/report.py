@@ -32,10 +32,12 @@ from vlmneurons.look.plots import (
     plot_random,
 )
 from vlmneurons.study.masks import split_setting
-from vlmneurons.study.result import KnockoutResult
+from vlmneurons.study.result import NOT_ASKED, KnockoutResult
 
 _CONDITION = re.compile(r" \((all|wrong|correct)\)$")
 """Ends the name of a selection from questions of another condition; see `vlmneurons.study.controls.condition_masks`."""
+
+_POINTS = ["delta", "delta_low", "delta_high", "excess"]
 
 _AXES = {"r": "share of neurons", "alpha": "strength", "items": "identification questions"}
 
@@ -58,7 +60,6 @@ def write_report(
     others: Mapping[str, KnockoutResult] | None = None,
     tables: Mapping[str, pd.DataFrame] | None = None,
     confidence: float = 0.95,
-    resamples: int = 2000,
     permutations: int = 2000,
     seed: int = 0,
     title: str = "Knockout study",
@@ -72,38 +73,37 @@ def write_report(
         others: the same questions asked in other ways, by name, such as ``"blind"``; their clean answers are compared.
         tables: further tables to include.
         confidence: level of all intervals.
-        resamples: number of bootstrap resamples.
-        permutations: number of sign flips.
-        seed: seed of both.
+        permutations: number of sign flips; see `KnockoutResult.effects`.
+        seed: of the sign flips.
         title: stands above the page.
 
     Returns:
         the path of the page.
 
     Raises:
-        MismatchError: there is nothing to report: no questions, or no masks of groups; or no such main selector.
+        MismatchError: there is nothing to report: no questions, or no masks; or no such main selector.
     """
     folder = path_of("folder", folder, MismatchError)
     how: dict[str, Any] = {
         "confidence": confidence,
-        "resamples": resamples,
         "permutations": permutations,
         "seed": seed,
     }
     summary = result.summary(**how) if result.ids else pd.DataFrame()
     if not len(summary):
-        raise MismatchError("there is nothing to report: the result has no questions, or no masks of their groups")
+        raise MismatchError("there is nothing to report: the result has no questions, or no masks")
     plain = [name for name in dict.fromkeys(summary["selector"]) if split_setting(name)[1] is None]
     if not plain:
         raise MismatchError("there is nothing to report but sweeps; include the selection itself")
-    main = main or ("CAS" if "CAS" in plain else plain[0])
+    of_groups = [name for name in plain if _has_groups(result, name)]
+    main = main or next(name for name in ("CAS", *of_groups, *plain) if name in plain)
     if main not in plain:
-        raise MismatchError(f"main={main!r} has no masks of groups here; there are {', '.join(plain)}")
+        raise MismatchError(f"main={main!r} has no masks here; there are {', '.join(plain)}")
     parts = [
         *_effects(result, summary, plain, main, how),
         *_matrices(result, plain, main, how),
         *_flips_and_depth(result, plain),
-        *_random(result, plain, main),
+        *(_random(result, of_groups, main) if main in of_groups else []),
         *_sweeps(result, how),
         *_conditions(result, plain, how),
         *_accuracies(result, others or {}),
@@ -113,8 +113,8 @@ def write_report(
         (folder / place).mkdir(parents=True, exist_ok=True)
     body = [_written(part, folder) for part in parts]
     every = {"every-mask": result.table(), "summary": summary}
-    if _repeated(result, plain):
-        every["every-random"] = _against_random(result, main, _repeated(result, plain))
+    if main in of_groups and _repeated(result, of_groups):
+        every["every-random"] = _against_random(result, main, _repeated(result, of_groups))
     if len(result.group_names) > 2:
         pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
         every["every-pair"] = pd.concat(pairs)[["selector", *pairs[0].columns[:-1]]]
@@ -131,10 +131,10 @@ def write_report(
 def _effects(
     result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, how: Mapping[str, Any]
 ) -> list[_Part]:
-    overall = summary[(summary["group"] == "all") & summary["selector"].isin(plain)]
+    overall = _overall(summary, plain)
     own = summary[(summary["selector"] == main) & (summary["group"] != "all")]
     shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
-    level = f"{100 * how['confidence']:g} % paired bootstrap intervals over pictures"
+    level = f"{100 * how['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
     return [
         _Part(
             "effects",
@@ -145,6 +145,13 @@ def _effects(
         ),
         _Part(
             "effects-overall", "Effects over all groups", "In points of accuracy.", _effect_table(overall, "selector")
+        ),
+        _Part(
+            "effects-margin",
+            "Effects over all groups, on the margin",
+            "Change of the log-probability margin (right option less the best other one), in nats; it moves before an "
+            "answer flips.",
+            _effect_table(_overall(result.summary(value="margin", **how), plain), "selector", scale=1.0, digits=2),
         ),
         _Part(
             "effects-by-group",
@@ -161,9 +168,9 @@ def _effects(
         _Part(
             f"tests-{_slug(main)}",
             f"Tests of {main} by group",
-            "p: McNemar's exact test of the self effect, which takes questions for independent; p by pictures and gap "
-            "p: permutation tests of the self effect and of the gap, which flip pictures with all their questions; "
-            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH).",
+            "Sign flips of pictures with all their questions, of the self effect (p), the cross effect and the gap; "
+            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH). Settings: how many of "
+            f"{main} this study tried, which nothing here is corrected for.",
             _test_table(own, "group", list(_TESTS)),
         ),
     ]
@@ -191,24 +198,25 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapp
                 "pairs",
                 f"Whose mask harms whom: {main}",
                 "The fifteen cross effects that are most below what the mask and the group show on average (excess): "
-                "groups that depend on each other's neurons. p: McNemar's exact test, which takes questions for "
-                "independent, corrected over all pairs.",
-                _points_table(cross, ["delta", "delta_low", "delta_high", "excess"]),
+                "groups that depend on each other's neurons. p: sign flips of pictures, corrected over all pairs.",
+                _points_table(cross.drop(columns=["few", "exploratory"]), _POINTS),
             )
         )
     return parts
 
 
 def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part]:
-    parts = [
-        _Part(
-            "flips",
-            "Answers that changed",
-            "Share of questions whose answer changes under the mask of their own group and, on average, under the "
-            "others'. Equal shares of right → wrong and wrong → right are noise, not harm.",
-            plot_flips(result, plain),
+    parts = []
+    if any(_has_groups(result, name) for name in plain):
+        parts.append(
+            _Part(
+                "flips",
+                "Answers that changed",
+                "Share of questions whose answer changes under the mask of their own group and, on average, under the "
+                "others'. Equal shares of right → wrong and wrong → right are noise, not harm.",
+                plot_flips(result, plain),
+            )
         )
-    ]
     single = [name for name in plain if name not in _repeated(result, plain)]
     if result.provenance.get("layers") and single:
         parts.append(
@@ -254,6 +262,11 @@ def _against_random(result: KnockoutResult, main: str, controls: Sequence[str]) 
     return table
 
 
+def _has_groups(result: KnockoutResult, name: str) -> bool:
+    """Whether a selector has masks of the questions' groups, and so self effects."""
+    return any(mask.selector == name and mask.group in result.group_names for mask in result.masks)
+
+
 def _repeated(result: KnockoutResult, names: Sequence[str]) -> list[str]:
     """Those that were given as several selections: the random controls."""
     return [name for name in names if any(mask.repeat for mask in result.masks if mask.selector == name)]
@@ -274,13 +287,19 @@ def _sweeps(result: KnockoutResult, how: Mapping[str, Any]) -> list[_Part]:
                 _Part(
                     f"curve-{_slug(base)}-{axis}",
                     f"{base} by {what}",
-                    "Mean over groups with intervals; thin lines are the groups.",
+                    f"Mean over groups with intervals; thin lines are the groups. Exploratory: {number} settings were "
+                    "tried, and no p is corrected for that.",
                     plot_curve(curve, axis),
                 )
             )
         overall = curve[curve["group"] == "all"]
         parts.append(
-            _Part(f"curve-{_slug(base)}-{axis}", f"{base} by {what}", "Over all groups.", _effect_table(overall, axis))
+            _Part(
+                f"curve-{_slug(base)}-{axis}",
+                f"{base} by {what}",
+                f"Over all groups. Exploratory: {number} settings were tried.",
+                _effect_table(overall, axis),
+            )
         )
     return parts
 
@@ -328,9 +347,16 @@ def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) ->
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _effect_table(summary: pd.DataFrame, label: str) -> pd.DataFrame:
-    """The columns of a summary that a paper prints, effects in points with their intervals."""
-    table = pd.DataFrame({label: summary[label].to_numpy(), "n": summary["n"].to_numpy()})
+def _overall(summary: pd.DataFrame, plain: Sequence[str]) -> pd.DataFrame:
+    return summary[(summary["group"] == "all") & summary["selector"].isin(plain)]
+
+
+def _effect_table(summary: pd.DataFrame, label: str, *, scale: float = 100.0, digits: int = 1) -> pd.DataFrame:
+    """The columns of a summary that a paper prints, effects in points (or scaled otherwise) with their intervals."""
+    names = summary[label].to_numpy()
+    if names.dtype.kind == "f":  # a setting such as 0.0005 is not 0.000
+        names = np.array([f"{name:g}".replace("-", "−") for name in names])
+    table = pd.DataFrame({label: names, "n": summary["n"].to_numpy()})
     if (summary["pictures"] != summary["n"]).any():
         table["pictures"] = summary["pictures"].to_numpy()
     table["clean"] = [_number(100 * value) for value in summary["clean"]]
@@ -345,7 +371,11 @@ def _effect_table(summary: pd.DataFrame, label: str) -> pd.DataFrame:
         if name in summary:
             bounds = zip(summary[name], summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
             table[title] = [
-                f"{_number(100 * value)} [{_number(100 * low)}, {_number(100 * high)}]" for value, low, high in bounds
+                _number(scale * value, digits)
+                + (f" [{_number(scale * low, digits)}, {_number(scale * high, digits)}]" if low == low else " (few)")
+                if np.isfinite(value)
+                else "–"
+                for value, low, high in bounds
             ]
     table["flips"] = [_number(100 * value) for value in summary["flips"]]
     if (summary["failures"] > 0).any():
@@ -357,8 +387,8 @@ _TESTS = {
     "p": "p",
     "p_holm": "Holm",
     "p_bh": "BH",
-    "p_permutation": "p by pictures",
-    "p_permutation_holm": "Holm by pictures",
+    "cross_p": "cross p",
+    "cross_p_holm": "cross Holm",
     "gap_p": "gap p",
     "gap_p_holm": "gap Holm",
     "gap_p_bh": "gap BH",
@@ -368,7 +398,7 @@ _TESTS = {
 def _test_table(summary: pd.DataFrame, label: str, tests: Sequence[str]) -> pd.DataFrame:
     """P-values of a summary as they are printed."""
     columns = {_TESTS[name]: [_probability(value) for value in summary[name]] for name in tests}
-    return pd.DataFrame({label: summary[label].to_numpy(), **columns})
+    return pd.DataFrame({label: summary[label].to_numpy(), **columns, "settings": summary["settings"].to_numpy()})
 
 
 def _points_table(table: pd.DataFrame, points: Sequence[str]) -> pd.DataFrame:
@@ -537,8 +567,8 @@ def _page(
         + (f", control groups {', '.join(result.control_names)}" if result.control_names else ""),
         "Clean accuracy": f"{100 * float(np.mean(result.correct[0])):.1f} %",
         "Masks": f"{len(result.masks):,} of {len(result.selectors)} kinds",
-        "Answers kept": f"{result.chosen.size:,}",
-        "Could not be parsed": f"{int((result.chosen < 0).sum()):,}",
+        "Answers kept": f"{int((result.chosen > NOT_ASKED).sum()):,}",
+        "Could not be parsed": f"{int((result.chosen == -1).sum()):,}",
         "Questions skipped": f"{len(about.get('skipped', [])):,}",
         "Read by": about.get("answer", "not known"),
         "Made with": f"vlmneurons {__version__}",

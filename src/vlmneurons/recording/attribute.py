@@ -19,7 +19,7 @@ from vlmneurons.checks import of_kind, real, whole
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
-from vlmneurons.model.vlm import VLM, check_model, refuse_edits
+from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
@@ -92,7 +92,6 @@ def attribute(
         if given not in allowed:
             raise QuestionError(f"{name}={given!r} does not exist; choose from {', '.join(allowed)}")
     check_model(model)
-    refuse_edits(model)
     of_kind("space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')")
     if (steps := whole("steps", steps, QuestionError)) < 1:
         raise QuestionError(f"steps={steps} is less than 1")

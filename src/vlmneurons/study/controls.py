@@ -8,13 +8,13 @@ Those that give masks give them by name, so that they are put together with ``|`
 A name with a setting (``"CAS [r=0.01]"``) is found again by `KnockoutResult.curve`.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
-from vlmneurons.questions.question import hash_of
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.intervention import Intervention
 from vlmneurons.selectors import LayerMatchedRandom, RandomNeurons, Selector
@@ -47,53 +47,6 @@ def options_only(questions: QuestionSet) -> QuestionSet:
     )
 
 
-# -- identification ----------------------------------------------------------------------------------------------------
-
-
-def balanced_statistics(
-    items: ItemStatistics,
-    size: int | None = None,
-    *,
-    by: Grouping = "group",
-    condition: str = "correct",
-    seed: int = 0,
-) -> ActivationStatistics:
-    """Statistics of the same number of questions of every group, chosen by a seeded hash of their ids.
-
-    Identification pools of one size keep a group's score from depending on how many of its questions the model answers
-    (arXiv 2601.03115). The questions of a smaller size are among those of a larger.
-
-    Args:
-        items: counts of every question.
-        size: questions a group; by default as many as the smallest group has that meet the condition.
-        by: the grouping; see `ItemStatistics.group_by`.
-        condition: which questions enter: ``"correct"``, ``"wrong"`` or ``"all"``.
-        seed: of the choice.
-
-    Raises:
-        SelectionError: a group has fewer; the message names the thin groups.
-    """
-    labels = items.labels(by)
-    kept = items.kept(condition).tolist()
-    pools: dict[str, list[int]] = {label: [] for label in sorted({label for label in labels if label is not None})}
-    for row, (label, meets) in enumerate(zip(labels, kept, strict=True)):
-        if label is not None and meets:
-            pools[label].append(row)
-    size = min((len(pool) for pool in pools.values()), default=0) if size is None else size
-    thin = [f"{group} ({len(pool)})" for group, pool in pools.items() if len(pool) < max(size, 1)]
-    if thin:
-        raise SelectionError(
-            f"{max(size, 1)} questions a group with condition {condition!r} are needed; fewer are in {', '.join(thin)}"
-        )
-    chosen = {
-        row
-        for pool in pools.values()
-        for row in sorted(pool, key=lambda row: hash_of(seed, items.items[row].id))[:size]
-    }
-    drawn = [label if row in chosen else None for row, label in enumerate(labels)]
-    return items.group_by(drawn, condition=condition)
-
-
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +57,10 @@ def random_controls(
 
     Uniform neurons are spread over layers that a selection may not touch, and flatter it (arXiv 2406.14144); the
     layer-matched ones are the fairer control. The neurons of the selection itself are left out of neither.
+
+    Uniform sets are exchangeable over groups, whose layers and counts they know nothing of: one set a seed serves all
+    groups, so that a question is asked once a seed whatever masks it meets (their self and cross effects are those of
+    one set, and the gap is zero). Layer-matched sets stay each group's own.
 
     Args:
         stats: the statistics that the selections were made from.
@@ -116,22 +73,18 @@ def random_controls(
     """
     size = max(len(neurons) for selection in like.values() for neurons in selection.values())
     seeds = range(seed, seed + repeats)
-    controls = {"random": [RandomNeurons(count=size, seed=number).select(stats) for number in seeds]}
+    blank = torch.zeros((1, len(stats.space)), dtype=torch.int64)  # a uniform rule reads no counts
+    nobody = ActivationStatistics.from_counts(stats.space, ["all"], blank, [1])
+    uniform = [RandomNeurons(count=size, seed=number).select(nobody) for number in seeds]
+    controls = {
+        "random": [
+            Selection(dict.fromkeys(stats.groups, one["all"]), selector=f"{one.selector}, one set for all", budget=size)
+            for one in uniform
+        ]
+    }
     for name, selection in like.items():
         controls[f"layer-matched {name}"] = [LayerMatchedRandom(selection, number).select(stats) for number in seeds]
     return controls
-
-
-def with_fraction(selector: Selector, fraction: float) -> Selector:
-    """The same rule with another budget.
-
-    Args:
-        selector: a rule, or a combination of rules.
-        fraction: share of the neurons that each group gets, in (0, 1].
-    """
-    other = copy.copy(selector)
-    other.fraction, other.count = fraction, None
-    return other
 
 
 def fraction_sweep(
@@ -145,7 +98,7 @@ def fraction_sweep(
         stats: statistics that it reads.
         fractions: shares of the neurons, in (0, 1].
     """
-    return {setting_name(name, "r", r): with_fraction(selector, r).select(stats) for r in fractions}
+    return {setting_name(name, "r", r): selector.take(r).select(stats) for r in fractions}
 
 
 def strength_sweep(name: str, selection: Selection, alphas: Sequence[float]) -> dict[str, Intervention]:
@@ -191,7 +144,7 @@ def item_sweep(
     """
     return {
         setting_name(name, "items", size): selector.select(
-            balanced_statistics(items, size, by=by, condition=condition, seed=seed)
+            items.group_by(by, condition=condition, balanced=size, seed=seed)
         )
         for size in sizes
     }
@@ -221,7 +174,7 @@ def condition_masks(
     masks = {}
     for condition in conditions:
         try:
-            stats = balanced_statistics(items, by=by, condition=condition, seed=seed)
+            stats = items.group_by(by, condition=condition, balanced=True, seed=seed)
         except SelectionError:
             continue
         masks[f"{name} ({condition})"] = selector.select(stats)

@@ -1,59 +1,367 @@
 """The arithmetic of a study: effects of masks, their intervals, and tests, on arrays of changes.
 
 Nothing here knows models or files. A *change* is what a mask does to one question: 1 where a wrong answer turns right,
--1 where a right one turns wrong, 0 else (or a difference of margins). Repeats of a control are averaged before.
-Questions that belong together, such as those about one picture, are a *cluster*, and are resampled and flipped as one.
+-1 where a right one turns wrong, 0 else (or a difference of margins, in nats); NaN where the question was not asked
+under the mask. Repeats of a control are averaged before. Questions that belong together, such as those about one
+picture, are a *cluster*; the questions of one group in one cluster are a *unit*, and everything random draws units.
+The formulas stand in docs/methods.md, "Effects".
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import stats as scipy_stats
+
+from vlmneurons.checks import real, share, whole
+from vlmneurons.errors import MismatchError
+from vlmneurons.trust.pvalues import flip_pvalues
+from vlmneurons.trust.resampling import Members
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEAST_UNITS, LEAST_CHANGED = 12, 20
+"""Units, and questions whose answers changed where effects are of answers, below which there is no interval."""
+
+NO_GROUP = "all"
+"""The group of a mask that is of none: a set for everybody."""
 
 
-def mask_effects(delta: np.ndarray, column: Sequence[int]) -> dict[str, np.ndarray]:
-    """Effects of each mask from ``delta[..., mask, group]``; mask ``i`` is of the group in column ``column[i]``.
+# -- what masks do to each question ------------------------------------------------------------------------------------
+
+
+def question_effects(change: np.ndarray, masks: Sequence[str], groups: Sequence[str]) -> np.ndarray:
+    """Self effect, cross effect and gap, question by question.
 
     Args:
-        delta: ``[..., mask, group]`` changes, such as of accuracy (a share of 1) or margin (nats).
-        column: the column of each mask's own group.
+        change: ``[mask, question]`` changes of one selector; NaN where a question was not asked under a mask.
+        masks: the group of each mask; ``"all"`` for a set that is of no group, which counts among the others only where
+            there are no masks of groups.
+        groups: the group of each question.
 
     Returns:
-        ``self_effect`` = ``delta[c, c]``; ``cross_effect``, mean of ``delta[m, c]`` over ``m != c`` (the average cross
-        effect of arXiv 2608.08772); ``cross_caused``, mean of ``delta[c, e]`` over ``e != c`` (that of arXiv
-        2510.24942); ``gap``, self less cross effect. Each is ``[..., mask]``, in the unit of ``delta``; NaN where there
-        is no other mask or group.
+        ``[3, question]`` in the unit of the changes: the change under the mask of the question's own group; its mean
+        over the other masks that the question met; and the one less the other. NaN where there is none.
     """
-    n_masks, n_groups = delta.shape[-2:]
-    own = delta[..., range(n_masks), column]
-    received = np.full(own.shape, np.nan)
-    if n_masks > 1:
-        received = (delta[..., :, column].sum(-2) - own) / (n_masks - 1)
-    caused = np.full(own.shape, np.nan)
-    if n_groups > 1:
-        caused = (delta.sum(-1) - own) / (n_groups - 1)
-    return {"self_effect": own, "cross_effect": received, "cross_caused": caused, "gap": own - received}
+    own = np.array(masks)[:, None] == np.array(groups)[None]
+    named = np.array([mask != NO_GROUP for mask in masks])
+    others = ~own & (named if named.any() else ~named)[:, None]
+    selves, cross = mean_of_known(change, own), mean_of_known(change, others)
+    return np.stack([selves, cross, selves - cross])
 
 
-def excess(delta: np.ndarray, column: Sequence[int]) -> np.ndarray:
+def mean_of_known(values: np.ndarray, counted: np.ndarray | bool = True) -> np.ndarray:
+    """Means over the first axis of what is known (not NaN) and counted, in the unit of the values; NaN where none is.
+
+    Args:
+        values: ``[row, ...]`` numbers; the result is ``[...]``.
+        counted: which of them enter, in the same shape.
+    """
+    known = ~np.isnan(values) & counted
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0.0).sum(0) / known.sum(0)
+
+
+# -- means over groups, with their spread ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """Means over the questions of each group, and over all groups, with what intervals and tests are made of.
+
+    ``place`` counts the groups, in order, and last all groups together: the mean of the groups' means, of those that
+    have any question. ``unit`` counts the units of a place: all groups together have pictures in the place of units.
+
+    Attributes:
+        value: ``[row, place]`` means.
+        n: ``[row, place]`` questions that enter.
+        units: ``[row, place]`` units that they are in.
+        changed: ``[row, place]`` questions among them whose value is not 0: whose answers changed.
+        variance: ``[row, place]`` of the mean, linearised by unit; NaN where a group has one unit only.
+        freedom: ``[row, place]`` degrees of freedom of the variance.
+        totals: for each place ``[row, unit]``, what each unit adds to the mean.
+        spread: ``[row, picture]`` what each picture adds to the deviation of the mean over all groups.
+        in_group: ``[group, row, picture]`` whether a picture has questions of a group that enter.
+    """
+
+    value: np.ndarray
+    n: np.ndarray
+    units: np.ndarray
+    changed: np.ndarray
+    variance: np.ndarray
+    freedom: np.ndarray
+    totals: tuple[np.ndarray, ...]
+    spread: np.ndarray
+    in_group: np.ndarray
+
+    def pooled(self) -> "Estimates":
+        """The mean over rows of the means over all groups, as one row with that place alone.
+
+        It is the mean of what masks do to the groups that they are not of, for one: each row leaves out another group.
+        Rows without questions are left out.
+        """
+        there = np.flatnonzero(self.n[:, -1] > 0)
+        if not len(there):
+            nothing = np.full((1, 1), np.nan)
+            none = np.zeros((1, 1), dtype=np.int64)
+            return Estimates(nothing, none, none, none, nothing, nothing, self.totals[-1:], self.spread, self.in_group)
+        spread = self.spread[there].mean(0, keepdims=True)
+        in_group = self.in_group[:, there].any(1)[:, None]
+        freedom = _satterthwaite(spread, in_group, self.units[there, :-1].max(0)[None])
+        variance = np.where(np.isnan(self.variance[there, -1]).any(), np.nan, (spread**2).sum(1))
+        return Estimates(
+            self.value[there, -1].mean(keepdims=True)[None],
+            self.n[there, -1].sum(keepdims=True)[None],
+            in_group.any(0).sum(1)[None],
+            self.changed[there, -1].sum(keepdims=True)[None],
+            variance[None],
+            freedom[None],
+            (self.totals[-1][there].mean(0, keepdims=True),),
+            spread,
+            in_group,
+        )
+
+    def bounds(self, confidence: float, answers: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``[row, place]`` lower and upper bounds of t intervals, NaN where there is too little, and whether it is.
+
+        Args:
+            confidence: level, in (0, 1).
+            answers: whether the values are changes of answers, of which a few must have changed.
+        """
+        few = (self.units < LEAST_UNITS) | ~(self.variance > 0)
+        if answers:
+            few |= self.changed < LEAST_CHANGED
+        freedom = np.where(few, 1.0, self.freedom)
+        reach = scipy_stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(np.where(few, np.nan, self.variance))
+        return self.value - reach, self.value + reach, few & (self.n > 0)
+
+    def pvalues(
+        self, permutations: int, seed: Sequence[int], least: int = 1, places: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """``[row, place]`` p of sign flips of units; see `vlmneurons.trust.pvalues.flip_pvalues`.
+
+        Args:
+            permutations: number of flips; all there are, where these are fewer.
+            seed: seeds of the flips.
+            least: units that a test must have; NaN for fewer.
+            places: which are tested; by default all.
+        """
+        found = np.full(self.value.shape, np.nan)
+        for place in range(len(self.totals)) if places is None else places:
+            totals = self.totals[place]
+            tested = np.flatnonzero((self.n[:, place] > 0) & (self.units[:, place] >= least))
+            if permutations and len(tested):
+                generator = np.random.default_rng([*seed, place])
+                found[tested, place] = flip_pvalues(totals[tested], permutations, generator)
+        return found
+
+
+def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None = None) -> Estimates:
+    """Means of values over the questions of each group and over all groups, linearised by unit.
+
+    With ``y_u`` the sum of a unit's values, ``n_u`` its questions and ``r`` the mean of a group of ``U`` units and
+    ``n`` questions, the variance of ``r`` is ``U / (U - 1) * sum((y_u - r n_u) ** 2) / n ** 2`` with ``U - 1`` degrees
+    of freedom. Over groups, what the units of one picture say is summed before it is squared, and degrees of freedom
+    are Satterthwaite's, over kinds of pictures: those that the same groups have questions about.
+
+    Args:
+        values: ``[row, question]`` numbers; NaN where there is none.
+        members: questions of each group; a question is of one group at most.
+        clusters: the number of each question's cluster; None for questions that stand alone.
+    """
+    n_rows, n_questions = values.shape
+    picture = np.arange(n_questions) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    n_pictures = int(picture.max(initial=-1)) + 1
+    known = ~np.isnan(values)
+    filled = np.where(known, values, 0.0)
+    n, units, moved, sums, variance = (np.zeros((n_rows, len(members) + 1)) for _ in range(5))
+    totals: list[np.ndarray] = []
+    whole_total, whole_spread = np.zeros((n_rows, n_pictures)), np.zeros((n_rows, n_pictures))
+    in_group = np.zeros((len(members), n_rows, n_pictures), dtype=bool)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for place, own in enumerate(members):
+            ordered = own[np.argsort(picture[own], kind="stable")]
+            numbers, starts = np.unique(picture[ordered], return_index=True)
+            if not len(own):
+                totals.append(np.zeros((n_rows, 0)))
+                continue
+            y, sizes = (np.add.reduceat(table[:, ordered].astype(float), starts, axis=1) for table in (filled, known))
+            n[:, place], sums[:, place] = sizes.sum(1), y.sum(1)
+            units[:, place], moved[:, place] = (sizes > 0).sum(1), (filled[:, own] != 0).sum(1)
+            size = n[:, place, None]
+            totals.append(np.where(size > 0, y / size, 0.0))
+            spread = np.sqrt(units[:, place] / (units[:, place] - 1))[:, None] * (
+                y / size - sizes * y.sum(1, keepdims=True) / size**2
+            )
+            variance[:, place] = (spread**2).sum(1)
+            whole_total[:, numbers] += totals[-1]
+            whole_spread[:, numbers] += np.where(size > 0, spread, 0.0)
+            in_group[place][:, numbers] = sizes > 0
+        n_groups = (n[:, :-1] > 0).sum(1)
+        value = sums / n
+        value[:, -1] = np.where(n[:, :-1] > 0, value[:, :-1], 0).sum(1) / n_groups
+        totals.append(np.where(n_groups[:, None] > 0, whole_total / n_groups[:, None], 0.0))
+        n[:, -1], moved[:, -1], units[:, -1] = n.sum(1), moved.sum(1), in_group.any(0).sum(1)
+        spread = whole_spread / n_groups[:, None]
+        variance[:, -1] = (spread**2).sum(1)
+        freedom = units - 1
+        freedom[:, -1] = _satterthwaite(spread, in_group, units[:, :-1])
+    value[n == 0] = np.nan
+    variance[(n == 0) | ~np.isfinite(variance)] = np.nan
+    whole_numbers = (table.astype(np.int64) for table in (n, units, moved))
+    return Estimates(value, *whole_numbers, variance, freedom, tuple(totals), spread, in_group)
+
+
+def _satterthwaite(spread: np.ndarray, in_group: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """``[row]`` degrees of freedom of a variance that is a sum over pictures.
+
+    Pictures of one kind, which have questions of the same groups, estimate one variance. A group of U units spends one
+    of its degrees on its mean, 1 / U for each picture; a picture of several groups spends the mean of theirs.
+
+    Args:
+        spread: ``[row, picture]`` what each adds, before it is squared.
+        in_group: ``[group, row, picture]`` whether it has questions of a group.
+        units: ``[row, group]`` units of each group.
+    """
+    n_groups, n_rows, n_pictures = in_group.shape
+    if not in_group.size:
+        return np.full(n_rows, np.nan)
+    kinds, kind = np.unique(in_group.reshape(n_groups, -1), axis=1, return_inverse=True)
+    place = kind.reshape(n_rows, n_pictures) + kinds.shape[1] * np.arange(n_rows)[:, None]
+
+    def by_kind(values: np.ndarray) -> np.ndarray:
+        summed = np.bincount(place.reshape(-1), values.reshape(-1), n_rows * kinds.shape[1])
+        return summed.reshape(n_rows, -1)
+
+    spent = np.einsum("grp,rg->rp", in_group, 1 / np.maximum(units, 1)) / np.maximum(in_group.sum(0), 1)
+    part, degrees = by_kind(spread**2), by_kind(np.where(in_group.any(0), 1 - spent, 0.0))
+    with np.errstate(divide="ignore", invalid="ignore"):  # no spread, no degrees
+        return part.sum(1) ** 2 / np.where(part > 0, part**2 / degrees, 0.0).sum(1)
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def excess(delta: np.ndarray, own: np.ndarray, n: np.ndarray | None = None) -> np.ndarray:
     """What is left of each cross effect when the mask's and the group's own average are taken out.
 
     A mask that harms every group, and a group that every mask harms, say nothing about a relation between two. A model
-    ``delta[m, e] = mask m + group e`` is fitted by least squares to all but the self effects; the residuals are
-    returned, negative where a mask harms a group more than expected. NaN at the self effects.
+    ``delta[m, e] = mask m + group e`` is fitted to all but the self effects, by least squares weighted with the number
+    of questions; the residuals are returned, negative where a mask harms a group more than expected. NaN at the self
+    effects, in cells without questions, and in cells that the model fits whatever they are (the only one of their mask
+    or group).
 
     Args:
         delta: ``[mask, group]`` changes; the result is in the unit of these.
-        column: the column of each mask's own group.
+        own: ``[mask, group]`` whether the mask is the group's.
+        n: ``[mask, group]`` questions of each cell; by default the same in all.
     """
-    n_masks, n_groups = delta.shape
-    cross = np.ones(delta.shape, dtype=bool)
-    cross[range(n_masks), column] = False
-    rows, columns = np.nonzero(cross)
-    design = np.zeros((len(rows), n_masks + n_groups))
+    weight = np.ones(delta.shape) if n is None else np.asarray(n, dtype=float)
+    rows, columns = np.nonzero(~own & ~np.isnan(delta) & (weight > 0))
+    root = np.sqrt(weight[rows, columns])[:, None]
+    design = np.zeros((len(rows), sum(delta.shape)))
     design[range(len(rows)), rows] = 1
-    design[range(len(rows)), n_masks + columns] = 1
+    design[range(len(rows)), len(delta) + columns] = 1
     left = np.full(delta.shape, np.nan)
     if len(rows):
-        fitted = design @ np.linalg.lstsq(design, delta[rows, columns], rcond=None)[0]
-        left[rows, columns] = delta[rows, columns] - fitted
+        solve = np.linalg.pinv(root * design)
+        residual = delta[rows, columns] - design @ (solve @ (root[:, 0] * delta[rows, columns]))
+        free = 1 - np.einsum("cp,pc->c", root * design, solve) > 1e-9
+        left[rows, columns] = np.where(free, residual, np.nan)
     return left
+
+
+# -- planning ----------------------------------------------------------------------------------------------------------
+
+
+def detectable(
+    pictures: int,
+    *,
+    questions: int = 1,
+    groups: int = 8,
+    k: int | None = None,
+    spread: float = 0.35,
+    others: float | None = None,
+    within: float = 0.0,
+    between: float = 0.0,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    tests: int = 1,
+) -> "pd.DataFrame":
+    """The smallest effects that a design can be expected to find, before anything is run.
+
+    An effect is found where its two-sided p is below ``alpha / tests``. With ``s`` the standard error of an estimate
+    and ``f`` its degrees of freedom, an effect of ``(t(1 - alpha / (2 tests), f) + t(power, f)) * s`` is found in a
+    share ``power`` of studies (the usual approximation). With U pictures of m questions in a group, and G groups,
+
+        s ** 2 = V * (1 + (m - 1) * within) / (U * m)                  f = U - 1        one group
+        s ** 2 = that / G                                              f = G * (U - 1)  the mean over groups
+
+    and V the variance of one question's value: ``spread ** 2`` for the self effect, ``others ** 2 * (between +
+    (1 - between) / k)`` for the cross effect, the sum of both less ``2 * between * spread * others`` for the gap, and
+    ``2 * (1 - between) * spread ** 2`` for the difference of two selectors' self effects.
+
+    Args:
+        pictures: evaluation pictures of each group.
+        questions: about each picture.
+        groups: number of groups.
+        k: masks of other groups that each question meets; None for all of them.
+        spread: standard deviation, over questions, of the change under the own mask: for answers about the root of the
+            share that changes (0.35 where an eighth of them does), for margins in nats.
+        others: the same under another group's mask; by default as large.
+        within: correlation of the changes of two questions about one picture, from 0 to 1.
+        between: correlation of the changes of one question under two masks, from 0 to 1.
+        power: share of studies in which the effect is to be found.
+        alpha: level of the test.
+        tests: number of tests that p is corrected for (each is held to ``alpha / tests``).
+
+    Returns:
+        A row for each of ``self_effect``, ``cross_effect``, ``gap`` and ``difference`` (column ``effect``), with the
+        smallest effect of ``one_group`` and of the mean over ``all_groups``, in the unit of ``spread`` (0.1 is ten
+        points).
+
+    Raises:
+        MismatchError: a number that makes no sense, or more others than there are.
+
+    Examples:
+        >>> detectable(pictures=50, groups=25, k=2).round(3)
+                 effect  one_group  all_groups
+        0   self_effect      0.141       0.028
+        1  cross_effect      0.100       0.020
+        2           gap      0.173       0.034
+        3    difference      0.200       0.039
+    """
+    import pandas as pd
+
+    units = whole("pictures", pictures, MismatchError, least=2)
+    size = whole("questions", questions, MismatchError, least=1)
+    n_groups = whole("groups", groups, MismatchError, least=2)
+    met = n_groups - 1 if k is None else whole("k", k, MismatchError, least=1)
+    tests = whole("tests", tests, MismatchError, least=1)
+    if met >= n_groups:
+        raise MismatchError(f"k={met} other masks are more than {n_groups} groups have; at most {n_groups - 1}")
+    power, alpha = share("power", power, MismatchError), share("alpha", alpha, MismatchError)
+    given = {"spread": spread, "others": spread if others is None else others, "within": within, "between": between}
+    own, other, rho, common = (real(name, value, MismatchError) for name, value in given.items())
+    if min(own, other) < 0:
+        raise MismatchError(f"spread and others are standard deviations, and not below 0; got {own} and {other}")
+    if not 0 <= rho <= 1 or not 0 <= common <= 1:
+        raise MismatchError(f"within and between are correlations from 0 to 1; got {rho} and {common}")
+    cross = other**2 * (common + (1 - common) / met)
+    variances = {
+        "self_effect": own**2,
+        "cross_effect": cross,
+        "gap": own**2 + cross - 2 * common * own * other,
+        "difference": 2 * (1 - common) * own**2,
+    }
+    rows = []
+    for effect, variance in variances.items():
+        error = np.sqrt(variance * (1 + (size - 1) * rho) / (units * size))
+        found = {}
+        for column, over in (("one_group", 1), ("all_groups", n_groups)):
+            quantiles = scipy_stats.t.ppf([1 - alpha / (2 * tests), power], over * (units - 1))
+            found[column] = float(quantiles.sum() * error / np.sqrt(over))
+        rows.append({"effect": effect, **found})
+    return pd.DataFrame(rows)

@@ -84,10 +84,19 @@ def listed_masks(masks: Masks, groups: Sequence[str], default: Intervention) -> 
         default: what is done to neurons that are given bare; its own neurons do not matter.
 
     Raises:
-        MismatchError: something that is no mask, or of a group that has no questions.
+        MismatchError: something that is no mask or has no name, or a selection only some of whose groups have
+            questions (one of other groups altogether has effects on them, and no self effect).
     """
-    if not isinstance(masks, Mapping) or not masks:
-        raise MismatchError("masks are a mapping from names to selections, such as {'CAS': selection}; none was given")
+    if isinstance(masks, NeuronSet | Selection) or not isinstance(masks, Mapping) or not masks:
+        got = f"a bare {type(masks).__name__}, without a name," if isinstance(masks, NeuronSet | Selection) else "none"
+        raise MismatchError(
+            f'masks are a mapping from names to selections, such as {{"CAS": selection}}; {got} was given'
+        )
+    if all(name in groups and isinstance(one, NeuronSet) for name, one in masks.items()):
+        raise MismatchError(
+            f"these masks are a set for each of the groups {', '.join(masks)}, and would pass for as many selectors: "
+            'give them under one name, {"CAS": vn.Selection(masks)}'
+        )
     listed: list[tuple[Mask, Intervention]] = []
     for name, given in masks.items():
         if not isinstance(name, str) or not name:
@@ -104,11 +113,14 @@ def listed_masks(masks: Masks, groups: Sequence[str], default: Intervention) -> 
             elif isinstance(neurons, Selection):
                 sets = neurons
                 missing = [group for group in neurons if group not in groups]
-                if missing:
+                # Other groups altogether, such as languages for questions about countries, are what is meant.
+                if 0 < len(missing) < len(neurons):
                     raise MismatchError(
                         f"selection {name!r} has neurons of {', '.join(missing[:5])}, but there are no questions of "
                         f"it; the questions are of {', '.join(groups)}"
                     )
+                if "all" in missing:
+                    raise MismatchError(f"selection {name!r} has a group 'all', a name that tables use for no group")
             else:
                 raise MismatchError(f"mask {name!r} is a {type(neurons).__name__}; give a Selection or a NeuronSet")
             for group, part in sets.items():

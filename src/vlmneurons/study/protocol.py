@@ -35,7 +35,6 @@ from vlmneurons.run.remote import Remote
 from vlmneurons.selectors import CAS, LAP, LAPE, MAD, Selector
 from vlmneurons.statistics.items import ItemStatistics
 from vlmneurons.study.controls import (
-    balanced_statistics,
     blind,
     condition_masks,
     fraction_sweep,
@@ -299,7 +298,7 @@ def study_masks(items: ItemStatistics, protocol: Protocol) -> tuple[dict[str, Se
         protocol: the settings.
     """
     seed = protocol.seed
-    stats = balanced_statistics(items, seed=seed)
+    stats = items.group_by("group", condition="correct", balanced=True, seed=seed)
     selections = {name: SELECTORS[name](protocol.fraction).select(stats) for name in protocol.selectors}
     main, selector = protocol.main, SELECTORS[protocol.main](protocol.fraction)
     least = min(int(n) for n in stats.items.tolist())

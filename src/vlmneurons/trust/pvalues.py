@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats as scipy_stats
 
-from vlmneurons.trust.resampling import Members, clusters_of
+from vlmneurons.trust.resampling import Members
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -35,40 +35,61 @@ def sign_flips(
     margins. The p-value is ``(1 + flips at least as far from zero) / (1 + flips)``, never 0 (Phipson & Smyth 2010).
 
     Args:
-        changes: ``[row, question]``; rows share their flips. A row with NaN has NaN as its p.
+        changes: ``[row, question]``; rows share their flips. NaN where a question has no change; it is left out.
         members: questions of each group; a question of none is left out.
-        permutations: number of flips.
+        permutations: number of flips; all there are, where these are fewer.
         generator: where they come from.
         clusters: for every question the number of its cluster, whose questions get one sign; None for questions that
             stand alone.
 
     Returns:
-        ``[row, group]`` p of each group's mean, and ``[row]`` p of the mean of the groups' means.
+        ``[row, group]`` p of each group's mean, and ``[row]`` p of the mean of the groups' means; NaN of nothing.
     """
-    n_rows = len(changes)
-    single = np.ones((n_rows, len(members)))
-    overall = np.zeros((permutations, n_rows))
-    observed = np.zeros(n_rows)
-    alone, place, n_shared = clusters_of(members, clusters)
+    known = ~np.isnan(changes)
+    cluster = np.arange(changes.shape[1]) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    single, whole = np.full((len(changes), len(members)), np.nan), np.zeros((len(changes), cluster.max(initial=-1) + 1))
+    there = np.zeros(len(changes), dtype=np.int64)
+    for n, own in enumerate(members):
+        size = known[:, own].sum(1)
+        here, totals = size > 0, np.zeros_like(whole)
+        np.add.at(totals.T, cluster[own], np.where(known, changes, 0.0)[:, own].T)
+        totals = totals / np.maximum(size, 1)[:, None]
+        single[here, n] = flip_pvalues(totals[:, np.unique(cluster[own])], permutations, generator)[here]
+        whole, there = whole + totals, there + here
+    return single, np.where(there > 0, flip_pvalues(whole, permutations, generator), np.nan)
 
-    def drawn(n: int) -> np.ndarray:
-        return generator.integers(0, 2, (permutations, n), dtype=np.int8) * 2.0 - 1.0
 
-    shared = drawn(n_shared)
-    for n, (own, separate) in enumerate(zip(members, alone, strict=True)):
-        values = changes[:, own].T / max(len(own), 1)
-        # A negative place counts from the end, where the shared signs stand in reverse.
-        signs = np.concatenate([drawn(len(separate)), shared[:, ::-1]], 1)[:, place[own]]
-        flipped = signs @ values
-        actual = values.sum(0)
-        # Sums that are equal on paper differ by rounding: count them as equal.
-        single[:, n] = (1 + (np.abs(flipped) >= np.abs(actual) - 1e-12).sum(0)) / (1 + permutations)
-        single[np.isnan(actual), n] = np.nan
-        overall += flipped
-        observed += actual
-    p = (1 + (np.abs(overall) >= np.abs(observed) - 1e-12).sum(0)) / (1 + permutations)
-    p[np.isnan(observed)] = np.nan
-    return single, p
+def flip_pvalues(totals: np.ndarray, permutations: int, generator: np.random.Generator) -> np.ndarray:
+    """``[row]`` two-sided p of each row's sum, if each of its terms might have had either sign.
+
+    Where there are no more flips than asked for (2 to the number of terms that are not 0), all are made, and p is the
+    share of them that is at least as far from zero. Else p is ``(1 + flips at least as far) / (1 + flips)``, never 0
+    (Phipson & Smyth 2010). Sums that are equal on paper, but differ by rounding, count as equal.
+
+    Args:
+        totals: ``[row, unit]`` what each unit adds to a sum; rows share their flips.
+        permutations: number of flips.
+        generator: where they come from.
+    """
+    size = np.abs(totals).sum(1)
+    least = np.abs(totals.sum(1)) - 1e-10 * size  # a flip's sum that counts as at least as far
+    n_terms = (totals != 0).sum(1)
+    exact = n_terms <= np.log2(max(permutations, 1))
+    p = np.ones(len(totals))
+    for row in np.flatnonzero(exact & (n_terms > 0)):
+        sums = np.zeros(1)
+        for term in totals[row, totals[row] != 0]:
+            sums = np.concatenate([sums + term, sums - term])
+        p[row] = (np.abs(sums) >= least[row]).mean()
+    drawn = np.flatnonzero(~exact)
+    if len(drawn):
+        further = np.zeros(len(drawn))
+        for start in range(0, permutations, 512):
+            shape = (min(512, permutations - start), totals.shape[1])
+            signs = generator.integers(0, 2, shape, dtype=np.int8) * 2.0 - 1.0
+            further += (np.abs(signs @ totals[drawn].T) >= least[drawn]).sum(0)
+        p[drawn] = (1 + further) / (1 + permutations)
+    return p
 
 
 def holm(pvalues: Sequence[float]) -> np.ndarray:

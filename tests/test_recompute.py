@@ -1,0 +1,82 @@
+"""Random results of every shape, recomputed from their files by a program of its own; see ``recompute_study.py``."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from recompute_study import Study, check_difference, check_effects, check_excess, check_summary, check_table
+from vlmneurons.study.masks import Mask, setting_name
+from vlmneurons.study.result import KnockoutResult
+
+
+def drawn_result(seed: int) -> KnockoutResult:
+    """A result drawn at random: groups, pictures, masks, what was asked, and ties all differ from seed to seed."""
+    random = np.random.default_rng([seed, 77])
+    names = [f"g{n}" for n in range(random.integers(2, 6))]
+    controls = ("general",) if seed % 3 == 0 else ()
+    groups, pictures = [], []
+    for name in (*names, *controls):
+        for unit in range(random.integers(3, 45)):
+            shared = seed % 4 == 1 and random.random() < 0.5  # a picture of several groups
+            questions = int(random.integers(1, (1, 2, 5)[seed % 3] + 1))
+            groups += [name] * questions
+            pictures += [f"p{unit}" if shared else f"{name}-{unit}"] * questions
+    n = len(groups)
+    order = random.permutation(n)
+    groups, pictures = [groups[place] for place in order], [pictures[place] for place in order]
+    masks = [Mask(name, 0, group, 5) for name in ("CAS", "MAD") for group in names]
+    masks += [Mask("random", repeat, group, 5) for repeat in range(2) for group in names]
+    masks += [Mask("one set", 0, "all", 9), *(Mask("languages", 0, group, 5) for group in ("x", "y"))]
+    masks += [Mask(setting_name("CAS", "r", 0.001), 0, group, 2) for group in names[:1]]
+    answers = random.integers(0, 4, n)
+    strength = random.choice([0.02, 0.1, 0.4])
+    picture = {name: random.random() for name in set(pictures)}
+    fragile = np.array([picture[name] for name in pictures])
+    rows = [np.where(random.random(n) < 0.7, answers, (answers + 1) % 4)]
+    for mask in masks:
+        p = strength * np.where(np.array(groups) == mask.group, 1.5, 0.4) * (2 * fragile)
+        wrong = random.random(n) < p
+        rows.append(np.where(wrong, random.integers(-1, 4, n), rows[0]))
+    chosen = np.stack(rows)
+    margins = np.where(chosen == answers, 1.0, -1.0) * random.integers(1, 4, chosen.shape)  # many are equal
+    if seed % 5 == 4:
+        margins = np.full(chosen.shape, np.nan)  # generated answers
+    asked = None
+    if seed % 2:  # not by any plan: cells may lack units, or be empty
+        keep = {(m.group, p): random.random() < 0.5 for m in masks for p in sorted(set(pictures))}
+        own = np.array(
+            [[m.group in (g, "all") or keep[m.group, p] for g, p in zip(groups, pictures, strict=True)] for m in masks]
+        )
+        own[random.random(own.shape) < 0.02] = False
+        asked = np.concatenate([np.ones((1, n), dtype=bool), own])
+    result = KnockoutResult(
+        tuple(f"q{number}" for number in order),
+        tuple(groups),
+        answers,
+        tuple(masks),
+        chosen,
+        margins,
+        controls=controls,
+        pictures=None if seed % 7 == 6 else tuple(pictures),
+        asked=asked,
+    )
+    return result.at(np.flatnonzero(random.random(n) < 0.8)) if seed % 6 == 5 else result  # a part of it
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tables_equal_those_of_an_independent_program(seed, tmp_path):
+    result = drawn_result(seed)
+    value = "margin" if seed % 2 == 0 and seed % 5 != 4 else "correct"
+    result.save(tmp_path)
+    study = Study(pd.read_parquet(tmp_path / "answers.parquet"), set(result.controls))
+    kept = KnockoutResult.load(tmp_path)
+    assert len(study.masked) == (
+        len(result.masks) * len(result.ids) if result.asked is None else result.asked[1:].sum()
+    )
+    check_table(study, pd.read_csv(tmp_path / "table.csv"))
+    check_summary(study, pd.read_csv(tmp_path / "summary.csv"), "correct", tests=value == "correct")
+    check_summary(study, kept.summary(value=value), value, tests=False)
+    check_effects(study, kept.effects(value=value), value)
+    check_difference(study, kept.difference("CAS", "MAD", value=value), "CAS", "MAD", value)
+    for selector in ("CAS", "one set", "languages"):
+        check_excess(kept.pairs(selector, value=value))
