@@ -205,7 +205,7 @@ def record_items(
     statistics = ItemStatistics._create(
         path_of("folder", folder, MismatchError),
         recorder.space,
-        [Item(item.id, item.group, item.answer, item.metadata) for item in questions],
+        [Item.of(item) for item in questions],
         {
             **provenance_of_run(model),
             **reader_provenance(reader),

@@ -30,7 +30,7 @@ from vlmneurons.errors import FileFormatError, GroupError, MismatchError, Select
 from vlmneurons.files import tables as _files
 from vlmneurons.files.folders import write_text
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.questions.sets import hash_of
+from vlmneurons.questions.sets import Question, hash_of
 from vlmneurons.statistics.counts import ActivationStatistics, refuse_uncounted
 
 _KIND, _VERSION = "vlmneurons items", 1
@@ -55,12 +55,58 @@ Grouping = str | Callable[[Mapping[str, Any]], str | None] | Sequence[str | None
 
 @dataclass(frozen=True)
 class Item:
-    """What is kept of a question beside its counts."""
+    """What is kept of a question beside its counts.
+
+    Attributes:
+        id: of the question.
+        group: of the question.
+        answer: index of the right option.
+        metadata: what else its table says.
+        pictures: what identifies each of its pictures: questions that have one in common are not independent. Empty for
+            a question without pictures; None in recordings of earlier releases, which did not keep them.
+    """
 
     id: str
     group: str
     answer: int
     metadata: Mapping[str, Any]
+    pictures: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, question: Question) -> "Item":
+        """What is kept of a question.
+
+        Args:
+            question: the question; its pictures are opened, where they lie behind a function.
+
+        Raises:
+            QuestionError: a picture cannot be opened.
+        """
+        if question.image_id is not None:
+            pictures: tuple[str, ...] = (question.image_key,)
+        else:
+            pictures = question._picture_keys
+        return cls(question.id, question.group, question.answer, question.metadata, pictures)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a recording's manifest says of the question."""
+        known = {} if self.pictures is None else {"pictures": list(self.pictures)}
+        return {
+            "id": self.id,
+            "group": self.group,
+            "answer": self.answer,
+            **known,
+            "metadata": _plain(dict(self.metadata)),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Item":
+        """The inverse of `to_json`."""
+        pictures = data.get("pictures")
+        if pictures is not None and not isinstance(pictures, list):
+            raise TypeError(f"pictures {pictures!r}")
+        pictures = None if pictures is None else tuple(map(str, pictures))
+        return cls(str(data["id"]), str(data["group"]), int(data["answer"]), dict(data["metadata"]), pictures)
 
 
 class ItemStatistics:
@@ -84,9 +130,7 @@ class ItemStatistics:
         self.space = space
         self.provenance: dict[str, Any] = dict(manifest["provenance"])
         self.tables: tuple[str, ...] = tuple(manifest["tables"])
-        self.items = tuple(
-            Item(str(i["id"]), str(i["group"]), int(i["answer"]), dict(i["metadata"])) for i in manifest["items"]
-        )
+        self.items = tuple(map(Item.from_json, manifest["items"]))
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -148,9 +192,7 @@ class ItemStatistics:
             "version": _VERSION,
             "space": space.to_json(),
             "tables": list(tables),
-            "items": [
-                {"id": i.id, "group": i.group, "answer": i.answer, "metadata": _plain(dict(i.metadata))} for i in items
-            ],
+            "items": [item.to_json() for item in items],
             "provenance": _plain(dict(provenance)),
         }
         manifest = _files.sealed(json.loads(json.dumps(manifest)))
@@ -159,8 +201,8 @@ class ItemStatistics:
         if path.exists():
             there = cls.load(folder)
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            for key in manifest:  # the checksum, which differs where anything does, comes last
-                if manifest[key] != theirs[key]:
+            for key in manifest:
+                if key != "sha256" and _told(key, manifest[key]) != _told(key, theirs[key]):
                     raise MismatchError(
                         f"{folder} holds another recording: {_difference(key, theirs[key], manifest[key])}"
                     )
@@ -641,11 +683,22 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
+def _told(key: str, value: Any) -> Any:
+    """What has to be equal for a recording to be gone on with: of pictures who shares them, not where they lie."""
+    if key != "items":
+        return value
+    number: dict[str, int] = {}
+    shared = [[number.setdefault(key, len(number)) for key in item.get("pictures", [])] for item in value]
+    return [{**item, "pictures": own if "pictures" in item else None} for item, own in zip(value, shared, strict=True)]
+
+
 def _difference(key: str, theirs: Any, ours: Any) -> str:
     if key == "provenance":
         for name in {*theirs, *ours}:
             if theirs.get(name) != ours.get(name):
                 return f"its {name} is {theirs.get(name)!r}, not {ours.get(name)!r}"
+    if key == "items" and "pictures" in ours[0] and any("pictures" not in item for item in theirs):
+        return "it keeps no pictures of its questions, being of an earlier release: record into another folder"
     if key == "items":
         return f"it is of {len(theirs)} questions, not the same {len(ours)}"
     return f"its {key} differs"

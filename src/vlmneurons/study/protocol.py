@@ -275,7 +275,7 @@ def _carried_out(
     tables = {}
     steps["shuffled labels"].start(1)
     if protocol.permutations and processes.first:
-        from vlmneurons.trust.stability import null_distribution
+        from vlmneurons.trust.nulls import null_distribution
 
         selector = SELECTORS[protocol.main](protocol.fraction)
         tables["null of the selection"] = null_distribution(
@@ -378,7 +378,7 @@ def _complete(folder: Path, questions: QuestionSet) -> bool:
 
 def _put_together(folder: Path, questions: QuestionSet, parts: list[ItemStatistics]) -> None:
     """One recording from those of several processes."""
-    items = [Item(item.id, item.group, item.answer, item.metadata) for item in questions]
+    items = [Item.of(item) for item in questions]
     # The manifest says what was asked for; where memory did not suffice is another matter for each process.
     rules = {name: value for name, value in parts[0].provenance.items() if name != "halved"}
     whole = ItemStatistics._create(folder, parts[0].space, items, rules, parts[0].tables)
