@@ -60,12 +60,11 @@ def null_distribution(
     """Would shuffled labels have given neurons as strong? The whole pipeline is run on each shuffle.
 
     A best-of-many selection always finds something; only its strength under shuffled labels says what that is worth.
-    Questions about one picture are not independent, so pictures are shuffled, each with all its questions: those of a
-    single group among those that have equally many questions in the pool (a picture with more weighs more in its
-    group's counts), and within a picture of several groups the labels of its questions. The p-value of a group is ``(1
-    + shuffles at least as strong) / (1 + shuffles)``, exact under exchangeability of such pictures (Phipson & Smyth
-    2010), and never 0. The hypothesis is that *no* group differs: where one group does, the shuffles of the others
-    contain its questions too.
+    Pictures are shuffled, each with all its questions, which are not independent: those of a single group among those
+    that have equally many questions in the pool (a picture with more weighs more in its group's counts); a picture of
+    several groups has the labels of its questions shuffled. The p-value of a group is ``(1 + shuffles at least as
+    strong) / (1 + shuffles)``, exact under exchangeability of such pictures (Phipson & Smyth 2010), and never 0. The
+    hypothesis is that *no* group differs: where one does, the shuffles of the others contain its questions too.
 
     Args:
         items: counts of every question.
@@ -90,19 +89,19 @@ def null_distribution(
         enough. Nothing hangs on the order of the questions, nor on the groups' names.
 
     Raises:
-        SelectionError: a single group, or one with fewer questions than ``minimum`` (the message names it); fewer than
-            half of the pictures can be given to other groups; so few pictures that no p can reach 0.05; a recording of
-            an earlier release, which keeps no pictures; or a measure that leaves a group out, or is NaN.
+        SelectionError: a single group, or one with fewer questions than ``minimum`` or fewer than two pictures (the
+            message names it); fewer than half of the pictures can be given to other groups; so few pictures that no p
+            can reach 0.05; a recording of an earlier release, which keeps no pictures; or a measure that leaves a group
+            out, or is NaN.
     """
     import pandas as pd
 
     check_selector(selector)
-    if permutations is not None:
-        permutations = whole("permutations", permutations, SelectionError, least=1)
+    permutations = None if permutations is None else whole("permutations", permutations, SelectionError, least=1)
     of_kind("measure", measure, Callable, SelectionError, "a function")  # type: ignore[arg-type]
     units = units_of(items, by, condition, balanced, max(1, whole("minimum", minimum, SelectionError)), seed, unit)
+    _check_shuffles(units)
     pool, n_groups = units.pool, len(units.pool.groups)
-    check_shuffles(units)
     permutations = max(200, 40 * n_groups) if permutations is None else permutations
     owners = units.shuffled(permutations, np.random.default_rng(seed))
     strength = _measured(measure, pool, selector)
@@ -127,7 +126,7 @@ def null_distribution(
     )
 
 
-def check_shuffles(units: Units) -> None:
+def _check_shuffles(units: Units) -> None:
     """Make sure that shuffled labels say something: there are groups, and pictures that they can exchange.
 
     Args:
@@ -139,6 +138,7 @@ def check_shuffles(units: Units) -> None:
     groups = units.pool.groups
     if len(groups) < 2:
         raise SelectionError(f"labels of one group cannot be shuffled; got only {groups[0]}")
+    units.check_pictures(2)
     movable, overall = units.movable
     if overall < MOVABLE:
         shares = ", ".join(f"{group} {share:.0%}" for group, share in zip(groups, movable.tolist(), strict=True))
@@ -150,7 +150,7 @@ def check_shuffles(units: Units) -> None:
     if min(least := [1 / many for many in units.arrangements]) > LEVEL:
         raise SelectionError(
             f"the groups have so few {units.kind}s ({', '.join(map(str, units.pictures))}) that no p can be below "
-            f"{min(least):.2g}: record questions about more {units.kind}s"
+            f"{min(least):.2g}: record more"
         )
 
 

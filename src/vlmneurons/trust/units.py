@@ -130,8 +130,8 @@ class Units:
         thin = [f"{group} ({n})" for group, n in counted if n < least]
         if thin:
             raise SelectionError(
-                f"at least {least} {self.kind}s a group are needed, as {self.kind}s are drawn with all that belongs to "
-                f"them; fewer are in {', '.join(thin)}: leave them out, or record more {self.kind}s"
+                f"at least {least} {self.kind}s a group are needed, which are drawn as wholes; fewer are in "
+                f"{', '.join(thin)}: leave them out, or record more"
             )
 
     # -- shuffles ------------------------------------------------------------------------------------------------------
