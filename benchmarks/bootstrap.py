@@ -19,14 +19,15 @@ import vlmneurons
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import CAS
 from vlmneurons.statistics.items import Item, ItemStatistics
-from vlmneurons.trust.stability import resampled_selections, stability
+from vlmneurons.trust.resampling import resampled_selections
+from vlmneurons.trust.stability import stability
 
 
 def write(folder: Path, questions: int, neurons: int, groups: int) -> None:
     """Counts of made-up questions, 300 tokens each: most neurons alike in all groups, 1 % particular to one."""
     rng = np.random.default_rng(0)
     space = NeuronSpace.from_widths("language", "gate", [neurons // 10] * 10)
-    items = [Item(str(n), f"group {n % groups:02}", 0, {}) for n in range(questions)]
+    items = [Item(str(n), f"group {n % groups:02}", 0, {}, ()) for n in range(questions)]
     made = ItemStatistics._create(folder, space, items, {"model": "made"}, ["positive"])
     rate = rng.beta(0.5, 2.0, neurons)
     own = np.where(rng.random(neurons) < 0.01, rng.integers(0, groups, neurons), -1)

@@ -1,5 +1,7 @@
 """Stability, null distributions and profiles, against brute force and on data with nothing in it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -13,10 +15,11 @@ from vlmneurons.statistics.items import Item, ItemStatistics
 from vlmneurons.trust.pvalues import holm
 
 
-def made_items(folder, counts, groups, tokens=50, chosen=0):
-    """Item statistics of counts that were never recorded."""
+def made_items(folder, counts, groups, tokens=50, chosen=0, pictures=None):
+    """Item statistics of counts that were never recorded, of questions without pictures unless they are given."""
     space = NeuronSpace.from_widths("language", "gate", [counts.shape[1] // 2, counts.shape[1] - counts.shape[1] // 2])
-    items = [Item(str(n), group, 0, {"n": n}) for n, group in enumerate(groups)]
+    shown = [()] * len(groups) if pictures is None else pictures
+    items = [Item(str(n), group, 0, {"n": n}, shown[n]) for n, group in enumerate(groups)]
     made = ItemStatistics._create(folder, space, items, {"model": "made"}, ["positive"])
     rows = range(len(items))
     made._write(rows, [chosen] * len(items), [tokens] * len(items), [0.0] * len(items), {"positive": counts})
@@ -40,7 +43,7 @@ def brute_force(items, weights, owners):
 
 
 def test_drawn_statistics_equal_sums_by_hand(noise):
-    from vlmneurons.trust.stability import _drawn
+    from vlmneurons.trust.resampling import drawn_items
 
     sample = noise.grouped(condition="all")
     rng = np.random.default_rng(1)
@@ -48,7 +51,7 @@ def test_drawn_statistics_equal_sums_by_hand(noise):
     fixed = np.broadcast_to(sample.owner, weights.shape)
     shuffled = np.stack([rng.permutation(sample.owner) for _ in range(5)])
     for owners in (fixed, shuffled):
-        for draw, one in enumerate(_drawn(sample, owners, weights)):
+        for draw, one in enumerate(drawn_items(sample, owners, weights)):
             stats = one.statistics
             assert stats == sample.taken(one.rows, one.owner).statistics  # rows are those of the pool, in order
             positive, tokens = brute_force(noise, weights[draw], owners[draw])
@@ -77,13 +80,13 @@ def test_stability_gives_the_same_numbers_for_the_same_seed_and_others_for_anoth
 
 
 def test_rank_correlation_equals_scipys(noise):
-    from vlmneurons.trust.stability import _correlations, _ranks
+    from vlmneurons.trust.agreement import score_ranks
 
     one, other = noise.group_by(condition="all"), noise.group_by(lambda row: "ABC"[row["n"] // 20], condition="all")
-    ours = _correlations(_ranks(CAS(), one), _ranks(CAS(), other), 3)
-    for row in range(3):
-        theirs = scipy.stats.spearmanr(CAS().score(one)[row], CAS().score(other)[row]).statistic
-        assert ours[row] == pytest.approx(theirs)
+    ours = score_ranks(CAS(), one) @ score_ranks(CAS(), other).T
+    for row, column in itertools.product(range(3), range(3)):
+        theirs = scipy.stats.spearmanr(CAS().score(one)[row], CAS().score(other)[column]).statistic
+        assert ours[row, column] == pytest.approx(theirs)
 
 
 def test_p_values_of_data_without_groups_are_uniform(tmp_path):

@@ -266,6 +266,22 @@ class NeuronSpace:
         """The layer numbers that occur, sorted."""
         return tuple(sorted({site.layer for site in self.sites}))
 
+    @cached_property
+    def tower_layers(self) -> tuple[tuple[str, int], ...]:
+        """The layers as ``(tower, layer)``, in the order of the sites: layers of two towers are two layers."""
+        return tuple(dict.fromkeys((site.tower, site.layer) for site in self.sites))
+
+    def count_by_layer(self, indices: Int64[Tensor, " part"] | None = None) -> Int64[Tensor, " layer"]:
+        """How many neurons lie in each of `tower_layers`.
+
+        Args:
+            indices: flat indices of the neurons; None for all of the space.
+        """
+        place = {layer: number for number, layer in enumerate(self.tower_layers)}
+        of_site = torch.tensor([place[site.tower, site.layer] for site in self.sites])
+        sites = self.site_of if indices is None else self.site_of[indices]
+        return torch.bincount(of_site[sites], minlength=len(place))
+
     @property
     def kind(self) -> str:
         """The kind that all sites share.

@@ -92,7 +92,7 @@ def record_items(
     tables = ["positive", *["reached"] * _uneven(counter), *["total"] * magnitudes, *["maximum"] * maxima]
 
     def created(where: Path, asked: QuestionSet) -> ItemStatistics:
-        items = [Item(item.id, item.group, item.answer, item.metadata) for item in asked]
+        items = [Item.of(item) for item in asked]
         return ItemStatistics.create(where, counter.space, items, about, tables, content_of(asked))
 
     if processes.count == 1:

@@ -34,7 +34,7 @@ from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import VERSION, RunFolder
 from vlmneurons.files.locks import locked
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.questions.question import hash_of
+from vlmneurons.questions.question import Question, hash_of
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.evidence import refuse_uncounted
 
@@ -62,12 +62,58 @@ Grouping = str | Callable[[Mapping[str, Any]], str | None] | Sequence[str | None
 
 @dataclass(frozen=True)
 class Item:
-    """What is kept of a question beside its counts."""
+    """What is kept of a question beside its counts.
+
+    Attributes:
+        id: of the question.
+        group: of the question.
+        answer: index of the right option.
+        metadata: what else its table says.
+        pictures: what identifies each of its pictures: questions that have one in common are not independent. Empty for
+            a question without pictures; None in recordings of earlier releases, which did not keep them.
+    """
 
     id: str
     group: str
     answer: int
     metadata: Mapping[str, Any]
+    pictures: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, question: Question) -> "Item":
+        """What is kept of a question.
+
+        Args:
+            question: the question; its pictures are opened, where they lie behind a function.
+
+        Raises:
+            QuestionError: a picture cannot be opened.
+        """
+        if question.image_id is not None:
+            pictures: tuple[str, ...] = (question.image_key,)
+        else:
+            pictures = question._picture_keys
+        return cls(question.id, question.group, question.answer, question.metadata, pictures)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a recording's manifest says of the question."""
+        known = {} if self.pictures is None else {"pictures": list(self.pictures)}
+        return {
+            "id": self.id,
+            "group": self.group,
+            "answer": self.answer,
+            **known,
+            "metadata": _plain(dict(self.metadata)),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Item":
+        """The inverse of `to_json`."""
+        pictures = data.get("pictures")
+        if pictures is not None and not isinstance(pictures, list):
+            raise TypeError(f"pictures {pictures!r}")
+        pictures = None if pictures is None else tuple(map(str, pictures))
+        return cls(str(data["id"]), str(data["group"]), int(data["answer"]), dict(data["metadata"]), pictures)
 
 
 class ItemStatistics:
@@ -91,9 +137,7 @@ class ItemStatistics:
         self.space = space
         self.provenance: dict[str, Any] = dict(manifest["provenance"])
         self.tables: tuple[str, ...] = tuple(manifest["tables"])
-        self.items = tuple(
-            Item(str(i["id"]), str(i["group"]), int(i["answer"]), dict(i["metadata"])) for i in manifest["items"]
-        )
+        self.items = tuple(map(Item.from_json, manifest["items"]))
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -176,9 +220,7 @@ class ItemStatistics:
             "content": {name: f"{digest} {metadata[name]}" for name, digest in content.items()},
         }
         about = {
-            "items": [
-                {"id": i.id, "group": i.group, "answer": i.answer, "metadata": _plain(dict(i.metadata))} for i in items
-            ],
+            "items": [item.to_json() for item in items],
             "provenance": _plain(dict(provenance)),
         }
         run = RunFolder(folder, manifest, about)

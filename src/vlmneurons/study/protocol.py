@@ -273,7 +273,7 @@ def _carried_out(
     tables = {}
     steps["shuffled labels"].start(1)
     if protocol.permutations and processes.first:
-        from vlmneurons.trust.stability import null_distribution
+        from vlmneurons.trust.nulls import null_distribution
 
         selector = SELECTORS[protocol.main](protocol.fraction)
         tables["null of the selection"] = null_distribution(
