@@ -266,11 +266,6 @@ class NeuronSpace:
         """The layer numbers that occur, sorted."""
         return tuple(sorted({site.layer for site in self.sites}))
 
-    @cached_property
-    def tower_layers(self) -> tuple[tuple[str, int], ...]:
-        """The layers as ``(tower, layer)``, in the order of the sites: layers of two towers are two layers."""
-        return tuple(dict.fromkeys((site.tower, site.layer) for site in self.sites))
-
     def count_by_layer(self, indices: Int64[Tensor, " part"] | None = None) -> Int64[Tensor, " layer"]:
         """How many neurons lie in each of `tower_layers`.
 

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from vlmneurons.checks import in_order, is_missing, names, path_of, whole
-from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
+from vlmneurons.errors import FileFormatError, GroupError, MismatchError, QuestionError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import write_json
 from vlmneurons.files.digests import digest_of
@@ -86,13 +86,12 @@ class Item:
         Args:
             question: the question; its pictures are opened, where they lie behind a function.
 
-        Raises:
-            QuestionError: a picture cannot be opened.
         """
-        if question.image_id is not None:
-            pictures: tuple[str, ...] = (question.image_key,)
-        else:
-            pictures = question._picture_keys
+        try:
+            named = question.image_id is not None
+            pictures: tuple[str, ...] = (question.image_key,) if named else question.picture_keys
+        except QuestionError:  # it is raised, or left out, when its turn comes
+            pictures = (f"unreadable: {question.id}",)
         return cls(question.id, question.group, question.answer, question.metadata, pictures)
 
     def to_json(self) -> dict[str, Any]:

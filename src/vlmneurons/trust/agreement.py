@@ -8,7 +8,7 @@ from scipy import stats as scipy_stats
 
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import MismatchError
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import CombinedSelector, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems, ItemStatistics

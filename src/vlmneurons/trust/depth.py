@@ -8,7 +8,8 @@ from scipy import stats as scipy_stats
 
 from vlmneurons.checks import of_kind, share, whole
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.sets import NeuronSet, Selection, check_same_space
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.sets import NeuronSet, check_same_space
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,7 @@ def layer_counts(selection: Selection, *, confidence: float = 0.95) -> "pd.DataF
 
     of_kind("selection", selection, Selection, MismatchError)
     confidence = share("confidence", confidence, SelectionError)
-    labels, sizes = selection.space.tower_layers, selection.space.count_by_layer().numpy()
+    labels, sizes = tuple(selection.space.tower_layers), selection.space.count_by_layer().numpy()
     tail = (1 - confidence) / 2
     rows = []
     for group, neurons in selection.items():
@@ -90,7 +91,7 @@ def layer_profile(
     of_kind("resampled", resampled, Iterable, MismatchError, "several selections, such as resampled_selections gives")
     confidence = share("confidence", confidence, SelectionError)
     uniform = whole("uniform", uniform, SelectionError, least=1)
-    labels, sizes = selection.space.tower_layers, selection.space.count_by_layer().numpy()
+    labels, sizes = tuple(selection.space.tower_layers), selection.space.count_by_layer().numpy()
     generator = np.random.default_rng(whole("seed", seed, SelectionError, least=0))
     tails = [50 * (1 - confidence), 100 - 50 * (1 - confidence)]
 
@@ -159,7 +160,7 @@ def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> "pd.DataFrame":
     for name, one in (("first", first), ("second", second)):
         of_kind(name, one, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
     both = first & second
-    labels, sizes = first.space.tower_layers, first.space.count_by_layer().numpy()
+    labels, sizes = tuple(first.space.tower_layers), first.space.count_by_layer().numpy()
     ours, theirs, shared = (first.space.count_by_layer(neurons.indices).numpy() for neurons in (first, second, both))
     return pd.DataFrame(
         {

@@ -7,7 +7,7 @@ import torch
 
 from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems, Grouping, ItemStatistics

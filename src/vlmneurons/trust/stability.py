@@ -8,18 +8,9 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from vlmneurons.checks import of_kind, share, whole
-<<<<<<< HEAD
-from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.selection import Selection
-from vlmneurons.neurons.sets import NeuronSet, check_same_space
-from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.selectors import CombinedSelector, Selector
-from vlmneurons.statistics.counts import ActivationStatistics
-=======
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.sets import Selection
+from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import Selector
->>>>>>> nulls
 from vlmneurons.statistics.items import GroupedItems, Grouping, ItemStatistics
 from vlmneurons.trust.agreement import score_ranks
 from vlmneurons.trust.resampling import check_selector, drawn_items
