@@ -8,7 +8,7 @@ questions are asked (`vlmneurons.record`, `record_items`, `knockout`, `attribute
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -104,12 +104,10 @@ class Job(ABC, Generic[Made]):
 
     Attributes:
         unit: of what the progress bar counts.
-        weight: how many of them a question is.
         gradients: whether the model is run with gradients.
     """
 
     unit: str = "item"
-    weight: int = 1
     gradients: bool = False
 
     def __init__(self, engine: Engine) -> None:
@@ -120,6 +118,14 @@ class Job(ABC, Generic[Made]):
     def encode(self, questions: QuestionSet) -> Any:
         """What a batch is run on; called in another thread where batches are encoded ahead."""
         return self.engine.encode(questions)
+
+    def apart(self, question: Question) -> Hashable:
+        """What questions have in common that may share a batch."""
+        return None
+
+    def weight(self, batch: QuestionSet) -> int:
+        """How many units a batch is."""
+        return len(batch)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -170,22 +176,31 @@ def ask(job: Job[Any], questions: QuestionSet, options: Options) -> None:
         OutOfMemoryError: a single question does not fit into memory.
     """
     model = job.engine.model
-    lengths = functools.partial(model.encoder.length, questions) if options.by_length else None
-    mine = list(options.processes.mine(list(batches(questions, options.batch_size, lengths))))
+    mine = list(options.processes.mine(list(batches_of(job, questions, options))))
     with held(model.hf), job.running(), undisturbed(model.hf), torch.inference_mode(not job.gradients):
         waiting = [(number, batch) for number, batch in mine if not job.known(number, batch)]
-        total = sum(len(batch) for _, batch in mine)
-        left = sum(len(batch) for _, batch in waiting)
+        total = sum(job.weight(batch) for _, batch in mine)
+        left = sum(job.weight(batch) for _, batch in waiting)
         bar = progress_bar(
             options.progress if options.processes.first else False,
-            total=total * job.weight,
-            initial=(total - left) * job.weight,
+            total=total,
+            initial=total - left,
             unit=job.unit,
             smoothing=0.05,  # nearly the mean rate: batches differ in cost
         )
         with bar, prefetched(model, job.engine.reader, iter(waiting), options.prefetch, job.encode) as encoded:
             for (number, batch), encode in encoded:
                 _ask_batch(job, number, batch, encode, options.on_error, bar)
+
+
+def batches_of(job: Job[Any], questions: QuestionSet, options: Options) -> Iterator[QuestionSet]:
+    """The batches of a job: of questions that may share one, in their order."""
+    lengths = functools.partial(job.engine.model.encoder.length, questions) if options.by_length else None
+    together: dict[Hashable, list[Question]] = {}
+    for item in questions:
+        together.setdefault(job.apart(item), []).append(item)
+    for items in together.values():
+        yield from batches(questions.with_items(items), options.batch_size, lengths)
 
 
 def _ask_batch(
@@ -199,7 +214,8 @@ def _ask_batch(
             bar.update(job.take(number, part, made))
         job.skipped.extend(skipped or ())
         job.finish(number, batch)
-        bar.update(len(skipped or ()) * job.weight)
+        if skipped:
+            bar.update(job.weight(batch.filter(lambda item: item.id in skipped)))
     except Stopped:  # there is no time to lose; what is finished is in the folder
         raise
     except BaseException as error:

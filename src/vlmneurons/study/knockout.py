@@ -1,7 +1,6 @@
 """Running a study: every question, clean and under every mask, each batch kept as soon as it is finished."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,16 @@ from vlmneurons.questions.identity import content_of, in_order_of
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
-from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
-from vlmneurons.run.batching import batches
+from vlmneurons.run.ask import Job, Options, ask, batches_of, engine_of, to_ask
 from vlmneurons.run.engine import Engine, Run
 from vlmneurons.run.identity import run_provenance, setting_of_run, versions
 from vlmneurons.run.intervention import Intervention
 from vlmneurons.run.memory import MemoryLimit
 from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
+from vlmneurons.study.design import Design, crossing
 from vlmneurons.study.masks import Mask, Masks, listed_masks, per_layer
-from vlmneurons.study.result import KnockoutResult
+from vlmneurons.study.result import NOT_ASKED, KnockoutResult
 
 
 def knockout(
@@ -39,6 +38,8 @@ def knockout(
     masks: Masks,
     *,
     controls: QuestionSet | None = None,
+    others: int | None = None,
+    seed: int = 0,
     batch_size: int = 8,
     answer: str | AnswerReader | None = None,
     mode: str = "zero",
@@ -63,6 +64,11 @@ def knockout(
             (repeats of one control, such as random seeds), a single `NeuronSet`, or any of these as an `Intervention`.
             Equal sets are run once.
         controls: further questions, whose groups no mask is of, that measure general ability.
+        others: masks of other groups that each question meets, besides its own group's; None for all of them. With
+            k = 2 a study of 25 groups asks 4 runs a question and selector instead of 26; self effects are those of the
+            full crossing, cross effects and gaps unbiased estimates of theirs. What is not asked is missing in the
+            result, never zero. See `vlmneurons.study.design`.
+        seed: of the draw of these masks.
         batch_size: questions a forward; where they do not fit into memory, half as many from then on (the provenance
             says so under ``"halved"``).
         answer: how answers are read; by default as the set says.
@@ -99,11 +105,13 @@ def knockout(
     engine = engine_of(model, asked, remote)
     given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
     listed = listed_masks(masks, questions.groups, given)
+    names = () if controls is None else controls.groups
+    design = crossing(asked, [mask for mask, _ in listed], others=others, seed=seed, controls=names)
     about = {
         "intervention": {"mode": mode, "factor": factor, "at": at or "post", "values": values is not None},
         "selections": {str(name): _describe(one) for name, one in masks.items()},
     }
-    study = _Study(engine, asked, () if controls is None else controls.groups, listed, options, about)
+    study = _Study(engine, asked, names, listed, design, options, about)
     return study.alone() if folder is None else study.in_folder(path_of("folder", folder, MismatchError))
 
 
@@ -136,11 +144,14 @@ class _Study:
         questions: QuestionSet,
         controls: tuple[str, ...],
         listed: list[tuple[Mask, Intervention]],
+        design: Design,
         options: Options,
         about: Mapping[str, Any],
     ) -> None:
         self.engine, self.questions, self.controls, self.listed = engine, questions, controls, listed
-        self.options, self.about = options, about
+        self.asked_for = questions
+        """The questions in the order of the design; a folder may keep them in another one."""
+        self.design, self.options, self.about = design, options, about
         model = engine.model
         self.ablations: list[Ablation] = []
         self.run_of: list[int] = []
@@ -156,6 +167,12 @@ class _Study:
                 self.ablations.append(ablation)
                 known[one.fingerprint] = len(self.ablations)
             self.run_of.append(known[one.fingerprint])
+        met = np.zeros((1 + len(self.ablations), len(questions)), dtype=bool)
+        met[0] = True
+        for row, run in enumerate(self.run_of):
+            met[run] |= design.meets[row]
+        self.runs_of = {item.id: tuple(np.flatnonzero(met[:, n]).tolist()) for n, item in enumerate(questions)}
+        """The runs that each question meets, the clean one first."""
         engine.check(self.ablations, None)  # what cannot be done is refused before anything is asked
         self.setting = setting_of_run(model, questions=questions, engine=engine)
 
@@ -211,6 +228,7 @@ class _Study:
             "content": content,
             "controls": list(self.controls),
             "batch_size": options.batch_size,
+            **({} if self.design.others is None else {"design": self.design.digest, "others": self.design.others}),
             **({"by_length": True} if options.by_length else {}),
             "on_error": options.on_error,
             "masks": {name: digest_of(all_of_it)[:16] for name, all_of_it in masks.items()},
@@ -218,22 +236,21 @@ class _Study:
 
     def result(self, parts: Mapping[str, pd.DataFrame], halved: Mapping[str, Any]) -> KnockoutResult:
         """The result of some batches, questions in their order, a row for each mask."""
-        n_runs = 1 + len(self.ablations)
-        by_id: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        skipped = set()
-        for table in parts.values():
-            skipped.update(table["id"][table["run"] < 0])
-            asked = table[table["run"] >= 0].sort_values(["run"], kind="stable")
-            ids = asked["id"].tolist()
-            n = len(ids) // n_runs
-            columns = [asked[name].to_numpy(dtype).reshape(n_runs, n) for name, dtype in _ARRAYS.items()]
-            for place, name in enumerate(ids[:n]):
-                by_id[name] = (columns[0][:, place], columns[1][:, place], columns[2][:, place])
-        kept = [item for item in self.questions if item.id in by_id]
+        tables = [table for table in parts.values() if len(table)]
+        answers = pd.concat(tables) if tables else pd.DataFrame(columns=_COLUMNS)
+        skipped = set(answers.loc[answers["run"] < 0, "id"])
+        answers = answers[answers["run"] >= 0]
+        there = set(answers["id"])
+        kept = [item for item in self.questions if item.id in there]
+        place = {item.id: number for number, item in enumerate(kept)}
+        where = (answers["run"].to_numpy(np.int64), np.array([place[name] for name in answers["id"]], dtype=np.int64))
         rows = [0, *self.run_of]
 
         def stacked(column: int, dtype: Any) -> np.ndarray:
-            return np.array([by_id[item.id][column] for item in kept], dtype=dtype).reshape(len(kept), n_runs).T[rows]
+            name = list(_ARRAYS)[column]
+            table = np.full((1 + len(self.ablations), len(kept)), _NOTHING[name], dtype=dtype)
+            table[where] = answers[name].to_numpy(dtype)
+            return table[rows]
 
         texts = stacked(2, object)
         layers = list(per_layer(self.listed[0][1].neurons)) if self.listed else []
@@ -250,6 +267,7 @@ class _Study:
                 **run_provenance(self.engine.model, self.setting, questions=self.questions, engine=self.engine),
                 "batch_size": self.options.batch_size,
                 **({"halved": of_all} if of_all else {}),
+                **({} if self.design.others is None else {"others": self.design.others, "design": self.design.digest}),
                 **self.about,
                 "layers": layers,
                 "chance": float(np.mean([1 / len(item.options) for item in kept])) if kept else None,
@@ -258,7 +276,16 @@ class _Study:
             texts=None if all(value is None or value is pd.NA for value in texts.flat) else texts,
             controls=self.controls,
             pictures=tuple(pictures[item.id] for item in kept),
+            asked=self._asked(kept),
         )
+
+    def _asked(self, kept: Sequence[Question]) -> np.ndarray | None:
+        """``[1 + mask, question]`` which of the masks each question was asked under; None for all."""
+        if self.design.others is None:
+            return None
+        column = {item.id: number for number, item in enumerate(self.asked_for)}
+        meets = self.design.meets[:, [column[item.id] for item in kept]]
+        return np.concatenate([np.ones((1, len(kept)), dtype=bool), meets])
 
 
 class _AnswersJob(Job[pd.DataFrame]):
@@ -279,7 +306,6 @@ class _AnswersJob(Job[pd.DataFrame]):
         super().__init__(study.engine)
         self._study, self._folder = study, folder
         self._runs = [Run(), *(Run(ablation) for ablation in study.ablations)]
-        self.weight = len(self._runs)
         self._known = dict(known)
         self._new: dict[str, pd.DataFrame] = {}
         self._halved = {name: list(all_of_it) for name, all_of_it in halved.items()}
@@ -288,6 +314,14 @@ class _AnswersJob(Job[pd.DataFrame]):
         self._noted = len(self.limit.halved)
         self._batch: list[pd.DataFrame] = []
 
+    def apart(self, question: Question) -> tuple[int, ...]:
+        """See `Job.apart`: questions of a batch meet the same masks, so that all of them share its forward."""
+        return self._study.runs_of[question.id]
+
+    def weight(self, batch: QuestionSet) -> int:
+        """See `Job.weight`: answers."""
+        return sum(len(self.apart(item)) for item in batch)
+
     def known(self, number: int, batch: QuestionSet) -> bool:
         """See `Job.known`."""
         return _name(number) in self._known
@@ -295,11 +329,12 @@ class _AnswersJob(Job[pd.DataFrame]):
     def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> pd.DataFrame:
         """See `Job.run`."""
         readings: list[Reading] = []
+        numbers = self.apart(questions[0])
         try:
-            for reading in self.engine.answers(questions, encoded, self._runs):
+            for reading in self.engine.answers(questions, encoded, [self._runs[number] for number in numbers]):
                 readings.append(reading)
                 told(len(questions))
-            return _table(questions, readings)
+            return _table(questions, numbers, readings)
         except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
             told(-len(questions) * len(readings))
             raise
@@ -350,10 +385,7 @@ class _AnswersJob(Job[pd.DataFrame]):
         Raises:
             FileFormatError: one is not.
         """
-        options, model = self._study.options, self.engine.model
-        questions = self._study.questions
-        lengths = functools.partial(model.encoder.length, questions) if options.by_length else None
-        all_of_it = batches(questions, options.batch_size, lengths)
+        all_of_it = batches_of(self, self._study.questions, self._study.options)
         expected = {_name(number): {item.id for item in batch} for number, batch in enumerate(all_of_it)}
         for name, table in parts.items():
             if list(table.columns) != _COLUMNS or set(table["id"]) != expected.get(name):
@@ -365,18 +397,19 @@ class _AnswersJob(Job[pd.DataFrame]):
 _COLUMNS = ["run", "id", "chosen", "margin", "text"]
 _DTYPES = {"run": "int32", "id": "string", "chosen": "int16", "margin": "float64", "text": "string"}
 _ARRAYS: dict[str, Any] = {"chosen": np.int64, "margin": np.float64, "text": object}
+_NOTHING: dict[str, Any] = {"chosen": NOT_ASKED, "margin": np.nan, "text": None}
 
 
 def _name(number: int) -> str:
     return f"batch-{number:06d}"
 
 
-def _table(questions: QuestionSet, readings: Sequence[Reading]) -> pd.DataFrame:
-    """The answers to some questions in every run, run by run."""
+def _table(questions: QuestionSet, numbers: Sequence[int], readings: Sequence[Reading]) -> pd.DataFrame:
+    """The answers to some questions in some runs, run by run."""
     texts = [text for reading in readings for text in (reading.texts or [None] * len(questions))]
     return pd.DataFrame(
         {
-            "run": np.repeat(np.arange(len(readings)), len(questions)),
+            "run": np.repeat(np.array(numbers), len(questions)),
             "id": [item.id for item in questions] * len(readings),
             "chosen": [-1 if choice is None else choice for reading in readings for choice in reading.chosen],
             "margin": np.concatenate([reading.margins(questions).numpy() for reading in readings]),
