@@ -28,14 +28,14 @@ def write(folder: Path, questions: int, neurons: int, groups: int) -> None:
     rng = np.random.default_rng(0)
     space = NeuronSpace.from_widths("language", "gate", [neurons // 10] * 10)
     items = [Item(str(n), f"group {n % groups:02}", 0, {}, ()) for n in range(questions)]
-    made = ItemStatistics._create(folder, space, items, {"model": "made"}, ["positive"])
+    made = ItemStatistics.create(folder, space, items, {"model": "made"}, ["positive"])
     rate = rng.beta(0.5, 2.0, neurons)
     own = np.where(rng.random(neurons) < 0.01, rng.integers(0, groups, neurons), -1)
     for start in range(0, questions, 50):
         rows = range(start, min(start + 50, questions))
         rates = np.stack([np.clip(rate + 0.2 * (own == row % groups), 0, 1) for row in rows])
         counts = rng.binomial(300, rates)
-        made._write(rows, [0] * len(rows), [300] * len(rows), [0.0] * len(rows), {"positive": counts})
+        made.write(rows, [0] * len(rows), [300] * len(rows), [0.0] * len(rows), {"positive": counts})
 
 
 def measure(folder: str, resamples: int, results: "multiprocessing.Queue[object]") -> None:

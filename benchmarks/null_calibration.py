@@ -115,8 +115,8 @@ def simulated(design: Design, rng: np.random.Generator, folder: Path) -> ItemSta
         for row, (group, own) in enumerate(zip(design.groups, design.pictures, strict=True))
     ]
     space = NeuronSpace.from_widths("language", "gate", [NEURONS // 2] * 2)
-    made = ItemStatistics._create(folder, space, items, {}, ["positive"])
-    made._write(range(n), wrong.astype(int).tolist(), tokens, np.zeros(n), {"positive": counts})
+    made = ItemStatistics.create(folder, space, items, {}, ["positive"])
+    made.write(range(n), wrong.astype(int).tolist(), tokens, np.zeros(n), {"positive": counts})
     return made
 
 

@@ -136,9 +136,9 @@ def made(setting: Setting, seed: int, folder: Path) -> tuple[GroupedItems, dict[
     total = positive * rng.gamma(2.0, 0.5, size) - 0.05 * (TOKENS - positive)
     space = NeuronSpace.from_widths("language", "gate", [WIDTH] * LAYERS)
     items = [Item(str(n), names[g], 0, {}) for n, g in enumerate(owner)]
-    recording = ItemStatistics._create(folder, space, items, {}, ["positive", "total"])
+    recording = ItemStatistics.create(folder, space, items, {}, ["positive", "total"])
     tables = {"positive": positive, "total": total}
-    recording._write(range(len(items)), [0] * len(items), [TOKENS] * len(items), [0.0] * len(items), tables)
+    recording.write(range(len(items)), [0] * len(items), [TOKENS] * len(items), [0.0] * len(items), tables)
     return recording.grouped(), {group: NeuronSet(space, own) for group, own in truth.items()}
 
 

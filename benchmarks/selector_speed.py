@@ -96,12 +96,10 @@ def evidence(name: str, folder: Path) -> Any:
         return AttributionStatistics(stats.space, stats.groups, total, strong, torch.full_like(stats.tokens, 50))
     if name == "AveragePrecision":
         items = [Item(f"{group} {n}", group, 0, {}) for group in stats.groups for n in range(2)]
-        made = ItemStatistics._create(folder / "items", stats.space, items, {}, ["positive"])
+        made = ItemStatistics.create(folder / "items", stats.space, items, {}, ["positive"])
         counts = stats.positive.repeat_interleave(2, 0).clamp(max=60_000)
         counts[1::2] = (counts[1::2] * 0.9).long()
-        made._write(
-            range(len(items)), [0] * len(items), [60_000] * len(items), [0.0] * len(items), {"positive": counts}
-        )
+        made.write(range(len(items)), [0] * len(items), [60_000] * len(items), [0.0] * len(items), {"positive": counts})
         return made.grouped()
     return stats
 

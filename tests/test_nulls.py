@@ -101,9 +101,9 @@ def recorded(folder, design, order=None, names=None, seed=0, accuracy=1.0, plant
         for row in order
     ]
     space = NeuronSpace.from_widths("language", "gate", [NEURONS // 2] * 2)
-    made = ItemStatistics._create(folder, space, items, {}, ["positive"])
+    made = ItemStatistics.create(folder, space, items, {}, ["positive"])
     rows = list(order)
-    made._write(
+    made.write(
         range(len(items)), chosen[rows].tolist(), [50] * len(rows), [0.0] * len(rows), {"positive": counts[rows]}
     )
     return made

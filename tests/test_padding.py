@@ -7,7 +7,8 @@ import torch
 
 import vlmneurons as vn
 from helpers import picture, plain_hooks, some_questions
-from vlmneurons.recording.recorder import Recorder
+from vlmneurons.recording.counter import Counter
+from vlmneurons.recording.groups import GroupTables
 
 
 def uneven_questions() -> list[vn.Question]:
@@ -22,12 +23,13 @@ def uneven_questions() -> list[vn.Question]:
 def counts_of_rows(model, questions, side, space, rule):
     """``{id: (fired, tokens)}`` from one forward of a batch."""
     batch = model.prepare(questions, padding_side=side)
-    recorder = Recorder(model, space, tokens=rule)
-    with recorder, torch.inference_mode(), recorder._watch(batch, list(range(len(questions)))):
-        model.hf(**batch)
-        recorder._mask = batch.tokens.counted(rule)
-        recorder._commit([item.id for item in questions])
-    stats = recorder.statistics
+    counter = Counter(model, space, tokens=rule)
+    tables = GroupTables(counter)
+    with counter.attached(), torch.inference_mode():
+        with counter.watch(batch, list(range(len(questions)))):
+            model.hf(**batch)
+        tables.add([item.id for item in questions])
+    stats = tables.statistics({})
     return {name: (stats.positive[n], stats.tokens[n]) for n, name in enumerate(stats.groups)}
 
 

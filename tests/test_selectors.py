@@ -177,8 +177,8 @@ def made_items(folder, positive, groups, tokens, total=None, maximum=None, space
     tables = {"positive": positive, "total": total, "maximum": maximum}
     tables = {name: np.asarray(table) for name, table in tables.items() if table is not None}
     items = [Item(str(n), group, 0, {}) for n, group in enumerate(groups)]
-    made = ItemStatistics._create(folder, space, items, {}, list(tables))
-    made._write(range(len(items)), [0] * len(items), tokens, [0.0] * len(items), tables)
+    made = ItemStatistics.create(folder, space, items, {}, list(tables))
+    made.write(range(len(items)), [0] * len(items), tokens, [0.0] * len(items), tables)
     return made
 
 

@@ -20,9 +20,9 @@ def made_items(folder, counts, groups, tokens=50, chosen=0, pictures=None):
     space = NeuronSpace.from_widths("language", "gate", [counts.shape[1] // 2, counts.shape[1] - counts.shape[1] // 2])
     shown = [()] * len(groups) if pictures is None else pictures
     items = [Item(str(n), group, 0, {"n": n}, shown[n]) for n, group in enumerate(groups)]
-    made = ItemStatistics._create(folder, space, items, {"model": "made"}, ["positive"])
+    made = ItemStatistics.create(folder, space, items, {"model": "made"}, ["positive"])
     rows = range(len(items))
-    made._write(rows, [chosen] * len(items), [tokens] * len(items), [0.0] * len(items), {"positive": counts})
+    made.write(rows, [chosen] * len(items), [tokens] * len(items), [0.0] * len(items), {"positive": counts})
     return made
 
 

@@ -11,6 +11,7 @@ import vlmneurons as vn
 from helpers import picture
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches, vision_rows
+from vlmneurons.recording.counter import Counter
 from vlmneurons.testing import tiny_model
 
 
@@ -189,9 +190,9 @@ def test_a_tower_whose_patches_do_not_fit_is_refused_and_not_guessed_at() -> Non
     model = vn.VLM(*tiny_model("gemma4"))
     asked, space = questions(picture(0), picture(1)), model.space("vision")
     batch = model.prepare(asked)
-    with vn.Recorder(model, space) as recorder, torch.no_grad():
-        recorder._prepared, recorder._rows = batch, [0, 1]
-        batch.patches = batch.patches[:, :-1]
+    batch.patches = batch.patches[:, :-1]
+    counter = Counter(model, space, tokens="content")
+    with counter.attached(), torch.no_grad(), counter.watch(batch, [0, 1]):
         with pytest.raises(MismatchError, match=r"has 280 patches in a row where the pictures have 279: its padding"):
             model.hf(**batch)
 

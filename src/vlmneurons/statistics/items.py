@@ -89,7 +89,7 @@ class Item:
         """
         try:
             named = question.image_id is not None
-            pictures: tuple[str, ...] = (question.image_key,) if named else question.picture_keys
+            pictures: tuple[str, ...] = (question.image_key,) if named else question.source_keys
         except QuestionError:  # it is raised, or left out, when its turn comes
             pictures = (f"unreadable: {question.id}",)
         return cls(question.id, question.group, question.answer, question.metadata, pictures)
@@ -194,7 +194,7 @@ class ItemStatistics:
         items: Sequence[Item],
         provenance: Mapping[str, Any],
         tables: Sequence[str],
-        content: Mapping[str, str],
+        content: Mapping[str, str] | None = None,
     ) -> "ItemStatistics":
         """A recording with nothing in it yet; or the one that is there, if it is of the same questions and rules.
 
@@ -204,7 +204,7 @@ class ItemStatistics:
             items: the questions, one row each; of a recording that is there, its own order stays.
             provenance: where the counts come from, with the setting.
             tables: names of the tables.
-            content: what is asked, by question; see `vlmneurons.questions.identity`.
+            content: what is asked, by question; see `vlmneurons.questions.identity`. Left out where nothing was asked.
 
         Raises:
             MismatchError: the folder holds another recording; the message says what differs.
@@ -216,7 +216,9 @@ class ItemStatistics:
             "tables": list(tables),
             "setting": provenance.get("setting"),
             "versions": provenance.get("versions"),
-            "content": {name: f"{digest} {metadata[name]}" for name, digest in content.items()},
+            "content": {
+                name: f"{digest} {metadata[name]}" for name, digest in (content or dict.fromkeys(metadata, "")).items()
+            },
         }
         about = {
             "items": [item.to_json() for item in items],

@@ -93,7 +93,7 @@ def _reads_text(model: nn.Module, decoder: Any) -> bool:
     )
 
 
-def _asked(model: nn.Module, method: str) -> Any:
+def _asked(model: nn.Module | None, method: str) -> Any:
     try:
         return getattr(model, method)()
     except Exception:  # not every model knows
