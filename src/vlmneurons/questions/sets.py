@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 from vlmneurons.checks import is_missing, of_kind, share, whole
 from vlmneurons.errors import GroupError, QuestionError
+from vlmneurons.questions.labels import names_places
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -597,12 +598,15 @@ class QuestionSet(Sequence[Question]):
     def order(self, question: Question) -> tuple[int, ...]:
         """The order in which a question's options are shown: position shown → index in ``question.options``.
 
+        Options that have letters of their own or speak of others' ("A. Oslo", "Both A and B", "None of the above") are
+        shown as they stand, whatever ``shuffle`` is.
+
         Args:
             question: one of the questions.
         """
         of_kind("question", question, Question, QuestionError)
         indices = range(len(question.options))
-        if self.shuffle is None:
+        if self.shuffle is None or names_places(question.options):
             return tuple(indices)
         return tuple(sorted(indices, key=lambda index: hash_of(self.shuffle, question.id, index)))
 
