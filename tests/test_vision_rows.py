@@ -192,9 +192,9 @@ def test_a_tower_whose_patches_do_not_fit_is_refused_and_not_guessed_at() -> Non
     batch = model.prepare(asked)
     batch.patches = batch.patches[:, :-1]
     counter = Counter(model, space, tokens="content")
-    with counter.attached(), torch.no_grad(), counter.watch(batch, [0, 1]):
-        with pytest.raises(MismatchError, match=r"has 280 patches in a row where the pictures have 279: its padding"):
-            model.hf(**batch)
+    told = pytest.raises(MismatchError, match=r"has 280 patches in a row where the pictures have 279: its padding")
+    with counter.attached(), torch.no_grad(), counter.watch(batch, [0, 1]), told:
+        model.hf(**batch)
 
 
 def test_a_run_of_ones_own_whose_padding_is_unknown_is_refused() -> None:

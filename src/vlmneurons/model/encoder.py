@@ -328,7 +328,7 @@ class Encoder:
         for name, value in data.items():  # Llama 4's pixels are bfloat16, whatever the model is
             if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) and value.dtype != wanted:
                 data[name] = value.to(wanted)
-        return BatchFeature(dict(data))  # a tokenizer alone gives another kind
+        return data if isinstance(data, BatchFeature) else BatchFeature(dict(data))  # a tokenizer's are of a third kind
 
     def _content_tokens(self, ids: list[int], rendered: str, more: str, item: Question) -> tuple[Tensor, int]:
         """Positions (among a row's real tokens) of the user's own text, and how many tokens a continuation added.

@@ -279,6 +279,7 @@ def _plain_value(value: Any, where: str, depth: int) -> Any:
 # -- options that speak of each other ----------------------------------------------------------------------------------
 
 _LABEL = re.compile(r"\s*(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s*[.):：、．）]|([A-Za-z])\s+[-–—])\s*\S")
+_NUMBER = re.compile(r"\s*\(?(\d{1,2})[.):]\s+\S")
 _ABOVE = re.compile(
     "|".join(
         [
@@ -289,7 +290,7 @@ _ABOVE = re.compile(
             r"\bnot? (among |one of )?(the )?(above|options|choices)\b",
             r"\b(all|none) (are )?(correct|right|apply)\b",
             r"(tod[ao]s|ningun[ao]|nenhum[ao]|cualquiera) (de |d)?(l?[ao]s )?(opciones |respuestas )?anteriores",
-            r"ci-dessus|(toutes|aucune) (de )?(ces|les|des) réponses",
+            r"acima\b|ci-dessus|(toutes|aucune) (de )?(ces|les|des) réponses",
             r"\b(alle|keine)\w* (der |des )?(oben|obigen|genannten)|precedenti\b",
             r"以上(都|皆|全|均|所有|的|各|选|選|两|兩|三)|上述|上記|위의? ?(모든|모두|어느|보기|둘)|모두 (정답|해당)",
             r"ما سبق|вышеперечисленн|все перечисленн|उपरोक्त|उपर्युक्त|yukarıdaki|hapo juu",
@@ -308,7 +309,10 @@ def _labels(options: Sequence[str]) -> list[str]:
 
 
 def _bears_letters(options: Sequence[str]) -> bool:
-    """Whether two options or more bear letters of their own, each that of its place."""
+    """Whether two options or more bear letters of their own, each that of its place; or all bear their numbers."""
+    numbers = [match and match[1] for match in (_NUMBER.match(option) for option in options)]
+    if numbers == [str(place + 1) for place in range(len(options))]:
+        return True
     labels = _labels(options)
     return sum(map(bool, labels)) > 1 and all(own in ("", letter) for own, letter in zip(labels, LETTERS))
 

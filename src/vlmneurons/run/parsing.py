@@ -59,6 +59,22 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     return None if said is None else _parsed(said, options)
 
 
+def stated(text: str) -> str:
+    """What a generated text states: what follows the model's thought, and within the tags of an answer if it has any.
+
+    Args:
+        text: what the model wrote.
+
+    Returns:
+        The text without what is no answer; empty if a thought was not ended, or if several tags differ.
+    """
+    said = _after_thought(_cleaned(text)) or ""
+    marked = {part.strip() for found in _MARKED.finditer(said) for part in found.groups() if part is not None}
+    if not marked:
+        return said.strip()
+    return marked.pop() if len(marked) == 1 else ""
+
+
 def _parsed(said: str, options: Sequence[str]) -> int | None:
     marked = [part for found in _MARKED.finditer(said) for part in found.groups() if part is not None]
     if marked:
