@@ -227,15 +227,16 @@ class Flow:
 
     def _is_passive(self, node: fx.Node) -> bool:
         """Whether a node hands its numbers on, in another dtype perhaps."""
-        return self._is_identity(node) or (node.op != "call_module" and node.target in PASSIVE)
+        casts = node.op != "call_module" and node.target in PASSIVE and bool(node.all_input_nodes)
+        return casts or self._is_identity(node)
 
     def _is_identity(self, node: fx.Node) -> bool:
         """Whether a node hands its input on unchanged in evaluation: a dropout, a dropped path."""
-        return self._character(node) == "same" or node.target is F.dropout
+        return bool(node.all_input_nodes) and (self._character(node) == "same" or node.target is F.dropout)
 
     def _is_norm(self, node: fx.Node) -> bool:
         """Whether a node is a normalisation: what comes after one is no longer a neuron's own number."""
-        return self._character(node) == "norm"
+        return bool(node.all_input_nodes) and self._character(node) == "norm"
 
     # --- what nodes depend on ---
 

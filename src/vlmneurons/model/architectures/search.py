@@ -430,17 +430,17 @@ class Search:
         """
 
         def visit(module: nn.Module, path: str) -> Iterator[Block]:
-            if path in stacks or path in self.passed_over:
+            if path in stacks:
                 return
-            if any(stack.startswith(f"{path}.") for stack in stacks):
-                for name, child in module.named_children():
-                    yield from visit(child, f"{path}.{name}")
+            deeper = [block for name, child in module.named_children() for block in visit(child, f"{path}.{name}")]
+            yield from deeper
+            # Unlike a layer's MLP, a projector need not give vectors of the size that it takes: it is asked outright.
+            holds = any(stack.startswith(f"{path}.") for stack in stacks) or isinstance(module, nn.ModuleList)
+            if deeper or holds or self.size(module) is not None or not self._may_hold_mlp(module):
                 return
-            by_place: dict[str, list[Found]] = {}
-            for mlp in self.below(module):
-                place = f"{path}.{mlp.inner}" if mlp.inner else path
-                by_place.setdefault(place, []).append(dataclasses.replace(mlp, inner=""))
-            yield from (Block(place, mlps[0].module, tuple(mlps)) for place, mlps in by_place.items())
+            mlps = tuple(self.measured("", module, layout, width) for layout, width in self.own(module))
+            if mlps:
+                yield Block(path, module, mlps)
 
         for name, child in self.model.named_children():
             yield from visit(child, name)
@@ -462,10 +462,8 @@ class Search:
         for mlp in block.mlps:
             own = mlp.projections if mlp.module is block.module else [mlp.module]
             if mlp.experts is not None or _is_routed(mlp, block):  # what routes to experts belongs to them
-                holder = block.module.get_submodule(".".join(mlp.inner.split(".")[: -1 if mlp.experts else -2]))
-                if holder is block.module:
-                    return any(map(self.is_mixer, block.module.modules()))
-                own.append(holder)
+                above = mlp.inner.split(".")[: -1 if mlp.experts else -2]
+                own += [block.module.get_submodule(".".join(above))] if above else []
             inside |= {mlp.module, *(child for module in own for child in module.modules())}
         return any(
             self.size(child) is not None or any(p.ndim >= 2 for p in child.parameters(recurse=False))
