@@ -60,6 +60,18 @@ class InTwo(nn.Module):
         return self.second(self.between(self.first(x)))
 
 
+class Scaled(nn.Module):
+    """An MLP whose neurons are weighed besides."""
+
+    def __init__(self, by_input: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.by_input = up(), down(), by_input
+        self.register_buffer("scale", torch.linspace(1, 2, WIDTH)[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)) * (x.mean(-1, keepdim=True) if self.by_input else self.scale))
+
+
 def up() -> nn.Linear:
     return nn.Linear(HIDDEN, WIDTH)
 
@@ -74,6 +86,7 @@ NAMED: dict[str, Callable[[], nn.Module]] = {
     "silu written out": lambda: InTwo(Half(up(), after=lambda x: x * torch.sigmoid(x)), down()),
     "silu before the second": lambda: InTwo(up(), Half(down(), before=F.silu)),
     "dropouts around": lambda: InTwo(Half(up(), after=lambda x: F.dropout(F.relu(x), 0.1, False)), Half(down())),
+    "scaled by a buffer": lambda: Scaled(),
     "in a module between": lambda: InTwo(Half(up()), Half(down()), nn.Sequential(nn.GELU(), nn.Dropout(0.1))),
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
@@ -82,6 +95,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "a norm that activates": lambda: InTwo(up(), down(), NormActivated(WIDTH)),
     "a function that looks": lambda: InTwo(Half(up(), after=lambda x: F.gelu(x) if float(x.sum()) < 9 else x), down()),
     "glu of one projection": lambda: InTwo(Half(nn.Linear(HIDDEN, 2 * WIDTH), after=F.glu), down()),
+    "weighed by what comes in": lambda: Scaled(by_input=True),
     "a softmax": lambda: InTwo(Half(up(), after=lambda x: x.softmax(-1)), down()),
 }
 
@@ -118,14 +132,17 @@ def test_a_wrapped_tower_is_not_silently_left_out() -> None:
     assert {tower.name: tower.neurons for tower in report.towers} == {name: sum(w) for name, w in before.items()}
 
 
-def test_an_mlp_of_bare_matrices_is_refused_and_not_left_out() -> None:
+@pytest.mark.parametrize("bare", ["both", "first", "second"])
+def test_an_mlp_of_bare_matrices_is_refused_and_not_left_out(bare: str) -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w1, self.w2 = nn.Parameter(torch.randn(WIDTH, HIDDEN)), nn.Parameter(torch.randn(HIDDEN, WIDTH))
+            self.up, self.down = up(), down()
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(F.silu(F.linear(x, self.w1)), self.w2)
+            post = F.silu(self.up(x) if bare == "second" else F.linear(x, self.w1))
+            return self.down(post) if bare == "first" else F.linear(post, self.w2)
 
     model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
     model.language_model.layers[1].mlp = Bare()
@@ -438,3 +455,19 @@ def test_a_q_former_has_a_name_and_what_it_sees_is_not_counted_as_if_it_were_the
         clean = model(**inputs).logits
         with write(model, tower.mlps[0], "post", lambda values: torch.zeros_like(values)):
             assert not torch.equal(model(**inputs).logits, clean)
+
+
+@pytest.mark.parametrize("names", [("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf")])
+def test_a_layer_that_declares_its_sizes_is_a_projection_whatever_it_computes_with(names: tuple[str, str]) -> None:
+    class Packed(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.register_buffer("packed", linear.weight.detach().flatten())
+            for name, size in zip(names, (linear.in_features, linear.out_features), strict=True):
+                setattr(self, name, size)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.packed.view(-1, x.shape[-1]))
+
+    model = Toy(lambda: InTwo(Packed(up()), Packed(down()), nn.GELU()))
+    check_zeroing(model, find_towers(model)["language"])

@@ -437,12 +437,13 @@ class Recorder:
                 )
             return torch.zeros(n, dtype=torch.int64)  # one group: any row will do
         shares = torch.tensor(self._vision)
-        # A projector may take several patches for one: then each question has so many rows fewer.
-        together = 1 if state.site.tower == "vision" else max(1, int(shares.sum()) // max(1, n))
+        # A projector may take several patches for one: then each question has so many rows fewer, all in one call.
+        together = 1 if state.site.tower == "vision" or state.seen else max(1, int(shares.sum()) // max(1, n))
         if bool((shares % together).any()):
             raise MismatchError(f"{state.site} has {n} rows where the pictures have {int(shares.sum())}")
         owners = torch.repeat_interleave(torch.arange(len(self._mask)), shares // together)
         owner = owners[state.seen : state.seen + n]
+        state.seen += n * (together - 1)  # in patches, as the pictures are counted
         if len(owner) != n:
             raise MismatchError(f"{state.site} has {state.seen + n} rows where the pictures have {len(owners)}")
         return owner

@@ -193,6 +193,18 @@ def mapped_types() -> tuple[str, ...]:
     return tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
+def optional_parts(model_type: str) -> tuple[str, ...]:
+    """The parts of a model of one of `mapped_types` that its default configuration leaves away.
+
+    Args:
+        model_type: the type, such as ``"gemma4"``.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(_WRITTEN.get(model_type, {})))
+    return tuple(name for name in type(config).sub_configs if getattr(config, name, None) is None)
+
+
 def mapped_model(model_type: str, *, default: bool = False, every_tower: bool = False) -> nn.Module:
     """A model of one of `mapped_types`, at the full size of its default configuration, on the meta device.
 
