@@ -6,6 +6,7 @@ Run it after transformers was upgraded, with timm installed: ``python docs/gener
 import argparse
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from vlmneurons.errors import ArchitectureError
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.layout import Tower
 from vlmneurons.testing import tiny_inputs, tiny_model, tiny_names
-from vlmneurons.testing.architectures import check_architecture, mapped_model, mapped_types
+from vlmneurons.testing.architectures import check_architecture, mapped_model, mapped_types, optional_parts
 
 PAGE = Path(__file__).with_name("architectures.md")
 INTRODUCTION = """# Which models have which neurons
@@ -26,7 +27,8 @@ INTRODUCTION = """# Which models have which neurons
 vlmneurons has no list of models. It follows the `forward` of each block with symbols in place of tensors, and takes for
 an MLP what computes like one: `post = activation(gate(x)) * up(x)`, or without `up`, before a last projection. Below is
 what it finds in every class of transformers' image-text-to-text mapping, built at full size from its default
-configuration on the meta device. The numbers are those of that configuration, and differ between checkpoints.
+configuration on the meta device; where parts of it are left away by default, also with every one of them. The numbers
+are those of that configuration, and differ between checkpoints.
 
 **{found} of {total}** classes have their sites found; **{ran}** are also run in small, with an image in the input, and
 pass `vn.testing.check_architecture`: values equal those of plain hooks, logits without an edit are the same bit for
@@ -83,8 +85,20 @@ What the processor draws into a picture, such as the border of a LLaVA-NeXT crop
 
 ## What does not fit in a row
 
-- Some towers of the table are images' only in part: BLIP-2's and InstructBLIP's `qformer`, Idefics2's `connector`,
-  Idefics' `gated_cross_attn_layers` and Granite Vision's projectors are towers of their own, under these names.
+- What lies between the towers has names, too. MLPs that make the decoder's vectors of pictures are the tower
+  `projector` (one layer for each; of sound, `audio_projector`), are counted by question as the vision tower is, and
+  switched off as any other. Those that a default configuration gives vectors of another size than the decoder's are
+  not in the table. BLIP-2's and InstructBLIP's `qformer`, Idefics2's `connector`, Idefics' `gated_cross_attn_layers`,
+  Evolla's `protein_encoder` and Granite Vision's projectors are stacks of blocks, and towers of their own under these
+  names: they are ablated, but what they see is no question's tokens for certain, so a `Recorder` refuses them.
+- Class names decide nothing: an attention is told by its sums over tokens. Only of a module whose `forward` cannot be
+  followed is it believed that it attends, if its code calls something of the kind; and any two layers in it that fit
+  together like an MLP's, and are not called like attention's, are an error.
+- MLPs whose numbers are mixed with their neighbours' between the projections, by a convolution, have no neurons of a
+  token and are not named (conformers' convolution modules, for one). MLPs of bare matrices (`F.linear(x, self.w)`),
+  which no hook reaches, are an error.
+- BLT has a decoder of bytes, one of patches and an encoder; which of them is `language` must be registered. Models
+  without text (ViT, DINOv2, Wav2Vec2) have no language tower and are refused.
 - Kosmos-2's decoder normalises between the activation and the last projection, and so does BitNet: there a neuron of
   `post` depends on all of `gate`, and zeroing it at `gate` and at `post` are two interventions. Both sites are there.
 - The first layers of Gemma 3n keep only the strongest values before the activation: `pre` is what the activation sees.
@@ -140,6 +154,11 @@ def _kind(tower: Tower) -> str:
     return " / ".join(sorted(kinds))
 
 
+def _towers(towers: Mapping[str, Tower]) -> str:
+    """A line for each tower."""
+    return "<br>".join(f"{name}: {_size(tower)} ({_kind(tower)})" for name, tower in towers.items())
+
+
 def main() -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -170,7 +189,14 @@ def main() -> None:
             continue
         found += 1
         class_name = type(model).__name__
-        sizes = "<br>".join(f"{name}: {_size(tower)} ({_kind(tower)})" for name, tower in towers.items())
+        sizes = _towers(towers)
+        if optional_parts(model_type):
+            more = {
+                name: tower
+                for name, tower in find_towers(mapped_model(model_type, every_tower=True)).items()
+                if name not in towers
+            }
+            sizes += f"<br>with {', '.join(optional_parts(model_type))}: {_towers(more) or 'no further tower'}"
         neurons = f"{sum(towers['language'].widths):,}"
         checked = "run" if class_name in passed else "meta"
         try:

@@ -697,7 +697,7 @@ def test_replaced_linear_layers_are_told_by_what_they_declare_or_wrap(wrap: type
                 if type(child) is nn.Linear and ("proj" in child_name or "fc" in child_name):
                     setattr(module, child_name, wrap(child))
     report = check_architecture(model, inputs=tiny_inputs(name))
-    assert [(tower.layers, tower.widths) for tower in report.towers][:2] == [(4, (64,)), (3, (48,))]
+    assert [(tower.layers, tower.widths) for tower in report.towers[:2]] == [(4, (64,)), (3, (48,))]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -708,7 +708,7 @@ def test_lora_on_the_mlps_is_part_of_what_is_read() -> None:
     config = peft.LoraConfig(target_modules=["gate_proj", "down_proj", "q_proj"], init_lora_weights=False, r=4)
     model, inputs = peft.get_peft_model(base, config).eval(), tiny_inputs("qwen2_5_vl")
     report = check_architecture(model, inputs=inputs)
-    assert [(tower.layers, tower.widths) for tower in report.towers][:2] == [(4, (64,)), (3, (48,))]
+    assert [(tower.layers, tower.widths) for tower in report.towers[:2]] == [(4, (64,)), (3, (48,))]
     adapted = capture(model, find_towers(model)["language"].mlps[1], **inputs)
     with model.disable_adapter():
         bare = capture(model, find_towers(model)["language"].mlps[1], **inputs)

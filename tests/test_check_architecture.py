@@ -68,7 +68,7 @@ def test_a_vlm_is_checked_with_its_own_processor() -> None:
     import vlmneurons as vn
 
     report = check_architecture(vn.VLM(*tiny_model("qwen2_5_vl")))
-    assert [tower.ran for tower in report.towers] == [4, 3]
+    assert [(tower.name, tower.ran) for tower in report.towers] == [("language", 4), ("vision", 3), ("projector", 1)]
 
 
 def test_the_report_can_be_read() -> None:

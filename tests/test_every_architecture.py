@@ -39,7 +39,7 @@ LANGUAGE_WIDTHS: dict[str, Callable[[Any], set[int]]] = {
     },
     "florence2": lambda text: {text.decoder_ffn_dim},
     "gemma3n": lambda text: set(text.intermediate_size),
-    "inkling_mm_model": lambda text: {text.moe_intermediate_size, 2 * text.moe_intermediate_size},
+    "inkling_mm_model": lambda text: {text.moe_intermediate_size},
     "instructblip": lambda text: {text.ffn_dim},
     "instructblipvideo": lambda text: {text.ffn_dim},
     "kosmos-2": lambda text: {text.ffn_dim},
@@ -123,6 +123,8 @@ FURTHER_TOWERS = {
     "udop": ["encoder"],
     "video_llava": ["video_tower"],
 }
+OPTIONAL_TOWERS = {"gemma4": ["audio", "vision"], "gemma4_unified": [], "nemotron_h_omni": ["audio"]}
+"""What towers there are more, if a configuration is given the parts that it leaves away by default."""
 MEASURED = ("llava_next", "qwen2_5_vl", "instructblip", "mistral_large4", "muse_spark", "dots3_note")
 """Those whose memory is measured: the paper's, the slowest, those of most modules and of most experts."""
 MEASURED_EVERYWHERE = set(MEASURED) - {"mistral_large4", "dots3_note"}  # which transformers 5.20 does not have yet
@@ -180,7 +182,7 @@ def _look_through(names: list[str]) -> list[dict[str, Any]]:
     """Builds and searches each class; what is found, what is wrong with it, and what it costs."""
     from vlmneurons.errors import ArchitectureError
     from vlmneurons.model.architectures.find import find_towers
-    from vlmneurons.testing.architectures import mapped_model
+    from vlmneurons.testing.architectures import mapped_model, optional_parts
 
     def text_of(error: Exception) -> str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -211,6 +213,9 @@ def _look_through(names: list[str]) -> list[dict[str, Any]]:
             result["mebibytes"] = tracemalloc.get_traced_memory()[1] / 2**20
             tracemalloc.stop()
         result["problems"] = _problems(name, model, towers)
+        if optional_parts(name):
+            more = find_towers(mapped_model(name, every_tower=True))
+            result["optional"] = sorted(set(more) - set(towers))
     return results
 
 
@@ -244,6 +249,11 @@ def test_sites_are_found_in_every_class_that_transformers_maps(
     assert not [result for result in left if "requires the timm library" not in result["reason"]]
     assert len(default) >= 0.85 * len(every_class)
     assert len(found) + len(left) == len(every_class)
+
+
+def test_every_optional_tower_is_found(every_class: dict[str, dict[str, Any]]) -> None:
+    found = {name: result["optional"] for name, result in every_class.items() if "optional" in result}
+    assert found == OPTIONAL_TOWERS
 
 
 def test_no_class_takes_two_seconds_of_a_core_or_much_memory_to_look_through(

@@ -20,7 +20,7 @@ from vlmneurons.testing.architectures import check_architecture
 
 def meta(config: Any, kind: type | None = None) -> nn.Module:
     with torch.device("meta"):
-        return kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+        return (kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)).eval()
 
 
 # --- an activation is where it is, in whatever module ---
@@ -60,6 +60,18 @@ class InTwo(nn.Module):
         return self.second(self.between(self.first(x)))
 
 
+class Scaled(nn.Module):
+    """An MLP whose neurons are weighed besides."""
+
+    def __init__(self, by_input: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.by_input = up(), down(), by_input
+        self.register_buffer("scale", torch.linspace(1, 2, WIDTH)[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)) * (x.mean(-1, keepdim=True) if self.by_input else self.scale))
+
+
 def up() -> nn.Linear:
     return nn.Linear(HIDDEN, WIDTH)
 
@@ -74,6 +86,7 @@ NAMED: dict[str, Callable[[], nn.Module]] = {
     "silu written out": lambda: InTwo(Half(up(), after=lambda x: x * torch.sigmoid(x)), down()),
     "silu before the second": lambda: InTwo(up(), Half(down(), before=F.silu)),
     "dropouts around": lambda: InTwo(Half(up(), after=lambda x: F.dropout(F.relu(x), 0.1, False)), Half(down())),
+    "scaled by a buffer": lambda: Scaled(),
     "in a module between": lambda: InTwo(Half(up()), Half(down()), nn.Sequential(nn.GELU(), nn.Dropout(0.1))),
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
@@ -82,6 +95,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "a norm that activates": lambda: InTwo(up(), down(), NormActivated(WIDTH)),
     "a function that looks": lambda: InTwo(Half(up(), after=lambda x: F.gelu(x) if float(x.sum()) < 9 else x), down()),
     "glu of one projection": lambda: InTwo(Half(nn.Linear(HIDDEN, 2 * WIDTH), after=F.glu), down()),
+    "weighed by what comes in": lambda: Scaled(by_input=True),
     "a softmax": lambda: InTwo(Half(up(), after=lambda x: x.softmax(-1)), down()),
 }
 
@@ -118,14 +132,17 @@ def test_a_wrapped_tower_is_not_silently_left_out() -> None:
     assert {tower.name: tower.neurons for tower in report.towers} == {name: sum(w) for name, w in before.items()}
 
 
-def test_an_mlp_of_bare_matrices_is_refused_and_not_left_out() -> None:
+@pytest.mark.parametrize("bare", ["both", "first", "second"])
+def test_an_mlp_of_bare_matrices_is_refused_and_not_left_out(bare: str) -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w1, self.w2 = nn.Parameter(torch.randn(WIDTH, HIDDEN)), nn.Parameter(torch.randn(HIDDEN, WIDTH))
+            self.up, self.down = up(), down()
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(F.silu(F.linear(x, self.w1)), self.w2)
+            post = F.silu(self.up(x) if bare == "second" else F.linear(x, self.w1))
+            return self.down(post) if bare == "first" else F.linear(post, self.w2)
 
     model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
     model.language_model.layers[1].mlp = Bare()
@@ -200,7 +217,7 @@ def test_an_mlp_in_what_is_called_an_attention_is_found(inline: bool) -> None:
 def test_an_mlp_in_an_attention_that_cannot_be_followed_is_refused() -> None:
     model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
     model.language_model.layers[1].self_attn = AdapterAttention(True, looks=True)
-    with pytest.raises(ArchitectureError, match=r"self_attn\.fc1 and self_attn\.fc2 fit together"):
+    with pytest.raises(ArchitectureError, match=r"self_attn\.\w+ and self_attn\.fc2 fit together"):
         find_towers(model)
 
 
@@ -386,3 +403,71 @@ def test_a_projector_has_a_name_and_can_be_switched_off() -> None:
 def test_what_projects_in_qwen_is_found_in_the_vision_tower() -> None:
     towers = find_towers(tiny_model("qwen3_vl")[0])
     assert towers["projector"].layer_paths == ("model.visual.merger", "model.visual.deepstack_merger_list.0")
+
+
+@pytest.mark.parametrize("name", ["llava_next_mistral", "qwen2_5_vl"])
+def test_a_projector_is_counted_by_question(name: str) -> None:
+    import vlmneurons as vn
+    from helpers import some_questions
+
+    model, questions = vn.VLM(*tiny_model(name)), some_questions(3)
+    space = model.space("projector", "post")
+    last = model.hf.get_submodule(model.towers["projector"].mlps[0].path)
+    last = last.get_submodule(model.towers["projector"].mlps[0].layout.down)
+    expected = {}
+    for number, question in enumerate(questions):  # one at a time: every row is the question's
+        seen: list[Tensor] = []
+        hook = last.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2) > 0))
+        with torch.no_grad():
+            model.hf(**model.prepare(questions[number : number + 1]))
+        hook.remove()
+        expected[question.group] = expected.get(question.group, 0) + torch.cat(seen).sum(0)
+    for size in (1, 3):
+        statistics = vn.record(model, questions, space, condition="all", batch_size=size, progress=False)
+        for group, counts in expected.items():
+            assert torch.equal(statistics.positive[statistics.groups.index(group)], counts)
+    with vn.Ablation(model, vn.NeuronSet.from_indices(space, {0: [1, 2]})), torch.no_grad():
+        model.hf(**model.prepare(questions))
+
+
+def test_a_q_former_has_a_name_and_what_it_sees_is_not_counted_as_if_it_were_the_text() -> None:
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config={**settings, "image_size": 28, "patch_size": 14},
+        qformer_config={**settings, "vocab_size": 99, "encoder_hidden_size": 32},
+        text_config={
+            **{"model_type": "opt", "vocab_size": 99, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "pad_token_id": 1},
+        },
+        num_query_tokens=4,
+        image_token_index=98,
+    )
+    torch.manual_seed(0)
+    model = transformers.Blip2ForConditionalGeneration(config).eval()
+    tower = find_towers(model)["qformer"]
+    assert (len(tower), set(tower.widths)) == (2, {64})
+    inputs = {
+        "pixel_values": torch.randn(1, 3, 28, 28),
+        "input_ids": torch.tensor([[98] * 4 + [5, 6, 7]]),
+        "attention_mask": torch.ones(1, 7, dtype=torch.long),
+    }
+    with torch.no_grad():
+        clean = model(**inputs).logits
+        with write(model, tower.mlps[0], "post", lambda values: torch.zeros_like(values)):
+            assert not torch.equal(model(**inputs).logits, clean)
+
+
+@pytest.mark.parametrize("names", [("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf")])
+def test_a_layer_that_declares_its_sizes_is_a_projection_whatever_it_computes_with(names: tuple[str, str]) -> None:
+    class Packed(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.register_buffer("packed", linear.weight.detach().flatten())
+            for name, size in zip(names, (linear.in_features, linear.out_features), strict=True):
+                setattr(self, name, size)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.packed.view(-1, x.shape[-1]))
+
+    model = Toy(lambda: InTwo(Packed(up()), Packed(down()), nn.GELU()))
+    check_zeroing(model, find_towers(model)["language"])

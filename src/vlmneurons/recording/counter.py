@@ -119,7 +119,7 @@ class Counter:
             )
         if isinstance(tokens, str) and tokens not in TOKEN_RULES:
             raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
-        self.in_vision = [site.tower == "vision" for site in self.space.sites]
+        self.in_vision = [site.tower in ("vision", "projector") for site in self.space.sites]
         if tokens in ("text", "last") and any(self.in_vision):
             raise QuestionError(f"tokens={tokens!r} counts words; a vision tower has none. Record it with 'image'")
         self.tokens = tokens
@@ -235,10 +235,16 @@ class Counter:
                     "question at a time, in a Recorder of your own"
                 )
             return torch.zeros(n, dtype=torch.int64)  # one group: any row will do
-        owners = torch.repeat_interleave(torch.arange(len(frame.mask)), torch.tensor(frame.vision))
+        shares = torch.tensor(frame.vision)
+        # A projector may take several patches for one: then each question has so many rows fewer, all in one call.
+        together = 1 if state.site.tower == "vision" or state.seen else max(1, int(shares.sum()) // max(1, n))
+        if bool((shares % together).any()):
+            raise MismatchError(f"{state.site} has {n} rows where the pictures have {int(shares.sum())}")
+        owners = torch.repeat_interleave(torch.arange(len(frame.mask)), shares // together)
         owner = owners[state.seen : state.seen + n]
         if len(owner) != n:
             raise MismatchError(f"{state.site} has {state.seen + n} rows where the pictures have {len(owners)}")
+        state.seen += n * (together - 1)  # in patches, as the pictures are counted
         return owner
 
     # -- one batch of questions ----------------------------------------------------------------------------------------

@@ -182,6 +182,10 @@ _WRITTEN: dict[str, dict[str, Any]] = {
 """What must be said of those whose default configuration builds no model."""
 
 
+_OPTIONAL = {("nemotron_h_omni", "audio_config"): {"model_type": "parakeet_encoder", "projection_hidden_size": 2048}}
+"""The types of optional towers, where a configuration leaves them open."""
+
+
 def mapped_types() -> tuple[str, ...]:
     """The model types in transformers' image-text-to-text mapping."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -189,13 +193,26 @@ def mapped_types() -> tuple[str, ...]:
     return tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
-def mapped_model(model_type: str, *, default: bool = False) -> nn.Module:
+def optional_parts(model_type: str) -> tuple[str, ...]:
+    """The parts of a model of one of `mapped_types` that its default configuration leaves away.
+
+    Args:
+        model_type: the type, such as ``"gemma4"``.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(_WRITTEN.get(model_type, {})))
+    return tuple(name for name in type(config).sub_configs if getattr(config, name, None) is None)
+
+
+def mapped_model(model_type: str, *, default: bool = False, every_tower: bool = False) -> nn.Module:
     """A model of one of `mapped_types`, at the full size of its default configuration, on the meta device.
 
     Args:
         model_type: the type, such as ``"qwen2_5_vl"``.
         default: build it from the default configuration alone, and fail where that builds no model; otherwise add the
             few settings that are missing.
+        every_tower: give it every tower that its configuration allows: parts that are None by default are built too.
 
     Raises:
         Exception: whatever transformers raises; some types need optional packages, such as timm.
@@ -205,10 +222,15 @@ def mapped_model(model_type: str, *, default: bool = False) -> nn.Module:
 
     written = {} if default else _WRITTEN.get(model_type, {})
     config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(written))
+    for name, kind in type(config).sub_configs.items() if every_tower else ():
+        if getattr(config, name, None) is None:
+            setattr(
+                config, name, kind.for_model(**_OPTIONAL[model_type, name]) if hasattr(kind, "for_model") else kind()
+            )
     with torch.device("meta"):
         if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
-            return transformers.AutoModelForImageTextToText.from_config(config)
-        return getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config)
+            return transformers.AutoModelForImageTextToText.from_config(config).eval()
+        return getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config).eval()
 
 
 # --- running ---

@@ -54,6 +54,14 @@ class _Source:
     part: str | None = None
 
 
+@dataclass(frozen=True)
+class _Opaque:
+    """What is asked of the ways from a linear layer: whether one has a step not understood, or (``bends``) a bend."""
+
+    first: str
+    bends: bool
+
+
 class Flow:
     """The data flow of one module, asked for MLPs.
 
@@ -65,7 +73,7 @@ class Flow:
         fused: for a flow that begins between two projections: the first one's name, and the size of its output.
 
     Attributes:
-        found: every MLP in the flow, and its number of neurons.
+        mlps: every MLP in the flow, and its number of neurons.
         mixed: the steps that give what is of several tokens.
     """
 
@@ -91,7 +99,7 @@ class Flow:
             if mixes and node not in self.projections:
                 self.mixed.add(node)
         self.calls = collections.Counter([*called, *(name for name, _ in self.projections.values())])
-        self.found = [mlp for name, value in self.projections.values() if (mlp := self.layout(name, value)) is not None]
+        self.mlps = [mlp for name, value in self.projections.values() if (mlp := self.layout(name, value)) is not None]
 
     # --- what nodes are ---
 
@@ -227,15 +235,16 @@ class Flow:
 
     def _is_passive(self, node: fx.Node) -> bool:
         """Whether a node hands its numbers on, in another dtype perhaps."""
-        return self._is_identity(node) or (node.op != "call_module" and node.target in PASSIVE)
+        casts = node.op != "call_module" and node.target in PASSIVE and bool(node.all_input_nodes)
+        return casts or self._is_identity(node)
 
     def _is_identity(self, node: fx.Node) -> bool:
         """Whether a node hands its input on unchanged in evaluation: a dropout, a dropped path."""
-        return self._character(node) == "same" or node.target is F.dropout
+        return bool(node.all_input_nodes) and (self._character(node) == "same" or node.target is F.dropout)
 
     def _is_norm(self, node: fx.Node) -> bool:
         """Whether a node is a normalisation: what comes after one is no longer a neuron's own number."""
-        return self._character(node) == "norm"
+        return bool(node.all_input_nodes) and self._character(node) == "norm"
 
     # --- what nodes depend on ---
 
@@ -299,6 +308,9 @@ class Flow:
 
     # --- what is no MLP ---
 
+    def _bends_here(self, node: fx.Node) -> bool:
+        return node.target in BENDING or self._character(node) in ("odd", "bent")
+
     def ends_straight(self) -> bool:
         """Whether no activation follows the flow's last linear layers: none that would be an MLP's with a later one."""
 
@@ -306,16 +318,21 @@ class Flow:
             if node in seen or node in self.projections or mixes_tokens(node, self._is_weight):
                 return False
             seen.add(node)
-            here = node.target in BENDING or self._character(node) in ("odd", "bent")
-            return here or any(map(bent, node.all_input_nodes))
+            return self._bends_here(node) or any(map(bent, node.all_input_nodes))
 
         seen: set[fx.Node] = set()
         return not any(bent(end) for node in self.nodes if node.op == "output" for end in node.all_input_nodes)
 
-    def refutes(self, first: str, second: str) -> bool:
+    def refutes(self, first: str, second: str, strict: bool = False) -> bool:
         """Whether two linear layers are no MLP for certain: both are in the flow, and what is between them is known.
 
         It is not enough that no MLP was found: a step that is not understood may be an activation function.
+
+        Args:
+            first: name of the layer whose output would be ``pre``.
+            second: name of the layer whose input would be ``post``.
+            strict: whether an activation between them is enough for a doubt, though its product with something given
+                from outside (a mask, an embedding of the layer) is nothing that `layout` takes for an MLP.
         """
         inputs = {node: value for node, (name, value) in self.projections.items() if name == second}
         if not inputs or not any(name == first for name, _ in self.projections.values()):
@@ -323,19 +340,21 @@ class Flow:
         if any(self.modules.bends_itself(self.root.get_submodule(name)) for name in (first, second)):
             return False  # the activation is inside of a layer, and cannot be told from it
         return all(
-            not isinstance(value, fx.Node) or self._is_no_post(value, first, node) for node, value in inputs.items()
+            not isinstance(value, fx.Node) or self._is_no_post(value, first, node, strict)
+            for node, value in inputs.items()
         )
 
-    def _is_no_post(self, value: fx.Node, first: str, down: fx.Node) -> bool:
+    def _is_no_post(self, value: fx.Node, first: str, down: fx.Node, strict: bool) -> bool:
         # What is known by now: `layout` did not take this for an MLP. So a product of several layers' outputs of which
         # some are bent (an MLP with two gates, say) is not dismissed, nor a layer that is reached by unknown steps.
         factors = self._factors(value)
         alone = {source for factor in factors for source in self.sources(factor) or ()}
         several_bent = len(alone) > 1 and any(self._bend(factor) for factor in factors)
-        return not several_bent and not self._reaches(value, first, down, False, set())
+        opaque = _Opaque(first, strict and not self._weighs(self.projections[down][0]))
+        return not several_bent and not self._reaches(value, opaque, down, False, set())
 
     def _reaches(
-        self, node: fx.Node, first: str, reader: fx.Node, unknown: bool, seen: set[tuple[fx.Node, fx.Node, bool]]
+        self, node: fx.Node, way: _Opaque, reader: fx.Node, unknown: bool, seen: set[tuple[fx.Node, fx.Node, bool]]
     ) -> bool:
         """Whether a linear layer's output reaches a node on a way that has a step which is not understood.
 
@@ -346,7 +365,7 @@ class Flow:
         seen.add((node, reader, unknown))
         writers = [writer for writer in self.writers.get(node, ()) if self.places[writer] < self.places[reader]]
         if node in self.projections:  # of the other layers we know that what goes in does not come out as it was
-            return self.projections[node][0] == first and (unknown or bool(writers))
+            return self.projections[node][0] == way.first and (unknown or bool(writers))
         # What attention gives is no token's own number; and what only weighs it, element by element, is no neuron.
         if mixes_tokens(node, self._is_weight) or (node.target in PRODUCTS and node in self.mixed):
             return False
@@ -356,13 +375,11 @@ class Flow:
                 return False
         known = self._is_elementwise(node) or self._source(node) is not None or self._is_norm(node)
         known |= lacks_operand(node) or node.op in ("placeholder", "get_attr")
-        unknown |= not known or bool(writers)
-        if any(
-            self._reaches(value, first, writer, True, seen) for writer in writers for value in writer.all_input_nodes
-        ):
+        unknown |= not known or bool(writers) or (way.bends and self._bends_here(node))
+        if any(self._reaches(value, way, writer, True, seen) for writer in writers for value in writer.all_input_nodes):
             return True
         later = reader if is_view(node) else node  # a view shows what is written later, too
-        return any(self._reaches(argument, first, later, unknown, seen) for argument in node.all_input_nodes)
+        return any(self._reaches(argument, way, later, unknown, seen) for argument in node.all_input_nodes)
 
     # --- MLPs ---
 
@@ -388,23 +405,25 @@ class Flow:
         branches = [(factor, next(iter(self.sources(factor)))) for factor in factors if self.sources(factor)]
         others = [factor for factor in factors if not self.sources(factor)]
         parameters = {"parameters": not self._is_module(down), "normed": normed, "down": down}
-        if len(branches) == 1 and not others:
+        if len(branches) == 1 and all(map(self._is_weight, others)):
             return self._ungated(value, core, *branches[0], parameters)
         if len(branches) == 2 and branches[0][1] != branches[1][1]:
             return self._gated(value, core, branches, others, parameters)
         return None
 
     def _ungated(
-        self, value: fx.Node, gate: fx.Node, factor: fx.Node, source: _Source, common: Mapping[str, Any]
+        self, value: fx.Node, core: fx.Node, gate: fx.Node, source: _Source, common: Mapping[str, Any]
     ) -> tuple[MLPLayout, int] | None:
-        nodes = self._source_nodes(factor)
-        if source.part is not None or len(nodes) != 1 or self._bend(factor) < 2 or self.calls[source.name] > 1:
+        nodes = self._source_nodes(gate)
+        if source.part is not None or len(nodes) != 1 or self._bend(gate) < 2 or self.calls[source.name] > 1:
             return None
         layout = MLPLayout(
             gate=source.name,
             activation=self._activation(gate, nodes[0]),
             function=self.expression(gate, {nodes[0]: "pre"}),
-            product=self._beyond(value, gate, {gate: "gate"}),
+            product=self._beyond(value, core, {gate: "gate"})
+            if gate is core
+            else self.expression(value, {gate: "gate"}),
             **common,
         )
         return layout, source.width
@@ -555,6 +574,6 @@ def gating_of(experts: nn.Module, projection: str, down: str, width: int, module
     for graph in follow(experts, lambda module: False, method="_apply_gate"):
         flow = Flow(experts, graph, modules, lambda module: False, (projection, 2 * width))
         results = [node.args[0] for node in flow.nodes if node.op == "output"]
-        found = flow.layout(down, results[0])
-        return None if found is None else found[0]
+        mlp = flow.layout(down, results[0])
+        return None if mlp is None else mlp[0]
     return None

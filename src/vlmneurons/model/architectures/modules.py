@@ -175,10 +175,11 @@ class Modules:
         number is bent, evenly to both sides or not. ``"norm"``: numbers are divided by what depends on all of them.
         ``"unknown"``: anything else, or more than it can be asked here.
         """
-        if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
-            return "same"
-        if isinstance(module, _NORMS):
-            return "norm"
+        if type(module).forward.__module__.startswith("torch.nn."):  # not what a subclass may do besides
+            if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+                return "same"
+            if isinstance(module, _NORMS):
+                return "norm"
         if any(True for _ in module.children()) or any(p.ndim > 1 for p in (*module.parameters(), *module.buffers())):
             return "unknown"
         return self._once("character", module, lambda: _tried(module))

@@ -77,4 +77,6 @@ def mixes_tokens(node: fx.Node, is_weight: Any) -> bool:
     name = name_of(node)
     if name == "scaled_dot_product_attention" or name.startswith("flash_attn"):
         return True
+    if name == "cumsum":  # along the tokens, and not along the neurons
+        return [*node.args[1:], *node.kwargs.values()][:1] in ([-2], [0], [1])
     return name in _SUMS_OVER_TOKENS and not any(map(is_weight, node.all_input_nodes))

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import inspect
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundMLP:
     """One MLP below a block: where its module is, relative to the block, and what it is."""
 
     inner: str
@@ -49,7 +50,7 @@ class Block:
 
     path: str
     module: nn.Module
-    mlps: tuple[Found, ...]
+    mlps: tuple[FoundMLP, ...]
     registered: bool = False
 
 
@@ -67,16 +68,16 @@ class Search:
     """
 
     def __init__(self, model: nn.Module, layouts: Mapping[str, MLPLayout]) -> None:
-        self.model, self.layouts = model, layouts
+        self.model, self.registered = model, layouts
         self.modules = Modules()
         self.size = self.modules.size
         self.passed_over: dict[str, list[Block]] = {}
         self._flows: dict[tuple[int, bool], list[Flow]] = {}
         self._lost: set[tuple[int, bool]] = set()  # what cannot be followed, in no layer: those are tried longest
-        self._own: dict[int, tuple[tuple[MLPLayout, int], ...]] = {}
-        self._experts: dict[int, Found | None] = {}
+        self._layouts: dict[int, tuple[tuple[MLPLayout, int], ...]] = {}
+        self._experts: dict[int, FoundMLP | None] = {}
         self._mixers: dict[int, bool] = {}
-        self._below: dict[nn.Module, tuple[Found, ...]] = {}
+        self._below: dict[nn.Module, tuple[FoundMLP, ...]] = {}
         self._doubts: dict[tuple, list[str]] = {}
         self._uses: collections.Counter[int] = collections.Counter()
         self._places: dict[tuple[int, str], str] = {}
@@ -93,7 +94,7 @@ class Search:
             steps = {child for child in module.modules() if child is not module and self._is_step(child)}
 
             def explained(child: nn.Module) -> bool:
-                return self.is_mixer(child) or self.experts(child) is not None or bool(self.own(child))
+                return self.is_mixer(child) or self.experts(child) is not None or bool(self.layouts(child))
 
             self._flows[key] = flows_of(module, self.modules, steps.__contains__, explained, everywhere=everywhere)
             if not self._flows[key]:
@@ -110,7 +111,7 @@ class Search:
             self.is_mixer(module)
             or self.experts(module) is not None
             or not self.flows(module)
-            or bool(self.own(module))
+            or bool(self.layouts(module))
         )
 
     def is_mixer(self, module: nn.Module) -> bool:
@@ -143,31 +144,31 @@ class Search:
             for first, second in pairs
         )
 
-    def own(self, module: nn.Module) -> tuple[tuple[MLPLayout, int], ...]:
+    def layouts(self, module: nn.Module) -> tuple[tuple[MLPLayout, int], ...]:
         """The MLPs that a module's own forward computes, with their widths; those of modules inside apart.
 
         Raises:
             ArchitectureError: it computes with the same projections in two ways.
         """
         key = self.modules.fingerprint(module)
-        if key not in self._own:
-            found = {layout.down: (layout, width) for flow in self.flows(module) for layout, width in flow.found}
-            tried = None if found else probe(module, self.modules)
-            if tried is not None:
-                found = {tried[0].down: tried}
+        if key not in self._layouts:
             # The first way through the forward is enough if it leaves nothing open; else the others are gone, too.
-            named = [Found("", module, *mlp) for mlp in found.values()]
+            by_down = {layout.down: (layout, width) for flow in self.flows(module) for layout, width in flow.mlps}
+            tried = None if by_down else probe(module, self.modules)
+            if tried is not None:
+                by_down = {tried[0].down: tried}
+            named = [FoundMLP("", module, *mlp) for mlp in by_down.values()]
             pairs = self._pairs(module, [*named, *self._deeper(module)])
             if self.flows(module) and not all(self._refuted(module, *pair) for pair in pairs):
-                for mlp in (mlp for flow in self.flows(module, True) for mlp in flow.found):
-                    down = mlp[0].down
-                    if found.setdefault(down, mlp) != mlp:
-                        what = f"{type(module).__name__} uses {down} in two ways"
-                        raise ArchitectureError(self.explain(what, [str(found[down][0]), str(mlp[0])]))
-            self._own[key] = tuple(found.values())
-        return self._own[key]
+                for layout, width in (mlp for flow in self.flows(module, True) for mlp in flow.mlps):
+                    before, _ = by_down.setdefault(layout.down, (layout, width))
+                    if before != layout:
+                        what = f"{type(module).__name__} uses {layout.down} in two ways"
+                        raise ArchitectureError(self.explain(what, [str(before), str(layout)]))
+            self._layouts[key] = tuple(by_down.values())
+        return self._layouts[key]
 
-    def experts(self, module: nn.Module) -> Found | None:
+    def experts(self, module: nn.Module) -> FoundMLP | None:
         """The experts that a module holds as 3-D parameters, in the way of `use_experts_implementation`."""
         key = self.modules.fingerprint(module)
         if key not in self._experts:
@@ -175,7 +176,7 @@ class Search:
         kind = self._experts[key]
         return None if kind is None else dataclasses.replace(kind, module=module)
 
-    def _find_experts(self, module: nn.Module) -> Found | None:
+    def _find_experts(self, module: nn.Module) -> FoundMLP | None:
         down = getattr(module, "down_proj", None)
         if not isinstance(down, nn.Parameter) or down.ndim != 3 or not hasattr(type(module), "_apply_gate"):
             return None
@@ -189,27 +190,27 @@ class Search:
             layout = gating_of(module, name, "down_proj", width, self.modules)
         else:
             layout = MLPLayout(down="down_proj", gate=name, activation="act_fn", parameters=True)
-        return None if layout is None else Found("", module, layout, width, down.shape[0])
+        return None if layout is None else FoundMLP("", module, layout, width, down.shape[0])
 
-    def below(self, module: nn.Module) -> tuple[Found, ...]:
+    def below(self, module: nn.Module) -> tuple[FoundMLP, ...]:
         """The MLPs in a module, its own before those of its children; their paths are relative to it."""
         if module not in self._below:
             self._below[module] = self._find_below(module)
         return self._below[module]
 
-    def _find_below(self, module: nn.Module) -> tuple[Found, ...]:
+    def _find_below(self, module: nn.Module) -> tuple[FoundMLP, ...]:
         if self.size(module) is not None or not self._may_hold_mlp(module):
             return ()
         experts = self.experts(module)
         if experts is not None:
             return (experts,)
         deeper = self._deeper(module)
-        held = sum(parameter.ndim in (2, 3) for parameter in module.parameters(recurse=False)) >= 2
+        held = any(parameter.ndim in (2, 3) for parameter in module.parameters(recurse=False))
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or not (held or self._pairs(module, deeper, not deeper)):
             return deeper
-        return (*(self.measured("", module, layout, width) for layout, width in self.own(module)), *deeper)
+        return (*(self.measured("", module, layout, width) for layout, width in self.layouts(module)), *deeper)
 
-    def _deeper(self, module: nn.Module) -> tuple[Found, ...]:
+    def _deeper(self, module: nn.Module) -> tuple[FoundMLP, ...]:
         """The MLPs in the children of a module."""
         return tuple(
             dataclasses.replace(mlp, inner=f"{name}.{mlp.inner}" if mlp.inner else name)
@@ -227,7 +228,7 @@ class Search:
                 return True
         return False
 
-    def measured(self, path: str, module: nn.Module, layout: MLPLayout, width: int | None = None) -> Found:
+    def measured(self, path: str, module: nn.Module, layout: MLPLayout, width: int | None = None) -> FoundMLP:
         """An MLP with its width, for which every projection that tells it is asked.
 
         Args:
@@ -240,14 +241,16 @@ class Search:
             ArchitectureError: the projections do not fit together, or are bare matrices, where no hook can be put.
         """
         where, first = path or "the block", layout.fused or layout.gate
+        projections = {name: operator.attrgetter(name)(module) for name in (first, layout.up, layout.down) if name}
+        bare = [name for name, value in projections.items() if isinstance(value, nn.Parameter)]
+        if bare and (len(bare) < len(projections) or any(value.ndim != 3 for value in projections.values())):
+            what = f"the projections of the MLP at {where} are parameters and no modules: its values cannot be read"
+            raise ArchitectureError(self.explain(what, [", ".join(bare)]))
         if layout.parameters:
-            down, into = module.get_parameter(layout.down), module.get_parameter(first)
-            if down.ndim != 3 or into.ndim != 3:
-                what = f"the projections of the MLP at {where} are parameters and no modules: its values cannot be read"
-                raise ArchitectureError(self.explain(what, [f"{first} {tuple(into.shape)}, {layout.down}"]))
+            down, into = projections[layout.down], projections[first]
             if width is None:
                 width = self._width_of_parameters(module, layout, into, down)
-            return Found(path, module, layout, width, down.shape[0])
+            return FoundMLP(path, module, layout, width, down.shape[0])
         sizes = [(layout.down, 0, 1), (first, 1, 2 if layout.fused else 1)]
         if layout.up is not None:
             sizes.append((layout.up, 1, 1))
@@ -265,14 +268,14 @@ class Search:
             raise ArchitectureError(
                 self.explain(f"the projections of the MLP at {where} do not agree on its width", [seen])
             )
-        return Found(path, module, layout, widths[0][1])
+        return FoundMLP(path, module, layout, widths[0][1])
 
     def _width_of_parameters(self, module: nn.Module, layout: MLPLayout, into: Tensor, down: Tensor) -> int:
         """Number of neurons of registered experts, held as ``[expert, in, out]`` or as ``[expert, out, in]``.
 
         The flow tells which, if it can be followed. By their shapes only fused ones can be told.
         """
-        followed = {width for flow in self.flows(module) for mlp, width in flow.found if mlp.down == layout.down}
+        followed = {width for flow in self.flows(module) for mlp, width in flow.mlps if mlp.down == layout.down}
         parts = 2 if layout.fused else 1
         shaped = {
             neurons
@@ -290,13 +293,13 @@ class Search:
 
     # --- what may be an MLP ---
 
-    def _pairs(self, block: nn.Module, found: Sequence[Found], square: bool = False) -> list[tuple[str, str]]:
+    def _pairs(self, block: nn.Module, mlps: Sequence[FoundMLP], square: bool = False) -> list[tuple[str, str]]:
         """Linear layers that fit together like the two ends of an MLP, and are in none that was found.
 
         With ``square``, also those between vectors of one size, which are more often something else.
         """
-        used = {mlp.module for mlp in found if mlp.layout.parameters}
-        used |= {projection for mlp in found for projection in mlp.projections}
+        used = {mlp.module for mlp in mlps if mlp.layout.parameters}
+        used |= {projection for mlp in mlps for projection in mlp.projections}
         places: list[tuple[str, tuple[int, int]]] = []
 
         def visit(module: nn.Module, path: str) -> None:
@@ -330,7 +333,7 @@ class Search:
         doubts = [
             f": {first} and {second} fit together like an MLP's projections"
             for first, second in self._pairs(block.module, block.mlps)
-            if not self._refuted(block.module, first, second)
+            if not self._refuted(block.module, first, second, strict=not block.mlps)
         ]
         named = {mlp.module for mlp in block.mlps}
         for name, module in block.module.named_modules():
@@ -348,15 +351,18 @@ class Search:
                 doubts.append(f"{where} ({type(module).__name__}) holds 3-D parameters {', '.join(large)}")
         return doubts
 
-    def _refuted(self, block: nn.Module, first: str, second: str) -> bool:
-        """Whether a flow passes through both layers of a pair, and shows that the second takes no MLP's neurons."""
+    def _refuted(self, block: nn.Module, first: str, second: str, strict: bool = False) -> bool:
+        """Whether a flow passes through both layers of a pair, and shows that the second takes no MLP's neurons.
+
+        A block that has no other MLP is asked strictly, see `Flow.refutes`.
+        """
         parts = second.split(".")
         for cut in range(len(parts)):  # each module that holds both, from the block inwards
             module, head = block.get_submodule(".".join(parts[:cut])), ".".join(parts[:cut])
             if isinstance(module, nn.ModuleList | nn.ModuleDict) or (head and not first.startswith(f"{head}.")):
                 continue
             down, up = ".".join(parts[cut:]), first[len(head) + 1 :] if head else first
-            if any(flow.refutes(up, down) for flow in self.flows(module)):
+            if any(flow.refutes(up, down, strict) for flow in self.flows(module)):
                 return True
         return False
 
@@ -373,7 +379,7 @@ class Search:
         Raises:
             ArchitectureError: a layout names what is not there.
         """
-        layouts = self.layouts if layouts is None else layouts
+        layouts = self.registered if layouts is None else layouts
         if not layouts:
             return Block(path, module, self.below(module))
         mlps = []
@@ -398,10 +404,10 @@ class Search:
 
         What is in lists of another kind is kept in `passed_over`.
         """
-        found: dict[str, list[Block]] = {}
+        stacks: dict[str, list[Block]] = {}
         for name, child in self.model.named_children():
-            found |= self._scan(child, name)
-        return found
+            stacks |= self._scan(child, name)
+        return stacks
 
     def _scan(self, module: nn.Module, path: str) -> dict[str, list[Block]]:
         if isinstance(module, LISTS):
@@ -410,10 +416,10 @@ class Search:
                 return {path: blocks}
             if not any(block.mlps for block in blocks) and any(self._computes_besides(block) for block in blocks):
                 self.passed_over[path] = [block for block in blocks if any(True for _ in block.module.children())]
-        found: dict[str, list[Block]] = {}
+        stacks: dict[str, list[Block]] = {}
         for name, child in module.named_children():
-            found |= self._scan(child, f"{path}.{name}")
-        return found
+            stacks |= self._scan(child, f"{path}.{name}")
+        return stacks
 
     def _blocks(self, module: nn.Module, path: str) -> list[Block]:
         blocks = []
@@ -430,17 +436,17 @@ class Search:
         """
 
         def visit(module: nn.Module, path: str) -> Iterator[Block]:
-            if path in stacks or path in self.passed_over:
+            if path in stacks:
                 return
-            if any(stack.startswith(f"{path}.") for stack in stacks):
-                for name, child in module.named_children():
-                    yield from visit(child, f"{path}.{name}")
+            deeper = [block for name, child in module.named_children() for block in visit(child, f"{path}.{name}")]
+            yield from deeper
+            # Unlike a layer's MLP, a projector need not give vectors of the size that it takes: it is asked outright.
+            holds = any(stack.startswith(f"{path}.") for stack in stacks) or isinstance(module, nn.ModuleList)
+            if deeper or holds or self.size(module) is not None or not self._may_hold_mlp(module):
                 return
-            by_place: dict[str, list[Found]] = {}
-            for mlp in self.below(module):
-                place = f"{path}.{mlp.inner}" if mlp.inner else path
-                by_place.setdefault(place, []).append(dataclasses.replace(mlp, inner=""))
-            yield from (Block(place, mlps[0].module, tuple(mlps)) for place, mlps in by_place.items())
+            mlps = tuple(self.measured("", module, layout, width) for layout, width in self.layouts(module))
+            if mlps:
+                yield Block(path, module, mlps)
 
         for name, child in self.model.named_children():
             yield from visit(child, name)
@@ -462,10 +468,8 @@ class Search:
         for mlp in block.mlps:
             own = mlp.projections if mlp.module is block.module else [mlp.module]
             if mlp.experts is not None or _is_routed(mlp, block):  # what routes to experts belongs to them
-                holder = block.module.get_submodule(".".join(mlp.inner.split(".")[: -1 if mlp.experts else -2]))
-                if holder is block.module:
-                    return any(map(self.is_mixer, block.module.modules()))
-                own.append(holder)
+                above = mlp.inner.split(".")[: -1 if mlp.experts else -2]
+                own += [block.module.get_submodule(".".join(above))] if above else []
             inside |= {mlp.module, *(child for module in own for child in module.modules())}
         return any(
             self.size(child) is not None or any(p.ndim >= 2 for p in child.parameters(recurse=False))
@@ -512,7 +516,7 @@ class Search:
             settled.append(dataclasses.replace(block, mlps=tuple(mlps)))
         return settled
 
-    def _refuse_strange(self, place: str, mlp: Found, registered: bool) -> None:
+    def _refuse_strange(self, place: str, mlp: FoundMLP, registered: bool) -> None:
         """Raises where hooks on an MLP's modules would tell of something else than its class's ``forward``."""
         if _is_replaced(mlp.module) and not registered:
             what = (
@@ -604,7 +608,7 @@ def _is_replaced(module: nn.Module) -> bool:
     return getattr(inner, "__func__", inner) is not inspect.unwrap(type(module).forward)
 
 
-def _is_routed(mlp: Found, block: Block) -> bool:
+def _is_routed(mlp: FoundMLP, block: Block) -> bool:
     """Whether an MLP with its own module is one of a list of experts."""
     *above, last = mlp.inner.split(".")
     holder = block.module.get_submodule(".".join(above))

@@ -111,6 +111,7 @@ def _language(texts: list[str], decoder: str | None, search: Search) -> str | No
         lambda path: path.rpartition(".")[2] in _PLAIN,
         # Where tokens are embedded, unless that is an encoder, as the byte encoder of BLT: what it is for must be said.
         lambda path: bool(home) and path.startswith(f"{home}.") and "encoder" not in home,
+        lambda path: path.rpartition(".")[0] == home and "encoder" not in home,
     ):
         kept = [path for path in chosen if narrow(path)]
         chosen = kept or chosen
