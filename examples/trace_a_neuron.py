@@ -20,13 +20,13 @@ def main() -> None:
     question, inputs = asked[0], model.prepare(asked)
     print(f"{site}, neuron {number}\n{question.question} {question.options}, right: {question.right}")
 
-    with model.trace(**inputs), torch.no_grad():
+    with torch.no_grad(), model.trace(**inputs):
         gate = model.site(site)[0, :, number].save()
         clean = model.lm_head.output[0, -1].log_softmax(-1).save()
     for token, value in zip(inputs["input_ids"][0], gate.tolist()):
         print(f"  {value:+.3f}  {model.tokenizer.decode(token)!r}")
 
-    with model.trace(**inputs), torch.no_grad():
+    with torch.no_grad(), model.trace(**inputs):
         for layer, numbers in truth.by_layer().items():
             model.language.layers[layer].mlp.gate[..., numbers] = 0  # in this run only
         off = model.lm_head.output[0, -1].log_softmax(-1).save()

@@ -7,6 +7,9 @@ from torch import nn
 import vlmneurons as vn
 from helpers import logits_of, plain_edit, plain_hooks, some_questions
 from vlmneurons.errors import ArchitectureError, SiteError
+from vlmneurons.model.architectures.hooks import read, write
+from vlmneurons.model.architectures.inside import is_watched
+from vlmneurons.model.architectures.layout import MLP, MLPLayout, SitePlace
 
 
 def test_a_model_loaded_by_name_shows_its_towers_layers_and_widths(paper_model):
@@ -204,3 +207,65 @@ def test_prepare_takes_a_question_a_list_or_a_set(model):
     assert model.name.rsplit("/", 1)[-1].startswith("qwen2_5_vl")
     assert model.revision is None
     assert model.device == torch.device("cpu")
+
+
+# -- where a site is ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("split", "pre", "up"),
+    [
+        ("gate_up", [0, 1, 2], [3, 4, 5]),
+        ("up_gate", [3, 4, 5], [0, 1, 2]),
+        ("interleaved", [0, 2, 4], [1, 3, 5]),
+        ("interleaved_up", [1, 3, 5], [0, 2, 4]),
+    ],
+)
+def test_the_place_of_a_site_in_a_fused_projection_is_its_columns(split, pre, up):
+    layout = MLPLayout("down", function=nn.functional.silu, fused="both", split=split)
+    values = torch.arange(12.0).reshape(2, 6)
+    for kind, columns in (("pre", pre), ("up", up)):
+        place = layout.place(kind, 3)
+        assert (place.module, place.end, place.computed) == ("both", "output", False)
+        assert torch.equal(place.part(values), values[:, columns])
+        assert place.part(values).data_ptr() == values[:, columns[0] :].data_ptr()  # a view
+        assert torch.equal(layout.part(values, kind), values[:, columns])
+    gate = layout.place("gate", 3)
+    assert gate.computed
+    assert torch.equal(gate.part(values), values[:, pre])
+    assert layout.place("post", 3) == SitePlace("down", "input")
+
+
+def test_the_place_of_a_site_is_where_the_layout_has_a_module_for_it():
+    gated = MLPLayout("down", activation="act", gate="gate", up="up")
+    assert [gated.place(kind, 8) for kind in ("pre", "gate", "up", "post")] == [
+        SitePlace("act", "input"),
+        SitePlace("act", "output"),
+        SitePlace("up", "output"),
+        SitePlace("down", "input"),
+    ]
+    plain = MLPLayout("fc2", function=nn.functional.gelu, gate="fc1")
+    assert plain.place("pre", 8) == SitePlace("fc1", "output")
+    assert plain.place("gate", 8) == plain.place("post", 8) == SitePlace("fc2", "input")
+    fused = MLPLayout("down", activation="act", fused="both", split="gate_up")
+    assert fused.place("gate", 8) == SitePlace("act", "output")
+    order = MLP("language", 0, "mlp", "layers.0.mlp", fused, 8).sites
+    assert [site.kind for site in order] == ["up", "pre", "gate", "post"]  # both halves come before the activation
+    with pytest.raises(SiteError, match=r"language.layers.0.mlp has no 'up'; it has pre, gate, post"):
+        MLP("language", 0, "mlp", "layers.0.mlp", plain, 8).place("up")
+
+
+@pytest.mark.parametrize("kind", ["pre", "gate", "up", "post"])
+def test_hooks_of_every_kind_are_seen_as_hooks_and_told_from_the_users(model, kind):
+    mlp = model.language.layers[1].mlp.mlp
+    modules = list(model.hf.get_submodule(mlp.path).modules())
+    assert not any(map(is_watched, modules))
+    for put in (read, write):
+        with put(model.hf, mlp, kind, lambda values: None):
+            assert any(map(is_watched, modules))
+            assert not any(is_watched(module, ours=False) for module in modules)
+        assert not any(map(is_watched, modules))
+    handle = modules[0].register_forward_hook(lambda *_: None)
+    assert is_watched(modules[0])
+    assert is_watched(modules[0], ours=False)
+    handle.remove()

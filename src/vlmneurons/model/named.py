@@ -29,24 +29,26 @@ class _Value(eproperty):
 
     def __init__(self, kind: str, description: str) -> None:
         super().__init__(key=kind, description=description)
+        self.kind = kind
         self.__doc__ = f"{description}: ``[..., neuron]``, readable and writable inside a trace."
 
     def __get__(self, obj: "NamedMLP | None", owner: Any = None) -> Any:  # type: ignore[override]
         if obj is None:
             return self
-        place = obj.place(self.key)
+        place = obj.place(self.kind)
         values = obj.values_at(place)
         if not place.computed:
             return values
         return ComputedGate.of(obj.module, obj.mlp.layout).serve(values, *_rows(obj))
 
     def __set__(self, obj: "NamedMLP", value: Tensor) -> None:  # type: ignore[override]
-        place = obj.place(self.key)
+        place = obj.place(self.kind)
         location = obj.location(place)
         if place.computed:
             ComputedGate.of(obj.module, obj.mlp.layout).assign(value, obj.values_at(place), *_rows(obj))
         elif place.end == "input":
-            Mediator.swap(location, replace_first_input(*Mediator.value(location), value))
+            args, kwargs = Mediator.value(location)
+            Mediator.swap(location, replace_first_input(args, kwargs, value))
         elif place.columns is not None:
             whole = Mediator.value(location).clone()
             place.part(whole).copy_(value)
@@ -139,7 +141,7 @@ class NamedMLP:
         else:
             _assign(self, self.envoy, name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return PART, (self.envoy, {}, {kind: self._sent(kind) for kind in self.mlp.layout.kinds})
 
     def _sent(self, kind: str) -> tuple[str | None, Any]:
@@ -201,7 +203,7 @@ class _Branch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.envoy(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         depth = self._prefix.count(".") + 1
         inner = [name for name in self._layer.mlps if name.startswith(f"{self._prefix}.")]
         steps = dict.fromkeys(name.split(".")[depth] for name in inner)
@@ -266,7 +268,7 @@ class NamedLayer:
         else:
             _assign(self, self.envoy, name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         steps = dict.fromkeys(name.split(".")[0] for name in self.mlps)
         return PART, (self.envoy, {step: self._part(step) for step in steps}, {})
 
@@ -290,7 +292,7 @@ class NamedTower:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         layers = PART(None, {str(number): layer for number, layer in enumerate(self.layers)}, {})
         return PART, (None, {"layers": layers}, {})
 

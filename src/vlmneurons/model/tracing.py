@@ -93,6 +93,8 @@ class _Last(Tracer):
         return self
 
     def _refuse_followers(self) -> None:
+        assert self.info is not None
+        assert self.node is not None
         frame, node = self.info.frame, self.node
         following = _entered(frame.f_code.co_filename, self.position)
         if following is None and len(node.items) > 1:  # made elsewhere, or without columns: by what the last one is
@@ -110,7 +112,7 @@ class _Last(Tracer):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "position"}
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # What reads a request elsewhere has nnsight, and nothing of this library.
         theirs = next(one for one in type(self).__mro__ if one.__module__.startswith("nnsight"))
         return object.__new__, (theirs,), self.__getstate__()
@@ -222,7 +224,7 @@ class TracedModel(TransformersModel):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name not in ("_vlm", "_computed")}
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return object.__new__, (TransformersModel,), self.__getstate__()
 
 

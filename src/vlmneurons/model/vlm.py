@@ -470,7 +470,7 @@ class VLM:
         other.nnsight.revision, other.nnsight._edits = self.nnsight.revision, list(self.nnsight._edits)
         return other
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Into a remote trace, by nnsight. Elsewhere it fails: a model is kept by save_pretrained.
         return PART, (self.nnsight, dict(self._named), {})
 
@@ -503,9 +503,8 @@ def refuse_edits(model: VLM) -> None:
     """
     if model.nnsight._edits:
         raise MismatchError(
-            f"this model has {len(model.nnsight._edits)} edits of model.edit(…), which act in traces and nowhere else: "
-            "this run would not obey them. Take them off with model.clear_edits(), or use vn.Ablation, which acts "
-            "everywhere"
+            "this model has standing edits of model.edit(…), which act in traces and nowhere else: this run would not "
+            "obey them. Take them off with model.clear_edits(), or use vn.Ablation, which acts everywhere"
         )
 
 

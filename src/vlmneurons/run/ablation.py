@@ -55,7 +55,7 @@ class _Refusal:
         # A copy of the model is not ablated, and may be saved.
         hf = self.hf()
         copied = memo.get(id(hf))
-        return self if hf is None or copied is None else types.MethodType(type(hf).save_pretrained, copied)
+        return self if hf is None or copied is None else types.MethodType(getattr(type(hf), "save_pretrained"), copied)  # noqa: B009
 
 
 def _refuse_saving(hf: nn.Module) -> Removal:
