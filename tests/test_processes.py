@@ -117,7 +117,7 @@ from pathlib import Path
 import torch
 import vlmneurons as vn
 from vlmneurons.run.processes import current_processes
-from vlmneurons.protocol import record_shared
+from vlmneurons.study.protocol import record_shared
 
 model, data, out = vn.VLM.from_pretrained(sys.argv[1]), vn.QuestionSet.from_folder(sys.argv[2]), Path(sys.argv[3])
 processes = current_processes()
