@@ -50,9 +50,10 @@ def neuron_writes(model: VLM, neurons: NeuronSet, k: int = 10) -> "pandas.DataFr
         k: tokens in each direction.
 
     Returns:
-        A row for each neuron, direction and rank, in the order of ``neurons.indices``: ``site``, ``neuron`` (its number
-        within the site), ``direction`` (``"promotes"`` or ``"suppresses"``), ``rank`` from 1, ``token``, ``token_id``
-        and ``logit`` (the change). Rows of the unembedding that are no token of the tokenizer are left out.
+        A row for each neuron, direction and rank, in the order of ``neurons.indices``. Its columns are ``site``,
+        ``neuron`` (its number within the site), ``direction`` (``"promotes"`` or ``"suppresses"``), ``rank`` from 1,
+        ``token``, ``token_id`` and ``logit`` (the change). Rows of the unembedding that are no token of the tokenizer
+        are left out.
 
     Raises:
         SiteError: a neuron is not of the language tower.

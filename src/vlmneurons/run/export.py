@@ -58,7 +58,7 @@ def export(
         factor: of ``"scale"``: what the neurons are multiplied by.
 
     Returns:
-        The folder. It loads as any other: ``VLM.from_pretrained(folder)``.
+        The folder, which loads as any other does, by ``VLM.from_pretrained(folder)``.
 
     Raises:
         AblationError: another mode, or one without what it needs; weights that several parts share, that are quantised,
