@@ -230,6 +230,7 @@ def tables(folder, model) -> dict[str, pd.DataFrame]:
         "look.neuron_pages.NeuronView.table": vn.inspect_neuron(
             model, questions, ("language.layers.1.mlp.gate", 3), k=1
         ).table(),
+        "neuron_writes": vn.neuron_writes(model, masks["x"]["A"], k=2),
     }
 
 

@@ -42,6 +42,7 @@ from .selectors.lap import MostActive as MostActive
 from .selectors.random_neurons import RandomNeurons as RandomNeurons
 from .selectors.random_neurons import LayerMatchedRandom as LayerMatchedRandom
 from .run.ablation import Ablation as Ablation
+from .run.export import export as export
 from .study.knockout import knockout as knockout
 from .run.intervention import Intervention as Intervention
 from .study.result import KnockoutResult as KnockoutResult
@@ -68,6 +69,7 @@ from .run.parsing import parse_answer as parse_answer
 from .look.plots import plot_matrix as plot_matrix
 from .look.plots import plot_layers as plot_layers
 from .look.neuron_pages import inspect_neuron as inspect_neuron
+from .look.writes import neuron_writes as neuron_writes
 from .statistics.hub import push_to_hub as push_to_hub
 from .statistics.hub import from_hub as from_hub
 from .model.architectures.find import Architecture as Architecture

@@ -285,9 +285,9 @@ def _start(
 ) -> None:
     level = logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what fails there is raised, and told in our words
     for name in ("matplotlib", "PIL", "httpx", "urllib3", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what fails there is raised, and told in our words
 
 
 _Revision = Annotated[str | None, typer.Option(help="of the model")]

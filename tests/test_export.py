@@ -1,0 +1,241 @@
+"""Exported checkpoints: equal to the ablation in plain transformers, and every byte beside the columns as it was."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vlmneurons as vn
+from vlmneurons.errors import AblationError, FileFormatError, MismatchError
+from vlmneurons.model.down import down_of
+from vlmneurons.run.export import NOTE
+from vlmneurons.testing.tiny import tiny_inputs, tiny_model, tiny_names, tiny_template
+
+pytestmark = [  # of transformers, not ours
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+]
+
+
+def loaded(name: str, folder) -> vn.VLM:
+    """A small model from a folder that it was saved to, as transformers keeps its names there."""
+    hf, processor = tiny_model(name)
+    if not folder.exists():
+        hf.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    if name != "llama4":  # whose forward is mended by `tiny_model` alone
+        hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        saved = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        hf.load_state_dict(saved.state_dict())
+        hf.config._name_or_path = str(folder)
+    return vn.VLM(hf, processor, template=tiny_template(name))
+
+
+def some(model: vn.VLM, towers=None) -> vn.NeuronSet:
+    """A third of the neurons of every tower."""
+    space = model.space(towers or list(model.towers), "post")
+    return vn.NeuronSet(
+        space, torch.randperm(len(space), generator=torch.Generator().manual_seed(0))[: len(space) // 3]
+    )
+
+
+@pytest.mark.parametrize("name", tiny_names(processor=False))
+def test_the_exported_checkpoint_gives_the_logits_of_the_ablation_bit_for_bit(name, tmp_path):
+    model, inputs = loaded(name, tmp_path / "model"), tiny_inputs(name)
+    neurons = some(model, ["language"] if name == "gemma4" else None)  # Gemma 4's vision tower clips: see below
+    folder = vn.export(model, neurons, tmp_path / "zero")
+    doubled = vn.export(model, neurons, tmp_path / "double", "scale", factor=1.7)
+    with torch.no_grad():
+        clean = model.hf(**inputs).logits
+        with vn.Ablation(model, neurons):
+            zeroed = model.hf(**inputs).logits
+        with vn.Ablation(model, neurons, "scale", factor=1.7):
+            scaled = model.hf(**inputs).logits
+        assert torch.equal(loaded(name, folder).hf(**inputs).logits, zeroed)
+        torch.testing.assert_close(loaded(name, doubled).hf(**inputs).logits, scaled, atol=2e-4, rtol=1e-4)
+        assert torch.equal(model.hf(**inputs).logits, clean)  # the model itself is untouched
+    assert (zeroed - clean).abs().max() > 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["double", "model", "zero"]
+
+
+@pytest.mark.parametrize("name", ["llava_next_mistral", "qwen2_5_vl", "qwen3_vl_moe", "mllama"])
+def test_names_shards_and_every_other_byte_are_those_of_the_checkpoint(name, tmp_path):
+    hf, processor = tiny_model(name)
+    hf.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    processor.save_pretrained(tmp_path / "model")
+    shards = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) > 3
+    (tmp_path / "model" / "consolidated.safetensors").write_bytes(b"the same once more")
+    model = loaded(name, tmp_path / "model")
+    neurons = some(model)
+    folder = vn.export(model, neurons, tmp_path / "out")
+    note = json.loads((folder / NOTE).read_text())
+    assert note["from"] == "checkpoint"
+    assert sum(one["neurons"] for one in note["tensors"]) == len(neurons)
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == shards
+    changed = {one["tensor"] for one in note["tensors"]}
+    for shard in shards:
+        before, after = load_file(tmp_path / "model" / shard), load_file(folder / shard)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) == (key not in changed) for key in before)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    for kept in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
+        assert (folder / kept).read_bytes() == before[kept]
+    AutoProcessor.from_pretrained(folder)
+
+
+def test_the_note_says_what_was_done(tmp_path):
+    model = loaded("qwen2_5_vl", tmp_path / "model")
+    one = vn.NeuronSet.from_indices(model.space(), {2: [5, 3]})
+    folder = vn.export(model, one, tmp_path / "deep" / "out", "scale", factor=0.5)
+    assert json.loads((folder / NOTE).read_text()) == {
+        "vlmneurons": vn.__version__,
+        "model": str(tmp_path / "model"),
+        "revision": None,
+        "from": "checkpoint",
+        "mode": "scale",
+        "factor": 0.5,
+        "neurons": {"language.layers.2.mlp.gate": [3, 5]},
+        "tensors": [{"tensor": "model.layers.2.mlp.down_proj.weight", "expert": None, "axis": 1, "neurons": 2}],
+    }
+    before, after = (load_file(one / "model.safetensors") for one in (tmp_path / "model", folder))
+    name = "model.layers.2.mlp.down_proj.weight"
+    before[name][:, [3, 5]] *= 0.5
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_model_that_is_not_its_checkpoint_any_more_is_exported_as_it_is(tmp_path):
+    inputs = tiny_inputs("qwen2_5_vl")
+    changed = loaded("qwen2_5_vl", tmp_path / "model")
+    with torch.no_grad():
+        changed.hf.lm_head.weight += 1
+    settings = loaded("qwen2_5_vl", tmp_path / "model")
+    settings.hf.config.text_config.rms_norm_eps = 0.5
+    for module in settings.hf.model.language_model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.5
+    hf, processor = tiny_model("qwen2_5_vl")
+    for number, model in enumerate((changed, settings, vn.VLM(hf, processor))):
+        neurons = some(model, ["language"])
+        folder = vn.export(model, neurons, tmp_path / f"{number}")
+        assert json.loads((folder / NOTE).read_text())["from"] == "memory"
+        with torch.no_grad(), vn.Ablation(model, neurons):
+            expected = model.hf(**inputs).logits
+        with torch.no_grad():
+            assert torch.equal(loaded("qwen2_5_vl", folder).hf(**inputs).logits, expected)
+
+
+def test_a_checkpoint_that_keeps_each_expert_apart_is_scaled_expert_by_expert(tmp_path):
+    model = loaded("glm4v_moe", tmp_path / "model")
+    (expert,) = [site for site in model.space() if site.mlp == "mlp.experts.2"][:1]
+    one = vn.NeuronSet(model.space(), [model.space().flat(expert, 4)])
+    folder = vn.export(model, one, tmp_path / "out")
+    before, after = (load_file(place / "model.safetensors") for place in (tmp_path / "model", folder))
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert changed == [f"model.language_model.layers.{expert.layer}.mlp.experts.2.down_proj.weight"]
+    assert (before[changed[0]] != after[changed[0]]).any(0).nonzero().flatten().tolist() == [4]
+
+
+def test_a_model_without_its_weights_is_exported_from_its_checkpoint(tmp_path):
+    model = loaded("llava_next_mistral", tmp_path / "model")
+    neurons = some(model)
+    bare = vn.VLM.from_pretrained(tmp_path / "model", weights=False)
+    ours, theirs = (vn.export(one, neurons, tmp_path / name) for one, name in ((model, "a"), (bare, "b")))
+    a, b = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_half_precision_is_scaled_in_single_and_loads_as_it_was_stored(tmp_path):
+    hf, processor = tiny_model("qwen2_5_vl")
+    hf.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model = vn.VLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    one = vn.NeuronSet.from_indices(model.space(), {0: [1]})
+    folder = vn.export(model, one, tmp_path / "out", "scale", factor=1 / 3)
+    assert json.loads((folder / NOTE).read_text())["from"] == "checkpoint"
+    name = "model.layers.0.mlp.down_proj.weight"
+    before, after = (load_file(place / "model.safetensors")[name] for place in (tmp_path / "model", folder))
+    assert after.dtype == torch.bfloat16
+    assert torch.equal(after[:, 1], (before[:, 1].float() / 3).bfloat16())
+
+
+def test_the_checkpoint_of_transposed_weights_is_scaled_along_the_other_axis():
+    from transformers.pytorch_utils import Conv1D
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Module()
+            self.block.c_proj = Conv1D(4, 6)  # from 6 neurons to 4
+
+    from vlmneurons.model.architectures.layout import MLP, MLPLayout
+
+    layout = MLPLayout(down="c_proj", gate="c_fc", function=torch.relu)
+    hf, mlp = Turned(), MLP("language", 0, "mlp", "block", layout, 6)
+    down = down_of(hf, mlp)
+    assert (down.name, down.axis, down.expert) == ("block.c_proj.weight", 0, None)
+    columns = down.columns(hf.block.c_proj.weight.detach(), torch.tensor([5, 0]))
+    alone = torch.zeros(2, 6)
+    alone[0, 5] = alone[1, 0] = 1
+    torch.testing.assert_close(columns, hf.block.c_proj(alone).detach() - hf.block.c_proj.bias.detach())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_scaled_columns_cannot_be_is_refused(tmp_path):
+    model = loaded("qwen2_5_vl", tmp_path / "model")
+    one = vn.NeuronSet(model.space(), [1])
+    out = tmp_path / "out"
+    for mode in ("mean", "add", "replace", "half"):
+        with pytest.raises(AblationError, match=f"mode '{mode}' is not one of scaled columns: an export is 'zero' or"):
+            vn.export(model, one, out, mode)
+    with pytest.raises(AblationError, match="mode 'scale' needs factor="):
+        vn.export(model, one, out, "scale")
+    with pytest.raises(AblationError, match="mode 'zero' takes no factor"):
+        vn.export(model, one, out, factor=2.0)
+    with pytest.raises(AblationError, match="factor nan is not finite"):
+        vn.export(model, one, out, "scale", factor=float("nan"))
+    with pytest.raises(MismatchError, match="neurons is one NeuronSet"):
+        vn.export(model, [one], out)
+    with pytest.raises(MismatchError, match="these neurons are not of this model"):
+        vn.export(model, vn.NeuronSet(vn.NeuronSpace.from_widths("language", "gate", [3]), [1]), out)
+    with pytest.raises(FileFormatError, match="exists already and is not empty: give a new folder"):
+        vn.export(model, one, tmp_path / "model")
+    model.hf.model.language_model.layers[1].mlp.down_proj.weight = model.hf.model.language_model.layers[
+        0
+    ].mlp.down_proj.weight
+    with pytest.raises(AblationError, match=re.escape("down_proj.weight is also model.language_model.layers.")):
+        vn.export(model, one, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_weights_that_are_no_plain_matrix_are_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = loaded("gemma4", tmp_path / "gemma4")
+    with pytest.raises(AblationError, match=r"vision_tower.*down_proj is not a plain matrix of floating-point numbers"):
+        vn.export(model, vn.NeuronSet(model.space("vision"), [1]), tmp_path / "out")
+    hf, processor = tiny_model("qwen2_5_vl")
+    adapted = get_peft_model(hf, LoraConfig(r=2, target_modules=["q_proj"])).base_model.model
+    model = vn.VLM(adapted, processor)
+    with pytest.raises(AblationError, match=r"q_proj has an adapter: merge it into the weights first"):
+        vn.export(model, vn.NeuronSet(model.space(), [1]), tmp_path / "out")
+
+
+def test_a_checkpoint_without_the_columns_is_refused(tmp_path):
+    model = loaded("qwen2_5_vl", tmp_path / "model")
+    one = vn.NeuronSet.from_indices(model.space(), {0: [1]})
+    bare = vn.VLM.from_pretrained(tmp_path / "model", weights=False)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FileFormatError, match=r"down_proj\.weight should be one tensor of the checkpoint; .*none"):
+        vn.export(bare, one, tmp_path / "out")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(FileFormatError, match="are neither in memory nor in a checkpoint on disk"):
+        vn.export(bare, one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
