@@ -64,7 +64,7 @@ def test_indices_in_any_form_give_the_sorted_set(indices):
      (None, "whole numbers"), ([2**70], "whole numbers"), (np.array(["a"]), "whole numbers"),
      (np.array([2**64 - 1], dtype=np.uint64), "not in this space"), (make(1), "already a set")],
 )  # fmt: skip
-def test_indices_that_are_no_neurons_are_refused(indices, text):
+def test_indices_that_are_no_neurons_are_refused(indices, text, unchecked):
     with pytest.raises(SiteError, match=text):
         NeuronSet(SPACE, indices)
 
@@ -132,7 +132,7 @@ def test_sets_are_made_of_layers_sites_or_names():
      ({1.0: [0]}, "no layer's number"), ({True: [0]}, "no layer's number"), ({1: 4}, "whole numbers"),
      ({None: [0]}, "no layer's number")],
 )  # fmt: skip
-def test_layers_and_neurons_that_do_not_exist_are_refused(indices, text):
+def test_layers_and_neurons_that_do_not_exist_are_refused(indices, text, unchecked):
     with pytest.raises(SiteError, match=text):
         NeuronSet.from_indices(SPACE, indices)
 
@@ -150,7 +150,7 @@ def test_a_layer_with_several_sites_must_be_named_by_site():
             call()
 
 
-def test_pairs_and_sets_are_inverse():
+def test_pairs_and_sets_are_inverse(unchecked):
     pairs = [(0, 3), (1, 0), (2, 29)]
     assert NeuronSet.from_pairs(SPACE, pairs[::-1]).to_pairs() == pairs
     assert NeuronSet.from_pairs(SPACE, []) == NeuronSet.empty(SPACE)

@@ -30,7 +30,7 @@ def to_lape(sets: Mapping[str, NeuronSet], path: "str | os.PathLike[str] | None"
     return nested
 
 
-def from_lape(nested: Any, space: NeuronSpace, groups: Sequence[str]) -> tuple[dict[str, NeuronSet], str]:
+def from_lape(nested: object, space: NeuronSpace, groups: Sequence[str]) -> tuple[dict[str, NeuronSet], str]:
     """The sets of each group, and where they come from; see `Selection.from_lape`."""
     check_space(space)
     check_one_site_per_layer(space, _ADVICE)

@@ -244,7 +244,7 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         return to_lape(self._sets, path)
 
     @classmethod
-    def from_lape(cls, nested: Any, space: NeuronSpace, groups: Sequence[str]) -> "Selection":
+    def from_lape(cls, nested: object, space: NeuronSpace, groups: Sequence[str]) -> "Selection":
         """A selection in the format of the LAPE authors' released files.
 
         Args:

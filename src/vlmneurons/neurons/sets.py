@@ -7,8 +7,8 @@ import hashlib
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from vlmneurons.checks import of_kind
 from vlmneurons.errors import FileFormatError, MismatchError, SiteError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace, Site
-
-if TYPE_CHECKING:
-    pass
 
 
 class NeuronSet(_files.Shareable):
@@ -41,7 +38,7 @@ class NeuronSet(_files.Shareable):
     _space: NeuronSpace
     _indices: Int64[Tensor, " member"]
 
-    def __init__(self, space: NeuronSpace, indices: Any = ()) -> None:
+    def __init__(self, space: NeuronSpace, indices: Iterable[SupportsIndex] = ()) -> None:
         """The set of the given flat indices.
 
         Args:
@@ -106,7 +103,11 @@ class NeuronSet(_files.Shareable):
         return cls._of(space, torch.arange(len(space)))
 
     @classmethod
-    def from_indices(cls, space: NeuronSpace, indices: Any) -> "NeuronSet":
+    def from_indices(
+        cls,
+        space: NeuronSpace,
+        indices: Iterable[SupportsIndex] | Mapping[SupportsIndex | Site | str, Iterable[SupportsIndex]],
+    ) -> "NeuronSet":
         """The set of some neurons, given per layer, per site, or as flat indices.
 
         Args:
@@ -132,7 +133,9 @@ class NeuronSet(_files.Shareable):
         return cls(space, torch.cat(parts) if parts else ())
 
     @classmethod
-    def from_pairs(cls, space: NeuronSpace, pairs: Iterable[Any]) -> "NeuronSet":
+    def from_pairs(
+        cls, space: NeuronSpace, pairs: Iterable[tuple[SupportsIndex | Site | str, SupportsIndex]]
+    ) -> "NeuronSet":
         """The set of (layer, neuron) pairs; a `Site` or a site's name may stand for the layer.
 
         Args:
@@ -142,7 +145,7 @@ class NeuronSet(_files.Shareable):
         Raises:
             SiteError: a layer, site or neuron that the space does not have, or a layer with several sites.
         """
-        grouped: dict[Any, list[int]] = {}
+        grouped: dict[SupportsIndex | Site | str, list[SupportsIndex]] = {}
         if not isinstance(pairs, Iterable):
             raise SiteError(f"from_pairs takes pairs of a layer and a neuron's number; got {type(pairs).__name__}")
         for pair in pairs:
@@ -154,7 +157,7 @@ class NeuronSet(_files.Shareable):
         return cls.from_indices(space, grouped)
 
     @classmethod
-    def from_mask(cls, space: NeuronSpace, mask: Any) -> "NeuronSet":
+    def from_mask(cls, space: NeuronSpace, mask: Tensor | np.ndarray | Sequence[bool]) -> "NeuronSet":
         """The set of the neurons where a boolean mask ``[neuron]`` over the whole space is true.
 
         Args:

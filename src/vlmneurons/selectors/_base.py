@@ -292,8 +292,7 @@ class Selector(ABC, Generic[Table]):
 
     def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
         """What is ranked together: flat indices (None for the whole space), and how many neurons each group gets."""
-        layers = self._chosen_layers(space)
-        chosen = None if layers is None else space.restrict(layers=layers)
+        chosen = None if self.layers is None else space.restrict(layers=layer_numbers(self.layers))
         if not self.per_layer:
             where = "the space" if chosen is None else "the given layers"
             return [(chosen, self._quota(len(space) if chosen is None else len(chosen), where))]
@@ -303,10 +302,6 @@ class Selector(ABC, Generic[Table]):
             if len(inside):
                 parts.append((inside, self._quota(len(inside), name)))
         return parts
-
-    def _chosen_layers(self, space: NeuronSpace) -> tuple[int, ...] | None:
-        """Numbers of the layers to choose from; None for all."""
-        return None if self.layers is None else layer_numbers(self.layers)
 
     def _quota(self, size: int, where: str) -> int:
         """Number of neurons that each group gets of so many."""

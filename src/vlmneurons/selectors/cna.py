@@ -5,14 +5,13 @@ from typing import SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from typing_extensions import Unpack
 
 from vlmneurons.checks import of_kind, real, whole
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sets import NeuronSet
-from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors._base import Selector, Shared, budget_of, check_flags, highest, layer_numbers, layer_parts
 from vlmneurons.selectors._exact import sum_over_groups
 from vlmneurons.statistics.counts import ActivationStatistics
@@ -35,8 +34,7 @@ class CNA(Selector[ActivationStatistics]):
     default, which ``leave_out`` does, and does not itself remove the universal neurons that it finds.
 
     Examples:
-        >>> from vlmneurons.neurons.sites import NeuronSpace
-        >>> space = NeuronSpace.from_widths("language", "post", [3])
+        >>>         >>> space = NeuronSpace.from_widths("language", "post", [3])
         >>> total = [[4.0, 1.0, 0.0], [0.0, 1.0, -1.0]]
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[2, 2, 0], [0, 2, 0]], [2, 2], total=total)
         >>> CNA(count=1).score(stats)
@@ -62,8 +60,8 @@ class CNA(Selector[ActivationStatistics]):
             fraction: share of the neurons that each group gets; 0.001 unless given.
             signed: rank by the signed difference, so that only neurons that are *more* active for the group come first.
             anywhere: also accept statistics of other sites and tokens than the paper's.
-            leave_out: numbers of layers never to choose from; the share is of the neurons of all others. The authors'
-                code leaves out layers 0 and 1 unless told otherwise: ``CNA(leave_out=(0, 1))``.
+            leave_out: numbers of layers never to choose from, though their neurons count in the share (with ``layers``
+                they do not). The authors' code leaves out layers 0 and 1 unless told otherwise: ``leave_out=(0, 1)``.
             shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
@@ -73,16 +71,6 @@ class CNA(Selector[ActivationStatistics]):
         check_flags(self, signed=signed, anywhere=anywhere)
         self.signed, self.anywhere = signed, anywhere
         self.leave_out = None if leave_out is None else layer_numbers(leave_out)
-
-    def _chosen_layers(self, space: NeuronSpace) -> tuple[int, ...] | None:
-        layers = super()._chosen_layers(space)
-        if self.leave_out is None:
-            return layers
-        space.restrict(layers=self.leave_out)  # refuses layers that there are not
-        kept = tuple(layer for layer in layers or space.layers if layer not in self.leave_out)
-        if not kept:
-            raise SelectionError(f"CNA: leave_out={list(self.leave_out)} leaves no layer to choose from")
-        return kept
 
     def check_statistics(self, stats: ActivationStatistics) -> None:
         """Make sure that the statistics are sums of the product at the last token.
@@ -115,6 +103,18 @@ class CNA(Selector[ActivationStatistics]):
             others = torch.repeat_interleave((reach.sum(0) - tokens).clamp_(min=1), widths)
             row -= (total - own).div_(others)
         return mean if self.signed else mean.abs_()
+
+    def eligible(
+        self, stats: ActivationStatistics, scores: Float[Tensor, "group neuron"]
+    ) -> Bool[Tensor, "group neuron"] | None:
+        """All neurons but those of the layers left out.
+
+        Raises:
+            SiteError: a layer that the space does not have.
+        """
+        if self.leave_out is None:
+            return None
+        return torch.ones_like(scores, dtype=torch.bool).index_fill_(1, stats.space.restrict(layers=self.leave_out), 0)
 
 
 def universal_neurons(

@@ -15,7 +15,9 @@ class MAD(Selector[ActivationStatistics]):
 
     ``score[c, n] = abs(P[c, n] - mean over all classes of P[:, n])``, a difference of probabilities from 0 to 1; the
     mean includes ``c`` and counts every group the same. Zhao et al. 2025, arXiv 2510.24942 (MAD). The paper gives
-    the rule in words; that both directions count and that the mean includes the group itself is our reading.
+    the rule in words; that both directions count and that the mean includes the group itself is our reading. So is that
+    probabilities are meant: the abstract of arXiv 2601.03115, which has the same four rules, calls one of them
+    magnitude-based, which may be this one. ``MAD(on="mean")`` is of magnitudes; where it matters, report both.
 
     Examples:
         >>> from vlmneurons.neurons.sites import NeuronSpace
@@ -45,10 +47,8 @@ class MAD(Selector[ActivationStatistics]):
             signed: rank by the signed deviation, so that only neurons firing *more* for the group come first.
             others: compare with the mean over the *other* groups. Deviations then grow by ``G / (G - 1)`` for all
                 neurons alike, so sets are the same; scores read as "more than elsewhere".
-            on: ``"probability"`` of firing; or ``"mean"`` for mean activations, in units of the activation, for which
-                statistics need sums (``record(…, magnitudes=True)``). Compare the two where it matters: the formula is
-                not printed in the papers, and the abstract of arXiv 2601.03115 calls one of its four rules
-                magnitude-based, which may be this one.
+            on: ``"probability"`` of firing, or ``"mean"`` for mean activations, in units of the activation, for which
+                statistics need sums (``record(…, magnitudes=True)``).
             shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:

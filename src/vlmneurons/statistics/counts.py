@@ -7,7 +7,7 @@ recording the whole. 28 layers x 18,944 neurons x 25 groups are 13.3 million cou
 import os
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ MUST_AGREE = (
     "dtype",
 )
 """Provenance entries that statistics must share to be added, beside the setting: other rules count other things."""
+
+Numbers = Iterable[SupportsFloat | Iterable[SupportsFloat]]
+"""A table in any form: tensors, NumPy arrays, lists."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,12 +134,12 @@ class ActivationStatistics(_files.Shareable):
         cls,
         space: NeuronSpace,
         groups: Iterable[str],
-        positive: Any,
-        tokens: Any,
-        items: Any = None,
+        positive: Numbers,
+        tokens: Numbers,
+        items: Numbers | None = None,
         *,
-        routed: Any = None,
-        total: Any = None,
+        routed: Numbers | None = None,
+        total: Numbers | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> "ActivationStatistics":
         """Statistics from tables in any form: tensors, NumPy arrays, lists. They are checked and copied.
