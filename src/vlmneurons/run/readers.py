@@ -306,7 +306,7 @@ class TextLikelihood(LogitReader):
         first_rows: list[int] = []
         for number, item in enumerate(questions):
             shown = [item.options[index] for index in questions.order(item)]
-            prompt = encoder.render(questions.prompt(item, shown), item.n_images)
+            prompt = encoder.render(questions.prompt(item, shown), *item.n_media)
             bare = encoder.token_ids(prompt)
             first_rows.append(len(rows))
             rows.append((number, ""))
