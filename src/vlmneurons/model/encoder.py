@@ -224,7 +224,8 @@ class Encoder:
         if not any(callable(part) and pattern.search(found) for found, part in vars(processor).items()):
             return f"the questions have {name}, and {type(processor).__name__}, the VLM's processor, takes no {kind}s"
         arguments = inspect.signature(hf.forward).parameters
-        if "input_ids" in arguments and not any(map(pattern.search, arguments)):
+        taken = pattern if kind == "sound" else re.compile("video|pixel|image")  # some take frames as pictures
+        if "input_ids" in arguments and not any(map(taken.search, arguments)):
             what = "its forward has no argument for them"
             return f"the questions have {name}, and {type(hf).__name__} takes no {kind}s: {what}"
         return ""
@@ -355,8 +356,18 @@ class Encoder:
         attention = data["attention_mask"].bool()
         ids = data["input_ids"]
         image = self._image_mask(data)
+        image, audio, video = self._stream_masks(data, items, image)
+        if (
+            video is not None
+            and "pixel_values_videos" not in data
+            and len({tuple(map(len, row[1])) for row in heard}) > 1
+        ):
+            # SmolVLM's processor writes the number of frames of the longest video into every prompt.
+            raise QuestionError(
+                f"{type(self.processor).__name__} makes other prompts of videos where it sees longer ones beside them: "
+                "encode videos with different numbers of frames apart (batch_size=1)"
+            )
         shown = image.any(1).tolist()
-        audio, video = self._stream_masks(data, items)
         blind = [item.id for item, there in zip(items, shown, strict=True) if item.n_images and not there]
         if blind and any(shown):
             raise QuestionError(
@@ -392,11 +403,14 @@ class Encoder:
         rates = (getattr(part, "sampling_rate", None) or getattr(part, "sample_rate", None) for part in parts)
         return int(next((rate for rate in rates if rate), 16_000))
 
-    def _stream_masks(self, data: Any, items: Sequence[Question]) -> tuple[Tensor | None, Tensor | None]:
-        """Which tokens are placeholders of sounds, and of videos; None where there are none.
+    def _stream_masks(
+        self, data: Any, items: Sequence[Question], image: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Which tokens are placeholders of pictures, of sounds, and of videos; None where there are none.
 
         Raises:
-            QuestionError: a question has a sound or video, and its prompt no placeholder for it.
+            QuestionError: a question has a sound or video, and its prompt no placeholder for it; or a model that takes
+                frames as pictures is shown both.
         """
         masks: list[Tensor | None] = []
         for place, kind in ((1, "audio"), (2, "video")):
@@ -405,10 +419,17 @@ class Encoder:
             found = (getattr(one, name, None) for one in (self.model.hf.config, self.processor) for name in names)
             number = next((one for one in found if isinstance(one, int)), None)
             mask = None if number is None else data["input_ids"] == number
+            if kind == "video" and any(has) and (mask is None or not mask.any()) and image.any():
+                if any(item.n_images for item in items):
+                    raise QuestionError(
+                        f"{type(self.model.hf).__name__} takes a video's frames as pictures, which cannot be told from "
+                        f"the pictures of question {items[0].id!r}: ask with one of the two"
+                    )
+                mask, image = image, torch.zeros_like(image)
             if any(has) and (mask is None or not mask.any(1).all()):
                 raise QuestionError(f"question {items[0].id!r}: its prompt has no placeholder for its {kind}")
             masks.append(mask if any(has) else None)
-        return masks[0], masks[1]
+        return image, masks[0], masks[1]
 
     def _process(
         self,

@@ -195,6 +195,11 @@ class Question:
         return len(self.pictures), len(self.sounds), len(self.videos)
 
     @property
+    def n_frames(self) -> tuple[int, ...]:
+        """How many frames each video has, where that is known without opening it; else 0."""
+        return tuple(len(video) if isinstance(video, list | tuple | np.ndarray) else 0 for video in self.videos)
+
+    @property
     def right(self) -> str:
         """The text of the right option."""
         return self.options[self.answer]

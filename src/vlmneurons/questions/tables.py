@@ -621,13 +621,13 @@ def refuse_unasked(
     found = [name for name, value in rest.items() if _holds_picture(value, folder, own, named=not pictures)]
     if found:
         of_picture = [*(column_of or {}).get("image", ("image",) if pictures else ()), *found]
-        all_of_them = of_picture if len(of_picture) > 1 else found[0]
-        kind = _kind(rest[found[0]])
-        if kind != "image":
-            all_of_them = found[0]
+        all_of_them = repr(of_picture if len(of_picture) > 1 else found[0])
+        name, value = found[0], rest[found[0]]
+        kind = _kind(value)
         raise QuestionError(
-            f"{where}, column {found[0]!r} holds a {_MEDIA[kind]}, {_described(rest[found[0]])}, that the question would "
-            f"be asked without: give columns={{{kind!r}: {all_of_them!r}}}, or leave the column out to ask without it"
+            f"{where}, column {name!r} holds a {_MEDIA[kind]}, {_described(value)}, that the question would be asked "
+            f"without: give columns={{{kind!r}: {all_of_them if kind == 'image' else name!r}}}, or leave the column out "
+            "to ask without it"
         )
 
 

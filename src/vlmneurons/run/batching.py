@@ -32,7 +32,7 @@ Batched = TypeVar("Batched")
 def batches(
     questions: QuestionSet, size: int, lengths: Callable[[Question], int] | None = None
 ) -> Iterator[QuestionSet]:
-    """Batches of questions that show equally much: those with most pictures, sounds and videos first.
+    """Batches of questions that show equally many pictures, sounds, videos and frames: those with most first.
 
     Questions of the same picture (the same path, or the same content) stand next to each other, so that the vision
     tower sees it once and the decoder computes its tokens once where that is possible; otherwise the order is kept.
@@ -43,10 +43,10 @@ def batches(
         lengths: how many tokens a question has, about: then questions are sorted by it within windows of 16 batches, so
             that little is padding. Those of one picture stay together.
     """
-    for shown in sorted({item.n_media for item in questions}, reverse=True):
+    for shown in sorted({(item.n_media, item.n_frames) for item in questions}, reverse=True):
         by_picture: dict[Any, list[Question]] = {}
         for item in questions:
-            if item.n_media == shown:
+            if (item.n_media, item.n_frames) == shown:
                 own = _shown(item) if size > 1 else item.id  # alone, nothing is shared
                 by_picture.setdefault(own, []).append(item)
         together = [item for items in by_picture.values() for item in items]
