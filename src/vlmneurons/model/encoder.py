@@ -7,6 +7,7 @@ template, padding or special tokens decides what is counted, so it is worked out
 
 import hashlib
 import inspect
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from vlmneurons.model.vision_rows import OF_PICTURES, Rows, vision_rows
 from vlmneurons.questions.media import picture_size
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.questions.streams import FRAMES_PER_SECOND
 
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
 
-TOKEN_RULES = ("content", "image", "text", "last")
+TOKEN_RULES = ("content", "image", "audio", "video", "text", "last")
 """Names of the built-in token rules; see `TokenTable.counted`."""
 
 TOKENIZING = threading.RLock()
@@ -48,6 +50,8 @@ class TokenTable:
         template: added by the chat template or by the library, not by the question; None where that is not known,
             as for inputs that were not made by `VLM.prepare`.
         last: position of each row's last prompt token, whose logits are the answer's.
+        audio: a placeholder that a sound's features take; None where there is no sound.
+        video: a placeholder that a video's features take; None where there is no video.
     """
 
     ids: Int64[Tensor, "row token"]
@@ -56,13 +60,16 @@ class TokenTable:
     special: Bool[Tensor, "row token"]
     template: Bool[Tensor, "row token"] | None
     last: Int64[Tensor, " row"]
+    audio: Bool[Tensor, "row token"] | None = None
+    video: Bool[Tensor, "row token"] | None = None
 
     def counted(self, rule: "TokenRule") -> Bool[Tensor, "row token"]:
         """Which tokens a rule counts.
 
         Args:
-            rule: ``"content"`` (all but padding, template and special tokens; images count), ``"image"``, ``"text"``
-                (content without images), ``"last"`` (the last prompt token), or a function of this table.
+            rule: ``"content"`` (all but padding, template and special tokens; images, sounds and videos count),
+                ``"image"``, ``"audio"``, ``"video"``, ``"text"`` (content without these), ``"last"`` (the last prompt
+                token), or a function of this table.
 
         Raises:
             QuestionError: no such rule, or a function's result has another shape or type.
@@ -73,13 +80,17 @@ class TokenTable:
                 got = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise QuestionError(f"a token rule returns a bool tensor of shape {tuple(self.ids.shape)}; got {got}")
             return mask & self.attention
-        text = self.attention & ~self.special & ~self.image
+        none = torch.zeros_like(self.attention)
+        shown = {"image": self.image, "audio": self.audio, "video": self.video}
+        shown = {name: none if mask is None else mask & self.attention for name, mask in shown.items()}
+        media = shown["image"] | shown["audio"] | shown["video"]
+        text = self.attention & ~self.special & ~media
         if self.template is not None:
             text = text & ~self.template
         if rule == "content":
-            return text | (self.image & self.attention)
-        if rule == "image":
-            return self.image & self.attention
+            return text | media
+        if rule in shown:
+            return shown[rule]
         if rule == "text":
             return text
         if rule == "last":
@@ -98,8 +109,8 @@ class Batch(BatchFeature):
         vision: for each row of the batch the number of leading-dimension rows of the vision tower that are its
             pictures' (patches, tiles, or pictures); None where that cannot be told.
         patches: which patches of each of the vision tower's rows are real; None where none is padding.
-        pictures: for each row a digest of its pictures' pixels, in order: rows with the same one show the same; None
-            where that is not known.
+        pictures: for each row a digest of its pictures' pixels, in order, and of its sounds and videos: rows with the
+            same one show the same; None where that is not known.
     """
 
     tokens: TokenTable
@@ -137,7 +148,7 @@ class Encoder:
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def render(self, text: str, n_images: int) -> str:
+    def render(self, text: str, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> str:
         """One user turn in the chat template, up to where the model's answer begins.
 
         Raises:
@@ -146,7 +157,10 @@ class Encoder:
         """
         if n_images and self._takes_no_pictures:
             raise QuestionError(self._takes_no_pictures)
-        return self.prompts.render(text, n_images)
+        for kind, n in (("sound", n_sounds), ("video", n_videos)):
+            if n and (fault := self._takes_no_stream(kind)):
+                raise QuestionError(fault)
+        return self.prompts.render(text, n_images, n_sounds, n_videos)
 
     @cached_property
     def _takes_no_pictures(self) -> str:
@@ -164,6 +178,20 @@ class Encoder:
                 f"the questions show pictures, and {type(self.model.hf).__name__} takes none: its forward has no "
                 f"argument for them and its configuration no vision tower{how}"
             )
+        return ""
+
+    def _takes_no_stream(self, kind: str) -> str:
+        """Why questions with sounds, or videos, cannot be asked; empty where they can."""
+        name = {"sound": "audio", "video": "video"}[kind]
+        pattern = re.compile("audio|feature|speech|sound" if kind == "sound" else "video")
+        processor, hf = self.processor, self.model.hf
+        if not any(callable(part) and pattern.search(found) for found, part in vars(processor).items()):
+            return f"the questions have {name}, and {type(processor).__name__}, the VLM's processor, takes no {kind}s"
+        arguments = inspect.signature(hf.forward).parameters
+        taken = pattern if kind == "sound" else re.compile("video|pixel|image")  # some take frames as pictures
+        if "input_ids" in arguments and not any(map(taken.search, arguments)):
+            what = "its forward has no argument for them"
+            return f"the questions have {name}, and {type(hf).__name__} takes no {kind}s: {what}"
         return ""
 
     def _adds_special(self, rendered: str) -> bool:
@@ -218,9 +246,9 @@ class Encoder:
         """
         shown = [item.options[index] for index in asked.order(item)]
         with TOKENIZING:
-            n_text = len(self.token_ids(self.render(asked.prompt(item, shown), item.n_images)))
+            n_text = len(self.token_ids(self.render(asked.prompt(item, shown), *item.n_media)))
         try:
-            sizes = [picture_size(source) for source in item.sources]
+            sizes = [picture_size(source) for source in item.pictures]
             n_image = sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
             return n_text - len(sizes) + n_image  # in the place of one placeholder each
         except Exception:  # only the order of the work depends on it; what cannot be asked is named when its turn comes
@@ -257,15 +285,19 @@ class Encoder:
             for placeholder in self._placeholders:
                 if placeholder in text:
                     raise QuestionError(f"question {item.id!r}: its text holds the image placeholder {placeholder!r}")
-        rendered = [self.render(text, item.n_images) for item, text in zip(items, texts, strict=True)]
+        rendered = [self.render(text, *item.n_media) for item, text in zip(items, texts, strict=True)]
         opened = {item.id: list(item.load_images()) for item in items}
         pictures = [opened[item.id] for item in items]
         with_picture = [bool(part) for part in pictures]
         if any(with_picture) and not all(with_picture):
             raise QuestionError("questions with and without a picture cannot share a batch: encode them apart")
+        if len({tuple(map(bool, item.n_media)) for item in items}) > 1:
+            raise QuestionError("questions with and without a sound or video cannot share a batch: encode them apart")
+        streams = {item.id: (self._sounds_of(item), list(item.load_videos())) for item in items}
+        heard = [streams[item.id] for item in items]
         texts = [text + more for text, more in zip(rendered, added, strict=True)]
         try:
-            data = self._process(texts, pictures, padding_side)
+            data = self._process(texts, pictures, heard, padding_side)
         except Exception as error:
             if len(items) > 1:  # say whose fault it is, if it is one question's
                 for item, more in zip(items, added, strict=True):
@@ -288,6 +320,17 @@ class Encoder:
         attention = data["attention_mask"].bool()
         ids = data["input_ids"]
         image = self._image_mask(data)
+        image, audio, video = self._stream_masks(data, items, image)
+        if (
+            video is not None
+            and "pixel_values_videos" not in data
+            and len({tuple(map(len, row[1])) for row in heard}) > 1
+        ):
+            # SmolVLM's processor writes the number of frames of the longest video into every prompt.
+            raise QuestionError(
+                f"{type(self.processor).__name__} makes other prompts of videos where it sees longer ones beside them: "
+                "encode videos with different numbers of frames apart (batch_size=1)"
+            )
         shown = image.any(1).tolist()
         blind = [item.id for item, there in zip(items, shown, strict=True) if item.n_images and not there]
         if blind and any(shown):
@@ -302,21 +345,78 @@ class Encoder:
             own, n_added = self._content_tokens(ids[row, places].tolist(), text, more, item)
             template[row, places[own]] = False
             last[row] = places[len(places) - n_added - 1]
-        tokens = TokenTable(ids, attention, image, special, template & ~image, last)
-        seen = self._vision_rows(data, pictures, lambda n: self._process([texts[n]], [pictures[n]], padding_side))
+        shown = image if audio is None else image | audio
+        shown = shown if video is None else shown | video
+        tokens = TokenTable(ids, attention, image, special, template & ~shown, last, audio, video)
+        seen = None  # a video is more rows of the vision tower, which are not told apart yet
+        if video is None:
+            alone = lambda n: self._process([texts[n]], [pictures[n]], [heard[n]], padding_side)  # noqa: E731
+            seen = self._vision_rows(data, pictures, alone)
         vision, patches = (None, None) if seen is None else seen
-        digests = {name: _digest(part) for name, part in opened.items()}
+        digests = {name: _digest(part, streams[name]) for name, part in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
         return Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device)
 
-    def _process(self, texts: Sequence[str], pictures: Sequence[Sequence[Any]], padding_side: str) -> BatchFeature:
-        """What the processor makes of texts, their image placeholders unexpanded, and of each one's pictures."""
+    def _sounds_of(self, item: Question) -> list[Any]:
+        """A question's sounds at the rate that the processor expects."""
+        return list(item.load_audio(self._sampling_rate)) if item.sounds else []
+
+    @cached_property
+    def _sampling_rate(self) -> int:
+        parts = (getattr(self.processor, name, None) for name in ("feature_extractor", "audio_processor"))
+        rates = (getattr(part, "sampling_rate", None) or getattr(part, "sample_rate", None) for part in parts)
+        return int(next((rate for rate in rates if rate), 16_000))
+
+    def _stream_masks(
+        self, data: Any, items: Sequence[Question], image: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Which tokens are placeholders of pictures, of sounds, and of videos; None where there are none.
+
+        Raises:
+            QuestionError: a question has a sound or video, and its prompt no placeholder for it; or a model that takes
+                frames as pictures is shown both.
+        """
+        masks: list[Tensor | None] = []
+        for place, kind in ((1, "audio"), (2, "video")):
+            has = [bool(item.n_media[place]) for item in items]
+            names = (f"{kind}_token_id", f"{kind}_token_index")
+            found = (getattr(one, name, None) for one in (self.model.hf.config, self.processor) for name in names)
+            number = next((one for one in found if isinstance(one, int)), None)
+            mask = None if number is None else data["input_ids"] == number
+            if kind == "video" and any(has) and (mask is None or not mask.any()) and image.any():
+                if any(item.n_images for item in items):
+                    raise QuestionError(
+                        f"{type(self.model.hf).__name__} takes a video's frames as pictures, which cannot be told from "
+                        f"the pictures of question {items[0].id!r}: ask with one of the two"
+                    )
+                mask, image = image, torch.zeros_like(image)
+            if any(has) and (mask is None or not mask.any(1).all()):
+                raise QuestionError(f"question {items[0].id!r}: its prompt has no placeholder for its {kind}")
+            masks.append(mask if any(has) else None)
+        return image, masks[0], masks[1]
+
+    def _process(
+        self,
+        texts: Sequence[str],
+        pictures: Sequence[Sequence[Any]],
+        heard: Sequence[tuple[Sequence[Any], Sequence[Any]]],
+        padding_side: str,
+    ) -> BatchFeature:
+        """What the processor makes of texts, their placeholders unexpanded, and of what each one shows."""
+        sounds = [sound for row, _ in heard for sound in row]
+        videos = [video for _, row in heard for video in row]
+        more: dict[str, Any] = {"audio": sounds, "sampling_rate": self._sampling_rate} if sounds else {}
+        if videos:  # all frames: which of a file's are seen was decided when it was opened
+            about = {len(one): {"fps": FRAMES_PER_SECOND, "total_num_frames": len(one)} for one in videos}
+            known = [{**about[len(one)], "frames_indices": list(range(len(one)))} for one in videos]
+            more |= {"videos": videos, "do_sample_frames": False, "video_metadata": known}
         images: Any = list(pictures)
         if self._by_default("images_kwargs", "multi_page") is False:
             # GOT-OCR: a list of lists would be pages of documents.
             images = [picture for row in pictures for picture in row]
         data = self.processor(
             **({"images": images} if any(pictures) else {}),
+            **more,
             text=list(texts),
             padding=True,
             padding_side=padding_side,
@@ -336,7 +436,7 @@ class Encoder:
         The unexpanded prompt is tokenized with character offsets and laid against the expanded tokens from both ends:
         all that differs is the image placeholder's expansion.
         """
-        before, after = self.prompts.frame(item.n_images)
+        before, after = self.prompts.frame(*item.n_media)
         text = rendered[len(before) : len(rendered) - len(after)]
         # What processors do besides: a space after a picture that a word follows directly (Idefics2), and the end of a
         # line (PaliGemma) or of the text (Florence-2) after the prompt, which no continuation can then follow.
@@ -430,7 +530,7 @@ class Encoder:
         return vision_rows(data, [len(row) for row in pictures], self.model.hf.config, alone, tiles)
 
 
-_TOKEN_NAMES = ("image_token", "video_token", "boi_token", "image_pad_token")
+_TOKEN_NAMES = ("image_token", "video_token", "audio_token", "boi_token", "image_pad_token")
 
 
 def _takes_pictures(processor: Any) -> bool:
@@ -443,9 +543,12 @@ def _takes_pictures(processor: Any) -> bool:
     return "images" in arguments or any(one.kind is one.VAR_KEYWORD for one in arguments.values())
 
 
-def _digest(pictures: Sequence[Image.Image]) -> bytes:
-    """Of the pixels that some pictures show."""
+def _digest(pictures: Sequence[Image.Image], heard: tuple[Sequence[Any], Sequence[Any]]) -> bytes:
+    """Of the pixels that some pictures show, and of what sounds and videos hold."""
     digest = hashlib.blake2b(digest_size=16)
+    for part in (*heard[0], *heard[1]):
+        digest.update(repr((part.dtype, part.shape)).encode())
+        digest.update(part.tobytes())
     for picture in pictures:
         digest.update(repr((picture.mode, picture.size)).encode())
         digest.update(picture.tobytes())

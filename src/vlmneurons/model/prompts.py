@@ -30,6 +30,10 @@ _SWITCHES = ("enable_thinking", "thinking")
 _OURS = ("conversation", "messages", "chat_template", "add_generation_prompt", "tokenize", "continue_final_message")
 
 
+Media = tuple[int, int, int]
+"""How many pictures, sounds and videos a question shows."""
+
+
 class Prompts:
     """One user turn of a model, up to where its answer begins.
 
@@ -50,8 +54,8 @@ class Prompts:
         self.processor, self.template = processor, template
         self.arguments: dict[str, Any] = dict(template_kwargs or {})
         self._tokenizer = getattr(processor, "tokenizer", processor)
-        self._frames: dict[tuple[int, str], tuple[str, str]] = {}
-        self._as_text: dict[int, bool] = {}
+        self._frames: dict[tuple[Media, str], tuple[str, str]] = {}
+        self._as_text: dict[Media, bool] = {}
         source = str(self.chat_template or "")
         for name in self.arguments:
             if name in _OURS:
@@ -82,22 +86,30 @@ class Prompts:
         name = getattr(self.template, "__qualname__", type(self.template).__name__)
         return {"template": name, "template_sha256": digest, "template_kwargs": {}}
 
-    def render(self, text: str, n_images: int) -> str:
+    def render(self, text: str, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> str:
         """A prompt of one question.
 
         Args:
             text: the question's text, with its options.
             n_images: how many pictures it shows.
+            n_sounds: how many sounds it has.
+            n_videos: how many videos.
 
         Raises:
             QuestionError: there is no chat template, or it does not show the text as it is.
         """
         if callable(self.template):
-            rendered = self.template(text, n_images)
+            more = {name: n for name, n in (("n_sounds", n_sounds), ("n_videos", n_videos)) if n}
+            rendered = self.template(text, n_images, **more)
             if not isinstance(rendered, str):
                 raise QuestionError(f"the template function gave {type(rendered).__name__}, not a text")
             return rendered
         if self.template == "plain" or (self.chat_template is None and type(self.processor).__name__ in _PLAIN_PROMPTS):
+            if n_sounds or n_videos:
+                raise QuestionError(
+                    "a prompt of text after its pictures' placeholders has no place for sounds and videos; give "
+                    "VLM(…, template=function), where function(text, n_images, n_sounds=…, n_videos=…) has one"
+                )
             return self._placeholder(n_images) * n_images + text
         if self.chat_template is None:
             raise QuestionError(
@@ -105,8 +117,9 @@ class Prompts:
                 "where function(text, n_images) returns the whole prompt with its image placeholders, or "
                 "template='plain', which shows the text alone, as to a base model"
             )
-        before, after = self.frame(n_images)
-        rendered = self._turn(text, n_images, as_text=self._as_text[n_images])
+        media = (n_images, n_sounds, n_videos)
+        before, after = self.frame(*media)
+        rendered = self._turn(text, media, as_text=self._as_text[media])
         shown = rendered[len(before) : len(rendered) - len(after)]
         if not (rendered.startswith(before) and rendered.endswith(after)) or shown.strip() != text.strip():
             raise QuestionError(
@@ -115,19 +128,22 @@ class Prompts:
             )
         return rendered
 
-    def frame(self, n_images: int) -> tuple[str, str]:
+    def frame(self, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> tuple[str, str]:
         """What stands before and after a question's text.
 
         Args:
             n_images: how many pictures the question shows.
+            n_sounds: how many sounds it has.
+            n_videos: how many videos.
 
         Raises:
             QuestionError: the text is not shown, shown several times, or as code.
         """
-        known = (n_images, str(self.chat_template))  # a user may set another on the processor
+        media = (n_images, n_sounds, n_videos)
+        known = (media, str(self.chat_template))  # a user may set another on the processor
         if known not in self._frames:
             chat = self.template is None and self.chat_template is not None
-            shown = self._tried(n_images) if chat else self.render(_MARK, n_images)
+            shown = self._tried(media) if chat else self.render(_MARK, *media)
             parts = shown.split(_MARK)
             if chat and len(parts) == 1:
                 # Templates of text-only models join or drop a list of parts: never ask a question that is not there.
@@ -145,25 +161,30 @@ class Prompts:
             self._frames[known] = (parts[0], parts[1])
         return self._frames[known]
 
-    def thought(self, n_images: int) -> str | None:
+    def thought(self, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> str | None:
         """The tag by which the prompt opens a thought of the model's, if it leaves it open.
 
         Args:
             n_images: how many pictures the question shows.
+            n_sounds: how many sounds it has.
+            n_videos: how many videos.
         """
-        tags = list(THOUGHT.finditer(self.frame(n_images)[1]))
+        tags = list(THOUGHT.finditer(self.frame(n_images, n_sounds, n_videos)[1]))
         return tags[-1][0] if tags and not tags[-1][1] else None
 
-    def refuse_thought(self, n_images: int) -> None:
+    def refuse_thought(self, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> None:
         """Refuse to read an answer at the prompt's end where the model would think first.
 
         Args:
             n_images: how many pictures the question shows.
+            n_sounds: how many sounds it has.
+            n_videos: how many videos.
 
         Raises:
             QuestionError: the template opens a thought, or leaves it to the model and nothing says what is wanted.
         """
-        tag, switch = self.thought(n_images), self._switch(n_images)
+        media = (n_images, n_sounds, n_videos)
+        tag, switch = self.thought(*media), self._switch(media)
         if tag is None and switch is None:
             return
         closed = f"template_kwargs={{{switch!r}: False}})" if switch else "template=function) that closes it"
@@ -173,25 +194,25 @@ class Prompts:
             f"words: give VLM(…, {closed}, or read answers by generation, answer=vn.Generate(max_new_tokens=…)"
         )
 
-    def _switch(self, n_images: int) -> str | None:
+    def _switch(self, media: Media) -> str | None:
         """The template's argument, if the user has not set it, without which the answer does not begin at the end."""
         if self.template is not None:
             return None
         for name in _SWITCHES:
             if name not in self.arguments and re.search(rf"\b{name}\b", str(self.chat_template or "")):
-                quiet = self._turn(_MARK, n_images, as_text=self._as_text.get(n_images, False), **{name: False})
-                if quiet.split(_MARK)[-1] != self.frame(n_images)[1]:
+                quiet = self._turn(_MARK, media, as_text=self._as_text.get(media, False), **{name: False})
+                if quiet.split(_MARK)[-1] != self.frame(*media)[1]:
                     return name
         return None
 
-    def _tried(self, n_images: int) -> str:
+    def _tried(self, media: Media) -> str:
         """The mark in the chat template, as a list of parts or as a string: as the template shows it rightly."""
         text_first = isinstance(self.processor, PreTrainedTokenizerBase)
-        ways = [False] if n_images else [text_first, not text_first]
+        ways = [False] if any(media) else [text_first, not text_first]
         shown: list[str] = []
         for as_text in ways:
             try:
-                rendered = self._turn(_MARK, n_images, as_text=as_text)
+                rendered = self._turn(_MARK, media, as_text=as_text)
             except Exception as error:  # a template's own errors are of any kind: it adds a list to a string
                 if as_text is ways[-1] and not shown:
                     raise QuestionError(
@@ -199,15 +220,17 @@ class Prompts:
                         "Give VLM(…, template=function) instead"
                     ) from error
                 continue
-            self._as_text[n_images] = as_text
+            self._as_text[media] = as_text
             if rendered.count(_MARK) == 1 and not _AS_CODE.search(rendered.split(_MARK)[0]):
                 return rendered
             shown.append(rendered)
-        self._as_text[n_images] = ways[0]
+        self._as_text[media] = ways[0]
         return max(shown, key=lambda rendered: rendered.count(_MARK))
 
-    def _turn(self, text: str, n_images: int, *, as_text: bool, **more: Any) -> str:
-        parts = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
+    def _turn(self, text: str, media: Media, *, as_text: bool, **more: Any) -> str:
+        n_images, n_sounds, n_videos = media
+        kinds = ["image"] * n_images + ["video"] * n_videos + ["audio"] * n_sounds
+        parts = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
         content: str | Sequence[Mapping[str, str]] = text if as_text else parts
         own = getattr(self.processor, "chat_template", None)
         how = {} if own else {"chat_template": self.chat_template}  # a processor does not look at its tokenizer's

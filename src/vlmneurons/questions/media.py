@@ -138,8 +138,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name != "EPS")
 
 
-def _encoded(source: bytes | str | Path) -> Any:
-    """What Pillow opens: a file that is one, for a pipe would be waited for without end."""
+def encoded(source: bytes | str | Path) -> Any:
+    """What decoders open: a file that is one, for a pipe would be waited for without end."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if Path(source).exists() and not Path(source).is_file():
@@ -152,7 +152,7 @@ def picture_size(source: Any) -> tuple[int, int]:
     source = resolved(source)
     if isinstance(source, Image.Image):
         return source.height, source.width
-    with Image.open(_encoded(source), formats=_formats()) as image:
+    with Image.open(encoded(source), formats=_formats()) as image:
         return image.height, image.width
 
 
@@ -166,7 +166,7 @@ def open_picture(source: Any) -> Image.Image:
             image = source
         else:
             # Closed at once: Pillow would keep the file of an animation open for its later frames.
-            with Image.open(_encoded(source), formats=_formats()) as image:
+            with Image.open(encoded(source), formats=_formats()) as image:
                 image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):

@@ -1,4 +1,4 @@
-"""One question: a picture, a text, answer options, and the group that it stands for."""
+"""One question: a picture, sound or video, a text, answer options, and the group that it stands for."""
 
 import hashlib
 import json
@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from vlmneurons.checks import is_missing, of_kind
 from vlmneurons.errors import QuestionError
+from vlmneurons.questions import streams
 from vlmneurons.questions.media import PictureSource, is_function, open_picture, picture_key
+from vlmneurons.questions.streams import SoundSource, VideoSource
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """The letters that options are shown with."""
@@ -41,6 +44,11 @@ class Question:
             numbers and arrays of NumPy and PyTorch Python's own, sets sorted lists: what a file can hold.
         image_id: questions with equal ``image_id`` share a picture and are never split apart. Derived from the
             picture's content or path if left out.
+        audio: a sound, or several in a list: ``{"array": …, "sampling_rate": …}``, a file, its bytes, or a function.
+            WAV files are read as they are; others need ``pip install 'vlmneurons[audio]'``.
+        video: a video, or several in a list: an array ``[frame, height, width, 3]`` of uint8, a list of its frames as
+            pictures, a file, its bytes, or a function. Of a file two frames a second are seen, at most 64. Moving
+            pictures (GIF, WebP) are read as they are; others need ``pip install 'vlmneurons[video]'``.
 
     Raises:
         QuestionError: the answer is not the index of an option, a field has the wrong form, metadata hold what no file
@@ -59,6 +67,8 @@ class Question:
     id: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     image_id: str | None = None
+    audio: SoundSource | Sequence[SoundSource] | None = None
+    video: VideoSource | Sequence[VideoSource] | None = None
 
     def __post_init__(self) -> None:
         where = self._where
@@ -96,6 +106,7 @@ class Question:
         of_kind(f"{where}: metadata", self.metadata, Mapping, QuestionError, "a dictionary of values by name")
         object.__setattr__(self, "metadata", _plain_metadata(self.metadata, where))
         self._check_pictures()
+        self._check_streams()
         for name, value in (("id", self.id), ("image_id", self.image_id)):
             number = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if not isinstance(value, str) and not number and (name, value) != ("image_id", None):
@@ -116,7 +127,7 @@ class Question:
         where = self._where
         if isinstance(self.image, list):
             object.__setattr__(self, "image", tuple(self.image))
-        for source in self.sources:
+        for source in self.pictures:
             if not isinstance(source, Image.Image | str | Path | bytes | Mapping) and not callable(source):
                 raise QuestionError(
                     f"{where}: a picture is a PIL image, a path, bytes or a function; got {type(source).__name__}"
@@ -125,6 +136,17 @@ class Question:
             if isinstance(source, str) and not source:
                 raise QuestionError(f"{where}: a picture's path is empty; give image=None for a question without one")
 
+    def _check_streams(self) -> None:
+        for name, check in (("audio", streams.check_sound), ("video", streams.check_video)):
+            given = getattr(self, name)
+            frames = name == "video" and isinstance(given, list | tuple) and given and all(map(streams.is_frame, given))
+            several = isinstance(given, list | tuple) and not frames
+            kept = () if given is None else tuple(given) if several else (given,)
+            for source in kept:
+                if fault := check(source):
+                    raise QuestionError(f"{self._where}: {name}: {fault}")
+            object.__setattr__(self, name, None if not kept else kept if several else given)
+
     @property
     def _where(self) -> str:
         """How errors name the question."""
@@ -132,22 +154,50 @@ class Question:
 
     def _derived_id(self) -> str:
         if any(map(is_function, self.sources)):  # which are not called before their pictures are needed
-            pictures = [picture_key(source) for source in self.sources if not is_function(source)]
+            pictures = [key(source) for key, source in self._keyed if not is_function(source)]
         else:
             pictures = list(self.source_keys)
         return derived_id(self.question, self.options, self.answer, self.group, pictures, self.image_id)
 
     @property
-    def sources(self) -> tuple[PictureSource, ...]:
+    def pictures(self) -> tuple[PictureSource, ...]:
         """Where the question's pictures come from, in order."""
         if self.image is None:
             return ()
         return self.image if isinstance(self.image, tuple) else (self.image,)
 
     @property
+    def sounds(self) -> tuple[SoundSource, ...]:
+        """Where the question's sounds come from, in order."""
+        return () if self.audio is None else self.audio if isinstance(self.audio, tuple) else (self.audio,)
+
+    @property
+    def videos(self) -> tuple[VideoSource, ...]:
+        """Where the question's videos come from, in order."""
+        if self.video is None:
+            return ()
+        several = isinstance(self.video, tuple) and not all(map(streams.is_frame, self.video))
+        return self.video if several else (self.video,)
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """Where all that is shown and heard comes from: pictures, sounds, videos."""
+        return (*self.pictures, *self.sounds, *self.videos)
+
+    @property
     def n_images(self) -> int:
         """How many pictures the question shows."""
-        return len(self.sources)
+        return len(self.pictures)
+
+    @property
+    def n_media(self) -> tuple[int, int, int]:
+        """How many pictures, sounds and videos the question shows."""
+        return len(self.pictures), len(self.sounds), len(self.videos)
+
+    @property
+    def n_frames(self) -> tuple[int, ...]:
+        """How many frames each video has, where that is known without opening it; else 0."""
+        return tuple(len(video) if isinstance(video, list | tuple | np.ndarray) else 0 for video in self.videos)
 
     @property
     def right(self) -> str:
@@ -160,14 +210,36 @@ class Question:
         Raises:
             QuestionError: a picture cannot be opened; the message names the question.
         """
+        return self._opened(self.pictures, open_picture, "picture")
+
+    def load_audio(self, sampling_rate: int) -> tuple[Float32[np.ndarray, " sample"], ...]:
+        """The sounds: one channel each, at a rate.
+
+        Args:
+            sampling_rate: values a second.
+
+        Raises:
+            QuestionError: a sound cannot be opened; the message names the question.
+        """
+        return self._opened(self.sounds, lambda source: streams.open_sound(source, sampling_rate), "sound")
+
+    def load_videos(self) -> tuple[UInt8[np.ndarray, "frame height width 3"], ...]:
+        """The videos' frames: all of arrays and lists, of files two a second, at most 64.
+
+        Raises:
+            QuestionError: a video cannot be opened; the message names the question.
+        """
+        return self._opened(self.videos, streams.open_video, "video")
+
+    def _opened(self, sources: Sequence[Any], how: Callable[[Any], Any], what: str) -> tuple[Any, ...]:
         opened = []
-        for source in self.sources:
+        for source in sources:
             try:
-                opened.append(open_picture(source))
+                opened.append(how(source))
             except Exception as error:
                 name = str(source) if isinstance(source, str | Path) else type(source).__name__
                 raise QuestionError(
-                    f"question {self.id!r}: the picture {name!r} cannot be opened ({type(error).__name__}: {error})"
+                    f"question {self.id!r}: the {what} {name!r} cannot be opened ({type(error).__name__}: {error})"
                 ) from error
         return tuple(opened)
 
@@ -182,7 +254,7 @@ class Question:
 
     @cached_property
     def source_keys(self) -> tuple[str, ...]:
-        """What identifies each picture, by its path or content; found out once, for every batch, split and cluster.
+        """What identifies each picture, sound and video, by path or content; found out once, for every split and batch.
 
         Only the digests are kept, and an encoded file, such as a dataset's, is not decoded for them.
 
@@ -190,11 +262,17 @@ class Question:
             QuestionError: a picture cannot be opened; the message names the question.
         """
         try:
-            return tuple(picture_key(source) for source in self.sources)
+            return tuple(key(source) for key, source in self._keyed)
         except Exception as error:
             raise QuestionError(
                 f"{self._where}: a picture cannot be opened ({type(error).__name__}: {error})"
             ) from error
+
+    @property
+    def _keyed(self) -> list[tuple[Callable[[Any], str], Any]]:
+        """Each source with the function that gives its key."""
+        kinds = ((picture_key, self.pictures), (streams.sound_key, self.sounds), (streams.video_key, self.videos))
+        return [(key, source) for key, sources in kinds for source in sources]
 
     @cached_property
     def keeps_order(self) -> bool:
@@ -208,19 +286,26 @@ class Question:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Question):
             return NotImplemented
-        return self._plain == other._plain and all(
-            a is b
-            or (not isinstance(a, Image.Image) and not callable(a) and a == b)
-            or (isinstance(a, Image.Image) and isinstance(b, Image.Image) and a == b)
-            for a, b in zip(self.sources, other.sources, strict=True)
-        )
+        return self._plain == other._plain and all(map(_are_equal, self.sources, other.sources))
 
     def __hash__(self) -> int:
         return hash((self.id, self.question, self.options, self.answer, self.group))
 
     @property
     def _plain(self) -> tuple[Any, ...]:
-        return (self.question, self.options, self.answer, self.group, self.id, self.metadata, self.n_images)
+        return (self.question, self.options, self.answer, self.group, self.id, self.metadata, self.n_media)
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    """Whether two sources are the same, as far as can be told without opening them."""
+    if a is b or isinstance(a, str | bytes | Path | Image.Image):
+        return a is b or (type(a) is type(b) and a == b)
+    if isinstance(a, list | tuple | Mapping) and type(a) is type(b) and len(a) == len(b):
+        pairs = [(a[name], b.get(name)) for name in a] if isinstance(a, Mapping) else zip(a, b, strict=True)
+        return all(_are_equal(one, other) for one, other in pairs)
+    if hasattr(a, "__array__") and hasattr(b, "__array__"):
+        return np.array_equal(np.asarray(a), np.asarray(b))
+    return not callable(a) and bool(a == b)
 
 
 def why_outside(labels: Sequence[int], n_options: int) -> str:

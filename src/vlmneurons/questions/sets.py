@@ -337,7 +337,7 @@ class QuestionSet(Sequence[Question]):
 
         keys = []
         for item in self._items:
-            single = item.image_id is not None or not item.n_images
+            single = item.image_id is not None or not item.sources
             own = [item.image_key] if single else list(item.source_keys)
             for key in own:
                 first, second = sorted((root(own[0]), root(key)))

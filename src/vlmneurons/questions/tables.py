@@ -22,14 +22,17 @@ from PIL import Image
 
 from vlmneurons.checks import is_missing, of_kind
 from vlmneurons.errors import QuestionError
-from vlmneurons.questions import media
+from vlmneurons.questions import media, streams
 from vlmneurons.questions.media import Base64Picture, DatasetPicture
 from vlmneurons.questions.question import LETTERS, Question, derived_id
 
-FIELDS = ("image", "question", "options", "answer", "group", "id", "image_id")
+FIELDS = ("image", "question", "options", "answer", "group", "id", "image_id", "audio", "video")
 """What a table says of a question; every further column is metadata."""
 
-_SEVERAL = ("image", "options")
+_MEDIA = {"image": "picture", "audio": "sound", "video": "video"}
+"""Fields that are shown or heard, and how errors call what they hold."""
+
+_SEVERAL = (*_MEDIA, "options")
 """Fields that several columns may make up."""
 
 _OTHER_NAMES = {
@@ -186,11 +189,11 @@ def _inner(form: Any) -> Any:
 
 
 def _is_decoded(form: Any) -> bool:
-    return type(_inner(form)).__name__ == "Image"
+    return type(_inner(form)).__name__ in ("Image", "Audio", "Video")
 
 
 def _is_pictured(form: Any) -> bool:
-    """Whether a column is made for pictures, or lists of them: as such, or as encoded files without a name for it."""
+    """Whether a column is made for pictures, sounds or videos, or lists of them, or for encoded files of any kind."""
     inner = _inner(form)
     return _is_decoded(form) or (isinstance(inner, Mapping) and set(inner) == {"bytes", "path"})
 
@@ -198,10 +201,10 @@ def _is_pictured(form: Any) -> bool:
 def _undecoded(form: Any) -> Any:
     import datasets
 
-    picture = datasets.Image(decode=False)
+    kept = getattr(datasets, type(_inner(form)).__name__)(decode=False)
     if _inner(form) is form:
-        return picture
-    return [picture] if isinstance(form, list) else type(form)(picture)
+        return kept
+    return [kept] if isinstance(form, list) else type(form)(kept)
 
 
 def _lazy(dataset: Any, name: str) -> Iterator[Any]:
@@ -380,8 +383,10 @@ def question_of_row(
     for name in ("question", "group"):
         if not isinstance(fields[name], str | int | float | np.generic):
             raise QuestionError(f"{where}: {name} is a text; got {type(fields[name]).__name__} {fields[name]!r:.80}")
-    its = ", ".join(map(repr, (column_of or {}).get("image", ("image",)))) or "'image'"
-    pictures = _pictures(fields.get("image"), f"{where}, column {its}", folder)
+    shown = {
+        kind: _pictures(fields.get(kind), f"{where}, column {_its(kind, column_of)}", folder, kind) for kind in _MEDIA
+    }
+    pictures = tuple(source for sources in shown.values() for source in sources)
     refuse_unasked(rest, where, folder, pictures, column_of)
     question, group = str(fields["question"]), str(fields["group"])
     right = answer_index(fields["answer"], options, where) if 2 <= len(options) <= len(LETTERS) else 0
@@ -392,18 +397,26 @@ def question_of_row(
         identity = derived_id(question, texts, right, group, named, str(image_id))
     try:
         item = Question(
-            None if not pictures else pictures[0] if len(pictures) == 1 else pictures,
+            shown["image"][0] if len(shown["image"]) == 1 else shown["image"] or None,
             *(question, texts, right, group),
             id=identity or "",
             metadata=rest,
             image_id=image_id,
+            audio=list(shown["audio"]),
+            video=list(shown["video"]),
         )
     except QuestionError as error:
         raise QuestionError(f"{where}: {error}") from error
-    for picture in pictures:
-        if isinstance(picture, str | Path) and (fault := _fault(Path(picture))):
-            raise QuestionError(f"{where}, column {its}: the picture '{picture}' {fault}")
+    for kind, sources in shown.items():
+        for source in sources:
+            if isinstance(source, str | Path) and (fault := _fault(Path(source))):
+                raise QuestionError(f"{where}, column {_its(kind, column_of)}: the {_MEDIA[kind]} '{source}' {fault}")
     return item
+
+
+def _its(field: str, column_of: Mapping[str, Sequence[str]] | None) -> str:
+    """How errors call the columns of a field."""
+    return ", ".join(map(repr, (column_of or {}).get(field) or (field,)))
 
 
 def _fault(path: Path) -> str:
@@ -526,20 +539,33 @@ def _parts(cell: Any) -> list[Any]:
     return list(cell) if isinstance(cell, list | tuple) else [] if _is_empty(cell) else [cell]
 
 
-def _pictures(cell: Any, where: str, folder: Path | None) -> tuple[Any, ...]:
+def _pictures(cell: Any, where: str, folder: Path | None, kind: str) -> tuple[Any, ...]:
+    """The pictures, sounds or videos of a cell."""
+    if kind == "video" and isinstance(cell, list | tuple) and cell and all(map(streams.is_frame, cell)):
+        cell = [cell] if folder is None else [[_picture(one, where, folder, "image") for one in cell]]
     try:
-        parts = [part for one in _parts(cell) for part in ([one] if _is_empty(one) else _parts(one))]
+        parts = [part for one in _parts(cell) for part in ([one] if _is_empty(one) or kind == "video" else _parts(one))]
     except QuestionError as error:
         raise QuestionError(f"{where}: {error}") from error
-    return tuple(_picture(part, where, folder) for part in parts)
+    return tuple(_picture(part, where, folder, kind) for part in parts)
 
 
-def _picture(part: Any, where: str, folder: Path | None) -> Any:
-    """One picture of a cell, in a form that `Question` takes."""
-    if isinstance(part, Mapping) and set(part) & {"bytes", "path"}:
+def _picture(part: Any, where: str, folder: Path | None, kind: str) -> Any:
+    """One picture, sound or video of a cell, in a form that `Question` takes."""
+    if kind == "audio" and hasattr(part, "get_all_samples"):  # the decoder that `datasets` hands out
+        sound = part.get_all_samples()
+        part = {"array": np.asarray(sound.data), "sampling_rate": sound.sample_rate}
+    check = {"audio": streams.check_sound, "video": streams.check_video}.get(kind)
+    if isinstance(part, Mapping) and set(part) & {"bytes", "path"} and "array" not in part:
         part = part.get("bytes") or part.get("path")
+    if check is not None and not isinstance(part, str | Path) and part is not None:
+        if fault := check(part):
+            raise QuestionError(f"{where}: {fault}")
+        return part
     if _is_empty(part) or (isinstance(part, bytes | Mapping) and not part):
-        raise QuestionError(f"{where}: a picture is empty: take it out of its list, or leave the whole cell empty")
+        raise QuestionError(
+            f"{where}: a {_MEDIA[kind]} is empty: take it out of its list, or leave the whole cell empty"
+        )
     if isinstance(part, str):
         if media.is_base64_picture(part):
             return Base64Picture(part)
@@ -595,10 +621,13 @@ def refuse_unasked(
     found = [name for name, value in rest.items() if _holds_picture(value, folder, own, named=not pictures)]
     if found:
         of_picture = [*(column_of or {}).get("image", ("image",) if pictures else ()), *found]
-        all_of_them = of_picture if len(of_picture) > 1 else found[0]
+        all_of_them = repr(of_picture if len(of_picture) > 1 else found[0])
+        name, value = found[0], rest[found[0]]
+        kind = _kind(value)
         raise QuestionError(
-            f"{where}, column {found[0]!r} holds a picture, {_described(rest[found[0]])}, that the question would be "
-            f"asked without: give columns={{'image': {all_of_them!r}}}, or leave the column out to ask without it"
+            f"{where}, column {name!r} holds a {_MEDIA[kind]}, {_described(value)}, that the question would be asked "
+            f"without: give columns={{{kind!r}: {all_of_them if kind == 'image' else name!r}}}, or leave the column "
+            "out to ask without it"
         )
 
 
@@ -624,7 +653,11 @@ def _holds_picture(value: Any, folder: Path | None, own: set[str], *, named: boo
             value = literal_list(value, "")
     if isinstance(value, str):
         return media.is_base64_picture(value) or _names_picture(value, folder, own, named)
+    if hasattr(value, "get_all_samples"):
+        return True
     if isinstance(value, Mapping):
+        if {"array", "sampling_rate"} <= set(value):
+            return True
         if value and set(value) <= {"bytes", "path"}:
             return bool(value.get("bytes") or value.get("path"))
         value = list(value.values())
@@ -636,7 +669,7 @@ def _holds_picture(value: Any, folder: Path | None, own: set[str], *, named: boo
 def _names_picture(text: str, folder: Path | None, own: set[str], named: bool) -> bool:
     if not 0 < len(text) < 256 or "\n" in text:
         return False
-    has_suffix = text.partition("?")[0].lower().endswith(media.SUFFIXES)
+    has_suffix = text.partition("?")[0].lower().endswith((*media.SUFFIXES, *streams.SOUNDS, *streams.VIDEOS))
     if media.is_url(text) or (named and has_suffix and " " not in text.strip()):
         return named and has_suffix
     path = Path(text) if folder is None else folder / text
@@ -649,6 +682,17 @@ def _names_picture(text: str, folder: Path | None, own: set[str], named: bool) -
             return has_suffix or media.has_signature(file.read(16))
     except (OSError, ValueError):  # it cannot be a path
         return False
+
+
+def _kind(value: Any) -> str:
+    """The field that asks with what a cell holds, as its file's name has it; else that of pictures."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    if isinstance(value, DatasetPicture):
+        cell = value()
+        value = cell.get("path") if isinstance(cell, Mapping) else cell
+    name = str(value.get("path") if isinstance(value, Mapping) else value).partition("?")[0].lower()
+    return "audio" if name.endswith(streams.SOUNDS) else "video" if name.endswith(streams.VIDEOS) else "image"
 
 
 def _described(value: Any) -> str:

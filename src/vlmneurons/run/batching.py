@@ -31,7 +31,7 @@ _AHEAD = 2
 def batches(
     questions: QuestionSet, size: int, lengths: Callable[[Question], int] | None = None
 ) -> Iterator[QuestionSet]:
-    """Batches of questions with equally many pictures: those with most first, those without one last.
+    """Batches of questions that show equally many pictures, sounds, videos and frames: those with most first.
 
     Questions of the same picture (the same path, or the same content) stand next to each other, so that the vision
     tower sees it once and the decoder computes its tokens once where that is possible; otherwise the order is kept.
@@ -42,12 +42,12 @@ def batches(
         lengths: how many tokens a question has, about: then questions are sorted by it within windows of 16 batches, so
             that little is padding. Those of one picture stay together.
     """
-    for n_images in sorted({item.n_images for item in questions}, reverse=True):
+    for shown in sorted({(item.n_media, item.n_frames) for item in questions}, reverse=True):
         by_picture: dict[Any, list[Question]] = {}
         for item in questions:
-            if item.n_images == n_images:
-                shown = _shown(item) if size > 1 else item.id  # alone, nothing is shared
-                by_picture.setdefault(shown, []).append(item)
+            if (item.n_media, item.n_frames) == shown:
+                own = _shown(item) if size > 1 else item.id  # alone, nothing is shared
+                by_picture.setdefault(own, []).append(item)
         together = [item for items in by_picture.values() for item in items]
         if lengths is not None:
             windows = (together[start : start + _WINDOW * size] for start in range(0, len(together), _WINDOW * size))
@@ -69,7 +69,7 @@ def _sorted(items: list[Question], lengths: Callable[[Question], int]) -> list[Q
 
 def _shown(item: Question) -> Any:
     """What tells a question's pictures from others; pictures behind functions of the user's own are not opened."""
-    if not item.n_images:
+    if not item.sources:
         return item.id
     if any(is_function(source) and not isinstance(source, DatasetPicture) for source in item.sources):
         return tuple(id(source) for source in item.sources)

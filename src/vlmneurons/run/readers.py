@@ -191,8 +191,8 @@ def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
     Raises:
         QuestionError: the chat template opens a thought, or lets the model think.
     """
-    for n_images in {item.n_images for item in questions}:
-        model.prompts.refuse_thought(n_images)
+    for n_media in {item.n_media for item in questions}:
+        model.prompts.refuse_thought(*n_media)
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ class TextLikelihood(LogitReader):
         first_rows: list[int] = []
         for number, item in enumerate(questions):
             shown = [item.options[index] for index in questions.order(item)]
-            prompt = encoder.render(questions.prompt(item, shown), item.n_images)
+            prompt = encoder.render(questions.prompt(item, shown), *item.n_media)
             bare = encoder.token_ids(prompt)
             first_rows.append(len(rows))
             rows.append((number, ""))
@@ -457,7 +457,7 @@ class Generate(AnswerReader):
         for item, text in zip(questions, texts, strict=True):
             order = questions.order(item)
             # Where the prompt opened a thought, what was generated begins within it.
-            opened = model.prompts.thought(item.n_images) or ""
+            opened = model.prompts.thought(*item.n_media) or ""
             place = parse_answer(opened + text, [item.options[index] for index in order])
             chosen.append(None if place is None else order[place])
         return Reading(tuple(chosen), None, texts)

@@ -101,7 +101,7 @@ class Structure:
             CannotReplay: it has none.
         """
         known = _KNOWN.setdefault(model.hf, {})
-        key = bool(questions[0].n_images)
+        key = tuple(map(bool, questions[0].n_media))
         if key not in known:
             try:
                 known[key] = _found(model, questions)
@@ -117,7 +117,7 @@ class Structure:
         return structure
 
 
-_KNOWN: "weakref.WeakKeyDictionary[nn.Module, dict[bool, Structure | str]]" = weakref.WeakKeyDictionary()
+_KNOWN: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], Structure | str]]" = weakref.WeakKeyDictionary()
 
 
 def replayed(

@@ -10,6 +10,7 @@ A name with a setting (``"CAS [r=0.01]"``) is found again by `KnockoutResult.cur
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -25,15 +26,20 @@ from vlmneurons.study.masks import setting_name
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
+_NOTHING: Mapping[str, Any] = {"image": None, "audio": None, "video": None}
+
+
 def blind(questions: QuestionSet) -> QuestionSet:
-    """The same questions without their pictures: what can be answered without looking.
+    """The same questions without their pictures, sounds and videos: what can be answered without looking.
 
     Questions keep their ids, and so the order in which their options are shown.
 
     Args:
         questions: any questions.
     """
-    return questions.with_items(replace(item, image=None, image_id=item.image_id or item.id) for item in questions)
+    return questions.with_items(
+        replace(item, image=None, audio=None, video=None, image_id=item.image_id or item.id) for item in questions
+    )
 
 
 def options_only(questions: QuestionSet) -> QuestionSet:
@@ -43,7 +49,7 @@ def options_only(questions: QuestionSet) -> QuestionSet:
         questions: any questions.
     """
     return questions.with_items(
-        replace(item, image=None, question="", image_id=item.image_id or item.id) for item in questions
+        replace(item, **_NOTHING, question="", image_id=item.image_id or item.id) for item in questions
     )
 
 
