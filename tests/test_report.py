@@ -1,6 +1,7 @@
 """The report of a study: a page that needs nothing else, figures and tables as files, names of any kind."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -21,6 +22,8 @@ QUICK = {"permutations": 20}
 def report(tmp_path_factory):
     """A report with everything in it, and the result that it is of."""
     result = random_result(n=15)
+    masks = [replace(mask, selector=mask.selector.replace("r=0.001", "r=0.0004")) for mask in result.masks]
+    result = replace(result, masks=tuple(masks))
     folder = tmp_path_factory.mktemp("report")
     other = random_result(1, n=15)
     table = pd.DataFrame({"group": ["EGY"], "p": [0.0004]})
@@ -92,6 +95,15 @@ def test_printed_effects_are_those_of_the_summary_in_points(report):
     numbers = re.findall(r"[−\d.]+", margins.loc["CAS", "self effect"])
     ours = float(numbers[0].replace("−", "-"))
     assert ours == pytest.approx(by_margin.loc[("CAS", "all"), "self_effect"], abs=0.0051)
+
+
+def test_a_sweep_is_printed_with_its_settings_and_said_to_be_exploratory(report):
+    _, folder, page = report
+    assert pd.read_csv(folder / "tables" / "curve-cas-r.csv", dtype=str)["r"].tolist() == ["0.0004", "0.01", "0.02"]
+    assert ">0.0004</td>" in page
+    assert "0.000<" not in page
+    assert "Exploratory: 3 settings were tried" in page
+    assert pd.read_csv(folder / "tables" / "tests-cas.csv")["settings"].tolist() == [4] * 4
 
 
 def test_latex_escapes_every_character():

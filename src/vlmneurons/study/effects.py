@@ -42,8 +42,9 @@ def question_effects(change: np.ndarray, masks: Sequence[str], groups: Sequence[
         groups: the group of each question.
 
     Returns:
-        ``[3, question]`` in the unit of the changes: the change under the mask of the question's own group; its mean
-        over the other masks that the question met; and the one less the other. NaN where there is none.
+        In the unit of the changes, ``[3, question]``. The first row is the change under the mask of the question's own
+        group, the second its mean over the other masks that the question met, the third the one less the other; NaN
+        where there is none.
     """
     own = np.array(masks)[:, None] == np.array(groups)[None]
     named = np.array([mask != NO_GROUP for mask in masks])
@@ -140,7 +141,7 @@ class Estimates:
     def pvalues(
         self, permutations: int, seed: Sequence[int], least: int = 1, places: Sequence[int] | None = None
     ) -> np.ndarray:
-        """``[row, place]`` p of sign flips of units; see `vlmneurons.trust.pvalues.flip_pvalues`.
+        """``[row, place]`` p-values of sign flips of units; see `vlmneurons.trust.pvalues.flip_pvalues`.
 
         Args:
             permutations: number of flips; all there are, where these are fewer.
