@@ -699,6 +699,9 @@ def _difference(key: str, theirs: Any, ours: Any) -> str:
                 return f"its {name} is {theirs.get(name)!r}, not {ours.get(name)!r}"
     if key == "items" and "pictures" in ours[0] and any("pictures" not in item for item in theirs):
         return "it keeps no pictures of its questions, being of an earlier release: record into another folder"
+    if key == "items" and [item["id"] for item in theirs] == [item["id"] for item in ours]:
+        alike = [{**item, "pictures": 0} for item in theirs] == [{**item, "pictures": 0} for item in ours]
+        return f"its questions {'share other pictures' if alike else 'have other groups, answers or metadata'}"
     if key == "items":
         return f"it is of {len(theirs)} questions, not the same {len(ours)}"
     return f"its {key} differs"
