@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vlmneurons as vn
-from helpers import plain_hooks, some_questions
+from helpers import picture, plain_hooks, some_questions
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace
@@ -80,6 +80,53 @@ def test_a_folder_of_other_questions_or_rules_is_refused_with_what_differs(plant
         vn.record_items(planted.model, planted.questions[:5], folder, magnitudes=True, progress=False)
     with pytest.raises(MismatchError, match="its tokens is 'content', not 'image'"):
         vn.record_items(planted.model, planted.questions, folder, tokens="image", magnitudes=True, progress=False)
+
+
+def test_a_recording_keeps_which_questions_share_a_picture(model, tmp_path):
+    shared, other = picture(1), picture(2)
+    shown = [shared, shared.copy(), other, (other, picture(3)), None, None]
+    options = ("Tea", "Rice")
+    asked = [vn.Question(image, "What?", options, 0, "AB"[n % 2], id=f"q{n}") for n, image in enumerate(shown)]
+    asked.append(vn.Question(picture(4), "What?", options, 0, "A", id="q6", image_id="a family"))
+    vn.record_items(model, vn.QuestionSet(asked), tmp_path / "run", progress=False)
+    kept = [item.pictures for item in ItemStatistics.load(tmp_path / "run").items]
+    assert kept[0] == kept[1] == (asked[0].image_key,)
+    assert kept[3] == (*kept[2], picture_key(picture(3)))
+    assert kept[4:] == [(), (), ("a family",)]
+    assert len({*kept[0], *kept[3]}) == 3
+
+
+def picture_key(image):
+    return vn.Question(image, "What?", ("Tea", "Rice"), 0, "A").image_key
+
+
+def test_pictures_may_lie_elsewhere_but_not_be_shared_by_others_when_a_recording_is_gone_on_with(tmp_path):
+    def made(*pictures):
+        space = NeuronSpace.from_widths("language", "gate", [3])
+        items = [Item(f"q{n}", "A", 0, {}, shown) for n, shown in enumerate(pictures)]
+        return ItemStatistics._create(tmp_path / "run", space, items, {}, ["positive"])
+
+    first = made(("here/1",), ("here/1",), ("here/2",), ())
+    assert made(("there/1",), ("there/1",), ("there/2",), ()).items == first.items
+    for others in (
+        (("1",), ("2",), ("2",), ()),
+        (("1",), ("1",), ("2",), ("3",)),
+        (("1",), ("1",), ("2", "1"), ()),
+    ):
+        with pytest.raises(MismatchError, match="holds another recording: its questions share other pictures"):
+            made(*others)
+    with pytest.raises(MismatchError, match="holds another recording: its questions share other pictures"):
+        made(*[None] * 4)
+
+
+def test_a_manifest_whose_pictures_are_no_list_is_refused(planted, tmp_path):
+    vn.record_items(planted.model, planted.questions[:2], tmp_path / "run", progress=False)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    rest["items"][0]["pictures"] = "p1"
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(_files.sealed(rest)))
+    with pytest.raises(FileFormatError, match="does not hold item statistics: pictures 'p1'"):
+        ItemStatistics.load(tmp_path / "run")
 
 
 def test_groupings_that_do_not_fit_are_refused(items):

@@ -112,11 +112,11 @@ def recorded(folder, design, order=None, names=None, seed=0, accuracy=1.0, plant
 def tables(items, rule, seed=3):
     """One of each table that draws."""
     return {
-        "null": vn.null_distribution(items, rule, permutations=19, seed=seed),
-        "halves": vn.stability(items, rule, method="halves", resamples=4, seed=seed),
-        "bootstrap": vn.stability(items, rule, method="bootstrap", resamples=4, seed=seed),
-        "pools": vn.stability(items, rule, method="pools", size=2, resamples=4, seed=seed),
-        "sizes": vn.sample_sizes(items, rule, [1, 2], repeats=3, seed=seed),
+        "null": vn.null_distribution(items, rule, permutations=9, seed=seed),
+        "halves": vn.stability(items, rule, method="halves", resamples=3, seed=seed),
+        "bootstrap": vn.stability(items, rule, method="bootstrap", resamples=2, seed=seed),
+        "pools": vn.stability(items, rule, method="pools", size=2, resamples=2, seed=seed),
+        "sizes": vn.sample_sizes(items, rule, [2], repeats=2, seed=seed),
     }
 
 
@@ -135,7 +135,9 @@ def test_nothing_hangs_on_the_order_of_the_questions_or_on_the_names_of_the_grou
         one, two = (one.sort_values(keys).reset_index(drop=True) for one in (table, renamed))
         for column in table.columns.drop(keys):
             assert one[column].tolist() == pytest.approx(two[column].tolist(), abs=1e-12), (title, column)
-    assert not tables(recorded(tmp_path / "3", design), LAP(count=4), seed=4)["halves"].equals(first["halves"])
+    items = ItemStatistics.load(tmp_path / "1")
+    again = vn.stability(items, LAP(count=4), method="halves", resamples=3, seed=4)
+    assert not again.equals(first["halves"])
 
 
 @pytest.mark.parametrize("name", DESIGNS)
@@ -148,10 +150,10 @@ def test_every_number_is_one_and_lies_where_it_must(tmp_path, name):
         assert table[shares].ge(0).all().all(), title
         assert table[shares].le(1).all().all(), title
     null = found["null"]
-    assert null["p"].mul(20).round(9).isin(range(1, 21)).all()
+    assert null["p"].mul(10).round(9).isin(range(1, 11)).all()
     assert (null["p_holm"] >= null["p"]).all()
     assert null["p_holm"].min() >= null["p_holm_least"].min() - 1e-12
-    assert (null["p_holm_least"] >= n_groups / 20).all()
+    assert (null["p_holm_least"] >= n_groups / 10).all()
     assert null["questions"].tolist() == found["halves"]["questions"].tolist()[:-1]
     assert null["pictures"].tolist() == found["halves"]["pictures"].tolist()[:-1]
 
@@ -257,9 +259,9 @@ def test_the_p_value_is_that_of_all_arrangements_counted_one_by_one(tmp_path):
                 found.append(strength(here))
     assert len(found) == 10 * 10 * 4
     exact = (np.array(found) >= strength(labels) - 1e-12).mean(0)
-    table = vn.null_distribution(items, MAD(count=3), permutations=3000)
+    table = vn.null_distribution(items, MAD(count=3), permutations=250)
     assert table["strength"].tolist() == pytest.approx(strength(labels))
-    assert np.abs(table["p"] - exact).max() < 4 * np.sqrt(0.25 / 3000)
+    assert np.abs(table["p"] - exact).max() < 4 * np.sqrt(0.25 / 250)
     assert table["movable"].tolist() == [6 / 7, 6 / 7]  # one of five pictures with two questions stays at once
     assert units_of(items).arrangements == [400, 400]
 
@@ -274,21 +276,40 @@ def calibration():
 
 
 def test_where_there_is_nothing_to_find_one_p_in_twenty_is_below_its_level():
-    # A small sample of the table in docs/methods.md, which is made by benchmarks/null_calibration.py.
+    # A small sample of the table in docs/methods.md, which compares the first of these with null_distribution's own p.
     program = calibration()
-    shares = {name: program.false_shares(name, 12, program.SELECTORS) for name in program.DESIGNS}
+    shares = {name: program.false_shares(name, 10, checked=0) for name in program.DESIGNS}
     for selector in program.SELECTORS:
-        # 528 values; those of one study hang together, as if there were about half of them.
+        # 440 values; those of one study hang together, as if there were about half of them.
         assert 0.015 < np.mean([one[selector] for one in shares.values()]) < 0.09, selector
         assert max(one[selector] for one in shares.values()) <= 0.2, selector
-    by_question = program.false_shares("4 questions a picture", 5, program.SELECTORS, "question")
-    assert min(by_question[name] for name in program.SELECTORS) > 0.5  # what a null by question says
+    assert shares["4 questions a picture"]["by question"] > 0.5  # what a null by question says
+
+
+def test_the_shuffles_of_the_calibration_are_those_of_the_null():
+    program = calibration()
+    program.SHUFFLES = 19
+    program.false_shares("half of the pictures of several groups", 1, checked=1)
+
+
+def test_the_demos_pictures_dealt_to_made_up_groups_have_nothing_to_find(tmp_path):
+    model, questions = vn.load_demo()
+    identify = questions.split(0.5, seed=0)[0].balanced(40, seed=0)
+    items = vn.record_items(model, identify, tmp_path / "items", batch_size=64, progress=False)
+    pictures = sorted({item.image_key for item in identify})
+    small = []
+    for seed in range(4):
+        dealt = dict(zip(pictures, np.random.default_rng(seed).permutation(np.arange(len(pictures)) % 8), strict=True))
+        labels = ["ABCDEFGH"[dealt[item.image_key]] for item in identify]
+        table = vn.null_distribution(items, CAS(0.02), by=labels, permutations=39, seed=seed)
+        small += (table["p"] <= 0.05).tolist()
+    assert np.mean(small) < 0.2  # by question it was 0.72
 
 
 def test_halves_agree_as_much_between_groups_as_within_where_groups_do_not_differ():
     program = calibration()
-    within, between, chance = program.overlaps("4 questions a picture", 12)
-    assert abs(within - between) < 0.03
+    within, between, chance = program.overlaps("4 questions a picture", 8)
+    assert abs(within - between) < 0.05
     assert within > 5 * chance  # which is no reference: neurons that always fire are in every half's sets
 
 
@@ -302,7 +323,8 @@ def test_the_overlap_between_groups_is_that_of_the_one_half_with_the_others_of_t
         a, b = (CAS(count=4).select(units.pool.taken(np.flatnonzero(half)).statistics) for half in (one, other))
         within.append(a["A"].jaccard(b["A"]))
         between.append([a["A"].jaccard(b["B"]), a["A"].jaccard(b["C"])])
-    assert table.loc["A", "jaccard"] == pytest.approx(np.mean(within)) == 1.0
+    assert table.loc["A", "jaccard"] == pytest.approx(np.mean(within))
+    assert table.loc["A", "jaccard"] > table.loc["A", "between_groups"] + 0.5
     assert table.loc["A", "between_groups"] == pytest.approx(np.mean(between))
     assert table.loc["A", "pictures"] == 8
     assert table.loc["all", "pictures"] == 24
@@ -310,27 +332,32 @@ def test_the_overlap_between_groups_is_that_of_the_one_half_with_the_others_of_t
 
 
 def test_a_planted_difference_is_found_whatever_the_pictures(tmp_path):
-    for number, name in enumerate(("4 questions a picture", "10, 4 and 1 in every group", "pictures of all groups")):
+    for number, name in enumerate(("10, 4 and 1 in every group", "pictures of all groups")):
         items = recorded(tmp_path / str(number), DESIGNS[name], planted="A")
-        table = vn.null_distribution(items, CAS(count=4)).set_index("group")
-        assert table.loc["A", "p"] == 1 / 201, name
-        assert table.loc["A", "p_holm"] == table.loc["A", "p_holm_least"] == pytest.approx(3 / 201)
+        table = vn.null_distribution(items, CAS(count=4), permutations=99).set_index("group")
+        assert table.loc["A", "p"] == 1 / 100, name
+        assert table.loc["A", "p_holm"] == table.loc["A", "p_holm_least"] == pytest.approx(3 / 100)
 
 
 def test_by_default_there_are_shuffles_enough_for_a_corrected_p_and_fewer_are_said(tmp_path):
+    def tokens(questions, rule):
+        return dict(zip(questions.groups, questions.tokens.tolist(), strict=True))
+
     items = recorded(tmp_path / "eight", DESIGNS["eight groups"])
-    table = vn.null_distribution(items, LAP(count=4))
-    assert table["p"].mul(321).round(6).mod(1).eq(0).all()  # 40 a group
-    assert table["p_holm_least"].tolist() == pytest.approx([8 / 321] * 8)
-    assert 8 / 321 < 0.05
-    few = vn.null_distribution(items, LAP(count=4), permutations=150)
+    table = vn.null_distribution(items, LAP(count=4), measure=tokens)
+    assert table["p"].tolist() == [1.0] * 8  # shuffles are equally strong, and count
+    assert table["p_holm_least"].tolist() == pytest.approx([8 / 321] * 8)  # 40 a group
+    few = vn.null_distribution(items, LAP(count=4), measure=tokens, permutations=150)
     assert few["p_holm_least"].gt(0.05).all()
-    assert vn.null_distribution(items, LAP(count=4), permutations=160)["p_holm_least"].lt(0.05).all()
-    two = recorded(tmp_path / "two", DESIGNS["4 questions a picture"])
-    assert vn.null_distribution(two, LAP(count=4))["p"].mul(201).round(6).mod(1).eq(0).all()
+    enough = vn.null_distribution(items, LAP(count=4), measure=tokens, permutations=160)
+    assert enough["p_holm_least"].lt(0.05).all()
+    three = recorded(tmp_path / "three", DESIGNS["4 questions a picture"])
+    assert vn.null_distribution(three, LAP(count=4), measure=tokens)["p_holm_least"].to_numpy() == pytest.approx(
+        3 / 201
+    )
     # Few pictures bound p as few shuffles do: two of ten can be a group's in 45 ways.
-    small = vn.null_distribution(recorded(tmp_path / "s", DESIGNS["two pictures a group"]), LAP(count=4))
-    assert small["p_holm_least"].tolist() == pytest.approx([5 / 45] * 5)
+    small = recorded(tmp_path / "small", DESIGNS["two pictures a group"])
+    assert vn.null_distribution(small, LAP(count=4), measure=tokens)["p_holm_least"].to_numpy() == pytest.approx(5 / 45)
 
 
 REFUSED = {
@@ -403,7 +430,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_null_that_would_say_nothing_is_refused(tmp_path, name):
+def test_a_null_that_would_say_nothing_is_refused(tmp_path, name, unchecked):
     design, how, message = REFUSED[name]
     with pytest.raises(SelectionError, match=message):
         vn.null_distribution(recorded(tmp_path / "run", design), LAP(count=4), **how)
@@ -431,7 +458,7 @@ def test_unequal_pictures_by_group_can_be_compared_once_groups_are_cut_to_one_si
         vn.null_distribution(items, LAP(count=4))
     table = vn.null_distribution(items, LAP(count=4), balanced=True, permutations=19)
     assert table["questions"].tolist() == [12] * 3
-    assert table["movable"].gt(0.8).all()
+    assert table["movable"].gt(0.6).all()
 
 
 def test_recordings_of_earlier_releases_open_and_are_refused_by_whatever_draws_pictures(tmp_path):

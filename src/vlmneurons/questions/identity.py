@@ -1,13 +1,14 @@
 """What identifies questions: a digest of all that is asked, and of the pictures' content, wherever they lie."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmneurons.files.digests import digest_of
-from vlmneurons.questions.media import picture_key, resolved
+from vlmneurons.files.digests import digest_of, digest_of_bytes
+from vlmneurons.questions.media import is_function, picture_key
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.questions.streams import sound_key, video_key
 
 
 def content_of(questions: QuestionSet) -> dict[str, str]:
@@ -21,9 +22,10 @@ def content_of(questions: QuestionSet) -> dict[str, str]:
     for item in questions:
         order = questions.order(item)
         text = questions.prompt(item, [item.options[index] for index in order])
-        pictures = [_content_of_picture(source) for source in item.sources]
-        asked = digest_of([text, item.options, order, item.answer, item.group, len(pictures)])[:16]
-        content[item.id] = f"{asked} {'?' if None in pictures else digest_of(pictures)[:16]}"
+        kinds = ((picture_key, item.pictures), (sound_key, item.sounds), (video_key, item.videos))
+        media = [_content_of(source, key) for key, sources in kinds for source in sources]
+        asked = digest_of([text, item.options, order, item.answer, item.group, list(item.n_media)])[:16]
+        content[item.id] = f"{asked} {'?' if None in media else digest_of(media)[:16]}"
     return content
 
 
@@ -40,14 +42,15 @@ def in_order_of(ids: Iterable[str], questions: QuestionSet) -> QuestionSet:
     return questions.with_items([*named, *(item for item in questions if item.id in rest)])
 
 
-def _content_of_picture(source: Any) -> str | None:
-    """A digest of a picture's bytes where it is encoded, else of its pixels; None where it cannot be read."""
+def _content_of(source: Any, key: Callable[[Any], str]) -> str | None:
+    """A digest of a file's bytes, or of the content of what is no file; None where it cannot be read."""
     try:
-        source = resolved(source)
+        while is_function(source):
+            source = source()
         if isinstance(source, str | Path):
             if Path(source).exists() and not Path(source).is_file():
                 raise OSError("it is no ordinary file")  # a pipe would be waited for without end
-            source = Path(source).read_bytes()
-        return picture_key(source)
+            return digest_of_bytes(Path(source).read_bytes())
+        return key(source)
     except Exception:  # it is named when its turn comes
         return None
