@@ -47,6 +47,8 @@ def _content_of(source: Any, key: Callable[[Any], str]) -> str | None:
     try:
         while is_function(source):
             source = source()
+        if isinstance(source, Mapping):  # how `datasets` hands out what it was told not to decode
+            source = source["bytes"] if source.get("bytes") is not None else source["path"]
         if isinstance(source, str | Path):
             if Path(source).exists() and not Path(source).is_file():
                 raise OSError("it is no ordinary file")  # a pipe would be waited for without end
