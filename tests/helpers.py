@@ -1,6 +1,7 @@
 """Small things that several test files need: questions, pictures, and counts by hooks of plain PyTorch."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,11 @@ import vlmneurons as vn
 from vlmneurons.testing.tiny import tiny_image
 
 PAPER_MODELS = ("llava_next_mistral", "llava_next_qwen2", "qwen2_5_vl")
+
+
+def kills(usual: int, at_night: int) -> int:
+    """How often a test kills what it runs: a sample, or all of it in ``.ci/nightly``."""
+    return at_night if os.environ.get("VLMNEURONS_NIGHTLY") else usual
 
 
 def picture(seed: int = 0, height: int = 24, width: int = 32) -> Image.Image:

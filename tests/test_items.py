@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vlmneurons as vn
-from helpers import picture, plain_hooks, some_questions
+from helpers import kills, picture, plain_hooks, some_questions
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace
@@ -203,13 +203,13 @@ def test_killed_at_twenty_random_moments_and_resumed_the_files_are_those_of_an_u
     vn.record_items(planted.model, planted.questions, tmp_path / "whole", batch_size=4, progress=False)
     duration = time.perf_counter() - started
     rng = random.Random(0)
-    folder, kills, rounds = tmp_path / "killed-0", 0, 0
-    while kills < 20:
+    folder, killed, rounds = tmp_path / "killed-0", 0, 0
+    while killed < kills(20, 40):
         child = _record_in_a_child(planted, folder)
         time.sleep(rng.random() * duration / 3)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
+        killed += os.WIFSIGNALED(status)
         if (folder / "manifest.json").exists() and ItemStatistics.load(folder, verify=True).complete:
             _assert_same_files(tmp_path / "whole", folder)
             rounds += 1
