@@ -67,9 +67,8 @@ def main() -> None:
     torch.set_num_threads(1)
     network = full_size(given.small)
     size = sum(one.numel() * one.element_size() for one in network.parameters())
-    print(
-        f"torch {torch.__version__}, CPU, one thread; {size / 2**30:.2f} GiB in {len(list(network.parameters()))} tensors"
-    )
+    print(about(torch.device("cpu")))
+    print(f"{size / 2**30:.2f} GiB in {len(list(network.parameters()))} tensors")
     model = vn.VLM(network, tiny_model("qwen2_5_vl")[1])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times: dict[str, list[float]] = {"read once": [], "digest of weights": [], "whole setting": []}

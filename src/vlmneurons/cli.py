@@ -328,6 +328,7 @@ def study(
     alphas: Annotated[Any, _list(float, "FLOAT", "strengths of the sweep")] = None,
     sizes: Annotated[Any, _list(int, "INTEGER", "numbers of identification questions of the sweep")] = None,
     conditions: Annotated[Any, _list(_one_of(*CONDITIONS), "all|wrong", "other identification conditions")] = None,
+    others: Annotated[int | None, typer.Option(help="masks of other groups a question meets (default: all)")] = None,
     repeats: Annotated[int | None, typer.Option(help="random masks of each kind")] = None,
     permutations: Annotated[int | None, typer.Option(help="label shuffles of the selection's null; 0 for none")] = None,
     minimum: Annotated[int | None, typer.Option(help="identification questions a group must have")] = None,

@@ -65,8 +65,11 @@ class Protocol:
         alphas: strengths of the sweep; neurons are scaled by ``1 + alpha``.
         sizes: numbers of identification questions a group of the sweep; those that a group does not have are left out.
         conditions: other identification conditions to compare with.
+        others: masks of other groups that each evaluation question meets; None for all of them. 2 asks 4 runs a
+            question and selector instead of one for each group; see `vlmneurons.study.design`.
         repeats: random masks of each kind, at least 5 for a study that is to be published.
-        permutations: shuffles of the labels for the null of the selection; 0 for none.
+        permutations: shuffles of the labels for the null of the selection; None for as many as a corrected p needs, 0
+            for none.
         share: share of the questions that neurons are identified on.
         minimum: questions a group must have among those that identify; fewer are refused.
         tokens: which tokens count; see `record`.
@@ -83,8 +86,9 @@ class Protocol:
     alphas: tuple[float, ...] = (-1.0, -0.5, 0.5, 1.0)
     sizes: tuple[int, ...] = (5, 10, 25, 50, 100)
     conditions: tuple[str, ...] = ("all", "wrong")
+    others: int | None = None
     repeats: int = 5
-    permutations: int = 100
+    permutations: int | None = None
     share: float = 0.5
     minimum: int = 5
     tokens: str = "content"
@@ -112,8 +116,10 @@ class Protocol:
         for size in self.sizes:
             if whole("each of sizes", size, SelectionError) < 1:
                 raise SelectionError(f"sizes are numbers of questions, at least 1; got {list(self.sizes)}")
-        for name, least in (("repeats", 0), ("permutations", 0), ("minimum", 0), ("batch_size", 1), ("seed", 0)):
-            whole(name, getattr(self, name), SelectionError, least=least)
+        numbers = (("repeats", 0), ("permutations", 0), ("minimum", 0), ("batch_size", 1), ("seed", 0), ("others", 1))
+        for name, least in numbers:
+            if not (getattr(self, name) is None and name in ("permutations", "others")):
+                whole(name, getattr(self, name), SelectionError, least=least)
         share("share", self.share, SelectionError)
         for name, given, allowed in (
             *(("conditions", condition, CONDITIONS) for condition in self.conditions),
@@ -215,7 +221,7 @@ def _steps(identify: QuestionSet, evaluate: QuestionSet, protocol: Protocol) -> 
         Step("answers under masks", answers, forwards=0.3),
         Step("blind questions", len(evaluate), forwards=0.7),
         Step("options only", len(evaluate), forwards=0.5),
-        Step("shuffled labels", 1, seconds=0.1 * protocol.permutations),
+        Step("shuffled labels", 1, seconds=0.1 * (200 if protocol.permutations is None else protocol.permutations)),
         Step("report", 1, seconds=60.0),
     ]
 
@@ -264,7 +270,8 @@ def _carried_out(
         steps[name].finish()
         return found
 
-    result = asked("answers under masks", evaluate, masks, "knockout", controls=general)
+    crossed = {"others": protocol.others, "seed": protocol.seed}
+    result = asked("answers under masks", evaluate, masks, "knockout", controls=general, **crossed)
     nothing = {"none": NeuronSet.empty(items.space)}
     others = {
         "blind": asked("blind questions", blind(evaluate), nothing, "blind"),
@@ -272,7 +279,7 @@ def _carried_out(
     }
     tables = {}
     steps["shuffled labels"].start(1)
-    if protocol.permutations and processes.first:
+    if protocol.permutations != 0 and processes.first:
         from vlmneurons.trust.nulls import null_distribution
 
         selector = SELECTORS[protocol.main](protocol.fraction)
