@@ -19,7 +19,7 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.questions.media import DatasetPicture, is_function
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.run.readers import AnswerReader, TextLikelihood
+from vlmneurons.run.readers import AnswerReader
 
 _WINDOW = 16
 """Batches within which questions are sorted by length."""
@@ -104,7 +104,7 @@ def prefetched(
     if depth is None:
         on_cpu = next(model.hf.parameters()).device.type == "cpu"  # offloaded or remote weights lie on meta
         depth = 0 if on_cpu else _AHEAD
-    if depth == 0 or type(reader).encode not in (AnswerReader.encode, TextLikelihood.encode):
+    if depth == 0 or not type(reader).encode.__module__.startswith("vlmneurons."):
         yield ((one, functools.partial(encode, one[1])) for one in coming)
         return
     inference = torch.is_inference_mode_enabled()

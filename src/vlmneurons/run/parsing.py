@@ -56,7 +56,7 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     if not options:
         raise QuestionError("there are no options that the text could name")
     said = _after_thought(_cleaned(text))
-    return None if said is None else _parsed(said, options)
+    return None if said is None or not said.strip() else _parsed(said, options)  # nothing is no option's text
 
 
 def stated(text: str) -> str:
