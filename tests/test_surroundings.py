@@ -202,3 +202,81 @@ def test_a_mask_from_which_padding_cannot_be_told_is_refused(model):
     inputs["attention_mask"] = torch.ones(2, 1, n, n, dtype=torch.bool).tril()
     with vn.Recorder(model), pytest.raises(QuestionError, match=r"gives \[2, 1, .* from which padding cannot be told"):
         model.hf(**inputs)
+
+
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+
+def test_left_padding_shifts_no_position_of_a_decoder_that_learned_them():
+    from transformers import GPT2Config, LlavaConfig, LlavaForConditionalGeneration
+
+    from vlmneurons.testing import tiny_model
+
+    small, processor = tiny_model("llava")
+    text = GPT2Config(
+        vocab_size=small.config.text_config.vocab_size, n_positions=512, n_embd=32, n_layer=2, n_head=4, pad_token_id=0
+    )
+    text.tie_word_embeddings = False
+    config = LlavaConfig(
+        vision_config=small.config.vision_config,
+        text_config=text,
+        image_token_index=small.config.image_token_id,
+        vision_feature_layer=small.config.vision_feature_layer,
+        vision_feature_select_strategy=small.config.vision_feature_select_strategy,
+        image_seq_length=small.config.image_seq_length,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    hf = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1))
+    model = vn.VLM(hf, processor)
+    asked = vn.QuestionSet(
+        [vn.Question(picture(n), "What " + "is " * (5 * n), ("a", "b"), 0, "G", id=str(n)) for n in range(3)]
+    )
+    for side in ("left", "right"):
+        batch = model.prepare(asked, padding_side=side)
+        with torch.no_grad():
+            logits = model.hf(**batch).logits
+            for row in range(3):
+                alone = model.hf(**model.prepare(asked[row])).logits[0, -1]
+                torch.testing.assert_close(logits[row, batch.tokens.last[row]], alone, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), model.trace(**model.prepare(asked)):
+        gate = model.language.layers[1].mlp.gate.save()
+    with torch.no_grad(), model.trace(**model.prepare(asked[0])):
+        alone = model.language.layers[1].mlp.gate.save()
+    torch.testing.assert_close(gate[0, -alone.shape[1] :], alone[0], rtol=1e-4, atol=1e-4)
+    texts = [asked[n : n + 1] for n in range(3)]
+    one_by_one = [model.generate(**model.prepare(one), max_new_tokens=3)[0, -3:].tolist() for one in texts]
+    together = model.generate(**model.prepare(asked), max_new_tokens=3)[:, -3:].tolist()
+    assert together == one_by_one
+
+
+# -- readers of the user's own -----------------------------------------------------------------------------------------
+
+
+class Silent(vn.AnswerReader):
+    """Runs the model, and tells nobody."""
+
+    def read(self, model, questions, encoded, watch=None):
+        model.hf(**encoded)
+        return vn.Letters().read(model, questions, encoded)
+
+
+class Elsewhere(vn.AnswerReader):
+    """Enters `watch` and runs the model outside of it."""
+
+    def read(self, model, questions, encoded, watch=None):
+        if watch is not None:
+            with watch(encoded, list(range(len(questions)))):
+                pass
+        return vn.Letters().read(model, questions, encoded)
+
+
+@pytest.mark.parametrize(
+    ("reader", "message"), [(Silent(), "entered `watch` 0 times"), (Elsewhere(), "no forward was run")]
+)
+def test_a_reader_that_shows_nobody_its_run_is_refused(model, reader, message):
+    with pytest.raises(MismatchError, match=message):
+        vn.record(model, some_questions(2), answer=reader, condition="all", progress=False)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SELECTORS = ("LAP", "LAPE", "MAD", "CAS")
-TOKENS = ("content", "image", "text", "last")
+TOKENS = ("content", "image", "audio", "video", "text", "last")
 CONDITIONS = ("correct", "wrong", "all")
 
 app = typer.Typer(

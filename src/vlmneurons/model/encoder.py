@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Int64
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vlmneurons.errors import MismatchError, QuestionError
@@ -355,7 +355,21 @@ class Encoder:
         vision, patches = (None, None) if seen is None else seen
         digests = {name: _digest(part, streams[name]) for name, part in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
+        if padding_side == "left" and self._learns_positions:
+            data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
         return Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device)
+
+    @cached_property
+    def _learns_positions(self) -> bool:
+        """Whether the decoder looks positions up in a table, and counts them from the first column unless told."""
+        hf = self.model.hf
+        if self.model.is_encoder_decoder or "position_ids" not in inspect.signature(type(hf).forward).parameters:
+            return False
+        words, decoder = hf.get_input_embeddings(), hf.get_decoder() if hasattr(hf, "get_decoder") else hf
+        config = hf.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        tables = (one for one in decoder.modules() if isinstance(one, nn.Embedding) and one is not words)
+        return most is not None and any(one.num_embeddings >= most for one in tables)
 
     def _sounds_of(self, item: Question) -> list[Any]:
         """A question's sounds at the rate that the processor expects."""
