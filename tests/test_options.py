@@ -114,7 +114,8 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(name, model, tmp_path, 
 
 @pytest.mark.parametrize("name", ["record", "knockout", "attribute"])
 def test_an_interrupt_leaves_what_was_finished(name, model, tmp_path, monkeypatch):
-    questions = vn.QuestionSet([vn.Question(picture(i), "What?", ("a", "b"), 0, "AB"[i % 2]) for i in range(6)])
+    questions = vn.QuestionSet([vn.Question(picture(i), "What?", ("a", "b"), 0, "AB"[i % 2]) for i in range(8)])
+    asked(name, model, tmp_path, questions, progress=False)  # a study looks first at how the model is built
     calls, forward = 0, model.hf.forward
 
     def interrupted(*args, **kwargs):

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from vlmneurons.checks import names, of_kind, path_of, plain, real, share, whole
 from vlmneurons.errors import MismatchError, QuestionError, SelectionError
 from vlmneurons.files.atomic import write_text
@@ -283,9 +285,12 @@ def _carried_out(
         from vlmneurons.trust.nulls import null_distribution
 
         selector = SELECTORS[protocol.main](protocol.fraction)
-        tables["null of the selection"] = null_distribution(
-            items, selector, permutations=protocol.permutations, seed=protocol.seed
-        )
+        how = {"permutations": protocol.permutations, "seed": protocol.seed}
+        try:
+            tables["null of the selection"] = null_distribution(items, selector, **how)
+        except SelectionError as error:  # too few pictures for any p: the study's other results stand without it
+            log.warning("the selection has no null: %s", error)
+            tables["null of the selection"] = pd.DataFrame({"there is none": [str(error)]})
     steps["shuffled labels"].finish()
     page = None
     steps["report"].start(1)
