@@ -79,7 +79,7 @@ class Study:
         found |= {"low": np.nan, "high": np.nan}
         sums = values.groupby(units).sum().to_numpy()
         spread = sums - found["value"] * np.bincount(units, minlength=n_units) if len(values) else sums
-        few = n_units < 12 or (answers and changed < 20) or not (np.abs(spread) > 0).any()
+        few = n_units < 12 or (answers and changed < 20) or not (np.abs(spread) > 1e-9 * abs(sums).sum()).any()
         if not few:
             fit = sm.OLS(values.to_numpy(), np.ones(len(values))).fit(
                 cov_type="cluster", cov_kwds={"groups": units}, use_t=True
@@ -115,7 +115,7 @@ class Study:
             part = sum(pieces[name] ** 2 for name in pictures)
             degrees = len(pictures) * (1 - np.mean([1 / n_units[group] for group in kind]))
             below += part**2 / degrees if part > 0 else 0.0
-        few = found["units"] < 12 or (answers and found["changed"] < 20) or not variance > 0
+        few = found["units"] < 12 or (answers and found["changed"] < 20) or not variance > (1e-9 * found["value"]) ** 2
         if not few:
             reach = scipy_stats.t.ppf(0.5 + confidence / 2, variance**2 / below) * np.sqrt(variance)
             found["low"], found["high"] = found["value"] - reach, found["value"] + reach

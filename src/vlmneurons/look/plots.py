@@ -24,6 +24,7 @@ _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79
 
 _LABELS = {
     "delta": ("Change of accuracy (points)", 100.0),
+    "correct": ("Change of accuracy (points)", 100.0),
     "margin": ("Change of log-probability margin (nats)", 1.0),
     "flips": ("Answers that changed (%)", 100.0),
     "right_to_wrong": ("Right answers that turned wrong (%)", 100.0),

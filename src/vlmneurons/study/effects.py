@@ -131,7 +131,8 @@ class Estimates:
             confidence: level, in (0, 1).
             answers: whether the values are changes of answers, of which a few must have changed.
         """
-        few = (self.units < LEAST_UNITS) | ~(self.variance > 0)
+        # Where all units say the same, what is left is rounding, and no spread to tell anything from.
+        few = (self.units < LEAST_UNITS) | ~(self.variance > (1e-9 * self.value) ** 2)
         if answers:
             few |= self.changed < LEAST_CHANGED
         freedom = np.where(few, 1.0, self.freedom)
