@@ -256,7 +256,8 @@ class VLM:
         hf_model: a loaded transformers model, or a `transformers.PreTrainedModel` of your own. It is put into
             evaluation mode and wrapped once by nnsight.
         processor: its processor.
-        template: a function ``(text, n_images) -> prompt`` to use in place of the processor's chat template.
+        template: a function ``(text, n_images) -> prompt`` to use in place of the processor's chat template; for
+            questions with sounds or videos it is called with ``n_sounds=`` and ``n_videos=`` too.
 
     Attributes:
         nnsight: the nnsight model (`nnsight.TransformersModel`); its methods can be called on the VLM itself.

@@ -697,4 +697,6 @@ def _kind(value: Any) -> str:
 def _described(value: Any) -> str:
     while isinstance(value, list | tuple) and value:
         value = value[0]
+    if isinstance(value, DatasetPicture):
+        return "an encoded file"
     return f"{value!r:.60}" if isinstance(value, str) else f"a {type(value).__name__}"
