@@ -263,7 +263,9 @@ def test_folders_and_datasets_have_columns_of_sounds_and_videos(tmp_path):
     assert np.abs(questions[0].load_audio(RATE)[0] - tone()).max() < 1e-4
     assert len(questions[1].load_videos()[0]) == 4
     undecoded = datasets.Audio(decode=False)
-    made = datasets.Dataset.from_list([row(speech={"bytes": wav(tone()), "path": "a.wav"}), row(speech=None, id="2")])
+    made = datasets.Dataset.from_list(
+        [row(speech={"bytes": wav(tone()), "path": "a.wav"}), row(speech=None, question="And now?")]
+    )
     for form in (undecoded, datasets.Audio()):
         dataset = made.cast_column("speech", form)
         questions = vn.QuestionSet.from_dataset(dataset, columns={"audio": "speech"})

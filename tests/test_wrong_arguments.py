@@ -94,7 +94,7 @@ QUESTION = {
     "split(True)": (lambda: QUESTIONS.split(True), "fraction is a number; got True"),
     "order of a number": (lambda: QUESTIONS.order(3), "question is a Question; got 3"),
     "a dataset of 3": (lambda: vn.QuestionSet.from_dataset(3), "from_dataset takes a datasets.Dataset; got int"),
-    "a dataset of a list": (lambda: vn.QuestionSet.from_dataset([{}]), "got list. Dataset.from_list makes one of"),
+    "a dataset of a list": (lambda: vn.QuestionSet.from_dataset([{}]), "got list. QuestionSet.from_rows reads"),
     "a dataset of splits": (
         lambda: vn.QuestionSet.from_dataset(datasets.DatasetDict({"train": TABLE, "test": TABLE})),
         "from_dataset takes one split; got a DatasetDict of train, test: choose one",

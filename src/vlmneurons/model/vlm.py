@@ -46,8 +46,9 @@ class VLM:
         hf_model: a loaded transformers model, or a `transformers.PreTrainedModel` of your own. It is put into
             evaluation mode and wrapped once by nnsight.
         processor: its processor.
-        template: what takes the place of the processor's chat template: a function ``(text, n_images) -> prompt``, or
-            ``"plain"``: the question's text after its pictures' placeholders and no more, as for a base model.
+        template: what takes the place of the processor's chat template: a function ``(text, n_images) -> prompt`` (for
+            questions with sounds or videos it is called with ``n_sounds=`` and ``n_videos=`` too), or ``"plain"``: the
+            question's text after its pictures' placeholders and no more, as for a base model.
         template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
         rename: further names of modules for your traces, as nnsight's ``rename=``.
 

@@ -620,14 +620,13 @@ def refuse_unasked(
     own = {str(picture) for picture in pictures}
     found = [name for name, value in rest.items() if _holds_picture(value, folder, own, named=not pictures)]
     if found:
-        of_picture = [*(column_of or {}).get("image", ("image",) if pictures else ()), *found]
-        all_of_them = repr(of_picture if len(of_picture) > 1 else found[0])
         name, value = found[0], rest[found[0]]
         kind = _kind(value)
+        names = [*(column_of or {}).get("image", ("image",) if pictures else ()), *found]
+        advice = {kind: names if kind == "image" and len(names) > 1 else name}
         raise QuestionError(
             f"{where}, column {name!r} holds a {_MEDIA[kind]}, {_described(value)}, that the question would be asked "
-            f"without: give columns={{{kind!r}: {all_of_them if kind == 'image' else name!r}}}, or leave the column "
-            "out to ask without it"
+            f"without: give columns={advice}, or leave the column out to ask without it"
         )
 
 
@@ -698,4 +697,6 @@ def _kind(value: Any) -> str:
 def _described(value: Any) -> str:
     while isinstance(value, list | tuple) and value:
         value = value[0]
+    if isinstance(value, DatasetPicture):
+        return "an encoded file"
     return f"{value!r:.60}" if isinstance(value, str) else f"a {type(value).__name__}"
