@@ -123,6 +123,10 @@ FURTHER_TOWERS = {
     "udop": ["encoder"],
     "video_llava": ["video_tower"],
 }
+PROJECTORS = """
+PROJECTOR_NAMES
+""".split()
+"""The classes in whose default configuration an MLP gives vectors of the decoder's size of what the towers see or hear."""
 OPTIONAL_TOWERS = {"gemma4": ["audio", "vision"], "gemma4_unified": [], "nemotron_h_omni": ["audio"]}
 """What towers there are more, if a configuration is given the parts that it leaves away by default."""
 MEASURED = ("llava_next", "qwen2_5_vl", "instructblip", "mistral_large4", "muse_spark", "dots3_note")
@@ -164,7 +168,8 @@ def _problems(name: str, model: nn.Module, towers: Mapping[str, Any]) -> list[st
     bare = sorted(set(range(len(language))) - {mlp.layer for mlp in language.mlps})
     expect("layers without an MLP", bare, WITH_LAYERS_WITHOUT_MLP.get(name, []))
     usual = ["language"] if name in WITHOUT_VISION else ["language", "vision"]
-    expect("towers", sorted(towers), sorted([*usual, *FURTHER_TOWERS.get(name, [])]))
+    between = ["projector"] if name in PROJECTORS else []
+    expect("towers", sorted(towers), sorted([*usual, *FURTHER_TOWERS.get(name, []), *between]))
     if name in WITHOUT_VISION:
         path, linears, _ = WITHOUT_VISION[name]
         if path is not None:

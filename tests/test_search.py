@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from test_architectures import HIDDEN, IDS, WIDTH, Gated, Toy, check_zeroing, layout_of
 from vlmneurons.errors import ArchitectureError
-from vlmneurons.model.architectures.find import find_towers
+from vlmneurons.model.architectures import find as finding
+from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
 from vlmneurons.model.architectures.hooks import read, write
+from vlmneurons.model.architectures.layout import MLPLayout
 from vlmneurons.testing import tiny_inputs, tiny_model
 from vlmneurons.testing.architectures import check_architecture
 
@@ -471,3 +473,15 @@ def test_a_layer_that_declares_its_sizes_is_a_projection_whatever_it_computes_wi
 
     model = Toy(lambda: InTwo(Packed(up()), Packed(down()), nn.GELU()))
     check_zeroing(model, find_towers(model)["language"])
+
+
+def test_a_single_module_can_be_registered_as_a_tower() -> None:
+    model, known = tiny_model("llava")[0], len(finding._REGISTERED)
+    layout = MLPLayout(gate="linear_1", down="linear_2", activation="act")
+    towers = {"language": "model.language_model.layers", "between": "model.multi_modal_projector"}
+    try:
+        register_architecture(type(model).__name__, Architecture(towers, mlps={"between": {"": layout}}))
+        found = find_towers(model)["between"]
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+    assert [str(mlp.site("post")) for mlp in found.mlps] == ["between.layers.0.mlp.post"]

@@ -8,4 +8,8 @@ adapted ones are the same to us), and an MLP is what computes like one:
 
 or, without an ``up`` branch, ``post = gate``. Names of modules name towers, and never decide what a module does. What
 cannot be told for certain raises `ArchitectureError`, which shows what was seen and how to `register_architecture`.
+
+In the order in which one reads them: `layout` (what an MLP is), `operations` and `modules` (what single steps do),
+`symbols` (following a forward), `flow` (MLPs in what was followed), `probe` (trying out what cannot be), `search` (a
+whole model), `towers` (names), `find` (what a user calls); `experts` and `hooks` read and write what was found.
 """
