@@ -96,8 +96,10 @@ class _Last(Tracer):
         assert self.info is not None
         assert self.node is not None
         frame, node = self.info.frame, self.node
+        if len(node.items) == 1:
+            return
         following = _entered(frame.f_code.co_filename, self.position)
-        if following is None and len(node.items) > 1:  # made elsewhere, or without columns: by what the last one is
+        if following is None:  # made elsewhere, or without columns: by what the last one is
             last = node.items[-1].context_expr
             name = last.id if isinstance(last, ast.Name) else None
             mine = _calls(last, _OPENS) or (name and {**frame.f_globals, **frame.f_locals}.get(name) is self)

@@ -130,7 +130,11 @@ class SitePlace:
     computed: bool = False
 
     def part(self, values: Float[Tensor, "... column"]) -> Float[Tensor, "... neuron"]:
-        """The site's columns of the values at that place: a view."""
+        """The site's columns of the activations at that place: a view.
+
+        Args:
+            values: what the model has there.
+        """
         return values if self.columns is None else values[..., self.columns]
 
 
