@@ -123,9 +123,7 @@ FURTHER_TOWERS = {
     "udop": ["encoder"],
     "video_llava": ["video_tower"],
 }
-PROJECTORS = """
-PROJECTOR_NAMES
-""".split()
+PROJECTORS = ["PROJECTOR_NAMES"]
 """The classes in whose default configuration an MLP gives vectors of the decoder's size of what the towers see or hear."""
 OPTIONAL_TOWERS = {"gemma4": ["audio", "vision"], "gemma4_unified": [], "nemotron_h_omni": ["audio"]}
 """What towers there are more, if a configuration is given the parts that it leaves away by default."""

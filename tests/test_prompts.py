@@ -8,6 +8,7 @@ import torch
 import vlmneurons as vn
 from helpers import picture
 from vlmneurons.errors import ArchitectureError, QuestionError
+from vlmneurons.model.prompts import Prompts
 from vlmneurons.testing import tiny_model
 
 PARTS = (
@@ -120,8 +121,12 @@ def test_a_base_model_is_asked_plainly(causal):
     hf, processor = tiny_model("llava_next_qwen2")
     plain = vn.VLM(hf, processor, template="plain")
     assert plain.encoder.render("What?", 2) == "<image><image>What?"
-    with pytest.raises(QuestionError, match=r"template='plain': .* names no image placeholder; give"):
-        model.encoder.prompts.render("What?", 1)
+
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(QuestionError, match="template='plain': Bare names no image placeholder; give"):
+        Prompts(Bare(), "plain", None).render("What?", 1)
     with pytest.raises(ArchitectureError, match=r"template is a function .* or 'plain'; got 'chatml'"):
         wrapped(causal, template="chatml")
 

@@ -573,7 +573,12 @@ def _affirmed(plain: str, start: int, end: int) -> bool:
 
 
 def joined(left: str, right: str) -> bool:
-    """Whether two neighbouring characters belong to one word."""
+    """Whether two neighbouring characters belong to one word.
+
+    Args:
+        left: a character, or none.
+        right: the one after it, or none.
+    """
     if not left or not right:
         return False
     if unicodedata.category(right).startswith("M"):  # a vowel sign or an accent belongs to the letter before it
