@@ -124,7 +124,7 @@ FURTHER_TOWERS = {
     "video_llava": ["video_tower"],
 }
 PROJECTORS = ["PROJECTOR_NAMES"]
-"""The classes in whose default configuration an MLP gives vectors of the decoder's size of what the towers see or hear."""
+"""Classes in whose default configuration an MLP gives vectors of the decoder's size of what towers see or hear."""
 OPTIONAL_TOWERS = {"gemma4": ["audio", "vision"], "gemma4_unified": [], "nemotron_h_omni": ["audio"]}
 """What towers there are more, if a configuration is given the parts that it leaves away by default."""
 MEASURED = ("llava_next", "qwen2_5_vl", "instructblip", "mistral_large4", "muse_spark", "dots3_note")

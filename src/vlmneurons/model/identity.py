@@ -152,7 +152,7 @@ def processor_of(model: "VLM") -> dict[str, Any]:
     settings["tokenizer"] = digest_of(_describe_tokenizer(tokenizer))[:16]
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     settings["template"] = digest_of_code(model.template) if model.template is not None else digest_of(template)[:16]
-    settings["template_arguments"] = dict(getattr(model, "template_kwargs", None) or {})
+    settings["template_arguments"] = dict(model.prompts.arguments)
     return settings
 
 

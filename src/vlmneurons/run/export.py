@@ -276,7 +276,9 @@ def _scaled(
             by_numbers.setdefault(number, []).append(name)
     places: dict[str, list[tuple[int, int | None, Tensor]]] = {}
     for mlp, down, neurons in edits:
-        name, axis, expert = _place(hf, stored, by_numbers.get(_numbers(mlp.path)[0], []), mlp, down)
+        numbers = _numbers(mlp.path)  # a projector stands alone, and has none
+        likely = by_numbers.get(numbers[0], []) if numbers else list(stored.tensors)
+        name, axis, expert = _place(hf, stored, likely, mlp, down)
         places.setdefault(name, []).append((axis, expert, neurons))
     for name, parts in places.items():
         whole = stored.read(name).clone()
