@@ -199,7 +199,8 @@ def test_an_interval_needs_twelve_pictures_and_twenty_changed_answers():
     assert not result.effects("CAS", value="margin")["few"].any()
     same = replace(result, chosen=np.where(np.arange(len(result.chosen))[:, None] == 0, result.answers, -1))
     assert same.effects("CAS")["few"].all()  # every answer turned wrong: nothing to tell a spread from
-    third = replace(result, margins=np.where(np.arange(len(result.chosen))[:, None] % 3 == 1, -1 / 3, 0.0))
+    margins = np.where(np.arange(len(result.chosen))[:, None] % 3 == 1, -1 / 3, 0.0)
+    third = replace(result, margins=np.broadcast_to(margins, result.margins.shape))
     assert third.summary(value="margin")["few"].str.contains("cross_effect").any()  # equal but for rounding
 
 

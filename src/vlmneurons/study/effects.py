@@ -174,8 +174,9 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
         clusters: the number of each question's cluster; None for questions that stand alone.
     """
     n_rows, n_questions = values.shape
-    picture = np.arange(n_questions) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    n_pictures = int(picture.max(initial=-1)) + 1
+    cluster = np.arange(n_questions) if clusters is None else clusters
+    used = np.unique(np.concatenate([cluster[:0], *(cluster[own] for own in members)]))
+    picture, n_pictures = np.searchsorted(used, cluster), len(used)  # those of other groups draw no flips
     known = ~np.isnan(values)
     filled = np.where(known, values, 0.0)
     n, units, moved, sums, variance = (np.zeros((n_rows, len(members) + 1)) for _ in range(5))
