@@ -104,7 +104,7 @@ def test_pictures_may_lie_elsewhere_but_not_be_shared_by_others_when_a_recording
     def made(*pictures):
         space = NeuronSpace.from_widths("language", "gate", [3])
         items = [Item(f"q{n}", "A", 0, {}, shown) for n, shown in enumerate(pictures)]
-        return ItemStatistics._create(tmp_path / "run", space, items, {}, ["positive"])
+        return ItemStatistics.create(tmp_path / "run", space, items, {}, ["positive"])
 
     first = made(("here/1",), ("here/1",), ("here/2",), ())
     assert made(("there/1",), ("there/1",), ("there/2",), ()).items == first.items
@@ -113,9 +113,9 @@ def test_pictures_may_lie_elsewhere_but_not_be_shared_by_others_when_a_recording
         (("1",), ("1",), ("2",), ("3",)),
         (("1",), ("1",), ("2", "1"), ()),
     ):
-        with pytest.raises(MismatchError, match="holds another recording: its questions share other pictures"):
+        with pytest.raises(MismatchError, match="holds another run: .* had another text, .* or picture there"):
             made(*others)
-    with pytest.raises(MismatchError, match="holds another recording: its questions share other pictures"):
+    with pytest.raises(MismatchError, match="holds another run: .* had another text, .* or picture there"):
         made(*[None] * 4)
 
 
@@ -123,7 +123,7 @@ def test_a_manifest_whose_pictures_are_no_list_is_refused(planted, tmp_path):
     vn.record_items(planted.model, planted.questions[:2], tmp_path / "run", progress=False)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    rest["items"][0]["pictures"] = "p1"
+    rest["about"]["items"][0]["pictures"] = "p1"
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(_files.sealed(rest)))
     with pytest.raises(FileFormatError, match="does not hold item statistics: pictures 'p1'"):
         ItemStatistics.load(tmp_path / "run")

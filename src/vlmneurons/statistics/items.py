@@ -210,6 +210,10 @@ class ItemStatistics:
             MismatchError: the folder holds another recording; the message says what differs.
         """
         metadata = {item.id: digest_of(_plain(dict(item.metadata)))[:8] for item in items}
+        number: dict[str, int] = {}  # of pictures: who shares them counts, and not where they lie
+        for item in sorted(items, key=lambda item: item.id):
+            shared = [str(number.setdefault(key, len(number))) for key in item.pictures or ()]
+            metadata[item.id] += f" {'+'.join(shared) or '-'}"
         manifest = {
             "kind": _KIND,
             "space": space.to_json(),
