@@ -113,9 +113,9 @@ def test_pictures_may_lie_elsewhere_but_not_be_shared_by_others_when_a_recording
         (("1",), ("1",), ("2",), ("3",)),
         (("1",), ("1",), ("2", "1"), ()),
     ):
-        with pytest.raises(MismatchError, match="holds another run: .* had another text, .* or picture there"):
+        with pytest.raises(MismatchError, match=r"holds another run: .* had another text, .* or picture there"):
             made(*others)
-    with pytest.raises(MismatchError, match="holds another run: .* had another text, .* or picture there"):
+    with pytest.raises(MismatchError, match=r"holds another run: .* had another text, .* or picture there"):
         made(*[None] * 4)
 
 

@@ -42,14 +42,15 @@ def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
 
 
 def _differing_questions(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    for what, one, other in (("lacks", ours, theirs), ("has besides", theirs, ours)):
+        if rest := [key for key in one if key not in other]:
+            yield f"it {what} {_some(rest)}"
+
     changed = [
         key for key in ours if key in theirs and _known(theirs[key], ours[key]) != _known(ours[key], theirs[key])
     ]
     if changed:
         yield f"{_some(changed)} had another text, options, answer, group or picture there"
-    for what, one, other in (("lacks", ours, theirs), ("has besides", theirs, ours)):
-        if rest := [key for key in one if key not in other]:
-            yield f"it {what} {_some(rest)}"
 
 
 def _known(content: Any, other: Any) -> list[str]:
