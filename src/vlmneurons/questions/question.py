@@ -173,7 +173,7 @@ class Question:
 
     @property
     def videos(self) -> tuple[VideoSource, ...]:
-        """Where the question's videos come from, in order."""
+        """Where the question's videos come from, in order; arrays are ``[frame, height, width, 3]``."""
         if self.video is None:
             return ()
         several = isinstance(self.video, tuple) and not all(map(streams.is_frame, self.video))

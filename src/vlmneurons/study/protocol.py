@@ -285,7 +285,7 @@ def _carried_out(
         from vlmneurons.trust.nulls import null_distribution
 
         selector = SELECTORS[protocol.main](protocol.fraction)
-        how = {"permutations": protocol.permutations, "seed": protocol.seed}
+        how = {"permutations": protocol.permutations, "balanced": True, "seed": protocol.seed}
         try:
             tables["null of the selection"] = null_distribution(items, selector, **how)
         except SelectionError as error:  # too few pictures for any p: the study's other results stand without it

@@ -178,12 +178,12 @@ def _grouped_tables() -> Mapping[str, GroupedItems]:
         items = [Item(f"{row}-{part}", stats.groups[row], 0, {}) for row, part in parts]
         counts = np.stack([(stats.positive[row].numpy() + 13 * part) // (4 + row) % 60_000 for row, part in parts])
         names = ["positive", "total", "maximum"] + (["reached"] if stats.routed is not None else [])
-        made = ItemStatistics._create(Path(folder.name) / str(number), stats.space, items, {}, names)
+        made = ItemStatistics.create(Path(folder.name) / str(number), stats.space, items, {}, names)
         values: dict[str, Any] = {"positive": counts, "total": counts * 0.75, "maximum": counts * 0.5}
         if stats.routed is not None:
             values["reached"] = np.stack([stats.routed[row].numpy() for row, _ in parts])
         tokens = [int(max(counts[n].max(), 1)) for n in range(len(parts))]
-        made._write(range(len(parts)), [0] * len(parts), tokens, [0.0] * len(parts), values)
+        made.write(range(len(parts)), [0] * len(parts), tokens, [0.0] * len(parts), values)
         tables[title] = made.grouped()
     return tables
 
