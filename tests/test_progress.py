@@ -1,6 +1,8 @@
 """One bar over the steps of a study: its estimate is made of what was measured."""
 
+import contextlib
 import io
+import logging
 
 import pytest
 
@@ -98,3 +100,39 @@ def test_one_loop_has_a_bar_of_its_own_or_none(capsys):
     with progress_bar(True, 3, unit="item") as bar:
         bar.update(3)
     assert "3/3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_lines_of_the_log_stand_above_the_bar_and_not_in_it(monkeypatch, several):
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stderr", written)
+    logger, handler = logging.getLogger("vlmneurons"), logging.StreamHandler(written)
+    handler.setFormatter(logging.Formatter("says %(message)s"))
+    logger.addHandler(handler)
+    try:
+        with Steps([Step("record", 3)]) if several else progress_bar(True, 3, unit="item", mininterval=0) as bar:
+            if several:
+                bar = progress_bar(bar["record"], 3, unit="item")
+            for number in range(3):
+                bar.update(1)
+                logger.warning("line %d", number)
+        logger.warning("the end")
+    finally:
+        assert handler in logger.handlers  # it is the user's own again
+        logger.removeHandler(handler)
+    lines = written.getvalue().split("\n")
+    for number in range(3):
+        (line,) = [line for line in lines if f"line {number}" in line]
+        assert line.split("\r")[-1] == f"says line {number}"  # the bar before it was wiped out
+    assert "says the end" in lines
+    name, last = ("record: ", "3/3 items") if several else ("items: ", "3/3")
+    assert any(line.split("\r")[-1].startswith(name) and last in line.split("\r")[-1] for line in lines)
+
+
+def test_a_bar_without_a_name_is_called_by_its_unit_and_ends_at_its_last_count_when_it_is_left_early(capsys):
+    with contextlib.suppress(KeyboardInterrupt), progress_bar(True, 9, unit="answer", mininterval=1000) as bar:
+        bar.update(4)
+        raise KeyboardInterrupt
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith("answers:  44%")
+    assert "4/9" in last

@@ -4,11 +4,15 @@ The steps of a study differ a hundredfold in the cost of a unit, so their bar co
 where its step has run; else it is guessed in forwards of the model, whose speed is measured in the steps before.
 """
 
+import contextlib
+import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class Step:
@@ -78,6 +82,7 @@ class Steps:
         self.steps = list(steps)
         self._bar = tqdm(total=1.0, disable=disable, bar_format="{desc}{percentage:3.0f}%|{bar}| {unit}", unit="")
         self._began, self._shown = time.monotonic(), 0.0
+        self._logs = contextlib.ExitStack()
         for step in self.steps:
             step.changed = self._refresh
 
@@ -90,11 +95,13 @@ class Steps:
         return next(step for step in self.steps if step.name == name)
 
     def __enter__(self) -> "Steps":
+        self._logs.enter_context(_logs_above(self.hidden))
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._refresh(now=True)
         self._bar.close()
+        self._logs.close()
 
     def per_forward(self) -> float | None:
         """Seconds a forward of one question takes, from the steps that have run; None before any has."""
@@ -158,4 +165,29 @@ def progress_bar(progress: Progress, total: int, *, initial: int = 0, unit: str 
     """
     if isinstance(progress, Step):
         return progress.start(total, initial, f"{unit}s")
-    return tqdm(total=total, initial=initial, unit=unit, disable=not progress, **how)
+    return _Bar(total=total, initial=initial, unit=unit, disable=not progress, **{"desc": f"{unit}s", **how})
+
+
+class _Bar(tqdm):
+    """A bar that lines of the log are written above, not into, while it is entered."""
+
+    def __enter__(self) -> "_Bar":
+        self._logs = contextlib.ExitStack()
+        self._logs.enter_context(_logs_above(bool(self.disable)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self._logs.close()
+
+
+def _logs_above(hidden: bool) -> contextlib.AbstractContextManager[None]:
+    """Within, what loggers write to the terminal goes above the bar."""
+    shown = [
+        logger
+        for logger in (logging.getLogger(), logging.getLogger("vlmneurons"))
+        if any(getattr(handler, "stream", None) in (sys.stdout, sys.stderr) for handler in logger.handlers)
+    ]
+    return contextlib.nullcontext() if hidden or not shown else logging_redirect_tqdm(shown, tqdm)
