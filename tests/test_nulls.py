@@ -294,16 +294,16 @@ def test_the_shuffles_of_the_calibration_are_those_of_the_null():
 
 def test_the_demos_pictures_dealt_to_made_up_groups_have_nothing_to_find(tmp_path):
     model, questions = vn.load_demo()
-    identify = questions.split(0.5, seed=0)[0].balanced(40, seed=0)
+    identify = questions.split(0.5, seed=0)[0].balanced(20, seed=0)
     items = vn.record_items(model, identify, tmp_path / "items", batch_size=64, progress=False)
     pictures = sorted({item.image_key for item in identify})
     small = []
-    for seed in range(4):
+    for seed in range(2):
         dealt = dict(zip(pictures, np.random.default_rng(seed).permutation(np.arange(len(pictures)) % 8), strict=True))
         labels = ["ABCDEFGH"[dealt[item.image_key]] for item in identify]
-        table = vn.null_distribution(items, CAS(0.02), by=labels, permutations=39, seed=seed)
+        table = vn.null_distribution(items, CAS(0.02), by=labels, permutations=19, seed=seed)
         small += (table["p"] <= 0.05).tolist()
-    assert np.mean(small) < 0.2  # by question it was 0.72
+    assert np.mean(small) < 0.3  # by question it was 0.72
 
 
 def test_halves_agree_as_much_between_groups_as_within_where_groups_do_not_differ():
