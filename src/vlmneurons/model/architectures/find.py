@@ -96,8 +96,8 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
 
     Returns:
         The towers by name, of which ``"language"`` is the text decoder and ``"vision"`` the first image tower; a text
-        encoder is ``"encoder"``, an audio tower ``"audio"``, the MLPs that make the decoder's vectors of what these give
-        ``"projector"`` (or ``"audio_projector"``), each a layer, and what else there is goes by its own name.
+        encoder is ``"encoder"``, an audio tower ``"audio"``. The MLPs that make the decoder's vectors of what these
+        give are ``"projector"`` (or ``"audio_projector"``), each a layer. What else there is goes by its own name.
         The order and every number in it depend on nothing but the model's class and configuration.
 
     Raises:
