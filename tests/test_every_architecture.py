@@ -106,7 +106,7 @@ FURTHER_TOWERS = {
     "blip-2": ["qformer"],
     "deepseek_vl_hybrid": ["high_res_vision_model"],
     "diffusion_gemma": ["encoder"],
-    "dots3_note": ["audio"],
+    "dots3_note": ["audio", "audio_projector"],
     "evolla": ["protein_encoder"],
     "florence2": ["encoder"],
     "gemma3n": ["audio"],
@@ -123,8 +123,44 @@ FURTHER_TOWERS = {
     "udop": ["encoder"],
     "video_llava": ["video_tower"],
 }
-PROJECTORS = ["PROJECTOR_NAMES"]
-"""Classes in whose default configuration an MLP gives vectors of the decoder's size of what towers see or hear."""
+PROJECTORS = {
+    "aria",
+    "cosmos3_edge",
+    "deepseek_vl",
+    "dots3_note",
+    "glm46v",
+    "glm4v",
+    "glm4v_moe",
+    "glmga",
+    "granite_docling",
+    "idefics2",
+    "inkling2",
+    "inkling2_loop",
+    "internvl",
+    "kimi_k25",
+    "lfm2_vl",
+    "lfm3_vl",
+    "lighton_ocr",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "minimax_m3_vl",
+    "mistral3",
+    "mistral_large4",
+    "muse_spark",
+    "nemotron_h_omni",
+    "perception_lm",
+    "qianfan_ocr",
+    "qwen2_5_omni_thinker",
+    "video_llama_3",
+    "video_llava",
+    "vipllava",
+}
+"""The classes in whose default configuration an MLP gives the decoder's vectors of what the towers see or hear."""
 OPTIONAL_TOWERS = {"gemma4": ["audio", "vision"], "gemma4_unified": [], "nemotron_h_omni": ["audio"]}
 """What towers there are more, if a configuration is given the parts that it leaves away by default."""
 MEASURED = ("llava_next", "qwen2_5_vl", "instructblip", "mistral_large4", "muse_spark", "dots3_note")

@@ -187,7 +187,10 @@ def test_settings_that_do_not_exist_are_refused_before_anything_runs(model, unch
         ({"condition": "right"}, "condition='right' does not exist; choose from correct, wrong, all"),
         ({"on_error": "ignore"}, "on_error='ignore' does not exist; choose from raise, skip"),
         ({"batch_size": 0}, "batch_size 0 is less than 1"),
-        ({"tokens": "words"}, "tokens='words' is not a token rule; choose from content, image, audio, video, text, last"),
+        (
+            {"tokens": "words"},
+            "tokens='words' is not a token rule; choose from content, image, audio, video, text, last",
+        ),
         ({"answer": "letter"}, "answer='letter' is not a way of reading answers"),
         ({"space": model.space("vision"), "tokens": "last"}, "tokens='last' counts words; a vision tower has none"),
         ({"answer": 5}, "answer=5 is not a way of reading answers; choose from letters, generate, text"),

@@ -96,9 +96,9 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
 
     Returns:
         The towers by name, of which ``"language"`` is the text decoder and ``"vision"`` the first image tower; a text
-        encoder is ``"encoder"``, an audio tower ``"audio"``, MLPs that make the decoder's vectors of what the towers
-        give are ``"projector"`` (``"audio_projector"``), a layer each, and what else there is goes by its own name.
-        The order and every number in it depend on nothing but the model's class and configuration.
+            encoder is ``"encoder"``, an audio tower ``"audio"``. The MLPs that make the decoder's vectors of what these
+        give are ``"projector"`` (or ``"audio_projector"``), each a layer. What else there is goes by its own name.
+            The order and every number in it depend on nothing but the model's class and configuration.
 
     Raises:
         ArchitectureError: the MLPs cannot be told for certain; says what was seen, and how to register what is known.
