@@ -34,7 +34,8 @@ class FoundMLP:
         """Its linear layers; none where parameters of the module are in their place."""
         layout = self.layout
         names = (layout.down, layout.gate, layout.up, layout.fused)
-        return [] if layout.parameters else [self.module.get_submodule(name) for name in names if name]
+        held = [operator.attrgetter(name)(self.module) for name in names if name and not layout.parameters]
+        return [projection for projection in held if isinstance(projection, nn.Module)]
 
 
 @dataclass(frozen=True)
