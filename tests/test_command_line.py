@@ -188,7 +188,7 @@ def test_the_papers_script_runs_on_each_of_its_models_with_only_the_model_change
     assert f"report: {out / 'report' / 'index.html'}" in printed
     result = vn.KnockoutResult.load(out / "knockout")
     assert (
-        json.loads((out / "knockout" / "manifest.json").read_text())["model"]["class"]
+        json.loads((out / "knockout" / "manifest.json").read_text())["setting"]["model"]
         == {
             "llava_next_mistral": "LlavaNextForConditionalGeneration",
             "llava_next_qwen2": "LlavaNextForConditionalGeneration",

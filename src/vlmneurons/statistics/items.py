@@ -210,10 +210,13 @@ class ItemStatistics:
             MismatchError: the folder holds another recording; the message says what differs.
         """
         metadata = {item.id: digest_of(_plain(dict(item.metadata)))[:8] for item in items}
-        number: dict[str, int] = {}  # of pictures: who shares them counts, and not where they lie
-        for item in sorted(items, key=lambda item: item.id):
-            shared = [str(number.setdefault(key, len(number))) for key in item.pictures or ()]
-            metadata[item.id] += f" {'+'.join(shared) or '-'}"
+        showing: dict[str, list[str]] = {}  # of pictures who shares them counts, and not where they lie
+        for item in items:
+            for key in item.pictures or ():
+                showing.setdefault(key, []).append(item.id)
+        for item in items:
+            shared = sorted(sorted(showing[key]) for key in item.pictures or () if len(showing[key]) > 1)
+            metadata[item.id] += f" {digest_of(shared)[:8] if shared else '-'}"
         manifest = {
             "kind": _KIND,
             "space": space.to_json(),
