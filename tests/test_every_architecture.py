@@ -32,6 +32,7 @@ LANGUAGE_WIDTHS: dict[str, Callable[[Any], set[int]]] = {
         text.moe_intermediate_size,
         text.n_shared_experts * text.moe_intermediate_size,
     },
+    "evolla": lambda text: {text.intermediate_size, text.aligner_ffn_mult * text.hidden_size},  # and its adapters
     "ernie4_5_vl_moe": lambda text: {
         text.intermediate_size,
         *text.moe_intermediate_size,  # experts of text, and those of images
@@ -161,7 +162,7 @@ PROJECTORS = {
     "vipllava",
 }
 """The classes in whose default configuration an MLP gives the decoder's vectors of what the towers see or hear."""
-OPTIONAL_TOWERS = {"gemma4": ["audio", "vision"], "gemma4_unified": [], "nemotron_h_omni": ["audio"]}
+OPTIONAL_TOWERS = {"gemma4": ["audio", "vision"], "gemma4_unified": [], "nemotron_h_omni": ["audio", "audio_projector"]}
 """What towers there are more, if a configuration is given the parts that it leaves away by default."""
 MEASURED = ("llava_next", "qwen2_5_vl", "instructblip", "mistral_large4", "muse_spark", "dots3_note")
 """Those whose memory is measured: the paper's, the slowest, those of most modules and of most experts."""

@@ -216,7 +216,8 @@ class ItemStatistics:
                 showing.setdefault(key, []).append(item.id)
         for item in items:
             shared = sorted(sorted(showing[key]) for key in item.pictures or () if len(showing[key]) > 1)
-            metadata[item.id] += f" {digest_of(shared)[:8] if shared else '-'}"
+            number = "unknown" if item.pictures is None else len(item.pictures)
+            metadata[item.id] += f" {number} {digest_of(shared)[:8] if shared else '-'}"
         manifest = {
             "kind": _KIND,
             "space": space.to_json(),

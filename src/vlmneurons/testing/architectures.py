@@ -182,7 +182,13 @@ _WRITTEN: dict[str, dict[str, Any]] = {
 """What must be said of those whose default configuration builds no model."""
 
 
-_OPTIONAL = {("nemotron_h_omni", "audio_config"): {"model_type": "parakeet_encoder", "projection_hidden_size": 2048}}
+_OPTIONAL = {
+    ("nemotron_h_omni", "audio_config"): {
+        "model_type": "parakeet_encoder",
+        "projection_hidden_size": 2048,
+        "projection_bias": False,
+    }
+}
 """The types of optional towers, where a configuration leaves them open."""
 
 
