@@ -108,6 +108,7 @@ def test_a_template_that_does_not_show_the_question_is_refused(causal, template,
         wrapped(causal, template).prepare(asked("What is the capital of all the world?"))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_base_model_is_asked_plainly(causal):
     with pytest.raises(
         QuestionError, match=r"has no chat template; give VLM.*or template='plain', which shows the text"
