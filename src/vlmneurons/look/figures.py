@@ -22,7 +22,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", 
 
 _HARM, _GAIN = [ORANGE, "#5E2900"], [BLUE, "#00324E"]
 
-COLOURS = {
+COLOURS: dict[str, LinearSegmentedColormap | str] = {
     "effect": LinearSegmentedColormap.from_list("effect", [*_HARM[::-1], "#FFFFFF", *_GAIN], N=257),
     "harm": LinearSegmentedColormap.from_list("harm", ["#FFFFFF", *_HARM]),
     "gain": LinearSegmentedColormap.from_list("gain", ["#FFFFFF", *_GAIN]),

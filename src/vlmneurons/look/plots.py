@@ -112,7 +112,6 @@ def plot_matrix(
     letters = (12 if width < 5 else 24) if width else 10**6
     digits = max(0, 1 - math.floor(math.log10(most)))
     longest = max((_shown(one, digits) for matrix in matrices.values() for one in matrix.to_numpy().flat), key=ems)
-    image = None
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.to_numpy(dtype=float)
         image = axis.imshow(values, cmap=COLOURS[meaning], vmin=least, vmax=most)
@@ -128,8 +127,8 @@ def plot_matrix(
             long = "Neurons switched off: those of"
             axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
     below = width is not None and width < 5
-    where = {"location": "bottom", "shrink": 0.9, "aspect": 30} if below else {"shrink": 0.85}
-    bar = figure.colorbar(image, ax=ax or list(axes), **where)
+    where: dict[str, Any] = {"location": "bottom", "shrink": 0.9, "aspect": 30} if below else {"shrink": 0.85}
+    bar = figure.colorbar(axes[0].images[0], ax=ax or list(axes), **where)
     bar.set_label(title, fontsize=size)
     bar.ax.tick_params(labelsize=size)
     with_fonts(ax or figure)

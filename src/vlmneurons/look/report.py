@@ -144,7 +144,7 @@ def _effects(
 ) -> list[_Part]:
     overall = _overall(summary, plain)
     own = summary[(summary["selector"] == main) & (summary["group"] != "all")]
-    own = own.sort_values("group", key=lambda groups: groups.map(natural))
+    own = own.iloc[sorted(range(len(own)), key=lambda row: natural(own["group"].iloc[row]))]
     shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
     level = f"{100 * how['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
     return [
