@@ -119,6 +119,7 @@ def plot_matrix(
         if result.control_names and len(result.control_names) < matrix.shape[1]:
             axis.axvline(matrix.shape[1] - len(result.control_names) - 0.5, color="black", linewidth=1)
         _ticks(axis, matrix, size, cell, letters)
+        room = int(72 * cell * matrix.shape[1] / (0.62 * size)) if width else 10**6
         axis.set_title(_plain(shortened([name], room))[0], fontsize=size if width else None)
         axis.set_xlabel("Questions about", fontsize=size)
         if ems(longest) * min(7, size) <= 0.97 * 72 * cell:
