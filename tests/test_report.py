@@ -105,6 +105,112 @@ def test_a_sweep_is_printed_with_its_settings_and_said_to_be_exploratory(report)
     assert pd.read_csv(folder / "tables" / "tests-cas.csv")["settings"].tolist() == [4] * 4
 
 
+def renamed(result, names):
+    """The result with its selectors named otherwise, sweeps left out."""
+    kept = [n for n, mask in enumerate(result.masks) if mask.selector in names]
+    masks = tuple(replace(result.masks[n], selector=names[result.masks[n].selector]) for n in kept)
+    rows = [0, *(n + 1 for n in kept)]
+    return replace(result, masks=masks, chosen=result.chosen[rows], margins=result.margins[rows])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ("CAS|LAPE", "CAS&LAPE", "matrix-cas-lape-"),
+        ("文化", "言語", "matrix-unnamed-"),
+        ("CAS", "cas", "matrix-cas-"),
+        ("a" * 300 + "1", "a" * 300 + "2", f"matrix-{'a' * 60}-"),
+        ("langue créole", "langue creole", "matrix-langue-creole-"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:no installed font has")
+def test_names_that_are_alike_keep_their_own_files(tmp_path, first, second, shared):
+    result = renamed(random_result(n=12), {"CAS": first, "MAD": second, "random": "random"})
+    tables = {"A|B": pd.DataFrame({"x": [1]}), "A&B": pd.DataFrame({"x": [2]}), "Summary": pd.DataFrame({"x": [3]})}
+    page = result.report(tmp_path, main=first, tables=tables, **QUICK).read_text(encoding="utf-8")
+    ids = re.findall(r'<section id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    files = re.findall(r'href="((?:figures|tables)/[^"]+)"', page)
+    assert len(files) == len({file.lower() for file in files})
+    assert {file for file in files if file.endswith((".png", ".svg"))} == {
+        f"figures/{path.name}" for path in (tmp_path / "figures").iterdir()
+    }
+    matrices = sorted(path.name for path in (tmp_path / "figures").glob("matrix-*.svg"))
+    assert len(matrices) == 3
+    assert sum(name.startswith(shared) for name in matrices) == 2
+    values = [pd.read_csv(path)["x"].tolist() for path in (tmp_path / "tables").glob("a-b-*.csv")]
+    assert sorted(values) == [[1], [2]]
+    assert len(pd.read_csv(tmp_path / "tables" / "summary.csv")) > 3  # not overwritten by the user's
+    # A file is called the same when the other comes first.
+    turned = renamed(random_result(n=12), {"CAS": second, "MAD": first, "random": "random"})
+    turned.report(tmp_path / "again", main=second, tables=dict(reversed(tables.items())), **QUICK)
+    assert sorted(path.name for path in (tmp_path / "again" / "figures").glob("matrix-*.svg")) == matrices
+    assert {path.name for path in (tmp_path / "tables").glob("a-b-*")} == {
+        path.name for path in (tmp_path / "again" / "tables").glob("a-b-*")
+    }
+
+
+def test_a_name_of_ones_own_never_takes_a_file_of_the_report(tmp_path):
+    result = renamed(random_result(n=12), {"CAS": "overall", "MAD": "margin"})
+    result.report(tmp_path, main="overall", **QUICK)
+    tables = tmp_path / "tables"
+    assert set(pd.read_csv(tables / "effects-overall.csv")) >= {"selector", "self effect"}
+    of_main = [path for path in tables.glob("effects-overall-*.csv")]
+    assert [set(pd.read_csv(path)) >= {"group", "self effect"} for path in of_main] == [True]
+
+
+def parsed(text):
+    """A number as a table prints it, or None."""
+    plain = str(text).replace("−", "-")
+    return float(plain) if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", plain) else None
+
+
+def cells_of(page, number):
+    """The cells of the page's table of that section, row by row."""
+    inner = re.search(rf'<section id="table-{number}">.*?<tbody>(.*?)</tbody>', page)[1]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", inner)]
+
+
+def test_nothing_prints_as_zero_that_is_not(tmp_path):
+    values = [0.0001, 0.00025, 0.0005, 0.0025, 1e-7, -3e-5, 0.0999, 0.1, 1.23456, 0.0, 250.0]
+    result = random_result(n=12)
+    settings = {"r=0.01": "r=0.00025", "r=0.001": "r=0.0000001", "r=0.02": "r=0.12345678"}
+    for old, new in settings.items():
+        masks = [replace(mask, selector=mask.selector.replace(f"[{old}]", f"[{new}]")) for mask in result.masks]
+        result = replace(result, masks=tuple(masks))
+    page = result.report(tmp_path, tables={"mine": pd.DataFrame({"value": values})}, **QUICK)
+    page = page.read_text(encoding="utf-8")
+    for (text,), value in zip(cells_of(page, "mine"), values, strict=True):
+        assert parsed(text) == pytest.approx(value, rel=0.006)
+    latex_rows = re.findall(r"^(\S+) \\\\$", (tmp_path / "tables" / "mine.tex").read_text("utf-8"), re.MULTILINE)
+    assert [parsed(row.replace("$-$", "−")) for row in latex_rows[1:]] == [
+        parsed(row[0]) for row in cells_of(page, "mine")
+    ]
+    curve = pd.read_csv(tmp_path / "tables" / "curve-cas-r.csv", dtype=str)
+    assert curve["r"].tolist() == ["1e-07", "0.00025", "0.12345678"]
+    assert [row[0] for row in cells_of(page, "curve-cas-r")] == curve["r"].tolist()
+
+
+def test_every_number_of_the_effects_can_be_read_back(report):
+    result, folder, _ = report
+    summary = result.summary(**QUICK).set_index(["selector", "group"])
+    printed = pd.read_csv(folder / "tables" / "effects-cas.csv", dtype=str).set_index("group")
+    for group, row in printed.iterrows():
+        exact = summary.loc["CAS", group]
+        for column, name in {"self effect": "self_effect", "cross effect": "cross_effect", "gap": "gap"}.items():
+            wanted = [100 * exact[f"{name}{end}"] for end in ("", "_low", "_high")]
+            read = [float(text.replace("−", "-")) for text in re.findall(r"−?[\d.]+", row[column])]
+            for number, value in zip(read, wanted, strict=False):
+                assert number == pytest.approx(value, abs=0.0501)
+                assert (number == 0) == (abs(value) < 1e-9)
+        for column in ("clean", "flips"):
+            assert parsed(row[column]) == pytest.approx(100 * exact[column], abs=0.0501)
+    pairs = result.pairs("CAS", **QUICK).set_index(["mask", "group"])
+    shown = pd.read_csv(folder / "tables" / "pairs.csv", dtype=str)
+    for row in shown.itertuples(index=False):
+        assert parsed(row.delta) == pytest.approx(100 * pairs.loc[(row.mask, row.group), "delta"], abs=0.0501)
+
+
 def test_latex_escapes_every_character():
     table = pd.DataFrame({"a_b": [r"50 % & \x {y} #1 $ ~ ^ < −1"], "n": [0.5]})
     text = latex(table, "100 % sure", "tab:x")
@@ -131,7 +237,7 @@ def test_groups_and_selectors_of_any_name_are_reported(tmp_path):
     masks = tuple(Mask(f"{m.selector} <i>/..", m.repeat, names[m.group], m.size) for m in result.masks[:8])
     groups = tuple(names[group] for group in result.groups)
     odd = KnockoutResult(result.ids, groups, result.answers, masks, result.chosen[:9], result.margins[:9])
-    with pytest.warns(UserWarning, match="Glyph"):  # the font of figures has no Arabic or Chinese letters
+    with pytest.warns(UserWarning, match="no installed font has the letters 日本"):
         page = odd.report(tmp_path, **QUICK)
     text = page.read_text(encoding="utf-8")
     assert "<i>" not in text.replace("<img", "")

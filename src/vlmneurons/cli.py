@@ -342,7 +342,7 @@ def study(
     if general_by is not None and general is None:
         raise QuestionError("--general-by groups the questions of --general, which is not given")
     questions, load = _opened(given)
-    others = None if general is None else open_questions(general, group_by=general_by)
+    further = None if general is None else open_questions(general, group_by=general_by)
     identify, _ = questions.split(protocol.share, seed=protocol.seed)
     thin = [f"{group} ({n})" for group, n in identify.counts().items() if n < protocol.minimum]
     if thin:  # run_study looks again, but by then the model is loaded
@@ -357,7 +357,7 @@ def study(
     model = load()
     log.info("%s on %s", model.name, questions)
     how = {"distributed": _processes() > 1, "progress": not given["quiet"], "remote": given["remote"] or False}
-    done = vn.run_study(model, questions, out, protocol, general=others, **how)
+    done = vn.run_study(model, questions, out, protocol, general=further, **how)
     if done.page is not None:
         summary = done.knockout.summary()
         shown = ["selector", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p", "flips"]

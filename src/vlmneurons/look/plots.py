@@ -1,36 +1,60 @@
 """Pictures of statistics, selections and knockout results.
 
-Every function returns a matplotlib `Figure` and draws nowhere else: no window, no global state, no style changed.
-Colours are safe for colour-blind readers (Okabe & Ito's, each with a marker of its own); effects use a diverging map
-centred on zero.
+Every function returns a matplotlib `Figure` and draws nowhere else: no window, no global state, no style changed. The
+figure shows itself as the last line of a notebook's cell. Colours are safe for colour-blind readers (Okabe & Ito's,
+each with a marker of its own): harm is orange and gain blue, and effects diverge from white at zero.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.image import AxesImage
 
 from vlmneurons.checks import of_kind, real
 from vlmneurons.errors import MismatchError
+from vlmneurons.look.figures import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    NOT_DRAWN,
+    ORANGE,
+    PURPLE,
+    PrintFigure,
+    ems,
+    natural,
+    ordered,
+    shortened,
+    width_of,
+    with_fonts,
+)
 from vlmneurons.neurons.selection import Selection
 
 if TYPE_CHECKING:
     from vlmneurons.study.result import KnockoutResult
 
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676"
-
-_LABELS = {
-    "delta": ("Change of accuracy (points)", 100.0),
-    "correct": ("Change of accuracy (points)", 100.0),
-    "margin": ("Change of log-probability margin (nats)", 1.0),
-    "flips": ("Answers that changed (%)", 100.0),
-    "right_to_wrong": ("Right answers that turned wrong (%)", 100.0),
-    "wrong_to_right": ("Wrong answers that turned right (%)", 100.0),
-    "ablated": ("Accuracy under the mask (%)", 100.0),
+_VALUES = {
+    "delta": ("Change of accuracy (points)", 100.0, "effect"),
+    "correct": ("Change of accuracy (points)", 100.0, "effect"),
+    "margin": ("Change of log-probability margin (nats)", 1.0, "effect"),
+    "right_to_wrong": ("Right answers that turned wrong (%)", 100.0, "harm"),
+    "wrong_to_right": ("Wrong answers that turned right (%)", 100.0, "gain"),
+    "wrong_to_wrong": ("Wrong answers that became other wrong ones (%)", 100.0, "neutral"),
+    "flips": ("Answers that changed (%)", 100.0, "neutral"),
+    "failures": ("Answers that could not be parsed (%)", 100.0, "neutral"),
+    "clean": ("Clean accuracy (%)", 100.0, "neutral"),
+    "ablated": ("Accuracy under the mask (%)", 100.0, "neutral"),
+    "n": ("Questions", 1.0, "neutral"),
+    "neurons": ("Neurons of the mask", 1.0, "neutral"),
 }
+"""What a column of the table is called, its unit, and what it means; anything else is a signed effect."""
 
 
 def plot_matrix(
@@ -39,8 +63,14 @@ def plot_matrix(
     *,
     value: str = "delta",
     limit: float | None = None,
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Heat map of effects: whose neurons were off (rows) against whose questions were asked (columns).
+
+    Harm is orange and gain blue whatever the value, and what is neither has colours of its own; a cell is grey where
+    nothing was asked. Numbers stand in the cells where they fit.
 
     Args:
         result: what `knockout` gave.
@@ -48,9 +78,18 @@ def plot_matrix(
         value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats).
         limit: the value, as drawn, at which colours end, so that several figures can share a scale; by default the
             largest that is drawn.
+        order: of the groups: all of them in the order wanted, or ``"clustered"``: groups with alike rows and columns
+            beside each other. By default sorted, G2 before G10. Control groups stay last.
+        width: of the figure in inches, such as 3.3 for a column and 6.75 for a page: text has 8 pt up to 8 groups and
+            at least 6 pt, panels wrap, and long names are cut. By default as large as the matrix needs.
+        ax: axes of a figure of your own to draw one selector into.
+
+    Returns:
+        The figure: a new one, or that of ``ax``.
 
     Raises:
-        MismatchError: no such selector or value, or a limit that is not above 0.
+        MismatchError: no such selector or value, a limit that is not above 0, another order than of these groups, a
+            width that is too narrow, or several selectors for one ``ax``.
     """
     from vlmneurons.study.result import KnockoutResult
 
@@ -64,97 +103,214 @@ def plot_matrix(
         raise MismatchError("there is no selector to draw: the study has no masks, or selector is an empty list")
     if limit is not None and real("limit", limit, MismatchError) <= 0:
         raise MismatchError(f"limit {limit} is the value at which colours end, and above 0")
-    title, scale = _LABELS.get(value, (value, 1.0))
-    matrices = {name: result.matrix(name, value=value) * scale for name in names}
-    n_columns = max(matrix.shape[1] for matrix in matrices.values())
-    n_rows = max(matrix.shape[0] for matrix in matrices.values())
-    cell = 0.5 if n_columns <= 12 else 0.36
-    longest = max(len(str(label)) for matrix in matrices.values() for label in [*matrix.index, *matrix.columns])
-    width = len(names) * (cell * n_columns + 0.35) + 0.085 * longest + 1.6
-    figure = Figure(figsize=(width, cell * n_rows + 0.085 * longest + 1.3), layout="constrained")
-    same_rows = len({tuple(matrix.index) for matrix in matrices.values()}) == 1
-    axes = figure.subplots(1, len(names), squeeze=False, sharey=same_rows)[0]
+    _drawn_into(ax, width, len(names))
+    title, scale, meaning = _VALUES.get(value, (value, 1.0, "effect"))
+    matrices = _in_order(result, {name: result.matrix(name, value=value) * scale for name in names}, order)
+    figure, axes, size, cell = _panels(matrices, width, ax)
     most = limit or max(float(np.nanmax(np.abs(matrix.to_numpy(dtype=float)))) for matrix in matrices.values()) or 1.0
-    image = None
+    least = -most if meaning == "effect" else 0.0
+    letters = (12 if width < 5 else 24) if width else 10**6
+    digits = max(0, 1 - math.floor(math.log10(most)))
+    longest = max((_shown(one, digits) for matrix in matrices.values() for one in matrix.to_numpy().flat), key=ems)
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.to_numpy(dtype=float)
-        image = axis.imshow(values, cmap="RdBu", vmin=-most, vmax=most)
+        image = axis.imshow(values, cmap=COLOURS[meaning], vmin=least, vmax=most)
+        axis.set_facecolor(NOT_DRAWN)
         if result.control_names and len(result.control_names) < matrix.shape[1]:
             axis.axvline(matrix.shape[1] - len(result.control_names) - 0.5, color="black", linewidth=1)
-        axis.set_xticks(range(matrix.shape[1]), _plain(matrix.columns), rotation=90 if longest > 4 else 0)
-        axis.set_yticks(range(matrix.shape[0]), _plain(matrix.index))
-        axis.set_title(_plain([name])[0])
-        axis.set_xlabel("Questions about")
-        if n_columns <= 12:
-            for row, column in np.ndindex(values.shape):
-                if np.isnan(values[row, column]):  # not asked: no colour and no number
-                    continue
-                shade = abs(values[row, column]) / most
-                # A cell that is coloured says by how much: whole numbers would turn small effects into 0.
-                text = f"{values[row, column]:.{1 if most < 10 else 0}f}"
-                axis.text(
-                    column,
-                    row,
-                    "0" if float(text) == 0 else text.replace("-", "−"),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if shade > 0.6 else "black",
-                )
-    axes[0].set_ylabel("Neurons switched off: those of")
-    if image is not None:
-        figure.colorbar(image, ax=list(axes), label=title, shrink=0.85)
+        _ticks(axis, matrix, size, cell, letters)
+        room = int(72 * cell * matrix.shape[1] / (0.62 * size)) if width else 10**6
+        axis.set_title(_plain(shortened([name], room))[0], fontsize=size if width else None)
+        axis.set_xlabel("Questions about", fontsize=size)
+        if ems(longest) * min(7, size) <= 0.97 * 72 * cell:
+            _numbers(axis, image, min(7, size), digits)
+        if axis.get_subplotspec() is None or axis.get_subplotspec().is_first_col():
+            long = "Neurons switched off: those of"
+            axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
+    below = width is not None and width < 5
+    where: dict[str, Any] = {"location": "bottom", "shrink": 0.9, "aspect": 30} if below else {"shrink": 0.85}
+    bar = figure.colorbar(axes[0].images[0], ax=ax or list(axes), **where)
+    bar.set_label(title, fontsize=size)
+    bar.ax.tick_params(labelsize=size)
+    with_fonts(ax or figure)
     return figure
 
 
-def plot_layers(selection: Selection, *, expected: bool = True) -> Figure:
+def _ticks(axis: Axes, matrix: pd.DataFrame, size: float, cell: float, letters: int) -> None:
+    columns, rows = (shortened([str(one) for one in labels], letters) for labels in (matrix.columns, matrix.index))
+    upright = max(map(ems, columns)) * size > 0.9 * 72 * cell
+    axis.set_xticks(range(len(columns)), _plain(columns), rotation=90 if upright else 0, fontsize=size)
+    axis.set_yticks(range(len(rows)), _plain(rows), fontsize=size)
+
+
+def _drawn_into(ax: Axes | None, width: float | None, panels: int) -> None:
+    width_of(width)
+    if ax is not None:
+        of_kind("ax", ax, Axes, MismatchError, "axes of a matplotlib figure")
+        if width is not None:
+            raise MismatchError("width is that of a new figure, and ax has a figure: give one of the two")
+        if panels > 1:
+            raise MismatchError(f"ax takes one panel, and there are {panels}: name one selector")
+
+
+def _in_order(
+    result: "KnockoutResult", matrices: Mapping[str, pd.DataFrame], order: str | Sequence[str] | None
+) -> dict[str, pd.DataFrame]:
+    """Matrices with groups in one order in rows and columns; masks of no group, and control groups, come last."""
+    groups = list(result.group_names)
+    each = [one.reindex(index=groups, columns=groups).to_numpy(dtype=float) for one in matrices.values()]
+    columns = [*ordered(groups, order, np.hstack([np.hstack([one, one.T]) for one in each])), *result.control_names]
+    return {
+        name: one.loc[
+            [
+                *(group for group in columns if group in one.index),
+                *sorted((mask for mask in one.index if mask not in columns), key=natural),
+            ],
+            columns,
+        ]
+        for name, one in matrices.items()
+    }
+
+
+def _panels(
+    matrices: Mapping[str, pd.DataFrame], width: float | None, ax: Axes | None
+) -> tuple[Figure, list[Axes], float, float]:
+    """The figure, its axes, the size of its text in points, and the side of a cell in inches."""
+    tables = list(matrices.values())
+    n_columns, n_rows = (max(table.shape[side] for table in tables) for side in (1, 0))
+    labels = [str(label) for table in tables for label in (*table.index, *table.columns)]
+    if ax is not None:
+        box = ax.get_position()
+        figure = ax.figure
+        while not isinstance(figure, Figure):  # a part of a figure
+            figure = figure.figure
+        across, down = figure.get_size_inches() * (box.width, box.height)
+        return figure, [ax], _rc_size(), min(across / n_columns, down / n_rows)
+    same_rows = len({tuple(table.index) for table in tables}) == 1
+    if width is None:
+        size, cell, across = _rc_size(), 0.5 if n_columns <= 12 else 0.36, len(tables)
+        longest = 0.085 * max(map(len, labels))
+        inches = (across * (cell * n_columns + 0.35) + longest + 1.6, cell * n_rows + longest + 1.3)
+    else:
+        size = _size(max(n_columns, n_rows))
+        longest = size * max(map(ems, shortened(labels, 12 if width < 5 else 24))) / 72
+        fixed = 0.35 + size / 36 + (0 if width < 5 else 0.75)
+
+        def side(across: int) -> float:
+            names = longest if same_rows else across * longest
+            return min(0.5, (width - fixed - names - 0.12 * (across - 1)) / (across * n_columns))
+
+        across = next((k for k in range(len(tables), 0, -1) if 72 * side(k) >= size), 0)
+        if not across:
+            needs = fixed + longest + size * n_columns / 72
+            raise MismatchError(
+                f"{n_columns} columns with names of {size:g} pt do not fit into {width:g} inches: width is at least "
+                f"{math.ceil(10 * needs) / 10:g}, or the names are shorter"
+            )
+        cell = side(across)
+        down = math.ceil(len(tables) / across)
+        height = down * (cell * n_rows + longest + 5.5 * size / 72 + 0.1) + (0.6 if width < 5 else 0.1)
+        inches = (width, height)
+    figure = PrintFigure(figsize=inches, layout="constrained")
+    down = math.ceil(len(tables) / across)
+    axes = figure.subplots(down, across, squeeze=False, sharey=same_rows).ravel().tolist()
+    for axis in axes[len(tables) :]:
+        axis.remove()
+    return figure, axes[: len(tables)], size, cell
+
+
+def _rc_size() -> float:
+    return float(FontProperties(size=rcParams["xtick.labelsize"]).get_size_in_points())
+
+
+def _size(groups: int) -> float:
+    """Points of the text of a figure whose width is given."""
+    return 8.0 if groups <= 8 else 7.0 if groups <= 16 else 6.0
+
+
+def _numbers(axis: Axes, image: AxesImage, size: float, digits: int) -> None:
+    """Numbers into the cells of a heat map, black or white, whichever is seen."""
+    values = np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
+    colours = image.to_rgba(values)
+    for row, column in np.ndindex(values.shape):
+        light = float(colours[row, column, :3] @ (0.299, 0.587, 0.114))
+        text, colour = _shown(values[row, column], digits), "black" if light > 0.5 else "white"
+        axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+
+
+def _shown(value: float, digits: int) -> str:
+    """A number of a cell; nothing where nothing was asked."""
+    text = "" if np.isnan(value) else f"{value:.{digits}f}"
+    return "0" if text and float(text) == 0 else text.replace("-", "−")
+
+
+def plot_layers(
+    selection: Selection,
+    *,
+    expected: bool = True,
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
     """How many neurons each layer holds, for every group of a selection: groups by layers, as a heat map with counts.
 
     Args:
         selection: the neurons.
         expected: name below the picture what a uniform choice would put into a layer on average.
+        order: of the groups: all of them in the order wanted, or ``"clustered"``: groups of alike layers beside each
+            other. By default sorted, G2 before G10.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure: a new one, or that of ``ax``.
 
     Raises:
-        MismatchError: the selection spans several towers; restrict it to one.
+        MismatchError: the selection spans several towers; restrict it to one. Another order than of its groups, or a
+            width that is too narrow.
     """
     of_kind("selection", selection, Selection, MismatchError)
     towers = sorted({site.tower for site in selection.space.sites})
     if len(towers) > 1:
         raise MismatchError(f"layers are drawn for one tower; this selection spans {', '.join(towers)}")
+    _drawn_into(ax, width, 1)
     layers = list(selection.space.layers)
-    groups = list(selection)
     layer_of = selection.space.layer_of
-    counts = np.stack(
-        [np.bincount(layer_of[selection[group].indices].numpy(), minlength=layers[-1] + 1)[layers] for group in groups]
-    )
-    cell = 0.5 if len(layers) <= 12 else 0.3
-    longest = max(len(group) for group in groups)
-    figure = Figure(
-        figsize=(cell * len(layers) + 0.085 * longest + 2.0, 0.34 * len(groups) + 1.5), layout="constrained"
-    )
-    axis = figure.subplots()
-    most = max(int(counts.max()), 1)
-    image = axis.imshow(counts, cmap="cividis", vmin=0, vmax=most, aspect="auto")
-    axis.set_xticks(range(len(layers)), layers, fontsize=9 if len(layers) <= 32 else 6)
-    axis.set_yticks(range(len(groups)), _plain(groups))
+    counted = {
+        group: np.bincount(layer_of[selection[group].indices].numpy(), minlength=layers[-1] + 1)[layers]
+        for group in selection
+    }
+    groups = ordered(list(counted), order, np.stack(list(counted.values())).astype(float))
+    counts = np.stack([counted[group] for group in groups])
+    labels = shortened(groups, 10**6 if not width else 12 if width < 5 else 24)
+    size = _size(len(groups)) if width else _rc_size()
+    if ax is not None:
+        figure, axis = _panels({"": pd.DataFrame(counts)}, None, ax)[0], ax
+        inside = float(figure.get_size_inches()[0]) * ax.get_position().width
+    else:
+        margin = size * max(map(ems, labels)) / 72 + 1.1
+        natural_width = (0.5 if len(layers) <= 12 else 0.3) * len(layers) + margin + 0.6
+        line = 0.34 if not width else 1.7 * size / 72
+        figure = PrintFigure(figsize=(width or natural_width, line * len(groups) + 1.5), layout="constrained")
+        axis, inside = figure.subplots(), (width or natural_width) - margin
+    most, cell = max(int(counts.max()), 1), inside / len(layers)
+    image = axis.imshow(counts, cmap=COLOURS["neutral"], vmin=0, vmax=most, aspect="auto")
+    wide = ems(str(layers[-1])) * size + 2
+    step = next((step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32) if 72 * cell * step >= wide), 64)
+    axis.set_xticks(range(0, len(layers), step), layers[::step], fontsize=size)
+    axis.set_yticks(range(len(groups)), _plain(labels), fontsize=size)
     label = f"Layer of the {towers[0]} tower"
     if expected:
         mean = float(np.mean([len(selection[group]) for group in groups])) / len(layers)
         label += f"\n(a uniform choice: {mean:.3g} neurons a layer)"
-    axis.set_xlabel(label)
-    axis.set_ylabel("Neurons of")
-    if len(layers) <= 12:
-        for row, column in np.ndindex(counts.shape):
-            axis.text(
-                column,
-                row,
-                int(counts[row, column]),
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if counts[row, column] < 0.55 * most else "black",
-            )
-    figure.colorbar(image, ax=axis, label="Neurons")
+    axis.set_xlabel(label, fontsize=size)
+    axis.set_ylabel("Neurons of", fontsize=size)
+    if ems(str(most)) * min(7, size) <= 0.97 * 72 * cell:
+        _numbers(axis, image, min(7, size), 0)
+    bar = figure.colorbar(image, ax=axis)
+    bar.set_label("Neurons", fontsize=size)
+    bar.ax.tick_params(labelsize=size)
+    with_fonts(ax or figure)
     return figure
 
 
@@ -166,10 +322,10 @@ def _plain(names: Any) -> list[str]:
 # -- effects with intervals --------------------------------------------------------------------------------------------
 
 _EFFECTS = {
-    "self_effect": ("Self effect (own questions)", _ORANGE, "o"),
-    "cross_effect": ("Cross effect (other masks)", _BLUE, "s"),
-    "gap": ("Gap", _GREEN, "D"),
-    "control_effect": ("General ability", _PURPLE, "^"),
+    "self_effect": ("Self effect (own questions)", ORANGE, "o"),
+    "cross_effect": ("Cross effect (other masks)", BLUE, "s"),
+    "gap": ("Gap", GREEN, "D"),
+    "control_effect": ("General ability", PURPLE, "^"),
 }
 
 
@@ -196,7 +352,7 @@ def plot_effects(
             known = [name for name in _EFFECTS if name in summary]
             raise MismatchError(f"effect {effect!r} is not in the summary; it has {', '.join(known)}")
     names = [str(name) for name in summary[label]]
-    figure = Figure(figsize=(6.4, 0.3 * len(names) + 1.7), layout="constrained")
+    figure = PrintFigure(figsize=(6.4, 0.3 * len(names) + 1.7), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color="black", linewidth=0.8)
     places = np.arange(len(names))
@@ -212,6 +368,7 @@ def plot_effects(
     if title:
         axis.set_title(title, fontsize=10)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    with_fonts(figure)
     return figure
 
 
@@ -253,7 +410,7 @@ def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> F
         "items": "Identification questions a group",
     }
     scale = 100 if axis_name == "r" else 1
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    figure = PrintFigure(figsize=(5.2, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="black", linewidth=0.8)
     if groups:
@@ -262,7 +419,7 @@ def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> F
             axis.plot(
                 scale * rows[axis_name],
                 100 * rows["self_effect"],
-                color=_ORANGE,
+                color=ORANGE,
                 alpha=0.25,
                 linewidth=0.8,
                 label="Self effect of each group" if n == 0 else None,
@@ -284,6 +441,7 @@ def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> F
     axis.set_ylabel("Change of accuracy (points)")
     _frame(axis, "both")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    with_fonts(figure)
     return figure
 
 
@@ -298,11 +456,11 @@ def plot_flips(result: "KnockoutResult", selectors: Sequence[str] | None = None)
     table = table[table["group"].isin(result.group_names) & table["mask"].isin(result.group_names)]
     names = [name for name in selectors or result.selectors if (table["selector"] == name).any()]
     kinds = {
-        "right_to_wrong": ("right → wrong", _ORANGE, ""),
-        "wrong_to_right": ("wrong → right", _BLUE, "////"),
+        "right_to_wrong": ("right → wrong", ORANGE, ""),
+        "wrong_to_right": ("wrong → right", BLUE, "////"),
         "wrong_to_wrong": ("wrong → other wrong", "#BBBBBB", "...."),
     }
-    figure = Figure(figsize=(6.4, 0.5 * len(names) + 1.7), layout="constrained")
+    figure = PrintFigure(figsize=(6.4, 0.5 * len(names) + 1.7), layout="constrained")
     axis = figure.subplots()
     labels, places = [], []
     for n, name in enumerate(names):
@@ -333,6 +491,7 @@ def plot_flips(result: "KnockoutResult", selectors: Sequence[str] | None = None)
     axis.set_xlabel("Answers that changed (%)")
     _frame(axis, "x")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    with_fonts(figure)
     return figure
 
 
@@ -351,10 +510,10 @@ def plot_depth(result: "KnockoutResult", selectors: Sequence[str]) -> Figure:
         raise MismatchError("these masks do not know their layers: they were not made by knockout")
     towers = sorted({name.split(" ")[0] for name in layers})
     short = [name.split(" ")[1] if len(towers) == 1 else name for name in layers]
-    figure = Figure(figsize=(max(5.2, 0.17 * len(layers) + 2), 3.4), layout="constrained")
+    figure = PrintFigure(figsize=(max(5.2, 0.17 * len(layers) + 2), 3.4), layout="constrained")
     axis = figure.subplots()
     at = np.arange(len(layers))
-    styles = zip((_ORANGE, _BLUE, _GREEN, _PURPLE, "black", "#E69F00"), "osD^vP", ("-", "--", "-.", ":", "-", "--"))
+    styles = zip((ORANGE, BLUE, GREEN, PURPLE, "black", "#E69F00"), "osD^vP", ("-", "--", "-.", ":", "-", "--"))
     for name, (colour, marker, line) in zip(selectors, styles, strict=False):
         shares = np.array(
             [np.array(m.layers) / m.size for m in result.masks if m.selector == name and m.size and m.group != "all"]
@@ -372,13 +531,14 @@ def plot_depth(result: "KnockoutResult", selectors: Sequence[str]) -> Figure:
             linewidth=1.3,
             label=name,
         )
-    axis.axhline(100 / len(layers), color=_GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="uniform")
+    axis.axhline(100 / len(layers), color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="uniform")
     axis.set_xticks(at, short, fontsize=8 if len(layers) <= 32 else 6, rotation=0 if len(towers) == 1 else 90)
     axis.set_xlabel(f"Layer of the {towers[0]} tower" if len(towers) == 1 else "Layer")
     axis.set_ylabel("Share of the mask (%)")
     axis.set_ylim(bottom=0)
     _frame(axis, "y")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    with_fonts(figure)
     return figure
 
 
@@ -392,11 +552,11 @@ def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]
     """
     table = result.table()
     table = table[table["mask"] == table["group"]]
-    groups = list(result.group_names)
-    figure = Figure(figsize=(6.4, 0.3 * len(groups) + 1.7), layout="constrained")
+    groups = sorted(result.group_names, key=natural)
+    figure = PrintFigure(figsize=(6.4, 0.3 * len(groups) + 1.7), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color="black", linewidth=0.8)
-    styles = [(_BLUE, "x"), (_GREEN, "+"), (_PURPLE, "1"), (_GREY, "|")]
+    styles = [(BLUE, "x"), (GREEN, "+"), (PURPLE, "1"), (GREY, "|")]
     for n, name in enumerate(controls):
         colour, marker = styles[n % len(styles)]
         rows = table[table["selector"] == name]
@@ -410,12 +570,13 @@ def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]
         )
     own = table[table["selector"] == selector]
     at = [groups.index(group) for group in own["group"]]
-    axis.scatter(100 * own["delta"], at, color=_ORANGE, marker="o", s=26, zorder=3, label=_plain([selector])[0])
+    axis.scatter(100 * own["delta"], at, color=ORANGE, marker="o", s=26, zorder=3, label=_plain([selector])[0])
     axis.set_yticks(range(len(groups)), _plain(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.set_xlabel("Self effect: change of accuracy (points)")
     _frame(axis, "x")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    with_fonts(figure)
     return figure
 
 
@@ -426,10 +587,10 @@ def plot_accuracy(accuracies: Mapping[str, Mapping[str, float]], *, chance: floa
         accuracies: for each way of asking the accuracy of each group.
         chance: accuracy of a guess, drawn as a line.
     """
-    groups = sorted({group for one in accuracies.values() for group in one})
-    figure = Figure(figsize=(6.4, 0.3 * len(groups) + 1.7), layout="constrained")
+    groups = sorted({group for one in accuracies.values() for group in one}, key=natural)
+    figure = PrintFigure(figsize=(6.4, 0.3 * len(groups) + 1.7), layout="constrained")
     axis = figure.subplots()
-    styles = [(_ORANGE, "o"), (_BLUE, "s"), (_GREEN, "D"), (_PURPLE, "^"), ("black", "v")]
+    styles = [(ORANGE, "o"), (BLUE, "s"), (GREEN, "D"), (PURPLE, "^"), ("black", "v")]
     for n, (name, values) in enumerate(accuracies.items()):
         colour, marker = styles[n % len(styles)]
         known = [group for group in groups if group in values]
@@ -442,11 +603,12 @@ def plot_accuracy(accuracies: Mapping[str, Mapping[str, float]], *, chance: floa
             label=_plain([name])[0],
         )
     if chance is not None:
-        axis.axvline(100 * chance, color=_GREY, linewidth=1, linestyle="--", label="chance")
+        axis.axvline(100 * chance, color=GREY, linewidth=1, linestyle="--", label="chance")
     axis.set_yticks(range(len(groups)), _plain(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.set_xlim(-2, 102)
     axis.set_xlabel("Accuracy (%)")
     _frame(axis, "both")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    with_fonts(figure)
     return figure

@@ -5,12 +5,15 @@ written as PNG (300 dpi) and SVG, tables as CSV and LaTeX (booktabs).
 """
 
 import base64
+import hashlib
 import html
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from vlmneurons._version import __version__
 from vlmneurons.checks import path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
+from vlmneurons.look.figures import natural
 from vlmneurons.look.plots import (
     plot_accuracy,
     plot_curve,
@@ -50,6 +54,12 @@ class _Part:
     title: str
     caption: str
     content: Figure | pd.DataFrame
+    of: str = ""
+    """The name, given by a user, that is part of this one's."""
+
+    @property
+    def kind(self) -> str:
+        return "table" if isinstance(self.content, pd.DataFrame) else "figure"
 
 
 def write_report(
@@ -107,17 +117,18 @@ def write_report(
         *_sweeps(result, how),
         *_conditions(result, plain, how),
         *_accuracies(result, others or {}),
-        *(_Part(_slug(name), name[:1].upper() + name[1:], "", table) for name, table in (tables or {}).items()),
+        *(_Part(_slug(name), name[:1].upper() + name[1:], "", table, name) for name, table in (tables or {}).items()),
     ]
-    for place in ("figures", "tables"):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-    body = [_written(part, folder) for part in parts]
     every = {"every-mask": result.table(), "summary": summary}
     if main in of_groups and _repeated(result, of_groups):
         every["every-random"] = _against_random(result, main, _repeated(result, of_groups))
     if len(result.group_names) > 2:
         pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
         every["every-pair"] = pd.concat(pairs)[["selector", *pairs[0].columns[:-1]]]
+    parts = _told_apart(parts, every)
+    for place in ("figures", "tables"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+    body = [_written(part, folder) for part in parts]
     for name, table in every.items():
         _write_table(folder, name, table)
     page = folder / "index.html"
@@ -133,6 +144,7 @@ def _effects(
 ) -> list[_Part]:
     overall = _overall(summary, plain)
     own = summary[(summary["selector"] == main) & (summary["group"] != "all")]
+    own = own.iloc[sorted(range(len(own)), key=lambda row: natural(own["group"].iloc[row]))]
     shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
     level = f"{100 * how['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
     return [
@@ -164,6 +176,7 @@ def _effects(
             f"Effects of {main} by group",
             "In points of accuracy.",
             _effect_table(own, "group"),
+            main,
         ),
         _Part(
             f"tests-{_slug(main)}",
@@ -172,6 +185,7 @@ def _effects(
             "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH). Settings: how many of "
             f"{main} this study tried, which nothing here is corrected for.",
             _test_table(own, "group", list(_TESTS)),
+            main,
         ),
     ]
 
@@ -183,10 +197,11 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapp
         _Part(
             f"matrix-{_slug(name)}",
             f"Whose neurons, whose questions: {name}",
-            "Change of accuracy in points; rows are masks, columns the groups of the questions. Red is harm. All "
+            "Change of accuracy in points; rows are masks, columns the groups of the questions. Orange is harm. All "
             "matrices of this page share their colours"
             + ("; repeats are averaged." if name in _repeated(result, plain) else "."),
             plot_matrix(result, name, limit=limit),
+            name,
         )
         for name in plain
     ]
@@ -285,20 +300,22 @@ def _sweeps(result: KnockoutResult, how: Mapping[str, Any]) -> list[_Part]:
         if number > 1:
             parts.append(
                 _Part(
-                    f"curve-{_slug(base)}-{axis}",
+                    f"curve-{_slug(base)}-{_slug(axis)}",
                     f"{base} by {what}",
                     f"Mean over groups with intervals; thin lines are the groups. Exploratory: {number} settings were "
                     "tried, and no p is corrected for that.",
                     plot_curve(curve, axis),
+                    f"{base} [{axis}]",
                 )
             )
         overall = curve[curve["group"] == "all"]
         parts.append(
             _Part(
-                f"curve-{_slug(base)}-{axis}",
+                f"curve-{_slug(base)}-{_slug(axis)}",
                 f"{base} by {what}",
                 f"Over all groups. Exploratory: {number} settings were tried.",
                 _effect_table(overall, axis),
+                f"{base} [{axis}]",
             )
         )
     return parts
@@ -355,7 +372,7 @@ def _effect_table(summary: pd.DataFrame, label: str, *, scale: float = 100.0, di
     """The columns of a summary that a paper prints, effects in points (or scaled otherwise) with their intervals."""
     names = summary[label].to_numpy()
     if names.dtype.kind == "f":  # a setting such as 0.0005 is not 0.000
-        names = np.array([f"{name:g}".replace("-", "−") for name in names])
+        names = np.array([_setting(name) for name in names])
     table = pd.DataFrame({label: names, "n": summary["n"].to_numpy()})
     if (summary["pictures"] != summary["n"]).any():
         table["pictures"] = summary["pictures"].to_numpy()
@@ -413,10 +430,28 @@ def _points_table(table: pd.DataFrame, points: Sequence[str]) -> pd.DataFrame:
 
 
 def _number(value: Any, digits: int = 1) -> str:
+    """An effect as it is printed: with so many digits, or as many as it takes not to be 0 where it is not."""
     if value is None or not np.isfinite(value):
         return "–"
+    value = round(float(value), 9)  # means of shares that cancel each other leave 1e-17
     text = f"{value:.{digits}f}"
-    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+    if float(text) == 0:
+        text = np.format_float_positional(float(f"{value:.1g}"), trim="-") if value else f"{0:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def _cell(value: Any) -> str:
+    """What stands in a cell; a number has three decimals, and a small one three digits that are not 0."""
+    if not isinstance(value, float | np.floating):
+        return str(value)
+    if not np.isfinite(value):
+        return "–"
+    return (f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}").replace("-", "−")
+
+
+def _setting(value: float) -> str:
+    short = f"{value:g}"
+    return (short if float(short) == value else repr(float(value))).replace("-", "−")
 
 
 def _probability(value: float) -> str:
@@ -455,9 +490,7 @@ def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
     """
 
     def cell(value: Any) -> str:
-        if isinstance(value, float | np.floating):
-            value = _number(float(value), 3)
-        return "".join(_LATEX.get(letter, letter) for letter in str(value))
+        return "".join(_LATEX.get(letter, letter) for letter in _cell(value))
 
     align = "".join("r" if n and not _is_text(table[name]) else "l" for n, name in enumerate(table.columns))
     lines = [
@@ -485,9 +518,32 @@ def _is_text(column: pd.Series) -> bool:
 
 
 def _slug(name: str) -> str:
-    """A name for files: letters, digits and hyphens."""
-    words = "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in name).split()
-    return "-".join(words).lower() or "unnamed"
+    """A name for files: ASCII letters without accents, digits and hyphens; a digest where that loses a letter."""
+    bare = "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
+    words = "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in bare).split()
+    slug = "-".join(words).lower()[:60] or "unnamed"
+    lost = slug == "unnamed" or len(slug) == 60 or any(letter.isalnum() and not letter.isascii() for letter in bare)
+    return f"{slug}-{_digest(name)}" if lost else slug
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+
+
+def _told_apart(parts: Sequence[_Part], taken: Iterable[str]) -> list[_Part]:
+    """Parts whose names are their own: one that a user's name gave, and another has too, ends with that name's digest.
+
+    The digest is of the name alone, so a file keeps its name when others come before it.
+
+    Args:
+        parts: of the report.
+        taken: names of further tables.
+    """
+    number = Counter([*((part.kind, part.name) for part in parts), *(("table", name) for name in taken)])
+    return [
+        replace(part, name=f"{part.name}-{_digest(part.of)}") if part.of and number[part.kind, part.name] > 1 else part
+        for part in parts
+    ]
 
 
 def _written(part: _Part, folder: Path) -> str:
@@ -506,9 +562,8 @@ def _written(part: _Part, folder: Path) -> str:
         inner = (
             f'<div class="scroll"><img alt="{html.escape(part.title)}" src="data:image/svg+xml;base64,{data}"></div>'
         )
-    kind = "table" if isinstance(part.content, pd.DataFrame) else "figure"
     return (
-        f'<section id="{kind}-{part.name}"><h2>{html.escape(part.title)}</h2>{inner}'
+        f'<section id="{part.kind}-{part.name}"><h2>{html.escape(part.title)}</h2>{inner}'
         f'<p class="caption">{html.escape(part.caption)} <span class="files">{links}</span></p></section>'
     )
 
@@ -523,11 +578,10 @@ def _html_table(table: pd.DataFrame) -> str:
     text = [_is_text(table[name]) for name in table.columns]
 
     def row(values: Sequence[Any], tag: str) -> str:
-        cells = []
-        for value, is_text in zip(values, text, strict=True):
-            if isinstance(value, float | np.floating):
-                value = _number(float(value), 3)
-            cells.append(f"<{tag}{'' if is_text else ' class=n'}>{html.escape(str(value))}</{tag}>")
+        cells = [
+            f"<{tag}{'' if is_text else ' class=n'}>{html.escape(_cell(value))}</{tag}>"
+            for value, is_text in zip(values, text, strict=True)
+        ]
         return f"<tr>{''.join(cells)}</tr>"
 
     rows = "".join(row(values, "td") for values in table.itertuples(index=False))
@@ -575,8 +629,7 @@ def _page(
     }
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     contents = "".join(
-        f'<a href="#{"table" if isinstance(part.content, pd.DataFrame) else "figure"}-{part.name}">'
-        f"{html.escape(part.title)}{' (table)' if isinstance(part.content, pd.DataFrame) else ''}</a>"
+        f'<a href="#{part.kind}-{part.name}">{html.escape(part.title)}{" (table)" if part.kind == "table" else ""}</a>'
         for part in parts
     )
     files = " ".join(f'<a href="tables/{name}.csv">{name}.csv</a>' for name in more)

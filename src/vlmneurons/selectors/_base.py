@@ -7,13 +7,13 @@ import numbers
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeGuard, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeGuard, get_args, get_origin
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, TypeVar
 
 from vlmneurons.checks import plain, whole
 from vlmneurons.errors import MismatchError, SelectionError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FRACTION = 0.005
 """Share of neurons that a selector gives to each group unless told otherwise (arXiv 2608.08772, 2608.17102)."""
 
-Table = TypeVar("Table", bound=Evidence)
+Table = TypeVar("Table", bound=Evidence, default=ActivationStatistics)
 """The kind of table that a rule reads."""
 
 

@@ -464,16 +464,17 @@ class KnockoutResult:
         table.insert(0, axis, [values[name] for name in table["selector"]])
         return table.assign(selector=selector)
 
-    def plot_matrix(self, selector: str | Sequence[str] | None = None, *, value: str = "delta") -> "Figure":
+    def plot_matrix(self, selector: str | Sequence[str] | None = None, *, value: str = "delta", **how: Any) -> "Figure":
         """Heat maps of `matrix`, masks by groups of questions; see `vlmneurons.look.plots.plot_matrix`.
 
         Args:
             selector: one of `selectors`, or several side by side; all of them unless given.
             value: what is shown; see `matrix`.
+            how: further arguments of `vlmneurons.look.plots.plot_matrix`: ``order``, ``width``, ``ax``, ``limit``.
         """
         from vlmneurons.look.plots import plot_matrix
 
-        return plot_matrix(self, selector, value=value)
+        return plot_matrix(self, selector, value=value, **how)
 
     def report(self, folder: str | Path, **how: Any) -> Path:
         """A page with every figure and table, and their files, into a folder; see `vlmneurons.look.report`.

@@ -1,0 +1,218 @@
+"""What every figure has in common: how it shows and saves itself, its fonts, its colours, and the order of names."""
+
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from matplotlib import font_manager, rc_context, rcParams
+from matplotlib.artist import Artist
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from vlmneurons.checks import names, real
+from vlmneurons.errors import MismatchError
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676"
+
+_HARM, _GAIN = [ORANGE, "#5E2900"], [BLUE, "#00324E"]
+
+COLOURS: dict[str, LinearSegmentedColormap | str] = {
+    "effect": LinearSegmentedColormap.from_list("effect", [*_HARM[::-1], "#FFFFFF", *_GAIN], N=257),
+    "harm": LinearSegmentedColormap.from_list("harm", ["#FFFFFF", *_HARM]),
+    "gain": LinearSegmentedColormap.from_list("gain", ["#FFFFFF", *_GAIN]),
+    "neutral": "cividis",
+}
+"""Colour maps by what a value means: harm is orange and gain blue, wherever they are drawn; others are neither."""
+
+NOT_DRAWN = "#CFCFCF"
+"""Behind cells without a value; an effect of 0 is white."""
+
+
+class PrintFigure(Figure):
+    """A figure that shows itself as the last line of a notebook's cell, and keeps its letters as letters in a PDF."""
+
+    boxes: str = ""
+    """Letters without a font, which a warning has named."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+    def savefig(self, fname: Any, **how: Any) -> None:
+        """Write the figure, with TrueType fonts in PDF and PostScript: journals refuse Type 3.
+
+        Args:
+            fname: the file; see `matplotlib.figure.Figure.savefig`.
+            how: further arguments of matplotlib's.
+        """
+        with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}), warnings.catch_warnings():
+            if self.boxes:  # said once, when the figure was made, with what to install
+                which = "|".join(str(ord(letter)) for letter in self.boxes)
+                warnings.filterwarnings("ignore", rf"Glyph ({which}) ", UserWarning)
+            super().savefig(fname, **how)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def natural(name: Any) -> tuple[tuple[int, int, str], ...]:
+    """What sorts names as people do: G2 before G10.
+
+    Args:
+        name: of a group.
+    """
+    parts = re.findall(r"\d+|\D+", str(name))
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
+
+
+def ordered(groups: Sequence[str], order: str | Sequence[str] | None, profiles: np.ndarray) -> list[str]:
+    """Groups in the order in which they are drawn.
+
+    Args:
+        groups: their names.
+        order: all of them in another order, ``"clustered"``, or None: naturally.
+        profiles: ``[group, value]`` what groups are alike in, in any unit; average linkage of Euclidean distances puts
+            alike groups beside each other.
+
+    Raises:
+        MismatchError: the order leaves out a group, or has one that is not there.
+    """
+    if order is None:
+        return sorted(groups, key=natural)
+    if isinstance(order, str):
+        if order != "clustered":
+            raise MismatchError(f"order {order!r} is not one: give all groups in their order, or 'clustered'")
+        if len(groups) < 3:
+            return sorted(groups, key=natural)
+        from scipy.cluster.hierarchy import leaves_list, linkage
+
+        tree = linkage(np.nan_to_num(profiles), method="average", optimal_ordering=True)
+        return [groups[place] for place in leaves_list(tree)]
+    given = names("order", order, MismatchError)
+    if sorted(given) != sorted(groups):
+        wrong = [f"lacks {name}" for name in groups if name not in given]
+        wrong += [f"has {name}, which is no group here" for name in given if name not in groups] or ["has one twice"]
+        raise MismatchError(f"order has each group once; it {', '.join(wrong)}")
+    return list(given)
+
+
+def ems(text: str) -> float:
+    """About how wide a text is, in units of its font size.
+
+    Args:
+        text: one line.
+    """
+    return sum(map(_em, text))
+
+
+def _em(letter: str) -> float:
+    if unicodedata.combining(letter):
+        return 0.0
+    return 1.0 if letter in "…MW@%" or unicodedata.east_asian_width(letter) in "WF" else 0.84 if letter == "−" else 0.62
+
+
+def shortened(texts: Sequence[str], most: int) -> list[str]:
+    """Texts of at most so many letters, or as many more as it takes to tell them apart.
+
+    Args:
+        texts: what is to be cut.
+        most: number of letters.
+    """
+    for letters in range(max(most, 2), max(map(len, texts)) + 1):
+        cut = [text if len(text) <= letters else text[: letters - 1].rstrip() + "…" for text in texts]
+        if len(set(cut)) == len(set(texts)):
+            return cut
+    return list(texts)
+
+
+def width_of(width: float | None) -> float | None:
+    """The width of a figure, checked.
+
+    Args:
+        width: in inches, or None: as large as it needs to be.
+
+    Raises:
+        MismatchError: no number, or too small for text of 6 pt.
+    """
+    if width is not None and real("width", width, MismatchError) < 2:
+        raise MismatchError(f"width {width} is too narrow: it is in inches, at least 2; a column has about 3.3")
+    return width
+
+
+# -- fonts -------------------------------------------------------------------------------------------------------------
+
+_NO_TEXT = ("Last Resort", "STIX", "DejaVu Math", "cm")
+"""Fonts of boxes and of formulas."""
+
+
+@cache
+def _codes_of(path: str) -> frozenset[int]:
+    try:
+        return frozenset(font_manager.get_font(path).get_charmap())
+    except (OSError, RuntimeError):  # a file of another kind, or one that has gone since matplotlib listed it
+        return frozenset()
+
+
+def with_fonts(artist: Artist) -> None:
+    """Give every text of an artist fonts that have its letters; warn where none that is installed has them.
+
+    Args:
+        artist: a figure or axes whose texts are all there.
+    """
+    texts = [text for text in artist.findobj(Text) if isinstance(text, Text)]
+    needed = {letter for text in texts for letter in text.get_text() if unicodedata.category(letter)[0] not in "CZ"}
+    own = [family for family in rcParams["font.family"] if isinstance(family, str)]
+    for family in own:
+        needed -= {chr(code) for code in _codes_of(font_manager.findfont(font_manager.FontProperties(family=[family])))}
+    if not needed:
+        return
+    found, lacking = _fonts_for(needed)
+    for text in texts if found else []:
+        text.set_fontfamily([*own, *found])
+    if lacking:
+        letters = "".join(sorted(lacking))
+        if isinstance(artist, PrintFigure):
+            artist.boxes = letters
+        shown = letters if len(letters) <= 20 else f"{letters[:20]}…"
+        warnings.warn(
+            f"no installed font has the letters {shown}, which names in this figure need: they are drawn as boxes. "
+            f"Install {' and '.join(_suggested(lacking))} (fonts.google.com/noto), remove matplotlib's list of fonts "
+            "(in matplotlib.get_cachedir()) and start Python again",
+            stacklevel=3,
+        )
+
+
+def _fonts_for(needed: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Installed fonts that have the letters, as few as will do, and the letters that none has."""
+    lacking = set(needed)
+    known = {
+        entry.name: entry.fname
+        for entry in font_manager.fontManager.ttflist
+        if entry.style == "normal"
+        and entry.weight in (400, "normal", "regular", "book")
+        and not entry.name.startswith(_NO_TEXT)
+    }
+    offered = sorted(known, key=lambda name: (not name.startswith("Noto Sans"), "Sans" not in name, name))
+    found: list[str] = []
+    while lacking and offered:
+        best = max(offered, key=lambda name: sum(ord(letter) in _codes_of(known[name]) for letter in lacking))
+        has = {letter for letter in lacking if ord(letter) in _codes_of(known[best])}
+        if not has:
+            break
+        found.append(best)
+        offered.remove(best)
+        lacking -= has
+    return found, lacking
+
+
+def _suggested(letters: Iterable[str]) -> list[str]:
+    scripts = {unicodedata.name(letter, "SYMBOLS").split()[0] for letter in letters}
+    east = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL"}
+    return sorted({f"Noto Sans {'CJK' if script in east else script.title()}" for script in scripts})
