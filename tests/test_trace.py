@@ -442,7 +442,7 @@ def test_runs_that_do_not_obey_standing_edits_refuse_them(model):
     ]
     for run in runs:
         with pytest.raises(
-            MismatchError, match=r"has 1 edits of model.edit\(…\), which act in traces and nowhere else"
+            MismatchError, match=r"has standing edits of model.edit\(…\), which act in traces and nowhere else"
         ):
             run(edited)
     assert vn.record(model, questions, condition="all", progress=False).tokens.sum() > 0  # the original has none
@@ -585,6 +585,7 @@ def test_a_loop_over_the_sites_of_any_model_works_in_a_trace(name):
     hf, processor = tiny_model(name)
     model = vn.VLM(hf, processor, template=tiny_template(name))
     sites = [site for site in model.sites if model.mlp_of(site).expert is None and not model.mlp_of(site).routed]
+    sites = [site for site in sites if site.tower != "projector"]  # some run between the layers of a tower
     with torch.no_grad(), model.trace(**tiny_inputs(name)):
         widths = [].save()
         for site in sites:

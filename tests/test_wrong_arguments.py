@@ -77,7 +77,7 @@ QUESTION = {
         "question 'q0' has None from the function that groups, which is no group: leave such questions out with filter",
     ),
     "a column of None": (lambda: QUESTIONS.group_by("nothing"), "question 'q0' has None in the column 'nothing'"),
-    "a column of NaN": (lambda: QUESTIONS.group_by("nan"), "question 'q0' has nan in the column 'nan'"),
+    "a column of NaN": (lambda: QUESTIONS.group_by("nan"), "question 'q0' has None in the column 'nan'"),
     "a list of columns": (lambda: QUESTIONS.group_by(["number"]), "grouped by a column or a function of the question"),
     "filter of text": (
         lambda: QUESTIONS.filter("A"),

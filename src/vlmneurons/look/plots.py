@@ -315,8 +315,9 @@ def plot_layers(
 
 
 def _plain(names: Any) -> list[str]:
-    """Names as they are: a dollar sign would begin a formula."""
-    return [str(name).replace("$", r"\$") for name in names]
+    """Names as they are, long ones cut: a dollar sign would begin a formula, 300 letters leave no room for axes."""
+    cut = (f"{name[:39]}…" if len(name) > 40 else name for name in map(str, names))
+    return [name.replace("$", r"\$") for name in cut]
 
 
 # -- effects with intervals --------------------------------------------------------------------------------------------

@@ -451,7 +451,7 @@ def _cell(value: Any) -> str:
 
 def _setting(value: float) -> str:
     short = f"{value:g}"
-    return (short if float(short) == value else repr(float(value))).replace("-", "−")
+    return short if float(short) == value else repr(float(value))
 
 
 def _probability(value: float) -> str:

@@ -89,7 +89,12 @@ def record_items(
     setting = setting_of_run(model, tokens=tokens, questions=questions, engine=engine)
     about = run_provenance(model, setting, tokens=tokens, questions=questions, engine=engine)
     processes = options.processes
-    tables = ["positive", *["reached"] * _uneven(counter), *["total"] * magnitudes, *["maximum"] * maxima]
+    tables = [
+        "positive",
+        *["reached"] * _uneven(counter),
+        *["total"] * counter.magnitudes,
+        *["maximum"] * counter.maxima,
+    ]
 
     def created(where: Path, asked: QuestionSet) -> ItemStatistics:
         items = [Item.of(item) for item in asked]
