@@ -180,6 +180,13 @@ def test_several_continuations_of_a_row_are_refused(model, how):
     assert "generate" not in vars(model.hf)
 
 
+def test_tokens_that_a_generation_may_take_back_are_refused(model):
+    inputs = model.prepare(some_questions(1))
+    with vn.Recorder(model), pytest.raises(QuestionError, match="looked ahead by an assistant or by prompt lookup"):
+        model.hf.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, prompt_lookup_num_tokens=2)
+    assert "generate" not in vars(model.hf)
+
+
 def test_a_mask_given_by_position_is_read_like_one_given_by_name(model):
     inputs = model.prepare(some_questions(3, groups="A").filter(lambda item: True))
     words = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}

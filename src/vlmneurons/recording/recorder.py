@@ -241,6 +241,12 @@ class _Generation:
         first = self._length == 0
         again = not first and ids.shape[1] > self._length  # the whole sequence, for want of a cache
         total = ids.shape[1] if first or again else self._length + ids.shape[1]
+        if not first and total != self._length + 1:
+            raise QuestionError(
+                f"this generation runs {total - self._length} tokens in one step (looked ahead by an assistant or by "
+                "prompt lookup, or a prompt in chunks): of those, the ones that are taken back would be counted too. "
+                "Record with neither assistant_model=, prompt_lookup_num_tokens= nor prefill_chunk_size="
+            )
         self._shown, self._length = (self._length if again else 0), total
         mask = torch.ones_like(ids)
         if self._mask is not None and (first or again):
