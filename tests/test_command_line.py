@@ -341,6 +341,7 @@ def test_the_help_of_every_command_comes_without_loading_anything_heavy():
     code = (
         "import sys; from vlmneurons.cli import main;"
         "[main([*name.split(), '--help']) for name in ('', 'study', 'record', 'select', 'report', 'check')];"
+        "[main([name, '--help']) for name in ('knockout', 'join')];"
         "main(['--version']); assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

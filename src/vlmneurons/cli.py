@@ -1,4 +1,4 @@
-"""The command line: ``vlmneurons study|record|select|report|check``, each thin over one public function.
+"""The command line: ``vlmneurons study|record|select|knockout|join|report|check``, each thin over one public function.
 
 Made for batch systems: progress and log go to standard error, results to files and standard output. The exit status is
 0 if all is well, 1 for an error of the data, the model or the settings, and 2 for a command that is written wrongly;
@@ -232,13 +232,16 @@ _MANY = ("--selectors", "--fractions", "--alphas", "--sizes", "--conditions", "-
 def _joined(arguments: Sequence[str]) -> list[str]:
     """The arguments, the values of such options put into one: ``--sizes 1 2`` is ``--sizes=1 2`` to the parser."""
     found: list[str] = []
-    many = False
+    many = ""
     for one in arguments:
         if many and not re.match(r"-(?![\d.])", one):
+            if many == "--selection":  # whose values are files, with spaces perhaps
+                found += ["--selection", one] if found[-1] != "--selection" else [one]
+                continue
             found[-1] += f" {one}" if found[-1][-1] != "=" else one
             continue
-        many = one in _MANY
-        found.append(f"{one}=" if many else one)
+        many = one if one in (*_MANY, "--selection") else ""
+        found.append(f"{one}=" if one in _MANY else one)
     return found
 
 
@@ -295,12 +298,17 @@ _Dtype = Annotated[str | None, typer.Option(help="of the weights (default: as th
 _Device = Annotated[str | None, typer.Option(help="where the weights go (default: the GPUs, if there are any)")]
 
 
+_Tokens = Annotated[str, _choice(*TOKENS, help="which tokens count")]
+_Side = Annotated[str, _choice("all", "identify", "evaluate", help="which side of the split")]
+_Part = Annotated[str | None, typer.Option(metavar="N/COUNT", help="of the batches, to `join` with the others")]
+_Others = Annotated[int | None, typer.Option(help="masks of other groups a question meets (default: all)")]
+
+
 def _asking(
     model: Annotated[str, typer.Option(help="name on the Hub, folder, demo or demo:organism")],
     data: Annotated[str, typer.Option(help="demo, a folder with a table, or CVQA: Hub name, file or folder")],
     out: Annotated[Path, typer.Option(help="folder of the run; the same command goes on where it was stopped")],
     answer: Annotated[str | None, _choice("letters", "generate", "text", help="how answers are read")] = None,
-    tokens: Annotated[str, _choice(*TOKENS, help="which tokens count")] = "content",
     batch_size: Annotated[int, typer.Option(help="questions a forward")] = 8,
     share: Annotated[float, typer.Option(help="share of the questions that neurons are identified on")] = 0.5,
     seed: Annotated[int, typer.Option(help="of the split, the random masks, and all sampling")] = 0,
@@ -328,11 +336,12 @@ def study(
     alphas: Annotated[Any, _list(float, "FLOAT", "strengths of the sweep")] = None,
     sizes: Annotated[Any, _list(int, "INTEGER", "numbers of identification questions of the sweep")] = None,
     conditions: Annotated[Any, _list(_one_of(*CONDITIONS), "all|wrong", "other identification conditions")] = None,
-    others: Annotated[int | None, typer.Option(help="masks of other groups a question meets (default: all)")] = None,
+    others: _Others = None,
     repeats: Annotated[int | None, typer.Option(help="random masks of each kind")] = None,
     permutations: Annotated[int | None, typer.Option(help="label shuffles of the selection's null; 0 for none")] = None,
     minimum: Annotated[int | None, typer.Option(help="identification questions a group must have")] = None,
     on_error: Annotated[str | None, _choice("raise", "skip", help="on a question that cannot be asked")] = None,
+    tokens: _Tokens = "content",
     **given: Any,
 ) -> None:
     """The whole study: record, select, switch off, report."""
@@ -364,20 +373,72 @@ def study(
         sys.stdout.write(summary.loc[summary["group"] == "all", shown].to_string(index=False) + f"\n{done.page}\n")
 
 
-def record(
-    part: Annotated[str, _choice("all", "identify", "evaluate", help="which side of the split")] = "all", **given: Any
-) -> None:
+def record(tokens: _Tokens = "content", side: _Side = "all", part: _Part = None, **given: Any) -> None:
     """Count how often neurons fire, question by question."""
-    how = {name: given[name] for name in ("tokens", "batch_size")}
-    vn.Protocol(**how, share=given["share"], seed=given["seed"])  # says what is wrong with them
+    vn.Protocol(tokens=tokens, batch_size=given["batch_size"], share=given["share"], seed=given["seed"])
+    how = _checked(given, part)
     questions, load = _opened(given)
-    if part != "all":
-        questions = questions.split(given["share"], seed=given["seed"])[("identify", "evaluate").index(part)]
-    if given["answer"] is not None:
-        questions = questions.asked(answer=given["answer"])
-    how |= {"progress": not given["quiet"], "remote": given["remote"] or False}
-    items = vn.record_items(load(), questions, given["out"], distributed=_processes() > 1, **how)
+    items = vn.record_items(load(), _sided(questions, side, given), given["out"], tokens=tokens, **how)
     sys.stdout.write(f"{items!r}\n")
+
+
+def knockout(
+    selection: Annotated[list[str], typer.Option(metavar="NAME=FILE …", help="what is switched off (of `select`)")],
+    others: _Others = None,
+    side: _Side = "evaluate",
+    part: _Part = None,
+    **given: Any,
+) -> None:
+    """Ask questions with the model as it is and with each selection's neurons switched off."""
+    from vlmneurons.study.design import crossing
+    from vlmneurons.study.masks import listed_masks
+
+    vn.Protocol(batch_size=given["batch_size"], share=given["share"], seed=given["seed"])
+    how = _checked(given, part) | {"others": others, "seed": given["seed"]}
+    masks: dict[str, vn.Selection] = {}
+    for one in selection:
+        name, equals, file = one.partition("=")
+        if not (name and equals and file) or name in masks:
+            wrong = f"{name!r} is there twice" if name in masks else "no name and file"
+            raise FileFormatError(f"--selection {one}: {wrong}; give NAME=FILE, such as CAS=cas.safetensors, each once")
+        masks[name] = vn.Selection.load(file)
+    questions, load = _opened(given)
+    questions = _sided(questions, side, given)
+    zero = vn.Intervention(vn.NeuronSet.empty(next(iter(masks.values())).space), "zero")
+    listed = listed_masks(masks, questions.groups, zero)  # the call below looks again, but with the model loaded
+    crossing(questions, [mask for mask, _ in listed], others=others, seed=given["seed"])
+    result = vn.knockout(load(), questions, masks, folder=given["out"], **how)
+    sys.stdout.write(f"{result!r}\n")
+
+
+def join(
+    out: Annotated[Path, typer.Argument(help="folder of the whole")],
+    parts: Annotated[list[Path], typer.Argument(metavar="PART…", help="folders of all the parts")],
+) -> None:
+    """Put the parts of a recording or of a knockout together: the files are those of an undivided run."""
+    from vlmneurons.files.parts import kind_in
+
+    kind: type[vn.ItemStatistics | vn.KnockoutResult]
+    kind = vn.ItemStatistics if kind_in(parts[0]) == "vlmneurons items" else vn.KnockoutResult
+    sys.stdout.write(f"{kind.join(parts, out)!r}\n")
+
+
+def _checked(given: dict[str, Any], part: str | None) -> dict[str, Any]:
+    """How questions are asked, if they can be."""
+    from vlmneurons.run.ask import Options
+
+    how = {"batch_size": given["batch_size"], "part": part, "distributed": _processes() > 1}
+    how |= {"progress": not given["quiet"], "remote": given["remote"] or False}
+    if part is not None:  # processes that share a run find each other only when the model is there
+        Options(**how)
+    return how
+
+
+def _sided(questions: "vn.QuestionSet", side: str, given: dict[str, Any]) -> "vn.QuestionSet":
+    """The questions of one side of the split, read as the command says."""
+    if side != "all":
+        questions = questions.split(given["share"], seed=given["seed"])[("identify", "evaluate").index(side)]
+    return questions if given["answer"] is None else questions.asked(answer=given["answer"])
 
 
 def select(
@@ -391,6 +452,8 @@ def select(
     """Choose neurons from a recording."""
     rule = getattr(vn, selector)(fraction)
     recording = vn.ItemStatistics.load(items)
+    if recording.part is not None:
+        raise FileFormatError(f"{items} is part {recording.part} of a recording: `join` it with the others first")
     if not recording.complete:
         raise FileFormatError(f"{items} is not recorded to its end: run `record` again to go on with it")
     selection = rule.select(recording.group_by(group_by or "group", condition=condition))
@@ -410,7 +473,10 @@ def report(
         for name, folder in (("blind", "blind"), ("options only", "options-only"))
         if (run / folder / "knockout.json").exists()
     }
-    page = vn.KnockoutResult.load(whole).report(out or run / "report", main=main, others=others)
+    result = vn.KnockoutResult.load(whole)
+    if "part" in result.provenance:
+        raise FileFormatError(f"{whole} is part {result.provenance['part']} of a run: `join` it with the others first")
+    page = result.report(out or run / "report", main=main, others=others)
     sys.stdout.write(f"{page}\n")
 
 
@@ -501,7 +567,7 @@ def _opened(given: dict[str, Any]) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM
     return questions, lambda: open_model(name, **how)
 
 
-for _work in (study, record):
+for _work in (study, record, knockout):
     _command(_work, _asking)
-for _work in (select, report, check):
+for _work in (select, join, report, check):
     _command(_work)

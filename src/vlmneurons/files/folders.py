@@ -53,6 +53,11 @@ def _differing_questions(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
         yield f"{_some(changed)} had another text, options, answer, group or picture there"
 
 
+def completed(content: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    """What is asked, by question, where what one run could not read (``?``) is as the other has it."""
+    return {key: " ".join(_known(value, other[key])) for key, value in content.items()}
+
+
 def _known(content: Any, other: Any) -> list[str]:
     """The parts of a question's content, where what one run could not read (``?``) is as the other has it."""
     return [theirs if part == "?" else part for part, theirs in zip(str(content).split(), str(other).split())]
@@ -68,6 +73,27 @@ def _some(names: Sequence[str]) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def manifest_in(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, if there is one; nothing is made.
+
+    Args:
+        folder: where.
+
+    Raises:
+        FileFormatError: it is damaged.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("not a manifest")
+        return unsealed(manifest) if manifest.get("version") == VERSION else manifest
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} is damaged: {error}") from error
 
 
 class RunFolder:
@@ -107,15 +133,7 @@ class RunFolder:
         Raises:
             FileFormatError: it is damaged.
         """
-        if not self.path.exists():
-            return None
-        try:
-            manifest = parse(self.path.read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict):
-                raise ValueError("not a manifest")
-            return unsealed(manifest) if manifest.get("version") == VERSION else manifest
-        except (OSError, ValueError, RecursionError) as error:
-            raise FileFormatError(f"{self.path} is damaged: {error}") from error
+        return manifest_in(self.folder)
 
     def check(self) -> None:
         """Refuse a folder of another run.
@@ -163,8 +181,7 @@ class RunFolder:
         """Write the manifest if there is none, or what it could not know yet; whoever calls this holds the folder."""
         theirs = self.known()
         if theirs is not None and "?" in " ".join(map(str, theirs.get("content", {}).values())).split():
-            ours = self.manifest["content"]
-            content = {key: " ".join(_known(value, ours[key])) for key, value in theirs["content"].items()}
+            content = completed(theirs["content"], self.manifest["content"])
             write_json(self.path, sealed({**theirs, "content": content}), indent=1)
         if theirs is None:
             about = {"about": self.about} if self.about else {}

@@ -1,8 +1,9 @@
 """Recording the counts of every question on its own, on disk: `record_items`."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from vlmneurons.model.encoder import TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
-from vlmneurons.questions.identity import content_of
+from vlmneurons.questions.identity import content_of, in_order_of
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.recording.counter import Counter
@@ -45,6 +46,7 @@ def record_items(
     progress: Progress = True,
     remote: Remote = False,
     distributed: bool = False,
+    part: tuple[int, int] | str | None = None,
 ) -> ItemStatistics:
     """Ask questions and keep each one's counts on disk, whatever its answer, for any later grouping.
 
@@ -70,6 +72,9 @@ def record_items(
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.run.remote`.
         distributed: share the batches with the other processes of a ``torchrun``; each gets the whole, which equals
             that of one process. All must see the folder.
+        part: ask a part of the batches alone: of ``"3/8"``, or ``(3, 8)``, every eighth, from the third on. Each part
+            has a folder of its own; `ItemStatistics.join` makes the whole of them, which equals an undivided recording
+            byte for byte.
 
     Returns:
         The recording, open for reading, with the counts of every question, whatever its answer.
@@ -81,7 +86,7 @@ def record_items(
         ActivationError: NaN or infinite activations; the message names the site and the question.
         OutOfMemoryError: a single question does not fit into memory.
     """
-    options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed)
+    options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed, part)
     questions = to_ask(questions, answer, "to record")
     whole = path_of("folder", folder, MismatchError)
     engine = engine_of(model, questions, remote)
@@ -96,32 +101,43 @@ def record_items(
         *["maximum"] * counter.maxima,
     ]
 
+    lengths = functools.partial(model.encoder.length, questions) if by_length else None
+    dealt = options.dealt(lambda: [item.id for item in share_of(questions, options.batch_size, processes, lengths)])
+
     def created(where: Path, asked: QuestionSet) -> ItemStatistics:
         items = [Item.of(item) for item in asked]
-        return ItemStatistics.create(where, counter.space, items, about, tables, content_of(asked))
+        return ItemStatistics.create(where, counter.space, items, about, tables, content_of(asked), dealt)
 
-    if processes.count == 1:
-        job = _ItemsJob(engine, counter, created(whole, questions), questions)
+    if processes.count == 1 or options.part is not None:
+        statistics = created(whole, questions)
+        if statistics.part is not None:  # batches are cut from the order in which the questions stood when it began
+            questions = in_order_of([item.id for item in statistics.items], questions)
+        job = _ItemsJob(engine, counter, statistics, questions)
         ask(job, questions, options)
         return job.statistics
     # Each process records into a folder of its own beside the whole; the first puts them together.
     there = created(whole, questions) if processes.first else None
     done = processes.gather(there is not None and there.complete)[0]
     own = share_of(questions, batch_size, processes)
-    part = whole.with_name(f"{whole.name}-{processes.rank + 1}-of-{processes.count}")
+    own_folder = whole.with_name(f"{whole.name}-{processes.rank + 1}-of-{processes.count}")
     if not done and len(own):
         alone = Options(batch_size, by_length, prefetch, on_error, progress and processes.first, remote)
-        ask(_ItemsJob(engine, counter, created(part, own), own), own, alone)
-    parts = [Path(one) for one in processes.gather(str(part) if len(own) else None) if one is not None]
+        ask(_ItemsJob(engine, counter, created(own_folder, own), own), own, alone)
+    parts = [Path(one) for one in processes.gather(str(own_folder) if len(own) else None) if one is not None]
     if there is not None and not done:
         there.take_over([ItemStatistics.load(one) for one in parts])
     processes.wait()
     return ItemStatistics.load(whole)
 
 
-def share_of(questions: QuestionSet, batch_size: int, processes: Processes) -> QuestionSet:
+def share_of(
+    questions: QuestionSet,
+    batch_size: int,
+    processes: Processes,
+    lengths: Callable[[Question], int] | None = None,
+) -> QuestionSet:
     """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
-    own = [item for _, batch in processes.mine(list(batches(questions, batch_size))) for item in batch]
+    own = [item for _, batch in processes.mine(list(batches(questions, batch_size, lengths))) for item in batch]
     return questions.with_items(own)
 
 

@@ -27,7 +27,7 @@ from vlmneurons.run.engine import Engine
 from vlmneurons.run.local import LocalEngine
 from vlmneurons.run.memory import MemoryLimit, asked_in_parts
 from vlmneurons.run.owners import OWNERS
-from vlmneurons.run.processes import Processes, current_processes
+from vlmneurons.run.processes import Part, Processes, current_processes, part_of
 from vlmneurons.run.readers import AnswerReader, reader_of
 from vlmneurons.run.remote import Remote, RemoteEngine, refuse_unknown
 
@@ -46,6 +46,8 @@ class Options:
         progress: whether to show a bar, or the step of a longer work that this is.
         remote: where the model runs.
         distributed: whether to share the batches with the other processes of a ``torchrun``.
+        part: ask a part of the batches alone, ``"3/8"`` or ``(3, 8)`` every eighth from the third on; None for all.
+        processes: what of the batches is asked here, by ``distributed`` and ``part``.
 
     Raises:
         QuestionError: a value that none of them can have.
@@ -58,6 +60,7 @@ class Options:
     progress: Progress = True
     remote: Remote = False
     distributed: bool = False
+    part: tuple[int, int] | str | None = None
     processes: Processes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +71,21 @@ class Options:
             raise QuestionError(f"prefetch {self.prefetch} is less than 0; 0 encodes each batch when its turn comes")
         if self.on_error not in ("raise", "skip"):
             raise QuestionError(f"on_error={self.on_error!r} does not exist; choose from raise, skip")
-        object.__setattr__(self, "processes", current_processes() if self.distributed else Processes())
+        alone = Processes() if self.part is None else part_of(self.part)
+        if self.distributed and self.part is not None:
+            raise QuestionError("part and distributed deal out the same batches: give one of the two")
+        object.__setattr__(self, "processes", current_processes() if self.distributed else alone)
+
+    def dealt(self, asks: Callable[[], Sequence[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
+        """What the manifest of a part says besides the whole's, and what it keeps; nothing where all is asked.
+
+        Args:
+            asks: gives the ids of the questions that are asked here.
+        """
+        if not isinstance(self.processes, Part):
+            return {}, {}
+        batches = f"of {self.batch_size} questions{', by length' if self.by_length else ''}"
+        return {"part": str(self.processes), "batches": batches}, {"asks": list(asks())}
 
 
 def to_ask(

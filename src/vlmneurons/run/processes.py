@@ -9,13 +9,14 @@ models are on GPUs.
 import atexit
 import datetime
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from vlmneurons.errors import VLMNeuronsError
+from vlmneurons.errors import QuestionError, VLMNeuronsError
 
 T = TypeVar("T")
 
@@ -56,6 +57,53 @@ class Processes:
     def wait(self) -> None:
         """Go on when all processes have come here."""
         self.gather(None)
+
+
+@dataclass(frozen=True)
+class Part(Processes):
+    """A part of a run that is asked in several, each on its own and whenever it likes: there is nobody to wait for."""
+
+    def __str__(self) -> str:
+        return f"{self.rank + 1}/{self.count}"
+
+    @property
+    def first(self) -> bool:
+        """See `Processes.first`: a part has a folder of its own."""
+        return True
+
+    def mine(self, batches: Sequence[T]) -> Iterator[tuple[int, T]]:
+        """See `Processes.mine`.
+
+        Raises:
+            QuestionError: there are more parts than batches, which every part refuses alike.
+        """
+        if self.count > len(batches):
+            raise QuestionError(
+                f"part {self}: there are {len(batches)} batches for {self.count} parts; give at most {len(batches)} "
+                "parts, or a smaller batch_size"
+            )
+        return super().mine(batches)
+
+    def gather(self, value: T) -> list[T]:
+        """See `Processes.gather`."""
+        return [value]
+
+
+def part_of(given: tuple[int, int] | str) -> Part:
+    """A part by its number, from 1, and that of all parts: ``(3, 8)`` or ``"3/8"``.
+
+    Raises:
+        QuestionError: it is none.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given) if isinstance(given, str) else None
+    numbers = found.groups() if found else given
+    whole = isinstance(numbers, tuple) and len(numbers) == 2
+    if not whole or not (found or all(type(number) is int for number in numbers)):
+        raise QuestionError(f"part={given!r} is no part: give its number and that of all, such as '3/8' or (3, 8)")
+    number, count = map(int, numbers)
+    if not 1 <= number <= count:
+        raise QuestionError(f"part={given!r} is no part: of {count}, there are those from 1/{count} to {count}/{count}")
+    return Part(number - 1, count)
 
 
 def current_processes() -> Processes:

@@ -33,6 +33,7 @@ from vlmneurons.files.atomic import write_json
 from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import VERSION, RunFolder
 from vlmneurons.files.locks import locked
+from vlmneurons.files.parts import parts_of
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.question import Question, hash_of
 from vlmneurons.statistics.counts import ActivationStatistics
@@ -126,6 +127,8 @@ class ItemStatistics:
         space: the neurons.
         items: the questions, in order.
         provenance: model, revision, rules, versions.
+        part: which part of a recording this is, such as ``"3/8"``: it has the rows of all, and those of other parts
+            are not recorded. None for a whole one.
 
     Example:
         ``ItemStatistics.load("run/items").group_by("category", condition="all")``
@@ -137,6 +140,7 @@ class ItemStatistics:
         self.provenance: dict[str, Any] = dict(manifest["provenance"])
         self.tables: tuple[str, ...] = tuple(manifest["tables"])
         self.items = tuple(map(Item.from_json, manifest["items"]))
+        self.part: str | None = manifest.get("part")
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -195,6 +199,7 @@ class ItemStatistics:
         provenance: Mapping[str, Any],
         tables: Sequence[str],
         content: Mapping[str, str] | None = None,
+        part: tuple[Mapping[str, str], Mapping[str, Any]] = ({}, {}),
     ) -> "ItemStatistics":
         """A recording with nothing in it yet; or the one that is there, if it is of the same questions and rules.
 
@@ -205,6 +210,7 @@ class ItemStatistics:
             provenance: where the counts come from, with the setting.
             tables: names of the tables.
             content: what is asked, by question; see `vlmneurons.questions.identity`. Left out where nothing was asked.
+            part: what the manifest of a part says besides, compared and not compared; see `vlmneurons.files.parts`.
 
         Raises:
             MismatchError: the folder holds another recording; the message says what differs.
@@ -227,23 +233,62 @@ class ItemStatistics:
             "content": {
                 name: f"{digest} {metadata[name]}" for name, digest in (content or dict.fromkeys(metadata, "")).items()
             },
+            **part[0],
         }
         about = {
             "items": [item.to_json() for item in items],
             "provenance": _plain(dict(provenance)),
+            **part[1],
         }
-        run = RunFolder(folder, manifest, about)
+        return cls._begun(RunFolder(folder, manifest, about))
+
+    @classmethod
+    def _begun(cls, run: RunFolder) -> "ItemStatistics":
+        """The recording of a folder, made with nothing in it if it is not there."""
+        folder = run.folder
         if run.path.exists():
             return cls.load(folder)
         with locked(folder):
             if not run.path.exists():  # no other process was faster
-                statistics = cls(folder, {**run.manifest, **run.about}, space)
+                told = {**run.manifest, **run.about}
+                statistics = cls(folder, told, NeuronSpace.from_json(told["space"]))
                 for name, size in statistics._sizes().items():
                     with open(folder / f"{name}.bin", "wb") as file:
                         file.truncate(size)  # sparse: disk is used as rows are written
                 run.begin()
         run.check()
         return cls.load(folder)
+
+    @classmethod
+    def join(cls, folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> "ItemStatistics":
+        """Put the parts of a recording together, each made by ``record_items(…, part="3/8")``.
+
+        The files are those of an undivided recording, byte for byte. Every row of the parts is compared with its
+        checksum first; a join that was killed is done again by the same call.
+
+        Args:
+            folders: of all parts, in any order.
+            out: where the whole goes.
+
+        Returns:
+            The whole recording.
+
+        Raises:
+            MismatchError: parts of other settings or questions; one that is there twice, lacks, or is not finished; or
+                ``out`` holds another recording.
+            FileFormatError: a part is damaged.
+
+        Example:
+            ``ItemStatistics.join([f"run/items-{n}" for n in range(1, 9)], "run/items")``
+        """
+        where = path_of("out", out, MismatchError)
+        parts, manifest, about = parts_of(folders, _KIND)
+        recordings = [cls.load(part.folder, verify=True) for part in parts]
+        for part, one in zip(parts, recordings, strict=True):
+            part.refuse_unfinished([one.items[row].id for row in np.flatnonzero(one._records["done"])])
+        whole = cls._begun(RunFolder(where, manifest, about))
+        whole.take_over(recordings)
+        return cls.load(where)
 
     def _sizes(self) -> dict[str, int]:
         sizes = {name: len(self.items) * self._columns(name) * _FILES[name].itemsize for name in self.tables}
@@ -529,6 +574,7 @@ class ItemStatistics:
     def __repr__(self) -> str:
         done = int(self.done.sum())
         state = "" if done == len(self) else f", {done} of them recorded"
+        state = state if self.part is None else f"{state}: part {self.part}"
         return f"ItemStatistics({len(self)} questions{state}; {', '.join(self.tables)} over {self.space!r})"
 
 

@@ -29,7 +29,7 @@ from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
 from vlmneurons.study.design import Design, crossing
 from vlmneurons.study.masks import Mask, Masks, listed_masks, per_layer
-from vlmneurons.study.result import NOT_ASKED, KnockoutResult
+from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult
 
 
 def knockout(
@@ -53,6 +53,7 @@ def knockout(
     prefetch: int | None = None,
     progress: Progress = True,
     remote: Remote = False,
+    part: tuple[int, int] | str | None = None,
 ) -> KnockoutResult:
     """Ask every question with the model as it is and under every mask.
 
@@ -87,6 +88,9 @@ def knockout(
         progress: show a progress bar.
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.run.remote`. The manifest of
             a folder says it, so that answers from here and there are not mixed.
+        part: ask a part of the batches alone: of ``"3/8"``, or ``(3, 8)``, every eighth, from the third on. Each part
+            needs a folder of its own, which in the end holds its answers and no tables; `KnockoutResult.join` makes the
+            whole of them, which equals an undivided run byte for byte.
 
     Returns:
         Every answer of every run, from which tables, tests and figures are computed.
@@ -98,7 +102,9 @@ def knockout(
             another process is running in it.
         OutOfMemoryError: a single question does not fit into memory.
     """
-    options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed)
+    options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed, part)
+    if part is not None and folder is None:
+        raise QuestionError("a part needs a folder, from which it is joined with the others")
     questions = to_ask(questions, answer)
     controls = QuestionSet(controls) if controls is not None and not isinstance(controls, QuestionSet) else controls
     asked = _asked(questions, controls)
@@ -185,7 +191,10 @@ class _Study:
     def in_folder(self, folder: Path) -> KnockoutResult:
         """The whole study, or what is left of it, kept in a folder."""
         content = content_of(self.questions)
-        run = RunFolder(folder, self._manifest(content), {"ids": [item.id for item in self.questions]})
+        part, kept = self.options.dealt(self._mine)
+        options = {"options": [len(item.options) for item in self.questions]} if part else {}
+        about = {"ids": [item.id for item in self.questions], **options, **kept}
+        run = RunFolder(folder, {**self._manifest(content), **part}, about)
         self._refuse_saved(run)
         if (folder / "knockout.json").exists():
             return KnockoutResult.load(folder)
@@ -207,6 +216,11 @@ class _Study:
             processes.wait()
         return result
 
+    def _mine(self) -> list[str]:
+        """Ids of the questions that are asked here."""
+        all_of_it = list(batches_of(_AnswersJob(self, {}, {}, None), self.questions, self.options))
+        return [item.id for _, batch in self.options.processes.mine(all_of_it) for item in batch]
+
     def _refuse_saved(self, run: RunFolder) -> None:
         """Refuse a folder that holds a result which no run in it made, such as one that was saved there."""
         if (run.folder / "knockout.json").exists() and not run.path.exists():
@@ -222,7 +236,7 @@ class _Study:
             masks.setdefault(mask.selector, []).append(f"{mask.repeat} {mask.group} {one.fingerprint}")
         options = self.options
         return {
-            "kind": "vlmneurons knockout run",
+            "kind": RUN,
             "setting": self.setting.to_json(),
             "versions": versions(),
             "content": content,
@@ -272,6 +286,7 @@ class _Study:
                 "layers": layers,
                 "chance": float(np.mean([1 / len(item.options) for item in kept])) if kept else None,
                 "skipped": [item.id for item in self.questions if item.id in skipped],
+                **({} if self.options.part is None else {"part": str(self.options.processes)}),
             },
             texts=None if all(value is None or value is pd.NA for value in texts.flat) else texts,
             controls=self.controls,

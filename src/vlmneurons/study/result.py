@@ -24,6 +24,9 @@ from vlmneurons.study.tables import Inference
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RUN = "vlmneurons knockout run"
+"""The kind of the manifest of a folder in which `vlmneurons.knockout` runs."""
+
 _KIND, _VERSION, _READABLE = "vlmneurons knockout", 4, (3, 4)
 
 CONDITIONS = ("all", "correct", "wrong")
@@ -503,7 +506,7 @@ class KnockoutResult:
         What was not asked has no row. Everything is written beside what is there before anything is replaced: on a full
         disk, or killed at any moment, an older result in the folder stays whole until the new one is. Where
         ``knockout.json`` is, the result is complete. It has checksums of itself and of the answers, so that an answer
-        that has changed since is noticed.
+        that has changed since is noticed. A part of a run (`join`) has no tables, which would be of too few questions.
 
         Args:
             folder: where the files go; it is made if it is not there.
@@ -511,7 +514,8 @@ class KnockoutResult:
         folder = path_of("folder", folder, MismatchError)
         folder.mkdir(parents=True, exist_ok=True)
         _finish(folder)
-        beside = {name: folder / f".new-{name}" for name in ("table.csv", "summary.csv", "knockout.json", _ANSWERS)}
+        names = () if "part" in self.provenance else ("table.csv", "summary.csv")
+        beside = {name: folder / f".new-{name}" for name in (*names, "knockout.json", _ANSWERS)}
         try:
             write_parquet(beside[_ANSWERS], self.answer_table())
             about = {
@@ -525,8 +529,9 @@ class KnockoutResult:
                 "provenance": self.provenance,
                 "answers": digest_of_file(beside[_ANSWERS]),
             }
-            write_text(beside["table.csv"], self.table().to_csv(index=False))
-            write_text(beside["summary.csv"], self.summary().to_csv(index=False))
+            for name in names:
+                table = self.table() if name == "table.csv" else self.summary()
+                write_text(beside[name], table.to_csv(index=False))
             plain = json.loads(json.dumps(about, default=str))
             write_text(beside["knockout.json"], json.dumps(_files.sealed(plain), indent=1))
         except BaseException:
@@ -613,12 +618,40 @@ class KnockoutResult:
             asked,
         )
 
+    @classmethod
+    def join(cls, folders: Sequence[str | Path], out: str | Path) -> "KnockoutResult":
+        """Put the parts of a run together, each made by ``knockout(…, part="3/8", folder=…)``.
+
+        The files are those of an undivided run, byte for byte; only what sessions have noted of themselves
+        (``sessions.jsonl``, and how batches were halved for want of memory) is their own. A join that was killed is
+        done again by the same call.
+
+        Args:
+            folders: of all parts, in any order.
+            out: where the whole goes.
+
+        Returns:
+            The whole result.
+
+        Raises:
+            MismatchError: parts of other settings, questions or masks; one that is there twice, lacks, or is not
+                finished; or ``out`` holds another run.
+            FileFormatError: a part is damaged.
+
+        Example:
+            ``KnockoutResult.join([f"run/knockout-{n}" for n in range(1, 9)], "run/knockout")``
+        """
+        from vlmneurons.study.joining import join_results
+
+        return join_results(folders, path_of("out", out, MismatchError))
+
     def __repr__(self) -> str:
         if not self.ids:
             return f"KnockoutResult(no questions, {len(self.masks)} masks of {', '.join(self.selectors)})"
+        part = f"part {self.provenance['part']}: " if "part" in self.provenance else ""
         return (
-            f"KnockoutResult({len(self.ids)} questions of {len(set(self.groups))} groups, {len(self.masks)} masks of "
-            f"{', '.join(self.selectors)}; clean accuracy {self.correct[0].mean():.1%})"
+            f"KnockoutResult({part}{len(self.ids)} questions of {len(set(self.groups))} groups, "
+            f"{len(self.masks)} masks of {', '.join(self.selectors)}; clean accuracy {self.correct[0].mean():.1%})"
         )
 
 
