@@ -180,9 +180,11 @@ def test_several_continuations_of_a_row_are_refused(model, how):
     assert "generate" not in vars(model.hf)
 
 
-def test_tokens_that_a_generation_may_take_back_are_refused(model):
+@pytest.mark.parametrize("name", ["llava_next_qwen2", "qwen2_5_vl"])
+def test_tokens_that_a_generation_may_take_back_are_refused(name, tiny_folder):
+    model = vn.VLM.from_pretrained(tiny_folder(name))
     inputs = model.prepare(some_questions(1))
-    with vn.Recorder(model), pytest.raises(QuestionError, match="looked ahead by an assistant or by prompt lookup"):
+    with vn.Recorder(model), pytest.raises(QuestionError, match="looked ahead by an assistant, by prompt lookup"):
         model.hf.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, prompt_lookup_num_tokens=2)
     assert "generate" not in vars(model.hf)
 

@@ -85,7 +85,7 @@ def plot_matrix(
         ax: axes of a figure of your own to draw one selector into.
 
     Returns:
-        The figure: a new one, or that of ``ax``.
+        The figure, which is a new one or that of ``ax``.
 
     Raises:
         MismatchError: no such selector or value, a limit that is not above 0, another order than of these groups, a
@@ -263,7 +263,7 @@ def plot_layers(
         ax: axes of a figure of your own to draw into.
 
     Returns:
-        The figure: a new one, or that of ``ax``.
+        The figure, which is a new one or that of ``ax``.
 
     Raises:
         MismatchError: the selection spans several towers; restrict it to one. Another order than of its groups, or a

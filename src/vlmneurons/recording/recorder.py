@@ -220,7 +220,7 @@ class _Generation:
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        self._rows = len(prompt) if isinstance(prompt, Tensor) else None
+        self._rows, self._prompt = prompt.shape if isinstance(prompt, Tensor) and prompt.ndim == 2 else (None, None)
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._length = self._shown = 0
@@ -241,10 +241,11 @@ class _Generation:
         first = self._length == 0
         again = not first and ids.shape[1] > self._length  # the whole sequence, for want of a cache
         total = ids.shape[1] if first or again else self._length + ids.shape[1]
-        if not first and total != self._length + 1:
+        expected = self._prompt if first else self._length + 1
+        if expected is not None and total > expected:
             raise QuestionError(
-                f"this generation runs {total - self._length} tokens in one step (looked ahead by an assistant or by "
-                "prompt lookup, or a prompt in chunks): of those, the ones that are taken back would be counted too. "
+                f"this generation runs {total - expected} further tokens in a step (looked ahead by an assistant, by "
+                "prompt lookup, or a prompt in chunks): those that are taken back would be counted too. "
                 "Record with neither assistant_model=, prompt_lookup_num_tokens= nor prefill_chunk_size="
             )
         self._shown, self._length = (self._length if again else 0), total
