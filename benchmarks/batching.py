@@ -12,6 +12,7 @@ what is left of it), or the part of a forward's time that the vision tower takes
 
 import argparse
 import contextlib
+import functools
 import io
 import random
 import statistics
@@ -25,7 +26,6 @@ import torch
 from PIL import Image
 
 import vlmneurons as vn
-from vlmneurons.recording.record import _lengths
 from vlmneurons.run import pictures
 from vlmneurons.run.batching import batches
 from vlmneurons.run.readers import Letters
@@ -169,7 +169,7 @@ def main() -> None:
         )
     if "length" in options.only:
         differing = questions(options.items, [(48, 64), (80, 160), (64, 80), (32, 40)], 1)
-        lengths = _lengths(model, differing)
+        lengths = functools.partial(model.encoder.length, differing)
         line(
             "by length, pictures of 20 to 200 tokens",
             f"{padding(model, differing, None):.0%} padding, now {padding(model, differing, lengths):.0%}",

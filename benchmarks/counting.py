@@ -8,7 +8,7 @@ import statistics
 import measure
 import torch
 
-import vlmneurons.recording.record
+from vlmneurons.statistics.counting import fired_by_row
 
 
 def main() -> None:
@@ -20,9 +20,9 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             values = torch.randn(shape).to(dtype)
             weights = torch.ones(shape[:2])
-            counter = vlmneurons.recording.record._FiringCounter()
+            buffers: dict[torch.device, torch.Tensor] = {}
             ways = {
-                "recorder": lambda v=values, w=weights, c=counter: c.by_row(v, w),
+                "recorder": lambda v=values, w=weights, b=buffers: fired_by_row(v, w, b),
                 "bmm of a new table": lambda v=values, w=weights: torch.bmm(w[:, None], (v > 0).to(torch.float32)),
                 "(x > 0).sum((0, 1))": lambda v=values: (v > 0).sum((0, 1)),
             }

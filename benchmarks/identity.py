@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import measure
 import torch
 
 import vlmneurons as vn
@@ -67,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     network = full_size(given.small)
     size = sum(one.numel() * one.element_size() for one in network.parameters())
-    print(about(torch.device("cpu")))
+    print(measure.about(torch.device("cpu")))
     print(f"{size / 2**30:.2f} GiB in {len(list(network.parameters()))} tensors")
     model = vn.VLM(network, tiny_model("qwen2_5_vl")[1])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

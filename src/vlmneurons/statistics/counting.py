@@ -118,8 +118,7 @@ def count_routed(values, places, mask, totals=False, maxima=False, strict=True):
 # the tokens (1 if counted) while it is still in the cache: that masks and sums in one pass, several times faster than
 # making a new table of booleans and summing it. float32 holds the sums exactly, as no row has 2^24 tokens; so does
 # TF32, whose inputs 0 and 1 are exact and whose sums are float32. Under autocast the products would be bfloat16, which
-# counts
-# to 256 only: so it is off here, whatever is around.
+# counts to 256 only: so it is off here, whatever is around.
 
 
 @no_type_check
