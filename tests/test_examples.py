@@ -97,3 +97,28 @@ def test_a_neurons_page_is_written(tmp_path):
     assert (tmp_path / "out" / "neuron.html").stat().st_size > 20_000
     with Image.open(tmp_path / "out" / "neuron.png") as image:
         assert min(image.size) > 400
+
+
+CHECKED = """
+import builtins, dis, runpy, sys, types
+
+def loaded(code):
+    yield from (one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL")
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from loaded(inner)
+
+for path in sys.argv[1:]:
+    there = runpy.run_path(path, run_name="checked")
+    with open(path, encoding="utf-8") as file:
+        used = set(loaded(compile(file.read(), path, "exec")))
+    print(path, sorted(used - set(there) - set(vars(builtins))))
+"""
+
+
+def test_every_benchmark_finds_the_names_it_uses():
+    folder = EXAMPLES.parent / "benchmarks"
+    paths = sorted(str(path) for path in folder.glob("*.py") if path.name != "peer_nnterp.py")  # runs beside a peer
+    done = subprocess.run([sys.executable, "-c", CHECKED, *paths], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{path} []" for path in paths]

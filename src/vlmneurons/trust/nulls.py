@@ -137,7 +137,7 @@ def _check_shuffles(units: Units) -> None:
     """
     groups = units.pool.groups
     if len(groups) < 2:
-        raise SelectionError(f"labels of one group cannot be shuffled; got only {groups[0]}")
+        raise SelectionError(f"labels of one group cannot be shuffled; got only {', '.join(groups)}")
     units.check_pictures(2)
     movable, overall = units.movable
     if overall < MOVABLE:
