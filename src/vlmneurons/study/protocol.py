@@ -275,10 +275,11 @@ def _carried_out(
     crossed = {"others": protocol.others, "seed": protocol.seed}
     result = asked("answers under masks", evaluate, masks, "knockout", controls=general, **crossed)
     nothing = {"none": NeuronSet.empty(items.space)}
-    others = {
-        "blind": asked("blind questions", blind(evaluate), nothing, "blind"),
-        "options only": asked("options only", options_only(evaluate), nothing, "options-only"),
-    }
+    others = {}
+    if any(item.options or item.sources for item in evaluate):
+        others["blind"] = asked("blind questions", blind(evaluate), nothing, "blind")
+    if all(item.options for item in evaluate):  # open questions have none to be asked with
+        others["options only"] = asked("options only", options_only(evaluate), nothing, "options-only")
     tables = {}
     steps["shuffled labels"].start(1)
     if protocol.permutations != 0 and processes.first:
