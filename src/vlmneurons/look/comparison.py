@@ -1,6 +1,6 @@
 """The page of several models side by side: `vlmneurons.compare(…).report(folder)`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +147,11 @@ def _effects_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
             at = np.array([names.index(name) for name in rows["selector"]]) + _offset(n, n_models)
             _drawn(axis, rows, effect, scale, at, n, model)
         axis.set_title(what, fontsize=9)
+        axis.set_xlabel(unit, fontsize=8)
         axis.set_yticks(range(len(names)), _plain(names))
         axis.set_ylim(len(names) - 0.5, -0.5)
         _frame(axis, "x")
-    figure.supxlabel(unit, fontsize=9)
-    return _with_legend(figure, left)
+    return _with_legend(figure, [left])
 
 
 def _groups_figure(comparison: Comparison, own: pd.DataFrame) -> Figure:
@@ -169,7 +169,7 @@ def _groups_figure(comparison: Comparison, own: pd.DataFrame) -> Figure:
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel(unit)
     _frame(axis, "x")
-    return _with_legend(figure, axis)
+    return _with_legend(figure, [axis])
 
 
 def _profile_part(comparison: Comparison, profiles: pd.DataFrame) -> _Part:
@@ -195,17 +195,20 @@ def _profile_part(comparison: Comparison, profiles: pd.DataFrame) -> _Part:
         axis.axhline(1, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
         axis.set_title(_plain([name])[0], fontsize=9)
         axis.set_xlim(0, 1)
-        axis.set_ylim(bottom=0)
         _frame(axis, "y")
+    panels[0].set_ylim(bottom=0)
     for axis in panels[len(names) :]:
         axis.set_visible(False)
-    figure.supxlabel("Relative depth (0: first layer, 1: last)", fontsize=9)
-    figure.supylabel("Neurons, times a uniform choice", fontsize=9)
+    for axis in panels[: len(names)][-columns:]:  # below which there is none
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel("Relative depth", fontsize=8)
+    for axis in panels[::columns]:
+        axis.set_ylabel("Neurons, times even", fontsize=8)
     caption = (
         "Share of a mask's neurons in each layer, mean over masks, times the number of layers: 1 (dotted) is as many "
     )
     caption += "as among layers chosen evenly. Depth is relative, so that models of other numbers of layers compare."
-    return _Part("profiles", "Where the neurons lie", caption, _with_legend(figure, panels[0]))
+    return _Part("profiles", "Where the neurons lie", caption, _with_legend(figure, panels))
 
 
 def _drawn(axis: Axes, rows: pd.DataFrame, effect: str, scale: float, at: np.ndarray, n: int, model: str) -> None:
@@ -219,9 +222,14 @@ def _offset(n: int, models: int) -> float:
     return 0.7 * ((n + 0.5) / models - 0.5)
 
 
-def _with_legend(figure: Figure, axis: Axes) -> Figure:
-    handles, labels = axis.get_legend_handles_labels()
-    wide: Sequence[str] = [label for label in labels if len(label) > 24]
-    figure.legend(handles, labels, loc="outside lower center", ncols=1 if wide else 3, frameon=False, fontsize=8)
+def _with_legend(figure: Figure, axes: Iterable[Axes]) -> Figure:
+    """A figure with the names of all models that any of its panels shows, each once."""
+    shown: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    columns = 1 if max(map(len, shown), default=0) > 24 else 3
+    how: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
+    figure.legend(list(shown.values()), list(shown), ncols=columns, **how)
     with_fonts(figure)
     return figure
