@@ -252,7 +252,11 @@ class Counter:
         found = {}
         for name, function in self.statistics.items():
             of_site = {"site": site} if "site" in inspect.signature(function).parameters else {}
-            made = function(values, counted, **of_site)
+            frame, self.frame = self.frame, None  # whatever part of the model it calls is not counted again
+            try:
+                made = function(values, counted, **of_site)
+            finally:
+                self.frame = frame
             shape = (values.shape[0], values.shape[2])
             if not isinstance(made, Tensor) or tuple(made.shape) != shape:
                 got = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
