@@ -211,7 +211,8 @@ class _Factors:
         self._handles: list[Any] = []
         self._active: dict[int, Tensor] = {}
         self._by_token: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
-        """Where the highest of all tokens is wanted: for each visit of a site a factor a token, and which count."""
+        """Where the highest of all tokens is wanted: for each visit of a site a factor a token, and the number of each
+        token that counts, -1 for others; None where all do and are different ones."""
         self._mask: Tensor | None = None
 
     def __enter__(self) -> "_Factors":
@@ -286,7 +287,9 @@ class _Factors:
                     f"{tuple(mask.shape)}: tokens cannot be told apart here; attribute with tokens=None"
                 )
             if self.highest:
-                self._by_token[number][-1] = (factor, here)
+                numbers = torch.arange(mask.numel(), device=mask.device) if tokens is None else tokens.flatten()
+                numbers = (numbers % mask.shape[1]).reshape(here.shape)  # a question's rows show the same prompt
+                self._by_token[number][-1] = (factor, torch.where(here, numbers, -1))
             return torch.where(here[..., None], changed, values)
 
         return scale
@@ -303,14 +306,16 @@ class _Factors:
             visits = [(number, factor, None) for number, factor in self._active.items()]
         found = torch.autograd.grad(margin, [factor for _, factor, _ in visits], allow_unused=True)
         result = torch.zeros(len(self.space), dtype=torch.float64)
-        highest: dict[int, Tensor] = {}
-        for (number, _, here), part in zip(visits, found, strict=True):
+        parts: dict[int, list[Tensor]] = {}
+        for (number, _, tokens), part in zip(visits, found, strict=True):
             if part is None:
                 continue  # an expert that no token was routed to
-            if self.highest:
-                part = part if here is None else part[here]
-                tokens = [part.flatten(0, -2), *([highest[number][None]] if number in highest else [])]
-                part = highest[number] = torch.cat(tokens).amax(0)
+            if tokens is not None:  # what rows of one token say is added
+                kept, place = torch.unique(tokens[tokens >= 0], return_inverse=True)
+                part = part.new_zeros((len(kept), part.shape[-1])).index_add_(0, place, part[tokens >= 0])
+            parts.setdefault(number, []).append(part)
+        for number, several in parts.items():
+            part = torch.cat([one.flatten(0, -2) for one in several]).amax(0) if self.highest else several[0]
             if not torch.isfinite(part).all():
                 raise ActivationError(f"NaN or infinite gradients at {self.space.sites[number]}, question {question!r}")
             result[self.space.offsets[number] : self.space.offsets[number + 1]] = part.double().cpu()
