@@ -210,7 +210,8 @@ def test_selectors_take_their_own_tables_out_of_several(model):
 
 def by_token(model, one, kind):
     """For each layer ``[token, neuron]`` value times gradient of the margin of one question read by letters, by plain
-    hooks and autograd."""
+    hooks and autograd.
+    """
     inputs = model.prepare(one)
     values, handles = [], []
 
@@ -254,7 +255,7 @@ def test_the_highest_token_at_pre_and_at_the_gate_is_that_of_plain_autograd(doub
         expected[2, row] += torch.cat([x[text].amax(0) for x in layers])
     double.hf.zero_grad()
     for stats, ours in zip((highest, summed, words), expected, strict=True):
-        torch.testing.assert_close(stats.total, ours, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(stats.total, ours, rtol=1e-4, atol=1e-6)  # logits of letters are read in float32
     assert highest.provenance["reduce"] == "max"
     assert "reduce" not in summed.provenance
 

@@ -30,7 +30,7 @@ def test_spaces_of_two_towers_are_joined():
         NeuronSpace.join(towers[0], towers[0])
     with pytest.raises(SiteError, match="a neuron space needs at least one site"):
         NeuronSpace.join()
-    with pytest.raises(SiteError, match="space 1 must be a NeuronSpace"):
+    with pytest.raises(SiteError, match="space 1 is a NeuronSpace; got 'vision'"):
         untyped(NeuronSpace.join.__func__)(NeuronSpace, towers[0], "vision")
 
 

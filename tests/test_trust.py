@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import vlmneurons as vn
-from vlmneurons.errors import MismatchError, SelectionError
+from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import CAS, LAPE, MAD, AveragePrecision
 from vlmneurons.statistics.items import Item, ItemStatistics

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SELECTORS = ("LAP", "LAPE", "MAD", "CAS")
+STUDIED = (*SELECTORS, "MAD-mean")
 TOKENS = ("content", "image", "audio", "video", "text", "last")
 CONDITIONS = ("correct", "wrong", "all")
 
@@ -329,8 +330,8 @@ def _asking(
 def study(
     general: Annotated[str | None, typer.Option(help="questions that measure general ability, as for --data")] = None,
     general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
-    selectors: Annotated[Any, _list(_one_of(*SELECTORS), "|".join(SELECTORS), "whose neurons are switched off")] = None,
-    main: Annotated[str | None, _choice(*SELECTORS, help="the selector that is swept and controlled")] = None,
+    selectors: Annotated[Any, _list(_one_of(*STUDIED), "|".join(STUDIED), "whose neurons are switched off")] = None,
+    main: Annotated[str | None, _choice(*STUDIED, help="the selector that is swept and controlled")] = None,
     fraction: Annotated[float | None, typer.Option(help="share of all neurons in each mask")] = None,
     fractions: Annotated[Any, _list(float, "FLOAT", "shares of the sweep")] = None,
     alphas: Annotated[Any, _list(float, "FLOAT", "strengths of the sweep")] = None,

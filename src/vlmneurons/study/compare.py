@@ -26,7 +26,7 @@ _EFFECTS = ("self_effect", "cross_effect", "cross_caused", "gap")
 _HOW = {
     "answer": "answers are read by",
     "prompt": "the prompt is",
-    "others": "masks of other groups a question met are",
+    "others": "masks of other groups that each question met:",
 }
 """What of a study's provenance a reader has to know where it differs, and how it is told."""
 
@@ -74,9 +74,7 @@ class Comparison:
         for name, told in _HOW.items():
             values = {model: str(one.provenance.get(name, "all")) for model, one in self.results.items()}
             if len(set(values.values())) > 1:
-                notes.append(
-                    f"{told[0].upper()}{told[1:]} " + "; ".join(f"{one}: {v}" for one, v in values.items()) + "."
-                )
+                notes.append(f"{told[0].upper()}{told[1:]} {'; '.join(f'{v} ({one})' for one, v in values.items())}.")
         lacking = {
             model: [name for name in self.selectors if name not in one.selectors] for model, one in self.results.items()
         }
