@@ -560,7 +560,8 @@ class Generate(AnswerReader):
         """See `AnswerReader.read`.
 
         Raises:
-            QuestionError: the model cannot generate.
+            QuestionError: the model cannot generate, or a scorer gave no score of its range.
+            ActivationError: a scorer's range allows NaN, and it gave it.
         """
         if not model.can_generate:
             raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
