@@ -419,6 +419,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="of timings; by default 7, small 2")
     given = parser.parse_args()
     device = measure.device_of(given.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     findings, rounds = Findings(device), given.rounds or (2 if given.small else 7)
     print(measure.about(device))
     findings.part("The demo, in float32", lambda: demo_is_right(findings))
