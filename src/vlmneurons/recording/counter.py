@@ -1,6 +1,7 @@
 """Counting one forward: hooks at the sites of a space, and what each of them saw for every row of the batch."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,6 +134,7 @@ class Counter:
         self.frame: Frame | None = None
         self._watched: Frame | None = None
         self._scratch: dict[Any, Any] = {}
+        self._bad: list[tuple[int, Tensor]] = []
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
@@ -190,9 +192,23 @@ class Counter:
 
     def _add(self, number: int, counts: Counts) -> None:
         bad = counts.get("bad")
-        if bad is not None and bool(bad.any()):
-            raise NotFinite(self.space.sites[number], int(bad.nonzero()[0]))
+        if bad is not None:
+            self._bad.append((number, bad))
         self.sites[number].add({name: table for name, table in counts.items() if name != "bad"})
+
+    def check_finite(self) -> None:
+        """Refuse a forward with values that are not finite, once it is over: asking in it, the host waits for a GPU.
+
+        Raises:
+            NotFinite: a counted token had such values; at the first site where one had.
+        """
+        found, self._bad = self._bad, []
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for _, bad in found:
+            by_device.setdefault(bad.device, []).append(bad)
+        if any(bool(torch.stack(all_of).any()) for all_of in by_device.values()):
+            number, bad = next(one for one in found if bool(one[1].any()))
+            raise NotFinite(self.space.sites[number], int(bad.nonzero()[0]))
 
     def _count_tokens(self, number: int, values: Float[Tensor, "*any neuron"], frame: Frame) -> None:
         site, mask = self.space.sites[number], frame.mask
@@ -261,12 +277,16 @@ class Counter:
         self.forget()
         frame = Frame(batch.tokens.counted(self.tokens), list(rows), batch.vision, batch.patches)
         self._watched = frame
-        yield
+        try:
+            yield
+        finally:
+            if self._watched is None:
+                self.frame = frame  # a generation's later steps have taken it away
+                self.check_finite()
         if self._watched is not None:
             raise MismatchError(
                 "no forward was run within `watch`, so nothing was counted: the reader runs it elsewhere"
             )
-        self.frame = frame  # a generation's later steps have taken it away
 
     def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
         """Take over what was counted elsewhere in the watched run, as if it had been counted here."""
@@ -275,12 +295,14 @@ class Counter:
         for number, one in counts.items():
             self.sites[number].seen = seen.get(number, 0) if self.in_vision[number] else 0
             self._add(number, one)
+        self.check_finite()
 
     def forget(self) -> None:
         """Drop what was counted, and what the sites of one forward share."""
         for state in self.sites:
             state.clear()
         self.frame = self._watched = None
+        self._bad.clear()
         for name in [name for name in self._scratch if isinstance(name, tuple)]:
             del self._scratch[name]
 
@@ -310,21 +332,32 @@ class Counter:
         """
         assert self.frame is not None
         rows = torch.tensor(self.frame.rows)
+        here: dict[torch.device, Tensor] = {}
+
+        def of_questions(table: Tensor) -> Tensor:
+            if table.device not in here:
+                here[table.device] = rows.to(table.device)
+            return table[here[table.device]]
+
         empty = {"fired": (torch.int64, 0), "total": (torch.float64, 0), "maximum": (torch.float32, -torch.inf)}
-        tables: dict[str, list[Tensor]] = {name: [] for name in empty}
-        reached = []
+        tables: dict[str, list[Tensor]] = {name: [] for name in [*empty, "reached"]}
         for state in self.sites:
             for name, (dtype, nothing) in empty.items():
-                table = state.counts.get(name)
-                shape = (len(rows), state.width)
-                tables[name].append(torch.full(shape, nothing, dtype=dtype) if table is None else table.cpu()[rows])
+                table, shape = state.counts.get(name), (len(rows), state.width)
+                tables[name].append(torch.full(shape, nothing, dtype=dtype) if table is None else of_questions(table))
             tokens = state.counts.get("tokens")
-            reached.append(torch.zeros(len(rows), dtype=torch.int64) if tokens is None else tokens.cpu()[rows])
-        at_sites = torch.stack(reached, 1)
-        counted = at_sites.amax(1) if all(self.in_vision) else self.frame.mask.sum(1).cpu()[rows]
-        joined = {name: torch.cat(parts, 1) for name, parts in tables.items()}
+            none = torch.zeros(len(rows), dtype=torch.int64)
+            tables["reached"].append((none if tokens is None else of_questions(tokens))[:, None])
+        joined = {name: _on_host(parts) for name, parts in tables.items()}
+        counted = joined["reached"].amax(1) if all(self.in_vision) else self.frame.mask.sum(1).cpu()[rows]
         joined["positive"] = joined.pop("fired")
-        return {**joined, "reached": at_sites}, counted
+        return joined, counted
+
+
+def _on_host(parts: Sequence[Tensor]) -> Tensor:
+    """Tables side by side; those in a row that lie on one device are brought over together."""
+    together = [torch.cat(list(some), 1).cpu() for _, some in itertools.groupby(parts, lambda part: part.device)]
+    return torch.cat(together, 1)
 
 
 def group_rows(names: Sequence[str], groups: Sequence[str | None]) -> tuple[list[int], list[int]]:
