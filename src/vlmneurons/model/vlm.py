@@ -511,10 +511,10 @@ def refuse_unobeyed(model: VLM) -> None:
     for kind in sorted({"cpu", *(one.device.type for one in model.hf.parameters())} - {"meta"}):
         if torch.is_autocast_enabled(kind):
             raise MismatchError(
-                f"torch.autocast is on around this call, which runs in the precision of the weights ({model.hf.dtype}): "
-                f"leave it, or turn it off here with torch.autocast({kind!r}, enabled=False). For other precision load "
-                f"the model in it, as VLM.from_pretrained(…, dtype={torch.get_autocast_dtype(kind)}) does; a vn.Recorder "
-                "counts under autocast what the model used"
+                "torch.autocast is on around this call, which runs in the precision of the weights "
+                f"({model.hf.dtype}): leave it, or turn it off with torch.autocast({kind!r}, enabled=False). Else load "
+                f"the model in it, as VLM.from_pretrained(…, dtype={torch.get_autocast_dtype(kind)}) does; a "
+                "vn.Recorder counts under autocast what the model used"
             )
 
 
