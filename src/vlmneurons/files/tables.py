@@ -261,5 +261,5 @@ def _digest(kind: str, version: str, text: str, tensors: Mapping[str, Tensor]) -
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(memoryview(tensor.numpy().reshape(-1)).cast("B"))
+        digest.update(tensor.numpy().reshape(-1).data.cast("B"))
     return digest.hexdigest()
