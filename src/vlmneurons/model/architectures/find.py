@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -167,7 +168,7 @@ def _registered(search: Search, known: Architecture) -> dict[str, tuple[str, lis
                     what = f"the Architecture has {place} in tower {name!r}, and in {tower_of[place]!r} already"
                     raise ArchitectureError(search.explain(what, []))
                 tower_of[place] = name
-                blocks.append(search.block(place, child, known.layouts(name)))
+                blocks.append(search.block(place, cast(nn.Module, child), known.layouts(name)))
         towers[name] = (common_path(paths), blocks)
     _check_paths(search, known, towers)
     return towers
