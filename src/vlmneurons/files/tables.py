@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -225,7 +225,7 @@ class Shareable:
         """
         from vlmneurons.statistics.hub import push_to_hub
 
-        return push_to_hub(self, repo_id, **how)  # type: ignore[arg-type]
+        return push_to_hub(cast(Any, self), repo_id, **how)
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:

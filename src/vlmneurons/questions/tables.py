@@ -86,7 +86,7 @@ def _cells(text: str, path: Path) -> list[dict[str, Any]]:
         raise QuestionError(f"{path}, after line {cells.line_num}, cannot be read: {error}{hint}") from error
     _refuse_twice(cells.fieldnames or (), str(path))
     for number, row in enumerate(rows, start=1):
-        surplus = [cell for cell in row.pop(None, None) or () if cell]  # type: ignore[call-overload]
+        surplus = [cell for cell in row.pop(None, None) or () if cell]
         if surplus:
             raise QuestionError(
                 f"{path}, row {number} has more cells than there are columns, such as {surplus[0][:60]!r}: put texts "
@@ -518,8 +518,9 @@ def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
             f"{where}: answer {answer!r} may mean the text of an option or its place; among options that are numbers "
             "give its letter, among letters its index"
         )
-    if same or place is not None:
-        return same[0] if same else place  # type: ignore[return-value]
+    found = same[0] if same else place
+    if found is not None:
+        return found
     raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor one of the options")
 
 

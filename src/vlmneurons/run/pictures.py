@@ -71,7 +71,7 @@ def each_once(hf: nn.Module, batch: Batch) -> Iterator[None]:
             _WORKS[hf] = False  # its code wants all pictures
         return whole
 
-    owner.get_image_features = once  # type: ignore[assignment]
+    owner.get_image_features = once
     try:
         yield
     finally:

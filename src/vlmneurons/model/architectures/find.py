@@ -66,8 +66,8 @@ class Architecture:
             tower: its name; None where towers are not known by name.
         """
         if any(isinstance(value, MLPLayout) for value in self.mlps.values()):
-            return self.mlps  # type: ignore[return-value]
-        return self.mlps.get(tower, {})  # type: ignore[arg-type, return-value]
+            return cast("Mapping[str, MLPLayout]", self.mlps)
+        return cast("Mapping[str | None, Mapping[str, MLPLayout]]", self.mlps).get(tower, {})
 
 
 _REGISTERED: list[tuple[str | Callable[[nn.Module], bool], Architecture]] = []
