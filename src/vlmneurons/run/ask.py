@@ -240,7 +240,7 @@ def _ask_batch(
         if not isinstance(error, OutOfMemoryError) or not hasattr(error, "partial"):
             partial = job.partial()
             if partial is not None:
-                error.partial = partial  # type: ignore[attr-defined]
+                vars(error)["partial"] = partial
         raise
     finally:
         job.forget()

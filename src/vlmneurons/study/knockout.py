@@ -253,7 +253,7 @@ class _Study:
         tables = [table for table in parts.values() if len(table)]
         answers = pd.concat(tables) if tables else pd.DataFrame(columns=_COLUMNS)
         skipped = set(answers.loc[answers["run"] < 0, "id"])
-        answers = answers[answers["run"] >= 0]
+        answers = answers.loc[answers["run"] >= 0]
         there = set(answers["id"])
         kept = [item for item in self.questions if item.id in there]
         place = {item.id: number for number, item in enumerate(kept)}
@@ -267,7 +267,7 @@ class _Study:
             return table[rows]
 
         texts = stacked(2, object)
-        layers = list(per_layer(self.listed[0][1].neurons)) if self.listed else []
+        layers = list(per_layer(NeuronSet.empty(self.listed[0][1].neurons.space))) if self.listed else []
         of_all = [one for name in sorted(halved) for one in halved[name]]
         pictures = dict(zip((item.id for item in self.questions), self.questions.pictures(), strict=True))
         return KnockoutResult(

@@ -15,13 +15,14 @@ be computed on paper. Everything else in the MLPs is noise or a decoy.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import (
+    AddedToken,
     CLIPVisionConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -29,6 +30,7 @@ from transformers import (
     MistralConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from vlmneurons.errors import VLMNeuronsError
 from vlmneurons.model.vlm import VLM
@@ -224,7 +226,7 @@ def _blank(
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -313,8 +315,8 @@ def _write_projector(
     projector.linear_2.bias[2 * len(groups)] = 1.0
 
 
-def _mlp(model: LlavaNextForConditionalGeneration, neuron: int, width: int) -> tuple[nn.Module, int]:
-    return model.model.language_model.layers[neuron // width].mlp, neuron % width
+def _mlp(model: LlavaNextForConditionalGeneration, neuron: int, width: int) -> tuple[MistralMLP, int]:
+    return cast(MistralMLP, model.model.language_model.layers[neuron // width].mlp), neuron % width
 
 
 def _write_planted(
