@@ -156,7 +156,7 @@ def plant_neurons(
 
 
 def _picture(number: int, rng: np.random.Generator) -> Image.Image:
-    """A square of the group's colour (a corner of the colour cube), with some noise; stripes of two from the ninth on."""
+    """A square of the group's colour (a corner of the colour cube), with some noise; from the ninth on, of two."""
     corner, other = (np.array([k >> bit & 1 for bit in range(3)]) * 200 + 28 for k in (number, number + number // 8))
     stripes = (np.arange(_IMAGE) // 4 % 2)[:, None]  # a patch of the vision tower has one of each
     noise = 8 if number < 8 else 4
