@@ -104,7 +104,8 @@ def plant_neurons(
     """Build a model with planted neurons, and questions that they answer.
 
     Args:
-        groups: names of 4 to 8 groups; they are the answers too.
+        groups: names of 4 to 27 groups; they are the answers too. More than 8 have pictures of two colours, and a wider
+            vision tower that tells them apart.
         per_group: planted neurons of each group.
         per_kind: decoys of each kind.
         decoys: kinds of decoy; see `PlantedModel`. ``"rare"`` ones have no entropy either, and mislead LAPE.
@@ -121,8 +122,8 @@ def plant_neurons(
         VLMNeuronsError: numbers that do not fit together.
     """
     groups = tuple(groups)
-    if not 4 <= len(groups) <= 8 or len(set(groups)) != len(groups):
-        raise VLMNeuronsError(f"4 to 8 different groups can be planted; got {', '.join(groups)}")
+    if not 4 <= len(groups) <= 27 or len(set(groups)) != len(groups):
+        raise VLMNeuronsError(f"4 to 27 different groups can be planted; got {', '.join(groups)}")
     wrong = set(decoys) - set(DECOYS)
     if wrong:
         raise VLMNeuronsError(f"decoy {min(wrong)!r} does not exist; choose from {', '.join(DECOYS)}")
@@ -157,9 +158,11 @@ def plant_neurons(
 
 
 def _picture(number: int, rng: np.random.Generator) -> Image.Image:
-    """A square of the group's colour (a corner of the colour cube), with some noise."""
-    colour = np.array([(number >> bit & 1) * 200 + 28 for bit in range(3)])
-    pixels = colour + rng.integers(-8, 9, size=(_IMAGE, _IMAGE, 3))
+    """A square of the group's colour (a corner of the colour cube), with some noise; from the ninth on, of two."""
+    corner, other = (np.array([k >> bit & 1 for bit in range(3)]) * 200 + 28 for k in (number, number + number // 8))
+    stripes = (np.arange(_IMAGE) // 4 % 2)[:, None]  # a patch of the vision tower has one of each
+    noise = 8 if number < 8 else 4
+    pixels = corner * (1 - stripes) + other * stripes + rng.integers(-noise, noise + 1, size=(_IMAGE, _IMAGE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -213,9 +216,10 @@ def _blank(
         tie_word_embeddings=False,
         **ids,
     )
+    wide = 1 if len(groups) <= 8 else 2
     vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=32 * wide,
+        intermediate_size=64 * wide,
         num_hidden_layers=2,
         num_attention_heads=2,
         image_size=_IMAGE,
