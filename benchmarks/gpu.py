@@ -427,7 +427,12 @@ def main() -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     findings, rounds = Findings(device), given.rounds or (2 if given.small else 7)
     print(measure.about(device))
-    findings.part("The demo, in float32", lambda: demo_is_right(findings))
+
+    def wanted(title: str) -> bool:
+        return any(word.lower() in title.lower() for word in given.parts)
+
+    if wanted("The demo, in float32"):
+        findings.part("The demo, in float32", lambda: demo_is_right(findings))
     for name in given.models:
         start = time.perf_counter()
         model = {"qwen": qwen, "llava": llava}[name](device, given.small)
@@ -449,7 +454,7 @@ def main() -> None:
             "Out of memory": lambda model, asked=asked: halving(model, asked, findings),
         }
         for title, run in parts.items():
-            if any(word.lower() in title.lower() for word in given.parts):
+            if wanted(title):
                 findings.part(title, lambda run=run, model=model: run(model))
         del model
     print(f"\n{len(findings.wrong)} wrong{': ' if findings.wrong else ''}{'; '.join(findings.wrong)}")

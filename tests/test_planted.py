@@ -81,7 +81,7 @@ def test_questions_answered_by_planted_neurons_fail_without_the_picture(planted)
 
 
 def test_impossible_plantings_are_refused():
-    with pytest.raises(VLMNeuronsError, match="4 to 8 different groups"):
+    with pytest.raises(VLMNeuronsError, match="4 to 27 different groups"):
         plant_neurons(groups=("A", "B"))
     with pytest.raises(VLMNeuronsError, match="decoy 'odd' does not exist; choose from always, shared, graded, rare"):
         plant_neurons(decoys=("odd",))

@@ -26,7 +26,7 @@ from vlmneurons.checks import path_of, whole
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
-from vlmneurons.model.vlm import VLM, check_model, refuse_edits
+from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
 from vlmneurons.neurons.sites import Site, site_of
 from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
@@ -279,7 +279,7 @@ def inspect_neuron(
         raise SiteError(f"{site}: only neurons of the language tower see words and pictures as tokens; record others")
     whole("k", k, QuestionError, least=1)
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
-    refuse_edits(model)
+    refuse_unobeyed(model)
     if remote is not False:
         raise QuestionError(f"remote={remote!r}: values at every token do not come back; run the model here")
     if model.is_encoder_decoder:

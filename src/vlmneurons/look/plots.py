@@ -124,7 +124,7 @@ def plot_matrix(
         axis.set_xlabel("Questions about", fontsize=size)
         if ems(longest) * min(7, size) <= 0.97 * 72 * cell:
             _numbers(axis, image, min(7, size), digits)
-        if axis.get_subplotspec() is None or axis.get_subplotspec().is_first_col():
+        if (spec := axis.get_subplotspec()) is None or spec.is_first_col():
             long = "Neurons switched off: those of"
             axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
     below = width is not None and width < 5
@@ -234,7 +234,7 @@ def _numbers(axis: Axes, image: AxesImage, size: float, digits: int) -> None:
     colours = image.to_rgba(values)
     for row, column in np.ndindex(values.shape):
         light = float(colours[row, column, :3] @ (0.299, 0.587, 0.114))
-        text, colour = _shown(values[row, column], digits), "black" if light > 0.5 else "white"
+        text, colour = _shown(float(values[row, column]), digits), "black" if light > 0.5 else "white"
         axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 
 
@@ -297,7 +297,7 @@ def plot_layers(
     image = axis.imshow(counts, cmap=COLOURS["neutral"], vmin=0, vmax=most, aspect="auto")
     wide = ems(str(layers[-1])) * size + 2
     step = next((step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32) if 72 * cell * step >= wide), 64)
-    axis.set_xticks(range(0, len(layers), step), layers[::step], fontsize=size)
+    axis.set_xticks(range(0, len(layers), step), [*map(str, layers[::step])], fontsize=size)
     axis.set_yticks(range(len(groups)), _plain(labels), fontsize=size)
     label = f"Layer of the {towers[0]} tower"
     if expected:
@@ -425,7 +425,7 @@ def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> F
                 linewidth=0.8,
                 label="Self effect of each group" if n == 0 else None,
             )
-    whole = curve[curve["group"] == "all"]
+    whole = curve.loc[curve["group"] == "all"]
     at = scale * whole[axis_name].to_numpy(dtype=float)
     for effect in ("self_effect", "cross_effect"):
         name, colour, marker = _EFFECTS[effect]
@@ -560,7 +560,7 @@ def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]
     styles = [(BLUE, "x"), (GREEN, "+"), (PURPLE, "1"), (GREY, "|")]
     for n, name in enumerate(controls):
         colour, marker = styles[n % len(styles)]
-        rows = table[table["selector"] == name]
+        rows = table.loc[table["selector"] == name]
         # Repeats stand below each other, each control in a band of its own: many are equal, and would hide each other.
         repeats = sorted(set(rows["repeat"]))
         places = (n + (np.arange(len(repeats)) + 0.5) / len(repeats)) / len(controls) - 0.5

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Int64
@@ -357,7 +357,7 @@ class Encoder:
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
-        return Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device)
+        return cast(Batch, Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device))
 
     @cached_property
     def _learns_positions(self) -> bool:

@@ -62,11 +62,9 @@ def _tensors(hf_model: nn.Module) -> dict[str, Tensor]:
     tensors.update({name: tensor for name, tensor in hf_model.named_buffers() if name not in tensors})
     for path, module in hf_model.named_modules():
         kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of this module
-        for own in (
-            ()
-            if kept is None
-            else [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
-        ):
+        if kept is None:
+            continue
+        for own in [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]:
             name = f"{path}.{own}" if path else own
             if name in tensors and tensors[name].device.type == "meta":
                 with contextlib.suppress(KeyError):
@@ -79,10 +77,10 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     if tensor.device.type == "meta":
         return
     tensor = tensor.detach()
-    if hasattr(tensor, "to_local"):  # a distributed tensor: this process's share
-        tensor = tensor.to_local()  # type: ignore[operator]
-    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()  # a quantised tensor is made of plain ones
+    tensor = getattr(tensor, "to_local", tensor.detach)()  # of a distributed tensor this process's share
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if type(tensor) not in (Tensor, nn.Parameter) and flatten is not None:
+        names, _ = flatten()  # a quantised tensor is made of plain ones
         for name in names:
             yield from _blocks(getattr(tensor, name))
         return
@@ -92,7 +90,7 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
         return
     step = max(1, flat.numel()) if flat.device.type == "cpu" else _CHUNK
     for start in range(0, flat.numel(), step):
-        yield memoryview(flat[start : start + step].cpu().numpy())
+        yield flat[start : start + step].cpu().numpy().data
 
 
 def _from_gpu(flat: Tensor) -> Iterator[memoryview]:
@@ -113,7 +111,7 @@ def _from_gpu(flat: Tensor) -> Iterator[memoryview]:
         if number:
             buffer, arrived = under_way.pop(0)
             arrived.synchronize()
-            yield memoryview(buffer.numpy())
+            yield buffer.numpy().data
 
 
 def configuration_of(model: "VLM") -> str:
@@ -133,7 +131,7 @@ def adapters_of(model: "VLM") -> list[str]:
     for module in model.hf.modules():
         if hasattr(module, "active_adapters") and hasattr(module, "lora_A"):
             state = "disabled" if getattr(module, "disable_adapters", False) else "active"
-            found.update(f"{name} {state}" for name in module.active_adapters)
+            found.update(f"{name} {state}" for name in getattr(module, "active_adapters", ()))
             found.update(f"{name} merged" for name in getattr(module, "merged_adapters", ()))
     return sorted(found)
 

@@ -363,5 +363,5 @@ def _on_host(parts: Sequence[Tensor]) -> Tensor:
 def group_rows(names: Sequence[str], groups: Sequence[str | None]) -> tuple[list[int], list[int]]:
     """Places of the labels that are names of groups, and the number of each one's group."""
     index = {name: number for number, name in enumerate(names)}
-    kept = [place for place, group in enumerate(groups) if group is not None]
-    return kept, [index[groups[place]] for place in kept]  # type: ignore[index]
+    kept = {place: index[group] for place, group in enumerate(groups) if group is not None}
+    return list(kept), list(kept.values())

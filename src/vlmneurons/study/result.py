@@ -91,7 +91,7 @@ class KnockoutResult:
             "asked": None if asked.all() else asked,
             "chosen": np.where(asked, self.chosen, NOT_ASKED),
             "margins": np.where(asked, self.margins, np.nan),
-            "texts": None if self.texts is None else np.where(asked, self.texts, None),
+            "texts": None if self.texts is None else np.where(asked, self.texts, np.array(None)),
         }
         for name, value in kept.items():
             object.__setattr__(self, name, value)
@@ -252,8 +252,8 @@ class KnockoutResult:
         columns = [name for name in table.columns if name not in ("selector", "repeat", "mask", "group")]
         if value not in columns:
             raise MismatchError(f"value {value!r} is not a numeric column of the table; it has {', '.join(columns)}")
-        matrix = table.groupby(["mask", "group"])[value].mean().unstack("group")
-        return matrix[[*part.group_names, *part.control_names]]
+        matrix = table.groupby(["mask", "group"])[value].agg("mean").unstack("group")
+        return matrix.loc[:, [*part.group_names, *part.control_names]]
 
     def effects(
         self,

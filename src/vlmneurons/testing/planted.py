@@ -15,13 +15,14 @@ be computed on paper. Everything else in the MLPs is noise or a decoy.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import (
+    AddedToken,
     CLIPVisionConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -29,6 +30,7 @@ from transformers import (
     MistralConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from vlmneurons.errors import VLMNeuronsError
 from vlmneurons.model.vlm import VLM
@@ -102,7 +104,8 @@ def plant_neurons(
     """Build a model with planted neurons, and questions that they answer.
 
     Args:
-        groups: names of 4 to 8 groups; they are the answers too.
+        groups: names of 4 to 27 groups; they are the answers too. More than 8 have pictures of two colours, and a wider
+            vision tower that tells them apart.
         per_group: planted neurons of each group.
         per_kind: decoys of each kind.
         decoys: kinds of decoy; see `PlantedModel`. ``"rare"`` ones have no entropy either, and mislead LAPE.
@@ -119,8 +122,8 @@ def plant_neurons(
         VLMNeuronsError: numbers that do not fit together.
     """
     groups = tuple(groups)
-    if not 4 <= len(groups) <= 8 or len(set(groups)) != len(groups):
-        raise VLMNeuronsError(f"4 to 8 different groups can be planted; got {', '.join(groups)}")
+    if not 4 <= len(groups) <= 27 or len(set(groups)) != len(groups):
+        raise VLMNeuronsError(f"4 to 27 different groups can be planted; got {', '.join(groups)}")
     wrong = set(decoys) - set(DECOYS)
     if wrong:
         raise VLMNeuronsError(f"decoy {min(wrong)!r} does not exist; choose from {', '.join(DECOYS)}")
@@ -155,9 +158,11 @@ def plant_neurons(
 
 
 def _picture(number: int, rng: np.random.Generator) -> Image.Image:
-    """A square of the group's colour (a corner of the colour cube), with some noise."""
-    colour = np.array([(number >> bit & 1) * 200 + 28 for bit in range(3)])
-    pixels = colour + rng.integers(-8, 9, size=(_IMAGE, _IMAGE, 3))
+    """A square of the group's colour (a corner of the colour cube), with some noise; from the ninth on, of two."""
+    corner, other = (np.array([k >> bit & 1 for bit in range(3)]) * 200 + 28 for k in (number, number + number // 8))
+    stripes = (np.arange(_IMAGE) // 4 % 2)[:, None]  # a patch of the vision tower has one of each
+    noise = 8 if number < 8 else 4
+    pixels = corner * (1 - stripes) + other * stripes + rng.integers(-noise, noise + 1, size=(_IMAGE, _IMAGE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -211,9 +216,10 @@ def _blank(
         tie_word_embeddings=False,
         **ids,
     )
+    wide = 1 if len(groups) <= 8 else 2
     vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=32 * wide,
+        intermediate_size=64 * wide,
         num_hidden_layers=2,
         num_attention_heads=2,
         image_size=_IMAGE,
@@ -224,7 +230,7 @@ def _blank(
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -313,8 +319,8 @@ def _write_projector(
     projector.linear_2.bias[2 * len(groups)] = 1.0
 
 
-def _mlp(model: LlavaNextForConditionalGeneration, neuron: int, width: int) -> tuple[nn.Module, int]:
-    return model.model.language_model.layers[neuron // width].mlp, neuron % width
+def _mlp(model: LlavaNextForConditionalGeneration, neuron: int, width: int) -> tuple[MistralMLP, int]:
+    return cast(MistralMLP, model.model.language_model.layers[neuron // width].mlp), neuron % width
 
 
 def _write_planted(
