@@ -310,7 +310,7 @@ def test_choices_and_defaults_are_those_of_the_library():
     from vlmneurons.recording.record import CONDITIONS
     from vlmneurons.study.protocol import SELECTORS
 
-    assert tuple(SELECTORS) == cli.SELECTORS
+    assert tuple(SELECTORS) == cli.STUDIED
     assert (cli.TOKENS, cli.CONDITIONS) == (TOKEN_RULES, CONDITIONS)
     options = [*inspect.signature(cli.study).parameters.values(), *inspect.signature(cli._asking).parameters.values()]
     defaults = {one.name: one.default for one in options}

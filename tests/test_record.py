@@ -138,6 +138,39 @@ def test_parts_add_up_to_the_whole_exactly_and_survive_a_file(model, tmp_path):
         vn.record(model, questions[4:], condition="all", progress=False) + other
 
 
+def test_kinds_of_tokens_are_groups_counted_in_one_pass(paper_model):
+    questions, how = some_questions(6), {"condition": "all", "magnitudes": True, "progress": False}
+    both = vn.record(paper_model, questions, tokens={"picture": "image", "words": "text"}, batch_size=4, **how)
+    assert both.groups == ("picture", "words")
+    everyone = questions.group_by(lambda item: "all")
+    for row, rule in enumerate(("image", "text")):
+        one = vn.record(paper_model, everyone, tokens=rule, batch_size=4, **how)
+        for name in ("positive", "tokens", "items", "total"):
+            assert torch.equal(getattr(both, name)[row], getattr(one, name)[0]), name
+    assert both.provenance["tokens"] == "picture: image, words: text"
+    more = vn.record(paper_model, questions[:3], tokens={"picture": "image", "words": "text"}, batch_size=3, **how)
+    more += vn.record(paper_model, questions[3:], tokens={"picture": "image", "words": "text"}, **how)
+    for name in ("positive", "tokens", "items"):
+        assert torch.equal(getattr(more, name), getattr(both, name)), name
+    torch.testing.assert_close(more.total, both.total, rtol=0, atol=1e-4)  # other batches round otherwise
+
+
+def test_rules_by_name_that_make_no_sense_are_refused(model, tmp_path, unchecked):
+    questions = some_questions(2)
+    with pytest.raises(QuestionError, match="tokens='pixels' is not a token rule"):
+        vn.record(model, questions, tokens={"a": "pixels"})
+    with pytest.raises(QuestionError, match="a vision tower sees pictures alone: record it by itself"):
+        vn.record(model, questions, model.space("vision", "post"), tokens={"a": "image"})
+    with pytest.raises(QuestionError, match="groups of the decoder's tokens, and no rule was given"):
+        vn.record(model, questions, tokens={})
+    with pytest.raises(QuestionError, match=r"token rules by name are groups of vn\.record"):
+        vn.record_items(model, questions, tmp_path / "items", tokens={"a": "image"})
+    with pytest.raises(QuestionError, match="a Recorder counts by one rule"):
+        vn.Recorder(model, tokens={"a": "image"})
+    with pytest.raises(MismatchError, match="token rules by name"):
+        vn.record(model, questions, tokens={"a": "image"}, remote="local")
+
+
 class Always(vn.AnswerReader):
     """Runs the model once, and gives the answers that it was told."""
 

@@ -44,6 +44,8 @@ _VALUES = {
     "delta": ("Change of accuracy (points)", 100.0, "effect"),
     "correct": ("Change of accuracy (points)", 100.0, "effect"),
     "margin": ("Change of log-probability margin (nats)", 1.0, "effect"),
+    "score": ("Change of the score", 1.0, "effect"),
+    "clean_score": ("Clean score", 1.0, "neutral"),
     "right_to_wrong": ("Right answers that turned wrong (%)", 100.0, "harm"),
     "wrong_to_right": ("Wrong answers that turned right (%)", 100.0, "gain"),
     "wrong_to_wrong": ("Wrong answers that became other wrong ones (%)", 100.0, "neutral"),
@@ -61,7 +63,7 @@ def plot_matrix(
     result: "KnockoutResult",
     selector: str | Sequence[str] | None = None,
     *,
-    value: str = "delta",
+    value: str | None = None,
     limit: float | None = None,
     order: str | Sequence[str] | None = None,
     width: float | None = None,
@@ -75,7 +77,8 @@ def plot_matrix(
     Args:
         result: what `knockout` gave.
         selector: one selector, or several side by side on one scale; all of them by default.
-        value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats).
+        value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats); by
+            default the score, where answers are graded, and else ``"delta"``.
         limit: the value, as drawn, at which colours end, so that several figures can share a scale; by default the
             largest that is drawn.
         order: of the groups: all of them in the order wanted, or ``"clustered"``: groups with alike rows and columns
@@ -104,6 +107,7 @@ def plot_matrix(
     if limit is not None and real("limit", limit, MismatchError) <= 0:
         raise MismatchError(f"limit {limit} is the value at which colours end, and above 0")
     _drawn_into(ax, width, len(names))
+    value = value or result.measure
     title, scale, meaning = _VALUES.get(value, (value, 1.0, "effect"))
     matrices = _in_order(result, {name: result.matrix(name, value=value) * scale for name in names}, order)
     figure, axes, size, cell = _panels(matrices, width, ax)
@@ -336,6 +340,7 @@ def plot_effects(
     *,
     effects: Sequence[str] = ("self_effect", "cross_effect"),
     title: str = "",
+    value: str = "correct",
 ) -> Figure:
     """Effects with their intervals, a line for each row of a summary: self against cross effect.
 
@@ -344,6 +349,7 @@ def plot_effects(
         label: the column that names the rows: ``"selector"`` or ``"group"``.
         effects: columns to draw: ``"self_effect"``, ``"cross_effect"``, ``"gap"``, ``"control_effect"``.
         title: stands above.
+        value: what the summary is of: ``"correct"`` (drawn in points), ``"margin"`` or ``"score"``.
 
     Raises:
         MismatchError: an effect that the summary does not have.
@@ -357,14 +363,15 @@ def plot_effects(
     axis = figure.subplots()
     axis.axvline(0, color="black", linewidth=0.8)
     places = np.arange(len(names))
+    unit, scale, _ = _VALUES[value]
     for n, effect in enumerate(effects):
         name, colour, marker = _EFFECTS[effect]
-        value, low, high = (100 * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))
+        drawn = [scale * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         offset = 0.22 * (n - (len(effects) - 1) / 2)
-        _points(axis, value, low, high, places + offset, colour, marker, name)
+        _points(axis, *drawn, places + offset, colour, marker, name)
     axis.set_yticks(places, _plain(names))
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlabel("Change of accuracy (points)")
+    axis.set_xlabel(unit)
     _frame(axis, "x")
     if title:
         axis.set_title(title, fontsize=10)
@@ -397,14 +404,16 @@ def _frame(axis: Axes, grid: Any) -> None:
     axis.set_axisbelow(True)
 
 
-def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> Figure:
+def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True, value: str = "correct") -> Figure:
     """Self and cross effect along a sweep: all groups together with intervals, and each group's self effect thinly.
 
     Args:
         curve: what `KnockoutResult.curve` gave.
         axis_name: the column of the setting: ``"r"``, ``"alpha"``, ``"items"``.
         groups: draw the groups.
+        value: what the curve is of; see `plot_effects`.
     """
+    unit, factor, _ = _VALUES[value]
     titles = {
         "r": "Share of neurons switched off (%)",
         "alpha": "Strength α (neurons scaled by 1 + α; −1 is off)",
@@ -419,7 +428,7 @@ def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> F
         for n, (_, rows) in enumerate(single.groupby("group")):
             axis.plot(
                 scale * rows[axis_name],
-                100 * rows["self_effect"],
+                factor * rows["self_effect"],
                 color=ORANGE,
                 alpha=0.25,
                 linewidth=0.8,
@@ -429,9 +438,9 @@ def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> F
     at = scale * whole[axis_name].to_numpy(dtype=float)
     for effect in ("self_effect", "cross_effect"):
         name, colour, marker = _EFFECTS[effect]
-        value, low, high = (100 * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))
-        axis.plot(at, value, color=colour, linewidth=1.2)
-        _points(axis, value, low, high, at, colour, marker, name, upright=True)
+        drawn = [factor * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
+        axis.plot(at, drawn[0], color=colour, linewidth=1.2)
+        _points(axis, *drawn, at, colour, marker, name, upright=True)
     if axis_name in ("r", "items") and len(at) > 1 and at.min() > 0:
         axis.set_xscale("log")
         axis.set_xticks(at, [f"{value:g}" for value in at])
@@ -439,7 +448,7 @@ def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> F
     else:
         axis.set_xticks(at, [f"{value:g}".replace("-", "−") for value in at])
     axis.set_xlabel(titles.get(axis_name, axis_name))
-    axis.set_ylabel("Change of accuracy (points)")
+    axis.set_ylabel(unit)
     _frame(axis, "both")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     with_fonts(figure)
@@ -553,6 +562,8 @@ def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]
     """
     table = result.table()
     table = table[table["mask"] == table["group"]]
+    unit, scale, _ = _VALUES[result.measure]
+    column = "delta" if result.measure == "correct" else "score"
     groups = sorted(result.group_names, key=natural)
     figure = PrintFigure(figsize=(6.4, 0.3 * len(groups) + 1.7), layout="constrained")
     axis = figure.subplots()
@@ -567,14 +578,14 @@ def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]
         shift = dict(zip(repeats, 0.76 * places, strict=True))
         at = [groups.index(one.group) + shift[one.repeat] for one in rows.itertuples()]
         axis.scatter(
-            100 * rows["delta"], at, color=colour, marker=marker, s=18, linewidths=1.0, label=_plain([name])[0]
+            scale * rows[column], at, color=colour, marker=marker, s=18, linewidths=1.0, label=_plain([name])[0]
         )
     own = table[table["selector"] == selector]
     at = [groups.index(group) for group in own["group"]]
-    axis.scatter(100 * own["delta"], at, color=ORANGE, marker="o", s=26, zorder=3, label=_plain([selector])[0])
+    axis.scatter(scale * own[column], at, color=ORANGE, marker="o", s=26, zorder=3, label=_plain([selector])[0])
     axis.set_yticks(range(len(groups)), _plain(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
-    axis.set_xlabel("Self effect: change of accuracy (points)")
+    axis.set_xlabel(f"Self effect: {unit[0].lower()}{unit[1:]}")
     _frame(axis, "x")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     with_fonts(figure)

@@ -52,6 +52,8 @@ class Recorder:
         tokens: TokenRule = "content",
         magnitudes: bool = False,
     ) -> None:
+        if isinstance(tokens, Mapping):
+            raise QuestionError("a Recorder counts by one rule; token rules by name are for vn.record")
         self._counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes)
         self.model, self.space = model, self._counter.space
         self.tokens, self.magnitudes = self._counter.tokens, self._counter.magnitudes

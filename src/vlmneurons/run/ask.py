@@ -107,12 +107,13 @@ def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Eng
 
     Raises:
         MismatchError: no such place, or a model without weights that is to run here.
-        QuestionError: a reader that the engine cannot run.
+        QuestionError: a reader that the engine cannot run, or that cannot read such questions.
     """
     check_model(model)
     refuse_unobeyed(model)
     refuse_unknown(model, remote)
     reader = reader_of(questions.answer)
+    reader.check(questions)
     return LocalEngine(model, reader) if remote is False else RemoteEngine(model, reader, remote)
 
 

@@ -30,7 +30,8 @@ class Counting(Protocol):
     """Who counts while a batch is asked: told what is run, and given counts that it did not see itself."""
 
     space: NeuronSpace
-    tokens: TokenRule
+    tokens: TokenRule | Mapping[str, TokenRule]
+    statistics: Mapping[str, Any]
     magnitudes: bool
     maxima: bool
 
