@@ -8,6 +8,7 @@ import json
 import os
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from PIL import Image
 
 import vlmneurons as vn
 from chromium import SIZES, Chromium, chromium
+from vlmneurons.cli import main
 from vlmneurons.look.explorer import write_explorer
 from vlmneurons.look.neuron_pages import InspectedItem, NeuronView, Patch
 from vlmneurons.study.masks import Mask
@@ -76,8 +78,6 @@ def cells(browser: Chromium) -> list[list[str]]:
 
 
 def address(page: Path, *parts: object) -> str:
-    from urllib.parse import quote
-
     return "#/" + "/".join(quote(str(part), safe="") for part in parts)
 
 
@@ -139,8 +139,7 @@ def test_a_cell_opens_the_questions_whose_answers_changed(browser, study):
         letters = {option: "ABCD"[order.index(option)] for option in (before, after)}
         assert f"{letters[before]}. {item.options[before]}" in text
         assert f"Before {letters[before]}, under the mask {letters[after]}" in text
-    loaded = browser.run("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    assert loaded
+    wait_for_pictures(browser)
     harmed = sum(bool(result.correct[0, n]) for n in own)
     switch(browser, "Changes", "harm")
     assert len(browser.all("article")) == harmed
@@ -192,8 +191,8 @@ def test_a_neuron_has_an_address_of_its_own_with_pictures_maps_words_and_tokens(
     ready(browser)
     assert browser.text("h1") == f"Neuron {site}[{number}]"
     assert f"CAS for {group} (rank 1)" in browser.text()
-    view = vn.inspect_neuron(model, evaluate, (site, number), k=2)
-    shown = sorted(view.items, key=lambda one: -one.value)[:6]
+    view = vn.inspect_neuron(model, evaluate, (site, number), k=8)
+    shown = best_of_different_pictures(view.items)
     heads = [one.text for one in browser.all("article > div:last-child > .soft")]
     assert [head.split(" · ")[-1] for head in heads] == [one.question.id for one in shown]
     words = browser.run(
@@ -223,6 +222,16 @@ def test_a_neuron_has_an_address_of_its_own_with_pictures_maps_words_and_tokens(
         np.array(pixels[2]).reshape(heat.shape) / 255, np.clip(heat / shown[0].value, 0, 1), atol=0.02
     )
     assert browser.complaints() == []
+
+
+def best_of_different_pictures(items) -> list:
+    """Six at most, two of a group, each of another picture."""
+    chosen: list = []
+    for one in sorted(items, key=lambda one: -one.value):
+        of_group = sum(other.question.group == one.question.group for other in chosen)
+        if of_group < 2 and one.question.image_key not in [other.question.image_key for other in chosen]:
+            chosen.append(one)
+    return chosen[:6]
 
 
 def test_addresses_of_nothing_are_told_and_lead_back(browser, study):
@@ -310,6 +319,74 @@ def test_nothing_is_loaded_from_elsewhere_and_texts_are_texts(browser, tmp_path)
         assert all(one.startswith(("file://", "data:")) for one in loaded)
     assert "<i>G" in browser.text("h1")
     assert browser.complaints() == []
+
+
+# -- the whole study of the demo, as the command line makes it ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """``vlmneurons study`` and ``explore``; ``VLMNEURONS_STUDY`` names a study's folder with an explorer/."""
+    if "VLMNEURONS_STUDY" in os.environ:
+        run = Path(os.environ["VLMNEURONS_STUDY"])
+    else:
+        run = tmp_path_factory.mktemp("whole") / "study"
+        how = ["--model", "demo", "--data", "demo", "--batch-size", "32", "--quiet"]
+        assert main(["study", *how, "--out", str(run)]) == 0
+        assert main(["explore", str(run), *how, "--out", str(run / "explorer")]) == 0
+    return run / "explorer" / "index.html", vn.KnockoutResult.load(run / "knockout"), run
+
+
+def test_every_view_of_the_whole_study_is_that_of_its_files(browser, whole):
+    page, result, run = whole
+    browser.open(page)
+    ready(browser)
+    names = [one.text for one in browser.all("[data-switch=Selector] option")]
+    assert names == list(result.selectors)
+    seen = {"matrix": 0, "cell": 0, "group": 0, "neuron": 0}
+    for name in names:
+        browser.open(page, f"#/?s={quote(name)}")
+        ready(browser)
+        matrix = 100 * result.matrix(name)
+        order = [row[0] for row in cells(browser)]
+        shown = [[float(text.replace("−", "-")) for text in row[1:]] for row in cells(browser)]
+        np.testing.assert_allclose(np.array(shown), matrix.loc[order].to_numpy(dtype=float), atol=0.51)
+        seen["matrix"] += 1
+    for name in ("LAP", "LAPE", "MAD", "CAS"):
+        selection = vn.Selection.load(run / "selections" / f"{name}.safetensors")
+        for row in result.rows_of(name):
+            mask = result.masks[row - 1].group
+            browser.open(page, address(page, "cell", name, mask, mask))
+            ready(browser)
+            own = (np.array(result.groups) == mask) & (result.chosen[row] != result.chosen[0])
+            ids = [result.ids[n] for n in np.flatnonzero(own)]
+            assert [card.get_attribute("id") for card in browser.all("article")] == ids[:50]
+            assert browser.text("main p").startswith(f"{len(ids)} answer")
+            seen["cell"] += 1
+            browser.open(page, address(page, "group", name, mask))
+            ready(browser)
+            listed = [one.text for one in browser.all(".rows tbody td a")]
+            assert sorted(listed) == sorted("{}[{}]".format(*selection.space.locate(n)) for n in selection[mask])
+            seen["group"] += 1
+            click(browser, browser.all(".rows tbody td a")[0])
+            assert browser.text("h1") == f"Neuron {listed[0]}"
+            assert f"{name} for {mask} (rank 1)" in browser.text()
+            assert len(browser.all("article")) == 6
+            assert len(browser.all("[data-tokens] li")) == 20
+            wait_for_pictures(browser)
+            seen["neuron"] += 1
+    assert browser.complaints() == []
+    print(f"\nclicked through {seen} views of {page.parent}")
+
+
+def wait_for_pictures(browser: Chromium) -> None:
+    """Pictures come when they are scrolled to."""
+    browser.run("document.images.length && [...document.images].forEach(i => i.loading = 'eager')")
+    for _ in range(200):
+        if browser.run("return [...document.images].every(i => i.complete && i.naturalWidth > 0)"):
+            return
+        time.sleep(0.025)
+    raise AssertionError("pictures are not shown")
 
 
 # -- a large study -----------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_a_neurons_page_has_what_the_model_does_now(study, page):
     sites = data(page, "study")["sites"]
     first = data(page, "neurons/0-0")[0]
     site, number = sites[first["site"]], first["number"]
-    view = vn.inspect_neuron(model, questions, (site, number), k=2)
+    view = vn.inspect_neuron(model, questions, (site, number), k=2)  # each of these questions has a picture of its own
     shown = data(page, f"shown/{first['site']}-{number}")["items"]
     expected = sorted(view.items, key=lambda one: -one.value)[:6]
     assert [one["id"] for one in shown] == [one.question.id for one in expected]
@@ -140,10 +140,10 @@ def test_what_does_not_belong_together_is_refused(study, load, tmp_path):
         result.explore(tmp_path, questions.asked(shuffle=3), {"CAS": selection})
     with pytest.raises(MismatchError, match=r"is not shown beside answers given otherwise: .*prompt"):
         result.explore(tmp_path, questions.asked(prompt=another_prompt), {"CAS": selection}, model=model)
+    other = vn.VLM.from_pretrained(model.name)
+    with torch.no_grad():
+        next(other.hf.parameters()).mul_(1.5)
     with pytest.raises(MismatchError, match=r"is not shown beside answers given otherwise: .*weights"):
-        other = vn.VLM.from_pretrained(model.name)
-        with torch.no_grad():
-            next(other.hf.parameters()).mul_(1.5)
         result.explore(tmp_path, questions, {"CAS": selection}, model=other)
     assert not (tmp_path / "index.html").exists()
 

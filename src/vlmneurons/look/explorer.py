@@ -10,7 +10,7 @@ import io
 import json
 import math
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +83,7 @@ def write_explorer(
             ranked by how often they fire for their group.
         main: the selector whose matrix is shown first; by default the first that has a selection.
         strongest: neurons of each group and selector that have pictures and words.
-        top: questions shown of such a neuron, at most two of a group.
+        top: questions shown of such a neuron, at most two of a group, each of another picture.
         images: keep thumbnails; False for pictures that may not be shared.
         views: of `inspect_neurons`, if they are at hand.
         writes: of `neuron_writes`, if it is at hand.
@@ -239,7 +239,7 @@ def _seen(
     views: list[NeuronView] = []
     for space, indices in wanted.items():
         language = [n for n in sorted(indices) if space.locate(n)[0].tower == "language"]
-        how: dict[str, Any] = {"k": 2, "batch_size": batch_size, "progress": progress}
+        how: dict[str, Any] = {"k": 4 * _EACH, "batch_size": batch_size, "progress": progress}
         views += inspect_neurons(model, questions, NeuronSet(space, language), **how)
     return views
 
@@ -412,12 +412,17 @@ class _Writer:
     def pages(self, views: Iterable[NeuronView], top: int) -> None:
         """The pictures and words of every neuron that has some."""
         for view in views:
-            best = sorted(view.items, key=lambda one: -one.value)[:top]
+            best: list[InspectedItem] = []
+            seen: Counter[Any] = Counter()
+            for one in sorted(view.items, key=lambda one: -one.value):
+                group, picture = one.question.group, ("picture", one.question.image_key)
+                if math.isfinite(one.value) and seen[group] < _EACH and not seen[picture] and len(best) < top:
+                    best.append(one)
+                    seen.update((group, picture))
             highest = max([one.value for one in best], default=1.0)
-            each = max((sum(a.question.group == b.question.group for b in view.items) for a in view.items), default=0)
-            shown = [self._shown(one, highest) for one in best if math.isfinite(one.value)]
+            shown = [self._shown(one, highest) for one in best]
             name = f"shown/{self._site_of[str(view.site)]}-{view.number}"
-            self.put(name, {"items": shown, "note": view.note, "each": each})
+            self.put(name, {"items": shown, "note": view.note, "each": _EACH})
 
     def _shown(self, item: InspectedItem, highest: float) -> dict[str, Any]:
         words: list[list[Any]] = []
@@ -467,6 +472,9 @@ class _Writer:
             shutil.copyfile(_STATIC / name, self.folder / name)
         return self.folder / "index.html"
 
+
+_EACH = 2
+"""Questions of a group that are shown of a neuron; four times as many are looked at, for some are of one picture."""
 
 _CELL = ("effect", "low", "high")
 

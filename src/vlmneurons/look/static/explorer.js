@@ -238,7 +238,7 @@ async function neuronView(study, [site, number]) {
     neuron.tokens ? [make("h2", {}, "What it writes"), ["Promotes", "Suppresses"].map((name, n) => make("div", {}, make("b", {}, name),
       make("ul", { class: "tokens", "data-tokens": name }, neuron.tokens[n].map(text => make("li", {}, text.replace(/\n/g, "⏎").replace(/\t/g, "⇥"))))))] : null,
     make("h2", {}, "Where it is highest"),
-    shown ? [make("p", { class: "soft" }, `At most ${shown.each} of a group, from highest to lowest; ${study.images ? "the redder, the higher" : "pictures are left out of this folder"} (full: ${short(highest)}). ${shown.note}`), shown.items.map(item => shownItem(study, item, highest))]
+    shown ? [make("p", { class: "soft" }, `At most ${shown.each} questions of a group, each about another picture, from highest to lowest; ${study.images ? "the redder, the higher" : "pictures are left out of this folder"} (full: ${short(highest)}). ${shown.note}`), shown.items.map(item => shownItem(study, item, highest))]
       : make("p", {}, "Pictures and words were kept of the strongest neurons of each group only (▣ in the tables)."),
   ];
 }
