@@ -24,6 +24,10 @@ from vlmneurons.study.tables import Inference
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlmneurons.neurons.selection import Selection
+    from vlmneurons.questions.question import Question
+    from vlmneurons.questions.sets import QuestionSet
+
 RUN = "vlmneurons knockout run"
 """The kind of the manifest of a folder in which `vlmneurons.knockout` runs."""
 
@@ -525,6 +529,28 @@ class KnockoutResult:
         from vlmneurons.look.report import write_report
 
         return write_report(self, folder, **how)
+
+    def explore(
+        self,
+        folder: str | Path,
+        questions: "QuestionSet | Sequence[Question]",
+        selections: "Mapping[str, Selection]",
+        **how: Any,
+    ) -> Path:
+        """A folder to click through, from effects to changed answers, neurons, pictures and words; opens from disk.
+
+        Args:
+            folder: a new one, or an explorer's.
+            questions: those of this result.
+            selections: the neurons of each selector, by its name here.
+            how: further arguments of `vlmneurons.look.explorer.write_explorer`, such as ``model`` and ``stats``.
+
+        Returns:
+            The path of the page.
+        """
+        from vlmneurons.look.explorer import write_explorer
+
+        return write_explorer(self, folder, questions, selections, **how)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
