@@ -80,8 +80,10 @@ def test_questions_answered_by_planted_neurons_fail_without_the_picture(planted)
     assert 0.1 < sum(result.accuracy.values()) / 8 < 0.4
 
 
-@pytest.mark.parametrize("groups", [("Cello", "Violin", "Flute"), None], ids=["three", "eight"])
-@pytest.mark.parametrize("medium", ["sound", "video"])
+THREE = ("Cello", "Violin", "Flute")
+
+
+@pytest.mark.parametrize(("medium", "groups"), [("sound", THREE), ("video", None)], ids=["sound", "video"])
 def test_neurons_of_sounds_and_videos_are_planted_as_those_of_pictures_are(medium, groups):
     planted = plant_neurons(medium=medium, **({} if groups is None else {"groups": groups}))
     questions, truth = planted.questions, planted.truth
