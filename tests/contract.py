@@ -60,6 +60,8 @@ def without_columns(bare: nn.Module, mlps: Sequence[MLP], neurons: vn.NeuronSet)
                 raise ValueError(f"{mlp.path}: a square down projection does not say which axis is the neurons'")
         else:
             down = holder.get_submodule(mlp.layout.down)
+            # The linear layer itself may be inside, as that of Gemma 4, which clips what goes through it.
+            down = next(one for one in down.modules() if getattr(one, "weight", torch.empty(0)).ndim == 2)
             weight, axis = down.weight, -2 if type(down).__name__ == "Conv1D" else -1  # GPT-2's is [in, out]
         assert weight.shape[axis] == mlp.width
         weight.index_fill_(axis, here, 0.0)
@@ -315,7 +317,10 @@ def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts")) -> di
             of["half"] = half_off(model, bare, small.inputs, tower)
         if "counts" in wanted and rows_count(small, tower):
             count: Callable = counts_by_row if tower in OF_TEXT else counts_by_question
-            of["counts"] = count(model, bare, rows, tower)
+            try:
+                of["counts"] = count(model, bare, rows, tower)
+            except vn.VLMNeuronsError as error:  # what is not counted is said
+                of["counts"] = {"refused": f"{type(error).__name__}: {error}"}
     return result | {"seconds": round(time.process_time() - start, 1)}
 
 

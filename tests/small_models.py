@@ -75,13 +75,29 @@ def _text(name: str) -> Small:
     return Small(name, model, inputs, template="plain")
 
 
+def _mapped(name: str) -> Small:
+    from small_configs import small_inputs, small_model
+
+    model = small_model(name)
+    return Small(name, model, small_inputs(name, model), template="plain", rows=False)
+
+
 def _texts() -> list[str]:
     from test_text_models import MODELS
 
     return list(MODELS)
 
 
+def _further() -> list[str]:
+    """The types of the mapping that no other small model has."""
+    from vlmneurons.testing.architectures import mapped_types
+
+    same = {"llava_next", "pp_chart2table", "shieldgemma2"}  # the classes of llava_next_mistral, got_ocr2 and gemma3
+    return [name for name in mapped_types() if name not in {*tiny_names(processor=False), *same}]
+
+
 SMALL: dict[str, Callable[[], Small]] = {
     **{name: partial(_tiny, name) for name in tiny_names(processor=False)},
     **{f"text/{name}": partial(_text, name) for name in _texts()},
+    **{f"small/{name}": partial(_mapped, name) for name in _further()},
 }
