@@ -54,7 +54,7 @@ def without_columns(bare: nn.Module, mlps: Sequence[MLP], neurons: vn.NeuronSet)
         here = neurons.indices[(neurons.indices >= start) & (neurons.indices < start + mlp.width)] - start
         holder = twin.get_submodule(mlp.path)
         if mlp.layout.parameters:
-            weight = getattr(holder, mlp.layout.down)[mlp.expert]
+            weight = _own(holder, mlp.layout.down)[mlp.expert]
             axis = -2 if weight.shape[-2] == mlp.width != weight.shape[-1] else -1
             if weight.shape[-1] == weight.shape[-2] == mlp.width:
                 raise ValueError(f"{mlp.path}: a square down projection does not say which axis is the neurons'")
@@ -62,10 +62,18 @@ def without_columns(bare: nn.Module, mlps: Sequence[MLP], neurons: vn.NeuronSet)
             down = holder.get_submodule(mlp.layout.down)
             # The linear layer itself may be inside, as that of Gemma 4, which clips what goes through it.
             down = next(one for one in down.modules() if getattr(one, "weight", torch.empty(0)).ndim == 2)
-            weight, axis = down.weight, -2 if type(down).__name__ == "Conv1D" else -1  # GPT-2's is [in, out]
+            weight, axis = _own(down, "weight"), -2 if type(down).__name__ == "Conv1D" else -1  # GPT-2's is [in, out]
         assert weight.shape[axis] == mlp.width
         weight.index_fill_(axis, here, 0.0)
     return twin
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    """A parameter that no other module shares: Diffusion Gemma's encoder has the weights of its decoder."""
+    if not hasattr(getattr(module, name), "own"):
+        setattr(module, name, nn.Parameter(getattr(module, name).clone(), requires_grad=False))
+        getattr(module, name).own = True
+    return getattr(module, name)
 
 
 def generated(hf: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
@@ -42,7 +43,7 @@ TEXT = {
     "max_2d_position_embeddings": 64, "layers": 2, "embed_dim": 48, "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2, "swa_head_dim": 12, "d_rel": 8, "rel_extent": 16,
     "sliding_window_size": 16, "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2,
-    "loop_gate_rank": 6, "unpadded_vocab_size": 640, "n_layers_per_attn_res_block": 2, "linear_head_dim": 12,
+    "loop_gate_rank": 6, "unpadded_vocab_size": 640, "n_layers_per_attn_res_block": 2, "linear_head_dim": 16,
     "linear_num_heads": 4, "dense_intermediate_size": 88, "shared_intermediate_size": 36, "rotary_dim": 8,
     "moe_hidden_size": 24, "num_sliding_attention_heads": 4, "index_kpool": 2, "index_block_size": 4,
     "index_topk_blocks": 2, "laurel_rank": 6, "conv_dim": 48, "resampler_dim_head": 8, "resampler_heads": 4,
@@ -67,7 +68,7 @@ TOWER = {
     "posemb_grid_size": 8, "pos_emb_height": 8, "pos_emb_width": 8, "max_img_size": 32, "max_image_size": 32,
     "post_conv_in_channels": 16, "post_conv_mid_channels": 24, "post_conv_out_channels": 48,
     "resampler_depth": 2, "codebook_size": 64, "num_embeddings": 64, "n_mel_bins": 16, "mel_vocab_size": 32,
-    "conf_num_hidden_layers": 2, "conf_num_attention_heads": 4, "conf_attention_chunk_size": 4,
+    "conv_output_size": 16, "conf_num_hidden_layers": 2, "conf_num_attention_heads": 4, "conf_attention_chunk_size": 4,
     "conf_attention_context_left": 5, "input_feat_size": 16, "seq_len": 64, "num_registers": 1,
     "num_cls_tokens": 1,
 }  # fmt: skip
@@ -83,7 +84,11 @@ SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "sep": 2, "decoder_start": 1, "forced_e
 SETTINGS: dict[str, dict[str, Any]] = {
     "pi0": {"vlm_config": {"image_token_index": IMAGE}},
     "nemotron_h_omni": {"image_token_id": IMAGE, "audio_token_id": 11},
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 18, "vision_end_token_id": 19},
+    "qwen3_omni_moe_thinker": {
+        "vision_start_token_id": 18,
+        "vision_end_token_id": 19,
+        "audio_config": {"n_window": 50},
+    },
     "qwen2_5_omni_thinker": {
         "vision_start_token_id": 18,
         "vision_end_token_id": 19,
@@ -113,8 +118,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast_vlm": {"vision_config": {"architecture": "fastvit_t8", "hidden_size": 768}},
     "gemma3n": {
         "text_config": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.95, 0.0]},
-        "vision_config": {"architecture": "test_efficientnet", "hidden_size": 256},
+        "vision_config": {"architecture": "test_efficientnet", "hidden_size": 256, "vocab_offset": 384},
+        "audio_config": {"vocab_offset": 512, "vocab_size": 128},
         "vision_soft_tokens_per_image": 1,
+        "audio_soft_tokens_per_image": 4,
     },
     "granite4_vision": {
         "vision_config": {"hidden_size": 128},
@@ -231,14 +238,19 @@ def _merge(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def small_model(model_type: str) -> nn.Module:
+def small_model(model_type: str, *, every_tower: bool = False) -> nn.Module:
     """A small model of a type, in evaluation mode and float32, every weight drawn anew.
 
     Args:
         model_type: as transformers' image-text-to-text mapping has it.
+        every_tower: with the parts that its default configuration leaves away.
     """
     default = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(architectures._WRITTEN.get(model_type, {})))
     whole = default.to_dict()
+    for name, kind in type(default).sub_configs.items() if every_tower else ():
+        if whole.get(name) is None:
+            open_type = architectures._OPTIONAL.get((model_type, name))
+            whole[name] = (kind() if open_type is None else kind.for_model(**open_type)).to_dict()
     settings = shrunk(whole)
     ids = [name for name in whole if name.endswith(("token_id", "token_index")) and _special(name) is None]
     ids = [name for name in ids if isinstance(whole[name], int) and not isinstance(whole[name], bool)]
@@ -278,6 +290,9 @@ def _forms(names: set[str]) -> Iterator[dict[str, Tensor]]:
                 yield {"pixel_values": _random(*shape), "image_grid_thw": torch.tensor(grid), **merges}
     if "image_grid_hw" in names:
         yield {"pixel_values": _random(16, 48), "image_grid_hw": torch.tensor([[4, 4]])}
+    if "image_position_ids" in names:
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+        yield {"pixel_values": _random(1, 16, 48), "image_position_ids": places}
     if "spatial_shapes" in names:
         mask = torch.ones(1, 16, dtype=torch.int64)
         yield {
@@ -346,6 +361,37 @@ def _with_picture(model: nn.Module, **more: Tensor) -> dict[str, Tensor]:
     raise ValueError(f"no form of a picture is taken: {'; '.join(why[:6])}")
 
 
+@torch.no_grad()
+def _with_sound(model: nn.Module, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs with a sound before the words, in the first form that a model takes; as they were if it takes none."""
+    inner = getattr(model, "model", model)
+    owner = next((one for one in (inner, model) if hasattr(one, "get_audio_features")), None)
+    config = model.config
+    token = getattr(config, "audio_token_id", None) or getattr(config, "audio_token_index", None)
+    if owner is None or token is None:
+        return made
+    names = set(inspect.signature(model.forward).parameters)
+    taken = set(inspect.signature(owner.get_audio_features).parameters)
+    for length in (64, 32, 200, 640):
+        whole = torch.ones(1, length, dtype=torch.int64)
+        for features in (_random(1, 16, length), _random(1, length, 16), _random(1, length, 128), _random(1, length)):
+            form = {"input_features": features, "input_values": features, "feature_attention_mask": whole}
+            form |= {"input_features_mask": whole.bool(), "input_values_mask": whole.bool()}
+            form |= {"chunk_sample_lengths": torch.tensor([length * 160])}
+            form = {name: value for name, value in form.items() if name in names}
+            try:
+                n = _n_vectors(owner.get_audio_features(**{k: v for k, v in form.items() if k in taken}))
+                ids = torch.cat([torch.full((1, n), token), made["input_ids"]], 1)
+                more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                for name in ("mm_token_type_ids", "token_type_ids"):
+                    more |= {name: F.pad(made[name], (n, 0))} if name in made else {}
+                model(**{**made, **form, **more})
+            except Exception:
+                continue
+            return {**made, **form, **more}
+    return made
+
+
 def _patches() -> Tensor:
     """16 patches with their rows and columns, as Pix2Struct's processor gives them."""
     places = torch.cartesian_prod(torch.arange(1.0, 5), torch.arange(1.0, 5))
@@ -393,4 +439,4 @@ def small_inputs(model_type: str, model: nn.Module) -> dict[str, Tensor]:
     if model_type == "instructblipvideo":
         n = model.config.num_query_tokens * 4
         return _words(5, *[model.config.video_token_index] * n, pixel_values=_random(1, 4, 3, 16, 16), **asked)
-    return _with_picture(model)
+    return _with_sound(model, _with_picture(model))

@@ -1,8 +1,9 @@
 """Small models of every class that is run, by name: the library's own, and those that only its tests need.
 
 `SMALL` maps a name to a function that builds it. Names say where a model comes from: ``qwen2_5_vl`` is one of
-`vlmneurons.testing.tiny_model`; ``text/llama`` a model of text alone; ``small/aria`` is built from `small_configs`, of
-which all widths differ (hidden, intermediate, expert, shared expert, heads), so that none can be mistaken for another.
+`vlmneurons.testing.tiny_model`; ``text/llama`` a model of text alone; ``small/aria`` is built by `small_configs`, its
+widths all different (hidden, intermediate, expert, shared expert, heads), so that none can be mistaken for another; and
+``every/gemma4`` has the towers besides that its default configuration leaves away.
 """
 
 from collections.abc import Callable
@@ -75,10 +76,10 @@ def _text(name: str) -> Small:
     return Small(name, model, inputs, template="plain")
 
 
-def _mapped(name: str) -> Small:
+def _mapped(name: str, every_tower: bool = False) -> Small:
     from small_configs import small_inputs, small_model
 
-    model = small_model(name)
+    model = small_model(name, every_tower=every_tower)
     return Small(name, model, small_inputs(name, model), template="plain", rows=False)
 
 
@@ -100,4 +101,5 @@ SMALL: dict[str, Callable[[], Small]] = {
     **{name: partial(_tiny, name) for name in tiny_names(processor=False)},
     **{f"text/{name}": partial(_text, name) for name in _texts()},
     **{f"small/{name}": partial(_mapped, name) for name in _further()},
+    **{f"every/{name}": partial(_mapped, name, every_tower=True) for name in ("gemma4", "nemotron_h_omni")},
 }

@@ -116,7 +116,7 @@ def look_through(names: list[str]) -> list[dict[str, Any]]:
                     setattr(config, setting, min(4, getattr(config, setting)))
             kind = getattr(transformers, class_name)
             if not isinstance(config, kind.config_class):  # a part's configuration inside that of the whole
-                config = next(one for one in vars(config).values() if isinstance(one, kind.config_class))
+                config = next((one for one in vars(config).values() if isinstance(one, kind.config_class)), config)
             with torch.device("meta"):
                 model = kind(config)
         except Exception as error:
