@@ -241,7 +241,7 @@ REFUSED = {
     "a selector that is misspelt": (
         [*STUDY, "--selectors", "CAS", "LAAP"],
         2,
-        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS; did you mean LAP?",
+        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS, MAD-mean; did you mean LAP?",
     ),
     "a rule of tokens in capitals": ([*STUDY, "--tokens", "Content"], 2, "did you mean content?"),
     "a way to answer": ([*STUDY, "--answer", "letter"], 2, "'letter' is none of letters, generate, text; did you mean"),

@@ -74,7 +74,14 @@ from .run.scoring import anls as anls
 from .run.parsing import parse_answer as parse_answer
 from .look.plots import plot_matrix as plot_matrix
 from .look.plots import plot_layers as plot_layers
+from .look.plots import plot_effects as plot_effects
+from .look.plots import plot_curve as plot_curve
+from .look.plots import plot_flips as plot_flips
+from .look.plots import plot_depth as plot_depth
+from .look.plots import plot_random as plot_random
+from .look.plots import plot_accuracy as plot_accuracy
 from .look.neuron_pages import inspect_neuron as inspect_neuron
+from .look.neuron_pages import inspect_neurons as inspect_neurons
 from .look.writes import neuron_writes as neuron_writes
 from .statistics.hub import push_to_hub as push_to_hub
 from .statistics.hub import from_hub as from_hub

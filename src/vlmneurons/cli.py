@@ -1,4 +1,4 @@
-"""The command line, ``vlmneurons study|record|select|knockout|join|report|compare|check``: each thin over one function.
+"""The command line: ``vlmneurons study|record|select|knockout|join|report|compare|explore|check``, thin over functions.
 
 Made for batch systems: progress and log go to standard error, results to files and standard output. The exit status is
 0 if all is well, 1 for an error of the data, the model or the settings, and 2 for a command that is written wrongly;
@@ -501,6 +501,49 @@ def compare(
     sys.stdout.write(table.to_string(index=False) + f"\n{comparison.report(out, main=main)}\n")
 
 
+def explore(
+    run: Annotated[Path, typer.Argument(help="folder of a study")],
+    general: Annotated[str | None, typer.Option(help="the study's, as for --data")] = None,
+    general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
+    strongest: Annotated[int, typer.Option(help="neurons of each group with pictures and words")] = 50,
+    images: Annotated[
+        str, _choice("thumbnails", "none", help="none: of pictures that may not be shared")
+    ] = "thumbnails",
+    **given: Any,
+) -> None:
+    """Write a study's explorer to --out: effects, changed answers, neurons, pictures and words, to click through."""
+    import json
+
+    from vlmneurons.look.explorer import write_explorer
+    from vlmneurons.study.protocol import SELECTORS as RULES
+
+    result = vn.KnockoutResult.load(run / "knockout")
+    settings = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
+    selectors = {name: RULES[name](settings["fraction"]) for name in settings["selectors"]}
+    selections = {name: vn.Selection.load(run / "selections" / f"{name}.safetensors") for name in selectors}
+    items = vn.ItemStatistics.load(run / "items")
+    stats = items.group_by("group", condition="correct", balanced=True, seed=settings["seed"])
+    questions, load = _opened(given)
+    known = questions if general is None else questions + open_questions(general, group_by=general_by)
+    answer = given["answer"] or settings["answer"]
+    page = write_explorer(
+        result,
+        given["out"],
+        known if answer is None else known.asked(answer=answer),
+        selections,
+        model=load(),
+        stats=stats,
+        items=items,
+        selectors=selectors,
+        main=settings["main"],
+        strongest=strongest,
+        images=images == "thumbnails",
+        batch_size=given["batch_size"],
+        progress=not given["quiet"],
+    )
+    sys.stdout.write(f"{page}\n")
+
+
 def check(
     name: Annotated[str, typer.Argument(help="a model on the Hub, a folder, or a model type such as qwen2_5_vl")],
     run: Annotated[bool, typer.Option("--run", help="load the weights and check the whole contract")] = False,
@@ -588,7 +631,7 @@ def _opened(given: dict[str, Any]) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM
     return questions, lambda: open_model(name, **how)
 
 
-for _work in (study, record, knockout):
+for _work in (study, record, knockout, explore):
     _command(_work, _asking)
 for _work in (select, join, report, compare, check):
     _command(_work)

@@ -111,7 +111,7 @@ def write_report(
     summary = result.summary(**how) if result.ids else pd.DataFrame()
     if not len(summary):
         raise MismatchError("there is nothing to report: the result has no questions, or no masks")
-    plain = [name for name in dict.fromkeys(summary["selector"]) if split_setting(name)[1] is None]
+    plain: list[str] = [name for name in dict.fromkeys(summary["selector"]) if split_setting(name)[1] is None]
     if not plain:
         raise MismatchError("there is nothing to report but sweeps; include the selection itself")
     of_groups = [name for name in plain if _has_groups(result, name)]
@@ -133,7 +133,7 @@ def write_report(
         every["every-random"] = _against_random(result, main, _repeated(result, of_groups))
     if len(result.group_names) > 2:
         pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
-        every["every-pair"] = pd.concat(pairs)[["selector", *pairs[0].columns[:-1]]]
+        every["every-pair"] = pd.concat(pairs).loc[:, ["selector", *pairs[0].columns[:-1]]]
     parts = _told_apart(parts, every)
     for place in ("figures", "tables"):
         (folder / place).mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def _effects(
     result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, how: Mapping[str, Any]
 ) -> list[_Part]:
     overall = _overall(summary, plain)
-    own = summary[(summary["selector"] == main) & (summary["group"] != "all")]
+    own = summary.loc[(summary["selector"] == main) & (summary["group"] != "all")]
     value, unit = result.measure, _UNITS[result.measure][0]
     own = own.iloc[sorted(range(len(own)), key=lambda row: natural(own["group"].iloc[row]))]
     shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
@@ -225,7 +225,7 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapp
     ]
     if len(result.group_names) > 2:
         pairs = result.pairs(main, **how)
-        cross = pairs[pairs["mask"] != pairs["group"]].sort_values("excess", kind="stable").head(15)
+        cross = pairs.loc[pairs["mask"] != pairs["group"]].sort_values("excess", kind="stable").head(15)
         parts.append(
             _Part(
                 "pairs",
@@ -268,7 +268,7 @@ def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[_Pa
     if not controls:
         return []
     table = _against_random(result, main, controls)
-    table = table[table["group"] == "all"].drop(columns="group").reset_index(drop=True)
+    table = table.loc[table["group"] == "all"].drop(columns="group").reset_index(drop=True)
     table["effect"] = table["effect"].str.replace("_", " ")
     points = ["value", "control_mean", "control_sd", "control_low", "control_high"]
     return [
@@ -326,7 +326,7 @@ def _sweeps(result: KnockoutResult, how: Mapping[str, Any]) -> list[_Part]:
                     f"{base} [{axis}]",
                 )
             )
-        overall = curve[curve["group"] == "all"]
+        overall = curve.loc[curve["group"] == "all"]
         parts.append(
             _Part(
                 f"curve-{_slug(base)}-{_slug(axis)}",
@@ -383,7 +383,7 @@ def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) ->
 
 
 def _overall(summary: pd.DataFrame, plain: Sequence[str]) -> pd.DataFrame:
-    return summary[(summary["group"] == "all") & summary["selector"].isin(plain)]
+    return summary.loc[(summary["group"] == "all") & summary["selector"].isin(plain)]
 
 
 def _effect_table(summary: pd.DataFrame, label: str, value: str = "correct") -> pd.DataFrame:

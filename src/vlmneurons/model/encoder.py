@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Int64
@@ -63,6 +63,12 @@ class TokenTable:
     audio: Bool[Tensor, "row token"] | None = None
     video: Bool[Tensor, "row token"] | None = None
 
+    @property
+    def media(self) -> Bool[Tensor, "row token"]:
+        """The placeholders that any picture's, sound's or video's features take."""
+        streams = [mask for mask in (self.audio, self.video) if mask is not None]
+        return torch.stack([self.image, *streams]).any(0)
+
     def counted(self, rule: "TokenRule") -> Bool[Tensor, "row token"]:
         """Which tokens a rule counts.
 
@@ -83,7 +89,7 @@ class TokenTable:
         none = torch.zeros_like(self.attention)
         shown = {"image": self.image, "audio": self.audio, "video": self.video}
         shown = {name: none if mask is None else mask & self.attention for name, mask in shown.items()}
-        media = shown["image"] | shown["audio"] | shown["video"]
+        media = self.media & self.attention
         text = self.attention & ~self.special & ~media
         if self.template is not None:
             text = text & ~self.template
@@ -367,7 +373,7 @@ class Encoder:
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
-        return Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device)
+        return cast(Batch, Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device))
 
     @cached_property
     def _learns_positions(self) -> bool:

@@ -51,7 +51,8 @@ class Prompts:
             raise ArchitectureError(f"template is a function (text, n_images) -> prompt, or 'plain'; got {template!r}")
         if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
             raise ArchitectureError(f"template_kwargs are a mapping of names to values; got {template_kwargs!r}")
-        self.processor, self.template = processor, template
+        self.processor = processor
+        self.template: Template | None = template
         self.arguments: dict[str, Any] = dict(template_kwargs or {})
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._frames: dict[tuple[Media, str], tuple[str, str]] = {}

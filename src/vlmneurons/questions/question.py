@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -188,12 +188,15 @@ class Question:
         """Where the question's pictures come from, in order."""
         if self.image is None:
             return ()
-        return self.image if isinstance(self.image, tuple) else (self.image,)
+        # Several are in a tuple since __post_init__, here and below.
+        return cast(tuple[PictureSource, ...], self.image if isinstance(self.image, tuple) else (self.image,))
 
     @property
     def sounds(self) -> tuple[SoundSource, ...]:
         """Where the question's sounds come from, in order."""
-        return () if self.audio is None else self.audio if isinstance(self.audio, tuple) else (self.audio,)
+        if self.audio is None:
+            return ()
+        return cast(tuple[SoundSource, ...], self.audio if isinstance(self.audio, tuple) else (self.audio,))
 
     @property
     def videos(self) -> tuple[VideoSource, ...]:
@@ -201,7 +204,7 @@ class Question:
         if self.video is None:
             return ()
         several = isinstance(self.video, tuple) and not all(map(streams.is_frame, self.video))
-        return self.video if several else (self.video,)
+        return cast(tuple[VideoSource, ...], self.video if several else (self.video,))
 
     @property
     def sources(self) -> tuple[Any, ...]:

@@ -86,7 +86,7 @@ def _cells(text: str, path: Path) -> list[dict[str, Any]]:
         raise QuestionError(f"{path}, after line {cells.line_num}, cannot be read: {error}{hint}") from error
     _refuse_twice(cells.fieldnames or (), str(path))
     for number, row in enumerate(rows, start=1):
-        surplus = [cell for cell in row.pop(None, None) or () if cell]  # type: ignore[call-overload]
+        surplus = [cell for cell in row.pop(None, None) or () if cell]
         if surplus:
             raise QuestionError(
                 f"{path}, row {number} has more cells than there are columns, such as {surplus[0][:60]!r}: put texts "
@@ -230,10 +230,13 @@ def _filled(chunk: Any) -> list[Any]:
         chunk = chunk.storage
     if pa.types.is_struct(chunk.type):
         known = [part for part in chunk.flatten() if not pa.types.is_null(part.type)]
-        lengths = [pc.fill_null(pc.binary_length(part), 0).to_pylist() for part in known]
+        lengths = [pc.fill_null(pc.call_function("binary_length", [part]), 0).to_pylist() for part in known]
         return [any(n) if known else None for *n, known in zip(*lengths, chunk.is_valid().to_pylist(), strict=True)]
     parts = iter(_filled(chunk.flatten()))
-    return [None if n is None else [next(parts) for _ in range(n)] for n in pc.list_value_length(chunk).to_pylist()]
+    return [
+        None if n is None else [next(parts) for _ in range(n)]
+        for n in pc.call_function("list_value_length", [chunk]).to_pylist()
+    ]
 
 
 def _named(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,7 +305,7 @@ def questions_of_rows(
     return questions
 
 
-def _columns(columns: Any, have: Sequence[Any], *, needed: bool) -> dict[str, tuple[str, ...]]:
+def _columns(columns: Mapping[str, Any] | None, have: Sequence[Any], *, needed: bool) -> dict[str, tuple[str, ...]]:
     of_kind("columns", {} if columns is None else columns, Mapping, QuestionError, "a dictionary {field: column}")
     column_of: dict[str, tuple[str, ...]] = {name: (name,) for name in FIELDS}
     for field, name in (columns or {}).items():
@@ -320,7 +323,7 @@ def _columns(columns: Any, have: Sequence[Any], *, needed: bool) -> dict[str, tu
     if len(set(twice)) < len(twice):
         _refuse_twice(twice, "columns")
     needs = ("question", "group", *(("answer",) if "answers" not in (columns or {}) else ()))
-    for field in dict.fromkeys((*(columns or {}), *needs)):
+    for field in dict.fromkeys((*(columns or ()), *needs)):
         absent = [name for name in column_of[field] if name not in have]
         if absent and (needed or field in (columns or {})) and have:
             what = "dataset" if needed else "table"
@@ -543,8 +546,9 @@ def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
             f"{where}: answer {answer!r} may mean the text of an option or its place; among options that are numbers "
             "give its letter, among letters its index"
         )
-    if same or place is not None:
-        return same[0] if same else place  # type: ignore[return-value]
+    found = same[0] if same else place
+    if found is not None:
+        return found
     raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor one of the options")
 
 

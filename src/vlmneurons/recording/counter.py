@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,6 +155,7 @@ class Counter:
         self.frame: Frame | None = None
         self._watched: Frame | None = None
         self._scratch: dict[Any, Any] = {}
+        self._bad: list[tuple[int, Tensor]] = []
         self._further: dict[int, dict[Any, Any]] = {}
         """What sites share, of each rule beside the first."""
 
@@ -220,9 +222,23 @@ class Counter:
 
     def _add(self, number: int, counts: Counts) -> None:
         bad = counts.get("bad")
-        if bad is not None and bool(bad.any()):
-            raise NotFinite(self.space.sites[number], int(bad.nonzero()[0]) % (len(bad) // len(self.rules)))
+        if bad is not None:
+            self._bad.append((number, bad))
         self.sites[number].add({name: table for name, table in counts.items() if name != "bad"})
+
+    def check_finite(self) -> None:
+        """Refuse a forward with values that are not finite, once it is over: asking in it, the host waits for a GPU.
+
+        Raises:
+            NotFinite: a counted token had such values; at the first site where one had.
+        """
+        found, self._bad = self._bad, []
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for _, bad in found:
+            by_device.setdefault(bad.device, []).append(bad)
+        if any(bool(torch.cat(all_of).any()) for all_of in by_device.values()):
+            number, bad = next(one for one in found if bool(one[1].any()))
+            raise NotFinite(self.space.sites[number], int(bad.nonzero()[0]) % (len(bad) // len(self.rules)))
 
     def _count_tokens(self, number: int, values: Float[Tensor, "*any neuron"], frame: Frame) -> None:
         site, masks = self.space.sites[number], self._masks(frame)
@@ -331,12 +347,16 @@ class Counter:
         stand = [row + number * len(mask) for number, mask in enumerate(masks) for row in rows]
         frame = Frame(torch.cat(masks), stand, batch.vision, batch.patches)
         self._watched = frame
-        yield
+        try:
+            yield
+        finally:
+            if self._watched is None:
+                self.frame = frame  # a generation's later steps have taken it away
+                self.check_finite()
         if self._watched is not None:
             raise MismatchError(
                 "no forward was run within `watch`, so nothing was counted: the reader runs it elsewhere"
             )
-        self.frame = frame  # a generation's later steps have taken it away
 
     def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
         """Take over what was counted elsewhere in the watched run, as if it had been counted here."""
@@ -345,12 +365,14 @@ class Counter:
         for number, one in counts.items():
             self.sites[number].seen = seen.get(number, 0) if self.in_vision[number] else 0
             self._add(number, one)
+        self.check_finite()
 
     def forget(self) -> None:
         """Drop what was counted, and what the sites of one forward share."""
         for state in self.sites:
             state.clear()
         self.frame = self._watched = None
+        self._bad.clear()
         for scratch in (self._scratch, *self._further.values()):
             for name in [name for name in scratch if isinstance(name, tuple)]:
                 del scratch[name]
@@ -381,22 +403,33 @@ class Counter:
         """
         assert self.frame is not None
         rows = torch.tensor(self.frame.rows)
+        here: dict[torch.device, Tensor] = {}
+
+        def of_questions(table: Tensor) -> Tensor:
+            if table.device not in here:
+                here[table.device] = rows.to(table.device)
+            return table[here[table.device]]
+
         empty = {"fired": (torch.int64, 0), "total": (torch.float64, 0), "maximum": (torch.float32, -torch.inf)}
         empty |= dict.fromkeys(self.statistics, (torch.float32, torch.nan))
-        tables: dict[str, list[Tensor]] = {name: [] for name in empty}
-        reached = []
+        tables: dict[str, list[Tensor]] = {name: [] for name in [*empty, "reached"]}
         for state in self.sites:
             for name, (dtype, nothing) in empty.items():
-                table = state.counts.get(name)
-                shape = (len(rows), state.width)
-                tables[name].append(torch.full(shape, nothing, dtype=dtype) if table is None else table.cpu()[rows])
+                table, shape = state.counts.get(name), (len(rows), state.width)
+                tables[name].append(torch.full(shape, nothing, dtype=dtype) if table is None else of_questions(table))
             tokens = state.counts.get("tokens")
-            reached.append(torch.zeros(len(rows), dtype=torch.int64) if tokens is None else tokens.cpu()[rows])
-        at_sites = torch.stack(reached, 1)
-        counted = at_sites.amax(1) if all(self.in_vision) else self.frame.mask.sum(1).cpu()[rows]
-        joined = {name: torch.cat(parts, 1) for name, parts in tables.items()}
+            none = torch.zeros(len(rows), dtype=torch.int64)
+            tables["reached"].append((none if tokens is None else of_questions(tokens))[:, None])
+        joined = {name: _on_host(parts) for name, parts in tables.items()}
+        counted = joined["reached"].amax(1) if all(self.in_vision) else self.frame.mask.sum(1).cpu()[rows]
         joined["positive"] = joined.pop("fired")
-        return {**joined, "reached": at_sites}, counted
+        return joined, counted
+
+
+def _on_host(parts: Sequence[Tensor]) -> Tensor:
+    """Tables side by side; those in a row that lie on one device are brought over together."""
+    together = [torch.cat(list(some), 1).cpu() for _, some in itertools.groupby(parts, lambda part: part.device)]
+    return torch.cat(together, 1)
 
 
 def _stacked(parts: Sequence[Counts]) -> Counts:
@@ -414,5 +447,5 @@ def _stacked(parts: Sequence[Counts]) -> Counts:
 def group_rows(names: Sequence[str], groups: Sequence[str | None]) -> tuple[list[int], list[int]]:
     """Places of the labels that are names of groups, and the number of each one's group."""
     index = {name: number for number, name in enumerate(names)}
-    kept = [place for place, group in enumerate(groups) if group is not None]
-    return kept, [index[groups[place]] for place in kept]  # type: ignore[index]
+    kept = {place: index[group] for place, group in enumerate(groups) if group is not None}
+    return list(kept), list(kept.values())

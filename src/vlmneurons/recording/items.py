@@ -123,10 +123,11 @@ def record_items(
 
     if processes.count == 1 or options.part is not None:
         statistics = created(whole, questions)
+        asked = questions
         if statistics.part is not None:  # batches are cut from the order in which the questions stood when it began
-            questions = in_order_of([item.id for item in statistics.items], questions)
-        job = _ItemsJob(engine, counter, statistics, questions)
-        ask(job, questions, options)
+            asked = in_order_of([item.id for item in statistics.items], asked)
+        job = _ItemsJob(engine, counter, statistics, asked)
+        ask(job, asked, options)
         return job.statistics
     # Each process records into a folder of its own beside the whole; the first puts them together.
     there = created(whole, questions) if processes.first else None

@@ -93,7 +93,7 @@ def record(
     ask(job, questions, options)
     parts = options.processes.gather((job.statistics(), job.skipped, job.limit.halved))
     whole = functools.reduce(operator.add, [part for part, _, _ in parts])
-    skipped, halved = ([one for part in parts for one in part[n]] for n in (1, 2))
+    skipped, halved = [one for _, some, _ in parts for one in some], [one for _, _, some in parts for one in some]
     order = {item.id: number for number, item in enumerate(questions)}
     more = {"skipped": sorted(skipped, key=order.__getitem__), **({"halved": halved} if halved else {})}
     return whole.with_provenance({**whole.provenance, **more})

@@ -185,6 +185,7 @@ class Recorder:
         groups = [labels] * n_rows if isinstance(labels, str) else list(labels)
         if len(groups) != n_rows:
             raise MismatchError(f"{len(groups)} group labels were given for a batch of {n_rows} rows")
+        self._counter.check_finite()
         self._groups.add(groups, count_items=not self._continues)
         self._counter.forget()
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -21,7 +22,7 @@ from vlmneurons.checks import of_kind, real, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
-from vlmneurons.questions.question import LETTERS
+from vlmneurons.questions.question import LETTERS, Question
 from vlmneurons.questions.sets import QuestionSet, bare_prompt
 from vlmneurons.run.greedy import greedily, greedy_config, settings_of
 from vlmneurons.run.parsing import parse_answer
@@ -55,7 +56,7 @@ class Reading:
     texts: tuple[str, ...] | None = None
     graded: Float[Tensor, " question"] | None = None
 
-    def margins(self, questions: QuestionSet) -> Float[Tensor, " question"]:
+    def margins(self, questions: Sequence[Question]) -> Float[Tensor, " question"]:
         """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers.
 
         Args:
@@ -232,11 +233,25 @@ class Wanted:
         batch: its inputs.
         positions: for each row the positions whose logits are wanted, at least one.
         questions: the row that stands for each question.
+        owners: the question that each row is of. None says nothing, and where there are more rows than questions, those
+            of some of the questions cannot be run alone.
     """
 
     batch: Batch
     positions: Sequence[Sequence[int]]
     questions: list[int]
+    owners: Sequence[int] | None = None
+
+    def rows_of(self, questions: Sequence[int]) -> list[int] | None:
+        """The rows of some questions, in order; None where this is not known.
+
+        Args:
+            questions: their places.
+        """
+        alone = self.questions == list(range(len(self.positions)))
+        owners = self.owners if self.owners is not None else self.questions if alone else None
+        wanted = set(questions)
+        return None if owners is None else [row for row, owner in enumerate(owners) if owner in wanted]
 
 
 def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
@@ -401,7 +416,9 @@ class TextLikelihood(LogitReader):
 
     def wants(self, encoded: "_Options") -> Wanted:
         """See `LogitReader.wants`."""
-        return Wanted(encoded.batch, encoded.positions, encoded.first_rows)
+        counts = np.diff([*encoded.first_rows, len(encoded.positions)])
+        owners = np.repeat(np.arange(len(counts)), counts).tolist()
+        return Wanted(encoded.batch, encoded.positions, encoded.first_rows, owners)
 
     def score(self, model: "VLM", questions: QuestionSet, encoded: "_Options", logits: list[Tensor]) -> Reading:
         """See `LogitReader.score`.

@@ -285,7 +285,7 @@ def _job(
             with nn.trace(**inputs):
                 started = dict(nn.interleaver.counts)
                 with torch.no_grad():
-                    stops = []
+                    stops, values = [], None
                     for envoy, end, columns, mode, factor, new in edits:
                         stops.append(f"{envoy.path}.{end}")
                         values = (envoy.input if end == "input" else envoy.output).clone()
@@ -329,6 +329,6 @@ def _job(
                             wanted = reading["tokens"].to(logits.device)
                             answers = [row.log_softmax(-1)[:, wanted] for row in answers]
                     visits = [nn.interleaver.counts.get(name, 0) - started.get(name, 0) for name in stops]
-                    dtype = values.dtype if stops else logits.dtype  # some models give their logits in float32
+                    dtype = logits.dtype if values is None else values.dtype  # some models give their logits in float32
                     found.append((answers, given, visits, counts, str(dtype)))
     return found

@@ -175,8 +175,6 @@ class AttributionStatistics:
             torch.equal(getattr(self, name), getattr(other, name)) for name in _TABLES
         )
 
-    __hash__ = None  # type: ignore[assignment]
-
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write everything to a safetensors file.
 

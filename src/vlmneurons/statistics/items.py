@@ -548,9 +548,9 @@ class ItemStatistics:
             raise SelectionError("no question has a label")
         index = {group: n for n, group in enumerate(groups)}
         kept = self.kept(condition).tolist()
-        rows = [row for row, label in enumerate(labels) if label is not None and kept[row]]
-        owner = np.array([index[labels[row]] for row in rows], dtype=np.int64)  # type: ignore[index]
-        pool = GroupedItems(self, np.array(rows, dtype=np.int64), owner, groups, condition)
+        owners = {row: index[label] for row, label in enumerate(labels) if label is not None and kept[row]}
+        rows, owner = (np.array(list(one), dtype=np.int64) for one in (owners.keys(), owners.values()))
+        pool = GroupedItems(self, rows, owner, groups, condition)
         pool.check_size(minimum)
         return pool.balanced(None if balanced is True else balanced, seed=seed) if balanced is not False else pool
 

@@ -109,7 +109,7 @@ class Estimates:
             none = np.zeros((1, 1), dtype=np.int64)
             return Estimates(nothing, none, none, none, nothing, nothing, self.totals[-1:], self.spread, self.in_group)
         spread = self.spread[there].mean(0, keepdims=True)
-        in_group = self.in_group[:, there].any(1)[:, None]
+        in_group = self.in_group[:, there].max(1, keepdims=True)  # any of them
         freedom = _satterthwaite(spread, in_group, self.units[there, :-1].max(0)[None])
         variance = np.where(np.isnan(self.variance[there, -1]).any(), np.nan, (spread**2).sum(1))
         return Estimates(
@@ -213,8 +213,8 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
         freedom[:, -1] = _satterthwaite(spread, in_group, units[:, :-1])
     value[n == 0] = np.nan
     variance[(n == 0) | ~np.isfinite(variance)] = np.nan
-    whole_numbers = (table.astype(np.int64) for table in (n, units, moved))
-    return Estimates(value, *whole_numbers, variance, freedom, tuple(totals), spread, in_group)
+    n, units, moved = (table.astype(np.int64) for table in (n, units, moved))
+    return Estimates(value, n, units, moved, variance, freedom, tuple(totals), spread, in_group)
 
 
 def _satterthwaite(spread: np.ndarray, in_group: np.ndarray, units: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from vlmneurons.checks import path_of
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
@@ -254,7 +253,7 @@ class _Study:
         tables = [table for table in parts.values() if len(table)]
         answers = pd.concat(tables) if tables else pd.DataFrame(columns=_COLUMNS)
         skipped = set(answers.loc[answers["run"] < 0, "id"])
-        answers = answers[answers["run"] >= 0]
+        answers = answers.loc[answers["run"] >= 0]
         there = set(answers["id"])
         kept = [item for item in self.questions if item.id in there]
         place = {item.id: number for number, item in enumerate(kept)}
@@ -267,7 +266,7 @@ class _Study:
             return table[rows]
 
         texts = stacked("text", object)
-        layers = list(per_layer(self.listed[0][1].neurons)) if self.listed else []
+        layers = list(per_layer(NeuronSet.empty(self.listed[0][1].neurons.space))) if self.listed else []
         of_all = [one for name in sorted(halved) for one in halved[name]]
         pictures = dict(zip((item.id for item in self.questions), self.questions.pictures(), strict=True))
         return KnockoutResult(
@@ -321,7 +320,7 @@ class _AnswersJob(Job[pd.DataFrame]):
     ) -> None:
         super().__init__(study.engine)
         self._study, self._folder = study, folder
-        self._runs = [Run(), *(Run(ablation) for ablation in study.ablations)]
+        self._ablations = [None, *study.ablations]
         self._known = dict(known)
         self._new: dict[str, pd.DataFrame] = {}
         self._halved = {name: list(all_of_it) for name, all_of_it in halved.items()}
@@ -331,12 +330,12 @@ class _AnswersJob(Job[pd.DataFrame]):
         self._batch: list[pd.DataFrame] = []
 
     def apart(self, question: Question) -> tuple[int, ...]:
-        """See `Job.apart`: questions of a batch meet the same masks, so that all of them share its forward."""
-        return self._study.runs_of[question.id]
+        """See `Job.apart`: where the engine wants it so, questions of a batch meet the same masks."""
+        return () if self.engine.ragged else self._study.runs_of[question.id]
 
     def weight(self, batch: QuestionSet) -> int:
         """See `Job.weight`: answers."""
-        return sum(len(self.apart(item)) for item in batch)
+        return sum(len(self._study.runs_of[item.id]) for item in batch)
 
     def known(self, number: int, batch: QuestionSet) -> bool:
         """See `Job.known`."""
@@ -344,15 +343,21 @@ class _AnswersJob(Job[pd.DataFrame]):
 
     def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> pd.DataFrame:
         """See `Job.run`."""
-        readings: list[Reading] = []
-        numbers = self.apart(questions[0])
+        readings: dict[int, Reading] = {}
+        meeting: dict[int, list[int]] = {}
+        for place, item in enumerate(questions):
+            for number in self._study.runs_of[item.id]:
+                meeting.setdefault(number, []).append(place)
+        numbers = sorted(meeting)
+        whole = all(len(rows) == len(questions) for rows in meeting.values())
+        runs = [Run(self._ablations[number], None if whole else tuple(meeting[number])) for number in numbers]
         try:
-            for reading in self.engine.answers(questions, encoded, [self._runs[number] for number in numbers]):
-                readings.append(reading)
-                told(len(questions))
-            return _table(questions, numbers, readings)
+            for number, reading in zip(numbers, self.engine.answers(questions, encoded, runs), strict=True):
+                readings[number] = reading
+                told(len(meeting[number]))
+            return _table(questions, meeting, readings)
         except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
-            told(-len(questions) * len(readings))
+            told(-sum(len(meeting[number]) for number in readings))
             raise
 
     def take(self, number: int, questions: QuestionSet, made: pd.DataFrame) -> int:
@@ -419,18 +424,21 @@ def _name(number: int) -> str:
     return f"batch-{number:06d}"
 
 
-def _table(questions: QuestionSet, numbers: Sequence[int], readings: Sequence[Reading]) -> pd.DataFrame:
-    """The answers to some questions in some runs, run by run."""
-    texts = [text for reading in readings for text in (reading.texts or [None] * len(questions))]
-    nothing = torch.full((len(questions),), torch.nan)
+def _table(
+    questions: QuestionSet, meeting: Mapping[int, Sequence[int]], readings: Mapping[int, Reading]
+) -> pd.DataFrame:
+    """The answers to the questions that meet each run, run by run."""
+    asked = {number: [questions[place] for place in meeting[number]] for number in readings}
+    chosen = [choice for reading in readings.values() for choice in reading.chosen]
+    texts = [text for reading in readings.values() for text in (reading.texts or [None] * len(reading.chosen))]
     return pd.DataFrame(
         {
-            "run": np.repeat(np.array(numbers), len(questions)),
-            "id": [item.id for item in questions] * len(readings),
-            "chosen": [-1 if choice is None else choice for reading in readings for choice in reading.chosen],
-            "margin": np.concatenate([reading.margins(questions).numpy() for reading in readings]),
+            "run": np.repeat(list(asked), list(map(len, asked.values()))),
+            "id": [item.id for items in asked.values() for item in items],
+            "chosen": [-1 if choice is None else choice for choice in chosen],
+            "margin": np.concatenate([readings[number].margins(items).numpy() for number, items in asked.items()]),
             "text": texts,
-            "score": np.concatenate([(nothing if one.graded is None else one.graded).numpy() for one in readings]),
+            "score": np.concatenate([_scores(readings[number], len(items)) for number, items in asked.items()]),
         },
         columns=_COLUMNS,
     ).astype(_DTYPES)
@@ -440,3 +448,8 @@ def _describe(given: Any) -> Any:
     if isinstance(given, Selection | NeuronSet | Intervention):
         return repr(given)
     return [repr(one) for one in given]
+
+
+def _scores(reading: Reading, n: int) -> np.ndarray:
+    """The grades of a reading; NaN where it has none."""
+    return np.full(n, np.nan) if reading.graded is None else reading.graded.numpy()

@@ -24,6 +24,10 @@ from vlmneurons.study.tables import Inference
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlmneurons.neurons.selection import Selection
+    from vlmneurons.questions.question import Question
+    from vlmneurons.questions.sets import QuestionSet
+
 RUN = "vlmneurons knockout run"
 """The kind of the manifest of a folder in which `vlmneurons.knockout` runs."""
 
@@ -95,7 +99,7 @@ class KnockoutResult:
             "asked": None if asked.all() else asked,
             "chosen": np.where(asked, self.chosen, NOT_ASKED),
             "margins": np.where(asked, self.margins, np.nan),
-            "texts": None if self.texts is None else np.where(asked, self.texts, None),
+            "texts": None if self.texts is None else np.where(asked, self.texts, np.array(None)),
             "scores": None if self.scores is None else np.where(asked, self.scores, np.nan),
         }
         for name, value in kept.items():
@@ -277,8 +281,8 @@ class KnockoutResult:
         columns = [name for name in table.columns if name not in ("selector", "repeat", "mask", "group")]
         if value not in columns:
             raise MismatchError(f"value {value!r} is not a numeric column of the table; it has {', '.join(columns)}")
-        matrix = table.groupby(["mask", "group"])[value].mean().unstack("group")
-        return matrix[[*part.group_names, *part.control_names]]
+        matrix = table.groupby(["mask", "group"])[value].agg("mean").unstack("group")
+        return matrix.loc[:, [*part.group_names, *part.control_names]]
 
     def effects(
         self,
@@ -525,6 +529,28 @@ class KnockoutResult:
         from vlmneurons.look.report import write_report
 
         return write_report(self, folder, **how)
+
+    def explore(
+        self,
+        folder: str | Path,
+        questions: "QuestionSet | Sequence[Question]",
+        selections: "Mapping[str, Selection]",
+        **how: Any,
+    ) -> Path:
+        """A folder to click through, from effects to changed answers, neurons, pictures and words; opens from disk.
+
+        Args:
+            folder: a new one, or an explorer's.
+            questions: those of this result.
+            selections: the neurons of each selector, by its name here.
+            how: further arguments of `vlmneurons.look.explorer.write_explorer`, such as ``model`` and ``stats``.
+
+        Returns:
+            The path of the page.
+        """
+        from vlmneurons.look.explorer import write_explorer
+
+        return write_explorer(self, folder, questions, selections, **how)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

@@ -295,7 +295,7 @@ def _summary_of(
 def pair_table(result: "KnockoutResult", selector: str, how: Inference) -> pd.DataFrame:
     """See `KnockoutResult.pairs`."""
     table = effect_table(result, [selector], how)
-    table = table[table["kind"] != "control"].reset_index(drop=True)
+    table = table.loc[table["kind"] != "control"].reset_index(drop=True)
     shape = (table["mask"].nunique(), len(result.group_names))
     own = (table["mask"] == table["group"]).to_numpy().reshape(shape)
     left = excess(table["effect"].to_numpy().reshape(shape), own, table["n"].to_numpy().reshape(shape))
