@@ -21,10 +21,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import measure
 import numpy as np
 import torch
 
-import measure
 import vlmneurons as vn
 from vlmneurons.study.design import crossing
 from vlmneurons.study.effects import estimates, question_effects
