@@ -1,8 +1,8 @@
 """Small models in folders that vLLM takes, and questions about them.
 
-They are wider than other tests' models: vLLM's attention for CPUs knows heads of 32, 64 and 80, and no narrower ones. And
-the parts of a CLIP tower are named as released checkpoints name them (``vision_tower.vision_model…``): transformers 5
-saves them under names that vLLM 0.32 does not know.
+They are wider than other tests' models: vLLM's attention for CPUs knows heads of 32, 64 and 80, and no narrower ones.
+And the parts of a CLIP tower are named as released checkpoints name them (``vision_tower.vision_model…``): transformers
+5 saves them under names that vLLM 0.32 does not know.
 """
 
 import copy
@@ -19,7 +19,7 @@ from vlmneurons import demo, testing
 from vlmneurons.testing.tiny.parts import draw_weights
 
 NAMES = ("demo", "llava_next_mistral", "qwen2_5_vl")
-WORDS = "food dish place country city people name word".split()
+WORDS = ("food", "dish", "place", "country", "city", "people", "name", "word")
 VLLM = {
     "dtype": "float32",
     "max_model_len": 512,

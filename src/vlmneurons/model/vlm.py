@@ -155,7 +155,7 @@ class VLM:
                 `vlmneurons.run.vllm.engine`.
             **hf_kwargs: arguments of the model's ``from_pretrained``: ``dtype``, ``device_map`` …; where files
                 come from (``token``, ``cache_dir``, ``local_files_only``, ``subfolder`` …) is told to both. With
-                ``engine="vllm"``, ``dtype`` and arguments of ``vllm.LLM``: ``tensor_parallel_size``, ``max_model_len`` …
+                ``engine="vllm"``: ``dtype``, and arguments of ``vllm.LLM``, such as ``tensor_parallel_size``.
 
         Returns:
             The model in evaluation mode, its weights loaded.
@@ -197,6 +197,7 @@ class VLM:
             told = {"trust_remote_code": trust_remote_code, "mm_processor_kwargs": dict(processor_kwargs or {}) or None}
             told |= {"hf_token": where.get("token"), "download_dir": where.get("cache_dir")}
             model.engine, model.engine_options = engine, {**{k: v for k, v in told.items() if v}, **options}
+            hf_model.register_forward_pre_hook(_refuse_to_run)
         return model
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -503,6 +504,14 @@ class VLM:
     def __repr__(self) -> str:
         lines = [f"VLM({self.name}: {type(self.hf).__name__}, {self.hf.dtype}, {self.device})"]
         return "\n".join(lines + [f"  {describe(tower)}" for tower in self.towers.values()])
+
+
+def _refuse_to_run(module: nn.Module, args: Any) -> None:
+    """Stands before the forward of a model that an engine holds: traces, calls and generation have no weights here."""
+    raise MismatchError(
+        f"this {type(module).__name__} is held by engine='vllm', where record, record_items and knockout run; for traces, "
+        "plain calls and generate load it here, without engine="
+    )
 
 
 def offloaded_to(hf_model: nn.Module) -> torch.device | None:

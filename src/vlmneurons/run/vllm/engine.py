@@ -1,11 +1,12 @@
 """A model that vLLM runs: many questions and masks in one queue, each request with a mask of its own.
 
-Every answer that is read is the end of a prompt: the letters after the question, each token of an option after the question
-and the tokens before it. So a request is a prompt with one token generated, and vLLM's prefix cache spares what
-requests share, under one mask. What a vLLM of today would do silently wrong is refused or proved not to happen; see
+Every answer that is read is the end of a prompt: the letters after the question, each token of an option after the
+question and the tokens before it. So a request is a prompt with one token generated, and vLLM's prefix cache spares
+what requests share, under one mask. What vLLM would do silently wrong is refused, or proved not to happen; see
 `vlmneurons.run.vllm.server`.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
-from vlmneurons.model.encoder import Batch
+from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.vlm import VLM
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
@@ -79,7 +80,9 @@ class VLLMEngine(Engine):
         """
         for ablation in ablations:
             if ablation.by_row:
-                raise AblationError("engine='vllm': give one set of neurons for all rows; each mask is a run of its own")
+                raise AblationError(
+                    "engine='vllm': give one set of neurons for all rows; each mask is a run of its own"
+                )
             if ablation.at == "gate" and ablation.mode not in ("zero", "scale"):
                 raise AblationError(f"engine='vllm': mode {ablation.mode!r} acts at 'post' only; run the model here")
         edited = [site for ablation in ablations for site in ablation._edits]
@@ -91,6 +94,8 @@ class VLLMEngine(Engine):
                     "run the model here"
                 )
         self.server.start()
+        for ablation in ablations:
+            self._mask_of(ablation)
 
     def encode(self, questions: QuestionSet) -> Any:
         """See `Engine.encode`.
@@ -225,12 +230,12 @@ class _Asked:
         return len(self.requests) - 1
 
     def probe(self) -> tuple[Request, Callable[[], list[float]]]:
-        """A question to prove vLLM with; what gives sum and sum of squares of its pictures as they are prepared here."""
+        """A question to prove vLLM with; and what gives sums of its pictures' magnitudes and squares, prepared here."""
 
         def pixels() -> list[float]:
             shown = self.engine.model.encoder(self.questions[:1])
             found = [value.double() for name, value in shown.items() if name.startswith("pixel_values")]
-            return [float(sum(one.sum() for one in found)), float(sum(one.square().sum() for one in found))]
+            return [float(sum(one.abs().sum() for one in found)), float(sum(one.square().sum() for one in found))]
 
         return self.requests[0], pixels
 
@@ -241,22 +246,24 @@ class _Asked:
             ids = [[] if one is None else list(one.outputs[0].token_ids) for one in outputs]
             return self.reader.reading(model, questions, ids)
         assert isinstance(self.reader, LogitReader)
-        shares = [None if one is None else one.outputs[0].logprobs[0] for one in outputs]
         rows: list[Tensor] = []
         for of_row in self.places:
-            found = [
-                [0.0 if shares[n] is None else shares[n][token].logprob for n in of_position for token in self.requests[n].tokens]
-                for of_position in of_row
-            ]
-            rows.append(torch.tensor(found))
+            found = [[_shares(outputs[n], self.requests[n].tokens) for n in of_position] for of_position in of_row]
+            rows.append(torch.tensor([list(itertools.chain(*parts)) for parts in found]))
         return reading_of_shares(self.reader, model, questions, self.encoded, self.tokens, rows)
 
 
 def _prompt(model: VLM, questions: QuestionSet, item: Question) -> dict[str, Any]:
     """A question as vLLM takes it: tokens whose placeholders it expands itself, and pictures."""
     shown = [item.options[index] for index in questions.order(item)]
-    text = model.encoder.render(questions.prompt(item, shown), *item.n_media)
-    prompt: dict[str, Any] = {"prompt_token_ids": model.encoder.token_ids(text)}
+    with TOKENIZING:  # the next batch may be encoded meanwhile
+        text = model.encoder.render(questions.prompt(item, shown), *item.n_media)
+        prompt: dict[str, Any] = {"prompt_token_ids": model.encoder.token_ids(text)}
     if item.n_images:
         prompt["multi_modal_data"] = {"image": list(item.load_images())}
     return prompt
+
+
+def _shares(output: Any | None, tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of some tokens at the end of a prompt; 0 for one that was not asked."""
+    return [0.0 if output is None else output.outputs[0].logprobs[0][token].logprob for token in tokens]

@@ -1,11 +1,11 @@
 """What runs inside each of vLLM's worker processes: counts of requests, and edits of some requests' neurons.
 
-vLLM runs the tokens of many requests as one flat sequence, prompts in pieces, and cuts each MLP among the ranks of tensor
-parallelism. So a hook asks the runner which request each token is of, and at which place in it: requests say in
+vLLM runs the tokens of many requests as one flat sequence, prompts in pieces, and cuts each MLP among the ranks of
+tensor parallelism. So a hook asks the runner which request each token is of, and at which place in it: requests say in
 ``extra_args["vlmneurons"]`` which of their places are counted, into which row, and which mask they are under. Each rank
-looks after its own neurons. What is computed is what the other engines compute (`vlmneurons.statistics.counting`).
+looks after its own neurons. What is counted is what the other engines count (`vlmneurons.statistics.counting`).
 
-Arguments and results are plain values and bytes, which vLLM sends without pickling. vLLM finds the class by its name, in
+Arguments and results are plain values and bytes, which vLLM sends without pickling. It finds the class by its name, in
 processes of their own and on other machines; a class of its own (``worker_cls``) and no extension, since nnsight mounts
 `save` on every object and vLLM takes that for a method which both have.
 """
@@ -24,7 +24,6 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Base
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Base  # type: ignore[assignment]
-
 
 
 class Worker(_Base):
@@ -164,7 +163,7 @@ class Worker(_Base):
     # -- what a proof looks at -----------------------------------------------------------------------------------------
 
     def vn_seen(self) -> list[Any]:
-        """Since the last call: tokens that each layer edited; sums and squares of what the vision tower was given."""
+        """Since the last call: tokens that each layer edited; sums of magnitudes and squares of the pictures."""
         seen = [self._edited, self._pixels]
         self._edited, self._pixels = [0] * len(self._edited), []
         return seen
@@ -173,7 +172,7 @@ class Worker(_Base):
         for name, value in given.items():
             for one in value if isinstance(value, list | tuple) else [value]:
                 if name.startswith("pixel_values") and isinstance(one, Tensor):
-                    self._pixels += [float(one.double().sum()), float(one.double().square().sum())]
+                    self._pixels += [float(one.double().abs().sum()), float(one.double().square().sum())]
 
 
 class _Step:
