@@ -509,8 +509,8 @@ class VLM:
 def _refuse_to_run(module: nn.Module, args: Any) -> None:
     """Stands before the forward of a model that an engine holds: traces, calls and generation have no weights here."""
     raise MismatchError(
-        f"this {type(module).__name__} is held by engine='vllm', where record, record_items and knockout run; for traces, "
-        "plain calls and generate load it here, without engine="
+        f"this {type(module).__name__} is held by engine='vllm', where record, record_items and knockout run; for "
+        "traces, plain calls and generate load it here, without engine="
     )
 
 

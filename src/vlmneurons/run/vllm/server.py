@@ -191,8 +191,8 @@ class Server:
         for one, output in zip(requests, outputs, strict=True):
             if list(output.prompt_token_ids) != list(one.ids):
                 raise MismatchError(
-                    f"vLLM makes {len(output.prompt_token_ids)} tokens of a question, the VLM's processor {len(one.ids)}, "
-                    "or others: it prepares pictures or text otherwise; run the model here"
+                    f"vLLM makes {len(output.prompt_token_ids)} tokens of a question and the VLM's processor "
+                    f"{len(one.ids)}, or others: it prepares pictures or text otherwise; run the model here"
                 )
         return outputs
 
