@@ -198,6 +198,7 @@ class VLM:
             told |= {"hf_token": where.get("token"), "download_dir": where.get("cache_dir")}
             model.engine, model.engine_options = engine, {**{k: v for k, v in told.items() if v}, **options}
             hf_model.register_forward_pre_hook(_refuse_to_run)
+            hf_model.generate = _refuse_to_run
         return model
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -506,11 +507,11 @@ class VLM:
         return "\n".join(lines + [f"  {describe(tower)}" for tower in self.towers.values()])
 
 
-def _refuse_to_run(module: nn.Module, args: Any) -> None:
-    """Stands before the forward of a model that an engine holds: traces, calls and generation have no weights here."""
+def _refuse_to_run(*_: Any, **__: Any) -> None:
+    """Stands in the way of the forward of a model that an engine holds: it has no weights here."""
     raise MismatchError(
-        f"this {type(module).__name__} is held by engine='vllm', where record, record_items and knockout run; for "
-        "traces, plain calls and generate load it here, without engine="
+        "this model is held by engine='vllm', where record, record_items and knockout run; for traces, plain calls and "
+        "generate load it here, without engine="
     )
 
 

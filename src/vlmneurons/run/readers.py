@@ -225,9 +225,9 @@ def reading_of_shares(
     questions: QuestionSet,
     encoded: Any,
     tokens: list[int],
-    rows: Sequence[Float[Tensor, "position token"]],
+    rows: Sequence[Tensor],
 ) -> Reading:
-    """The answers, from the log-probabilities of the tokens that a reader names, for each row at its wanted positions.
+    """The answers, from ``[position, token]`` log-probabilities of the tokens that a reader names, for each row.
 
     Args:
         reader: the reader.
