@@ -109,6 +109,7 @@ class Server:
         self.name += "".join(f", {key}={self.options[key]!r}" for key in sorted({*self.options} - _OF_SCHEDULING))
         self._salts = [""]
         self._proved: set[bool] = set()
+        self._proofs = 0
 
     @functools.cached_property
     def weights(self) -> str | None:
@@ -243,18 +244,20 @@ class Server:
             return
         length, layers = len(request.ids), range(len(self.widths))
         plain = replace(request, mask=0, tokens=range(16), count=None, generate=(1, ()))
+        self._proofs += 1
+        self.llm.llm_engine.reset_encoder_cache()  # the pictures are to be seen
         self.llm.collective_rpc("vn_seen")
+        self.load([{str(layer): payload(np.arange(self.widths[layer]), 0.0) for layer in layers}])
         gates = [(layer, "gate") for layer in layers]
+        # Nothing is to be read that was computed before, and it shows whether salts are obeyed.
+        self._salts = [f"clean {self._proofs}", f"masked {self._proofs}"]
         (clean,), _ = self.counted([replace(plain, count=(0, range(length)))], 1, gates, False, False)
-        seen = self.llm.collective_rpc("vn_seen")
-        zero = {str(layer): payload(np.arange(self.widths[layer]), 0.0) for layer in layers}
-        self.load([zero])
+        pictured = [found for _, found in self.llm.collective_rpc("vn_seen")]
         (masked,) = self.ask([replace(plain, mask=1)])
         edited = [list(tokens) for tokens, _ in self.llm.collective_rpc("vn_seen")]
-        self.load([])
-        self._salts = [f"again, with pictures: {pictures}"]  # nothing is read that was computed before
+        self._salts[0] = f"again {self._proofs}"
         (again,) = self.ask([plain])
-        self._salts = [""]
+        self.load([])
         faults = []
         if any(tokens != [length] * len(layers) for tokens in edited):
             faults.append(
@@ -264,7 +267,7 @@ class Server:
             faults.append("a mask of all neurons does not change its answer")
         if _shares(again) != _shares(clean):
             faults.append("without the mask the answer is not what it was before, bit for bit")
-        for _, found in seen:
+        for found in pictured:
             if found and not np.allclose(np.reshape(found, (-1, 2)).sum(0), pixels(), rtol=1e-3):
                 faults.append("it prepares a question's pictures otherwise than the VLM's processor")
         if faults:
