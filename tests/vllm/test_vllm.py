@@ -5,7 +5,6 @@ under masks, generated texts, exported folders. What vLLM would do silently wron
 """
 
 import gc
-import os
 import signal
 import subprocess
 import sys
@@ -251,8 +250,7 @@ def test_what_is_killed_is_gone_on_with(pair, folder, tmp_path):
     code = HERE / "ask_in_folders.py"
     for what in ("items", "knockout"):
         where = tmp_path / what
-        own = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        run = subprocess.Popen([sys.executable, str(code), what, str(folder("qwen2_5_vl")), str(where)], env=own)
+        run = subprocess.Popen([sys.executable, str(code), what, str(folder("qwen2_5_vl")), str(where)])
         until = time.monotonic() + 500
         while time.monotonic() < until and not begun(what, where):
             assert run.poll() is None, "it ended before it was killed"
