@@ -3,7 +3,7 @@
     python benchmarks/engines.py [--width 128 768] [--layers 4] [--questions 48] [--masks 8] [--rounds 3]
 
 In an environment with vLLM for CPUs (`.ci/vllm FOLDER` keeps one). Models are random Qwen2.5-VL of some hidden sizes in
-float32, questions have pictures, answers are letters. Each round runs both engines, and the library's own hooks a second
+float32, questions have pictures, answers are letters. Each round runs both engines, and the library's hooks a second
 time, in an order of its own: the ratio of that second run to the first is the control, which a difference must exceed.
 vLLM runs in this process, so that CPU seconds hold all that it does.
 """
