@@ -114,9 +114,7 @@ def simulated(
                 given[column].extend(kept)
                 errors[column].append((found.value[row, places] - truth).mean())
         cells = estimates(change, design.members, design.picture)
-        low, high, few = (
-            table[:, :-1][~np.eye(single, dtype=bool)] for table in cells.bounds(0.95, value)
-        )
+        low, high, few = (table[:, :-1][~np.eye(single, dtype=bool)] for table in cells.bounds(0.95, value))
         kept = ~few & np.isfinite(low)
         held["cells"].append((((low <= other) & (other <= high))[kept].sum(), kept.sum()))
         given["cells"].extend(kept)
