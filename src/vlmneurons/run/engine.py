@@ -113,6 +113,11 @@ class Engine(ABC):
         """The answers to a batch in each run, in order, one reading at a time."""
 
     @property
+    def own_setting(self) -> Mapping[str, str]:
+        """Entries of the `Setting` that the engine knows better than the model that is here."""
+        return {}
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What is to be kept of where and how the model ran, beside the setting."""
         return {}

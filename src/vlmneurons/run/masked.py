@@ -83,7 +83,7 @@ def read_some(
 
     Where all masks can share one forward, each is computed for its own questions alone. Where not, a run has the
     questions of the batch under a mask of each one's own, as often as a question meets masks; and where that cannot be
-    either, as for a vision tower or routed experts, there is a run for each mask and its questions.
+    either, as for neurons of a vision tower or of routed experts, there is a run for each mask and its questions.
 
     Args:
         model: the model, in inference mode.
@@ -93,26 +93,38 @@ def read_some(
         ablations: what to switch off; none of them may be entered.
         rows: for each ablation the places of the questions that meet it.
     """
-    turns = _Turns(questions, ablations, rows)
-    for way in (_tiles, _by_row):
-        try:
-            return turns.readings(list(way(model, reader, questions, encoded, turns)))
-        except CannotReplay:
+    alone = [one.by_row or any(site.tower != "language" for site in one._edits) for one in ablations]
+    pairs = [(one, own) for one, own, apart in zip(ablations, rows, alone, strict=True) if not apart]
+    shared: Iterator[Reading] | None = None
+    if pairs and not any(map(is_watched, model.hf.modules())):  # whose it is wants to see one run for each mask
+        turns = _Turns(questions, pairs)
+        for way in (_tiles, _by_row):
+            with contextlib.suppress(CannotReplay):
+                shared = turns.readings(list(way(model, reader, questions, encoded, turns)))
+                break
+    known: dict[tuple[int, ...], Any] = {}
+    for ablation, own, apart in zip(ablations, rows, alone, strict=True):
+        if shared is not None and not apart:
+            yield next(shared)
             continue
-    return _one_by_one(model, reader, questions, turns)
+        some = questions.with_items([questions[row] for row in own])
+        if tuple(own) not in known:
+            known[tuple(own)] = reader.encode(model, some)
+        with ablation:
+            yield reader.read(model, some, known[tuple(own)])
 
 
 class _Turns:
     """Which ablation each question meets in each turn."""
 
-    def __init__(self, questions: QuestionSet, ablations: Sequence[Ablation], rows: Sequence[Sequence[int]]) -> None:
-        self.ablations, self.rows = ablations, rows
+    def __init__(self, questions: QuestionSet, asked: Sequence[tuple[Ablation, Sequence[int]]]) -> None:
+        self.ablations, self.rows = [ablation for ablation, _ in asked], [rows for _, rows in asked]
         self.places: list[list[int]] = []
         """For each ablation the turns in which its questions meet it."""
         met = [0] * len(questions)
         self.met: list[dict[int, int]] = []
         """For each turn the ablation of each question; in late turns some questions may have none."""
-        for number, own in enumerate(rows):
+        for number, own in enumerate(self.rows):
             self.places.append([met[row] for row in own])
             for row in own:
                 if met[row] == len(self.met):
@@ -139,20 +151,18 @@ def _tiles(model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: An
     """
     if not isinstance(reader, LogitReader) or type(reader).read is not LogitReader.read:
         raise CannotReplay("the reader runs the model in a way of its own")
-    if any(map(is_watched, model.hf.modules())):
-        raise CannotReplay("there are hooks of somebody else, which would see other runs than one for each mask")
     wanted = reader.wants(encoded)
     rows = [wanted.rows_of([row]) for row in range(len(questions))]
     if any(own is None for own in rows):
         raise CannotReplay("it is not known which rows are a question's")
     structure = Structure.of(model, questions)
     waiting: list[dict[int, list[Tensor]]] = [{} for _ in turns.met]
-    computed = [sorted(row for place in own for row in rows[place]) for own in turns.rows]
+    computed = [[row for place in own for row in rows[place]] for own in turns.rows]
     done = 0
     logits_of = replayed(model, structure, wanted, turns.ablations, computed)
     for own, places, logits in zip(turns.rows, turns.places, logits_of, strict=True):
         left = iter(logits)
-        for place, turn in sorted(zip(own, places, strict=True)):
+        for place, turn in zip(own, places, strict=True):
             waiting[turn][place] = [next(left) for _ in rows[place]]
         while done < len(waiting) and len(waiting[done]) == len(turns.met[done]):
             yield reader.score(model, questions, encoded, _filled_up(waiting[done], rows, wanted.positions))
@@ -209,14 +219,3 @@ def _by_row(model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: A
             except AblationError as error:
                 _BY_ROW[model.hf] = False
                 raise CannotReplay(str(error)) from error
-
-
-def _one_by_one(model: VLM, reader: AnswerReader, questions: QuestionSet, turns: _Turns) -> Iterator[Reading]:
-    """A run for each ablation and its questions."""
-    known: dict[tuple[int, ...], Any] = {}
-    for ablation, own in zip(turns.ablations, turns.rows, strict=True):
-        some = questions.with_items([questions[row] for row in own])
-        if tuple(own) not in known:
-            known[tuple(own)] = reader.encode(model, some)
-        with ablation:
-            yield reader.read(model, some, known[tuple(own)])

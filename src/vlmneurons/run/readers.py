@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.checks import of_kind, real, whole
@@ -251,6 +251,38 @@ class Wanted:
         owners = self.owners if self.owners is not None else self.questions if alone else None
         wanted = set(questions)
         return None if owners is None else [row for row, owner in enumerate(owners) if owner in wanted]
+
+
+def names_its_tokens(reader: LogitReader) -> bool:
+    """Whether what the reader says of its tokens goes for its own `score`: a subclass may have another one."""
+    owners = {
+        name: next(one for one in type(reader).__mro__ if name in vars(one))
+        for name in ("score", "score_shares", "tokens")
+    }
+    return len(set(owners.values())) == 1 and owners["tokens"] is not LogitReader
+
+
+def reading_of_shares(
+    reader: LogitReader,
+    model: "VLM",
+    questions: QuestionSet,
+    encoded: Any,
+    tokens: list[int],
+    rows: Sequence[Tensor],
+) -> Reading:
+    """The answers, from ``[position, token]`` log-probabilities of the tokens that a reader names, for each row.
+
+    Args:
+        reader: the reader.
+        model: the model.
+        questions: the questions.
+        encoded: what `AnswerReader.encode` made of them.
+        tokens: the tokens, in the order of the columns.
+        rows: the log-probabilities (nats).
+    """
+    size = max(len(model.tokenizer), max(tokens) + 1)
+    shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
+    return reader.score_shares(model, questions, encoded, shares)
 
 
 def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
@@ -587,6 +619,16 @@ class Generate(AnswerReader):
             ids = model.hf.generate(**encoded, generation_config=config)
         if not model.is_encoder_decoder:
             ids = ids[:, encoded["input_ids"].shape[1] :]
+        return self.reading(model, questions, ids.tolist())
+
+    def reading(self, model: "VLM", questions: QuestionSet, ids: Sequence[Sequence[int]]) -> Reading:
+        """The answers that generated tokens give.
+
+        Args:
+            model: the model.
+            questions: the batch.
+            ids: for each question what was generated.
+        """
         texts = _decoded(model, ids)
         bare = questions.prompt is bare_prompt
         chosen: list[int | None] = []
@@ -605,7 +647,7 @@ class Generate(AnswerReader):
         return Reading(tuple(chosen), None, texts)
 
 
-def _decoded(model: "VLM", ids: Int64[Tensor, "row token"]) -> tuple[str, ...]:
+def _decoded(model: "VLM", ids: Sequence[Sequence[int]]) -> tuple[str, ...]:
     """Generated tokens as texts without special tokens, but with the tags between a thought and the answer."""
     tokenizer = model.tokenizer
     special = set(tokenizer.all_special_ids)
@@ -613,7 +655,7 @@ def _decoded(model: "VLM", ids: Int64[Tensor, "row token"]) -> tuple[str, ...]:
     with TOKENIZING:
         if not tags:
             return tuple(tokenizer.batch_decode(ids, skip_special_tokens=True))
-        kept = [[number for number in row if number not in special - tags] for row in ids.tolist()]
+        kept = [[number for number in row if number not in special - tags] for row in ids]
         return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
 
 
