@@ -20,7 +20,7 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation, ablations_in_force
-from vlmneurons.run.engine import Counting, Counts, Engine, Run
+from vlmneurons.run.engine import Counting, Counts, Engine, Run, need_plain_counts
 from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, names_its_tokens, reading_of_shares
 from vlmneurons.run.vllm.server import MOST_TOKENS, Mask, Request, Server, payload, server_of
 
@@ -75,7 +75,7 @@ class VLLMEngine(Engine):
         """See `Engine.check`; starts vLLM.
 
         Raises:
-            MismatchError: sites that are not the language tower's own MLPs; vLLM does not start.
+            MismatchError: sites that are not the language tower's own MLPs, what is counted here only; no start.
             AblationError: neurons that differ from row to row, or that are set at the gate.
         """
         for ablation in ablations:
@@ -85,6 +85,8 @@ class VLLMEngine(Engine):
                 )
             if ablation.at == "gate" and ablation.mode not in ("zero", "scale"):
                 raise AblationError(f"engine='vllm': mode {ablation.mode!r} acts at 'post' only; run the model here")
+        if counting is not None:
+            need_plain_counts(self, counting)
         edited = [site for ablation in ablations for site in ablation._edits]
         for site in [*edited, *(() if counting is None else counting.space.sites)]:
             mlp = self.model.mlp_of(site)
