@@ -370,13 +370,15 @@ class _Canvas:
         _drawn_into(ax, width, 1)
         self.given, self.width = ax is not None, width
         self.size = _size(lines) if width else _rc_size()
-        self.points = 72 * (width or (ax.get_position().width * ax.figure.get_figwidth() if ax else usual[0]))
+        self.points = 72 * (width or usual[0])
+        if ax is not None:
+            self.figure, self.axis = _panels({"": pd.DataFrame([[0]])}, None, ax)[0], ax
+            self.points = 72 * ax.get_position().width * self.figure.get_figwidth()
         small = self.size if width else min(8.0, self.size)
         widest = small * (max(map(ems, legend), default=0) + 4)
         # A column of the legend is as wide as its widest name.
         self.legend = {"ncols": int(max(1, min(4, len(legend), self.points // widest))), "fontsize": small}
         if ax is not None:
-            self.figure, self.axis = _panels({"": pd.DataFrame([[0]])}, None, ax)[0], ax
             return
         below = math.ceil(len(legend) / self.legend["ncols"])
         if width:
