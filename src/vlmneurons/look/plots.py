@@ -128,7 +128,11 @@ def plot_matrix(
         if axis.get_subplotspec() is None or axis.get_subplotspec().is_first_col():
             long = "Neurons switched off: those of"
             axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
-    where: dict[str, Any] = {"location": "bottom", "shrink": 0.9, "aspect": 30} if below else {"shrink": 0.85}
+    where: dict[str, Any] = (
+        {"location": "bottom", "shrink": 0.9 if width and width < 5 else 0.6, "aspect": 30}
+        if below
+        else {"shrink": 0.85}
+    )
     bar = figure.colorbar(axes[0].images[0], ax=ax or list(axes), **where)
     bar.set_label(title, fontsize=size)
     bar.ax.tick_params(labelsize=size)
@@ -236,7 +240,9 @@ def _panels(
         longest = reach(letters)
         cell = side(*way)
         down = math.ceil(len(tables) / across)
-        height = down * (cell * n_rows + longest + 5.5 * size / 72 + 0.1) + (0.2 if side_bar else 0.75)
+        height = down * (cell * n_rows + longest + 5.5 * size / 72 + 0.1) + (
+            0.2 if side_bar else 0.75 if width < 5 else 0.9
+        )
         inches = (width, height)
     figure = PrintFigure(figsize=inches, layout="constrained")
     down = math.ceil(len(tables) / across)
