@@ -207,7 +207,7 @@ def _panels(
         inches = (across * (cell * n_columns + 0.35) + longest + 1.6, cell * n_rows + longest + 1.3)
     else:
         size = _size(max(n_columns, n_rows))
-        line = size * (1.5 if tall(labels) else 1.15)
+        line = size * (1.3 if tall(labels) else 1.15)
 
         def reach(letters: int) -> float:
             return size * max(map(ems, shortened(labels, letters))) / 72
@@ -245,6 +245,8 @@ def _panels(
         )
         inches = (width, height)
     figure = PrintFigure(figsize=inches, layout="constrained")
+    if width and not side_bar:  # the layout lets a bar below high panels stick out by a few points
+        figure.set_layout_engine("constrained", h_pad=0.1)
     down = math.ceil(len(tables) / across)
     axes = figure.subplots(down, across, squeeze=False, sharey=same_rows).ravel().tolist()
     for axis in axes[len(tables) :]:
