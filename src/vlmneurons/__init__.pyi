@@ -48,6 +48,8 @@ from .run.intervention import Intervention as Intervention
 from .study.result import KnockoutResult as KnockoutResult
 from .study.effects import detectable as detectable
 from .study.screen import screen as screen
+from .study.compare import compare as compare
+from .study.compare import Comparison as Comparison
 from .study.protocol import run_study as run_study
 from .study.protocol import Protocol as Protocol
 from .trust.stability import stability as stability
@@ -65,6 +67,10 @@ from .run.readers import LogitReader as LogitReader
 from .run.readers import Letters as Letters
 from .run.readers import Generate as Generate
 from .run.readers import TextLikelihood as TextLikelihood
+from .run.readers import RunningText as RunningText
+from .run.scoring import exact_match as exact_match
+from .run.scoring import vqa_accuracy as vqa_accuracy
+from .run.scoring import anls as anls
 from .run.parsing import parse_answer as parse_answer
 from .look.plots import plot_matrix as plot_matrix
 from .look.plots import plot_layers as plot_layers

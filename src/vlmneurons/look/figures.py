@@ -96,7 +96,7 @@ def ordered(groups: Sequence[str], order: str | Sequence[str] | None, profiles: 
         from scipy.cluster.hierarchy import leaves_list, linkage
 
         tree = linkage(np.nan_to_num(profiles), method="average", optimal_ordering=True)
-        return [groups[place] for place in leaves_list(tree)]
+        return [groups[int(place)] for place in leaves_list(tree)]
     given = names("order", order, MismatchError)
     if sorted(given) != sorted(groups):
         wrong = [f"lacks {name}" for name in groups if name not in given]

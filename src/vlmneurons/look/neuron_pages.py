@@ -27,7 +27,7 @@ from vlmneurons.checks import of_kind, path_of, whole
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
-from vlmneurons.model.vlm import VLM, check_model, refuse_edits
+from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import Site, site_of
 from vlmneurons.progress import Progress
@@ -349,7 +349,7 @@ def _looked(
                 f"{site}: only neurons of the language tower see words and pictures as tokens; record others"
             )
     whole("k", k, QuestionError, least=1)
-    refuse_edits(model)
+    refuse_unobeyed(model)
     if options.remote is not False:
         raise QuestionError(f"remote={options.remote!r}: values at every token do not come back; run the model here")
     if model.is_encoder_decoder:

@@ -46,6 +46,8 @@ _VALUES = {
     "delta": ("Change of accuracy (points)", 100.0, "effect"),
     "correct": ("Change of accuracy (points)", 100.0, "effect"),
     "margin": ("Change of log-probability margin (nats)", 1.0, "effect"),
+    "score": ("Change of the score", 1.0, "effect"),
+    "clean_score": ("Clean score", 1.0, "neutral"),
     "right_to_wrong": ("Right answers that turned wrong (%)", 100.0, "harm"),
     "wrong_to_right": ("Wrong answers that turned right (%)", 100.0, "gain"),
     "wrong_to_wrong": ("Wrong answers that became other wrong ones (%)", 100.0, "neutral"),
@@ -63,7 +65,7 @@ def plot_matrix(
     result: "KnockoutResult",
     selector: str | Sequence[str] | None = None,
     *,
-    value: str = "delta",
+    value: str | None = None,
     limit: float | None = None,
     order: str | Sequence[str] | None = None,
     width: float | None = None,
@@ -77,7 +79,8 @@ def plot_matrix(
     Args:
         result: what `knockout` gave.
         selector: one selector, or several side by side on one scale; all of them by default.
-        value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats).
+        value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats); by
+            default the score, where answers are graded, and else ``"delta"``.
         limit: the value, as drawn, at which colours end, so that several figures can share a scale; by default the
             largest that is drawn.
         order: of the groups: all of them in the order wanted, or ``"clustered"``: groups with alike rows and columns
@@ -106,6 +109,7 @@ def plot_matrix(
     if limit is not None and real("limit", limit, MismatchError) <= 0:
         raise MismatchError(f"limit {limit} is the value at which colours end, and above 0")
     _drawn_into(ax, width, len(names))
+    value = value or result.measure
     title, scale, meaning = _VALUES.get(value, (value, 1.0, "effect"))
     matrices = _in_order(result, {name: result.matrix(name, value=value) * scale for name in names}, order)
     figure, axes, (size, cell, letters, below) = _panels(matrices, width, ax)
@@ -125,7 +129,7 @@ def plot_matrix(
         axis.set_xlabel("Questions about", fontsize=size)
         if ems(longest) * min(7, size) <= 0.97 * 72 * cell:
             _numbers(axis, image, min(7, size), digits)
-        if axis.get_subplotspec() is None or axis.get_subplotspec().is_first_col():
+        if (spec := axis.get_subplotspec()) is None or spec.is_first_col():
             long = "Neurons switched off: those of"
             axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
     where: dict[str, Any] = (
@@ -269,14 +273,14 @@ def _numbers(axis: Axes, image: AxesImage, size: float, digits: int) -> None:
     colours = image.to_rgba(values)
     for row, column in np.ndindex(values.shape):
         light = float(colours[row, column, :3] @ (0.299, 0.587, 0.114))
-        text, colour = _shown(values[row, column], digits), "black" if light > 0.5 else "white"
+        text, colour = _shown(float(values[row, column]), digits), "black" if light > 0.5 else "white"
         axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def _shown(value: float, digits: int) -> str:
     """A number of a cell; nothing where nothing was asked."""
     text = "" if np.isnan(value) else f"{value:.{digits}f}"
-    return "0" if text and float(text) == 0 else text.replace("-", "−")
+    return f"{0:.{digits if value else 0}f}" if text and float(text) == 0 else text.replace("-", "−")
 
 
 def plot_layers(
@@ -332,7 +336,7 @@ def plot_layers(
     image = axis.imshow(counts, cmap=COLOURS["neutral"], vmin=0, vmax=most, aspect="auto")
     wide = ems(str(layers[-1])) * size + 2
     step = next((step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32) if 72 * cell * step >= wide), 64)
-    axis.set_xticks(range(0, len(layers), step), layers[::step], fontsize=size)
+    axis.set_xticks(range(0, len(layers), step), [*map(str, layers[::step])], fontsize=size)
     axis.set_yticks(range(len(groups)), _plain(labels), fontsize=size)
     label = f"Layer of the {towers[0]} tower"
     if expected:
@@ -462,6 +466,7 @@ def plot_effects(
     *,
     effects: Sequence[str] = ("self_effect", "cross_effect"),
     title: str = "",
+    value: str = "correct",
     order: str | Sequence[str] | None = None,
     width: float | None = None,
     ax: Axes | None = None,
@@ -473,6 +478,7 @@ def plot_effects(
         label: the column that names the rows: ``"selector"`` or ``"group"``.
         effects: columns to draw: ``"self_effect"``, ``"cross_effect"``, ``"gap"``, ``"control_effect"``.
         title: stands above.
+        value: what the summary is of: ``"correct"`` (drawn in points), ``"margin"`` or ``"score"``.
         order: of the rows: all their names in the order wanted, or ``"clustered"``: alike effects beside each other. By
             default that of the summary.
         width: of the figure in inches; see `plot_matrix`.
@@ -498,13 +504,14 @@ def plot_effects(
     axis = canvas.axis
     axis.axvline(0, color="black", linewidth=0.8)
     places = np.arange(len(names))
+    unit, scale, _ = _VALUES[value]
     for n, effect in enumerate(effects):
         name, colour, marker = _EFFECTS[effect]
-        value, low, high = (100 * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))
+        drawn = [scale * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         offset = 0.22 * (n - (len(effects) - 1) / 2)
-        _points(axis, value, low, high, places + offset, colour, marker, name)
+        _points(axis, *drawn, places + offset, colour, marker, name)
     canvas.rows(names)
-    canvas.label("Change of accuracy (points)")
+    canvas.label(unit)
     _frame(axis, "x")
     if title:
         axis.set_title(_plain([title])[0], fontsize=canvas.size if width else 10)
@@ -536,7 +543,13 @@ def _frame(axis: Axes, grid: Any) -> None:
 
 
 def plot_curve(
-    curve: pd.DataFrame, axis_name: str, *, groups: bool = True, width: float | None = None, ax: Axes | None = None
+    curve: pd.DataFrame,
+    axis_name: str,
+    *,
+    groups: bool = True,
+    value: str = "correct",
+    width: float | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Self and cross effect along a sweep: all groups together with intervals, and each group's self effect thinly.
 
@@ -544,6 +557,7 @@ def plot_curve(
         curve: what `KnockoutResult.curve` gave.
         axis_name: the column of the setting: ``"r"``, ``"alpha"``, ``"items"``.
         groups: draw the groups.
+        value: what the curve is of; see `plot_effects`.
         width: of the figure in inches; see `plot_matrix`.
         ax: axes of a figure of your own to draw into.
 
@@ -553,6 +567,7 @@ def plot_curve(
     Raises:
         MismatchError: a width that is too narrow.
     """
+    unit, factor, _ = _VALUES[value]
     titles = {
         "r": "Share of neurons switched off (%)",
         "alpha": "Strength α (neurons scaled by 1 + α; −1 is off)",
@@ -567,21 +582,21 @@ def plot_curve(
     axis.axhline(0, color="black", linewidth=0.8)
     for n, (_, rows) in enumerate(single.groupby("group")):
         how = {"color": ORANGE, "alpha": 0.25, "linewidth": 0.8, "label": thin[0] if n == 0 else None}
-        axis.plot(scale * rows[axis_name], 100 * rows["self_effect"], **how)
-    whole = curve[curve["group"] == "all"]
+        axis.plot(scale * rows[axis_name], factor * rows["self_effect"], **how)
+    whole = curve.loc[curve["group"] == "all"]
     at = scale * whole[axis_name].to_numpy(dtype=float)
     for effect in shown:
         name, colour, marker = _EFFECTS[effect]
-        value, low, high = (100 * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))
-        axis.plot(at, value, color=colour, linewidth=1.2)
-        _points(axis, value, low, high, at, colour, marker, name, upright=True)
+        drawn = [factor * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
+        axis.plot(at, drawn[0], color=colour, linewidth=1.2)
+        _points(axis, *drawn, at, colour, marker, name, upright=True)
     log = axis_name in ("r", "items") and len(at) > 1 and at.min() > 0
     if log:
         axis.set_xscale("log")
         axis.minorticks_off()
     labels = [f"{value:g}".replace("-", "−") for value in at]
     axis.set_xticks(at, _spaced(np.log(at) if log else at, labels, 0.8 * canvas.points - 4 * size, size))
-    canvas.label(titles.get(axis_name, axis_name), "Change of accuracy (points)")
+    canvas.label(titles.get(axis_name, axis_name), unit)
     _frame(axis, "both")
     return canvas.done()
 
@@ -722,8 +737,10 @@ def plot_random(
         result.rows_of(name)
     table = result.table()
     table = table[table["mask"] == table["group"]]
+    unit, scale, _ = _VALUES[result.measure]
+    column = "delta" if result.measure == "correct" else "score"
     own = table[table["selector"] == selector]
-    effect = own.groupby("group")["delta"].mean()
+    effect = own.groupby("group")[column].mean()
     groups = ordered(result.group_names, order, effect.reindex(list(result.group_names)).to_numpy()[:, None])
     canvas = _Canvas(width, ax, [*controls, selector], len(groups))
     axis = canvas.axis
@@ -731,19 +748,19 @@ def plot_random(
     styles = [(BLUE, "x"), (GREEN, "+"), (PURPLE, "1"), (GREY, "|")]
     for n, name in enumerate(controls):
         colour, marker = styles[n % len(styles)]
-        rows = table[table["selector"] == name]
+        rows = table.loc[table["selector"] == name]
         # Repeats stand below each other, each control in a band of its own: many are equal, and would hide each other.
         repeats = sorted(set(rows["repeat"]))
         places = (n + (np.arange(len(repeats)) + 0.5) / len(repeats)) / len(controls) - 0.5
         shift = dict(zip(repeats, 0.76 * places, strict=True))
         at = [groups.index(one.group) + shift[one.repeat] for one in rows.itertuples()]
         how = {"color": colour, "marker": marker, "s": 18, "linewidths": 1.0}
-        axis.scatter(100 * rows["delta"], at, label=canvas.names([name])[0], **how)
+        axis.scatter(scale * rows[column], at, label=canvas.names([name])[0], **how)
     at = [groups.index(group) for group in own["group"]]
     how = {"color": ORANGE, "marker": "o", "s": 26, "zorder": 3}
-    axis.scatter(100 * own["delta"], at, label=canvas.names([selector])[0], **how)
+    axis.scatter(scale * own[column], at, label=canvas.names([selector])[0], **how)
     canvas.rows(groups)
-    canvas.label("Self effect: change of accuracy (points)")
+    canvas.label(f"Self effect: {unit[0].lower()}{unit[1:]}")
     _frame(axis, "x")
     return canvas.done()
 
