@@ -218,7 +218,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(model, passes, monkeypatch, 
 
     with torch.inference_mode():
         structure = replay.Structure.of(model, questions)
-    monkeypatch.setattr(structure, "most_tiles", None)
+    monkeypatch.setattr(structure, "most_rows", None)
     monkeypatch.setattr(replay._Pass, "_chunk", limited)
     if fits == 0:  # not even one tile fits at some time: the error of the plain run is what counts, and it has none
         with pytest.raises(torch.OutOfMemoryError):

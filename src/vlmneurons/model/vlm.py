@@ -11,13 +11,20 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, GenerationMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
@@ -38,6 +45,16 @@ _NEEDED = ("config", "device", "dtype")
 """What nnsight, transformers' pipelines and the records of what was run ask of any model."""
 _OF_THE_MODULE = ("eval", "train", "to", "cpu", "cuda", "float", "half", "double", "bfloat16", "requires_grad_")
 """Methods by which a module changes itself and gives itself back: a VLM gives itself."""
+
+
+if TYPE_CHECKING:
+
+    class HFModel(PreTrainedModel):
+        """What a type checker sees in a model of transformers; ``generate`` is there where `VLM.can_generate`."""
+
+        hf_device_map: dict[str, torch.device]
+
+        def generate(self, *args: object, **kwargs: object) -> Tensor: ...
 
 
 class VLM:
@@ -92,7 +109,7 @@ class VLM:
                 "To load by name use VLM.from_pretrained(name)"
             )
         refuse_copies(hf_model)
-        self.hf = hf_model.eval()
+        self.hf = cast("HFModel", hf_model.eval())  # or has what it needs of one: that is checked below
         self.processor = processor
         self.towers: dict[str, Tower] = find_towers(hf_model)
         absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
@@ -105,7 +122,7 @@ class VLM:
         offloaded = offloaded_to(hf_model)
         if offloaded is not None and not hasattr(hf_model, "hf_device_map"):
             # As `dispatch_model` leaves it: else transformers would try to move the weights, which are not there.
-            hf_model.hf_device_map = {"": offloaded}
+            self.hf.hf_device_map = {"": offloaded}
         self._rename = rename
         computed = [
             ComputedGate.of(hf_model.get_submodule(mlp.path), mlp.layout)
@@ -186,11 +203,12 @@ class VLM:
                     AutoModelForImageTextToText,
                     lambda auto: auto.from_config(config, trust_remote_code=trust_remote_code),
                 )
-            hf_model.hf_device_map = {"": torch.device("meta")}  # else transformers would try to move the weights
+            # Else transformers would try to move the weights.
+            vars(hf_model)["hf_device_map"] = {"": torch.device("meta")}
             if (dtype := options.pop("dtype", "auto")) != "auto":
-                hf_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+                hf_model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
             with contextlib.suppress(OSError):  # where a text ends
-                hf_model.generation_config = GenerationConfig.from_pretrained(name_or_path, **shared)
+                vars(hf_model)["generation_config"] = GenerationConfig.from_pretrained(name_or_path, **shared)
         model = cls(hf_model, processor, template=template, template_kwargs=template_kwargs, rename=rename)
         model.nnsight.revision = revision  # names the model in a remote run
         if engine == "vllm":
@@ -198,7 +216,7 @@ class VLM:
             told |= {"hf_token": where.get("token"), "download_dir": where.get("cache_dir")}
             model.engine, model.engine_options = engine, {**{k: v for k, v in told.items() if v}, **options}
             hf_model.register_forward_pre_hook(_refuse_to_run)
-            hf_model.generate = _refuse_to_run
+            vars(hf_model)["generate"] = _refuse_to_run
         return model
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -227,7 +245,7 @@ class VLM:
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embeddings."""
         try:
-            weight = self.hf.get_input_embeddings().weight
+            weight = cast(Tensor, self.hf.get_input_embeddings().weight)
         except (AttributeError, NotImplementedError):
             weight = next(self.hf.parameters())
         if weight.device.type != "meta":
@@ -526,19 +544,28 @@ def offloaded_to(hf_model: nn.Module) -> torch.device | None:
     return None
 
 
-def refuse_edits(model: VLM) -> None:
-    """Refuse a model with standing edits, for a run that would not obey them.
+def refuse_unobeyed(model: VLM) -> None:
+    """Refuse what a run of the library's own would not obey: a model's standing edits, and autocast around the call.
 
-    Edits of ``model.edit`` act in traces only. What runs the model itself knows nothing of them.
+    Edits of ``model.edit`` act in traces only; under autocast the counts would be those of another precision than the
+    weights', and hang on where the call stands.
 
     Raises:
-        MismatchError: the model has edits.
+        MismatchError: the model has edits, or autocast is on for one of its devices.
     """
     if model.nnsight._edits:
         raise MismatchError(
             "this model has standing edits of model.edit(…), which act in traces and nowhere else: this run would not "
             "obey them. Take them off with model.clear_edits(), or use vn.Ablation, which acts everywhere"
         )
+    for kind in sorted({"cpu", *(one.device.type for one in model.hf.parameters())} - {"meta"}):
+        if torch.is_autocast_enabled(kind):
+            raise MismatchError(
+                "torch.autocast is on around this call, which runs in the precision of the weights "
+                f"({model.hf.dtype}): leave it, or turn it off with torch.autocast({kind!r}, enabled=False). Else load "
+                f"the model in it, as VLM.from_pretrained(…, dtype={torch.get_autocast_dtype(kind)}) does; a "
+                "vn.Recorder counts under autocast what the model used"
+            )
 
 
 def check_model(model: Any) -> None:

@@ -104,6 +104,10 @@ class RemoteEngine(Engine):
         for ablation in ablations:
             edits_of(self.model, ablation, self.remote)
         if counting is not None:
+            if isinstance(counting.tokens, Mapping) or counting.statistics:
+                raise MismatchError(
+                    f"{self.name}: token rules by name, and statistics of your own, are counted here only"
+                )
             sites = counting.space.sites
             placed = [(number, site, *stop(self.model, site, self.remote)) for number, site in enumerate(sites)]
             self._sites = sorted(placed, key=lambda one: _computed(self.model, one[1]))
@@ -279,7 +283,7 @@ def _job(
             with nn.trace(**inputs):
                 started = dict(nn.interleaver.counts)
                 with torch.no_grad():
-                    stops = []
+                    stops, values = [], None
                     for envoy, end, columns, mode, factor, new in edits:
                         stops.append(f"{envoy.path}.{end}")
                         values = (envoy.input if end == "input" else envoy.output).clone()
@@ -323,6 +327,6 @@ def _job(
                             wanted = reading["tokens"].to(logits.device)
                             answers = [row.log_softmax(-1)[:, wanted] for row in answers]
                     visits = [nn.interleaver.counts.get(name, 0) - started.get(name, 0) for name in stops]
-                    dtype = values.dtype if stops else logits.dtype  # some models give their logits in float32
+                    dtype = logits.dtype if values is None else values.dtype  # some models give their logits in float32
                     found.append((answers, given, visits, counts, str(dtype)))
     return found
