@@ -129,9 +129,7 @@ class VLLMEngine(Engine):
         assert isinstance(counting.tokens, str | Callable)  # see `check`
         counted, attention = batch.tokens.counted(counting.tokens), batch.tokens.attention
         if len(asked.bare) != len(questions):
-            raise QuestionError(
-                f"engine='vllm': {self.reader!r} reads nothing where a question ends; it is not counted"
-            )
+            raise QuestionError(f"engine='vllm': {self.reader!r} reads nothing where a question ends, to count")
         requests = []
         for place, one in enumerate(asked.requests):
             if place in asked.bare:
