@@ -206,9 +206,9 @@ class VLM:
             # Else transformers would try to move the weights.
             vars(hf_model)["hf_device_map"] = {"": torch.device("meta")}
             if (dtype := options.pop("dtype", "auto")) != "auto":
-                hf_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+                hf_model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
             with contextlib.suppress(OSError):  # where a text ends
-                hf_model.generation_config = GenerationConfig.from_pretrained(name_or_path, **shared)
+                vars(hf_model)["generation_config"] = GenerationConfig.from_pretrained(name_or_path, **shared)
         model = cls(hf_model, processor, template=template, template_kwargs=template_kwargs, rename=rename)
         model.nnsight.revision = revision  # names the model in a remote run
         if engine == "vllm":
@@ -216,7 +216,7 @@ class VLM:
             told |= {"hf_token": where.get("token"), "download_dir": where.get("cache_dir")}
             model.engine, model.engine_options = engine, {**{k: v for k, v in told.items() if v}, **options}
             hf_model.register_forward_pre_hook(_refuse_to_run)
-            hf_model.generate = _refuse_to_run
+            vars(hf_model)["generate"] = _refuse_to_run
         return model
 
     # -- what it is ----------------------------------------------------------------------------------------------------

@@ -112,14 +112,15 @@ def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Eng
     check_model(model)
     refuse_unobeyed(model)
     reader = reader_of(questions.answer)
+    if model.engine == "vllm" and remote is not False:
+        raise MismatchError(f"remote={remote!r}: this model is held by engine='vllm', and runs there")
+    if model.engine != "vllm":
+        refuse_unknown(model, remote)
     reader.check(questions)
     if model.engine == "vllm":
-        if remote is not False:
-            raise MismatchError(f"remote={remote!r}: this model is held by engine='vllm', and runs there")
         from vlmneurons.run.vllm.engine import VLLMEngine
 
         return VLLMEngine(model, reader)
-    refuse_unknown(model, remote)
     return LocalEngine(model, reader) if remote is False else RemoteEngine(model, reader, remote)
 
 

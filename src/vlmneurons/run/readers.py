@@ -628,6 +628,9 @@ class Generate(AnswerReader):
             model: the model.
             questions: the batch.
             ids: for each question what was generated.
+
+        Raises:
+            ActivationError: a scorer gives NaN.
         """
         texts = _decoded(model, ids)
         bare = questions.prompt is bare_prompt

@@ -38,6 +38,8 @@ class VLLMEngine(Engine):
             ablation, which does not reach vLLM; or an encoder-decoder model.
     """
 
+    ragged = True
+
     def __init__(self, model: VLM, reader: AnswerReader) -> None:
         super().__init__(model, reader)
         plain = type(reader) is Generate or (
@@ -75,7 +77,8 @@ class VLLMEngine(Engine):
         """See `Engine.check`; starts vLLM.
 
         Raises:
-            MismatchError: sites that are not the language tower's own MLPs, what is counted here only; no start.
+            MismatchError: sites that are not the language tower's own MLPs, several token rules, statistics of the
+                user's; vLLM does not start.
             AblationError: neurons that differ from row to row, or that are set at the gate.
         """
         for ablation in ablations:
@@ -123,7 +126,10 @@ class VLLMEngine(Engine):
         """See `Engine.count`."""
         asked = _Asked(self, questions, encoded)
         batch, rows = asked.batch, asked.first_rows
+        assert isinstance(counting.tokens, str | Callable)  # see `check`
         counted, attention = batch.tokens.counted(counting.tokens), batch.tokens.attention
+        if len(asked.bare) != len(questions):
+            raise QuestionError(f"engine='vllm': {self.reader!r} reads nothing where a question ends, to count")
         requests = []
         for place, one in enumerate(asked.requests):
             if place in asked.bare:
@@ -158,8 +164,7 @@ class VLLMEngine(Engine):
         for (number, place), output in zip(jobs, outputs, strict=True):
             found[number][place] = output
         for run, some in zip(runs, found, strict=True):
-            reading = asked.reading(some)
-            yield reading if run.rows is None else reading.of_rows(run.rows)
+            yield asked.reading(some, run.rows)
 
     def _mask_of(self, ablation: Ablation) -> int:
         """The number of a mask, by which requests name it."""
@@ -205,10 +210,11 @@ class _Asked:
         parts = [self.tokens[n : n + MOST_TOKENS] for n in range(0, len(self.tokens), MOST_TOKENS)]
         self.places: list[list[list[int]]] = []
         """For each row and wanted position the requests that give its tokens, in order."""
+        owners = range(len(wanted.positions)) if wanted.owners is None else wanted.owners
+        if wanted.owners is None and self.first_rows != list(owners):
+            raise QuestionError(f"engine='vllm': {self.reader!r} does not say which question its rows are of (owners)")
         known: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for row, positions in enumerate(wanted.positions):
-            # A question's rows stand together, the first of them for itself; another order is noticed by other tokens.
-            number = max(n for n, first in enumerate(self.first_rows) if first <= row)
+        for row, (number, positions) in enumerate(zip(owners, wanted.positions, strict=True)):
             start, ids = int(self.batch.tokens.last[row]), self.batch.tokens.ids[row]
             self.places.append([])
             for position in positions:
@@ -241,26 +247,27 @@ class _Asked:
 
         return self.requests[0], pixels
 
-    def reading(self, outputs: Sequence[Any]) -> Reading:
-        """The answers, from what requests gave; of requests that were not made (None), whatever."""
+    def reading(self, outputs: Sequence[Any], some: Sequence[int] | None = None) -> Reading:
+        """The answers to the questions, or to some of them, from what their requests gave; None of the others'."""
         model, questions = self.engine.model, self.questions
-        if isinstance(self.reader, Generate):
-            ids = [[] if one is None else list(one.outputs[0].token_ids) for one in outputs]
-            return self.reader.reading(model, questions, ids)
+        if isinstance(self.reader, Generate):  # a request for each question
+            asked = range(len(questions)) if some is None else some
+            ids = [list(outputs[number].outputs[0].token_ids) for number in asked]
+            return self.reader.reading(model, questions.with_items([questions[number] for number in asked]), ids)
         assert isinstance(self.reader, LogitReader)
         rows: list[Tensor] = []
         for of_row in self.places:
             found = [[_shares(outputs[n], self.requests[n].tokens) for n in of_position] for of_position in of_row]
             rows.append(torch.tensor([list(itertools.chain(*parts)) for parts in found]))
-        return reading_of_shares(self.reader, model, questions, self.encoded, self.tokens, rows)
+        reading = reading_of_shares(self.reader, model, questions, self.encoded, self.tokens, rows)
+        return reading if some is None else reading.of_rows(some)
 
 
 def _prompt(model: VLM, questions: QuestionSet, item: Question) -> dict[str, Any]:
     """A question as vLLM takes it: tokens whose placeholders it expands itself, and pictures."""
-    shown = [item.options[index] for index in questions.order(item)]
     with TOKENIZING:  # the next batch may be encoded meanwhile
-        text = model.encoder.render(questions.prompt(item, shown), *item.n_media)
-        prompt: dict[str, Any] = {"prompt_token_ids": model.encoder.token_ids(text)}
+        ids = model.encoder.token_ids(model.encoder.prompt_of(questions, item))
+    prompt: dict[str, Any] = {"prompt_token_ids": ids}
     if item.n_images:
         prompt["multi_modal_data"] = {"image": list(item.load_images())}
     return prompt

@@ -9,6 +9,7 @@ the mask has to give the same bits again.
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import weakref
@@ -115,7 +116,7 @@ class Server:
     def weights(self) -> str | None:
         """A digest of the checkpoint's files in a folder; None for a name on the Hub, whose revision tells all."""
         files = [path for path in sorted(Path(self.name_or_path).glob("*")) if path.suffix in _HOLD_WEIGHTS]
-        parts = [one for path in files for one in (path.name.encode(), memoryview(np.memmap(path, np.uint8, "r")))]
+        parts = [one for path in files for one in (path.name.encode(), np.memmap(path, np.uint8, "r").data)]
         return f"files {digest_of_bytes(*parts)}" if files else None
 
     @functools.cached_property
@@ -129,8 +130,7 @@ class Server:
             os.environ.setdefault(name, value)
         if os.environ["VLLM_USE_V2_MODEL_RUNNER"] != "0":
             raise MismatchError("VLLM_USE_V2_MODEL_RUNNER=1: that runner does not say which token is of which question")
-        import vllm
-
+        vllm = importlib.import_module("vllm")
         # Each step is laid out when it runs, and pictures are normalised as by the VLM's processor, to be compared.
         given = {"async_scheduling": False, "mm_device_do_normalize": False, "disable_log_stats": True}
         given |= {"limit_mm_per_prompt": {"video": 0, "audio": 0}, **self.options}
@@ -160,8 +160,7 @@ class Server:
         Raises:
             MismatchError: its processor makes other tokens of a question than the library's.
         """
-        from vllm import SamplingParams
-
+        SamplingParams = importlib.import_module("vllm").SamplingParams
         prompts, params = [], []
         for one in requests:
             told: dict[str, Any] = {"mask": one.mask}

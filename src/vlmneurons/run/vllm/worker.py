@@ -10,23 +10,25 @@ processes of their own and on other machines; a class of its own (``worker_cls``
 `save` on every object and vLLM takes that for a method which both have.
 """
 
+import importlib
 import re
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from vllm.platforms import current_platform
+from torch import Tensor
 
 from vlmneurons.statistics.counting import count_patches
 
-if current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as _Base
-else:
-    from vllm.v1.worker.gpu_worker import Worker as _Base  # type: ignore[assignment]
+_ON_CPU = importlib.import_module("vllm.platforms").current_platform.is_cpu()
+_BASE: Any = (
+    importlib.import_module("vllm.v1.worker.cpu_worker").CPUWorker
+    if _ON_CPU
+    else importlib.import_module("vllm.v1.worker.gpu_worker").Worker
+)
 
 
-class Worker(_Base):
+class Worker(_BASE):
     """A worker of vLLM that counts and edits. Methods of the library's begin with ``vn_``."""
 
     _step: "_Step | None" = None
@@ -56,7 +58,7 @@ class Worker(_Base):
         elif any(len(found) != 1 for found in mlps.values()) or [n * ranks for n in own] != widths:
             fault = f"its MLPs have {[n * ranks for n in own]} neurons by layer, where the model has {widths}"
         else:
-            self._mlps: list[nn.Module] = [mlps[n][0] for n in range(len(widths))]
+            self._mlps: list[Any] = [mlps[n][0] for n in range(len(widths))]
             self._masks: list[tuple[Tensor, Tensor | None] | None] = [None] * len(widths)
             self._edited = [0] * len(widths)
             self._pixels: list[float] = []
@@ -155,9 +157,10 @@ class Worker(_Base):
                 changed = changed + terms[rows]
             values = torch.cat([changed, values[len(rows) :]])
             self._edited[layer] += step.masked
-        for number, kind in () if self._counting is None else self._counting.of_layer(layer):
-            if kind == "post":
-                self._counting.add(number, step, values)
+        if self._counting is not None:
+            for number, kind in self._counting.of_layer(layer):
+                if kind == "post":
+                    self._counting.add(number, step, values)
         return (values, *args[1:])
 
     # -- what a proof looks at -----------------------------------------------------------------------------------------
