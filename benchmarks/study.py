@@ -93,22 +93,22 @@ class Study:
 
 
 def errors(change: np.ndarray, masks: list[str], groups: list[str], cluster: np.ndarray) -> np.ndarray:
-    """``[effect, one group or all]`` standard errors of self effect, cross effect and gap; of one group, their mean."""
+    """``[effect, one group or all]`` standard errors of self effect, cross effect and gap; of one, the median."""
     of = np.array(groups)
     members = [np.flatnonzero(of == name) for name in sorted(set(groups))]
     error = np.sqrt(estimates(question_effects(change, masks, groups), members, cluster).variance)
-    return np.stack([error[:, :-1].mean(1), error[:, -1]], axis=1)
+    return np.stack([np.median(error[:, :-1], axis=1), error[:, -1]], axis=1)
 
 
 def print_errors(title: str, most: int, found: Callable[[int | None], np.ndarray]) -> None:
     """Print ``found(k)``: ``[value, effect, one group or all]``, in points and nats."""
     print(f"\nstandard errors by picture: {title}", flush=True)
     heads = [f"{name}{of}" for of in ("", " all") for name in coverage.EFFECTS]
-    print(f"{'k':>4} {'runs':>5} " + "".join(f"{head:>11}" for head in [f"{h} pts" for h in heads] + heads))
+    print(f"{'k':>4} {'runs':>5} " + "".join(f"{head:>14}" for head in [f"{h} pts" for h in heads] + heads))
     for k in OVER:
         table = found(k)
         numbers = [table[value, effect, of] for value in (0, 1) for of in (0, 1) for effect in range(3)]
-        print(f"{k or 'all':>4} {2 + (k or most):>5} " + "".join(f"{number:>11.4f}" for number in numbers), flush=True)
+        print(f"{k or 'all':>4} {2 + (k or most):>5} " + "".join(f"{number:>14.4f}" for number in numbers), flush=True)
 
 
 def on_demo(draws: int) -> None:

@@ -155,11 +155,11 @@ def plant_neurons(
     )
 
 
-def _picture(number: int, rng: np.random.Generator) -> Image.Image:
+def _picture(number: int, n_groups: int, rng: np.random.Generator) -> Image.Image:
     """A square of the group's colour (a corner of the colour cube), with some noise; from the ninth on, of two."""
     corner, other = (np.array([k >> bit & 1 for bit in range(3)]) * 200 + 28 for k in (number, number + number // 8))
     stripes = (np.arange(_IMAGE) // 4 % 2)[:, None]  # a patch of the vision tower has one of each
-    noise = 8 if number < 8 else 4
+    noise = 8 if n_groups <= 8 else 2
     pixels = corner * (1 - stripes) + other * stripes + rng.integers(-noise, noise + 1, size=(_IMAGE, _IMAGE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
@@ -173,7 +173,7 @@ def _questions(groups: tuple[str, ...], n_questions: int, seed: int) -> Question
             options = tuple(rng.permutation([group, *others]).tolist())
             questions.append(
                 Question(
-                    _picture(number, rng),
+                    _picture(number, len(groups), rng),
                     "Which country is this picture from?",
                     options,
                     options.index(group),
@@ -297,7 +297,7 @@ def _write_projector(
     projector.linear_1.weight.copy_(torch.randn(projector.linear_1.weight.shape, generator=generator) * 0.3)
     projector.linear_1.bias.zero_()
     rng = np.random.default_rng(12345)
-    pictures = [_picture(number, rng) for number in range(len(groups)) for _ in range(40)]
+    pictures = [_picture(number, len(groups), rng) for number in range(len(groups)) for _ in range(40)]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].flatten(0, 1)
     features = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
     per_picture = pixels.shape[0] // len(pictures) * features.shape[1]
