@@ -105,7 +105,7 @@ def simulated(
     for _ in range(studies):
         change, own, other = design.draw(random, value, null=False)
         found = estimates(question_effects(change, design.names, design.groups), design.members, design.picture)
-        low, high, few = found.bounds(0.95, value == "correct")
+        low, high, few = found.bounds(0.95, value)
         for row, (name, truth) in enumerate(zip(EFFECTS, (own, other, own - other), strict=True)):
             for column, places in ((name, slice(single)), (f"{name} all", slice(single, None))):
                 kept = ~few[row, places]
@@ -114,9 +114,7 @@ def simulated(
                 given[column].extend(kept)
                 errors[column].append((found.value[row, places] - truth).mean())
         cells = estimates(change, design.members, design.picture)
-        low, high, few = (
-            table[:, :-1][~np.eye(single, dtype=bool)] for table in cells.bounds(0.95, value == "correct")
-        )
+        low, high, few = (table[:, :-1][~np.eye(single, dtype=bool)] for table in cells.bounds(0.95, value))
         kept = ~few & np.isfinite(low)
         held["cells"].append((((low <= other) & (other <= high))[kept].sum(), kept.sum()))
         given["cells"].extend(kept)

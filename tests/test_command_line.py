@@ -241,7 +241,7 @@ REFUSED = {
     "a selector that is misspelt": (
         [*STUDY, "--selectors", "CAS", "LAAP"],
         2,
-        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS; did you mean LAP?",
+        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS, MAD-mean; did you mean LAP?",
     ),
     "a rule of tokens in capitals": ([*STUDY, "--tokens", "Content"], 2, "did you mean content?"),
     "a way to answer": ([*STUDY, "--answer", "letter"], 2, "'letter' is none of letters, generate, text; did you mean"),
@@ -310,7 +310,7 @@ def test_choices_and_defaults_are_those_of_the_library():
     from vlmneurons.recording.record import CONDITIONS
     from vlmneurons.study.protocol import SELECTORS
 
-    assert tuple(SELECTORS) == cli.SELECTORS
+    assert tuple(SELECTORS) == cli.STUDIED
     assert (cli.TOKENS, cli.CONDITIONS) == (TOKEN_RULES, CONDITIONS)
     options = [*inspect.signature(cli.study).parameters.values(), *inspect.signature(cli._asking).parameters.values()]
     defaults = {one.name: one.default for one in options}

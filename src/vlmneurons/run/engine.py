@@ -30,7 +30,8 @@ class Counting(Protocol):
     """Who counts while a batch is asked: told what is run, and given counts that it did not see itself."""
 
     space: NeuronSpace
-    tokens: TokenRule
+    tokens: TokenRule | Mapping[str, TokenRule]
+    statistics: Mapping[str, Any]
     magnitudes: bool
     maxima: bool
 
@@ -110,6 +111,11 @@ class Engine(ABC):
     @abstractmethod
     def answers(self, questions: QuestionSet, encoded: Any, runs: Sequence[Run]) -> Iterator[Reading]:
         """The answers to a batch in each run, in order, one reading at a time."""
+
+    @property
+    def own_setting(self) -> Mapping[str, str]:
+        """Entries of the `Setting` that the engine knows better than the model that is here."""
+        return {}
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -48,11 +48,12 @@ class Packing:
         """The packing of a batch of which some positions' logits are wanted; None where it would spare too little.
 
         Args:
-            batch: the batch; rows share a picture's tokens only if ``batch.pictures`` says that it is the same.
+            batch: the batch; rows share the tokens of a picture, sound or video only if ``batch.pictures`` says that it
+                is the same.
             positions: for each row the positions that are wanted.
             apart: put no trees beside each other: rows that share nothing can then be computed one without the other.
         """
-        ids, attention, image = (part.cpu() for part in (batch.tokens.ids, batch.tokens.attention, batch.tokens.image))
+        ids, attention, media = (part.cpu() for part in (batch.tokens.ids, batch.tokens.attention, batch.tokens.media))
         pictures: Sequence[Hashable] = range(len(ids)) if batch.pictures is None else batch.pictures
         path = torch.full(ids.shape, -1, dtype=torch.int64)
         trees: list[list[tuple[int, int]]] = []  # for each tree the row and position of its tokens
@@ -66,7 +67,7 @@ class Packing:
                 alike = (ids[row, :end] == ids[other, :end]) & (attention[row, :end] == attention[other, :end])
                 alike &= (path[other, :end] >= 0) | ~attention[row, :end]
                 if pictures[row] != pictures[other]:
-                    alike &= ~image[row, :end]
+                    alike &= ~media[row, :end]
                 n = int(alike.long().cumprod(0).sum())
                 if n > shared and n >= _LEAST_SHARED * min(end, max(positions[other]) + 1):
                     best, shared = other, n

@@ -82,7 +82,6 @@ class Estimates:
         changed: ``[row, place]`` questions among them whose value is not 0: whose answers changed.
         variance: ``[row, place]`` of the mean, linearised by unit; NaN where a group has one unit only.
         freedom: ``[row, place]`` degrees of freedom of the variance.
-        skewness: ``[row, place]`` of the mean, squared: that of what units add to its deviation, over their number.
         totals: for each place ``[row, unit]``, what each unit adds to the mean.
         spread: ``[row, picture]`` what each picture adds to the deviation of the mean over all groups.
         in_group: ``[group, row, picture]`` whether a picture has questions of a group that enter.
@@ -94,7 +93,6 @@ class Estimates:
     changed: np.ndarray
     variance: np.ndarray
     freedom: np.ndarray
-    skewness: np.ndarray
     totals: tuple[np.ndarray, ...]
     spread: np.ndarray
     in_group: np.ndarray
@@ -109,10 +107,9 @@ class Estimates:
         if not len(there):
             nothing = np.full((1, 1), np.nan)
             none = np.zeros((1, 1), dtype=np.int64)
-            rest = (self.totals[-1:], self.spread, self.in_group)
-            return Estimates(nothing, none, none, none, nothing, nothing, nothing, *rest)
+            return Estimates(nothing, none, none, none, nothing, nothing, self.totals[-1:], self.spread, self.in_group)
         spread = self.spread[there].mean(0, keepdims=True)
-        in_group = self.in_group[:, there].any(1)[:, None]
+        in_group = self.in_group[:, there].max(1, keepdims=True)  # any of them
         freedom = _satterthwaite(spread, in_group, self.units[there, :-1].max(0)[None])
         variance = np.where(np.isnan(self.variance[there, -1]).any(), np.nan, (spread**2).sum(1))
         return Estimates(
@@ -122,30 +119,24 @@ class Estimates:
             self.changed[there, -1].sum(keepdims=True)[None],
             variance[None],
             freedom[None],
-            _skewness(spread)[None],
             (self.totals[-1][there].mean(0, keepdims=True),),
             spread,
             in_group,
         )
 
-    def bounds(self, confidence: float, answers: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def bounds(self, confidence: float, value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``[row, place]`` lower and upper bounds of t intervals, NaN where there is too little, and whether it is.
-
-        A t interval of a few skewed units is too short. Of its error of coverage, of order 1 / units, the part that
-        skewness makes is known (Hall 1992, The Bootstrap and Edgeworth Expansion, section 2.6), and taken back.
 
         Args:
             confidence: level, in (0, 1).
-            answers: whether the values are changes of answers, of which a few must have changed.
+            value: what has changed; of answers (``"correct"``), and of scores unless all have moved, a few must.
         """
         # Where all units say the same, what is left is rounding, and no spread to tell anything from.
         few = (self.units < LEAST_UNITS) | ~(self.variance > (1e-9 * self.value) ** 2)
-        if answers:
-            few |= self.changed < LEAST_CHANGED
+        if value != "margin":
+            few |= (self.changed < LEAST_CHANGED) & ((value == "correct") | (self.changed < self.n))
         freedom = np.where(few, 1.0, self.freedom)
-        q = scipy_stats.t.ppf(0.5 + confidence / 2, freedom)
-        q *= 1 + self.skewness * (q**4 + 2 * q**2 - 3).clip(0) / 18
-        reach = q * np.sqrt(np.where(few, np.nan, self.variance))
+        reach = scipy_stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(np.where(few, np.nan, self.variance))
         return self.value - reach, self.value + reach, few & (self.n > 0)
 
     def pvalues(
@@ -188,7 +179,7 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
     picture, n_pictures = np.searchsorted(used, cluster), len(used)  # those of other groups draw no flips
     known = ~np.isnan(values)
     filled = np.where(known, values, 0.0)
-    n, units, moved, sums, variance, skewness = (np.zeros((n_rows, len(members) + 1)) for _ in range(6))
+    n, units, moved, sums, variance = (np.zeros((n_rows, len(members) + 1)) for _ in range(5))
     totals: list[np.ndarray] = []
     whole_total, whole_spread = np.zeros((n_rows, n_pictures)), np.zeros((n_rows, n_pictures))
     in_group = np.zeros((len(members), n_rows, n_pictures), dtype=bool)
@@ -207,7 +198,7 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
             spread = np.sqrt(units[:, place] / (units[:, place] - 1))[:, None] * (
                 y / size - sizes * y.sum(1, keepdims=True) / size**2
             )
-            variance[:, place], skewness[:, place] = (spread**2).sum(1), _skewness(spread)
+            variance[:, place] = (spread**2).sum(1)
             whole_total[:, numbers] += totals[-1]
             whole_spread[:, numbers] += np.where(size > 0, spread, 0.0)
             in_group[place][:, numbers] = sizes > 0
@@ -217,19 +208,13 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
         totals.append(np.where(n_groups[:, None] > 0, whole_total / n_groups[:, None], 0.0))
         n[:, -1], moved[:, -1], units[:, -1] = n.sum(1), moved.sum(1), in_group.any(0).sum(1)
         spread = whole_spread / n_groups[:, None]
-        variance[:, -1], skewness[:, -1] = (spread**2).sum(1), _skewness(spread)
+        variance[:, -1] = (spread**2).sum(1)
         freedom = units - 1
         freedom[:, -1] = _satterthwaite(spread, in_group, units[:, :-1])
     value[n == 0] = np.nan
     variance[(n == 0) | ~np.isfinite(variance)] = np.nan
-    whole_numbers = (table.astype(np.int64) for table in (n, units, moved))
-    return Estimates(value, *whole_numbers, variance, freedom, skewness, tuple(totals), spread, in_group)
-
-
-def _skewness(spread: np.ndarray) -> np.ndarray:
-    """``[row]`` squared skewness of a mean, of what each unit adds to its deviation: ``[row, unit]``."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (spread**3).sum(1) ** 2 / (spread**2).sum(1) ** 3
+    n, units, moved = (table.astype(np.int64) for table in (n, units, moved))
+    return Estimates(value, n, units, moved, variance, freedom, tuple(totals), spread, in_group)
 
 
 def _satterthwaite(spread: np.ndarray, in_group: np.ndarray, units: np.ndarray) -> np.ndarray:

@@ -9,13 +9,15 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import Attribute, TraceError
 
 UNNAMED = "_a_tensor_made_on_the_way"
 """What the graph calls a tensor that the module does not hold; `torch.fx` would hang it onto the user's module."""
@@ -34,7 +36,7 @@ class _Symbol(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
-class _Property(fx.proxy.Attribute):
+class _Property(Attribute):
     def __len__(self) -> int:
         raise TypeError("a symbol has no length")
 
@@ -79,9 +81,7 @@ def _followed(call: Callable, method: str | None) -> Callable:
     @functools.wraps(call, updated=())
     def followed(*args: Any, **kwargs: Any) -> Any:
         symbols: list[fx.Proxy] = []
-        fx.node.map_aggregate(
-            (args, kwargs), lambda value: symbols.append(value) if isinstance(value, fx.Proxy) else None
-        )
+        map_aggregate((args, kwargs), lambda value: symbols.append(value) if isinstance(value, fx.Proxy) else None)
         if not symbols:
             return call(*args, **kwargs)
         kind, target = ("call_function", call) if method is None else ("call_method", method)
@@ -94,6 +94,25 @@ _MOST_WAYS = 12
 """How many ways through one forward are followed at most; each comparison of symbols doubles them."""
 
 
+@contextlib.contextmanager
+def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """After it the modules have what they had: some keep a value of their forward, as Switch's router does a dtype."""
+    held: list[tuple[Any, Any]] = [(vars(module), vars(module).copy()) for module in modules]
+    held += [(one, one.copy()) for _, had in held for one in had.values() if type(one) in (dict, list, set) and one]
+    try:
+        yield
+    finally:
+        for one, content in held:
+            now, then = ((each.items() if isinstance(each, dict) else each) for each in (one, content))
+            if [*map(_ids, now)] != [*map(_ids, then)]:
+                one.clear()
+                one.extend(content) if isinstance(one, list) else one.update(content)
+
+
+def _ids(value: Any) -> Any:
+    return tuple(map(id, value)) if type(value) is tuple else id(value)
+
+
 class _Tracer(fx.Tracer):
     """Follows ``forward`` as the class defines it; modules that are one step, or have no children, are not entered."""
 
@@ -104,9 +123,9 @@ class _Tracer(fx.Tracer):
         self.fill, self.way = fill, list(way)
         self.taken: list[bool] = []
 
-    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         self.inside = set(root.modules())
-        with _numbers_may_be_symbols():
+        with _numbers_may_be_symbols(), _as_they_were(self.inside):
             return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -140,10 +159,10 @@ class _Tracer(fx.Tracer):
                 positional.append(symbol)
         return lambda *args: root_fn(self.root, *positional, **named), []
 
-    def iter(self, obj: fx.Proxy) -> Any:
+    def iter(self, obj: Any) -> Any:
         try:
             return super().iter(obj)
-        except fx.proxy.TraceError:
+        except TraceError:
             if obj.node.target in _IN_PARTS:
                 return iter((obj[0], obj[1]))  # halves, or no MLP that we know
             if not is_shape(obj.node):
