@@ -266,6 +266,8 @@ def small_model(model_type: str, *, every_tower: bool = False) -> nn.Module:
         model = getattr(transformers, CLASSES[model_type])(config)
     model = model.float().eval()
     draw_weights(model)
+    if getattr(config, "is_encoder_decoder", False) and getattr(model, "generation_config", None) is not None:
+        model.generation_config.decoder_start_token_id = 2
     return model
 
 

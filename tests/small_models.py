@@ -72,6 +72,7 @@ def _text(name: str) -> Small:
     ids = torch.arange(3, 16)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "encoder" in widths:
+        model.generation_config.decoder_start_token_id = 2
         inputs["decoder_input_ids"] = torch.tensor([[2, 20, 21]])
     return Small(name, model, inputs, template="plain")
 
