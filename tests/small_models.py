@@ -81,7 +81,9 @@ def _mapped(name: str, every_tower: bool = False) -> Small:
     from small_configs import small_inputs, small_model
 
     model = small_model(name, every_tower=every_tower)
-    return Small(name, model, small_inputs(name, model), template="plain", rows=False)
+    # A model that does not generate is no model of text; PI0 gives actions.
+    processor = tiny_model("paligemma")[1] if name == "pi0" else None
+    return Small(name, model, small_inputs(name, model), processor, "plain", rows=False)
 
 
 def _texts() -> list[str]:
