@@ -88,6 +88,9 @@ class Comparison:
         Columns: ``selector``, ``model``, ``groups``, ``n``, ``pictures``, ``clean``, ``self_effect``, ``cross_effect``,
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few`` (see `KnockoutResult.summary`), and
         ``p``, ``cross_p`` and ``gap_p``, each with ``_holm``: corrected over the models.
+
+        Raises:
+            MismatchError: a confidence outside (0, 1).
         """
         rows = self._by_model("group == 'all'")
         groups = self._by_model("group != 'all'")
@@ -104,6 +107,9 @@ class Comparison:
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few``, ``p`` of the self effect, ``p_holm``
         (corrected over the models that have the group), ``models`` (how many have it) and ``harmed`` (how many of them
         have a self effect below zero with ``p_holm`` below .05).
+
+        Raises:
+            MismatchError: a confidence outside (0, 1).
         """
         rows = _corrected(self._by_model("group != 'all'"), ["selector", "group"], ("p",))
         rows["models"] = rows.groupby(["selector", "group"])["model"].transform("size")
@@ -120,6 +126,9 @@ class Comparison:
         their self effects) and ``p``, ``cells`` (rank correlation of the effects of masks on other groups' questions)
         and ``cells_p``. The p are two-sided, of shuffles of one model's groups, masks and questions alike (Mantel's
         test); with few groups there are few shuffles, and none can be small. NaN below 3 groups.
+
+        Raises:
+            MismatchError: a result lacks the value.
         """
         rows = []
         for name in self.selectors:
