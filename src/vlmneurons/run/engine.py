@@ -7,7 +7,7 @@ a subclass of `Engine`, and a line in `engine_of`.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,7 +31,7 @@ class Counting(Protocol):
 
     space: NeuronSpace
     tokens: TokenRule | Mapping[str, TokenRule]
-    statistics: Mapping[str, Any]
+    statistics: Mapping[str, Callable[..., Tensor]]
     magnitudes: bool
     maxima: bool
 

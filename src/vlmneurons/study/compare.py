@@ -6,7 +6,7 @@ corrected over the models. Models may have been asked different questions: what 
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ class Comparison:
         """What differs between the models beside the model, a sentence each; nothing where nothing does."""
         notes = []
         for one, other in itertools.combinations(self.models, 2):
-            asked, also = ({*zip(part.ids, part.groups, strict=True)} for part in map(self.results.get, (one, other)))
+            pair = [self.results[name] for name in (one, other)]
+            asked, also = ({*zip(part.ids, part.groups, strict=True)} for part in pair)
             if asked != also:
                 both = len(asked & also)
                 notes.append(
@@ -87,14 +88,17 @@ class Comparison:
         Columns: ``selector``, ``model``, ``groups``, ``n``, ``pictures``, ``clean``, ``self_effect``, ``cross_effect``,
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few`` (see `KnockoutResult.summary`), and
         ``p``, ``cross_p`` and ``gap_p``, each with ``_holm``: corrected over the models.
+
+        Raises:
+            MismatchError: a confidence outside (0, 1).
         """
-        rows = self._by_model(lambda summary: summary[summary["group"] == "all"])
-        groups = self._by_model(lambda summary: summary[summary["group"] != "all"])
-        counts = groups.groupby(["selector", "model"], sort=False).size().rename("groups").reset_index()
-        return _corrected(rows.drop(columns="group").merge(counts, "left"), ["selector"], ("p", "cross_p", "gap_p"))[
-            ["selector", "model", "groups", "n", "pictures", "clean", *_ends(), "few"]
-            + [f"{name}{end}" for name in ("p", "cross_p", "gap_p") for end in ("", "_holm")]
-        ]
+        rows = self._by_model("group == 'all'")
+        groups = self._by_model("group != 'all'")
+        counts = groups.groupby(["selector", "model"], sort=False).size().reset_index(name="groups")
+        tests = ("p", "cross_p", "gap_p")
+        table = _corrected(rows.drop(columns="group").merge(counts, "left"), ["selector"], tests)
+        columns = ["selector", "model", "groups", "n", "pictures", "clean", *_ends(), "few"]
+        return table.reindex(columns=[*columns, *(f"{name}{end}" for name in tests for end in ("", "_holm"))])
 
     def groups(self) -> pd.DataFrame:
         """Each group's effects in each model: which groups agree.
@@ -103,13 +107,17 @@ class Comparison:
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few``, ``p`` of the self effect, ``p_holm``
         (corrected over the models that have the group), ``models`` (how many have it) and ``harmed`` (how many of them
         have a self effect below zero with ``p_holm`` below .05).
+
+        Raises:
+            MismatchError: a confidence outside (0, 1).
         """
-        rows = _corrected(self._by_model(lambda one: one[one["group"] != "all"]), ["selector", "group"], ("p",))
+        rows = _corrected(self._by_model("group != 'all'"), ["selector", "group"], ("p",))
         rows["models"] = rows.groupby(["selector", "group"])["model"].transform("size")
         rows["found"] = (rows["self_effect"] < 0) & (rows["p_holm"] < 0.05)
         rows["harmed"] = rows.groupby(["selector", "group"])["found"].transform("sum")
         first = ["selector", "group", "model", "n", "pictures", "clean"]
-        return self._sorted(rows[[*first, *_ends(), "few", "p", "p_holm", "models", "harmed"]], "group")
+        columns = [*first, *_ends(), "few", "p", "p_holm", "models", "harmed"]
+        return self._sorted(rows.reindex(columns=columns), "group")
 
     def agreement(self) -> pd.DataFrame:
         """How alike two models' effects are over the groups that both have, for each selector and pair of models.
@@ -118,6 +126,9 @@ class Comparison:
         their self effects) and ``p``, ``cells`` (rank correlation of the effects of masks on other groups' questions)
         and ``cells_p``. The p are two-sided, of shuffles of one model's groups, masks and questions alike (Mantel's
         test); with few groups there are few shuffles, and none can be small. NaN below 3 groups.
+
+        Raises:
+            MismatchError: a result lacks the value.
         """
         rows = []
         for name in self.selectors:
@@ -181,13 +192,13 @@ class Comparison:
 
         return write_comparison(self, folder, main=main, title=title)
 
-    def _by_model(self, rows: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+    def _by_model(self, rows: str) -> pd.DataFrame:
         """Some rows of every model's summary, selector by selector."""
         how: dict[str, Any] = {"confidence": self.confidence, "permutations": self.permutations, "seed": self.seed}
         parts = []
         for model, one in self.results.items():
             plain = one.select(*(name for name in one.selectors if split_setting(name)[1] is None))
-            parts.append(rows(plain.summary(value=self.value, **how)).assign(model=model))
+            parts.append(plain.summary(value=self.value, **how).query(rows).assign(model=model))
         return self._sorted(pd.concat(parts, ignore_index=True))
 
     def _sorted(self, table: pd.DataFrame, *by: str) -> pd.DataFrame:
@@ -215,7 +226,7 @@ class Comparison:
             shuffled = [correlation(order) for order in itertools.permutations(range(size))]
             return found, float(np.mean(np.abs(shuffled) >= abs(found) - 1e-12))
         generator = np.random.default_rng(self.seed)
-        shuffled = [correlation(generator.permutation(size)) for _ in range(self.permutations)]
+        shuffled = [correlation(generator.permutation(size).tolist()) for _ in range(self.permutations)]
         return found, float((1 + np.sum(np.abs(shuffled) >= abs(found) - 1e-12)) / (1 + len(shuffled)))
 
 
