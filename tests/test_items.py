@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vlmneurons as vn
-from helpers import kills, picture, plain_hooks, some_questions
+from helpers import often, picture, plain_hooks, some_questions
 from vlmneurons.errors import ActivationError, FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace
@@ -204,7 +204,7 @@ def test_killed_at_twenty_random_moments_and_resumed_the_files_are_those_of_an_u
     duration = time.perf_counter() - started
     rng = random.Random(0)
     folder, killed, rounds = tmp_path / "killed-0", 0, 0
-    while killed < kills(20, 40):
+    while killed < often(20, 40):
         child = _record_in_a_child(planted, folder)
         time.sleep(rng.random() * duration / 3)
         os.kill(child, signal.SIGKILL)

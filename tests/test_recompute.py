@@ -1,12 +1,16 @@
 """Random results of every shape, recomputed from their files by a program of its own; see ``recompute_study.py``."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from recompute_study import Study, check_difference, check_effects, check_excess, check_summary, check_table
+from vlmneurons.files.folders import RunFolder
 from vlmneurons.study.masks import Mask, setting_name
-from vlmneurons.study.result import KnockoutResult
+from vlmneurons.study.result import RUN, KnockoutResult
 
 
 def drawn_result(seed: int, scores: bool = False) -> KnockoutResult:
@@ -68,9 +72,32 @@ def drawn_result(seed: int, scores: bool = False) -> KnockoutResult:
     return result.at(np.flatnonzero(random.random(n) < 0.8)) if seed % 6 == 5 else result  # a part of it
 
 
+def joined_from_parts(result: KnockoutResult, folder: Path, count: int = 3) -> KnockoutResult:
+    """The same result, asked in parts of any questions and joined, the last part given first."""
+    owner = np.random.default_rng(len(result.ids)).permutation(len(result.ids)) % count
+    for number in range(count):
+        part = result.at(np.flatnonzero(owner == number))
+        part = replace(part, provenance={"part": f"{number + 1}/{count}", "skipped": []})
+        told = {
+            "kind": RUN,
+            "part": part.provenance["part"],
+            "batches": "any",
+            "content": dict.fromkeys(result.ids, "-"),
+        }
+        about = {"ids": list(result.ids), "options": [4] * len(result.ids), "asks": list(part.ids)}
+        with RunFolder(folder / f"part-{number}", told, about).opened():
+            part.save(folder / f"part-{number}")
+    return KnockoutResult.join([folder / f"part-{n}" for n in range(count)][::-1], folder / "joined")
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_tables_equal_those_of_an_independent_program(seed, tmp_path):
     result = drawn_result(seed)
+    if seed % 6 == 4:
+        joined = joined_from_parts(result, tmp_path)
+        assert joined.ids == result.ids
+        assert joined.summary().equals(result.summary())
+        result = joined
     value = "margin" if seed % 2 == 0 and seed % 5 != 4 else "correct"
     result.save(tmp_path)
     study = Study(pd.read_parquet(tmp_path / "answers.parquet"), set(result.controls))
@@ -90,6 +117,8 @@ def test_tables_equal_those_of_an_independent_program(seed, tmp_path):
 @pytest.mark.parametrize("seed", range(12))
 def test_tables_on_scores_equal_those_of_an_independent_program(seed, tmp_path):
     result = drawn_result(seed, scores=True)
+    if seed % 4 == 3:
+        result = joined_from_parts(result, tmp_path)
     assert result.measure == "score"
     result.save(tmp_path)
     study = Study(pd.read_parquet(tmp_path / "answers.parquet"), set(result.controls))

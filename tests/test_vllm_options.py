@@ -116,6 +116,8 @@ def test_what_vllm_cannot_do_is_refused_before_it_starts(folder, installed):
         vn.knockout(model, some_questions(4), {"m": plus}, progress=False)
     with pytest.raises(MismatchError, match=r"vision\.layers\.0\..* is not of a decoder's own MLPs"):
         asked(model, space=model.space("vision"))
+    with pytest.raises(MismatchError, match="token rules by name and statistics of your own are counted here only"):
+        vn.record(model, some_questions(4), tokens={"picture": "image"}, progress=False)
 
 
 def test_the_setting_names_engine_version_options_and_files(folder, installed, tmp_path):

@@ -132,10 +132,11 @@ def record_items(
     # Each process records into a folder of its own beside the whole; the first puts them together.
     there = created(whole, questions) if processes.first else None
     done = processes.gather(there is not None and there.complete)[0]
-    own = share_of(questions, batch_size, processes)
+    own = share_of(questions, batch_size, processes, lengths)
     own_folder = whole.with_name(f"{whole.name}-{processes.rank + 1}-of-{processes.count}")
     if not done and len(own):
-        alone = Options(batch_size, by_length, prefetch, on_error, progress and processes.first, remote)
+        # Batches were dealt when they were sorted by length; sorted once more, they would be others.
+        alone = Options(batch_size, False, prefetch, on_error, progress and processes.first, remote)
         ask(_ItemsJob(engine, counter, created(own_folder, own), own), own, alone)
     parts = [Path(one) for one in processes.gather(str(own_folder) if len(own) else None) if one is not None]
     if there is not None and not done:
@@ -239,4 +240,4 @@ class _ItemsJob(CountingJob):
     def forget(self) -> None:
         """See `Job.forget`."""
         super().forget()
-        self.statistics.note(self.limit.halved)
+        self.statistics.note(self.limit.halved, self.skipped)

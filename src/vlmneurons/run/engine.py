@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from vlmneurons.errors import QuestionError
+from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
@@ -133,4 +133,14 @@ def need_gradients(engine: Engine, what: str) -> None:
         raise QuestionError(f"{what} needs gradients, which do not come back from {engine.name}; run the model here")
 
 
-__all__ = ["Counting", "Counts", "Engine", "Run", "Watch", "need_gradients"]
+def need_plain_counts(engine: Engine, counting: Counting) -> None:
+    """Refuse what is counted here only, of an engine that counts where the model runs.
+
+    Raises:
+        MismatchError: token rules by name, or statistics of the user's own.
+    """
+    if isinstance(counting.tokens, Mapping) or counting.statistics:
+        raise MismatchError(f"{engine.name}: token rules by name and statistics of your own are counted here only")
+
+
+__all__ = ["Counting", "Counts", "Engine", "Run", "Watch", "need_gradients", "need_plain_counts"]

@@ -83,7 +83,7 @@ def read_some(
 
     Where all masks can share one forward, each is computed for its own questions alone. Where not, a run has the
     questions of the batch under a mask of each one's own, as often as a question meets masks; and where that cannot be
-    either, as for a vision tower or routed experts, there is a run for each mask and its questions.
+    either, as for neurons of a vision tower or of routed experts, there is a run for each mask and its questions.
 
     Args:
         model: the model, in inference mode.
@@ -93,26 +93,38 @@ def read_some(
         ablations: what to switch off; none of them may be entered.
         rows: for each ablation the places of the questions that meet it.
     """
-    turns = _Turns(questions, ablations, rows)
-    for way in (_tiles, _by_row):
-        try:
-            return turns.readings(list(way(model, reader, questions, encoded, turns)))
-        except CannotReplay:
+    alone = [one.by_row or any(site.tower != "language" for site in one._edits) for one in ablations]
+    pairs = [(one, own) for one, own, apart in zip(ablations, rows, alone, strict=True) if not apart]
+    shared: Iterator[Reading] | None = None
+    if pairs and not any(map(is_watched, model.hf.modules())):  # whose it is wants to see one run for each mask
+        turns = _Turns(questions, pairs)
+        for way in (_tiles, _by_row):
+            with contextlib.suppress(CannotReplay):
+                shared = turns.readings(list(way(model, reader, questions, encoded, turns)))
+                break
+    known: dict[tuple[int, ...], Any] = {}
+    for ablation, own, apart in zip(ablations, rows, alone, strict=True):
+        if shared is not None and not apart:
+            yield next(shared)
             continue
-    return _one_by_one(model, reader, questions, turns)
+        some = questions.with_items([questions[row] for row in own])
+        if tuple(own) not in known:
+            known[tuple(own)] = reader.encode(model, some)
+        with ablation:
+            yield reader.read(model, some, known[tuple(own)])
 
 
 class _Turns:
     """Which ablation each question meets in each turn."""
 
-    def __init__(self, questions: QuestionSet, ablations: Sequence[Ablation], rows: Sequence[Sequence[int]]) -> None:
-        self.ablations, self.rows = ablations, rows
+    def __init__(self, questions: QuestionSet, asked: Sequence[tuple[Ablation, Sequence[int]]]) -> None:
+        self.ablations, self.rows = [ablation for ablation, _ in asked], [rows for _, rows in asked]
         self.places: list[list[int]] = []
         """For each ablation the turns in which its questions meet it."""
         met = [0] * len(questions)
         self.met: list[dict[int, int]] = []
         """For each turn the ablation of each question; in late turns some questions may have none."""
-        for number, own in enumerate(rows):
+        for number, own in enumerate(self.rows):
             self.places.append([met[row] for row in own])
             for row in own:
                 if met[row] == len(self.met):
@@ -124,10 +136,12 @@ class _Turns:
         """The readings of the ablations, from those of the turns."""
         for own, places in zip(self.rows, self.places, strict=True):
             parts = [turns[turn].of_rows([row]) for row, turn in zip(own, places, strict=True)]
+            scores = [part.scores for part in parts if part.scores is not None]
+            texts = [text for part in parts for text in part.texts or ()]
             yield Reading(
                 tuple(part.chosen[0] for part in parts),
-                None if any(part.scores is None for part in parts) else torch.cat([part.scores for part in parts]),
-                None if any(part.texts is None for part in parts) else tuple(part.texts[0] for part in parts),
+                torch.cat(scores) if len(scores) == len(parts) else None,
+                tuple(texts) if len(texts) == len(parts) else None,
             )
 
 
@@ -139,20 +153,19 @@ def _tiles(model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: An
     """
     if not isinstance(reader, LogitReader) or type(reader).read is not LogitReader.read:
         raise CannotReplay("the reader runs the model in a way of its own")
-    if any(map(is_watched, model.hf.modules())):
-        raise CannotReplay("there are hooks of somebody else, which would see other runs than one for each mask")
     wanted = reader.wants(encoded)
-    rows = [wanted.rows_of([row]) for row in range(len(questions))]
-    if any(own is None for own in rows):
+    known = [wanted.rows_of([row]) for row in range(len(questions))]
+    rows = [own for own in known if own is not None]
+    if len(rows) < len(known):
         raise CannotReplay("it is not known which rows are a question's")
     structure = Structure.of(model, questions)
     waiting: list[dict[int, list[Tensor]]] = [{} for _ in turns.met]
-    computed = [sorted(row for place in own for row in rows[place]) for own in turns.rows]
+    computed = [[row for place in own for row in rows[place]] for own in turns.rows]
     done = 0
     logits_of = replayed(model, structure, wanted, turns.ablations, computed)
     for own, places, logits in zip(turns.rows, turns.places, logits_of, strict=True):
         left = iter(logits)
-        for place, turn in sorted(zip(own, places, strict=True)):
+        for place, turn in zip(own, places, strict=True):
             waiting[turn][place] = [next(left) for _ in rows[place]]
         while done < len(waiting) and len(waiting[done]) == len(turns.met[done]):
             yield reader.score(model, questions, encoded, _filled_up(waiting[done], rows, wanted.positions))
@@ -179,44 +192,38 @@ def _by_row(model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: A
     Raises:
         CannotReplay: that cannot be.
     """
-    owners: Sequence[int | None] = range(len(questions))
+    owners: list[int] = list(range(len(questions)))
     if isinstance(reader, LogitReader) and type(reader).read is LogitReader.read:
         wanted = reader.wants(encoded)
-        of_rows = {row: place for place in range(len(questions)) for row in wanted.rows_of([place]) or ()}
-        owners = [of_rows.get(row) for row in range(len(wanted.positions))]
+        of_rows = {row: place for place in owners for row in wanted.rows_of([place]) or ()}
+        if len(of_rows) < len(wanted.positions):
+            raise CannotReplay("it is not known which rows are a question's")
+        owners = [of_rows[row] for row in range(len(wanted.positions))]
     elif type(reader).read is not Generate.read:
         raise CannotReplay("the reader runs the model in a way of its own")
     mlps = [model.mlp_of(site) for one in turns.ablations for site in one._edits]
-    if any(mlp.tower != "language" or mlp.routed or mlp.expert is not None for mlp in mlps) or None in owners:
+    if any(mlp.tower != "language" or mlp.routed or mlp.expert is not None for mlp in mlps):
         raise CannotReplay("not all neurons are computed row by row")
     if any(one.mode not in ("zero", "scale") for one in turns.ablations) or not _BY_ROW.get(model.hf, True):
         raise CannotReplay("this intervention cannot be another one in each row")
-    kinds = sorted({(one.mode, one.factor, one.at) for one in turns.ablations})
+    kind_of = [(one.mode, one.factor, one.at) for one in turns.ablations]
     nothing = NeuronSet.empty(turns.ablations[0].space)
+    if not all(one.space.same_neurons(nothing.space) for one in turns.ablations):
+        raise CannotReplay("rows cannot have neurons of different spaces")
     for met in turns.met:
         with contextlib.ExitStack() as stack:
-            for kind in kinds:
-                own = [turns.ablations[met[owner]] if owner in met else None for owner in owners]
-                sets = [
-                    nothing if one is None or (one.mode, one.factor, one.at) != kind else one.neurons for one in own
-                ]
+            for mode, factor, at in sorted(set(kind_of)):
+                sets = [nothing] * len(owners)
+                for row, owner in enumerate(owners):
+                    if owner in met and kind_of[met[owner]] == (mode, factor, at):
+                        neurons = turns.ablations[met[owner]].neurons
+                        assert isinstance(neurons, NeuronSet)
+                        sets[row] = neurons
                 if any(map(len, sets)):
-                    mode, factor, at = kind
-                    one = Ablation(model, sets, mode, factor=factor if mode == "scale" else None, at=at)
-                    stack.enter_context(one)
+                    factor = factor if mode == "scale" else None
+                    stack.enter_context(Ablation(model, sets, mode, factor=factor, at=at))
             try:
                 yield reader.read(model, questions, encoded)
             except AblationError as error:
                 _BY_ROW[model.hf] = False
                 raise CannotReplay(str(error)) from error
-
-
-def _one_by_one(model: VLM, reader: AnswerReader, questions: QuestionSet, turns: _Turns) -> Iterator[Reading]:
-    """A run for each ablation and its questions."""
-    known: dict[tuple[int, ...], Any] = {}
-    for ablation, own in zip(turns.ablations, turns.rows, strict=True):
-        some = questions.with_items([questions[row] for row in own])
-        if tuple(own) not in known:
-            known[tuple(own)] = reader.encode(model, some)
-        with ablation:
-            yield reader.read(model, some, known[tuple(own)])

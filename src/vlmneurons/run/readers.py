@@ -6,7 +6,6 @@ whoever counts activations meanwhile gets told what each token of the run is (``
 
 import contextlib
 import inspect
-import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -546,6 +545,8 @@ class RunningText(LogitReader):
             following = encoded.tokens.ids[row, [place + 1 for place in places]].cpu()
             told = values.gather(1, following[:, None]).squeeze(1) - values.logsumexp(-1)
             means.append(told.double().mean())
+            if torch.isnan(means[-1]):
+                raise ActivationError(f"the logits of question {questions[row].id!r} are NaN: it has no likelihood")
         return _graded(questions, torch.stack(means), self.threshold)
 
 
@@ -609,7 +610,7 @@ class Generate(AnswerReader):
         """See `AnswerReader.read`.
 
         Raises:
-            QuestionError: the model cannot generate.
+            QuestionError: the model cannot generate, or a scorer gave no score of its range.
         """
         if not model.can_generate:
             raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
@@ -705,14 +706,7 @@ _LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, list[list[Any]]]]" = w
 def _graded(
     questions: QuestionSet, scores: Tensor, threshold: float | None, texts: tuple[str, ...] | None = None
 ) -> Reading:
-    """The answers of open questions, from their scores.
-
-    Raises:
-        ActivationError: one is NaN.
-    """
-    for item, score in zip(questions, scores.tolist(), strict=True):
-        if math.isnan(score):
-            raise ActivationError(f"the logits of question {item.id!r} are NaN, so it has no likelihood")
+    """The answers of open questions, from their scores."""
     right = [threshold is None or score >= threshold for score in scores.tolist()]
     return Reading(tuple(0 if one else 1 for one in right), None, texts, scores)
 

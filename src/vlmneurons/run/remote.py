@@ -23,7 +23,7 @@ from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run import editing
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.editing import edit_columns
-from vlmneurons.run.engine import Counting, Counts, Engine, Run
+from vlmneurons.run.engine import Counting, Counts, Engine, Run, need_plain_counts
 from vlmneurons.run.readers import (
     AnswerReader,
     LogitReader,
@@ -104,10 +104,7 @@ class RemoteEngine(Engine):
         for ablation in ablations:
             edits_of(self.model, ablation, self.remote)
         if counting is not None:
-            if isinstance(counting.tokens, Mapping) or counting.statistics:
-                raise MismatchError(
-                    f"{self.name}: token rules by name, and statistics of your own, are counted here only"
-                )
+            need_plain_counts(self, counting)
             sites = counting.space.sites
             placed = [(number, site, *stop(self.model, site, self.remote)) for number, site in enumerate(sites)]
             self._sites = sorted(placed, key=lambda one: _computed(self.model, one[1]))

@@ -183,6 +183,9 @@ class ItemStatistics:
                 statistics.provenance["halved"] = [
                     {name: one[name] for name in ("from", "to", "first")} for one in halved
                 ]
+            if (folder / "skipped.json").exists():
+                skipped = _files.parse((folder / "skipped.json").read_text(encoding="utf-8"))
+                statistics.provenance["skipped"] = list(map(str, skipped))
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold item statistics: {error}") from error
         for name, size in statistics._sizes().items():
@@ -294,7 +297,8 @@ class ItemStatistics:
         parts, manifest, about = parts_of(folders, _KIND)
         recordings = [cls.load(part.folder, verify=True) for part in parts]
         for part, one in zip(parts, recordings, strict=True):
-            part.refuse_unfinished([one.items[row].id for row in np.flatnonzero(one._records["done"])])
+            done = [one.items[row].id for row in np.flatnonzero(one._records["done"])]
+            part.refuse_unfinished([*done, *one.provenance.get("skipped", ())])
         whole = cls._begun(RunFolder(where, manifest, about))
         whole.take_over(recordings)
         return cls.load(where)
@@ -355,12 +359,19 @@ class ItemStatistics:
             file.flush()
             os.fsync(file.fileno())
 
-    def note(self, halved: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what was learnt about memory beside the manifest, which says what was asked for.
+    def note(self, halved: Sequence[Mapping[str, Any]], skipped: Sequence[str] = ()) -> None:
+        """Keep what was learnt on the way beside the manifest, which says what was asked for.
 
         Args:
             halved: how batches were halved; see `vlmneurons.run.memory.MemoryLimit`.
+            skipped: ids of questions that could not be asked; those that could in the end are left out.
         """
+        if skipped := {*skipped, *self.provenance.get("skipped", ())}:
+            rows = zip(self.items, self._records["done"], strict=True)
+            left = [item.id for item, done in rows if item.id in skipped and not done]
+            if left != self.provenance.get("skipped"):
+                self.provenance = {**self.provenance, "skipped": left}
+                write_json(self.folder / "skipped.json", left)
         if halved and list(halved) != self.provenance.get("halved"):
             self.provenance = {**self.provenance, "halved": list(halved)}
             write_json(self.folder / "halved.json", list(halved))
@@ -383,7 +394,10 @@ class ItemStatistics:
         """
         place = {item.id: row for row, item in enumerate(self.items)}
         with self.locked():
-            self.note([one for part in parts for one in part.provenance.get("halved", ())])
+            halved, skipped = (
+                [one for part in parts for one in part.provenance.get(name, ())] for name in ("halved", "skipped")
+            )
+            self.note(halved, skipped)
             for part in parts:
                 records = part._records
                 done = np.flatnonzero(records["done"])

@@ -20,7 +20,7 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation, ablations_in_force
-from vlmneurons.run.engine import Counting, Counts, Engine, Run
+from vlmneurons.run.engine import Counting, Counts, Engine, Run, need_plain_counts
 from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, names_its_tokens, reading_of_shares
 from vlmneurons.run.vllm.server import MOST_TOKENS, Mask, Request, Server, payload, server_of
 
@@ -88,8 +88,8 @@ class VLLMEngine(Engine):
                 )
             if ablation.at == "gate" and ablation.mode not in ("zero", "scale"):
                 raise AblationError(f"engine='vllm': mode {ablation.mode!r} acts at 'post' only; run the model here")
-        if counting is not None and (not isinstance(counting.tokens, str | Callable) or counting.statistics):
-            raise MismatchError(f"{self.name}: token rules by name, and statistics of your own, are counted here only")
+        if counting is not None:
+            need_plain_counts(self, counting)
         edited = [site for ablation in ablations for site in ablation._edits]
         for site in [*edited, *(() if counting is None else counting.space.sites)]:
             mlp = self.model.mlp_of(site)
