@@ -223,7 +223,8 @@ function shownItem(study, item, highest) {
 async function neuronView(study, [site, number]) {
   const at = study.sites.indexOf(site);
   if (at < 0) throw new Error(`there is no site ${site}`);
-  const { tokens, neurons } = await load(`sites/${at}`), neuron = neurons[number];
+  // A site of which no neuron was chosen has no file.
+  const { tokens, neurons } = await load(`sites/${at}`).catch(() => ({ tokens: [], neurons: {} })), neuron = neurons[number];
   if (!neuron) throw new Error(`${site}[${number}] is in no selection of this study`);
   const shown = neuron.shown ? await load(`shown/${at}-${number}`) : null;
   const highest = shown ? Math.max(1e-9, ...shown.items.map(one => one.value)) : 1;
