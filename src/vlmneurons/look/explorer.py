@@ -37,7 +37,7 @@ from vlmneurons.selectors import Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.identity import setting_of
 from vlmneurons.statistics.items import ItemStatistics
-from vlmneurons.study.result import CONDITIONS, VALUES, KnockoutResult
+from vlmneurons.study.result import CONDITIONS, KnockoutResult
 from vlmneurons.trust.resampling import resampled_selections
 
 _STATIC = Path(__file__).parent / "static"
@@ -278,6 +278,7 @@ class _Writer:
         spaces = dict.fromkeys(selection.space for selection in selections.values())
         self.sites = [str(site) for site in dict.fromkeys(site for space in spaces for site in space.sites)]
         self._site_of = {name: n for n, name in enumerate(self.sites)}
+        self.values = [value for value in _SHOWN if _has(result, value)]
         self._thumbs: dict[Any, list[int]] = {}
         self._n_thumbs = 0
 
@@ -295,7 +296,6 @@ class _Writer:
 
     def matrices(self) -> None:
         """Every selector's effects, by value and condition."""
-        values = [value for value in VALUES if np.isfinite(self.result.values(value)[1:]).any()]
         for number, selector in enumerate(self.result.selectors):
             masks, cells = self.masks_of(selector), {}
             shape = (len(masks), len(self.groups))
@@ -303,7 +303,7 @@ class _Writer:
             for condition in CONDITIONS:
                 if not part.where(condition).ids:
                     continue
-                for value in values:
+                for value in self.values:
                     table = part.effects(selector, value=value, condition=condition, permutations=0)
                     kept: dict[str, Any] = {name: np.full(shape, None, dtype=object) for name in _CELL}
                     counts = np.zeros((*shape, 3), dtype=int)
@@ -465,7 +465,7 @@ class _Writer:
                 "selectors": listed,
                 "main": main,
                 "groups": self.groups,
-                "values": [value for value in VALUES if np.isfinite(result.values(value)[1:]).any()],
+                "values": self.values,
                 "sites": self.sites,
                 "layers": [int(name.split(".")[2]) for name in self.sites],
                 "firing": [] if stats is None else _firing(stats),
@@ -475,6 +475,17 @@ class _Writer:
         for name in ("explorer.css", "explorer.js", "index.html"):
             shutil.copyfile(_STATIC / name, self.folder / name)
         return self.folder / "index.html"
+
+
+_SHOWN = ("correct", "margin")
+"""Values that the page has words and units for."""
+
+
+def _has(result: KnockoutResult, value: str) -> bool:
+    try:
+        return bool(np.isfinite(result.values(value)[1:]).any())
+    except MismatchError:  # open questions have scores, and no margin
+        return False
 
 
 _EACH = 2

@@ -116,9 +116,9 @@ function optionList(question, marks) {
 }
 async function cellView(study, [name, mask, group], query) {
   const s = study.selectors.findIndex(one => one.name === name), g = study.groups.indexOf(group);
-  const { masks } = await load(`matrix/${s}`);
+  const { masks } = s < 0 ? { masks: [] } : await load(`matrix/${s}`);
   const m = masks.indexOf(mask);
-  if (s < 0 || g < 0 || m < 0) throw new Error(`there is no cell of ${name}: ${mask} on ${group}`);
+  if (g < 0 || m < 0) throw new Error(`there is no cell of ${name}: ${mask} on ${group}`);
   const [changed, questions] = await Promise.all([load(`changed/${s}-${m}`), load(`questions/${g}`)]);
   const all = (changed[g] ?? []).map(([at, repeat, chosen, margin]) => ({ ...questions[at], repeat, chosen, after: margin }));
   const kinds = {
@@ -223,7 +223,8 @@ function shownItem(study, item, highest) {
 async function neuronView(study, [site, number]) {
   const at = study.sites.indexOf(site);
   if (at < 0) throw new Error(`there is no site ${site}`);
-  const { tokens, neurons } = await load(`sites/${at}`), neuron = neurons[number];
+  // A site of which no neuron was chosen has no file.
+  const { tokens, neurons } = await load(`sites/${at}`).catch(() => ({ tokens: [], neurons: {} })), neuron = neurons[number];
   if (!neuron) throw new Error(`${site}[${number}] is in no selection of this study`);
   const shown = neuron.shown ? await load(`shown/${at}-${number}`) : null;
   const highest = shown ? Math.max(1e-9, ...shown.items.map(one => one.value)) : 1;
