@@ -17,8 +17,8 @@ from vlmneurons.testing.tiny import tiny_image
 PAPER_MODELS = ("llava_next_mistral", "llava_next_qwen2", "qwen2_5_vl")
 
 
-def kills(usual: int, at_night: int) -> int:
-    """How often a test kills what it runs: a sample, or all of it in ``.ci/nightly``."""
+def often(usual: Any, at_night: Any) -> Any:
+    """How much of something a test does: a sample, or all of it in ``.ci/nightly``."""
     return at_night if os.environ.get("VLMNEURONS_NIGHTLY") else usual
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import vlmneurons as vn
-from helpers import PAPER_MODELS, kills, save_questions
+from helpers import PAPER_MODELS, often, save_questions
 from recompute_study import compare
 from vlmneurons.cli import exit_status, main
 from vlmneurons.errors import QuestionError
@@ -93,10 +93,24 @@ def test_the_whole_study_of_a_model_that_runs_elsewhere_gives_the_same_answers(a
         assert theirs.provenance["remote"] == "local"
 
 
+def test_the_explorer_of_a_study_is_written_with_its_own_questions_only(arguments, undisturbed, tmp_path, capsys):
+    given = arguments[1 : arguments.index("--out")] if "--out" in arguments else arguments[1:]
+    asking = [one for n, one in enumerate(given) if {"--model", "--data"} & {one, given[n - 1]}]
+    capsys.readouterr()
+    assert main(["explore", str(undisturbed), *asking, "--out", str(tmp_path / "new"), "--images", "none"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'index.html'}\n"
+    told = (tmp_path / "new" / "data" / "study.js").read_text(encoding="utf-8")
+    assert all(name in told for name in vn.KnockoutResult.load(undisturbed / "knockout").selectors)
+    assert main(["explore", str(undisturbed), *asking, "--out", str(tmp_path / "new"), "--answer", "text"]) == 1
+    assert "is not shown beside answers given otherwise" in capsys.readouterr().err
+    assert main(["explore", str(undisturbed), *asking, "--out", str(tmp_path / "new"), "--remote", "local"]) == 1
+    assert "values at every token do not come back" in capsys.readouterr().err
+
+
 def test_the_command_killed_at_ten_random_moments_ends_with_the_same_tables(arguments, undisturbed, tmp_path):
     folder, generator = tmp_path / "run", random.Random(1)
     seen = set()
-    for number in range(kills(10, 30)):
+    for number in range(often(10, 30)):
         child = started(arguments, folder)
         before, until = _progress(folder), time.monotonic() + 20
         while number % 2 and _progress(folder) == before and time.monotonic() < until:
@@ -241,7 +255,7 @@ REFUSED = {
     "a selector that is misspelt": (
         [*STUDY, "--selectors", "CAS", "LAAP"],
         2,
-        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS; did you mean LAP?",
+        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS, MAD-mean; did you mean LAP?",
     ),
     "a rule of tokens in capitals": ([*STUDY, "--tokens", "Content"], 2, "did you mean content?"),
     "a way to answer": ([*STUDY, "--answer", "letter"], 2, "'letter' is none of letters, generate, text; did you mean"),
@@ -310,7 +324,7 @@ def test_choices_and_defaults_are_those_of_the_library():
     from vlmneurons.recording.record import CONDITIONS
     from vlmneurons.study.protocol import SELECTORS
 
-    assert tuple(SELECTORS) == cli.SELECTORS
+    assert tuple(SELECTORS) == cli.STUDIED
     assert (cli.TOKENS, cli.CONDITIONS) == (TOKEN_RULES, CONDITIONS)
     options = [*inspect.signature(cli.study).parameters.values(), *inspect.signature(cli._asking).parameters.values()]
     defaults = {one.name: one.default for one in options}

@@ -151,3 +151,15 @@ def test_every_benchmark_finds_the_names_it_uses():
     done = subprocess.run([sys.executable, "-c", CHECKED, *paths], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{path} []" for path in paths]
+
+
+def test_the_gpu_check_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
+    script = EXAMPLES.parent / "benchmarks" / "cuda.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--small"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("  right: ") for line in lines) == 8
+    assert lines[-1] == "0 wrong"
+    titles = ["Identity", "Beside the forward", "Counting", "Recording", "Masks", "Out of memory"]
+    assert [line for line in lines if line in titles] == 2 * titles

@@ -106,7 +106,7 @@ def test_neurons_of_sounds_and_videos_are_planted_as_those_of_pictures_are(mediu
 def test_impossible_plantings_are_refused():
     with pytest.raises(VLMNeuronsError, match="medium 'smell' does not exist; choose from picture, sound, video"):
         plant_neurons(medium="smell")
-    with pytest.raises(VLMNeuronsError, match="3 to 8 different groups"):
+    with pytest.raises(VLMNeuronsError, match="3 to 27 different groups"):
         plant_neurons(groups=("A", "B"))
     with pytest.raises(VLMNeuronsError, match="decoy 'odd' does not exist; choose from always, shared, graded, rare"):
         plant_neurons(decoys=("odd",))

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -225,7 +225,7 @@ class Shareable:
         """
         from vlmneurons.statistics.hub import push_to_hub
 
-        return push_to_hub(self, repo_id, **how)  # type: ignore[arg-type]
+        return push_to_hub(cast(Any, self), repo_id, **how)
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
@@ -261,5 +261,5 @@ def _digest(kind: str, version: str, text: str, tensors: Mapping[str, Tensor]) -
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(memoryview(tensor.numpy().reshape(-1)).cast("B"))
+        digest.update(tensor.numpy().reshape(-1).data.cast("B"))
     return digest.hexdigest()

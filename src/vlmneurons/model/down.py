@@ -45,7 +45,7 @@ def down_of(hf_model: nn.Module, mlp: MLP) -> Down | None:
     """
     layout, module = mlp.layout, hf_model.get_submodule(mlp.path)
     if layout.parameters:
-        down, first = module.get_parameter(layout.down), module.get_parameter(str(layout.fused or layout.gate))
+        down, first = module.get_parameter(layout.down), module.get_parameter(layout.first)
         if not down.is_floating_point():
             return None
         turned = getattr(module, "is_transposed", None)

@@ -14,7 +14,7 @@ from vlmneurons.files.digests import digest_of, digest_of_code
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
 
-_CHUNK = 2**26
+_CHUNK = 2**24
 """Bytes that are brought to the host at once from a device."""
 
 _NOT_SETTINGS = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
@@ -62,11 +62,9 @@ def _tensors(hf_model: nn.Module) -> dict[str, Tensor]:
     tensors.update({name: tensor for name, tensor in hf_model.named_buffers() if name not in tensors})
     for path, module in hf_model.named_modules():
         kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of this module
-        for own in (
-            ()
-            if kept is None
-            else [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
-        ):
+        if kept is None:
+            continue
+        for own in [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]:
             name = f"{path}.{own}" if path else own
             if name in tensors and tensors[name].device.type == "meta":
                 with contextlib.suppress(KeyError):
@@ -79,20 +77,41 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     if tensor.device.type == "meta":
         return
     tensor = tensor.detach()
-    if hasattr(tensor, "to_local"):  # a distributed tensor: this process's share
-        tensor = tensor.to_local()  # type: ignore[operator]
-    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()  # a quantised tensor is made of plain ones
+    tensor = getattr(tensor, "to_local", tensor.detach)()  # of a distributed tensor this process's share
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if type(tensor) not in (Tensor, nn.Parameter) and flatten is not None:
+        names, _ = flatten()  # a quantised tensor is made of plain ones
         for name in names:
             yield from _blocks(getattr(tensor, name))
         return
-    flat = tensor.contiguous().reshape(-1)
-    step = max(1, _CHUNK // max(1, flat.element_size()))
-    if flat.device.type == "cpu":
-        step = max(1, flat.numel())
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if flat.device.type == "cuda":
+        yield from _from_gpu(flat)
+        return
+    step = max(1, flat.numel()) if flat.device.type == "cpu" else _CHUNK
     for start in range(0, flat.numel(), step):
-        part = flat[start : start + step].cpu()
-        yield memoryview(part.view(torch.uint8).numpy())
+        yield flat[start : start + step].cpu().numpy().data
+
+
+def _from_gpu(flat: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor on a GPU in order: while a piece is read, the next is on its way into page-locked memory.
+
+    Two buffers suffice: who asks for the next piece has read the one before it, whose buffer is filled again.
+    """
+    stream, starts = torch.cuda.current_stream(flat.device), range(0, flat.numel(), _CHUNK)
+    buffers = [torch.empty(min(_CHUNK, flat.numel()), dtype=torch.uint8, pin_memory=True) for _ in starts[:2]]
+    under_way: list[tuple[Tensor, torch.cuda.Event]] = []
+    for number in range(len(starts) + 1):
+        if number < len(starts):
+            piece = flat[starts[number] : starts[number] + _CHUNK]
+            buffer, arrived = buffers[number % 2][: piece.numel()], torch.cuda.Event()
+            buffer.copy_(piece, non_blocking=True)
+            arrived.record(stream)
+            under_way.append((buffer, arrived))
+        if number:
+            buffer, arrived = under_way.pop(0)
+            arrived.synchronize()
+            yield buffer.numpy().data
 
 
 def configuration_of(model: "VLM") -> str:
@@ -112,7 +131,7 @@ def adapters_of(model: "VLM") -> list[str]:
     for module in model.hf.modules():
         if hasattr(module, "active_adapters") and hasattr(module, "lora_A"):
             state = "disabled" if getattr(module, "disable_adapters", False) else "active"
-            found.update(f"{name} {state}" for name in module.active_adapters)
+            found.update(f"{name} {state}" for name in getattr(module, "active_adapters", ()))
             found.update(f"{name} merged" for name in getattr(module, "merged_adapters", ()))
     return sorted(found)
 

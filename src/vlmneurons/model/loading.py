@@ -28,7 +28,7 @@ def of_first_class(first: Any, load: Callable[[Any], nn.Module]) -> nn.Module:
     Raises:
         ArchitectureError: none of them knows it.
     """
-    others = [getattr(transformers, name) for name in _CLASSES if hasattr(transformers, name)]
+    others, unknown = [getattr(transformers, name) for name in _CLASSES if hasattr(transformers, name)], ""
     for auto in (first, *others):
         try:
             return load(auto)

@@ -32,7 +32,8 @@ class _Value(eproperty):
         self.kind = kind
         self.__doc__ = f"{description}: ``[..., neuron]``, readable and writable inside a trace."
 
-    def __get__(self, obj: "NamedMLP | None", owner: Any = None) -> Any:  # type: ignore[override]
+    # Of named MLPs alone, where nnsight's own are of every envoy.
+    def __get__(self, obj: "NamedMLP | None", owner: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if obj is None:
             return self
         place = obj.place(self.kind)
@@ -41,7 +42,7 @@ class _Value(eproperty):
             return values
         return ComputedGate.of(obj.module, obj.mlp.layout).serve(values, *_rows(obj))
 
-    def __set__(self, obj: "NamedMLP", value: Tensor) -> None:  # type: ignore[override]
+    def __set__(self, obj: "NamedMLP", value: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         place = obj.place(self.kind)
         location = obj.location(place)
         if place.computed:

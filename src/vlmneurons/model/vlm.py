@@ -5,18 +5,26 @@ VLM itself) and adds names: ``model.language.layers[3].mlp.gate`` is a value tha
 model's own modules are called.
 """
 
+import contextlib
 import copy
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
@@ -39,6 +47,16 @@ _OF_THE_MODULE = ("eval", "train", "to", "cpu", "cuda", "float", "half", "double
 """Methods by which a module changes itself and gives itself back: a VLM gives itself."""
 
 
+if TYPE_CHECKING:
+
+    class HFModel(PreTrainedModel):
+        """What a type checker sees in a model of transformers; ``generate`` is there where `VLM.can_generate`."""
+
+        hf_device_map: dict[str, torch.device]
+
+        def generate(self, *args: object, **kwargs: object) -> Tensor: ...
+
+
 class VLM:
     """A vision-language model whose MLP neurons have names.
 
@@ -58,6 +76,8 @@ class VLM:
         processor: the processor; a tokenizer for a model of text alone.
         prompts: how questions become prompts; ``prompts.settings()`` is what that depends on.
         towers: what was found, by name.
+        engine: what runs the model where questions are asked: ``"transformers"``, or ``"vllm"``.
+        engine_options: what that is started with.
 
     Raises:
         ArchitectureError: the model's MLPs cannot be told for certain, or it is no transformers model.
@@ -89,7 +109,7 @@ class VLM:
                 "To load by name use VLM.from_pretrained(name)"
             )
         refuse_copies(hf_model)
-        self.hf = hf_model.eval()
+        self.hf = cast("HFModel", hf_model.eval())  # or has what it needs of one: that is checked below
         self.processor = processor
         self.towers: dict[str, Tower] = find_towers(hf_model)
         absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
@@ -102,7 +122,7 @@ class VLM:
         offloaded = offloaded_to(hf_model)
         if offloaded is not None and not hasattr(hf_model, "hf_device_map"):
             # As `dispatch_model` leaves it: else transformers would try to move the weights, which are not there.
-            hf_model.hf_device_map = {"": offloaded}
+            self.hf.hf_device_map = {"": offloaded}
         self._rename = rename
         computed = [
             ComputedGate.of(hf_model.get_submodule(mlp.path), mlp.layout)
@@ -115,6 +135,8 @@ class VLM:
             self.nnsight = TracedModel(hf_model, self, computed, **pipeline_of(processor), **named)
         self.encoder = Encoder(self)
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
+        self.engine: str = "transformers"
+        self.engine_options: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -128,6 +150,7 @@ class VLM:
         template_kwargs: Mapping[str, Any] | None = None,
         rename: Mapping[Any, Any] | None = None,
         weights: bool = True,
+        engine: str = "transformers",
         **hf_kwargs: Any,
     ) -> "VLM":
         """Load a model and its processor by name or from a folder.
@@ -144,8 +167,12 @@ class VLM:
             rename: see `VLM`.
             weights: False for a model without its weights, on the meta device: its sites have names, and it can run
                 elsewhere (``remote=True``, see `vlmneurons.run.remote`).
+            engine: ``"vllm"`` for a model that vLLM holds: nothing but names is loaded here, and vLLM is started when
+                the model is first asked. `record`, `record_items` and `knockout` run there; see
+                `vlmneurons.run.vllm.engine`.
             **hf_kwargs: arguments of the model's ``from_pretrained``: ``dtype``, ``device_map`` …; where files
-                come from (``token``, ``cache_dir``, ``local_files_only``, ``subfolder`` …) is told to both.
+                come from (``token``, ``cache_dir``, ``local_files_only``, ``subfolder`` …) is told to both. With
+                ``engine="vllm"``: ``dtype``, and arguments of ``vllm.LLM``, such as ``tensor_parallel_size``.
 
         Returns:
             The model in evaluation mode, its weights loaded.
@@ -159,10 +186,13 @@ class VLM:
         name_or_path = os.fspath(name_or_path)
         where = {name: hf_kwargs.pop(name) for name in HUB_ARGUMENTS if name in hf_kwargs}
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {}), **where}
-        if hf_kwargs and not weights:
+        if engine not in ("transformers", "vllm"):
+            raise ArchitectureError(f"engine={engine!r} does not exist; choose from transformers, vllm")
+        options = hf_kwargs if engine == "vllm" else {}
+        if options is not hf_kwargs and hf_kwargs and not weights:
             raise ArchitectureError(f"weights=False loads nothing that {', '.join(hf_kwargs)} could apply to")
         processor = AutoProcessor.from_pretrained(name_or_path, **{**shared, **(processor_kwargs or {})})
-        if weights:
+        if weights and engine == "transformers":
             hf_model = of_first_class(
                 AutoModelForImageTextToText, lambda auto: auto.from_pretrained(name_or_path, **shared, **hf_kwargs)
             )
@@ -173,9 +203,20 @@ class VLM:
                     AutoModelForImageTextToText,
                     lambda auto: auto.from_config(config, trust_remote_code=trust_remote_code),
                 )
-            hf_model.hf_device_map = {"": torch.device("meta")}  # else transformers would try to move the weights
+            # Else transformers would try to move the weights.
+            vars(hf_model)["hf_device_map"] = {"": torch.device("meta")}
+            if (dtype := options.pop("dtype", "auto")) != "auto":
+                hf_model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            with contextlib.suppress(OSError):  # where a text ends
+                vars(hf_model)["generation_config"] = GenerationConfig.from_pretrained(name_or_path, **shared)
         model = cls(hf_model, processor, template=template, template_kwargs=template_kwargs, rename=rename)
         model.nnsight.revision = revision  # names the model in a remote run
+        if engine == "vllm":
+            told = {"trust_remote_code": trust_remote_code, "mm_processor_kwargs": dict(processor_kwargs or {}) or None}
+            told |= {"hf_token": where.get("token"), "download_dir": where.get("cache_dir")}
+            model.engine, model.engine_options = engine, {**{k: v for k, v in told.items() if v}, **options}
+            hf_model.register_forward_pre_hook(_refuse_to_run)
+            vars(hf_model)["generate"] = _refuse_to_run
         return model
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -204,7 +245,7 @@ class VLM:
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embeddings."""
         try:
-            weight = self.hf.get_input_embeddings().weight
+            weight = cast(Tensor, self.hf.get_input_embeddings().weight)
         except (AttributeError, NotImplementedError):
             weight = next(self.hf.parameters())
         if weight.device.type != "meta":
@@ -469,6 +510,7 @@ class VLM:
         processor = copy.deepcopy(self.processor, memo)
         other = memo[id(self)] = type(self)(hf, processor, template=self.template, rename=self._rename)
         other.nnsight.revision, other.nnsight._edits = self.nnsight.revision, list(self.nnsight._edits)
+        other.engine, other.engine_options = self.engine, dict(self.engine_options)
         return other
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -483,6 +525,14 @@ class VLM:
         return "\n".join(lines + [f"  {describe(tower)}" for tower in self.towers.values()])
 
 
+def _refuse_to_run(*_: Any, **__: Any) -> None:
+    """Stands in the way of the forward of a model that an engine holds: it has no weights here."""
+    raise MismatchError(
+        "this model is held by engine='vllm', where record, record_items and knockout run; for traces, plain calls and "
+        "generate load it here, without engine="
+    )
+
+
 def offloaded_to(hf_model: nn.Module) -> torch.device | None:
     """Where accelerate brings the weights of a model that is offloaded, for a forward; None for any other model."""
     for module in hf_model.modules():
@@ -494,19 +544,28 @@ def offloaded_to(hf_model: nn.Module) -> torch.device | None:
     return None
 
 
-def refuse_edits(model: VLM) -> None:
-    """Refuse a model with standing edits, for a run that would not obey them.
+def refuse_unobeyed(model: VLM) -> None:
+    """Refuse what a run of the library's own would not obey: a model's standing edits, and autocast around the call.
 
-    Edits of ``model.edit`` act in traces only. What runs the model itself knows nothing of them.
+    Edits of ``model.edit`` act in traces only; under autocast the counts would be those of another precision than the
+    weights', and hang on where the call stands.
 
     Raises:
-        MismatchError: the model has edits.
+        MismatchError: the model has edits, or autocast is on for one of its devices.
     """
     if model.nnsight._edits:
         raise MismatchError(
             "this model has standing edits of model.edit(…), which act in traces and nowhere else: this run would not "
             "obey them. Take them off with model.clear_edits(), or use vn.Ablation, which acts everywhere"
         )
+    for kind in sorted({"cpu", *(one.device.type for one in model.hf.parameters())} - {"meta"}):
+        if torch.is_autocast_enabled(kind):
+            raise MismatchError(
+                "torch.autocast is on around this call, which runs in the precision of the weights "
+                f"({model.hf.dtype}): leave it, or turn it off with torch.autocast({kind!r}, enabled=False). Else load "
+                f"the model in it, as VLM.from_pretrained(…, dtype={torch.get_autocast_dtype(kind)}) does; a "
+                "vn.Recorder counts under autocast what the model used"
+            )
 
 
 def check_model(model: Any) -> None:

@@ -8,7 +8,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -215,7 +215,7 @@ class NeuronSet(_files.Shareable):
             index = self._space.flat(*neuron)
         else:
             try:
-                index = operator.index(neuron)  # type: ignore[arg-type]
+                index = operator.index(cast(SupportsIndex, neuron))
             except TypeError:
                 return False
             if isinstance(neuron, bool) or not 0 <= index < len(self._space):

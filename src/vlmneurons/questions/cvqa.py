@@ -405,8 +405,9 @@ def _refuse_secret_labels(name: str, rows: Sequence[_Row]) -> None:
         label = row.fields["answer"]
         number = int(label) if isinstance(label, str) and label.strip().lstrip("-").isdigit() else label
         options = row.fields["options"]
-        is_index = isinstance(number, int | float) and not isinstance(number, bool)
-        if label is None or label == "" or (is_index and not 0 <= number < len(options) and str(label) not in options):
+        index = number if isinstance(number, int | float) and not isinstance(number, bool) else None
+        misses = index is not None and not 0 <= index < len(options) and str(label) not in options
+        if label is None or label == "" or misses:
             outside.append(row)
     if outside:
         count = f"all {len(rows):,}" if len(outside) == len(rows) else f"{len(outside):,} of {len(rows):,}"

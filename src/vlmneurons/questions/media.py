@@ -169,7 +169,7 @@ def open_picture(source: Any) -> Image.Image:
             with Image.open(encoded(source), formats=_formats()) as image:
                 image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+    if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max(initial=0) > 255):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))  # Pillow would cut at 255
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -108,7 +108,7 @@ def _decoded(source: bytes | str | Path) -> tuple[np.ndarray, int]:
 
 def _by_soundfile(source: bytes | str | Path) -> tuple[np.ndarray, int]:
     try:
-        import soundfile
+        import soundfile  # pyright: ignore[reportMissingImports]  (optional)
     except ImportError as error:
         raise ImportError(
             "this file is no plain WAV, and other sounds need the package soundfile: pip install "
@@ -196,7 +196,7 @@ def _frames(source: bytes | str | Path) -> UInt8[np.ndarray, "frame height width
     except Image.UnidentifiedImageError:
         pass
     try:
-        import av
+        import av  # pyright: ignore[reportMissingImports]  (optional)
     except ImportError as error:
         raise ImportError(
             "this file needs the package av: pip install 'vlmneurons[video]', or give the frames: an array "

@@ -150,8 +150,8 @@ class Ablation:
         if not isinstance(neurons, NeuronSet | Sequence) or isinstance(neurons, str):
             raise AblationError(f"neurons are a NeuronSet, or a sequence of them; got {type(neurons).__name__}")
         self.by_row = not isinstance(neurons, NeuronSet)
-        self.neurons: NeuronSet | tuple[NeuronSet, ...] = tuple(neurons) if self.by_row else neurons  # type: ignore[arg-type]
-        sets: tuple[NeuronSet, ...] = self.neurons if isinstance(self.neurons, tuple) else (self.neurons,)
+        sets = (neurons,) if isinstance(neurons, NeuronSet) else tuple(neurons)
+        self.neurons: NeuronSet | tuple[NeuronSet, ...] = sets if self.by_row else sets[0]
         if not sets:
             raise AblationError("an empty sequence of neuron sets was given; give one set, or one for each row")
         for other in sets:

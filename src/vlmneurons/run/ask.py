@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from vlmneurons.checks import flag, whole
-from vlmneurons.errors import OutOfMemoryError, QuestionError
+from vlmneurons.errors import MismatchError, OutOfMemoryError, QuestionError
 from vlmneurons.files.stopping import Stopped
-from vlmneurons.model.vlm import VLM, check_model, refuse_edits
+from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
@@ -107,12 +107,20 @@ def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Eng
 
     Raises:
         MismatchError: no such place, or a model without weights that is to run here.
-        QuestionError: a reader that the engine cannot run.
+        QuestionError: a reader that the engine cannot run, or that cannot read such questions.
     """
     check_model(model)
-    refuse_edits(model)
-    refuse_unknown(model, remote)
+    refuse_unobeyed(model)
     reader = reader_of(questions.answer)
+    if model.engine == "vllm" and remote is not False:
+        raise MismatchError(f"remote={remote!r}: this model is held by engine='vllm', and runs there")
+    if model.engine != "vllm":
+        refuse_unknown(model, remote)
+    reader.check(questions)
+    if model.engine == "vllm":
+        from vlmneurons.run.vllm.engine import VLLMEngine
+
+        return VLLMEngine(model, reader)
     return LocalEngine(model, reader) if remote is False else RemoteEngine(model, reader, remote)
 
 
@@ -240,7 +248,7 @@ def _ask_batch(
         if not isinstance(error, OutOfMemoryError) or not hasattr(error, "partial"):
             partial = job.partial()
             if partial is not None:
-                error.partial = partial  # type: ignore[attr-defined]
+                vars(error)["partial"] = partial
         raise
     finally:
         job.forget()
@@ -260,21 +268,18 @@ def held(hf: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(hf: nn.Module) -> Iterator[None]:
-    """Within, a model runs as it does alone, whatever is around: no autocast, no dropout, the usual default dtype.
+    """Within, a model runs as it does alone, whatever is around: no dropout, the usual default dtype.
 
     What was set is set again afterwards, for each of the model's parts.
     """
     training = [module for module in hf.modules() if module.training]
     dtype = torch.get_default_dtype()
-    with contextlib.ExitStack() as stack:
-        for kind in {"cpu", *(one.device.type for one in hf.parameters())} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        try:
-            for module in training:
-                module.training = False
-            torch.set_default_dtype(torch.float32)
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            for module in training:
-                module.training = True
+    try:
+        for module in training:
+            module.training = False
+        torch.set_default_dtype(torch.float32)
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for module in training:
+            module.training = True

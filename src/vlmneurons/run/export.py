@@ -177,7 +177,7 @@ class _Stored:
         assert tuple(value.shape) == place.shape
         with place.file.open("r+b") as file:
             file.seek(place.start)
-            file.write(value.contiguous().flatten().view(torch.uint8).numpy())
+            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _source(model: VLM) -> Path | None:

@@ -62,5 +62,5 @@ def greedily(hf_model: nn.Module, max_new_tokens: int) -> Iterator[GenerationCon
             before = part.__dict__.get("generation_config")
             if isinstance(before, GenerationConfig):
                 undo.callback(setattr, part, "generation_config", before)
-                part.generation_config = greedy_config(part, max_new_tokens)
+                vars(part)["generation_config"] = greedy_config(part, max_new_tokens)
         yield greedy_config(hf_model, max_new_tokens)

@@ -1,7 +1,7 @@
 """The setting of a run, put together in one place from what model, questions, reader and engine say."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _HOOKS_OF = ("nnsight", "transformers", "accelerate", "torch", "peft", "vlmneuro
 def setting_of_run(
     model: VLM,
     *,
-    tokens: TokenRule | None = None,
+    tokens: TokenRule | Mapping[str, TokenRule] | None = None,
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
 ) -> Setting:
@@ -36,9 +36,10 @@ def setting_of_run(
         questions: what is asked, for the prompt.
         engine: what runs the model and reads its answers; None for the user's own runs here.
     """
+    known = {} if engine is None else engine.own_setting
     return Setting(
         model=type(model.hf).__name__,
-        weights=of_model.weights_of(model),
+        weights=known.get("weights") or of_model.weights_of(model),
         configuration=of_model.configuration_of(model),
         adapters=of_model.adapters_of(model),
         quantisation=of_model.quantisation_of(model),
@@ -65,13 +66,17 @@ def name_of_rule(rule: Any) -> str:
     """A rule that is known by its name; or a function of the user's by its name, and a digest of its code."""
     if isinstance(rule, str):
         return rule
+    if isinstance(rule, Mapping):
+        return ", ".join(f"{name}: {name_of_rule(one)}" for name, one in rule.items())
     return digest_of_code(rule)
 
 
 def name_of_reader(reader: AnswerReader) -> str:
     """How answers are read: a reader of the library as it prints, one of the user's with a digest of its code too."""
     if type(reader).__module__.startswith("vlmneurons."):
-        return f"{reader!r} of vlmneurons {__version__}"
+        scorer = getattr(reader, "scorer", None)
+        by = "" if scorer is None else f", scored by {digest_of_code(scorer)}"
+        return f"{reader!r} of vlmneurons {__version__}{by}"
     return f"{reader!r}: {digest_of_code(reader)}"
 
 
@@ -79,7 +84,7 @@ def run_provenance(
     model: VLM,
     setting: Setting,
     *,
-    tokens: TokenRule | None = None,
+    tokens: TokenRule | Mapping[str, TokenRule] | None = None,
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
@@ -114,4 +119,6 @@ def versions() -> dict[str, str]:
 
 def rule_name(rule: Any) -> str:
     """What a person calls a rule: its name, or that of the function."""
+    if isinstance(rule, Mapping):
+        return ", ".join(f"{name}: {rule_name(one)}" for name, one in rule.items())
     return rule if isinstance(rule, str) else f"{getattr(rule, '__module__', '')}.{getattr(rule, '__qualname__', rule)}"

@@ -211,13 +211,13 @@ def _labels(text: str, options: Sequence[str], kind: "re.Pattern[str]") -> tuple
         before_word = re.match(rf"\s+[{_WORD}]", text[end:]) is not None and not bracketed
         spoken = label == "I" and not marked and text[end:].strip() != ""
         word = label.lower() if small or (label in "AEIOUY" and before_word) or spoken else None
-        place = end + len(re.match(r"[\s.:,)\]}>(\[\"'–—-]*", text[end:])[0])  # type: ignore[index]
+        place = end + next(re.finditer(r"[\s.:,)\]}>(\[\"'–—-]*", text[end:])).end()
         beside = _option_at(text, place, options)
         before = _option_before(text[reached:start], options) if bracketed else None
         named = index in (beside or ()) or index in (before or ())
         if beside is not None and index in beside:
             end = place + len(options[index])
-            end += len(re.match(rf"{_CLOSE}*", text[end:])[0])  # type: ignore[index]
+            end += next(re.finditer(rf"{_CLOSE}*", text[end:])).end()
             word = None
         elif before is not None:
             contradicted |= not named

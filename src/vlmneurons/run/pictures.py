@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.encoder import Batch
@@ -71,7 +71,7 @@ def each_once(hf: nn.Module, batch: Batch) -> Iterator[None]:
             _WORKS[hf] = False  # its code wants all pictures
         return whole
 
-    owner.get_image_features = once  # type: ignore[assignment]
+    owner.get_image_features = once
     try:
         yield
     finally:
@@ -89,7 +89,8 @@ def _owner(hf: nn.Module) -> Any:
 
 def _vision_is_watched(hf: nn.Module) -> bool:
     """Whether hooks of the library or the user's are on anything but the text decoder."""
-    decoder = set(map(id, hf.get_decoder().modules())) if hasattr(hf, "get_decoder") else set()
+    get_decoder = getattr(hf, "get_decoder", None)
+    decoder = set(map(id, get_decoder().modules())) if get_decoder else set()
     return any(is_watched(module) for module in hf.modules() if id(module) not in decoder and module is not hf)
 
 
@@ -110,7 +111,7 @@ def _is_repeated(whole: Any, fewer: Any, place: Sequence[int]) -> bool:
         return False
     if {name for name, value in whole.items() if value is not None} - {"pooler_output", *_INTERNAL}:
         return False  # a decoder may read more than the features
-    one, other = whole.pooler_output, fewer.pooler_output
+    one, other = whole["pooler_output"], fewer["pooler_output"]
     if len(one) != len(place) or len(other) != max(place) + 1:
         return False
     pairs = [(a.float(), other[at].float()) for a, at in zip(one, place, strict=True)]

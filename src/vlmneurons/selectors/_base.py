@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 FRACTION = 0.005
 """Share of neurons that a selector gives to each group unless told otherwise (arXiv 2608.08772, 2608.17102)."""
 
-Table = TypeVar("Table", bound=Evidence, default=ActivationStatistics)
-"""The kind of table that a rule reads."""
+Table = TypeVar("Table", bound=Evidence, default=Any)
+"""The kind of table that a rule reads. `Selector` by itself is a rule that reads any, for a type checker."""
 
 
 class Shared(TypedDict, total=False):

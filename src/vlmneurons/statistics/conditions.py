@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -73,12 +74,12 @@ class Conditions:
     @property
     def tokens(self) -> Int64[Tensor, " group"]:
         """Number of counted tokens of each group, over all conditions."""
-        return sum(stats.tokens for stats in self.statistics.values())  # type: ignore[return-value]
+        return torch.stack([stats.tokens for stats in self.statistics.values()]).sum(0)
 
     @property
     def items(self) -> Int64[Tensor, " group"]:
         """Number of counted items of each group, over all conditions."""
-        return sum(stats.items for stats in self.statistics.values())  # type: ignore[return-value]
+        return torch.stack([stats.items for stats in self.statistics.values()]).sum(0)
 
     @property
     def provenance(self) -> dict[str, Any]:

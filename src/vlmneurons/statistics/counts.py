@@ -281,8 +281,6 @@ class ActivationStatistics(_files.Shareable):
                 return False
         return True
 
-    __hash__ = None  # type: ignore[assignment]
-
     def with_provenance(self, provenance: Mapping[str, Any]) -> "ActivationStatistics":
         """The same counts, with another note of where they come from.
 

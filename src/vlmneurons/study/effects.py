@@ -109,7 +109,7 @@ class Estimates:
             none = np.zeros((1, 1), dtype=np.int64)
             return Estimates(nothing, none, none, none, nothing, nothing, self.totals[-1:], self.spread, self.in_group)
         spread = self.spread[there].mean(0, keepdims=True)
-        in_group = self.in_group[:, there].any(1)[:, None]
+        in_group = self.in_group[:, there].max(1, keepdims=True)  # any of them
         freedom = _satterthwaite(spread, in_group, self.units[there, :-1].max(0)[None])
         variance = np.where(np.isnan(self.variance[there, -1]).any(), np.nan, (spread**2).sum(1))
         return Estimates(
@@ -124,17 +124,17 @@ class Estimates:
             in_group,
         )
 
-    def bounds(self, confidence: float, answers: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def bounds(self, confidence: float, value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``[row, place]`` lower and upper bounds of t intervals, NaN where there is too little, and whether it is.
 
         Args:
             confidence: level, in (0, 1).
-            answers: whether the values are changes of answers, of which a few must have changed.
+            value: what has changed; of answers (``"correct"``), and of scores unless all have moved, a few must.
         """
         # Where all units say the same, what is left is rounding, and no spread to tell anything from.
         few = (self.units < LEAST_UNITS) | ~(self.variance > (1e-9 * self.value) ** 2)
-        if answers:
-            few |= self.changed < LEAST_CHANGED
+        if value != "margin":
+            few |= (self.changed < LEAST_CHANGED) & ((value == "correct") | (self.changed < self.n))
         freedom = np.where(few, 1.0, self.freedom)
         reach = scipy_stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(np.where(few, np.nan, self.variance))
         return self.value - reach, self.value + reach, few & (self.n > 0)
@@ -213,8 +213,8 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
         freedom[:, -1] = _satterthwaite(spread, in_group, units[:, :-1])
     value[n == 0] = np.nan
     variance[(n == 0) | ~np.isfinite(variance)] = np.nan
-    whole_numbers = (table.astype(np.int64) for table in (n, units, moved))
-    return Estimates(value, *whole_numbers, variance, freedom, tuple(totals), spread, in_group)
+    n, units, moved = (table.astype(np.int64) for table in (n, units, moved))
+    return Estimates(value, n, units, moved, variance, freedom, tuple(totals), spread, in_group)
 
 
 def _satterthwaite(spread: np.ndarray, in_group: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -231,11 +231,15 @@ def _satterthwaite(spread: np.ndarray, in_group: np.ndarray, units: np.ndarray) 
     n_groups, n_rows, n_pictures = in_group.shape
     if not in_group.size:
         return np.full(n_rows, np.nan)
-    kinds, kind = np.unique(in_group.reshape(n_groups, -1), axis=1, return_inverse=True)
-    place = kind.reshape(n_rows, n_pictures) + kinds.shape[1] * np.arange(n_rows)[:, None]
+    codes = in_group.reshape(n_groups, -1)
+    if n_groups <= 62:  # as one number for each picture they are sorted far faster
+        codes = (1 << np.arange(n_groups)) @ codes.astype(np.int64)
+    kinds, kind = np.unique(codes, axis=codes.ndim - 1, return_inverse=True)
+    n_kinds = kinds.shape[-1]
+    place = kind.reshape(n_rows, n_pictures) + n_kinds * np.arange(n_rows)[:, None]
 
     def by_kind(values: np.ndarray) -> np.ndarray:
-        summed = np.bincount(place.reshape(-1), values.reshape(-1), n_rows * kinds.shape[1])
+        summed = np.bincount(place.reshape(-1), values.reshape(-1), n_rows * n_kinds)
         return summed.reshape(n_rows, -1)
 
     spent = np.einsum("grp,rg->rp", in_group, 1 / np.maximum(units, 1)) / np.maximum(in_group.sum(0), 1)

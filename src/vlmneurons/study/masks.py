@@ -101,8 +101,7 @@ def listed_masks(masks: Masks, groups: Sequence[str], default: Intervention) -> 
     for name, given in masks.items():
         if not isinstance(name, str) or not name:
             raise MismatchError(f"a mask's name is a text that is not empty; got {name!r}")
-        several = isinstance(given, Sequence) and not isinstance(given, str)
-        repeats = list(given) if several else [given]
+        repeats = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         if not repeats:
             raise MismatchError(f"mask {name!r} is an empty list; give a Selection or a NeuronSet")
         for repeat, one in enumerate(repeats):

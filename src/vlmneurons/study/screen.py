@@ -14,7 +14,7 @@ first-order term is in Molchanov et al. 2017 (arXiv 1611.06440).
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -85,7 +85,7 @@ def screen(
     questions = to_ask(questions, answer, "to screen with")
     engine = engine_of(model, questions, remote)
     need_gradients(engine, "screening")
-    if not isinstance(engine.reader, LogitReader):
+    if not isinstance(engine.reader, LogitReader) or engine.reader.grades:
         raise QuestionError(
             f"{engine.reader!r} gives no margin that could be derived; use answer='letters' or answer='text'"
         )
@@ -97,7 +97,7 @@ def screen(
             raise MismatchError(f"a mask is of {one.neurons.space}; screening is of the decoder's neurons, {space}")
         if one.mode != "zero":
             raise MismatchError(f"mask {mask.selector!r} is to {one.name}; the estimate is of neurons set to zero")
-        sets.append(one.neurons.indices)
+        sets.append(cast(NeuronSet, one.neurons).indices)
     job = _ScreeningJob(engine, space, sets)
     ask(job, questions, options)
     estimates = {name: row for part in options.processes.gather(job.estimates) for name, row in part.items()}

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.hooks import Handle, read, read_experts, write
-from vlmneurons.model.architectures.layout import MLP, Tower
+from vlmneurons.model.architectures.layout import MLP, Expression, Tower
 from vlmneurons.testing.selectors import ContractError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ def optional_parts(model_type: str) -> tuple[str, ...]:
     import transformers
 
     config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(_WRITTEN.get(model_type, {})))
-    return tuple(name for name in type(config).sub_configs if getattr(config, name, None) is None)
+    return tuple(name for name in config.sub_configs if getattr(config, name, None) is None)
 
 
 def mapped_model(model_type: str, *, default: bool = False, every_tower: bool = False) -> nn.Module:
@@ -228,7 +231,7 @@ def mapped_model(model_type: str, *, default: bool = False, every_tower: bool = 
 
     written = {} if default else _WRITTEN.get(model_type, {})
     config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(written))
-    for name, kind in type(config).sub_configs.items() if every_tower else ():
+    for name, kind in config.sub_configs.items() if every_tower else ():
         if getattr(config, name, None) is None:
             setattr(
                 config, name, kind.for_model(**_OPTIONAL[model_type, name]) if hasattr(kind, "for_model") else kind()
@@ -276,7 +279,7 @@ class _Runner:
             raise ContractError(f"{type(self.hf).__name__}: logits differ by up to {most:g} {when}")
 
 
-def _inputs(hf: nn.Module, processor: Any, notes: list[str]) -> dict[str, Any]:
+def _inputs(hf: "PreTrainedModel", processor: Any, notes: list[str]) -> dict[str, Any]:
     """A question with a small image, if the processor can make one; else some text."""
     if processor is not None:
         from vlmneurons.testing.tiny import tiny_image
@@ -418,9 +421,7 @@ class _Reference:
         expected: dict[str, list[Tensor]] = {"post": self.inputs[layout.down]}
         if layout.fused is not None:
             whole = self.outputs[layout.fused]
-            order = {"gate_up": (0, 1), "up_gate": (1, 0), "interleaved": (0, 1), "interleaved_up": (1, 0)}[
-                layout.split
-            ]
+            order = (0, 1) if layout.split in ("gate_up", "interleaved") else (1, 0)
             if layout.split in ("gate_up", "up_gate"):
                 parts = [output.chunk(2, dim=-1) for output in whole]
             else:
@@ -433,7 +434,7 @@ class _Reference:
             expected["pre"], expected["gate"] = self.inputs[layout.activation], self.outputs[layout.activation]
         elif layout.gate is not None:
             expected["pre"] = self.outputs[layout.gate]
-        if "other" not in layout.function.inputs:
+        if "other" not in cast(Expression, layout.function).inputs:
             computed = [self._computed("gate", layout.gate_of, pre) for pre in expected["pre"]]
             self._same("gate", computed, expected.setdefault("gate", computed), str(layout.function))
         if layout.repeatable and not layout.normed and "gate" in expected:
@@ -508,7 +509,7 @@ def _compare_experts(
     hidden, chosen = calls[0][0], next((value for value in calls[0][1:2] if value.dtype == torch.int64), None)
     # Weights are [expert, in, out] or [expert, out, in]. Where the module does not say which, their shapes do; and
     # where these fit both ways, as those of square ones do, all experts must compute one way or the other.
-    ways = (module.is_transposed,) if hasattr(module, "is_transposed") else (True, False)
+    ways = (bool(module.is_transposed),) if hasattr(module, "is_transposed") else (True, False)
     problems = [_misfit(module, mlp, got, hidden, chosen, in_out) for in_out in ways]
     if all(problem is not None for problem in problems):
         raise ContractError(f"{mlp.path}: {max(filter(None, problems), key=lambda text: 'expert ' in text)}")
@@ -542,13 +543,14 @@ def _misfit(
         if not len(tokens):
             continue
         seen += len(tokens)
-        if getattr(module, layout.fused or layout.gate)[expert].shape[0 if in_out else 1] != states.shape[-1]:
+        if getattr(module, layout.first)[expert].shape[0 if in_out else 1] != states.shape[-1]:
             return "its weights do not fit the tokens, whichever of their axes is the input's"
         if layout.fused is not None:
             both = times(layout.fused, states, expert)
             pre, up = layout.part(both, "pre"), layout.part(both, "up")
         else:
-            pre, up = (None if name is None else times(name, states, expert) for name in (layout.gate, layout.up))
+            pre = times(layout.first, states, expert)
+            up = None if layout.up is None else times(layout.up, states, expert)
         expected = {"pre": pre, "gate": layout.gate_of(module, pre)}
         if up is not None:
             expected["up"] = up
@@ -571,7 +573,8 @@ def _misfit(
 def _joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     if not parts:
         return torch.empty(0, 0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    return tuple(torch.cat([part[place] for part in parts]) for place in range(3))  # type: ignore[return-value]
+    values, experts, tokens = (torch.cat(one) for one in zip(*parts, strict=True))
+    return values, experts, tokens
 
 
 def _zero(run: _Runner, tower: Tower, ran: Mapping[MLP, bool]) -> tuple[int, int]:

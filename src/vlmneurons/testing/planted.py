@@ -89,7 +89,8 @@ def plant_neurons(
     Args:
         medium: what groups are told by: ``"picture"`` (their colours), ``"sound"`` (their pitches) or ``"video"``
             (which of red, green and blue rise and which fall).
-        groups: names of 3 to 8 groups; they are the answers too, and a question offers 4 of them, or all 3.
+        groups: names of 3 to 8 groups; they are the answers too, and a question offers 4 of them, or all 3. Of pictures
+            there may be 27: more than 8 have two colours, and a wider vision tower that tells them apart.
         per_group: planted neurons of each group.
         per_kind: decoys of each kind.
         decoys: kinds of decoy; see `PlantedModel`. ``"rare"`` ones have no entropy either, and mislead LAPE.
@@ -109,8 +110,8 @@ def plant_neurons(
     if medium not in MEDIA:
         raise VLMNeuronsError(f"medium {medium!r} does not exist; choose from {', '.join(MEDIA)}")
     told_by = MEDIA[medium]
-    if not 3 <= len(groups) <= 8 or len(set(groups)) != len(groups):
-        raise VLMNeuronsError(f"3 to 8 different groups can be planted; got {', '.join(groups)}")
+    if not 3 <= len(groups) <= told_by.most or len(set(groups)) != len(groups):
+        raise VLMNeuronsError(f"3 to {told_by.most} different groups can be planted; got {', '.join(groups)}")
     wrong = set(decoys) - set(DECOYS)
     if wrong:
         raise VLMNeuronsError(f"decoy {min(wrong)!r} does not exist; choose from {', '.join(DECOYS)}")

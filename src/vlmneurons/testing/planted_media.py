@@ -30,6 +30,7 @@ class Medium(NamedTuple):
     Attributes:
         field: the argument of `vlmneurons.Question` that takes it.
         question: what is asked about it.
+        most: how many groups can be told apart.
         make: one of a group: the group's number and a source of chance.
         blank: a model and its processor, the decoder all zero.
         write_projector: makes each group's media its code.
@@ -37,6 +38,7 @@ class Medium(NamedTuple):
 
     field: str
     question: str
+    most: int
     make: Callable[[int, np.random.Generator], Any]
     blank: Callable[[tuple[str, ...], int, int], Blank]
     write_projector: Callable[[PreTrainedModel, ProcessorMixin, tuple[str, ...], torch.Generator], None]
@@ -46,9 +48,11 @@ class Medium(NamedTuple):
 
 
 def _picture(number: int, rng: np.random.Generator) -> Image.Image:
-    """A square of the group's colour (a corner of the colour cube), with some noise."""
-    colour = np.array([(number >> bit & 1) * 200 + 28 for bit in range(3)])
-    pixels = colour + rng.integers(-8, 9, size=(_SIDE, _SIDE, 3))
+    """A square of the group's colour (a corner of the colour cube), with some noise; from the ninth on, of two."""
+    corner, other = (np.array([k >> bit & 1 for bit in range(3)]) * 200 + 28 for k in (number, number + number // 8))
+    stripes = (np.arange(_SIDE) // 4 % 2)[:, None]  # a patch of the vision tower has one of each
+    noise = 8 if number < 8 else 4
+    pixels = corner * (1 - stripes) + other * stripes + rng.integers(-noise, noise + 1, size=(_SIDE, _SIDE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -128,9 +132,10 @@ def _sees_pictures(groups: tuple[str, ...], layers: int, width: int) -> Blank:
     text = MistralConfig(
         head_dim=_hidden(groups), sliding_window=None, **_text(groups, tokenizer, layers, width)
     )  # fmt: skip
+    wide = 1 if len(groups) <= 8 else 2
     vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=32 * wide,
+        intermediate_size=64 * wide,
         num_hidden_layers=2,
         num_attention_heads=2,
         image_size=_SIDE,
@@ -306,8 +311,8 @@ def _project_videos(
 
 
 MEDIA = {
-    "picture": Medium("image", "Which country is this picture from?", _picture, _sees_pictures, _project_pictures),
-    "sound": Medium("audio", "Which of these do you hear?", _sound, _hears_sounds, _project_sounds),
-    "video": Medium("video", "Which of these do you see?", _video, _sees_videos, _project_videos),
+    "picture": Medium("image", "Which country is this picture from?", 27, _picture, _sees_pictures, _project_pictures),
+    "sound": Medium("audio", "Which of these do you hear?", 8, _sound, _hears_sounds, _project_sounds),
+    "video": Medium("video", "Which of these do you see?", 8, _video, _sees_videos, _project_videos),
 }
 """What planted models may see or hear, by name."""

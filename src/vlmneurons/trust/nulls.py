@@ -1,7 +1,7 @@
 """Would chance have given neurons as strong? The whole pipeline, run on shuffled labels."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -98,7 +98,7 @@ def null_distribution(
 
     check_selector(selector)
     permutations = None if permutations is None else whole("permutations", permutations, SelectionError, least=1)
-    of_kind("measure", measure, Callable, SelectionError, "a function")  # type: ignore[arg-type]
+    of_kind("measure", measure, cast(type, Callable), SelectionError, "a function")
     units = units_of(items, by, condition, balanced, max(1, whole("minimum", minimum, SelectionError)), seed, unit)
     _check_shuffles(units)
     pool, n_groups = units.pool, len(units.pool.groups)

@@ -93,7 +93,7 @@ class Units:
         component, alike = _components(items, pool.rows, unit)
         first: dict[int, str] = {}
         for number, item in zip(component.tolist(), items, strict=True):
-            first[number] = min(first.get(number, item.id), item.id)
+            first[number] = min(first.setdefault(number, item.id), item.id)
         places = range(len(items))
         order = np.array(sorted(places, key=lambda n: (first[int(component[n])], items[n].id, int(pool.rows[n]))))
         order = order.astype(np.int64)
@@ -231,7 +231,7 @@ class Units:
             return first
 
         def whole_groups(first: np.ndarray) -> np.ndarray:
-            return ((first @ belongs > 0) & ((1 - first) @ belongs > 0)).all(1)
+            return (first @ belongs > 0) & ((1 - first) @ belongs > 0)
 
         first = self._until(draws, draw, whole_groups, "be in both halves")[:, self.unit]
         return first, 1 - first
@@ -256,7 +256,7 @@ class Units:
                 times[:, part] = generator.multinomial(len(part), np.full(len(part), 1 / len(part)), n)
             return times
 
-        return self._until(draws, draw, lambda times: (times @ belongs > 0).all(1), "be in a resample")[:, self.unit]
+        return self._until(draws, draw, lambda times: times @ belongs > 0, "be in a resample")[:, self.unit]
 
     def first(self, size: int, draws: int, generator: np.random.Generator) -> np.ndarray:
         """As many questions of every group, picture by picture; of the last picture as many as are still needed.
@@ -281,10 +281,10 @@ class Units:
         good: Callable[[np.ndarray], np.ndarray],
         what: str,
     ) -> np.ndarray:
-        """Draws that leave no group without questions: those that do are drawn again."""
+        """Draws that are good for every group, none of which is without questions: the others are drawn again."""
         found = draw(draws)
         for _ in range(100):
-            bad = np.flatnonzero(~good(found))
+            bad = np.flatnonzero(~good(found).all(1))
             if not len(bad):
                 return found
             found[bad] = draw(len(bad))

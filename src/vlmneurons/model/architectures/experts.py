@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class Experts:
         return cls._all[module]
 
     def __init__(self, module: nn.Module, layout: MLPLayout) -> None:
-        self.module = weakref.ref(module)
+        self.module = cast(Callable[[], nn.Module], weakref.ref(module))  # which outlives its hooks
         self.layout = layout
         self.visitors: dict[int, Visitor] = {}
         self.hooks: list[Any] = []
@@ -124,7 +124,7 @@ class Experts:
 
     def _patch_gating(self, module: nn.Module) -> None:
         """Stands between the projections while this forward runs."""
-        original, before = module._apply_gate, vars(module).get("_apply_gate")
+        original, before = cast(Callable, module._apply_gate), vars(module).get("_apply_gate")
 
         def gating(fused: Tensor) -> Tensor:
             post = self.through(fused)
@@ -140,7 +140,7 @@ class Experts:
         self.undo.append(restore)
 
     def _hook_activation(self, module: nn.Module, through: bool) -> None:
-        activation = module.get_submodule(self.layout.activation)
+        activation = module.get_submodule(cast(str, self.layout.activation))
 
         def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             return self.through(args[0]) if through else self.point("gate", output)
@@ -151,8 +151,6 @@ class Experts:
 
     def through(self, first: Float[Tensor, "row both"]) -> Float[Tensor, "row neuron"] | None:
         """Everything from the output of the first projection to ``post``; None if nothing was changed."""
-        if self.rows is None:
-            raise ArchitectureError("this module of experts runs in a way that is not known; no row can be told")
         layout, module = self.layout, self.module()
         wanted = {visitor.kind for visitor in self.visitors.values()}
         up = layout.part(first, "up") if layout.gated else None
@@ -171,12 +169,10 @@ class Experts:
 
     def point(self, kind: str, values: Tensor) -> Tensor | None:
         """One point of the way; values may have an axis of experts before that of tokens. None if not changed."""
-        if self.rows is None:
-            raise ArchitectureError("this module of experts runs in a way that is not known; no row can be told")
         if values.ndim == 2:
             new, changed = self._visit(kind, values)
             return new if changed else None
-        experts, tokens = self.rows.experts, self.rows.tokens
+        experts, tokens = self._known.experts, self._known.tokens
         new, changed = self._visit(kind, values[experts, tokens])
         if not changed:
             return None
@@ -187,19 +183,25 @@ class Experts:
     def wants(self, *kinds: str) -> bool:
         return any(visitor.kind in kinds for visitor in self.visitors.values())
 
+    @property
+    def _known(self) -> Rows:
+        if self.rows is None:
+            raise ArchitectureError("this module of experts runs in a way that is not known; no row can be told")
+        return self.rows
+
     def _visit(self, kind: str, values: Tensor) -> tuple[Tensor, bool]:
-        changed = False
+        rows, changed = self._known, False
         for visitor in tuple(self.visitors.values()):
             if visitor.kind != kind:
                 continue
             if visitor.expert is None:
-                new = visitor.visit(values, self.rows.experts, self.rows.tokens)
+                new = visitor.visit(values, rows.experts, rows.tokens)
                 where = None
             else:
-                where = (self.rows.experts == visitor.expert).nonzero().flatten()
+                where = (rows.experts == visitor.expert).nonzero().flatten()
                 if not len(where):
                     continue
-                new = visitor.visit(values[where], self.rows.tokens[where])
+                new = visitor.visit(values[where], rows.tokens[where])
             if visitor.writes and new is not None:
                 new = new.to(values.dtype)
                 values = new if where is None else values.index_copy(0, where, new)
@@ -218,7 +220,13 @@ def _rows(hidden: Tensor, chosen: Int64[Tensor, "token choice"], implementation:
 
 _INDEXED = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
 _RESHAPED = {Tensor.reshape, Tensor.view, torch.reshape, Tensor.squeeze, torch.squeeze, Tensor.contiguous, Tensor.to}
-_TURNED = {Tensor.transpose, torch.transpose, Tensor.t, torch.t, Tensor.mT.__get__, Tensor.T.__get__}
+_TURNED = {
+    Tensor.transpose,
+    torch.transpose,
+    Tensor.t,
+    torch.t,
+    *(getattr(Tensor, name).__get__ for name in ("mT", "T")),
+}
 _MULTIPLIED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, Tensor.bmm, Tensor.mm}
 
 
@@ -255,7 +263,7 @@ class _Watch(_Gathered):
     def __init__(self, experts: Experts, hidden: Tensor, points: bool) -> None:
         super().__init__(hidden)
         self.experts, self.points = experts, points
-        self.slices: dict[int, tuple[Tensor, str, int]] = {}
+        self.slices: dict[int, tuple[Tensor, str, int | None]] = {}
         self.outputs: dict[str, Tensor] = {}
 
     def _weight(self, value: Any) -> tuple[str, int | None] | None:
@@ -269,8 +277,9 @@ class _Watch(_Gathered):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _MULTIPLIED and len(args) >= 2 and self._weight(args[1]) is not None:
-            return self._product(func, args, kwargs, *self._weight(args[1]))
+        factor = self._weight(args[1]) if func in _MULTIPLIED and args[1:] else None
+        if factor is not None:
+            return self._product(func, args, kwargs, *factor)
         result = super().__torch_function__(func, types, args, kwargs)
         weight = self._weight(args[0]) if args and isinstance(args[0], Tensor) else None
         if weight is not None and func is Tensor.__getitem__ and weight[1] is None:
@@ -315,7 +324,7 @@ class _Watch(_Gathered):
         if layout.fused:
             pre, up = (layout.part(self.outputs[layout.fused], kind) for kind in ("pre", "up"))
         else:
-            pre, up = self.outputs[layout.gate], self.outputs.get(layout.up)
+            pre, up = self.outputs[layout.first], self.outputs.get(layout.up or "")
         new = self.experts.point("gate", layout.gate_of(module, pre))
         return None if new is None else layout.post_of(module, new, up)
 
@@ -343,7 +352,7 @@ class Routing:
         return cls._all[block]
 
     def __init__(self, block: nn.Module) -> None:
-        self.block = weakref.ref(block)
+        self.block = cast(Callable[[], nn.Module], weakref.ref(block))  # which outlives its hooks
         self.users = 0
         self.hooks: list[Any] = []
         self.watch: _Gathered | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -65,8 +66,8 @@ class Architecture:
             tower: its name; None where towers are not known by name.
         """
         if any(isinstance(value, MLPLayout) for value in self.mlps.values()):
-            return self.mlps  # type: ignore[return-value]
-        return self.mlps.get(tower, {})  # type: ignore[arg-type, return-value]
+            return cast("Mapping[str, MLPLayout]", self.mlps)
+        return cast("Mapping[str | None, Mapping[str, MLPLayout]]", self.mlps).get(tower, {})
 
 
 _REGISTERED: list[tuple[str | Callable[[nn.Module], bool], Architecture]] = []
@@ -167,7 +168,7 @@ def _registered(search: Search, known: Architecture) -> dict[str, tuple[str, lis
                     what = f"the Architecture has {place} in tower {name!r}, and in {tower_of[place]!r} already"
                     raise ArchitectureError(search.explain(what, []))
                 tower_of[place] = name
-                blocks.append(search.block(place, child, known.layouts(name)))
+                blocks.append(search.block(place, cast(nn.Module, child), known.layouts(name)))
         towers[name] = (common_path(paths), blocks)
     _check_paths(search, known, towers)
     return towers

@@ -129,14 +129,14 @@ class Flow:
             writes = getattr(self._module(node), "inplace", False) is True
         elif is_call(node) and not writes:
             writes = name_of(node).endswith("_") and not name_of(node).endswith("__")
-            if getattr(node.target, "__module__", None) == F.__name__:
+            if callable(node.target) and getattr(node.target, "__module__", None) == F.__name__:
                 with contextlib.suppress(TypeError, ValueError):  # it declares no arguments
                     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
                     writes |= bound.get("inplace") is True
         return node.args[0] if writes and node.args else None
 
     def _module(self, node: fx.Node) -> nn.Module:
-        return self.root.get_submodule(node.target)
+        return self.root.get_submodule(str(node.target))
 
     def _character(self, node: fx.Node) -> str:
         """What a step that is a module does; that of other steps is in the sets of `operations`."""
@@ -145,7 +145,7 @@ class Flow:
     def _held(self, node: fx.Node) -> Any:
         """The parameter or buffer that a node is; None for one that is none, or that the module does not hold."""
         try:
-            return operator.attrgetter(node.target)(self.root) if node.op == "get_attr" else None
+            return operator.attrgetter(str(node.target))(self.root) if node.op == "get_attr" else None
         except AttributeError:  # a tensor made on the way
             return None
 
@@ -154,7 +154,7 @@ class Flow:
         while isinstance(node, fx.Node) and _is_turn(node):
             node = node.args[0]
         value = self._held(node) if isinstance(node, fx.Node) else None
-        return (node.target, value) if isinstance(value, nn.Parameter) else None
+        return (str(node.target), value) if isinstance(value, nn.Parameter) else None
 
     def _is_weight(self, node: fx.Node) -> bool:
         """Whether a node is a parameter, a buffer or a constant, or a view of one."""
@@ -166,7 +166,7 @@ class Flow:
         """Name and input of a linear layer, or of a product with a parameter of two axes or more; None for others."""
         operands = [*node.args, *node.kwargs.values()]
         if node.op == "call_module" and operands and self.modules.size(self._module(node)) is not None:
-            return node.target, operands[0]
+            return str(node.target), operands[0]
         if node.target in MATMULS and len(operands) >= 2:
             parameter = self._parameter(operands[1])
             if parameter is not None and parameter[1].ndim in (2, 3):
@@ -180,15 +180,15 @@ class Flow:
         if node in self.projections:
             name, _ = self.projections[node]
             if node.op == "call_module":
-                module = self._module(node)
-                return None if self.modules.bends_itself(module) else _Source(name, self.modules.size(module)[1])
+                module, size = self._module(node), self.modules.size(self._module(node))
+                return None if size is None or self.modules.bends_itself(module) else _Source(name, size[1])
             # A product with [expert, in, out]; `F.linear`, and a transposition before it, take [expert, out, in].
             operand = [*node.args, *node.kwargs.values()][1]
             turns = (node.target is F.linear) + _is_turn(operand)
             return _Source(name, operator.attrgetter(name)(self.root).shape[-2 if turns == 1 else -1])
         if node.op != "call_function" or node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
             return None
-        base, index = node.args
+        base, index = node.args[0], node.args[1]
         return self._chunk(base, index) if isinstance(index, int) else self._slice(base, index)
 
     def _slice(self, base: fx.Node, index: Any) -> _Source | None:
@@ -264,7 +264,7 @@ class Flow:
                 self._sources[node] = frozenset() if isinstance(value, Tensor) and value.ndim <= 1 else None
             elif self._is_elementwise(node):
                 parts = [self.sources(argument) for argument in node.all_input_nodes]
-                self._sources[node] = None if None in parts else frozenset().union(*parts)
+                self._sources[node] = None if None in parts else frozenset().union(*filter(None, parts))
         return self._sources[node]
 
     def _bend(self, node: Any) -> int:
@@ -402,7 +402,7 @@ class Flow:
         factors = self._factors(core)
         if any(len(self.sources(factor) or ()) > 1 for factor in factors):
             return None
-        branches = [(factor, next(iter(self.sources(factor)))) for factor in factors if self.sources(factor)]
+        branches = [(factor, next(iter(found))) for factor in factors if (found := self.sources(factor))]
         others = [factor for factor in factors if not self.sources(factor)]
         parameters = {"parameters": not self._is_module(down), "normed": normed, "down": down}
         if len(branches) == 1 and all(map(self._is_weight, others)):
@@ -479,14 +479,14 @@ class Flow:
     def _activation(self, gate: fx.Node, pre: fx.Node) -> str | None:
         """Name of the module that alone makes gate of pre, if it is called once."""
         alone = gate.op == "call_module" and list(gate.args) == [pre] and not gate.kwargs
-        return gate.target if alone and self.calls[gate.target] == 1 else None
+        return str(gate.target) if alone and self.calls[gate.target] == 1 else None
 
     def expression(self, node: fx.Node, inputs: Mapping[fx.Node, str]) -> Expression:
         """The computation of a node from the given nodes."""
         steps: list[Step] = []
         places: dict[fx.Node, Value] = {given: Value(name) for given, name in inputs.items()}
 
-        def setting_of(owner: fx.Node) -> Value:
+        def setting_of(owner: Any) -> Value:
             """Whose dtype or device it is: that of the projection's output where the owner itself is not at hand."""
             if owner in places:
                 return places[owner]

@@ -3,8 +3,9 @@
 import functools
 import itertools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,23 +60,22 @@ def read(hf_model: nn.Module, mlp: MLP, kind: str, callback: Callable[..., Any])
     layout, module = mlp.layout, hf_model.get_submodule(mlp.path)
     if layout.parameters:
         return Handle([Removal(Experts.of(module, layout).add(Visitor(kind, mlp.expert, callback, False)))])
-    handles = []
+    handles, show = [], callback
     if mlp.routed:
         routing, handles = _routing(hf_model, mlp)
-        inner = callback
 
-        def callback(values: Tensor) -> Any:
-            return inner(values.flatten(0, -2), routing.tokens_of(module))
+        def show(values: Tensor) -> Any:
+            return callback(values.flatten(0, -2), routing.tokens_of(module))
 
     place = mlp.place(kind)
     if place.computed:
-        return Handle([*handles, ComputedGate.of(module, layout).see(callback)])
+        return Handle([*handles, ComputedGate.of(module, layout).see(show)])
     point = module.get_submodule(place.module)
     if place.end == "input":
-        return Handle([*handles, see_input(point, lambda _, args, kwargs: callback(_first(args, kwargs)))])
+        return Handle([*handles, see_input(point, lambda _, args, kwargs: show(_first(args, kwargs)))])
 
     def seen(_: nn.Module, args: tuple, output: Tensor) -> None:
-        callback(place.part(output))
+        show(place.part(output))
 
     return Handle([*handles, see_output(point, seen)])
 
@@ -103,29 +103,28 @@ def write(hf_model: nn.Module, mlp: MLP, kind: str, edit: Callable[..., Tensor |
     layout, module = mlp.layout, hf_model.get_submodule(mlp.path)
     if layout.parameters:
         return Handle([Removal(Experts.of(module, layout).add(Visitor(kind, mlp.expert, edit, True)))])
-    handles = []
+    handles, change = [], edit
     if mlp.routed:
         routing, handles = _routing(hf_model, mlp)
-        inner = edit
 
-        def edit(values: Tensor) -> Tensor | None:
-            new = inner(values.flatten(0, -2), routing.tokens_of(module))
+        def change(values: Tensor) -> Tensor | None:
+            new = edit(values.flatten(0, -2), routing.tokens_of(module))
             return None if new is None else new.reshape(values.shape)
 
     place = mlp.place(kind)
     if place.computed:
-        return Handle([*handles, ComputedGate.of(module, layout).change(edit)])
+        return Handle([*handles, ComputedGate.of(module, layout).change(change)])
     point = module.get_submodule(place.module)
     if place.end == "input":
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            new = edit(_first(args, kwargs))
+            new = change(_first(args, kwargs))
             return None if new is None else _with_first(args, kwargs, new)
 
         return Handle([*handles, change_input(point, before)])
 
     def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        new = edit(place.part(output))
+        new = change(place.part(output))
         if new is None or place.columns is None:
             return new
         whole = output.clone()
@@ -193,7 +192,7 @@ class ComputedGate:
         return cls._all.setdefault(module, {}).setdefault(layout, cls(module, layout))
 
     def __init__(self, module: nn.Module, layout: MLPLayout) -> None:
-        self.module = weakref.ref(module)
+        self.module = cast(Callable[[], nn.Module], weakref.ref(module))  # which outlives its hooks
         self.layout = layout
         self.numbers = itertools.count()
         self.edits: dict[int, Callable[[Tensor], Tensor | None]] = {}
@@ -237,8 +236,8 @@ class ComputedGate:
             keep = see_output(linear, functools.partial(self._after_linear, name))
 
             def order(*_: Any, linear: nn.Module = linear, keep: Any = keep) -> None:
-                linear._forward_hooks.move_to_end(keep.id)
-                down._forward_pre_hooks.move_to_end(last.id, last=False)
+                cast(OrderedDict, linear._forward_hooks).move_to_end(keep.id)
+                cast(OrderedDict, down._forward_pre_hooks).move_to_end(last.id, last=False)
 
             self.hooks += [keep, change_input(linear, order)]
 
@@ -284,7 +283,7 @@ class ComputedGate:
             fused = self.seen.pop(layout.fused)
             pre, up = layout.part(fused, "pre"), layout.part(fused, "up")
         else:
-            pre, up = self.seen.pop(layout.gate), self.seen.pop(layout.up, None)
+            pre, up = self.seen.pop(layout.first), self.seen.pop(layout.up or "", None)
         computed = layout.gate_of(module, pre)
         gate = self._edited(computed)
         served, self.served = self.served, []

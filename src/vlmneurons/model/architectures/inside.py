@@ -20,6 +20,7 @@ After = Callable[[nn.Module, tuple, Any], Any]
 _HOOKS: dict[int, tuple[State, dict[int, tuple[Before | None, After | None]]]] = {}
 """For each of nnsight's states that has hooks (by its id) these, in the order in which they were put on."""
 _NUMBERS = itertools.count()
+_BODY = vars(State)["body"]
 
 
 class _HookedState(State):
@@ -31,14 +32,14 @@ class _HookedState(State):
     __slots__ = ()
 
     @property
-    def body(self) -> Callable:  # type: ignore[override]
+    def body(self) -> Callable:
         """The module's forward, with what stands around it."""
-        body, known = State.body.__get__(self), _HOOKS.get(id(self))  # type: ignore[attr-defined]
+        body, known = _BODY.__get__(self), _HOOKS.get(id(self))
         return body if known is None else functools.partial(_run, tuple(known[1].values()), body)
 
     @body.setter
     def body(self, value: Callable) -> None:
-        State.body.__set__(self, value)  # type: ignore[attr-defined]
+        _BODY.__set__(self, value)
 
 
 def _run(hooks: tuple, body: Callable, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Expression:
         for step in self.steps:
             arguments = [value(argument) for argument in step.arguments]
             keywords = {name: value(argument) for name, argument in step.keywords}
-            if step.how == "function":
+            if not isinstance(step.target, str):
                 results.append(step.target(*arguments, **keywords))
             elif step.how == "method":
                 results.append(getattr(arguments[0], step.target)(*arguments[1:], **keywords))
@@ -105,7 +105,7 @@ class Expression:
 
 _SYMBOLS = {"mul": "*", "add": "+", "sub": "-", "truediv": "/"}
 
-SPLITS = {
+SPLITS: dict[tuple[str | None, str | None], str] = {
     ("first", "second"): "gate_up",
     ("second", "first"): "up_gate",
     ("even", "odd"): "interleaved",
@@ -198,6 +198,11 @@ class MLPLayout:
             raise ArchitectureError("an MLPLayout needs activation= (name of a module), or function= (such as F.silu)")
 
     @property
+    def first(self) -> str:
+        """The projection before the activation: ``gate``, or ``fused``."""
+        return self.fused or self.gate or ""
+
+    @property
     def gated(self) -> bool:
         """Whether there is an ``up`` branch."""
         return self.up is not None or self.fused is not None
@@ -217,9 +222,10 @@ class MLPLayout:
         Raises:
             ArchitectureError: ``gate`` depends on more than its neuron of ``pre``.
         """
-        if "other" in self.function.inputs:
-            raise ArchitectureError(f"gate = {self.function} depends on more than pre, and cannot be repeated")
-        return self.function(module, pre=pre)
+        function = cast(Expression, self.function)  # as __post_init__ left it
+        if "other" in function.inputs:
+            raise ArchitectureError(f"gate = {function} depends on more than pre, and cannot be repeated")
+        return function(module, pre=pre)
 
     def post_of(
         self, module: nn.Module, gate: Float[Tensor, "... neuron"], up: Float[Tensor, "... neuron"] | None = None
@@ -238,12 +244,12 @@ class MLPLayout:
             raise ArchitectureError(f"post = {self.product} depends on more than gate and up, and cannot be repeated")
         if self.product is not None:
             return self.product(module, gate=gate, up=up) if self.gated else self.product(module, gate=gate)
-        return gate * up if self.gated else gate
+        return gate * cast(Tensor, up) if self.gated else gate
 
     @property
     def repeatable(self) -> bool:
         """Whether ``post`` is a function of ``gate`` and ``up`` alone."""
-        return self.product is None or "other" not in self.product.inputs
+        return self.product is None or "other" not in cast(Expression, self.product).inputs
 
     def part(self, fused: Float[Tensor, "... both"], kind: str) -> Float[Tensor, "... neuron"]:
         """The view of a fused projection's output that is ``pre`` or ``up``.
@@ -276,7 +282,7 @@ class MLPLayout:
         if self.fused is not None:
             columns = self._columns("up" if kind == "up" else "pre", width)
             return SitePlace(self.fused, "output", columns, kind == "gate")
-        return SitePlace((self.up if kind == "up" else self.gate) or "", "output", None, kind == "gate")
+        return SitePlace(self.up or "" if kind == "up" else self.first, "output", None, kind == "gate")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -241,7 +242,7 @@ class Search:
         Raises:
             ArchitectureError: the projections do not fit together, or are bare matrices, where no hook can be put.
         """
-        where, first = path or "the block", layout.fused or layout.gate
+        where, first = path or "the block", layout.first
         projections = {name: operator.attrgetter(name)(module) for name in (first, layout.up, layout.down) if name}
         bare = [name for name, value in projections.items() if isinstance(value, nn.Parameter)]
         if bare and (len(bare) < len(projections) or any(value.ndim != 3 for value in projections.values())):
@@ -424,7 +425,9 @@ class Search:
 
     def _blocks(self, module: nn.Module, path: str) -> list[Block]:
         blocks = []
-        for name, element in module._modules.items():  # named_children would leave out a block that is used twice
+        for name, element in cast(
+            "dict[str, nn.Module]", module._modules
+        ).items():  # named_children would leave out a block that is used twice
             inner = [block for stack in self._scan(element, f"{path}.{name}").values() for block in stack]
             blocks += inner or [self.block(f"{path}.{name}", element)]
         return blocks

@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import Attribute, TraceError
 
 UNNAMED = "_a_tensor_made_on_the_way"
 """What the graph calls a tensor that the module does not hold; `torch.fx` would hang it onto the user's module."""
@@ -34,7 +36,7 @@ class _Symbol(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
-class _Property(fx.proxy.Attribute):
+class _Property(Attribute):
     def __len__(self) -> int:
         raise TypeError("a symbol has no length")
 
@@ -79,9 +81,7 @@ def _followed(call: Callable, method: str | None) -> Callable:
     @functools.wraps(call, updated=())
     def followed(*args: Any, **kwargs: Any) -> Any:
         symbols: list[fx.Proxy] = []
-        fx.node.map_aggregate(
-            (args, kwargs), lambda value: symbols.append(value) if isinstance(value, fx.Proxy) else None
-        )
+        map_aggregate((args, kwargs), lambda value: symbols.append(value) if isinstance(value, fx.Proxy) else None)
         if not symbols:
             return call(*args, **kwargs)
         kind, target = ("call_function", call) if method is None else ("call_method", method)
@@ -124,7 +124,7 @@ class _Tracer(fx.Tracer):
         self.fill, self.way = fill, list(way)
         self.taken: list[bool] = []
 
-    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         self.inside = set(root.modules())
         with _numbers_may_be_symbols(), _as_they_were(self.inside):
             return super().trace(root, concrete_args)
@@ -160,10 +160,10 @@ class _Tracer(fx.Tracer):
                 positional.append(symbol)
         return lambda *args: root_fn(self.root, *positional, **named), []
 
-    def iter(self, obj: fx.Proxy) -> Any:
+    def iter(self, obj: Any) -> Any:
         try:
             return super().iter(obj)
-        except fx.proxy.TraceError:
+        except TraceError:
             if obj.node.target in _IN_PARTS:
                 return iter((obj[0], obj[1]))  # halves, or no MLP that we know
             if not is_shape(obj.node):

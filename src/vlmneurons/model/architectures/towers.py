@@ -43,7 +43,7 @@ def named_towers(search: Search) -> dict[str, tuple[str, list[Block]]]:
     """
     model, stacks = search.model, search.stacks()
     decoder = _asked(model, "get_decoder")
-    only = None if _reads_text(model, decoder) else "vision" if "pixel" in model.main_input_name else "audio"
+    only = None if _reads_text(model, decoder) else "vision" if "pixel" in str(model.main_input_name) else "audio"
     at = None if only else next((path for path, module in model.named_modules() if module is decoder), None)
     sensed = {path: only or _sense(model, path, at) for path in stacks}
     main = _language([path for path, sense in sensed.items() if sense is None], at, search)

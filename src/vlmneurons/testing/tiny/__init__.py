@@ -90,9 +90,9 @@ def tiny_inputs(name: str) -> dict[str, torch.Tensor]:
     """
     _, processor = tiny_model(name)
     question, template = "Which dish is this?\nA. Tea\nB. Rice", tiny_template(name)
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    turn: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     if template is None:
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = processor.apply_chat_template([turn], add_generation_prompt=True)
     else:
         text = template(question, 1)
     with warnings.catch_warnings():  # GLM-4V's processor makes arrays of tensors in a way that NumPy will not support

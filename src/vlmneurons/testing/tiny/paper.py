@@ -1,6 +1,6 @@
 """The three models of the paper in small, saved and loaded like the released ones."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def _llava_next(tokenizer: PreTrainedTokenizerFast, text_config: Any, template: 
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text_config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         image_grid_pinpoints=grid,
         tie_word_embeddings=False,
     )
@@ -111,7 +111,7 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     names = {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",

@@ -184,7 +184,7 @@ def _gemma4() -> ProcessorMixin:
 def _paligemma() -> ProcessorMixin:
     """As google/paligemma-3b-mix-224, which has no chat template."""
     image = transformers.SiglipImageProcessor(size=_SQUARE)
-    image.image_seq_length = 16
+    vars(image)["image_seq_length"] = 16
     tokenizer = _tokenizer({**_GEMMA, IMAGE: "<image>"}, image_token="<image>")
     return transformers.PaliGemmaProcessor(image_processor=image, tokenizer=tokenizer)
 
@@ -395,7 +395,7 @@ def _molmo2() -> ProcessorMixin:
 def _florence2() -> ProcessorMixin:
     """As florence-community/Florence-2-base: no chat template; the processor puts the picture before the text."""
     image = transformers.CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
-    image.image_seq_length = 17
+    vars(image)["image_seq_length"] = 17
     return transformers.Florence2Processor(
         image_processor=image,
         tokenizer=_tokenizer({0: "<pad>", 1: "<s>", 2: "</s>", IMAGE: "<image>"}, image_token="<image>"),
