@@ -77,7 +77,8 @@ towers with {neurons:,} neurons, {heads}. For each tower:
 - *moved*: in how many of the MLPs that were tried a zeroed neuron moved the logits.
 - *half off*: half of the tower's neurons, drawn at random, switched off, against a deep copy of the model whose down
   projections have zeros in their columns, in logits and in three generated tokens. "=" is bit for bit, else it is the
-  largest difference; "–" where the class generates nothing from these inputs without the library either.
+  largest difference; "–" where the class generates nothing from these inputs without the library either, or where they
+  do not reach the tower.
 - *counted*: how many firings were counted, row by row, in batches of five padded on the left and on the right and in
   batches of one; and by how many they *differ* from what plain hooks see of single rows: neurons within rounding of 0.
 
@@ -207,11 +208,12 @@ def _figures(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         for tower, of in result["towers"].items():
             half, counts = of["half"], of.get("counts", {})
-            exact += half["off"] == 0
+            exact += half["off"] == 0 and of["ran"] > 0
+            off, tokens = (_off(half[name]) if of["ran"] else "–" for name in ("off", "generated"))
             counted = f"{counts['counts']:,} | {counts['off']}" if "counts" in counts else "– | –"
             rows.append(
                 f"| `{result['name']}` | {result['class']} | {tower} | {of['ran']} of {of['mlps']} "
-                f"| {of['moved']} of {of['tried']} | {_off(half['off'])} | {_off(half['generated'])} | {counted} |"
+                f"| {of['moved']} of {of['tried']} | {off} | {tokens} | {counted} |"
             )
     return FIGURES.format(
         models=len(results),

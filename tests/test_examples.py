@@ -102,7 +102,7 @@ def test_a_neurons_page_is_written(tmp_path):
 
 def table_of(printed: str) -> dict[tuple[str, str], list[float]]:
     """The printed effects: clean, self and cross, by selector and group."""
-    rows = re.findall(r"^ *(CAS|random) +(\w+) +\d+ +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)
+    rows = re.findall(r"^ *(CAS|random) +(\w+) +\d+ +([+-]\S+) +([+-]\S+) +([+-]\S+)$", printed, re.MULTILINE)
     return {(selector, group): [float(value) for value in values] for selector, group, *values in rows}
 
 
