@@ -309,7 +309,7 @@ class _LookingJob(Job["Float[Tensor, 'row token']"]):
     """Keeps the questions of each group at which a neuron is highest."""
 
     def __init__(
-        self, engine: Engine, groups: Sequence[str], neuron: tuple[Any, str, int], k: int, tokens: TokenRule
+        self, engine: Engine, groups: Sequence[str], neuron: tuple[object, str, int], k: int, tokens: TokenRule
     ) -> None:
         super().__init__(engine)
         self._neuron, self._k, self._tokens = neuron, k, tokens
@@ -322,7 +322,7 @@ class _LookingJob(Job["Float[Tensor, 'row token']"]):
         """See `Job.encode`: as the user's own calls show them."""
         return self.engine.model.prepare(questions)
 
-    def run(self, questions: QuestionSet, encoded: Batch, told: Callable[[int], Any]) -> Float[Tensor, "row token"]:
+    def run(self, questions: QuestionSet, encoded: Batch, told: Callable[[int], object]) -> Float[Tensor, "row token"]:
         """See `Job.run`."""
         self._batch = encoded
         return _values(self.engine.model, *self._neuron, encoded)

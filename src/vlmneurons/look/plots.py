@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 
-from vlmneurons.checks import of_kind, real
+from vlmneurons.checks import Keywords, of_kind, real
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import (
     BLUE,
@@ -128,7 +128,7 @@ def plot_matrix(
             long = "Neurons switched off: those of"
             axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
     below = width is not None and width < 5
-    where: dict[str, Any] = {"location": "bottom", "shrink": 0.9, "aspect": 30} if below else {"shrink": 0.85}
+    where: Keywords = {"location": "bottom", "shrink": 0.9, "aspect": 30} if below else {"shrink": 0.85}
     bar = figure.colorbar(axes[0].images[0], ax=ax or list(axes), **where)
     bar.set_label(title, fontsize=size)
     bar.ax.tick_params(labelsize=size)
@@ -378,7 +378,7 @@ def _points(
 ) -> None:
     """Points with their intervals; an interval may lie to one side of its point."""
     reach = np.vstack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
-    how: dict[str, Any] = {"yerr": reach} if upright else {"xerr": reach}
+    how: Keywords = {"yerr": reach} if upright else {"xerr": reach}
     axis.errorbar(
         *((at, value) if upright else (value, at)),
         **how,

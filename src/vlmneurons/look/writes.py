@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import Keywords, of_kind, whole
 from vlmneurons.errors import ArchitectureError, MismatchError, QuestionError, SelectionError, SiteError
 from vlmneurons.model.architectures.layout import MLP, Tower
 from vlmneurons.model.down import written
@@ -80,7 +80,7 @@ def neuron_writes(model: VLM, neurons: NeuronSet, k: int = 10) -> "pandas.DataFr
             raise SiteError(f"{site}: only the language tower writes into what the unembedding reads")
     if model.is_encoder_decoder:
         raise ArchitectureError(f"{type(model.hf).__name__} is an encoder-decoder: no final norm to see through")
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[object, ...]] = []
     with torch.no_grad():
         path = _Path.of(model, {site.layer for site in wanted}) if wanted else None
         for site, numbers in wanted.items():
@@ -205,7 +205,7 @@ def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> d
     """
     seen: dict[nn.Module, tuple[Any, Any]] = {}
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def watch(module: nn.Module, args: tuple[object, ...], kwargs: Keywords, output: object) -> None:
         given = args[0] if args else next(iter(kwargs.values()), None)
         seen[module] = (given, output[0] if isinstance(output, tuple) else output)
 

@@ -9,6 +9,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from vlmneurons.checks import JSON
 from vlmneurons.files.digests import digest_of, digest_of_code
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def configuration_of(model: "VLM") -> str:
     return digest_of(_without_places(model.hf.config.to_dict()))[:16]
 
 
-def _without_places(value: Any) -> Any:
+def _without_places(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _without_places(part) for key, part in value.items() if key not in _NOT_SETTINGS}
     return [_without_places(part) for part in value] if isinstance(value, list | tuple) else value
@@ -132,10 +133,10 @@ def dtype_of(model: "VLM") -> str:
     return str(model.hf.dtype)
 
 
-def processor_of(model: "VLM") -> dict[str, Any]:
+def processor_of(model: "VLM") -> JSON:
     """The settings of a model's processor, of its tokenizer and of the chat template, as plain values."""
     processor, tokenizer = model.processor, model.tokenizer
-    settings: dict[str, Any] = {"class": type(processor).__name__}
+    settings: JSON = {"class": type(processor).__name__}
     for name in ("image_processor", "video_processor", "feature_extractor"):
         part = getattr(processor, name, None)
         if part is not None and hasattr(part, "to_dict"):
@@ -167,7 +168,7 @@ def _describe_tokenizer(tokenizer: Any) -> Any:
     return [type(tokenizer).__name__, sorted(map(str, tokenizer.get_vocab().items())), special]
 
 
-def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _short(settings: Mapping[str, object]) -> JSON:
     """Settings as JSON holds them; long ones by their digest."""
     plain = {}
     for name, value in settings.items():
@@ -176,7 +177,7 @@ def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -16,7 +16,14 @@ import torch
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
@@ -79,11 +86,11 @@ class VLM:
     def __init__(
         self,
         hf_model: nn.Module,
-        processor: Any,
+        processor: object,
         *,
         template: Template | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        rename: Mapping[Any, Any] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+        rename: Mapping[str, object] | None = None,
     ) -> None:
         if processor is None:
             raise ArchitectureError("a VLM needs its processor: VLM(model, AutoProcessor.from_pretrained(name))")
@@ -100,7 +107,7 @@ class VLM:
             )
         refuse_copies(hf_model)
         self.hf = cast("HFModel", hf_model.eval())  # or has what it needs of one: that is checked below
-        self.processor = processor
+        self.processor: Any = processor  # of transformers there are several kinds, with no type in common
         self.towers: dict[str, Tower] = find_towers(hf_model)
         absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
         if absent:
@@ -133,12 +140,12 @@ class VLM:
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        processor_kwargs: Mapping[str, Any] | None = None,
+        processor_kwargs: Mapping[str, object] | None = None,
         template: Template | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        rename: Mapping[Any, Any] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+        rename: Mapping[str, object] | None = None,
         weights: bool = True,
-        **hf_kwargs: Any,
+        **hf_kwargs: object,
     ) -> "VLM":
         """Load a model and its processor by name or from a folder.
 
@@ -208,7 +215,7 @@ class VLM:
         return getattr(self.hf.config, "_commit_hash", None)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The processor's tokenizer."""
         return self.encoder.tokenizer
 
@@ -332,7 +339,7 @@ class VLM:
                     f"{site} has {self.mlp_of(site).width} neurons in this model; the space has {width}"
                 )
 
-    def site(self, name: Site | str) -> Any:
+    def site(self, name: Site | str) -> Tensor:
         """The value of a site by its name, inside a trace: ``model.site("language.layers.3.mlp.gate")``.
 
         Assign with ``model.set_site(name, value)``; editing the value in place works as well.
@@ -430,7 +437,7 @@ class VLM:
             found = found[int(step)] if step.isdigit() else getattr(found, step)
         return found
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """The model's output, as that of a plain call of ``hf``."""
         return self.nnsight(*args, **kwargs)
 
@@ -457,11 +464,11 @@ class VLM:
                 f"{type(self).__name__!r} object has no attribute {name!r}, nor has its nnsight model or module"
             ) from None
 
-    def _change(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _change(self, method: str, *args: object, **kwargs: object) -> Any:
         result = getattr(self.hf, method)(*args, **kwargs)
         return self if result is self.hf else result
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         nnsight = self.__dict__.get("nnsight")
         if nnsight is None:
             object.__setattr__(self, name, value)
@@ -475,7 +482,7 @@ class VLM:
     def __copy__(self) -> "VLM":
         return self.with_nnsight(self.nnsight)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "VLM":
+    def __deepcopy__(self, memo: dict[int, object]) -> "VLM":
         # Hooks of ours stay with their model: a copy made inside an ablation is of the untouched model.
         hf = copy.deepcopy(self.hf, memo)
         processor = copy.deepcopy(self.processor, memo)
@@ -483,7 +490,7 @@ class VLM:
         other.nnsight.revision, other.nnsight._edits = self.nnsight.revision, list(self.nnsight._edits)
         return other
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         # Into a remote trace, by nnsight. Elsewhere it fails: a model is kept by save_pretrained.
         return PART, (self.nnsight, dict(self._named), {})
 
@@ -521,7 +528,7 @@ def refuse_edits(model: VLM) -> None:
         )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Refuse what is no `VLM`, such as transformers' model by itself.
 
     Raises:

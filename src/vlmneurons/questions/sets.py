@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from vlmneurons.checks import is_missing, of_kind, share, whole
 from vlmneurons.errors import GroupError, QuestionError
@@ -67,7 +67,7 @@ class QuestionSet(Sequence[Question]):
         questions: Iterable[Question] = (),
         *,
         prompt: Prompt | str | None = None,
-        answer: Any = "letters",
+        answer: object = "letters",
         shuffle: int | None = 0,
     ) -> None:
         if isinstance(questions, str | Question | set | frozenset) or not isinstance(questions, Iterable):
@@ -124,7 +124,7 @@ class QuestionSet(Sequence[Question]):
             return multiple_choice_prompt if shows else open_prompt
         return _PROMPTS[self._prompt] if isinstance(self._prompt, str) else self._prompt
 
-    def asked(self, **how: Any) -> "QuestionSet":
+    def asked(self, **how: object) -> "QuestionSet":
         """The same questions, asked another way: any of ``prompt``, ``answer``, ``shuffle``.
 
         Args:
@@ -208,7 +208,7 @@ class QuestionSet(Sequence[Question]):
             raise QuestionError(f"questions are grouped by a column or a function of the question; got {key!r}")
         return self.with_items(replace(item, group=_label(item, key)) for item in self._items)
 
-    def filter(self, keep: Callable[[Question], bool] | None = None, **where: Any) -> "QuestionSet":
+    def filter(self, keep: Callable[[Question], bool] | None = None, **where: object) -> "QuestionSet":
         """The questions for which ``keep`` is true, and whose fields or metadata have the given values.
 
         A value may be a set, list or other collection of allowed values. Each group that is named must be there, as a
@@ -413,7 +413,7 @@ class QuestionSet(Sequence[Question]):
 
     @classmethod
     def from_dataset(
-        cls, dataset: Any, columns: Mapping[str, str | Sequence[str]] | None = None, **how: Any
+        cls, dataset: object, columns: Mapping[str, str | Sequence[str]] | None = None, **how: Any
     ) -> "QuestionSet":
         """Questions from a dataset of `datasets` (one split). Pictures stay on disk until they are needed.
 
@@ -437,8 +437,8 @@ class QuestionSet(Sequence[Question]):
                 f"from_dataset takes a datasets.Dataset; got {type(dataset).__name__}. QuestionSet.from_rows reads "
                 "dictionaries and pandas tables, QuestionSet.from_folder the files of a folder"
             )
-        if isinstance(dataset.column_names, Mapping):
-            splits = ", ".join(dataset.column_names)
+        if isinstance(names := cast(Any, dataset).column_names, Mapping):
+            splits = ", ".join(names)
             raise QuestionError(f"from_dataset takes one split; got a {type(dataset).__name__} of {splits}: choose one")
         rows = tables.rows_of_dataset(dataset)
         names = tables.names_in_dataset(dataset)
@@ -446,7 +446,7 @@ class QuestionSet(Sequence[Question]):
 
     @classmethod
     def from_rows(
-        cls, rows: Any, columns: Mapping[str, str | Sequence[str]] | None = None, **how: Any
+        cls, rows: object, columns: Mapping[str, str | Sequence[str]] | None = None, **how: Any
     ) -> "QuestionSet":
         """Questions from dictionaries, or a table of pandas, with the columns that `from_folder` describes.
 
@@ -470,7 +470,7 @@ def _name_of_cluster(key: str, items: Sequence[Question]) -> str:
     return " ".join(sorted(item.id for item in items)) if paths else key
 
 
-def _label(item: Question, key: str | Callable[[Question], Any]) -> str:
+def _label(item: Question, key: str | Callable[[Question], object]) -> str:
     """A question's group by a column or function; what stands for nothing is no group."""
     value = value_of(item, key)
     if is_missing(value):

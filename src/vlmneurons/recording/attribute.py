@@ -8,16 +8,16 @@ the same derivative is what integrated gradients add up.
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmneurons.checks import of_kind, real, whole
+from vlmneurons.checks import Keywords, of_kind, real, whole
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.model.architectures.hooks import write
+from vlmneurons.model.architectures.hooks import Handle, write
 from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace
@@ -122,7 +122,7 @@ class _AttributionJob(Job["Tensor | None"]):
 
     gradients = True
 
-    def __init__(self, engine: Engine, questions: QuestionSet, factors: "_Factors", rules: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Engine, questions: QuestionSet, factors: "_Factors", rules: Keywords) -> None:
         super().__init__(engine)
         self._questions, self._factors, self._rules = questions, factors, rules
         self._total = torch.zeros((len(questions.groups), len(factors.space)), dtype=torch.float64)
@@ -136,7 +136,7 @@ class _AttributionJob(Job["Tensor | None"]):
         with self._factors:
             yield
 
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> Tensor | None:
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], object]) -> Tensor | None:
         """Attributions of one question to every neuron; None if it does not meet the condition."""
         factors, rules = self._factors, self._rules
         everywhere = list(range(len(factors.space.sites)))
@@ -157,7 +157,7 @@ class _AttributionJob(Job["Tensor | None"]):
                         result += factors.derivatives(margin, questions[0].id) / rules["steps"]
             return result
 
-    def _margin(self, question: QuestionSet, encoded: Any) -> tuple[Reading, Tensor]:
+    def _margin(self, question: QuestionSet, encoded: object) -> tuple[Reading, Tensor]:
         reader = self.engine.reader
         reading = reader.read(self.engine.model, question, encoded, self._factors.watch)
         if reading.scores is None:
@@ -199,7 +199,7 @@ class _Factors:
                 raise MismatchError(
                     f"{site}: a factor before the activation function is none on the neuron; use 'gate' or 'post'"
                 )
-        self._handles: list[Any] = []
+        self._handles: list[Handle] = []
         self._active: dict[int, Tensor] = {}
         self._mask: Tensor | None = None
 
@@ -213,7 +213,7 @@ class _Factors:
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
         self._active, self._mask = {}, None
@@ -246,7 +246,7 @@ class _Factors:
         self._mask = None if self.tokens is None else batch.tokens.counted(self.tokens)
         yield
 
-    def _editor(self, number: int) -> Any:
+    def _editor(self, number: int) -> Callable[..., Tensor | None]:
         in_language = self.space.sites[number].tower == "language"
 
         def scale(values: Tensor, tokens: Tensor | None = None) -> Tensor | None:

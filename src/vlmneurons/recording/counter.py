@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vlmneurons.checks import flag, of_kind
+from vlmneurons.checks import Keywords, flag, of_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.model.architectures.hooks import Handle, read
 from vlmneurons.model.architectures.inside import Hook
@@ -164,11 +164,11 @@ class Counter:
             self.forget()
             self._scratch.clear()
 
-    def _begin_watched(self, *_: Any) -> None:
+    def _begin_watched(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.
         self.frame, self._watched = self._watched, None
 
-    def _callback(self, number: int) -> Any:
+    def _callback(self, number: int) -> Callable[..., object]:
         count = self._count_patches if self.in_vision[number] else self._count_tokens
 
         def see(values: Tensor, tokens: Tensor | None = None) -> None:
@@ -184,7 +184,7 @@ class Counter:
 
         return see
 
-    def _how(self, number: int) -> dict[str, Any]:
+    def _how(self, number: int) -> Keywords:
         strict = self.strict or number == self._sentinel
         return {"totals": self.magnitudes, "maxima": self.maxima, "scratch": self._scratch, "strict": strict}
 

@@ -1,7 +1,6 @@
 """The answers to a batch of questions under many masks: what a study spends its time on."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.vlm import VLM
@@ -12,7 +11,7 @@ from vlmneurons.run.replay import CannotReplay, Structure, replayed
 
 
 def read_masked(
-    model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: Any, ablations: Sequence[Ablation]
+    model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: object, ablations: Sequence[Ablation]
 ) -> Iterator[Reading]:
     """What the model answers to one batch under each ablation, in order, one reading at a time.
 
@@ -43,7 +42,7 @@ def read_masked(
 
 
 def _read_shared(
-    model: VLM, reader: LogitReader, questions: QuestionSet, encoded: Any, ablations: Sequence[Ablation]
+    model: VLM, reader: LogitReader, questions: QuestionSet, encoded: object, ablations: Sequence[Ablation]
 ) -> Iterator[Reading]:
     """The readings of one shared forward; none, or no more, where it turns out that this cannot be."""
     if any(map(is_watched, model.hf.modules())):

@@ -10,13 +10,14 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from typing_extensions import TypeVar
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import JSON, Keywords, of_kind, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
@@ -29,8 +30,11 @@ from vlmneurons.run.pictures import each_once
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
 
-Watch = Callable[[Batch, list[int]], contextlib.AbstractContextManager[Any]]
+Watch = Callable[[Batch, list[int]], contextlib.AbstractContextManager[object]]
 """Told before a run: its inputs, and which of its rows stand for the questions (one row each, in order)."""
+
+Encoded = TypeVar("Encoded", default=Any)
+"""What a reader runs the model on, as its `AnswerReader.encode` makes it of a batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,7 @@ class Reading:
         return Reading(tuple(self.chosen[row] for row in rows), scores, texts)
 
 
-class AnswerReader(ABC):
+class AnswerReader(ABC, Generic[Encoded]):
     """A way of reading answers. Subclass it and define `read` for another."""
 
     shows_options: bool = True
@@ -82,17 +86,17 @@ class AnswerReader(ABC):
     padding_side: str = "right"
     """Right padding leaves every token at the position it has alone; generation needs the left."""
 
-    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+    def encode(self, model: "VLM", questions: QuestionSet) -> Encoded:
         """What `read` runs the model on: made once for a batch, and run as often as is wanted.
 
         Args:
             model: the model.
             questions: one batch of questions.
         """
-        return model.encoder(questions, padding_side=self.padding_side)
+        return cast(Encoded, model.encoder(questions, padding_side=self.padding_side))
 
     @abstractmethod
-    def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: "Watch | None" = None) -> Reading:
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Encoded, watch: "Watch | None" = None) -> Reading:
         """Runs the model on one batch of questions.
 
         Args:
@@ -110,14 +114,14 @@ class AnswerReader(ABC):
         return f"{type(self).__name__}({fields})"
 
 
-class LogitReader(AnswerReader):
+class LogitReader(AnswerReader[Encoded]):
     """A reader that needs one forward, and of it the logits at a few positions of each row.
 
     Subclass it and define `wants` and `score`. Many masks can then share what does not depend on them; a reader that
     runs the model in a way of its own is run once for each mask.
     """
 
-    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+    def encode(self, model: "VLM", questions: QuestionSet) -> Encoded:
         """See `AnswerReader.encode`.
 
         Raises:
@@ -127,7 +131,7 @@ class LogitReader(AnswerReader):
         return super().encode(model, questions)
 
     @abstractmethod
-    def wants(self, encoded: Any) -> "Wanted":
+    def wants(self, encoded: Encoded) -> "Wanted":
         """The forward that is needed, and what of it.
 
         Args:
@@ -136,7 +140,7 @@ class LogitReader(AnswerReader):
 
     @abstractmethod
     def score(
-        self, model: "VLM", questions: QuestionSet, encoded: Any, logits: list[Float[Tensor, "position vocabulary"]]
+        self, model: "VLM", questions: QuestionSet, encoded: Encoded, logits: list[Float[Tensor, "position vocabulary"]]
     ) -> Reading:
         """The answers, from the logits that were wanted.
 
@@ -147,7 +151,7 @@ class LogitReader(AnswerReader):
             logits: for each row of the forward those at its wanted positions, in float32 on the CPU.
         """
 
-    def tokens(self, model: "VLM", questions: QuestionSet, encoded: Any) -> list[int] | None:
+    def tokens(self, model: "VLM", questions: QuestionSet, encoded: Encoded) -> list[int] | None:
         """Ids of the tokens whose log-probabilities are all that `score` looks at; None if it looks at more.
 
         A reader that names them defines `score_shares` too. Then a remote run sends back these few numbers in place of
@@ -161,7 +165,7 @@ class LogitReader(AnswerReader):
         return None
 
     def score_shares(
-        self, model: "VLM", questions: QuestionSet, encoded: Any, shares: list[Float[Tensor, "position vocabulary"]]
+        self, model: "VLM", questions: QuestionSet, encoded: Encoded, shares: list[Float[Tensor, "position vocabulary"]]
     ) -> Reading:
         """The answers, from log-probabilities; those of tokens that `tokens` does not name may be missing (NaN).
 
@@ -173,7 +177,7 @@ class LogitReader(AnswerReader):
         """
         raise NotImplementedError(f"{type(self).__name__} names its tokens, and so has to define score_shares")
 
-    def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: Watch | None = None) -> Reading:
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Encoded, watch: Watch | None = None) -> Reading:
         """See `AnswerReader.read`."""
         wanted = self.wants(encoded)
         with (watch or _no_watch)(wanted.batch, wanted.questions):
@@ -239,7 +243,7 @@ def logits_at(
     return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
 
 
-def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[dict[str, Any], list[int]]:
+def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[Keywords, list[int]]:
     """The arguments of the forward that `logits_at` makes, and the positions that some row wants, in order."""
     wanted = sorted({position for row in positions for position in row})
     if model.is_encoder_decoder:
@@ -268,7 +272,7 @@ def places_of(model: "VLM", batch: Batch, wanted: list[int], given: int) -> dict
     )
 
 
-def _without_logits(model: "VLM", output: Any) -> QuestionError:
+def _without_logits(model: "VLM", output: object) -> QuestionError:
     return QuestionError(
         f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
         "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
@@ -276,7 +280,7 @@ def _without_logits(model: "VLM", output: Any) -> QuestionError:
 
 
 @dataclass(frozen=True, repr=False)
-class Letters(LogitReader):
+class Letters(LogitReader[Batch]):
     """The option letter with the highest probability at the first position of the answer: one forward, no generation.
 
     A letter's probability is that of all tokens that are just the letter (``A``, and with a leading space).
@@ -309,7 +313,7 @@ class Letters(LogitReader):
 
 
 @dataclass(frozen=True, repr=False)
-class TextLikelihood(LogitReader):
+class TextLikelihood(LogitReader["_Options"]):
     """The option whose text, as the continuation of the prompt, has the highest log-probability.
 
     The usual way to score a multiple-choice question that is asked openly. Options of one token each cost one forward
@@ -415,7 +419,7 @@ class _Options:
 
 
 @dataclass(frozen=True, repr=False)
-class Generate(AnswerReader):
+class Generate(AnswerReader[Batch]):
     """Greedy generation, and what the text names: letter, number, or option text; anything else is a parse failure.
 
     At each step the likeliest token is taken, whatever the checkpoint's generation settings say (penalties, suppressed
@@ -431,7 +435,7 @@ class Generate(AnswerReader):
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, QuestionError, least=1))
 
-    def settings(self, model: "VLM") -> dict[str, Any]:
+    def settings(self, model: "VLM") -> JSON:
         """What ``generate`` is called with, by name: the bounds, and the ids with which a text begins and ends.
 
         Args:
@@ -478,7 +482,7 @@ def _decoded(model: "VLM", ids: Int64[Tensor, "row token"]) -> tuple[str, ...]:
 _READERS: dict[str, Callable[[], AnswerReader]] = {"letters": Letters, "generate": Generate, "text": TextLikelihood}
 
 
-def reader_of(answer: Any) -> AnswerReader:
+def reader_of(answer: object) -> AnswerReader:
     """The reader that a set of questions names by ``answer``."""
     if isinstance(answer, AnswerReader):
         return answer

@@ -15,6 +15,7 @@ import nnsight
 import torch
 from torch import Tensor
 
+from vlmneurons.checks import JSON
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
 from vlmneurons.model.encoder import Batch
 from vlmneurons.model.vlm import VLM, offloaded_to
@@ -80,7 +81,7 @@ class RemoteEngine(Engine):
         """The precision in which the model ran, once it has."""
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """Where the model ran, and in which precision."""
         dtype = self.dtype or (None if self.remote == "local" else "as the host holds it")
         return {"remote": self.remote, **({} if dtype is None else {"dtype": dtype})}
@@ -99,7 +100,7 @@ class RemoteEngine(Engine):
             placed = [(number, site, *stop(self.model, site, self.remote)) for number, site in enumerate(sites)]
             self._sites = sorted(placed, key=lambda one: _computed(self.model, one[1]))
 
-    def count(self, questions: QuestionSet, encoded: Any, counting: Counting) -> Reading:
+    def count(self, questions: QuestionSet, encoded: object, counting: Counting) -> Reading:
         """See `Engine.count`."""
         wanted = self.inner.wants(encoded)
         with counting.watch(wanted.batch, wanted.questions):
@@ -107,7 +108,7 @@ class RemoteEngine(Engine):
             counting.take(counts, seen)
         return self._reading(questions, encoded, answers)
 
-    def answers(self, questions: QuestionSet, encoded: Any, runs: Sequence[Run]) -> Iterator[Reading]:
+    def answers(self, questions: QuestionSet, encoded: object, runs: Sequence[Run]) -> Iterator[Reading]:
         """See `Engine.answers`; a batch's questions and pictures are sent once for many runs."""
         wanted = self.inner.wants(encoded)
         for start in range(0, len(runs), _RUNS):
@@ -118,7 +119,7 @@ class RemoteEngine(Engine):
                 yield reading if run.rows is None else reading.of_rows(run.rows)
 
     def _run(
-        self, questions: QuestionSet, encoded: Any, wanted: Wanted, runs: list[Any], counting: Counting | None
+        self, questions: QuestionSet, encoded: object, wanted: Wanted, runs: list[Any], counting: Counting | None
     ) -> list[tuple[list[Tensor], dict[int, Counts], dict[int, int]]]:
         """One job: the batch under each of some lists of edits, and in each run the counts of the sites."""
         model, batch = self.model, wanted.batch
@@ -164,10 +165,10 @@ class RemoteEngine(Engine):
             results.append(([row.cpu() for row in answers], here, seen))
         return results
 
-    def _tokens(self, questions: QuestionSet, encoded: Any) -> list[int] | None:
+    def _tokens(self, questions: QuestionSet, encoded: object) -> list[int] | None:
         return self.inner.tokens(self.model, questions, encoded) if _names_its_tokens(self.inner) else None
 
-    def _reading(self, questions: QuestionSet, encoded: Any, rows: list[Tensor]) -> Reading:
+    def _reading(self, questions: QuestionSet, encoded: object, rows: list[Tensor]) -> Reading:
         """The answers from what came back: log-probabilities of a few tokens, or logits."""
         model, tokens = self.model, self._tokens(questions, encoded)
         if tokens is None:

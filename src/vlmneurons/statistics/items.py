@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vlmneurons.checks import in_order, is_missing, names, path_of, whole
+from vlmneurons.checks import JSON, JSONMapping, in_order, is_missing, names, path_of, whole
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, QuestionError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import write_json
@@ -57,7 +56,7 @@ VALUES = ("mean", "probability", "maximum")
 
 Tables = Mapping[str, ArrayLike]
 
-Grouping = str | Callable[[Mapping[str, Any]], str | None] | Sequence[str | None]
+Grouping = str | Callable[[JSONMapping], str | None] | Sequence[str | None]
 """Labels of questions: a column, a function of a question's columns, or one label each; None leaves a question out."""
 
 
@@ -77,7 +76,7 @@ class Item:
     id: str
     group: str
     answer: int
-    metadata: Mapping[str, Any]
+    metadata: JSONMapping
     pictures: tuple[str, ...] | None = None
 
     @classmethod
@@ -95,7 +94,7 @@ class Item:
             pictures = (f"unreadable: {question.id}",)
         return cls(question.id, question.group, question.answer, question.metadata, pictures)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """What a recording's manifest says of the question."""
         known = {} if self.pictures is None else {"pictures": list(self.pictures)}
         return {
@@ -107,7 +106,7 @@ class Item:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Item":
+    def from_json(cls, data: JSONMapping) -> "Item":
         """The inverse of `to_json`."""
         pictures = data.get("pictures")
         if pictures is not None and not isinstance(pictures, list):
@@ -134,10 +133,10 @@ class ItemStatistics:
         ``ItemStatistics.load("run/items").group_by("category", condition="all")``
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], space: NeuronSpace) -> None:
+    def __init__(self, folder: Path, manifest: JSONMapping, space: NeuronSpace) -> None:
         self.folder = folder
         self.space = space
-        self.provenance: dict[str, Any] = dict(manifest["provenance"])
+        self.provenance: JSON = dict(manifest["provenance"])
         self.tables: tuple[str, ...] = tuple(manifest["tables"])
         self.items = tuple(map(Item.from_json, manifest["items"]))
         self.part: str | None = manifest.get("part")
@@ -196,10 +195,10 @@ class ItemStatistics:
         folder: Path,
         space: NeuronSpace,
         items: Sequence[Item],
-        provenance: Mapping[str, Any],
+        provenance: Mapping[str, object],
         tables: Sequence[str],
         content: Mapping[str, str] | None = None,
-        part: tuple[Mapping[str, str], Mapping[str, Any]] = ({}, {}),
+        part: tuple[Mapping[str, str], Mapping[str, object]] = ({}, {}),
     ) -> "ItemStatistics":
         """A recording with nothing in it yet; or the one that is there, if it is of the same questions and rules.
 
@@ -346,7 +345,7 @@ class ItemStatistics:
             file.flush()
             os.fsync(file.fileno())
 
-    def note(self, halved: Sequence[Mapping[str, Any]]) -> None:
+    def note(self, halved: Sequence[Mapping[str, object]]) -> None:
         """Keep what was learnt about memory beside the manifest, which says what was asked for.
 
         Args:
@@ -605,7 +604,7 @@ class GroupedItems:
         return self.recording.space
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """What the recording says, and the condition."""
         return {**self.recording.provenance, "condition": self.condition}
 
@@ -762,7 +761,7 @@ class GroupedItems:
         return f"GroupedItems({len(self.rows)} questions: {counts}; {self.condition}, over {self.space!r})"
 
 
-def _label(value: Any) -> str | None:
+def _label(value: object) -> str | None:
     """A question's label; None, and NaN, which is what a table has for it, leave the question out."""
     return None if is_missing(value) else str(value)
 
@@ -775,6 +774,6 @@ def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
     return checksum
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(values: JSON) -> JSON:
     """Metadata as JSON holds it; what JSON cannot hold becomes its text."""
     return json.loads(json.dumps(values, default=str))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmneurons.checks import JSON
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import RunFolder
 from vlmneurons.files.parts import PartFolder, parts_of
@@ -72,14 +73,12 @@ def _result_in(part: PartFolder) -> KnockoutResult:
     return result
 
 
-def _provenance(
-    part: PartFolder, results: Sequence[KnockoutResult], order: Sequence[str], ids: Sequence[str]
-) -> dict[str, Any]:
+def _provenance(part: PartFolder, results: Sequence[KnockoutResult], order: Sequence[str], ids: Sequence[str]) -> JSON:
     """That of the undivided run: what is told of some questions, told of all."""
     options = dict(zip(order, part.about["options"], strict=True))
     skipped = {name for one in results for name in one.provenance["skipped"]}
     halved = [one for result in results for one in result.provenance.get("halved", ())]
-    provenance: dict[str, Any] = {}
+    provenance: JSON = {}
     for name, value in results[0].provenance.items():
         if name not in ("halved", "part"):
             provenance[name] = value

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import path_of
+from vlmneurons.checks import JSONMapping, path_of
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import read_parquet, write_parquet, write_text
@@ -70,7 +70,7 @@ class KnockoutResult:
     masks: tuple[Mask, ...]
     chosen: np.ndarray
     margins: np.ndarray
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: JSONMapping = field(default_factory=dict)
     texts: np.ndarray | None = None
     controls: tuple[str, ...] = ()
     pictures: tuple[str, ...] | None = None

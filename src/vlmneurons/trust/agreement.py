@@ -1,7 +1,7 @@
 """How far selections agree: of two selectors, and of two groups."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -9,7 +9,7 @@ from scipy import stats as scipy_stats
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.neurons.selection import Selection
-from vlmneurons.selectors import CombinedSelector, Selector
+from vlmneurons.selectors import CombinedSelector, Readable, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems, ItemStatistics
 from vlmneurons.trust.resampling import check_selector
@@ -35,7 +35,7 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     for name, one in selections.items():
         of_kind(f"selections[{name!r}]", one, Selection, MismatchError)
     names = list(selections)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for n, first in enumerate(names):
         for second in names[n + 1 :]:
             a, b = selections[first], selections[second]
@@ -54,7 +54,7 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["first", "second", "group", "jaccard", "chance"])
 
 
-def relatedness(evidence: Any, selector: Selector) -> "pd.DataFrame":
+def relatedness(evidence: Readable, selector: Selector) -> "pd.DataFrame":
     """Whose neurons resemble whose? For each pair of groups, how alike their sets and their scores are.
 
     Args:
@@ -98,7 +98,7 @@ def relatedness(evidence: Any, selector: Selector) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["first", "second", "jaccard", "chance", "spearman", "profile"])
 
 
-def score_ranks(selector: Selector, evidence: Any) -> np.ndarray | None:
+def score_ranks(selector: Selector, evidence: Readable) -> np.ndarray | None:
     """Standardised ranks of all neurons, ``[group, neuron]``, whose products are rank correlations.
 
     None for combinations of sets, which have no scores.

@@ -109,7 +109,7 @@ def layer_profile(
     rows = []
     for group, neurons in selection.items():
         counts, size = counted(neurons), len(neurons)
-        row: dict[str, Any] = {"group": group, "neurons": size}
+        row: dict[str, object] = {"group": group, "neurons": size}
         if size:
             if size not in known:
                 known[size] = generator.multivariate_hypergeometric(sizes, size, uniform, method="marginals")
@@ -129,7 +129,7 @@ def layer_profile(
     return pd.DataFrame(rows)
 
 
-def _gini(counts: np.ndarray) -> Any:
+def _gini(counts: np.ndarray) -> np.ndarray:
     """Gini coefficient of non-negative counts along the last axis."""
     ordered = np.sort(counts, -1)
     n = ordered.shape[-1]

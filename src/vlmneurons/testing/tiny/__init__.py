@@ -112,7 +112,7 @@ def _from_config(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     return _finish(model, processor.tokenizer), processor
 
 
-def _with_image_outputs(_: nn.Module, args: Any, output: Any) -> None:
+def _with_image_outputs(_: nn.Module, args: object, output: Any) -> None:
     """Gives Llama 4's text output what its caller reads there: without it transformers 5.24.0 runs no Llama 4 at all.
 
     `Llama4ForConditionalGeneration.forward` reads ``image_outputs`` of what its text model gives, which never has it.
