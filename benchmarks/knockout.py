@@ -162,6 +162,14 @@ def expected(vision: float, pictures: float, packed: float, starts: list[int], n
     return len(starts) / (once + masks)
 
 
+def header() -> None:
+    """Print the columns' names."""
+    print(
+        f"{'model':<28} {'masks':>5} {'vision':>7} {'packed':>7} {'begin':>6} {'loop ms':>8} {'shared ms':>9} "
+        f"{'expected':>9} {'faster':>7} {'range':>11} {'control':>11} {'apart':>8} {'differ':>7}"
+    )
+
+
 def compare(
     name: str, model: vn.VLM, asked: vn.QuestionSet, ablations: list[vn.Ablation], rounds: int, device: Any
 ) -> None:
@@ -228,10 +236,7 @@ def main() -> None:
     print(measure.about(device))
     proportions()
     print(f"batches of {options.batch} questions; {options.rounds} paired rounds")
-    print(
-        f"{'model':<28} {'masks':>5} {'vision':>7} {'packed':>7} {'begin':>6} {'loop ms':>8} {'shared ms':>9} "
-        f"{'expected':>9} {'faster':>7} {'range':>11} {'control':>11} {'apart':>8} {'differ':>7}"
-    )
+    header()
     with torch.inference_mode():
         if "demo" in options.models:
             demo, asked = vn.load_demo()

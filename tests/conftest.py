@@ -6,8 +6,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import sys
+
 import beartype  # noqa: F401  (before nnsight, which mounts `save` on `object`: beartype's import fails after that)
 import jaxtyping
+import typing_extensions
+
+if sys.version_info < (3, 11):  # where typing has no Unpack, beartype does not know that of typing_extensions
+    typing_extensions.Unpack = type("Unpack", (), {"__class_getitem__": classmethod(lambda cls, given: object)})
 
 # Shapes and types of every call are checked; an int passes for a float, as everywhere in Python.
 _CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

@@ -17,8 +17,8 @@ from vlmneurons.testing.tiny import tiny_image
 PAPER_MODELS = ("llava_next_mistral", "llava_next_qwen2", "qwen2_5_vl")
 
 
-def kills(usual: int, at_night: int) -> int:
-    """How often a test kills what it runs: a sample, or all of it in ``.ci/nightly``."""
+def often(usual: Any, at_night: Any) -> Any:
+    """How much of something a test does: a sample, or all of it in ``.ci/nightly``."""
     return at_night if os.environ.get("VLMNEURONS_NIGHTLY") else usual
 
 
@@ -127,3 +127,32 @@ def plain_edit(hf: torch.nn.Module, at: str, edits: dict[int, Any]) -> Iterator[
 def logits_of(hf: torch.nn.Module, inputs: Any) -> torch.Tensor:
     """The logits of a plain call."""
     return hf(**inputs).logits.clone()
+
+
+def state_of(model: torch.nn.Module) -> dict[tuple[str, str], Any]:
+    """Every attribute of every module of a model, and of its configuration, by path and name.
+
+    Containers are taken apart; anything else in them is its type and which object it is, and numbers and texts what
+    they are, so that two states are equal only if nothing was added, taken away, exchanged or changed in place.
+    """
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return type(value), [(name, seen(one)) for name, one in value.items()]
+        if isinstance(value, list | tuple | set):
+            return type(value), [seen(one) for one in value]
+        if isinstance(value, str | int | float | bool | type(None) | torch.dtype | torch.device):
+            return type(value), value
+        return type(value), id(value)
+
+    state = {
+        (path, name): seen(value) for path, module in model.named_modules() for name, value in vars(module).items()
+    }
+    config = getattr(model, "config", None)
+    return state | {("config", name): seen(value) for name, value in vars(config).items()} if config else state
+
+
+def changes(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> list[str]:
+    """Which attributes of a model are others than they were."""
+    names = {*before, *after}
+    return sorted(".".join(name) for name in names if before.get(name, names) != after.get(name, names))

@@ -27,6 +27,14 @@ def generator_for(function: Callable[..., Any], seed: int) -> dict[str, np.rando
     return {name: np.random.default_rng(seed)}
 
 
+COLUMNS = {"correct": "change", "margin": "nats", "score": "graded"}
+
+
+def lacking(value: str, changed: int, n: int) -> bool:
+    """Whether too few values have moved: of answers, and of scores unless all have."""
+    return changed < 20 and (value == "correct" or (value == "score" and changed < n))
+
+
 def close(ours: object, theirs: object, what: str, atol: float = 1e-9) -> None:
     np.testing.assert_allclose(np.asarray(ours, float), np.asarray(theirs, float), rtol=1e-7, atol=atol, err_msg=what)
 
@@ -44,6 +52,9 @@ class Study:
             masked[f"clean_{name}"] = masked["id"].map(clean[name])
         masked["change"] = masked["correct"].astype(int) - masked["clean_correct"].astype(int)
         masked["nats"] = masked["margin"] - masked["clean_margin"]
+        if "score" in answers:
+            masked["clean_score"] = masked["id"].map(clean["score"])
+            masked["graded"] = masked["score"] - masked["clean_score"]
         self.clean, self.masked, self.controls = clean, masked, controls
         self.group = clean["group"]
         self.picture = clean["picture"].where(clean["picture"] != "", [f"alone {name}" for name in clean.index])
@@ -51,7 +62,7 @@ class Study:
 
     def changes(self, selector: str, value: str) -> pd.DataFrame:
         """Masks by questions: the change of a value, repeats averaged, NaN where there is none."""
-        column = {"correct": "change", "margin": "nats"}[value]
+        column = COLUMNS[value]
         part = self.masked[self.masked["selector"] == selector]
         wide = part.groupby(["mask", "id"])[column].mean().unstack("id")
         return wide.reindex(columns=self.clean.index)
@@ -70,7 +81,7 @@ class Study:
 
     # -- means, intervals, tests ---------------------------------------------------------------------------------------
 
-    def mean(self, values: pd.Series, group: str, answers: bool, confidence: float = 0.95) -> dict[str, float]:
+    def mean(self, values: pd.Series, group: str, value: str, confidence: float = 0.95) -> dict[str, float]:
         """The mean over a group's questions: the interval is that of a regression on a constant, clustered by unit."""
         values = values[(self.group[values.index] == group) & values.notna()]
         units = pd.factorize(self.picture[values.index])[0]
@@ -79,7 +90,9 @@ class Study:
         found |= {"low": np.nan, "high": np.nan}
         sums = values.groupby(units).sum().to_numpy()
         spread = sums - found["value"] * np.bincount(units, minlength=n_units) if len(values) else sums
-        few = n_units < 12 or (answers and changed < 20) or not (np.abs(spread) > 1e-9 * abs(sums).sum()).any()
+        few = (
+            n_units < 12 or lacking(value, changed, len(values)) or not (np.abs(spread) > 1e-9 * abs(sums).sum()).any()
+        )
         if not few:
             fit = sm.OLS(values.to_numpy(), np.ones(len(values))).fit(
                 cov_type="cluster", cov_kwds={"groups": units}, use_t=True
@@ -87,7 +100,7 @@ class Study:
             found["low"], found["high"] = fit.conf_int(1 - confidence)[0]
         return found | {"few": few and len(values) > 0}
 
-    def whole(self, values: dict[str, pd.Series], answers: bool, confidence: float = 0.95) -> dict[str, float]:
+    def whole(self, values: dict[str, pd.Series], value: str, confidence: float = 0.95) -> dict[str, float]:
         """The mean over groups of their means: what a picture says in several groups is summed before it is squared."""
         known = {g: v[(self.group[v.index] == g) & v.notna()] for g, v in values.items()}
         known = {group: one for group, one in known.items() if len(one)}
@@ -115,7 +128,8 @@ class Study:
             part = sum(pieces[name] ** 2 for name in pictures)
             degrees = len(pictures) * (1 - np.mean([1 / n_units[group] for group in kind]))
             below += part**2 / degrees if part > 0 else 0.0
-        few = found["units"] < 12 or (answers and found["changed"] < 20) or not variance > (1e-9 * found["value"]) ** 2
+        still = not variance > (1e-9 * found["value"]) ** 2
+        few = found["units"] < 12 or lacking(value, found["changed"], found["n"]) or still
         if not few:
             reach = scipy_stats.t.ppf(0.5 + confidence / 2, variance**2 / below) * np.sqrt(variance)
             found["low"], found["high"] = found["value"] - reach, found["value"] + reach
@@ -179,6 +193,9 @@ def check_table(study: Study, ours: pd.DataFrame) -> int:
         margin=masked["nats"],
     )
     columns = ["clean", "ablated", "flips", "right_to_wrong", "wrong_to_right", "wrong_to_wrong", "failures", "margin"]
+    if "score" in ours:
+        by_hand["score"] = masked["graded"]
+        columns += ["clean_score", "score"]
     grouped = by_hand.groupby(["selector", "repeat", "mask", "group"])
     means = grouped[columns].mean()
     means["delta"], means["n"] = means["ablated"] - means["clean"], grouped.size()
@@ -192,7 +209,6 @@ def check_table(study: Study, ours: pd.DataFrame) -> int:
 
 def check_effects(study: Study, ours: pd.DataFrame, value: str, *, tests: bool = True) -> int:
     """``effects()``: every mask on every group."""
-    answers = value == "correct"
     for selector, rows in ours.groupby("selector", sort=False):
         change = study.changes(selector, value)
         kinds = {}
@@ -201,7 +217,7 @@ def check_effects(study: Study, ours: pd.DataFrame, value: str, *, tests: bool =
             kinds.setdefault("control" if row.group in study.controls else kind, []).append(row.Index)
             assert row.kind == ("control" if row.group in study.controls else kind)
             there = change.loc[row.mask] if row.mask in change.index else pd.Series(np.nan, change.columns)
-            expected = study.mean(there, row.group, answers)
+            expected = study.mean(there, row.group, value)
             what = f"{selector} {row.mask} {row.group}"
             for name in ("n", "units", "changed", "low", "high", "few"):
                 close(getattr(row, name), expected[name], f"{what} {name}")
@@ -244,7 +260,6 @@ def check_excess(ours: pd.DataFrame) -> int:
 
 def check_summary(study: Study, ours: pd.DataFrame, value: str, *, tests: bool = True) -> int:
     """``summary()``: self effect, cross effects and gap."""
-    answers = value == "correct"
     for selector, rows in ours.groupby("selector", sort=False):
         change = study.changes(selector, value)
         masked = [group for group in study.groups if group in change.index]
@@ -253,6 +268,7 @@ def check_summary(study: Study, ours: pd.DataFrame, value: str, *, tests: bool =
         rows = rows.set_index("group")
         effects, nats = study.effects(selector, value), study.effects(selector, "margin")
         caused, controlled = {}, {}
+        clean = study.clean["score" if value == "score" else "correct"].astype(float)
         for group in masked:
             others = [other for other in study.groups if other != group]
             caused[group] = dict.fromkeys(others, change.loc[group])
@@ -264,13 +280,11 @@ def check_summary(study: Study, ours: pd.DataFrame, value: str, *, tests: bool =
             close(row["pictures"], study.picture[own].nunique(), "pictures")
             close(
                 row["clean"],
-                np.mean([study.clean["correct"][study.group == g].mean() for g in ([group] if alone else groups)]),
+                np.mean([clean[study.group == g].mean() for g in ([group] if alone else groups)]),
                 "clean",
             )
             for name, one in effects.items():
-                expected = (
-                    study.mean(one, group, answers) if alone else study.whole(dict.fromkeys(groups, one), answers)
-                )
+                expected = study.mean(one, group, value) if alone else study.whole(dict.fromkeys(groups, one), value)
                 few += [name] if expected["few"] else []
                 for ours_name, theirs in ((name, "value"), (f"{name}_low", "low"), (f"{name}_high", "high")):
                     close(row[ours_name], expected[theirs], f"{selector} {group} {ours_name}")
@@ -278,15 +292,15 @@ def check_summary(study: Study, ours: pd.DataFrame, value: str, *, tests: bool =
                 parts = [("cross_caused", caused[group])]
                 parts += [("control_effect", controlled[group])] if study.controls else []
                 for name, cells in parts:
-                    expected = study.whole(cells, answers)
+                    expected = study.whole(cells, value)
                     few += [name] if expected["few"] else []
                     for ours_name, theirs in ((name, "value"), (f"{name}_low", "low"), (f"{name}_high", "high")):
                         close(row[ours_name], expected[theirs], f"{selector} {group} {ours_name}")
-                reached = [cells for cells in caused[group] if study.mean(change.loc[group], cells, answers)["n"]]
+                reached = [cells for cells in caused[group] if study.mean(change.loc[group], cells, value)["n"]]
                 assert row["cross_groups"] == len(reached)
                 assert sorted(filter(None, str(row["few"]).replace("nan", "").split(", "))) == sorted(few)
             elif masked:
-                each = [study.whole(caused[g], answers)["value"] for g in masked]
+                each = [study.whole(caused[g], value)["value"] for g in masked]
                 close(
                     row["cross_caused"],
                     np.nanmean(each) if np.isfinite(each).any() else np.nan,
@@ -308,15 +322,14 @@ def check_summary(study: Study, ours: pd.DataFrame, value: str, *, tests: bool =
 def check_difference(study: Study, ours: pd.DataFrame, first: str, second: str, value: str) -> int:
     """``difference()``: two selectors, question by question."""
     one, other = study.effects(first, value), study.effects(second, value)
-    answers = value == "correct"
     for effect, rows in ours.groupby("effect"):
         values = one[effect] - other[effect]
         groups = [group for group in rows["group"] if group != "all"]
         for row in rows.itertuples():
             over = groups if row.group == "all" else [row.group]
-            expected = study.whole(dict.fromkeys(over, values), answers)
+            expected = study.whole(dict.fromkeys(over, values), value)
             if row.group != "all":
-                expected = study.mean(values, row.group, answers)
+                expected = study.mean(values, row.group, value)
             what = f"{effect} {row.group}"
             for name in ("n", "units", "changed", "low", "high", "few"):
                 close(getattr(row, name), expected[name], f"{what} {name}")
@@ -338,11 +351,12 @@ def compare(run: Path) -> dict[str, int]:
     assert (answers["correct"] == (answers["chosen"] == answers["answer"])).all()
     study = Study(answers, set(about["controls"]))
     kept = {"keep_default_na": False, "na_values": [""]}
+    value = "score" if "score" in answers else "correct"
     compared = {
         "answers": len(answers),
         "table": check_table(study, pd.read_csv(folder / "table.csv", **kept)),
-        "summary": check_summary(study, pd.read_csv(folder / "summary.csv", **kept), "correct"),
-        "random": _random(run, study.masked[~study.masked["group"].isin(study.controls)]),
+        "summary": check_summary(study, pd.read_csv(folder / "summary.csv", **kept), value),
+        "random": _random(run, study.masked[~study.masked["group"].isin(study.controls)], COLUMNS[value]),
     }
     pairs = run / "report" / "tables" / "every-pair.csv"
     if pairs.exists():
@@ -352,12 +366,12 @@ def compare(run: Path) -> dict[str, int]:
     return compared
 
 
-def _random(run: Path, masked: pd.DataFrame) -> int:
+def _random(run: Path, masked: pd.DataFrame, column: str) -> int:
     path = run / "report" / "tables" / "every-random.csv"
     if not path.exists():
         return 0
     ours = pd.read_csv(path)
-    selves = masked[masked["mask"] == masked["group"]].groupby(["selector", "repeat", "mask"])["change"].mean()
+    selves = masked[masked["mask"] == masked["group"]].groupby(["selector", "repeat", "mask"])[column].mean()
     for _, row in ours[ours["effect"] == "self_effect"].iterrows():
         values = selves.loc[row["control"]].unstack()
         drawn = values.mean(axis=1) if row["group"] == "all" else values[row["group"]]
@@ -373,6 +387,8 @@ def _accuracy(run: Path, clean: pd.DataFrame) -> int:
     ours = pd.read_csv(run / "report" / "tables" / "accuracy.csv", keep_default_na=False).set_index("group")
     found = {"as asked": clean}
     for name, folder in (("blind", "blind"), ("options only", "options-only")):
+        if not (run / folder).exists():  # open questions have no options to be asked with
+            continue
         answers = pd.read_parquet(run / folder / "answers.parquet")
         found[name] = answers[answers["run"] == 0].set_index("id")
     for name, answers in found.items():

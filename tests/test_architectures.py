@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from helpers import changes, state_of
+from small_models import SMALL
 from vlmneurons.errors import ArchitectureError, SiteError
 from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
@@ -278,6 +280,34 @@ def test_finding_leaves_the_model_and_the_random_state_as_they_were() -> None:
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for name, module in model.named_modules() if "mlp" in name
     )
+
+
+@pytest.mark.parametrize("name", ["text/switch_transformers", "text/jamba", "text/gpt_oss", "qwen3_vl_moe", "gemma4"])
+def test_finding_leaves_every_attribute_of_a_model_as_it_was(name: str) -> None:
+    """Switch's router, for one, keeps the dtype of what its forward was given."""
+    model = SMALL[name]().model
+    before = state_of(model)
+    towers = find_towers(model)
+    assert changes(before, state_of(model)) == []
+    copy.deepcopy(model)  # a symbol that was left behind could not be copied
+    assert find_towers(model) == towers
+
+
+def test_what_a_forward_changes_in_place_is_put_back() -> None:
+    class Keeping(Gated):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)))
+            self.seen, self.last, self.names = [], None, {"a": 1}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            self.last = self.names["b"] = x
+            return super().forward(x)
+
+    model = Toy(Keeping)
+    before = state_of(model)
+    assert find_towers(model)["language"].widths
+    assert changes(before, state_of(model)) == []
 
 
 def test_finding_leaves_torch_as_it_was_whether_it_succeeds_fails_or_runs_in_several_threads() -> None:

@@ -208,6 +208,78 @@ def test_selectors_take_their_own_tables_out_of_several(model):
         vn.IntegratedGradients(count=1).select(attributions)
 
 
+def by_token(model, one, kind):
+    """For each layer ``[token, neuron]`` value times gradient of the margin of one question read by letters, by plain
+    hooks and autograd.
+    """
+    inputs = model.prepare(one)
+    values, handles = [], []
+
+    def keep(value):
+        value.retain_grad()
+        values.append(value)
+
+    for block in language_blocks(model.hf):
+        if kind == "pre":
+            handles.append(block.mlp.gate_proj.register_forward_hook(lambda m, a, out: keep(out)))
+        else:
+            handles.append(block.mlp.down_proj.register_forward_pre_hook(lambda m, a: keep(a[0])))
+    try:
+        logits = model.hf(**inputs, use_cache=False).logits[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    shown = logits[letter_tokens(model, 4)].logsumexp(-1)
+    scores = {option: shown[place] for place, option in enumerate(one.order(one[0]))}
+    rest = torch.stack([score for option, score in scores.items() if option != one[0].answer])
+    (scores[one[0].answer] - rest.max()).backward()
+    return [(value * value.grad)[0].detach() for value in values]
+
+
+@pytest.mark.parametrize("kind", ["pre", "gate"])
+def test_the_highest_token_at_pre_and_at_the_gate_is_that_of_plain_autograd(double, kind):
+    questions = some_questions(3, groups="AB")
+    space = double.space("language", kind)
+    how = {"condition": "all", "progress": False}
+    highest = vn.attribute(double, questions, space, reduce="max", **how)
+    summed = vn.attribute(double, questions, space, **how)
+    words = vn.attribute(double, questions, space, reduce="max", tokens="text", **how)
+    expected = torch.zeros((3, 2, len(space)), dtype=torch.float64)
+    for number, item in enumerate(questions):
+        one = questions[number : number + 1]
+        text = double.prepare(one).tokens.counted("text")[0]
+        row = questions.groups.index(item.group)
+        layers = by_token(double, one, kind)
+        for n, parts in enumerate(([x.amax(0) for x in layers], [x.sum(0) for x in layers])):
+            expected[n, row] += torch.cat(parts)
+        expected[2, row] += torch.cat([x[text].amax(0) for x in layers])
+    double.hf.zero_grad()
+    for stats, ours in zip((highest, summed, words), expected, strict=True):
+        torch.testing.assert_close(stats.total, ours, rtol=1e-4, atol=1e-6)  # logits of letters are read in float32
+    assert highest.provenance["reduce"] == "max"
+    assert "reduce" not in summed.provenance
+
+
+def test_attributions_less_those_of_a_control(double):
+    questions = some_questions(6, groups="AB")
+    how = {"condition": "all", "progress": False}
+    country = vn.attribute(double, questions, **how)
+    control = vn.attribute(double, questions[:3].group_by(lambda item: "any"), **how)
+    less = country - control
+    torch.testing.assert_close(less.mean, country.mean - control.mean)
+    torch.testing.assert_close((country - country.select_groups(["B", "A"])).mean, torch.zeros_like(country.mean))
+    assert less.provenance["less"]["condition"] == "all"
+    picked = vn.Attribution(count=5).select(less)["A"].indices
+    assert set(picked.tolist()) == set((country.mean - control.mean)[0].topk(5).indices.tolist())
+    with pytest.raises(SelectionError, match="differences of attributions are of means: select with on='mean'"):
+        vn.Attribution(count=5, on="share").select(less)
+    other = vn.attribute(double, questions, reduce="max", **how)
+    with pytest.raises(MismatchError, match="attributions with different 'reduce' cannot be compared: None and 'max'"):
+        country - other
+    with pytest.raises(MismatchError, match="attributions of A, C are taken from those of A, B: give the same groups"):
+        country - vn.attribute(double, some_questions(4, groups="AC"), **how)
+
+
 def test_what_cannot_be_attributed_is_refused(model):
     questions = some_questions(2)
     with pytest.raises(QuestionError, match="Generate reads generated texts, which have no gradient"):
@@ -222,8 +294,12 @@ def test_what_cannot_be_attributed_is_refused(model):
         vn.attribute(model, questions, tokens="every")
     with pytest.raises(QuestionError, match="there are no questions to attribute"):
         vn.attribute(model, questions[:0])
-    with pytest.raises(MismatchError, match="a factor before the activation function is none on the neuron"):
-        vn.attribute(model, questions, model.space(kind="pre"))
+    with pytest.raises(MismatchError, match="integrated gradients grow a neuron from zero: use 'gate' or 'post'"):
+        vn.attribute(model, questions, model.space(kind="pre"), method="integrated")
+    with pytest.raises(QuestionError, match="reduce='max' is of method='gradient'"):
+        vn.attribute(model, questions, method="integrated", reduce="max")
+    with pytest.raises(QuestionError, match="reduce='mean' does not exist; choose from sum, max"):
+        vn.attribute(model, questions, reduce="mean")
 
 
 def test_gradients_that_are_not_finite_are_named_and_what_was_done_is_kept(model):

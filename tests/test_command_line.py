@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import vlmneurons as vn
-from helpers import PAPER_MODELS, kills, save_questions
+from helpers import PAPER_MODELS, often, save_questions
 from recompute_study import compare
 from vlmneurons.cli import exit_status, main
 from vlmneurons.errors import QuestionError
@@ -96,7 +96,7 @@ def test_the_whole_study_of_a_model_that_runs_elsewhere_gives_the_same_answers(a
 def test_the_command_killed_at_ten_random_moments_ends_with_the_same_tables(arguments, undisturbed, tmp_path):
     folder, generator = tmp_path / "run", random.Random(1)
     seen = set()
-    for number in range(kills(10, 30)):
+    for number in range(often(10, 30)):
         child = started(arguments, folder)
         before, until = _progress(folder), time.monotonic() + 20
         while number % 2 and _progress(folder) == before and time.monotonic() < until:
@@ -241,7 +241,7 @@ REFUSED = {
     "a selector that is misspelt": (
         [*STUDY, "--selectors", "CAS", "LAAP"],
         2,
-        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS; did you mean LAP?",
+        "'--selectors': 'LAAP' is none of LAP, LAPE, MAD, CAS, MAD-mean; did you mean LAP?",
     ),
     "a rule of tokens in capitals": ([*STUDY, "--tokens", "Content"], 2, "did you mean content?"),
     "a way to answer": ([*STUDY, "--answer", "letter"], 2, "'letter' is none of letters, generate, text; did you mean"),
@@ -310,7 +310,7 @@ def test_choices_and_defaults_are_those_of_the_library():
     from vlmneurons.recording.record import CONDITIONS
     from vlmneurons.study.protocol import SELECTORS
 
-    assert tuple(SELECTORS) == cli.SELECTORS
+    assert tuple(SELECTORS) == cli.STUDIED
     assert (cli.TOKENS, cli.CONDITIONS) == (TOKEN_RULES, CONDITIONS)
     options = [*inspect.signature(cli.study).parameters.values(), *inspect.signature(cli._asking).parameters.values()]
     defaults = {one.name: one.default for one in options}

@@ -1,5 +1,7 @@
 """README and documentation are true: every block of Python runs, and the strict build of the site has no warning."""
 
+import contextlib
+import io
 import json
 import os
 import pkgutil
@@ -17,6 +19,8 @@ import torch
 
 import vlmneurons as vn
 from public import callees, documented_paths, public_things
+from tools.page_outputs import BLOCK as SHOWN
+from tools.page_outputs import alike, printed_by_block, script_of, with_outputs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -44,10 +48,25 @@ def as_a_reader(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unchecked")
 def test_every_block_of_python_runs_in_order(page, as_a_reader):
     # A trace reads its own source, so the blocks of a page are one file.
-    script = as_a_reader / "page.py"
-    blocks = BLOCK.findall(PAGES[page].read_text(encoding="utf-8"))
-    script.write_text("\n".join(blocks), encoding="utf-8")
-    runpy.run_path(str(script), run_name="page")
+    script, text = as_a_reader / "page.py", PAGES[page].read_text(encoding="utf-8")
+    script.write_text(script_of(text), encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        runpy.run_path(str(script), run_name="page")
+    for (code, shown), printed in zip(SHOWN.findall(text), printed_by_block(told.getvalue()), strict=True):
+        if shown:
+            assert alike(shown, printed), f"{page} shows another output of\n{code}\nIt printed\n{printed}"
+
+
+def test_an_output_differs_by_words_and_by_numbers_but_not_by_rounding():
+    assert alike("a  0.123 b\n", "a 0.1231 b  \n\n")
+    assert not alike("a 0.123", "a 0.143")
+    assert not alike("a 0.123", "b 0.123")
+    assert not alike("3 of 4", "3 of 5")
+    page = "```python\nprint(1)\n```\n\nText.\n\n```python\nprint(2)\n```\n"
+    shown = with_outputs(page, ["1\n", "2\n"], True)
+    assert [one for _, one in SHOWN.findall(shown)] == ["1\n", "2\n"]
+    assert with_outputs(shown, ["3\n", "2\n"], False).count("```text") == 2
+    assert printed_by_block("1\n\x1e\n2\n\x1e\n") == ["1\n", "2\n"]
 
 
 @pytest.fixture(scope="module")

@@ -220,6 +220,7 @@ def _problems(name: str, model: nn.Module, towers: Mapping[str, Any]) -> list[st
 
 def _look_through(names: list[str]) -> list[dict[str, Any]]:
     """Builds and searches each class; what is found, what is wrong with it, and what it costs."""
+    from helpers import changes, state_of
     from vlmneurons.errors import ArchitectureError
     from vlmneurons.model.architectures.find import find_towers
     from vlmneurons.testing.architectures import mapped_model, optional_parts
@@ -240,13 +241,14 @@ def _look_through(names: list[str]) -> list[dict[str, Any]]:
             except Exception as another:
                 result |= {"built": False, "reason": text_of(another)}
                 continue
-        start = time.process_time()
+        before, start = state_of(model), time.process_time()
         try:
             towers = find_towers(model)
         except ArchitectureError as error:
             result["problems"] = [str(error)]
             continue
         result["seconds"] = time.process_time() - start
+        result["changed"] = changes(before, state_of(model))
         if name in MEASURED:
             tracemalloc.start()
             find_towers(model)
@@ -289,6 +291,14 @@ def test_sites_are_found_in_every_class_that_transformers_maps(
     assert not [result for result in left if "requires the timm library" not in result["reason"]]
     assert len(default) >= 0.85 * len(every_class)
     assert len(found) + len(left) == len(every_class)
+
+
+def test_a_model_that_was_looked_through_is_as_it_was_attribute_by_attribute(
+    every_class: dict[str, dict[str, Any]],
+) -> None:
+    looked_through = {name: result["changed"] for name, result in every_class.items() if "changed" in result}
+    assert len(looked_through) >= 0.85 * len(every_class)
+    assert not {name: changed for name, changed in looked_through.items() if changed}
 
 
 def test_every_optional_tower_is_found(every_class: dict[str, dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """The examples are scripts that run as they are."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,34 @@ def test_a_neurons_page_is_written(tmp_path):
         assert min(image.size) > 400
 
 
+def table_of(printed: str) -> dict[tuple[str, str], list[float]]:
+    """The printed effects: clean, self and cross, by selector and group."""
+    rows = re.findall(r"^ *(CAS|random) +(\w+) +\d+ +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)
+    return {(selector, group): [float(value) for value in values] for selector, group, *values in rows}
+
+
+def test_a_study_of_sounds_runs_from_files_to_effects(tmp_path):
+    printed = run("sounds.py", "--out", "out", cwd=tmp_path)
+    assert len(list((tmp_path / "out").glob("*.wav"))) == 48
+    assert len(pd.read_csv(tmp_path / "out" / "questions.csv")) == 48
+    assert printed.count("CAS found 15 of 15 planted neurons") == 3  # by content, by the sound's tokens, by the words'
+    effects = table_of(printed)
+    for group in ("Cello", "Violin", "Flute", "all"):
+        assert effects["CAS", group] == [1, -1, 0]
+        assert effects["random", group] == [1, 0, 0]
+
+
+def test_a_study_of_videos_runs_from_frames_to_effects(tmp_path):
+    printed = run("videos.py", cwd=tmp_path)
+    assert "a video: (4, 16, 16, 3) uint8" in printed
+    assert "CAS found 15 of 15 planted" in printed
+    effects = table_of(printed)
+    for group in ("Dusk", "Ember", "Leaf", "all"):
+        assert effects["CAS", group] == [1, -1, 0]
+        assert effects["random", group] == [1, 0, 0]
+    assert float(printed.split("right of stills: ")[1].split()[0]) < 0.5  # one frame says little
+
+
 CHECKED = """
 import builtins, dis, runpy, sys, types
 
@@ -122,3 +151,15 @@ def test_every_benchmark_finds_the_names_it_uses():
     done = subprocess.run([sys.executable, "-c", CHECKED, *paths], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{path} []" for path in paths]
+
+
+def test_the_gpu_check_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
+    script = EXAMPLES.parent / "benchmarks" / "cuda.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--small"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("  right: ") for line in lines) == 8
+    assert lines[-1] == "0 wrong"
+    titles = ["Identity", "Beside the forward", "Counting", "Recording", "Masks", "Out of memory"]
+    assert [line for line in lines if line in titles] == 2 * titles

@@ -5,6 +5,7 @@ look at every twelfth class and at a few; ``.ci/nightly`` at all of them. Classe
 their own, which runs this file.
 """
 
+import copy
 import json
 import logging
 import os
@@ -26,10 +27,29 @@ DOWN = re.compile(
     r"|(mlp|ffn|feed_forward)\.c_proj|(?<!attention\.)output\.dense|ffn\.output|ffn_output|output_proj_mlp)$"
 )
 """What the last projection of an MLP is called, in one class or another."""
-NO_MLP = re.compile(r"attn|attention|router|adapter_layer|lconv|conv_module|altup|indexer", re.IGNORECASE)
+NO_MLP = re.compile(
+    r"attn|attention|router|adapter_layer|lconv|conv_module|altup|indexer"
+    r"|message_gate|mlp\.gate\.",  # of a gate between passes (Inkling 2 Loop), and of a router (Zaya)
+    re.IGNORECASE,
+)
 UP = re.compile(
     r"(up|gate|fc1|w1|wi|lin1|linear1|linear_1|ffn1|c_fc|dense_h_to_4h|fc_in|intermediate|input_linear|w3|v1)"
 )
+
+
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+WRITTEN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 48},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048}
+    | {"indexer_compress_ratio": 4},
+    "reformer": {"is_decoder": True},
+}
+"""What must be said of those whose default configuration builds no model."""
 
 
 def stated(model: nn.Module) -> dict[str, int]:
@@ -80,6 +100,7 @@ def look_through(names: list[str]) -> list[dict[str, Any]]:
     """What is found in each class: right, refused, wrong, or why it cannot be built."""
     import transformers
 
+    from helpers import changes, state_of
     from vlmneurons.errors import ArchitectureError
     from vlmneurons.model.architectures.find import find_towers
 
@@ -89,26 +110,25 @@ def look_through(names: list[str]) -> list[dict[str, Any]]:
         result: dict[str, Any] = {"name": name, "refused": "", "unbuilt": "", "problems": []}
         results.append(result)
         try:
-            config = transformers.AutoConfig.for_model(model_type)
-            for setting in (
-                "num_hidden_layers",
-                "num_layers",
-                "n_layer",
-                "n_layers",
-                "encoder_layers",
-                "decoder_layers",
-            ):
+            config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(WRITTEN.get(model_type, {})))
+            for setting in LAYERS if model_type != "prophetnet" else ("num_encoder_layers", "num_decoder_layers"):
                 if isinstance(getattr(config, setting, None), int) and not hasattr(config, "layer_types"):
                     setattr(config, setting, min(4, getattr(config, setting)))
+            kind = getattr(transformers, class_name)
+            if not isinstance(config, kind.config_class):  # a part's configuration inside that of the whole
+                config = next((one for one in vars(config).values() if isinstance(one, kind.config_class)), config)
             with torch.device("meta"):
-                model = getattr(transformers, class_name)(config)
+                model = kind(config)
         except Exception as error:
             result["unbuilt"] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
             continue
+        before = state_of(model)
         try:
             result["problems"] = problems(model, find_towers(model))
         except ArchitectureError as error:
             result["refused"] = str(error).splitlines()[0]
+        left = changes(before, state_of(model))
+        result["problems"] += [f"looking for MLPs has changed {name}" for name in left]
     return results
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import vlmneurons as vn
-from helpers import kills, picture, plain_hooks, some_questions
-from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
+from helpers import often, picture, plain_hooks, some_questions
+from vlmneurons.errors import ActivationError, FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.statistics.items import Item, ItemStatistics
@@ -204,7 +204,7 @@ def test_killed_at_twenty_random_moments_and_resumed_the_files_are_those_of_an_u
     duration = time.perf_counter() - started
     rng = random.Random(0)
     folder, killed, rounds = tmp_path / "killed-0", 0, 0
-    while killed < kills(20, 40):
+    while killed < often(20, 40):
         child = _record_in_a_child(planted, folder)
         time.sleep(rng.random() * duration / 3)
         os.kill(child, signal.SIGKILL)
@@ -401,3 +401,114 @@ def test_rows_are_read_as_they_are_needed_not_all_at_once(tmp_path):
     tracemalloc.stop()
     assert stats.positive[0, 0].item() == sum(i % 7 for i in range(0, n, 2))
     assert peak < 20 * 2**20
+
+
+# -- statistics of one's own -------------------------------------------------------------------------------------------
+
+
+def peak(values, counted):
+    return torch.where(counted[..., None], values.abs(), 0).amax(1)
+
+
+def second_moment(values, counted, site):
+    scale = 1.0 if site.tower == "language" else 2.0
+    return scale * (values.double() ** 2 * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)
+
+
+@pytest.fixture
+def both_towers(load):
+    model = load("llava_next_mistral")
+    return model, vn.NeuronSpace.join(model.space("language", "gate"), model.space("vision", "gate"))
+
+
+def test_statistics_of_ones_own_are_those_of_plain_hooks_in_both_towers(both_towers, load_bare, tmp_path):
+    model, space = both_towers
+    questions, hf = some_questions(5), load_bare("llava_next_mistral")
+    named = {"peak": peak, "second": second_moment}
+    items = vn.record_items(model, questions, tmp_path / "a", space, statistic=named, batch_size=3, progress=False)
+    assert items.statistics == ("peak", "second")
+    kept = {name: items.grouped(condition="all").values(name, slice(0, None)) for name in named}
+    for row, item in enumerate(questions):
+        inputs = model.prepare(questions[row : row + 1])
+        counted = inputs.tokens.counted("content")[0]
+        with plain_hooks(hf) as values, torch.inference_mode():
+            hf(**inputs)
+        expected = {name: [] for name in named}
+        for site in space:
+            (seen,) = values[str(site)]
+            seen = seen[0][counted] if site.tower == "language" else seen.flatten(0, 1)
+            expected["peak"].append(seen.abs().amax(0))
+            expected["second"].append((1.0 if site.tower == "language" else 2.0) * (seen.double() ** 2).mean(0))
+        for name, parts in expected.items():
+            place = [items.items[n].id for n in items.grouped(condition="all").rows].index(item.id)
+            np.testing.assert_allclose(kept[name][place], torch.cat(parts).numpy(), rtol=2e-4, atol=1e-5)
+    picked = vn.AveragePrecision(count=3, on="peak").select(items.grouped(condition="all"))
+    assert {len(neurons) for neurons in picked.values()} == {3}
+
+
+def test_a_statistic_is_part_of_what_a_recording_is(both_towers, tmp_path):
+    model, space = both_towers
+    questions, how = some_questions(5), {"batch_size": 2, "progress": False}
+    whole = vn.record_items(model, questions, tmp_path / "a", space, statistic=peak, **how)
+    assert (tmp_path / "a" / "statistic.bin").stat().st_size == 5 * len(space) * 4
+    again = vn.record_items(model, questions, tmp_path / "a", space, statistic=peak, **how)
+    assert again.group_by(condition="all") == whole.group_by(condition="all")
+    with pytest.raises(MismatchError, match="holds another run: its statistics"):
+        vn.record_items(model, questions, tmp_path / "a", space, statistic=lambda v, c: v.amax(1), **how)
+    with pytest.raises(MismatchError, match="holds another run"):
+        vn.record_items(model, questions, tmp_path / "a", space, **how)
+    parts = [tmp_path / f"part-{n}" for n in (1, 2)]
+    for n, part in enumerate(parts, 1):
+        vn.record_items(model, questions, part, space, statistic=peak, part=(n, 2), **how)
+    ItemStatistics.join(parts, tmp_path / "joined")
+    for name in ("manifest.json", "items.bin", "positive.bin", "statistic.bin"):
+        assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda values, counted: values.sum(1)[:, :3], r"gave \[2, 3\], not \[row, neuron\] = \[2, 64\], at language"),
+        (lambda values, counted: 3.0, r"gave float, not \[row, neuron\]"),
+        (lambda values, counted: values.amax(1) * torch.tensor([[1.0], [torch.nan]]), "gave NaN, at language"),
+    ],
+)
+def test_a_statistic_of_a_wrong_shape_or_nan_is_refused_with_the_question_and_nothing_is_lost(
+    load, tmp_path, function, message
+):
+    model = load("llava_next_mistral")
+    questions, calls = some_questions(6), []
+
+    def later(values, counted):
+        calls.append(1)
+        return peak(values, counted) if len(calls) <= 4 else function(values, counted)  # the first batch is whole
+
+    with pytest.raises(ActivationError, match=rf"question 'q[23]': the statistic 'statistic' {message}"):
+        vn.record_items(model, questions, tmp_path / "a", statistic=later, batch_size=2, progress=False)
+    assert ItemStatistics.load(tmp_path / "a", verify=True).done.tolist() == [True, True] + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("statistic", "message"),
+    [
+        (3, r"statistic 'statistic' is a function \(values, counted\)"),
+        ({"total": peak}, "statistic 'total': a name is of letters, digits and _, and none of items, positive"),
+        ({"../up": peak}, "a name is of letters"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(load, tmp_path, unchecked, statistic, message):
+    with pytest.raises(MismatchError, match=message):
+        vn.record_items(load("llava_next_mistral"), some_questions(2), tmp_path / "a", statistic=statistic)
+
+
+def test_a_statistic_may_call_the_model_s_own_modules(load, tmp_path):
+    model = load("llava_next_mistral")
+
+    def through(values, counted, site):
+        down = model.hf.model.language_model.layers[site.layer].mlp.down_proj
+        return values.amax(1) * down(values).norm(dim=-1).amax(1, keepdim=True)
+
+    space, how = model.space("language", "post"), {"progress": False}
+    items = vn.record_items(model, some_questions(4), tmp_path / "a", space, statistic=through, **how)
+    plain = vn.record_items(model, some_questions(4), tmp_path / "b", space, **how)
+    assert items.group_by(condition="all") == plain.group_by(condition="all")

@@ -1,10 +1,14 @@
 """Loading by name: text models, what is told to model and processor alike, and wrapping without a wall of names."""
 
 import logging
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 import vlmneurons as vn
 from vlmneurons.errors import ArchitectureError
@@ -98,6 +102,61 @@ def test_the_counts_of_a_text_model_are_those_of_plain_hooks(saved):
     asked = vn.QuestionSet(QUESTIONS, prompt=lambda question, options: question.question)
     stats = vn.record(model, asked, condition="all", batch_size=3, progress=False)
     assert stats.positive.sum(0)[40:].tolist() == expected.tolist()
+
+
+STRING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As text models have it: a message's content is a string, and a list of parts is an error."""
+
+
+def cities(group):
+    places = {"Egypt": "Cairo", "France": "Paris", "India": "Delhi", "Japan": "Tokyo"}
+    for number in range(24):
+        others = [place for other, place in places.items() if other != group]
+        yield vn.Question(
+            None, f"Which city is bus {number} from?", (places[group], *others), 0, group, id=f"{group}{number}"
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_lines_of_the_readme_run_with_a_text_model_and_questions_without_pictures(
+    saved, name, tmp_path, monkeypatch, capsys
+):
+    if name == "qwen3":
+        tokenizer = AutoTokenizer.from_pretrained(saved(name))
+        tokenizer.chat_template = STRING_TEMPLATE
+        tokenizer.save_pretrained(saved(name))
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert block.count("model, questions = vn.load_demo()\n") == 1
+    how = ', template="plain"' if name == "llama" else ""
+    lines = block.replace(
+        "model, questions = vn.load_demo()\n",
+        f'model, questions = vn.VLM.from_pretrained("{saved(name).as_posix()}"{how}), vn.QuestionSet(asked)\n',
+    )
+    assert len(set(lines.splitlines()) ^ set(block.splitlines())) == 2  # one line by another, and nothing else
+    (tmp_path / "lines.py").write_text(lines, encoding="utf-8")
+    asked = [item for group in ("Egypt", "France", "India", "Japan") for item in cities(group)]
+    threads = torch.get_num_threads()
+    there = runpy.run_path(str(tmp_path / "lines.py"), init_globals={"asked": asked})
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    model, stats, culture, result = (there[one] for one in ("model", "stats", "culture", "result"))
+    assert type(model.hf).__name__.endswith("ForCausalLM")
+    assert stats.groups == ("Egypt", "France", "India", "Japan")
+    assert set(map(len, culture.values())) == {int(0.02 * 80)}
+    assert result.summary().groupby("selector").size().to_dict() == {"CAS": 5, "random": 5}
+    assert "self_effect" in printed
+    clean = result.accuracy  # and by another way: what the untouched model answers, letter by letter
+    evaluate, reader = there["evaluate"], vn.Letters()
+    with torch.no_grad():
+        parts = [evaluate[row : row + 1] for row in range(len(evaluate))]
+        right = [int(reader.read(model, one, reader.encode(model, one)).chosen[0]) == one[0].answer for one in parts]
+    for group in stats.groups:
+        own = [is_right for is_right, item in zip(right, evaluate, strict=True) if item.group == group]
+        assert clean[group] == sum(own) / len(own)
 
 
 def test_an_encoder_decoder_is_loaded_whole_and_generates(saved):

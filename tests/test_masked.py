@@ -1,5 +1,8 @@
 """Many masks in one forward: the answers of plain runs, whatever the model, the masks and the memory."""
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from helpers import some_questions
 from vlmneurons.errors import AblationError, ActivationError
 from vlmneurons.model.encoder import Batch, TokenTable
 from vlmneurons.run import replay
-from vlmneurons.run.masked import read_masked
+from vlmneurons.run.masked import read_masked, read_some
 from vlmneurons.run.owners import OWNERS
 from vlmneurons.run.readers import reader_of
 from vlmneurons.testing import tiny as _tiny
@@ -145,6 +148,119 @@ def test_an_ablation_of_other_neurons_in_each_row_acts_in_its_tile(model, passes
     assert_same(questions, shared, plain)
 
 
+# -- questions that meet different masks -------------------------------------------------------------------------------
+
+
+def in_part(model, questions, ablations, rows, reader):
+    """The readings of some questions under each ablation: shared, and of a run for each ablation and its questions."""
+    with torch.inference_mode():
+        shared = list(read_some(model, reader, questions, reader.encode(model, questions), ablations, rows))
+        plain = []
+        for ablation, own in zip(ablations, rows, strict=True):
+            some = questions.with_items([questions[row] for row in own])
+            with ablation:
+                plain.append(reader.read(model, some, reader.encode(model, some)))
+    return shared, plain
+
+
+def about_pictures(n, each):
+    """Questions about shared pictures, so that rows are packed."""
+    first = some_questions(n)
+    return vn.QuestionSet(
+        [
+            replace(item, question=f"{item.question} {'It is new. ' * k}", answer=k, id=f"{item.id}{k}")
+            for item in first
+            for k in range(each)
+        ]
+    )
+
+
+RAGGED = [(0, 1, 2, 3, 4, 5), (4, 5), (0, 1), (2,), (1, 3, 5), (5,), (0, 2, 4), (0, 1, 2, 3, 4, 5)]
+"""Some meet a mask twice as often as others; the fifth splits those of a picture."""
+
+
+def assert_same_in_part(questions, rows, shared, plain):
+    for own, one, other in zip(rows, shared, plain, strict=True):
+        some = [questions[row] for row in own]
+        assert one.chosen == other.chosen
+        assert one.texts == other.texts
+        torch.testing.assert_close(one.margins(some), other.margins(some), rtol=0, atol=CLOSE, equal_nan=True)
+
+
+@pytest.mark.parametrize("answer", ["letters", "text"])
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_questions_that_meet_different_masks_share_a_forward_and_are_computed_for_their_own(
+    model, passes, monkeypatch, answer, each
+):
+    questions, ablations = about_pictures(6 // each, each), masks_of(model)
+    if each == 3:  # several chunks
+        monkeypatch.setattr(replay, "_CPU_BYTES", 2**16)
+    edited, edit_tiles = [], replay._Pass._edit_tiles
+
+    def seen(self, by_ablation, in_place, values, tokens=None):
+        edited.append(len(self.computed))
+        return edit_tiles(self, by_ablation, in_place, values, tokens)
+
+    monkeypatch.setattr(replay._Pass, "_edit_tiles", seen)
+    shared, plain = in_part(model, questions, ablations, RAGGED, reader_of(answer))
+    assert passes[-1] == len(ablations)
+    assert_same_in_part(questions, RAGGED, shared, plain)
+    if answer == "letters" and each == 1:
+        assert 0 < max(edited[-3:]) <= sum(map(len, RAGGED))  # rows, and not six for each mask
+
+
+@pytest.mark.parametrize("kind", ["generate", "not replayed", "other modes", "own reader", "vision", "watched"])
+def test_questions_that_meet_different_masks_get_the_answers_of_plain_runs_whatever_is_asked(model, monkeypatch, kind):
+    questions, ablations = some_questions(6), masks_of(model)
+    reader, runs = reader_of("letters"), []
+    if kind == "generate":
+        reader = vn.Generate(max_new_tokens=3)
+    elif kind == "other modes":
+        ablations[1] = vn.Ablation(model, random_set(model.space(), 0.3, 40), "scale", factor=-0.5)
+        ablations[2] = vn.Ablation(model, random_set(model.space(), 0.3, 41), "add", values=0.5, at="gate")
+        ablations[3] = vn.Ablation(model, random_set(model.space(), 0.3, 42), "scale", factor=2.0, at="gate")
+    elif kind == "own reader":
+
+        class Own(vn.Letters):
+            def read(self, model, questions, encoded, watch=None):
+                return super().read(model, questions, encoded, watch)
+
+        reader = Own()
+    elif kind == "vision":
+        ablations[3] = vn.Ablation(model, random_set(model.space("vision", "post"), 0.5, 1))
+    if kind == "not replayed":
+
+        def refused(*_):
+            raise replay.CannotReplay("no")
+
+        monkeypatch.setattr(replay.Structure, "of", refused)
+    handle = None
+    if kind == "watched":
+        handle = model.hf.model.language_model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    calls, forward = [], model.hf.forward
+
+    @functools.wraps(forward)
+    def counted(*given, **how):
+        calls.append(1)
+        return forward(*given, **how)
+
+    monkeypatch.setattr(model.hf, "forward", counted)
+    with torch.inference_mode():
+        list(read_some(model, reader, questions, reader.encode(model, questions), ablations, RAGGED))
+    n_calls = len(calls)
+    monkeypatch.undo()
+    if handle is not None:
+        handle.remove()
+        assert len(runs) == len(RAGGED)
+    if kind in ("generate", "not replayed"):
+        turns = max(sum(row in own for own in RAGGED) for row in range(6))
+        assert n_calls == turns * (3 if kind == "generate" else 1)
+    if kind == "not replayed":
+        monkeypatch.setattr(replay.Structure, "of", refused)
+    shared, plain = in_part(model, questions, ablations, RAGGED, reader)
+    assert_same_in_part(questions, RAGGED, shared, plain)
+
+
 def test_questions_without_a_picture_share_a_forward_too(model, passes):
     questions = vn.QuestionSet(
         [vn.Question(None, f"Where {'so ' * n}?", ("A b", "C d"), 0, "g", id=str(n)) for n in range(3)]
@@ -218,7 +334,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(model, passes, monkeypatch, 
 
     with torch.inference_mode():
         structure = replay.Structure.of(model, questions)
-    monkeypatch.setattr(structure, "most_tiles", None)
+    monkeypatch.setattr(structure, "most_rows", None)
     monkeypatch.setattr(replay._Pass, "_chunk", limited)
     if fits == 0:  # not even one tile fits at some time: the error of the plain run is what counts, and it has none
         with pytest.raises(torch.OutOfMemoryError):

@@ -1,16 +1,24 @@
 """A run in parts, joined, is the undivided run to the byte; parts that are not all of one run are refused."""
 
+import functools
 import os
 import shutil
 import signal
+from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import vlmneurons as vn
 from helpers import save_questions, some_questions
+from recompute_study import Study, check_difference, check_effects, check_summary, check_table
 from vlmneurons.cli import main
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.folders import RunFolder
+from vlmneurons.recording.items import share_of
+from vlmneurons.run.batching import batches
+from vlmneurons.run.processes import Processes
 
 ITEMS = ("manifest.json", "items.bin", "positive.bin", "total.bin")
 KNOCKOUT = ("manifest.json", "answers.parquet", "table.csv", "summary.csv", "knockout.json")
@@ -34,12 +42,17 @@ def recorded(model, folder, part=None, questions=None, **how):
 
 def switched_off(model, folder, part=None, questions=None, **how):
     space = model.space()
-    masks = {
-        "x": vn.Selection({name: vn.NeuronSet(space, [n, n + 7]) for n, name in enumerate("ABC")}),
-        "y": vn.NeuronSet(space, [3]),
-    }
+
+    def selected(first):
+        return vn.Selection({name: vn.NeuronSet(space, [first + n, first + n + 7]) for n, name in enumerate("ABCD")})
+
+    masks = {"x": selected(0), "y": vn.NeuronSet(space, [3])}
+    if how.pop("several", False):
+        masks |= {"z": selected(20), "random": [selected(40), selected(60)]}
+        controls = some_questions(5, groups="E")
+        how["controls"] = controls.with_items([replace(item, id=f"control {item.id}") for item in controls])
     how = {"batch_size": 3, "progress": False, **how}
-    return vn.knockout(model, questions or some_questions(23, groups="ABC"), masks, folder=folder, part=part, **how)
+    return vn.knockout(model, questions or some_questions(23, groups="ABCD"), masks, folder=folder, part=part, **how)
 
 
 def in_parts(ask, model, folder, count=4, **how):
@@ -48,6 +61,36 @@ def in_parts(ask, model, folder, count=4, **how):
     for number, where in zip(range(count, 0, -1), folders, strict=True):
         ask(model, where, (number, count), **how)
     return folders
+
+
+def with_one_that_does_not_open(tmp_path, questions):
+    bad = vn.Question(tmp_path / "nowhere.png", "What?", ("Tea", "Rice", "Bread"), 0, "A", id="bad")
+    return vn.QuestionSet([*questions[:9], bad, *questions[9:]])
+
+
+def test_a_recording_in_parts_that_skips_a_question_is_finished_and_joined(model, tmp_path):
+    questions = with_one_that_does_not_open(tmp_path, some_questions(12))
+    how = {"questions": questions, "on_error": "skip"}
+    whole = recorded(model, tmp_path / "whole", **how)
+    parts = in_parts(recorded, model, tmp_path, count=2, **how)
+    joined = vn.ItemStatistics.join(parts, tmp_path / "joined")
+    assert files(tmp_path / "joined", ITEMS) == files(tmp_path / "whole", ITEMS)
+    for one in (whole, joined, vn.ItemStatistics.load(tmp_path / "joined")):
+        assert (int(one.done.sum()), one.provenance["skipped"], one.complete) == (12, ["bad"], False)
+    held = next(one for one in parts if vn.ItemStatistics.load(one).provenance.get("skipped"))
+    (held / "skipped.json").unlink()
+    with pytest.raises(MismatchError, match=r"is not finished: 1 of its \d+ questions are not there \('bad'\)"):
+        vn.ItemStatistics.join(parts, tmp_path / "again")
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_batches_of_processes_are_those_of_one(model, by_length):
+    questions = some_questions(50)
+    lengths = functools.partial(model.encoder.length, questions) if by_length else None
+    whole = [[item.id for item in batch] for batch in batches(questions, 3, lengths)]
+    for rank in range(3):
+        own = share_of(questions, 3, Processes(rank, 3), lengths)
+        assert [[item.id for item in batch] for batch in batches(own, 3)] == whole[rank::3]
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -67,13 +110,19 @@ def test_a_recording_in_four_parts_joined_equals_the_whole_to_the_byte(model, tm
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"others": 1, "seed": 5}, {"by_length": True, "answer": "generate"}, {"on_error": "skip"}]
+    "how",
+    [
+        {},
+        {"several": True},
+        {"several": True, "others": 2},
+        {"others": 1, "seed": 5, "by_length": True, "answer": "generate"},
+        {"on_error": "skip", "others": 2},
+    ],
 )
 def test_a_knockout_in_four_parts_joined_equals_the_whole_to_the_byte(model, tmp_path, how):
-    questions = some_questions(23, groups="ABC")
+    questions = some_questions(23, groups="ABCD")
     if "on_error" in how:
-        bad = vn.Question(tmp_path / "nowhere.png", "What?", ("Tea", "Rice", "Bread"), 0, "A", id="bad")
-        questions = vn.QuestionSet([*questions[:9], bad, *questions[9:]])
+        questions = with_one_that_does_not_open(tmp_path, questions)
     whole = switched_off(model, tmp_path / "whole", questions=questions, **how)
     parts = in_parts(switched_off, model, tmp_path, questions=questions, **how)
     joined = vn.KnockoutResult.join(parts, tmp_path / "joined")
@@ -99,7 +148,8 @@ def apart(work):
     ("ask", "of", "names", "kind", "how"),
     [
         (recorded, vn.ItemStatistics, ITEMS, vn.ItemStatistics, {}),
-        (switched_off, RunFolder, KNOCKOUT, vn.KnockoutResult, {"others": 1}),
+        (switched_off, RunFolder, KNOCKOUT, vn.KnockoutResult, {}),
+        (switched_off, RunFolder, KNOCKOUT, vn.KnockoutResult, {"others": 2, "several": True}),
     ],
 )
 def test_a_part_that_is_killed_with_9_and_gone_on_with_ends_with_the_same_bytes(
@@ -123,7 +173,7 @@ def test_a_part_that_is_killed_with_9_and_gone_on_with_ends_with_the_same_bytes(
     with pytest.raises(MismatchError, match=r"part 2/2 in .*again is not finished"):
         kind.join([parts[1], again], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
-    others = some_questions(23, groups="ABC" if ask is switched_off else "AB")
+    others = some_questions(23, groups="ABCD" if ask is switched_off else "AB")
     ask(model, again, "2/2", questions=vn.QuestionSet(list(others)[::-1]), **how)  # the order of the first call stays
     assert files(again, names[:2]) == files(parts[0], names[:2])
     kind.join([parts[1], again], tmp_path / "joined")
@@ -136,7 +186,7 @@ def test_parts_that_are_not_all_of_one_run_are_refused(model, tmp_path, ask, kin
     ask(model, tmp_path / "whole")
     ask(model, tmp_path / "larger", "2/2", batch_size=4)
     ask(model, tmp_path / "third", "2/3")
-    few = some_questions(22, groups="ABC" if ask is switched_off else "AB")
+    few = some_questions(22, groups="ABCD" if ask is switched_off else "AB")
     ask(model, tmp_path / "few", "2/2", questions=few)
     shutil.copytree(two, tmp_path / "copy")
     shutil.copytree(two, tmp_path / "damaged")
@@ -241,3 +291,18 @@ def test_what_a_command_can_refuse_is_refused_before_the_model_is_loaded(tmp_pat
         assert main([command, *asking, *given]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_joined_are_recomputed_by_an_independent_program(model, tmp_path):
+    questions = some_questions(64, groups="ABCD")
+    how = {"questions": questions, "several": True, "others": 2, "batch_size": 8}
+    joined = vn.KnockoutResult.join(in_parts(switched_off, model, tmp_path, count=3, **how), tmp_path / "joined")
+    study = Study(pd.read_parquet(tmp_path / "joined" / "answers.parquet"), set(joined.controls))
+    assert len(study.masked) == joined.asked[1:].sum() < len(joined.masks) * len(joined.ids)
+    check_table(study, pd.read_csv(tmp_path / "joined" / "table.csv"))
+    check_summary(study, pd.read_csv(tmp_path / "joined" / "summary.csv"), "correct", tests=False)
+    summary = joined.summary(value="margin")
+    assert np.isfinite(summary.set_index(["selector", "group"]).loc[("x", "A"), "self_effect_low"])
+    check_summary(study, summary, "margin")
+    check_effects(study, joined.effects(value="margin"), "margin")
+    check_difference(study, joined.difference("x", "z", value="margin"), "x", "z", "margin")

@@ -80,8 +80,33 @@ def test_questions_answered_by_planted_neurons_fail_without_the_picture(planted)
     assert 0.1 < sum(result.accuracy.values()) / 8 < 0.4
 
 
+THREE = ("Cello", "Violin", "Flute")
+
+
+@pytest.mark.parametrize(("medium", "groups"), [("sound", THREE), ("video", None)], ids=["sound", "video"])
+def test_neurons_of_sounds_and_videos_are_planted_as_those_of_pictures_are(medium, groups):
+    planted = plant_neurons(medium=medium, **({} if groups is None else {"groups": groups}))
+    questions, truth = planted.questions, planted.truth
+    assert {item.n_media for item in questions} == {(0, 1, 0) if medium == "sound" else (0, 0, 1)}
+    statistics = vn.record(planted.model, questions, batch_size=24, progress=False)
+    assert statistics.items.tolist() == [12] * len(truth)  # all are answered right
+    for row, group in enumerate(statistics.groups):
+        own = statistics.probability[:, truth[group].indices]
+        assert own[row].eq(1).all()
+        assert own[[n for n in range(len(truth)) if n != row]].max() < 0.1  # at the first moments of a sound, at most
+    selection = vn.CAS(count=5).select(statistics)
+    assert {group: set(selection[group]) for group in truth} == {group: set(truth[group]) for group in truth}
+    result = vn.knockout(planted.model, questions, {"CAS": selection}, batch_size=32, progress=False)
+    assert result.accuracy == planted.expected_accuracy()
+    effects = result.matrix("CAS", value="ablated")
+    for group in truth:
+        assert effects.loc[group].to_dict() == planted.expected_accuracy(group)
+
+
 def test_impossible_plantings_are_refused():
-    with pytest.raises(VLMNeuronsError, match="4 to 8 different groups"):
+    with pytest.raises(VLMNeuronsError, match="medium 'smell' does not exist; choose from picture, sound, video"):
+        plant_neurons(medium="smell")
+    with pytest.raises(VLMNeuronsError, match="3 to 27 different groups"):
         plant_neurons(groups=("A", "B"))
     with pytest.raises(VLMNeuronsError, match="decoy 'odd' does not exist; choose from always, shared, graded, rare"):
         plant_neurons(decoys=("odd",))

@@ -1,5 +1,7 @@
 """Recording: counts equal those of plain hooks, answers decide what enters, and nothing is lost on the way."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,14 @@ from torch.nn.functional import log_softmax
 import vlmneurons as vn
 from helpers import language_blocks, picture, plain_hooks, some_questions
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError, SelectionError, VLMNeuronsError
-from vlmneurons.statistics.counting import fired_by_owner, fired_by_row
+from vlmneurons.statistics.counting import (
+    count_patches,
+    count_routed,
+    count_tokens,
+    fired_by_owner,
+    fired_by_row,
+    rows_not_finite,
+)
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
@@ -127,6 +136,39 @@ def test_parts_add_up_to_the_whole_exactly_and_survive_a_file(model, tmp_path):
         match="statistics of different settings cannot be added: of the second, its tokens is 'text', not 'content'",
     ):
         vn.record(model, questions[4:], condition="all", progress=False) + other
+
+
+def test_kinds_of_tokens_are_groups_counted_in_one_pass(paper_model):
+    questions, how = some_questions(6), {"condition": "all", "magnitudes": True, "progress": False}
+    both = vn.record(paper_model, questions, tokens={"picture": "image", "words": "text"}, batch_size=4, **how)
+    assert both.groups == ("picture", "words")
+    everyone = questions.group_by(lambda item: "all")
+    for row, rule in enumerate(("image", "text")):
+        one = vn.record(paper_model, everyone, tokens=rule, batch_size=4, **how)
+        for name in ("positive", "tokens", "items", "total"):
+            assert torch.equal(getattr(both, name)[row], getattr(one, name)[0]), name
+    assert both.provenance["tokens"] == "picture: image, words: text"
+    more = vn.record(paper_model, questions[:3], tokens={"picture": "image", "words": "text"}, batch_size=3, **how)
+    more += vn.record(paper_model, questions[3:], tokens={"picture": "image", "words": "text"}, **how)
+    for name in ("positive", "tokens", "items"):
+        assert torch.equal(getattr(more, name), getattr(both, name)), name
+    torch.testing.assert_close(more.total, both.total, rtol=0, atol=1e-4)  # other batches round otherwise
+
+
+def test_rules_by_name_that_make_no_sense_are_refused(model, tmp_path, unchecked):
+    questions = some_questions(2)
+    with pytest.raises(QuestionError, match="tokens='pixels' is not a token rule"):
+        vn.record(model, questions, tokens={"a": "pixels"})
+    with pytest.raises(QuestionError, match="a vision tower sees pictures alone: record it by itself"):
+        vn.record(model, questions, model.space("vision", "post"), tokens={"a": "image"})
+    with pytest.raises(QuestionError, match="groups of the decoder's tokens, and no rule was given"):
+        vn.record(model, questions, tokens={})
+    with pytest.raises(QuestionError, match=r"token rules by name are groups of vn\.record"):
+        vn.record_items(model, questions, tmp_path / "items", tokens={"a": "image"})
+    with pytest.raises(QuestionError, match="a Recorder counts by one rule"):
+        vn.Recorder(model, tokens={"a": "image"})
+    with pytest.raises(MismatchError, match="token rules by name"):
+        vn.record(model, questions, tokens={"a": "image"}, remote="local")
 
 
 class Always(vn.AnswerReader):
@@ -455,3 +497,30 @@ def test_counts_are_exact_however_many_values_are_compared_at_once(block, dtype,
     owner = torch.eye(5).repeat_interleave(7, 1) * counted.flatten()
     assert fired_by_owner(values.flatten(0, 1), owner, scratch).numpy().tolist() == expected.tolist()
     assert fired_by_row(values[:, :0], counted[:, :0].float(), scratch).tolist() == [[0] * 11] * 5
+
+
+def test_counting_never_waits_for_a_device(monkeypatch):
+    """On the meta device nothing can be read back: what would make the host wait for a GPU raises there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know the device
+    values = torch.empty(3, 7, 5, device="meta", dtype=torch.bfloat16)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    for strict in (False, True):
+        found = count_tokens(values, mask, totals=True, maxima=True, strict=strict)
+        assert {name: one.device.type for name, one in found.items() if one is not None} == dict.fromkeys(
+            ["fired", "tokens", "total", "maximum", *(["bad"] if strict else [])], "meta"
+        )
+        count_patches(values, mask, torch.tensor([0, 0, 1]), 2, totals=True, strict=strict)
+        count_routed(values[0], torch.zeros(7, dtype=torch.int64, device="meta"), mask, totals=True, strict=strict)
+
+
+def test_values_that_are_not_finite_are_found_where_the_host_does_not_wait():
+    """The way of devices other than a CPU, tried on a CPU: its shortcut is what the device's name leads to."""
+    values, mask = torch.randn(4, 6, 5), torch.ones(4, 6, dtype=torch.bool)
+    values[0, 1, 2], values[1, 0, 0], values[2, 5, 4], values[3, 3, 3] = torch.nan, torch.inf, -torch.inf, 3e38
+    mask[2, 5] = False
+    wanted = [True, True, False, False]
+    assert rows_not_finite(values, mask).tolist() == wanted
+    elsewhere = torch.Tensor._make_subclass(
+        type("Elsewhere", (torch.Tensor,), {"device": torch.device("meta")}), values
+    )
+    assert rows_not_finite(elsewhere, mask).tolist() == wanted

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import vlmneurons as vn
-from helpers import kills, some_questions
+from helpers import often, some_questions
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.atomic import write_parquet
 from vlmneurons.files.folders import RunFolder, git_state
@@ -55,7 +55,7 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_answers(model, tm
         return 12 if (folder / "knockout.json").exists() else len(list((folder / "parts").glob("batch-*.parquet")))
 
     done = [0]
-    for number in range(kills(10, 30)):
+    for number in range(often(10, 30)):
         child = os.fork()
         if child == 0:
             try:

@@ -212,8 +212,10 @@ def test_average_precision_without_what_it_needs_is_refused(tmp_path):
         AveragePrecision(count=1, on="maximum").select(items)
     with pytest.raises(SelectionError, match="AveragePrecision selects from GroupedItems; got ActivationStatistics"):
         AveragePrecision(count=1).select(TABLES["ordinary"])
-    with pytest.raises(SelectionError, match="on is one of mean, probability, maximum; got 'median'"):
-        AveragePrecision(on="median")
+    with pytest.raises(SelectionError, match="maximum, or a statistic; got 'the median'"):
+        AveragePrecision(on="the median")
+    with pytest.raises(SelectionError, match="on='median' does not exist; choose from mean, probability, maximum"):
+        AveragePrecision(count=1, on="median").select(items)
 
 
 # -- several conditions --------------------------------------------------------------------------------------------

@@ -17,6 +17,23 @@ def untyped(function):
     return inspect.unwrap(function)
 
 
+def test_spaces_of_two_towers_are_joined():
+    towers = [
+        NeuronSpace.from_widths(tower, kind, [3, 4]) for tower, kind in (("language", "gate"), ("vision", "post"))
+    ]
+    both = NeuronSpace.join(*towers)
+    assert both.sites == towers[0].sites + towers[1].sites
+    assert both.widths == (3, 4, 3, 4)
+    assert both.locate(7) == (Site("vision", 0, "mlp", "post"), 0)
+    assert both.restrict(towers=["vision"]).tolist() == list(range(7, 14))
+    with pytest.raises(SiteError, match="a site stands twice in the space"):
+        NeuronSpace.join(towers[0], towers[0])
+    with pytest.raises(SiteError, match="a neuron space needs at least one site"):
+        NeuronSpace.join()
+    with pytest.raises(SiteError, match="space 1 is a NeuronSpace; got 'vision'"):
+        untyped(NeuronSpace.join.__func__)(NeuronSpace, towers[0], "vision")
+
+
 def untyped_site(*arguments) -> Site:
     site = object.__new__(Site)
     untyped(Site.__init__)(site, *arguments)

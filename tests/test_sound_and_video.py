@@ -5,6 +5,7 @@ import io
 import json
 import wave
 from dataclasses import replace
+from itertools import combinations
 
 import datasets
 import numpy as np
@@ -15,9 +16,11 @@ from PIL import Image
 import vlmneurons as vn
 from helpers import picture
 from vlmneurons.errors import QuestionError
+from vlmneurons.run.masked import read_masked
+from vlmneurons.run.readers import Letters, TextLikelihood
 from vlmneurons.study.controls import blind, options_only
 from vlmneurons.testing.tiny import tiny_model, tiny_tokenizer
-from vlmneurons.testing.tiny.parts import finish, text_config
+from vlmneurons.testing.tiny.parts import draw_weights, finish, text_config
 
 FOUR = ("Tea", "Rice", "Bread", "Soup")
 RATE = 16_000
@@ -443,6 +446,40 @@ def test_questions_with_videos_are_asked_recorded_and_knocked_out(video_model):
     assert vn.knockout(model, questions, masks, progress=False).correct.shape == (2, 4)
     with pytest.raises(vn.VLMNeuronsError, match="cannot be told apart by question"):
         vn.record(model, questions, model.space("vision"), condition="all", progress=False)
+
+
+def alike_but_for(kind: str) -> vn.QuestionSet:
+    """Questions of the same words and options, about sounds, or videos, of the same length."""
+    heard = [{"array": tone(0.3, pitch=300.0 * 2**n), "sampling_rate": RATE} for n in range(4)]
+    shown = [{"audio": heard[n]} if kind == "sound" else {"video": video(n)} for n in range(4)]
+    items = [vn.Question(None, "What is it?", FOUR, 0, "AB"[n % 2], id=f"q{n}", **one) for n, one in enumerate(shown)]
+    return vn.QuestionSet(items, shuffle=None)
+
+
+@pytest.mark.parametrize("answer", ["letters", "text"])
+@pytest.mark.parametrize("kind", ["sound", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "smolvlm"])
+def test_questions_that_differ_in_their_sounds_or_videos_alone_share_nothing_under_masks(kind, answer):
+    """Their placeholders are the same tokens: whatever computes what rows share once must not take them for shared."""
+    model = vn.VLM(*(qwen2_audio() if kind == "sound" else of_video(kind)))
+    draw_weights(model.hf)  # else what is heard hardly matters
+    questions = alike_but_for(kind).asked(answer=answer)
+    space = model.space("language", "post")
+    masks = [vn.NeuronSet(space, range(start, len(space), 7)) for start in range(3)]
+    reader, own, scores = Letters() if answer == "letters" else TextLikelihood(), [], []
+    with torch.no_grad():
+        encoded = reader.encode(model, questions)
+        together = list(read_masked(model, reader, questions, encoded, [vn.Ablation(model, one) for one in masks]))
+        for mask, reading in zip(masks, together, strict=True):
+            with vn.Ablation(model, mask):
+                parts = [questions[row : row + 1] for row in range(4)]
+                alone = [reader.read(model, part, reader.encode(model, part)) for part in parts]
+            own.append(torch.cat([one.scores for one in alone]))
+            scores.append(reading.scores)
+    assert (torch.stack(scores) - torch.stack(own)).abs().max() < 1e-3
+    assert min((one - other).abs().max() for one, other in combinations(own[0], 2)) > 1e-2  # what they show matters
+    result = vn.knockout(model, questions, {"x": masks[0], "y": masks[1]}, batch_size=4, progress=False)
+    single = vn.knockout(model, questions, {"x": masks[0], "y": masks[1]}, batch_size=1, progress=False)
+    assert (result.chosen == single.chosen).all()
 
 
 def test_videos_and_pictures_of_one_question_are_told_apart_or_refused():

@@ -53,8 +53,7 @@ def threads(n):
 
 
 AROUND = {
-    "autocast to bfloat16": lambda hf: torch.autocast("cpu", dtype=torch.bfloat16),
-    "autocast to float16": lambda hf: torch.autocast("cpu", dtype=torch.float16),
+    "autocast that is off": lambda hf: torch.autocast("cpu", dtype=torch.bfloat16, enabled=False),
     "a default dtype of float64": lambda hf: default_dtype(torch.float64),
     "a default dtype of bfloat16": lambda hf: default_dtype(torch.bfloat16),
     "training": training,
@@ -88,6 +87,24 @@ def test_the_integers_are_the_same_whatever_is_around(model, around, what):
     finally:
         torch.use_deterministic_algorithms(False)
     assert [module.training for module in model.hf.modules()] == flags
+
+
+@pytest.mark.parametrize("what", ["record", "record_items", "knockout", "attribute", "screen", "inspect_neuron"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_a_call_that_would_not_obey_it_is_refused_before_anything_is_done(model, tmp_path, dtype, what):
+    asked, kind = some_questions(5), "post" if what == "screen" else "gate"
+    masks = {"x": vn.NeuronSet(model.space("language", kind), range(20))}
+    call = {
+        "record": lambda: vn.record(model, asked),
+        "record_items": lambda: vn.record_items(model, asked, tmp_path / "items"),
+        "knockout": lambda: vn.knockout(model, asked, masks, folder=tmp_path / "knockout"),
+        "attribute": lambda: vn.attribute(model, asked),
+        "screen": lambda: vn.screen(model, asked, masks),
+        "inspect_neuron": lambda: vn.inspect_neuron(model, asked, ("language.layers.1.mlp.gate", 3)),
+    }[what]
+    with torch.autocast("cpu", dtype=dtype), pytest.raises(MismatchError, match="autocast is on around this call"):
+        call()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import vlmneurons as vn
-from vlmneurons.errors import MismatchError, SelectionError
+from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import CAS, LAPE, MAD, AveragePrecision
 from vlmneurons.statistics.items import Item, ItemStatistics
@@ -142,8 +142,19 @@ def test_agreement_compares_every_pair_with_chance(noise):
     assert len(table) == 9
     expected = selections["MAD"]["B"].expected_jaccard(selections["CAS"]["B"])
     assert table.loc[("MAD", "CAS", "B"), "chance"] == expected
-    with pytest.raises(MismatchError, match="are of different groups"):
-        vn.agreement({"MAD": selections["MAD"], "other": vn.Selection({"A": selections["MAD"]["A"]})})
+    assert (table["second_group"] == table.index.get_level_values("group")).all()
+
+
+def test_selections_of_other_groups_are_compared_group_with_group():
+    space = NeuronSpace.from_widths("language", "gate", [50, 50])
+    languages = vn.Selection({"de": vn.NeuronSet(space, range(10)), "fr": vn.NeuronSet(space, range(20, 30))})
+    cultures = vn.Selection({name: vn.NeuronSet(space, range(5 * n, 5 * n + 10)) for n, name in enumerate("XYZ")})
+    table = vn.agreement({"language": languages, "culture": cultures})
+    assert table[["group", "second_group"]].to_numpy().tolist() == [[a, b] for a in ("de", "fr") for b in "XYZ"]
+    pairs = table.set_index(["group", "second_group"])
+    assert pairs.loc[("de", "Y"), "jaccard"] == 5 / 15
+    assert pairs.loc[("fr", "X"), "jaccard"] == 0
+    assert pairs.loc[("de", "X"), "chance"] == languages["de"].expected_jaccard(cultures["X"])
 
 
 def test_layer_profile_tells_a_crowded_layer_from_a_uniform_choice():

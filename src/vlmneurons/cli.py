@@ -1,4 +1,4 @@
-"""The command line: ``vlmneurons study|record|select|knockout|join|report|check``, each thin over one public function.
+"""The command line: ``vlmneurons study|record|select|knockout|join|report|compare|explore|check``, thin over functions.
 
 Made for batch systems: progress and log go to standard error, results to files and standard output. The exit status is
 0 if all is well, 1 for an error of the data, the model or the settings, and 2 for a command that is written wrongly;
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SELECTORS = ("LAP", "LAPE", "MAD", "CAS")
+STUDIED = (*SELECTORS, "MAD-mean")
 TOKENS = ("content", "image", "audio", "video", "text", "last")
 CONDITIONS = ("correct", "wrong", "all")
 
@@ -330,8 +331,8 @@ def _asking(
 def study(
     general: Annotated[str | None, typer.Option(help="questions that measure general ability, as for --data")] = None,
     general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
-    selectors: Annotated[Any, _list(_one_of(*SELECTORS), "|".join(SELECTORS), "whose neurons are switched off")] = None,
-    main: Annotated[str | None, _choice(*SELECTORS, help="the selector that is swept and controlled")] = None,
+    selectors: Annotated[Any, _list(_one_of(*STUDIED), "|".join(STUDIED), "whose neurons are switched off")] = None,
+    main: Annotated[str | None, _choice(*STUDIED, help="the selector that is swept and controlled")] = None,
     fraction: Annotated[float | None, typer.Option(help="share of all neurons in each mask")] = None,
     fractions: Annotated[Any, _list(float, "FLOAT", "shares of the sweep")] = None,
     alphas: Annotated[Any, _list(float, "FLOAT", "strengths of the sweep")] = None,
@@ -481,6 +482,69 @@ def report(
     sys.stdout.write(f"{page}\n")
 
 
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN…", help="folders of studies or knockouts")],
+    out: Annotated[Path, typer.Option(help="folder of the page")] = Path("out/compare"),
+    name: Annotated[list[str] | None, typer.Option(help="of each model, in order (default: of its folder)")] = None,
+    main: Annotated[str | None, typer.Option(help="the selector that per-group figures are of")] = None,
+    value: Annotated[str | None, _choice("correct", "margin", "score", help="what effects are measured on")] = None,
+) -> None:
+    """Put the studies of several models side by side: a page with tables and figures."""
+    names = name or [run.resolve().name for run in runs]
+    if len(names) != len(runs) or len(set(names)) < len(names):
+        raise FileFormatError(f"{len(runs)} runs with the names {', '.join(names)}: give each one of its own, --name")
+    comparison = vn.compare(dict(zip(names, runs, strict=True)), value=value)
+    for note in comparison.notes:
+        sys.stderr.write(f"{note}\n")
+    table = comparison.table()[
+        ["selector", "model", "groups", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p"]
+    ]
+    sys.stdout.write(table.to_string(index=False) + f"\n{comparison.report(out, main=main)}\n")
+
+
+def explore(
+    run: Annotated[Path, typer.Argument(help="folder of a study")],
+    general: Annotated[str | None, typer.Option(help="the study's, as for --data")] = None,
+    general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
+    strongest: Annotated[int, typer.Option(help="neurons of each group with pictures and words")] = 50,
+    images: Annotated[
+        str, _choice("thumbnails", "none", help="none: of pictures that may not be shared")
+    ] = "thumbnails",
+    **given: Any,
+) -> None:
+    """Write a study's explorer to --out: effects, changed answers, neurons, pictures and words, to click through."""
+    import json
+
+    from vlmneurons.look.explorer import write_explorer
+    from vlmneurons.study.protocol import SELECTORS as RULES
+
+    result = vn.KnockoutResult.load(run / "knockout")
+    settings = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
+    selectors = {name: RULES[name](settings["fraction"]) for name in settings["selectors"]}
+    selections = {name: vn.Selection.load(run / "selections" / f"{name}.safetensors") for name in selectors}
+    items = vn.ItemStatistics.load(run / "items")
+    stats = items.group_by("group", condition="correct", balanced=True, seed=settings["seed"])
+    questions, load = _opened(given)
+    known = questions if general is None else questions + open_questions(general, group_by=general_by)
+    answer = given["answer"] or settings["answer"]
+    page = write_explorer(
+        result,
+        given["out"],
+        known if answer is None else known.asked(answer=answer),
+        selections,
+        model=load(),
+        stats=stats,
+        items=items,
+        selectors=selectors,
+        main=settings["main"],
+        strongest=strongest,
+        images=images == "thumbnails",
+        batch_size=given["batch_size"],
+        progress=not given["quiet"],
+    )
+    sys.stdout.write(f"{page}\n")
+
+
 def check(
     name: Annotated[str, typer.Argument(help="a model on the Hub, a folder, or a model type such as qwen2_5_vl")],
     run: Annotated[bool, typer.Option("--run", help="load the weights and check the whole contract")] = False,
@@ -568,7 +632,7 @@ def _opened(given: Keywords) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
     return questions, lambda: open_model(name, **how)
 
 
-for _work in (study, record, knockout):
+for _work in (study, record, knockout, explore):
     _command(_work, _asking)
-for _work in (select, join, report, check):
+for _work in (select, join, report, compare, check):
     _command(_work)

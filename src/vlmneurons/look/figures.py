@@ -1,6 +1,7 @@
 """What every figure has in common: how it shows and saves itself, its fonts, its colours, and the order of names."""
 
 import io
+import os
 import re
 import unicodedata
 import warnings
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.artist import Artist
@@ -113,8 +115,11 @@ def ems(text: str) -> float:
 
 
 def _em(letter: str) -> float:
-    if unicodedata.combining(letter):
+    kind = unicodedata.category(letter)
+    if kind in ("Mn", "Me", "Cf") or unicodedata.combining(letter):
         return 0.0
+    if kind == "Mc":  # a vowel sign beside its letter
+        return 0.4
     return 1.0 if letter in "…MW@%" or unicodedata.east_asian_width(letter) in "WF" else 0.84 if letter == "−" else 0.62
 
 
@@ -126,10 +131,26 @@ def shortened(texts: Sequence[str], most: int) -> list[str]:
         most: number of letters.
     """
     for letters in range(max(most, 2), max(map(len, texts)) + 1):
-        cut = [text if len(text) <= letters else text[: letters - 1].rstrip() + "…" for text in texts]
+        cut = [text if len(text) <= letters else _start(text, letters - 1).rstrip() + "…" for text in texts]
         if len(set(cut)) == len(set(texts)):
             return cut
     return list(texts)
+
+
+def _start(text: str, letters: int) -> str:
+    """The first letters of a text, with all the signs that stand on the last."""
+    while letters < len(text) and unicodedata.category(text[letters])[0] == "M":
+        letters += 1
+    return text[:letters]
+
+
+def tall(texts: Iterable[str]) -> bool:
+    """Whether letters have signs above and below them, so that a line takes half as much again as its size.
+
+    Args:
+        texts: of one script or several.
+    """
+    return any(unicodedata.category(letter)[0] == "M" for text in texts for letter in text)
 
 
 def width_of(width: float | None) -> float | None:
@@ -168,6 +189,13 @@ def with_fonts(artist: Artist) -> None:
     """
     texts = [text for text in artist.findobj(Text) if isinstance(text, Text)]
     needed = {letter for text in texts for letter in text.get_text() if unicodedata.category(letter)[0] not in "CZ"}
+    joined = {letter for letter in needed if _is_joined(letter)}
+    if joined and tuple(map(int, matplotlib.__version__.split(".")[:2])) < (3, 11):
+        warnings.warn(
+            f"matplotlib {matplotlib.__version__} draws letters such as {sorted(joined)[0]} one by one, unjoined and "
+            "from the left: names in this figure cannot be read. matplotlib 3.11 is the first that joins them",
+            stacklevel=3,
+        )
     own = [family for family in rcParams["font.family"] if isinstance(family, str)]
     for family in own:
         needed -= {chr(code) for code in _codes_of(font_manager.findfont(font_manager.FontProperties(family=[family])))}
@@ -189,6 +217,22 @@ def with_fonts(artist: Artist) -> None:
         )
 
 
+def _is_joined(letter: str) -> bool:
+    """Whether a letter's form depends on its neighbours: Arabic and its like, and scripts of India."""
+    return unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) == "Mc"
+
+
+@cache
+def _has_cubic_outlines(path: str) -> bool:
+    """Whether a font is OpenType with PostScript's outlines, which matplotlib's PDFs name wrongly."""
+    with open(path, "rb") as file:
+        kind = file.read(16)
+        if kind[:4] == b"ttcf":  # a collection: what its first font is
+            file.seek(int.from_bytes(kind[12:16], "big"))
+            kind = file.read(4)
+    return kind[:4] == b"OTTO"
+
+
 def _fonts_for(needed: Iterable[str]) -> tuple[list[str], set[str]]:
     """Installed fonts that have the letters, as few as will do, and the letters that none has."""
     lacking = set(needed)
@@ -200,6 +244,8 @@ def _fonts_for(needed: Iterable[str]) -> tuple[list[str], set[str]]:
         and not entry.name.startswith(_NO_TEXT)
     }
     offered = sorted(known, key=lambda name: (not name.startswith("Noto Sans"), "Sans" not in name, name))
+    offered = [name for name in offered if os.path.exists(known[name])]
+    offered.sort(key=lambda name: _has_cubic_outlines(known[name]))
     found: list[str] = []
     while lacking and offered:
         best = max(offered, key=lambda name: sum(ord(letter) in _codes_of(known[name]) for letter in lacking))

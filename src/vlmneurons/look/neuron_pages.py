@@ -7,6 +7,7 @@ grid. For other models the picture is shown without a map, and the page says so:
 """
 
 import base64
+import contextlib
 import html
 import io
 import math
@@ -22,15 +23,17 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from vlmneurons.checks import path_of, whole
+from vlmneurons.checks import of_kind, path_of, whole
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
-from vlmneurons.model.vlm import VLM, check_model, refuse_edits
+from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
+from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import Site, site_of
 from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.ask import Job, Options, ask, to_ask
 from vlmneurons.run.engine import Engine
 from vlmneurons.run.local import LocalEngine
@@ -272,49 +275,123 @@ def inspect_neuron(
         number = whole("the neuron's number", neuron[1], SiteError)
     else:
         site, number = model.space().locate(neuron)
-    mlp = model.mlp_of(site)
-    if not 0 <= number < mlp.width:
-        raise SiteError(f"neuron {number} is not in site {site} (0–{mlp.width - 1})")
-    if site.tower != "language":
-        raise SiteError(f"{site}: only neurons of the language tower see words and pictures as tokens; record others")
-    whole("k", k, QuestionError, least=1)
+    width = model.mlp_of(site).width
+    if not 0 <= number < width:
+        raise SiteError(f"neuron {number} is not in site {site} (0–{width - 1})")
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
-    refuse_edits(model)
-    if remote is not False:
-        raise QuestionError(f"remote={remote!r}: values at every token do not come back; run the model here")
+    (view,) = _looked(model, questions, [(site, int(number))], k, tokens, options)
+    return view
+
+
+def inspect_neurons(
+    model: VLM,
+    questions: QuestionSet | Sequence[Question],
+    neurons: NeuronSet,
+    *,
+    k: int = 3,
+    tokens: TokenRule = "content",
+    batch_size: int = 8,
+    by_length: bool = False,
+    prefetch: int | None = None,
+    on_error: str = "raise",
+    progress: Progress = False,
+    remote: Remote = False,
+) -> list[NeuronView]:
+    """What `inspect_neuron` gives, of many neurons in one pass over the questions.
+
+    In memory are the values of all neurons at every token of a batch, and for each neuron of the questions that are
+    shown.
+
+    Args:
+        model: the model.
+        questions: where to look; see `inspect_neuron`.
+        neurons: of the language tower, such as ``selection["Egypt"]``.
+        k: questions shown of each group and neuron.
+        tokens: which tokens make a question's value; see `inspect_neuron`.
+        batch_size: questions a forward.
+        by_length: let questions of like length share a batch; see `vlmneurons.record`.
+        prefetch: how many batches a thread prepares while the model runs; see `vlmneurons.record`.
+        on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked.
+        progress: show a progress bar.
+        remote: only False; see `inspect_neuron`.
+
+    Returns:
+        A `NeuronView` for each neuron, in the order of ``neurons.indices``.
+
+    Raises:
+        SiteError: neurons of another tower than the language model.
+        QuestionError: there are no questions, or one cannot be asked.
+        MismatchError: neurons of another model; see `inspect_neuron` for others.
+
+    Example:
+        ``[view.table() for view in vn.inspect_neurons(model, questions, selection["Egypt"], k=2)]``
+    """
+    check_model(model)
+    of_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
+    Ablation(model, neurons)  # says what is wrong with them, and is never entered
+    wanted = [(site, number) for site, part in neurons.by_site().items() for number in part.tolist()]
+    options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
+    return _looked(model, questions, wanted, k, tokens, options)
+
+
+def _looked(
+    model: VLM,
+    questions: QuestionSet | Sequence[Question],
+    neurons: Sequence[tuple[Site, int]],
+    k: int,
+    tokens: TokenRule,
+    options: Options,
+) -> list[NeuronView]:
+    """Run the questions once, and keep what is shown of each neuron."""
+    for site, _ in neurons:
+        if site.tower != "language":
+            raise SiteError(
+                f"{site}: only neurons of the language tower see words and pictures as tokens; record others"
+            )
+    whole("k", k, QuestionError, least=1)
+    refuse_unobeyed(model)
+    if options.remote is not False:
+        raise QuestionError(f"remote={options.remote!r}: values at every token do not come back; run the model here")
     if model.is_encoder_decoder:
         raise MismatchError(
             f"{type(model.hf).__name__} is an encoder-decoder model: its decoder does not see the question's tokens"
         )
     asked = to_ask(questions, None, "to look at")
-    job = _LookingJob(LocalEngine(model, Letters()), asked.groups, (mlp, site.kind, number), k, tokens)
+    if not neurons:
+        return []
+    job = _LookingJob(LocalEngine(model, Letters()), asked.groups, neurons, k, tokens)
     ask(job, asked, options)
-    known, best, maxima = job.known_places, job.best, job.maxima
     note = (
         ""
-        if known
+        if job.known_places
         else f"Where in the picture an image token of {type(model.hf).__name__} lies is not known: no map is drawn."
     )
-    return NeuronView(
-        model.name,
-        site,
-        int(number),
-        tuple(item for group in best.values() for item in group),
-        {group: float(np.mean(values)) for group, values in maxima.items() if values},
-        note,
-    )
+    means = {group: (job.sums[group] / n).tolist() for group, n in job.number.items() if n}
+    return [
+        NeuronView(
+            model.name,
+            site,
+            number,
+            tuple(item for group in job.best.values() for item in group[place]),
+            {group: mean[place] for group, mean in means.items()},
+            note,
+        )
+        for place, (site, number) in enumerate(neurons)
+    ]
 
 
-class _LookingJob(Job["Float[Tensor, 'row token']"]):
-    """Keeps the questions of each group at which a neuron is highest."""
+class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
+    """Keeps the questions of each group at which each neuron is highest."""
 
     def __init__(
-        self, engine: Engine, groups: Sequence[str], neuron: tuple[object, str, int], k: int, tokens: TokenRule
+        self, engine: Engine, groups: Sequence[str], neurons: Sequence[tuple[Site, int]], k: int, tokens: TokenRule
     ) -> None:
         super().__init__(engine)
-        self._neuron, self._k, self._tokens = neuron, k, tokens
-        self.best: dict[str, list[InspectedItem]] = {group: [] for group in groups}
-        self.maxima: dict[str, list[float]] = {group: [] for group in groups}
+        self._neurons, self._k, self._tokens = neurons, k, tokens
+        self.best: dict[str, list[list[InspectedItem]]] = {group: [[] for _ in neurons] for group in groups}
+        self.sums = {group: torch.zeros(len(neurons), dtype=torch.float64) for group in groups}
+        self.number = dict.fromkeys(groups, 0)
+        self._least = {group: torch.full((len(neurons),), -math.inf) for group in groups}
         self.known_places = True
         self._batch: Batch | None = None
 
@@ -322,59 +399,74 @@ class _LookingJob(Job["Float[Tensor, 'row token']"]):
         """See `Job.encode`: as the user's own calls show them."""
         return self.engine.model.prepare(questions)
 
-    def run(self, questions: QuestionSet, encoded: Batch, told: Callable[[int], object]) -> Float[Tensor, "row token"]:
+    def run(
+        self, questions: QuestionSet, encoded: Batch, told: Callable[[int], object]
+    ) -> Float[Tensor, "neuron row token"]:
         """See `Job.run`."""
         self._batch = encoded
-        return _values(self.engine.model, *self._neuron, encoded)
+        return _values(self.engine.model, self._neurons, encoded)
 
-    def take(self, number: int, questions: QuestionSet, made: Float[Tensor, "row token"]) -> int:
+    def take(self, number: int, questions: QuestionSet, made: Float[Tensor, "neuron row token"]) -> int:
         """See `Job.take`."""
-        model, batch, best = self.engine.model, self._batch, self.best
+        model, batch = self.engine.model, self._batch
         assert batch is not None
         counted = batch.tokens.counted(self._tokens).cpu()
+        high = made.masked_fill(~counted | made.isnan(), -math.inf).amax(-1)
         firsts = np.cumsum([0, *(item.n_images for item in questions)])
         for row, item in enumerate(questions):
-            here = batch.tokens.attention[row].cpu()
-            high = made[row][counted[row] & ~made[row].isnan()]
-            value = float(high.max()) if len(high) else float("-inf")
-            self.maxima[item.group].append(value)
-            best[item.group].sort(key=lambda one: -one.value)
-            if len(best[item.group]) == self._k and best[item.group][-1].value >= value:
+            best, least = self.best[item.group], self._least[item.group]
+            self.sums[item.group] += high[:, row].double()
+            enough = self.number[item.group] >= self._k
+            self.number[item.group] += 1
+            enters = torch.nonzero(high[:, row] > least).flatten().tolist() if enough else range(len(best))
+            if not len(enters):
                 continue
+            here = batch.tokens.attention[row].cpu()
             image = batch.tokens.image[row].cpu()[here]
             patches = _patches(model, batch, int(firsts[row]), item.n_images, int(image.sum()))
             self.known_places &= patches is not None
             texts = _texts(model.tokenizer, batch["input_ids"][row].cpu()[here].tolist(), image.tolist())
-            found = InspectedItem(item, value, texts, made[row][here], counted[row][here], image, patches)
-            best[item.group] = sorted([*best[item.group], found], key=lambda one: -one.value)[: self._k]
+            for place in enters:
+                values, value = made[place, row][here], float(high[place, row])
+                found = InspectedItem(item, value, texts, values, counted[row][here], image, patches)
+                best[place] = sorted([*best[place], found], key=lambda one: -one.value)[: self._k]
+                if len(best[place]) == self._k:
+                    least[place] = best[place][-1].value
         return len(questions)
 
 
-def _values(model: VLM, mlp: Any, kind: str, number: int, batch: Batch) -> Float[Tensor, "row token"]:
-    """The neuron's value at every token of a batch; NaN where a token was not routed to it."""
-    kept = torch.full(batch["input_ids"].shape, torch.nan)
-    passes = 0
+def _values(model: VLM, neurons: Sequence[tuple[Site, int]], batch: Batch) -> Float[Tensor, "neuron row token"]:
+    """The neurons' values at every token of a batch; NaN where a token was not routed to them."""
+    kept = torch.full((len(neurons), *batch["input_ids"].shape), torch.nan)
+    flat, places = kept.view(len(neurons), -1), {}
+    for place, (site, _) in enumerate(neurons):
+        places.setdefault(site, []).append(place)
 
-    def keep(values: Tensor, tokens: Tensor | None = None) -> None:
-        nonlocal passes
-        column = values[..., number].detach().to("cpu", torch.float32)
-        if tokens is None:
-            passes += 1
-            if passes > 1 or column.numel() != kept.numel():
-                raise MismatchError(
-                    f"{type(model.hf).__name__} does not compute the neuron once for each token of a forward, so there "
-                    "is no one value to show at it; vn.record counts all of them"
-                )
-            kept.copy_(column.reshape(kept.shape))
-        else:
-            kept.view(-1)[tokens.cpu()] = column
+    def keeper(own: list[int]) -> Callable[..., None]:
+        numbers = torch.tensor([neurons[place][1] for place in own])
+        passes = 0
 
-    handle = read(model.hf, mlp, kind, keep)
-    try:
+        def keep(values: Tensor, tokens: Tensor | None = None) -> None:
+            nonlocal passes
+            columns = values[..., numbers.to(values.device)].detach().to("cpu", torch.float32).flatten(0, -2).T
+            if tokens is None:
+                passes += 1
+                if passes > 1 or columns.shape[1] != flat.shape[1]:
+                    raise MismatchError(
+                        f"{type(model.hf).__name__} does not compute the neuron once for each token of a forward, so "
+                        "there is no one value to show at it; vn.record counts all of them"
+                    )
+                flat[own] = columns
+            else:
+                flat[torch.tensor(own)[:, None], tokens.cpu()] = columns
+
+        return keep
+
+    with contextlib.ExitStack() as hooks:
+        for site, own in places.items():
+            hooks.callback(read(model.hf, model.mlp_of(site), site.kind, keeper(own)).remove)
         with torch.inference_mode():
             model.hf(**batch)
-    finally:
-        handle.remove()
     return kept
 
 

@@ -6,8 +6,9 @@ each with a marker of its own): harm is orange and gain blue, and effects diverg
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from vlmneurons.look.figures import (
     natural,
     ordered,
     shortened,
+    tall,
     width_of,
     with_fonts,
 )
@@ -44,6 +46,8 @@ _VALUES = {
     "delta": ("Change of accuracy (points)", 100.0, "effect"),
     "correct": ("Change of accuracy (points)", 100.0, "effect"),
     "margin": ("Change of log-probability margin (nats)", 1.0, "effect"),
+    "score": ("Change of the score", 1.0, "effect"),
+    "clean_score": ("Clean score", 1.0, "neutral"),
     "right_to_wrong": ("Right answers that turned wrong (%)", 100.0, "harm"),
     "wrong_to_right": ("Wrong answers that turned right (%)", 100.0, "gain"),
     "wrong_to_wrong": ("Wrong answers that became other wrong ones (%)", 100.0, "neutral"),
@@ -61,7 +65,7 @@ def plot_matrix(
     result: "KnockoutResult",
     selector: str | Sequence[str] | None = None,
     *,
-    value: str = "delta",
+    value: str | None = None,
     limit: float | None = None,
     order: str | Sequence[str] | None = None,
     width: float | None = None,
@@ -75,7 +79,8 @@ def plot_matrix(
     Args:
         result: what `knockout` gave.
         selector: one selector, or several side by side on one scale; all of them by default.
-        value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats).
+        value: column of `KnockoutResult.table`, such as ``"delta"`` (drawn in points) or ``"margin"`` (nats); by
+            default the score, where answers are graded, and else ``"delta"``.
         limit: the value, as drawn, at which colours end, so that several figures can share a scale; by default the
             largest that is drawn.
         order: of the groups: all of them in the order wanted, or ``"clustered"``: groups with alike rows and columns
@@ -104,12 +109,12 @@ def plot_matrix(
     if limit is not None and real("limit", limit, MismatchError) <= 0:
         raise MismatchError(f"limit {limit} is the value at which colours end, and above 0")
     _drawn_into(ax, width, len(names))
+    value = value or result.measure
     title, scale, meaning = _VALUES.get(value, (value, 1.0, "effect"))
     matrices = _in_order(result, {name: result.matrix(name, value=value) * scale for name in names}, order)
-    figure, axes, size, cell = _panels(matrices, width, ax)
+    figure, axes, (size, cell, letters, below) = _panels(matrices, width, ax)
     most = limit or max(float(np.nanmax(np.abs(matrix.to_numpy(dtype=float)))) for matrix in matrices.values()) or 1.0
     least = -most if meaning == "effect" else 0.0
-    letters = (12 if width < 5 else 24) if width else 10**6
     digits = max(0, 1 - math.floor(math.log10(most)))
     longest = max((_shown(one, digits) for matrix in matrices.values() for one in matrix.to_numpy().flat), key=ems)
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
@@ -127,7 +132,6 @@ def plot_matrix(
         if (spec := axis.get_subplotspec()) is None or spec.is_first_col():
             long = "Neurons switched off: those of"
             axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
-    below = width is not None and width < 5
     where: Keywords = {"location": "bottom", "shrink": 0.9, "aspect": 30} if below else {"shrink": 0.85}
     bar = figure.colorbar(axes[0].images[0], ax=ax or list(axes), **where)
     bar.set_label(title, fontsize=size)
@@ -172,10 +176,19 @@ def _in_order(
     }
 
 
+class _Room(NamedTuple):
+    """How large what is in a figure is: text in points, the side of a cell in inches, letters of a name."""
+
+    size: float
+    cell: float
+    letters: int = 10**6
+    bar_below: bool = False
+
+
 def _panels(
     matrices: Mapping[str, pd.DataFrame], width: float | None, ax: Axes | None
-) -> tuple[Figure, list[Axes], float, float]:
-    """The figure, its axes, the size of its text in points, and the side of a cell in inches."""
+) -> tuple[Figure, list[Axes], _Room]:
+    """The figure, its axes, and how large what is in it is."""
     tables = list(matrices.values())
     n_columns, n_rows = (max(table.shape[side] for table in tables) for side in (1, 0))
     labels = [str(label) for table in tables for label in (*table.index, *table.columns)]
@@ -185,38 +198,56 @@ def _panels(
         while not isinstance(figure, Figure):  # a part of a figure
             figure = figure.figure
         across, down = figure.get_size_inches() * (box.width, box.height)
-        return figure, [ax], _rc_size(), min(across / n_columns, down / n_rows)
+        return figure, [ax], _Room(_rc_size(), min(across / n_columns, down / n_rows))
     same_rows = len({tuple(table.index) for table in tables}) == 1
+    letters, side_bar = 10**6, True
     if width is None:
         size, cell, across = _rc_size(), 0.5 if n_columns <= 12 else 0.36, len(tables)
         longest = 0.085 * max(map(len, labels))
         inches = (across * (cell * n_columns + 0.35) + longest + 1.6, cell * n_rows + longest + 1.3)
     else:
         size = _size(max(n_columns, n_rows))
-        longest = size * max(map(ems, shortened(labels, 12 if width < 5 else 24))) / 72
-        fixed = 0.35 + size / 36 + (0 if width < 5 else 0.75)
+        line = size * (1.5 if tall(labels) else 1.15)
 
-        def side(across: int) -> float:
-            names = longest if same_rows else across * longest
-            return min(0.5, (width - fixed - names - 0.12 * (across - 1)) / (across * n_columns))
+        def reach(letters: int) -> float:
+            return size * max(map(ems, shortened(labels, letters))) / 72
 
-        across = next((k for k in range(len(tables), 0, -1) if 72 * side(k) >= size), 0)
-        if not across:
-            needs = fixed + longest + size * n_columns / 72
+        def needed(across: int, letters: int, side_bar: bool) -> float:
+            """Inches that are no cell's: names, and the bar of colours where it stands at the side."""
+            names = reach(letters) * (1 if same_rows else across)
+            return 0.35 + size / 36 + 0.95 * side_bar + names + 0.12 * (across - 1)
+
+        def side(*way: Any) -> float:
+            return min(0.5, (width - needed(*way)) / (way[0] * n_columns))
+
+        # As many panels beside each other as have room for their labels: rather than stack them, the bar goes below and
+        # names are cut.
+        ways = [
+            (k, letters, side_bar)
+            for k in range(len(tables), 0, -1)
+            for letters, side_bar in (
+                [(12, False), (8, False)] if width < 5 else [(24, True), (24, False), (12, False)]
+            )
+            if k == len(tables) or not side_bar
+        ]
+        across, letters, side_bar = way = next((way for way in ways if 72 * side(*way) >= line), ways[-1])
+        if 72 * side(*way) < size:
+            needs = needed(*way) + size * n_columns / 72
             raise MismatchError(
                 f"{n_columns} columns with names of {size:g} pt do not fit into {width:g} inches: width is at least "
                 f"{math.ceil(10 * needs) / 10:g}, or the names are shorter"
             )
-        cell = side(across)
+        longest = reach(letters)
+        cell = side(*way)
         down = math.ceil(len(tables) / across)
-        height = down * (cell * n_rows + longest + 5.5 * size / 72 + 0.1) + (0.6 if width < 5 else 0.1)
+        height = down * (cell * n_rows + longest + 5.5 * size / 72 + 0.1) + (0.2 if side_bar else 0.75)
         inches = (width, height)
     figure = PrintFigure(figsize=inches, layout="constrained")
     down = math.ceil(len(tables) / across)
     axes = figure.subplots(down, across, squeeze=False, sharey=same_rows).ravel().tolist()
     for axis in axes[len(tables) :]:
         axis.remove()
-    return figure, axes[: len(tables)], size, cell
+    return figure, axes[: len(tables)], _Room(size, cell, letters, not side_bar)
 
 
 def _rc_size() -> float:
@@ -241,7 +272,7 @@ def _numbers(axis: Axes, image: AxesImage, size: float, digits: int) -> None:
 def _shown(value: float, digits: int) -> str:
     """A number of a cell; nothing where nothing was asked."""
     text = "" if np.isnan(value) else f"{value:.{digits}f}"
-    return "0" if text and float(text) == 0 else text.replace("-", "−")
+    return f"{0:.{digits if value else 0}f}" if text and float(text) == 0 else text.replace("-", "−")
 
 
 def plot_layers(
@@ -320,6 +351,100 @@ def _plain(names: Any) -> list[str]:
     return [name.replace("$", r"\$") for name in cut]
 
 
+# -- what figures of points and lines have in common -------------------------------------------------------------------
+
+_STYLES = [(ORANGE, "o"), (BLUE, "s"), (GREEN, "D"), (PURPLE, "^"), ("black", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
+
+
+class _Canvas:
+    """One panel with a legend: its figure, its axes, and how large its text is."""
+
+    def __init__(
+        self,
+        width: float | None,
+        ax: Axes | None,
+        legend: Sequence[str],
+        lines: int = 0,
+        usual: tuple[float, float] = (6.4, 0.3),
+    ) -> None:
+        """Make the figure, or take that of given axes.
+
+        Args:
+            width: of a new figure in inches.
+            ax: axes to draw into.
+            legend: names that the legend has.
+            lines: rows with a label, for figures as high as their rows.
+            usual: where no width is given, inches across, and for a row, or down.
+        """
+        _drawn_into(ax, width, 1)
+        self.given, self.width = ax is not None, width
+        self.size = _size(lines) if width else _rc_size()
+        self.points = 72 * (width or (ax.get_position().width * ax.figure.get_figwidth() if ax else usual[0]))
+        small = self.size if width else min(8.0, self.size)
+        widest = small * (max(map(ems, legend), default=0) + 4)
+        # A column of the legend is as wide as its widest name.
+        self.legend = {"ncols": int(max(1, min(4, len(legend), self.points // widest))), "fontsize": small}
+        if ax is not None:
+            self.figure, self.axis = _panels({"": pd.DataFrame([[0]])}, None, ax)[0], ax
+            return
+        below = math.ceil(len(legend) / self.legend["ncols"])
+        if width:
+            inside = 1.75 * self.size * lines if lines else 0.6 * 72 * width
+            height = (inside + 5.5 * self.size + 1.7 * self.size * below) / 72 + 0.15
+        else:
+            height = usual[1] * lines + 1.3 + 0.2 * below if lines else usual[1]
+        self.figure = PrintFigure(figsize=(width or usual[0], height), layout="constrained")
+        self.axis = self.figure.subplots()
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """Names as they fit beside the axes."""
+        return _plain(shortened([str(name) for name in names], 12 if self.width < 5 else 24) if self.width else names)
+
+    def rows(self, labels: Iterable[str], at: Any = None) -> None:
+        """Label the rows, from the top."""
+        shown = self.names(labels)
+        number = len(shown) if at is None else math.ceil(max(at, default=0) + 0.4)
+        self.axis.set_yticks(range(number) if at is None else at, shown, fontsize=self.size)
+        self.axis.set_ylim(number - 0.5, -0.5)
+
+    def label(self, across: str, up: str = "") -> None:
+        """Name the axes, in as many lines as it takes."""
+        room = self.points - (0 if up else self.size * max((ems(one) for one in self._row_names()), default=0))
+        for text, put in ((across, self.axis.set_xlabel), (up, self.axis.set_ylabel)):
+            put(_wrapped(text, room - 4 * self.size, self.size), fontsize=self.size)
+        self.axis.tick_params(labelsize=self.size)
+
+    def _row_names(self) -> list[str]:
+        return [one.get_text() for one in self.axis.get_yticklabels()]
+
+    def done(self) -> Figure:
+        """Put the legend, and choose fonts."""
+        handles, labels = self.axis.get_legend_handles_labels()
+        if handles and self.given:
+            self.axis.legend(handles, labels, frameon=False, fontsize=self.legend["fontsize"])
+        elif handles:
+            self.figure.legend(handles, labels, loc="outside lower center", frameon=False, **self.legend)
+        with_fonts(self.axis if self.given else self.figure)
+        return self.figure
+
+
+def _wrapped(text: str, points: float, size: float) -> str:
+    """A text in lines that are no longer than so many points."""
+    return "\n".join(textwrap.wrap(text, max(12, int(points / (0.6 * size)))))
+
+
+def _spaced(at: Any, labels: Sequence[str], points: float, size: float) -> list[str]:
+    """Labels of places along an axis, without those that would run into their neighbour."""
+    reach = (max(at) - min(at)) or 1.0
+    shown, end = [], -math.inf
+    for place, label in zip(at, labels, strict=True):
+        middle, half = points * (place - min(at)) / reach, 0.5 * size * ems(label)
+        fits = middle - half >= end + 0.3 * size
+        shown.append(label if fits else "")
+        end = middle + half if fits else end
+    return shown
+
+
 # -- effects with intervals --------------------------------------------------------------------------------------------
 
 _EFFECTS = {
@@ -336,6 +461,10 @@ def plot_effects(
     *,
     effects: Sequence[str] = ("self_effect", "cross_effect"),
     title: str = "",
+    value: str = "correct",
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Effects with their intervals, a line for each row of a summary: self against cross effect.
 
@@ -344,33 +473,44 @@ def plot_effects(
         label: the column that names the rows: ``"selector"`` or ``"group"``.
         effects: columns to draw: ``"self_effect"``, ``"cross_effect"``, ``"gap"``, ``"control_effect"``.
         title: stands above.
+        value: what the summary is of: ``"correct"`` (drawn in points), ``"margin"`` or ``"score"``.
+        order: of the rows: all their names in the order wanted, or ``"clustered"``: alike effects beside each other. By
+            default that of the summary.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
 
     Raises:
-        MismatchError: an effect that the summary does not have.
+        MismatchError: an effect that the summary does not have, another order than of its rows, or a width that is too
+            narrow.
     """
     for effect in effects:
         if effect not in _EFFECTS or effect not in summary:
             known = [name for name in _EFFECTS if name in summary]
             raise MismatchError(f"effect {effect!r} is not in the summary; it has {', '.join(known)}")
     names = [str(name) for name in summary[label]]
-    figure = PrintFigure(figsize=(6.4, 0.3 * len(names) + 1.7), layout="constrained")
-    axis = figure.subplots()
+    if order is not None:
+        wanted = ordered(names, order, summary[list(effects)].to_numpy(dtype=float))
+        summary = summary.iloc[[names.index(name) for name in wanted]]
+        names = wanted
+    canvas = _Canvas(width, ax, [_EFFECTS[effect][0] for effect in effects], len(names))
+    axis = canvas.axis
     axis.axvline(0, color="black", linewidth=0.8)
     places = np.arange(len(names))
+    unit, scale, _ = _VALUES[value]
     for n, effect in enumerate(effects):
         name, colour, marker = _EFFECTS[effect]
-        value, low, high = (100 * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))
+        drawn = [scale * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         offset = 0.22 * (n - (len(effects) - 1) / 2)
-        _points(axis, value, low, high, places + offset, colour, marker, name)
-    axis.set_yticks(places, _plain(names))
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlabel("Change of accuracy (points)")
+        _points(axis, *drawn, places + offset, colour, marker, name)
+    canvas.rows(names)
+    canvas.label(unit)
     _frame(axis, "x")
     if title:
-        axis.set_title(title, fontsize=10)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    with_fonts(figure)
-    return figure
+        axis.set_title(_plain([title])[0], fontsize=canvas.size if width else 10)
+    return canvas.done()
 
 
 def _points(
@@ -397,165 +537,208 @@ def _frame(axis: Axes, grid: Any) -> None:
     axis.set_axisbelow(True)
 
 
-def plot_curve(curve: pd.DataFrame, axis_name: str, *, groups: bool = True) -> Figure:
+def plot_curve(
+    curve: pd.DataFrame,
+    axis_name: str,
+    *,
+    groups: bool = True,
+    value: str = "correct",
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Self and cross effect along a sweep: all groups together with intervals, and each group's self effect thinly.
 
     Args:
         curve: what `KnockoutResult.curve` gave.
         axis_name: the column of the setting: ``"r"``, ``"alpha"``, ``"items"``.
         groups: draw the groups.
+        value: what the curve is of; see `plot_effects`.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: a width that is too narrow.
     """
+    unit, factor, _ = _VALUES[value]
     titles = {
         "r": "Share of neurons switched off (%)",
         "alpha": "Strength α (neurons scaled by 1 + α; −1 is off)",
         "items": "Identification questions a group",
     }
     scale = 100 if axis_name == "r" else 1
-    figure = PrintFigure(figsize=(5.2, 3.6), layout="constrained")
-    axis = figure.subplots()
+    single = curve[curve["group"] != "all"] if groups else curve[:0]
+    thin = ["Self effect of each group"] if len(single) else []
+    shown = ("self_effect", "cross_effect")
+    canvas = _Canvas(width, ax, [*thin, *(_EFFECTS[effect][0] for effect in shown)], usual=(5.2, 3.6))
+    axis, size = canvas.axis, canvas.size
     axis.axhline(0, color="black", linewidth=0.8)
-    if groups:
-        single = curve[curve["group"] != "all"]
-        for n, (_, rows) in enumerate(single.groupby("group")):
-            axis.plot(
-                scale * rows[axis_name],
-                100 * rows["self_effect"],
-                color=ORANGE,
-                alpha=0.25,
-                linewidth=0.8,
-                label="Self effect of each group" if n == 0 else None,
-            )
+    for n, (_, rows) in enumerate(single.groupby("group")):
+        how = {"color": ORANGE, "alpha": 0.25, "linewidth": 0.8, "label": thin[0] if n == 0 else None}
+        axis.plot(scale * rows[axis_name], factor * rows["self_effect"], **how)
     whole = curve.loc[curve["group"] == "all"]
     at = scale * whole[axis_name].to_numpy(dtype=float)
-    for effect in ("self_effect", "cross_effect"):
+    for effect in shown:
         name, colour, marker = _EFFECTS[effect]
-        value, low, high = (100 * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))
-        axis.plot(at, value, color=colour, linewidth=1.2)
-        _points(axis, value, low, high, at, colour, marker, name, upright=True)
-    if axis_name in ("r", "items") and len(at) > 1 and at.min() > 0:
+        drawn = [factor * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
+        axis.plot(at, drawn[0], color=colour, linewidth=1.2)
+        _points(axis, *drawn, at, colour, marker, name, upright=True)
+    log = axis_name in ("r", "items") and len(at) > 1 and at.min() > 0
+    if log:
         axis.set_xscale("log")
-        axis.set_xticks(at, [f"{value:g}" for value in at])
         axis.minorticks_off()
-    else:
-        axis.set_xticks(at, [f"{value:g}".replace("-", "−") for value in at])
-    axis.set_xlabel(titles.get(axis_name, axis_name))
-    axis.set_ylabel("Change of accuracy (points)")
+    labels = [f"{value:g}".replace("-", "−") for value in at]
+    axis.set_xticks(at, _spaced(np.log(at) if log else at, labels, 0.8 * canvas.points - 4 * size, size))
+    canvas.label(titles.get(axis_name, axis_name), unit)
     _frame(axis, "both")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    with_fonts(figure)
-    return figure
+    return canvas.done()
 
 
-def plot_flips(result: "KnockoutResult", selectors: Sequence[str] | None = None) -> Figure:
+def plot_flips(
+    result: "KnockoutResult",
+    selectors: Sequence[str] | None = None,
+    *,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Which answers change, and how: under the group's own mask, and under the others'.
 
     Args:
         result: what `knockout` gave.
-        selectors: which; by default all that have masks of groups.
+        selectors: which, in this order; by default all that have masks of groups.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: no such selector, or a width that is too narrow.
     """
     table = result.table()
     table = table[table["group"].isin(result.group_names) & table["mask"].isin(result.group_names)]
+    for name in selectors or ():
+        result.rows_of(name)
     names = [name for name in selectors or result.selectors if (table["selector"] == name).any()]
     kinds = {
         "right_to_wrong": ("right → wrong", ORANGE, ""),
         "wrong_to_right": ("wrong → right", BLUE, "////"),
         "wrong_to_wrong": ("wrong → other wrong", "#BBBBBB", "...."),
     }
-    figure = PrintFigure(figsize=(6.4, 0.5 * len(names) + 1.7), layout="constrained")
-    axis = figure.subplots()
+    canvas = _Canvas(width, ax, [label for label, _, _ in kinds.values()], 2 * len(names), (6.4, 0.25))
+    axis = canvas.axis
     labels, places = [], []
-    for n, name in enumerate(names):
+    for n, (name, shown) in enumerate(zip(names, canvas.names(names), strict=True)):
         own = table[table["selector"] == name]
         for k, (which, rows) in enumerate(
             (("own", own[own["mask"] == own["group"]]), ("other", own[own["mask"] != own["group"]]))
         ):
             place, left = n + 0.36 * k - 0.18, 0.0
-            labels.append(f"{name}, {which} mask" if k == 0 else f"{which} masks")
+            labels.append(f"{shown}, {which} mask" if k == 0 else f"{which} masks")
             places.append(place)
             for kind, (label, colour, hatch) in kinds.items():
                 share = 100 * float(rows[kind].mean()) if len(rows) else 0.0
-                axis.barh(
-                    place,
-                    share,
-                    left=left,
-                    height=0.32,
-                    color=colour,
-                    hatch=hatch,
-                    edgecolor="white",
-                    linewidth=0.4,
-                    label=label if n == 0 and k == 0 else None,
-                )
+                how = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
+                axis.barh(place, share, left=left, height=0.32, label=label if n == k == 0 else None, **how)
                 left += share
-    axis.set_yticks(places, _plain(labels), fontsize=8)
+    axis.set_yticks(places, labels, fontsize=canvas.size if width else 8)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlim(left=0)
-    axis.set_xlabel("Answers that changed (%)")
+    canvas.label("Answers that changed (%)")
     _frame(axis, "x")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    with_fonts(figure)
-    return figure
+    return canvas.done()
 
 
-def plot_depth(result: "KnockoutResult", selectors: Sequence[str]) -> Figure:
+def plot_depth(
+    result: "KnockoutResult",
+    selectors: Sequence[str] | None = None,
+    *,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Where each selector's neurons lie: share of a mask in every layer, mean over groups, with the range of groups.
 
     Args:
         result: what `knockout` gave; its masks know their number of neurons in each layer.
-        selectors: which.
+        selectors: which; by default all.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
 
     Raises:
-        MismatchError: the masks do not know their layers.
+        MismatchError: the masks do not know their layers, no such selector, or a width that is too narrow.
     """
     layers = [str(name) for name in result.provenance.get("layers", [])]
     if not layers:
         raise MismatchError("these masks do not know their layers: they were not made by knockout")
+    shares = {}
+    for name in result.selectors if selectors is None else selectors:
+        masks = [result.masks[row - 1] for row in result.rows_of(name)]
+        found = [np.array(mask.layers) / mask.size for mask in masks if mask.size and mask.group != "all"]
+        if found:
+            shares[name] = np.array(found)
     towers = sorted({name.split(" ")[0] for name in layers})
     short = [name.split(" ")[1] if len(towers) == 1 else name for name in layers]
-    figure = PrintFigure(figsize=(max(5.2, 0.17 * len(layers) + 2), 3.4), layout="constrained")
-    axis = figure.subplots()
-    at = np.arange(len(layers))
-    styles = zip((ORANGE, BLUE, GREEN, PURPLE, "black", "#E69F00"), "osD^vP", ("-", "--", "-.", ":", "-", "--"))
-    for name, (colour, marker, line) in zip(selectors, styles, strict=False):
-        shares = np.array(
-            [np.array(m.layers) / m.size for m in result.masks if m.selector == name and m.size and m.group != "all"]
-        )
-        if not len(shares):
-            continue
-        axis.fill_between(at, 100 * shares.min(0), 100 * shares.max(0), color=colour, alpha=0.12, linewidth=0)
-        axis.plot(
-            at,
-            100 * shares.mean(0),
-            color=colour,
-            marker=marker,
-            markersize=4,
-            linestyle=line,
-            linewidth=1.3,
-            label=name,
-        )
+    canvas = _Canvas(width, ax, [*shares, "uniform"], usual=(max(5.2, 0.17 * len(layers) + 2), 3.4))
+    axis, at, dashes = canvas.axis, np.arange(len(layers)), ("-", "--", "-.", ":")
+    for n, (name, share) in enumerate(shares.items()):
+        colour, marker = _STYLES[n % len(_STYLES)]
+        axis.fill_between(at, 100 * share.min(0), 100 * share.max(0), color=colour, alpha=0.12, linewidth=0)
+        how = {"color": colour, "marker": marker, "markersize": 4 if len(layers) <= 40 else 2, "linewidth": 1.3}
+        axis.plot(at, 100 * share.mean(0), linestyle=dashes[n % 4], label=canvas.names([name])[0], **how)
     axis.axhline(100 / len(layers), color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="uniform")
-    axis.set_xticks(at, short, fontsize=8 if len(layers) <= 32 else 6, rotation=0 if len(towers) == 1 else 90)
-    axis.set_xlabel(f"Layer of the {towers[0]} tower" if len(towers) == 1 else "Layer")
-    axis.set_ylabel("Share of the mask (%)")
+    room = canvas.points - 6 * canvas.size
+    axis.set_xticks(at, _spaced(at, short, room, canvas.size) if len(towers) == 1 else short)
+    canvas.label(f"Layer of the {towers[0]} tower" if len(towers) == 1 else "Layer", "Share of the mask (%)")
+    if len(towers) > 1:
+        step = math.ceil(1.2 * canvas.size * len(layers) / room)
+        axis.set_xticks(at[::step], short[::step], rotation=90)
     axis.set_ylim(bottom=0)
     _frame(axis, "y")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    with_fonts(figure)
-    return figure
+    return canvas.done()
 
 
-def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]) -> Figure:
+def plot_random(
+    result: "KnockoutResult",
+    selector: str,
+    controls: Sequence[str],
+    *,
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
     """A selector's self effects among those of its random controls, group by group, every repeat a point.
 
     Args:
         result: what `knockout` gave.
         selector: the selector.
         controls: names of random masks given as lists.
+        order: of the groups: all of them in the order wanted, or ``"clustered"``: alike effects beside each other. By
+            default sorted, G2 before G10.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: no such selector or control, another order than of these groups, or a width that is too narrow.
     """
+    for name in (selector, *controls):
+        result.rows_of(name)
     table = result.table()
     table = table[table["mask"] == table["group"]]
-    groups = sorted(result.group_names, key=natural)
-    figure = PrintFigure(figsize=(6.4, 0.3 * len(groups) + 1.7), layout="constrained")
-    axis = figure.subplots()
+    unit, scale, _ = _VALUES[result.measure]
+    column = "delta" if result.measure == "correct" else "score"
+    own = table[table["selector"] == selector]
+    effect = own.groupby("group")[column].mean()
+    groups = ordered(result.group_names, order, effect.reindex(list(result.group_names)).to_numpy()[:, None])
+    canvas = _Canvas(width, ax, [*controls, selector], len(groups))
+    axis = canvas.axis
     axis.axvline(0, color="black", linewidth=0.8)
     styles = [(BLUE, "x"), (GREEN, "+"), (PURPLE, "1"), (GREY, "|")]
     for n, name in enumerate(controls):
@@ -566,50 +749,55 @@ def plot_random(result: "KnockoutResult", selector: str, controls: Sequence[str]
         places = (n + (np.arange(len(repeats)) + 0.5) / len(repeats)) / len(controls) - 0.5
         shift = dict(zip(repeats, 0.76 * places, strict=True))
         at = [groups.index(one.group) + shift[one.repeat] for one in rows.itertuples()]
-        axis.scatter(
-            100 * rows["delta"], at, color=colour, marker=marker, s=18, linewidths=1.0, label=_plain([name])[0]
-        )
-    own = table[table["selector"] == selector]
+        how = {"color": colour, "marker": marker, "s": 18, "linewidths": 1.0}
+        axis.scatter(scale * rows[column], at, label=canvas.names([name])[0], **how)
     at = [groups.index(group) for group in own["group"]]
-    axis.scatter(100 * own["delta"], at, color=ORANGE, marker="o", s=26, zorder=3, label=_plain([selector])[0])
-    axis.set_yticks(range(len(groups)), _plain(groups))
-    axis.set_ylim(len(groups) - 0.5, -0.5)
-    axis.set_xlabel("Self effect: change of accuracy (points)")
+    how = {"color": ORANGE, "marker": "o", "s": 26, "zorder": 3}
+    axis.scatter(scale * own[column], at, label=canvas.names([selector])[0], **how)
+    canvas.rows(groups)
+    canvas.label(f"Self effect: {unit[0].lower()}{unit[1:]}")
     _frame(axis, "x")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    with_fonts(figure)
-    return figure
+    return canvas.done()
 
 
-def plot_accuracy(accuracies: Mapping[str, Mapping[str, float]], *, chance: float | None = None) -> Figure:
+def plot_accuracy(
+    accuracies: Mapping[str, Mapping[str, float]],
+    *,
+    chance: float | None = None,
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Accuracies of several ways of asking, group by group: with the picture, blind, by the options alone.
 
     Args:
         accuracies: for each way of asking the accuracy of each group.
         chance: accuracy of a guess, drawn as a line.
+        order: of the groups: all of them in the order wanted, or ``"clustered"``: alike accuracies beside each other.
+            By default sorted, G2 before G10.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: another order than of these groups, or a width that is too narrow.
     """
-    groups = sorted({group for one in accuracies.values() for group in one}, key=natural)
-    figure = PrintFigure(figsize=(6.4, 0.3 * len(groups) + 1.7), layout="constrained")
-    axis = figure.subplots()
-    styles = [(ORANGE, "o"), (BLUE, "s"), (GREEN, "D"), (PURPLE, "^"), ("black", "v")]
+    known = sorted({group for one in accuracies.values() for group in one}, key=natural)
+    profiles = np.array([[one.get(group, np.nan) for one in accuracies.values()] for group in known])
+    groups = ordered(known, order, profiles)
+    canvas = _Canvas(width, ax, [*accuracies, *(["chance"] if chance is not None else [])], len(groups))
+    axis = canvas.axis
     for n, (name, values) in enumerate(accuracies.items()):
-        colour, marker = styles[n % len(styles)]
-        known = [group for group in groups if group in values]
-        axis.scatter(
-            [100 * values[group] for group in known],
-            [groups.index(group) for group in known],
-            color=colour,
-            marker=marker,
-            s=24,
-            label=_plain([name])[0],
-        )
+        colour, marker = _STYLES[n % len(_STYLES)]
+        there = [group for group in groups if group in values]
+        how = {"color": colour, "marker": marker, "s": 24, "label": canvas.names([name])[0]}
+        axis.scatter([100 * values[group] for group in there], [groups.index(group) for group in there], **how)
     if chance is not None:
         axis.axvline(100 * chance, color=GREY, linewidth=1, linestyle="--", label="chance")
-    axis.set_yticks(range(len(groups)), _plain(groups))
-    axis.set_ylim(len(groups) - 0.5, -0.5)
+    canvas.rows(groups)
     axis.set_xlim(-2, 102)
-    axis.set_xlabel("Accuracy (%)")
+    canvas.label("Accuracy (%)")
     _frame(axis, "both")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    with_fonts(figure)
-    return figure
+    return canvas.done()

@@ -41,6 +41,13 @@ from vlmneurons.study.result import NOT_ASKED, KnockoutResult
 _CONDITION = re.compile(r" \((all|wrong|correct)\)$")
 """Ends the name of a selection from questions of another condition; see `vlmneurons.study.controls.condition_masks`."""
 
+_UNITS = {
+    "correct": ("points of accuracy", 100.0, 1),
+    "margin": ("nats", 1.0, 2),
+    "score": ("the score's unit", 1.0, 3),
+}
+"""How a value's effects are printed: their unit, what they are multiplied by, and how many decimals they have."""
+
 _POINTS = ["delta", "delta_low", "delta_high", "excess"]
 
 _AXES = {"r": "share of neurons", "alpha": "strength", "items": "identification questions"}
@@ -134,7 +141,7 @@ def write_report(
     for name, table in every.items():
         _write_table(folder, name, table)
     page = folder / "index.html"
-    write_text(page, _page(title, result, parts, body, list(every), confidence))
+    write_text(page, _page_of(result, title, parts, body, list(every), confidence))
     return page
 
 
@@ -146,6 +153,7 @@ def _effects(
 ) -> list[_Part]:
     overall = _overall(summary, plain)
     own = summary.loc[(summary["selector"] == main) & (summary["group"] != "all")]
+    value, unit = result.measure, _UNITS[result.measure][0]
     own = own.iloc[sorted(range(len(own)), key=lambda row: natural(own["group"].iloc[row]))]
     shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
     level = f"{100 * how['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
@@ -155,29 +163,21 @@ def _effects(
             "Self against cross effect",
             f"Mean over groups, with {level}. A selective set of neurons has a self effect far below its cross effect, "
             "and a cross effect near zero; random masks are averaged over their repeats.",
-            plot_effects(overall, effects=shown),
+            plot_effects(overall, effects=shown, value=value),
         ),
-        _Part(
-            "effects-overall", "Effects over all groups", "In points of accuracy.", _effect_table(overall, "selector")
-        ),
-        _Part(
-            "effects-margin",
-            "Effects over all groups, on the margin",
-            "Change of the log-probability margin (right option less the best other one), in nats; it moves before an "
-            "answer flips.",
-            _effect_table(_overall(result.summary(value="margin", **how), plain), "selector", scale=1.0, digits=2),
-        ),
+        _Part("effects-overall", "Effects over all groups", f"In {unit}.", _effect_table(overall, "selector", value)),
+        *_second_value(result, plain, how),
         _Part(
             "effects-by-group",
             f"Effects of {main} by group",
             f"{level[0].upper()}{level[1:]}.",
-            plot_effects(own, "group", effects=shown),
+            plot_effects(own, "group", effects=shown, value=value),
         ),
         _Part(
             f"effects-{_slug(main)}",
             f"Effects of {main} by group",
-            "In points of accuracy.",
-            _effect_table(own, "group"),
+            f"In {unit}.",
+            _effect_table(own, "group", value),
             main,
         ),
         _Part(
@@ -192,14 +192,30 @@ def _effects(
     ]
 
 
+def _second_value(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> list[_Part]:
+    """The effects on another value: the margin or, of graded answers, whether they are right."""
+    if result.measure == "score":
+        name, title = "correct", "Effects over all groups, on right answers"
+        caption = "A graded answer is right where its score reaches the reader's threshold. In points of accuracy."
+    elif np.isnan(result.margins).all():
+        return []
+    else:
+        name, title = "margin", "Effects over all groups, on the margin"
+        caption = "Change of the log-probability margin (right option less the best other one), in nats; it moves "
+        caption += "before an answer flips."
+    table = _overall(result.summary(value=name, **how), plain)
+    return [_Part(f"effects-{name}", title, caption, _effect_table(table, "selector", name))]
+
+
 def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keywords) -> list[_Part]:
-    matrices = {name: 100 * result.matrix(name).to_numpy(dtype=float) for name in plain}
+    unit, scale, digits = _UNITS[result.measure]
+    matrices = {name: scale * result.matrix(name).to_numpy(dtype=float) for name in plain}
     limit = max(float(np.nanmax(np.abs(values))) for values in matrices.values()) or 1.0
     parts = [
         _Part(
             f"matrix-{_slug(name)}",
             f"Whose neurons, whose questions: {name}",
-            "Change of accuracy in points; rows are masks, columns the groups of the questions. Orange is harm. All "
+            f"Change, in {unit}; rows are masks, columns the groups of the questions. Orange is harm. All "
             "matrices of this page share their colours"
             + ("; repeats are averaged." if name in _repeated(result, plain) else "."),
             plot_matrix(result, name, limit=limit),
@@ -216,7 +232,7 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
                 f"Whose mask harms whom: {main}",
                 "The fifteen cross effects that are most below what the mask and the group show on average (excess): "
                 "groups that depend on each other's neurons. p: sign flips of pictures, corrected over all pairs.",
-                _points_table(cross.drop(columns=["few", "exploratory"]), _POINTS),
+                _points_table(cross.drop(columns=["few", "exploratory"]), _POINTS, scale, digits),
             )
         )
     return parts
@@ -268,7 +284,7 @@ def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[_Pa
             f"{main} against random masks",
             "Means over groups; each group's are in every-random.csv. p is the share of repeats, ours included, whose "
             "effect is at most ours; with R repeats it cannot be below 1 / (R + 1).",
-            _points_table(table, points),
+            _points_table(table, points, *_UNITS[result.measure][1:]),
         ),
     ]
 
@@ -306,7 +322,7 @@ def _sweeps(result: KnockoutResult, how: Keywords) -> list[_Part]:
                     f"{base} by {what}",
                     f"Mean over groups with intervals; thin lines are the groups. Exploratory: {number} settings were "
                     "tried, and no p is corrected for that.",
-                    plot_curve(curve, axis),
+                    plot_curve(curve, axis, value=result.measure),
                     f"{base} [{axis}]",
                 )
             )
@@ -316,7 +332,7 @@ def _sweeps(result: KnockoutResult, how: Keywords) -> list[_Part]:
                 f"curve-{_slug(base)}-{_slug(axis)}",
                 f"{base} by {what}",
                 f"Over all groups. Exploratory: {number} settings were tried.",
-                _effect_table(overall, axis),
+                _effect_table(overall, axis, result.measure),
                 f"{base} [{axis}]",
             )
         )
@@ -338,7 +354,7 @@ def _conditions(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> 
             "By what the clean model answers",
             "Effects on all questions, and on those that the clean model answers right or wrong. On right ones "
             "accuracy can only fall, on wrong ones only rise.",
-            _effect_table(table, "selector"),
+            _effect_table(table, "selector", result.measure),
         )
     ]
 
@@ -370,15 +386,17 @@ def _overall(summary: pd.DataFrame, plain: Sequence[str]) -> pd.DataFrame:
     return summary.loc[(summary["group"] == "all") & summary["selector"].isin(plain)]
 
 
-def _effect_table(summary: pd.DataFrame, label: str, *, scale: float = 100.0, digits: int = 1) -> pd.DataFrame:
-    """The columns of a summary that a paper prints, effects in points (or scaled otherwise) with their intervals."""
+def _effect_table(summary: pd.DataFrame, label: str, value: str = "correct") -> pd.DataFrame:
+    """The columns of a summary that a paper prints, effects in the unit of their value with their intervals."""
+    _, scale, digits = _UNITS[value]
     names = summary[label].to_numpy()
     if names.dtype.kind == "f":  # a setting such as 0.0005 is not 0.000
         names = np.array([_setting(name) for name in names])
     table = pd.DataFrame({label: names, "n": summary["n"].to_numpy()})
     if (summary["pictures"] != summary["n"]).any():
         table["pictures"] = summary["pictures"].to_numpy()
-    table["clean"] = [_number(100 * value) for value in summary["clean"]]
+    clean = (scale, digits) if value == "score" else (100.0, 1)
+    table["clean"] = [_number(clean[0] * one, clean[1]) for one in summary["clean"]]
     effects = {
         "self_effect": "self effect",
         "cross_effect": "cross effect",
@@ -390,15 +408,15 @@ def _effect_table(summary: pd.DataFrame, label: str, *, scale: float = 100.0, di
         if name in summary:
             bounds = zip(summary[name], summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
             table[title] = [
-                _number(scale * value, digits)
+                _number(scale * mean, digits)
                 + (f" [{_number(scale * low, digits)}, {_number(scale * high, digits)}]" if low == low else " (few)")
-                if np.isfinite(value)
+                if np.isfinite(mean)
                 else "–"
-                for value, low, high in bounds
+                for mean, low, high in bounds
             ]
-    table["flips"] = [_number(100 * value) for value in summary["flips"]]
+    table["flips"] = [_number(100 * share) for share in summary["flips"]]
     if (summary["failures"] > 0).any():
-        table["failures"] = [_number(100 * value) for value in summary["failures"]]
+        table["failures"] = [_number(100 * share) for share in summary["failures"]]
     return table
 
 
@@ -420,11 +438,11 @@ def _test_table(summary: pd.DataFrame, label: str, tests: Sequence[str]) -> pd.D
     return pd.DataFrame({label: summary[label].to_numpy(), **columns, "settings": summary["settings"].to_numpy()})
 
 
-def _points_table(table: pd.DataFrame, points: Sequence[str]) -> pd.DataFrame:
-    """A table with some columns in points of accuracy, and p-values as they are printed."""
+def _points_table(table: pd.DataFrame, points: Sequence[str], scale: float = 100.0, digits: int = 1) -> pd.DataFrame:
+    """A table with some columns in points of accuracy, or another unit, and p-values as they are printed."""
     shown = table.reset_index(drop=True).copy()
     for name in points:
-        shown[name] = [_number(100 * value) for value in shown[name]]
+        shown[name] = [_number(scale * value, digits) for value in shown[name]]
     for name in shown.columns:
         if name == "p" or str(name).startswith("p_"):
             shown[name] = [_probability(value) for value in shown[name]]
@@ -607,9 +625,9 @@ a { color: #00568a; } pre { overflow-x: auto; font-size: .78rem; background: #f5
 """
 
 
-def _page(
-    title: str,
+def _page_of(
     result: KnockoutResult,
+    title: str,
     parts: Sequence[_Part],
     body: Sequence[str],
     more: Sequence[str],
@@ -622,6 +640,7 @@ def _page(
         "Questions": f"{len(result.ids):,} of {len(result.group_names)} groups"
         + (f", control groups {', '.join(result.control_names)}" if result.control_names else ""),
         "Clean accuracy": f"{100 * float(np.mean(result.correct[0])):.1f} %",
+        **({} if result.scores is None else {"Clean score": f"{float(np.mean(result.scores[0])):.3f}"}),
         "Masks": f"{len(result.masks):,} of {len(result.selectors)} kinds",
         "Answers kept": f"{int((result.chosen > NOT_ASKED).sum()):,}",
         "Could not be parsed": f"{int((result.chosen == -1).sum()):,}",
@@ -629,22 +648,47 @@ def _page(
         "Read by": about.get("answer", "not known"),
         "Made with": f"vlmneurons {__version__}",
     }
+    changes = "Accuracy under each mask less clean accuracy, in points"
+    changes = changes if result.scores is None else "The mean score under each mask less the clean one"
+    return page_of(title, f"{changes}; intervals at {100 * confidence:g} %.", facts, parts, body, more, about)
+
+
+def page_of(
+    title: str,
+    lead: str,
+    facts: Keywords,
+    parts: Sequence[_Part],
+    body: Sequence[str],
+    more: Sequence[str],
+    provenance: Keywords,
+) -> str:
+    """A page that needs nothing else.
+
+    Args:
+        title: stands above it.
+        lead: what its numbers are, in a sentence.
+        facts: what it is of, by name.
+        parts: what it shows.
+        body: their places on it.
+        more: names of further tables that lie beside it.
+        provenance: where its numbers come from.
+    """
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     contents = "".join(
         f'<a href="#{part.kind}-{part.name}">{html.escape(part.title)}{" (table)" if part.kind == "table" else ""}</a>'
         for part in parts
     )
     files = " ".join(f'<a href="tables/{name}.csv">{name}.csv</a>' for name in more)
-    provenance = html.escape(json.dumps(about, indent=1, default=str, ensure_ascii=False))
+    told = html.escape(json.dumps(provenance, indent=1, default=str, ensure_ascii=False))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<p>Accuracy under each mask less clean accuracy, in points; intervals at {100 * confidence:g} %.
+<p>{html.escape(lead)}
 All tables: {files}</p>
 <dl>{listed}</dl>
 <nav>{contents}</nav>
 {"".join(body)}
 <section><h2>Provenance</h2><details><summary>Model, versions, rules and masks</summary>
-<pre>{provenance}</pre></details></section></body></html>
+<pre>{told}</pre></details></section></body></html>
 """

@@ -26,7 +26,7 @@ from vlmneurons.model.prompts import Prompts
 from vlmneurons.model.vision_rows import OF_PICTURES, Inputs, Rows, vision_rows
 from vlmneurons.questions.media import picture_size
 from vlmneurons.questions.question import Question
-from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.questions.sets import QuestionSet, bare_prompt
 from vlmneurons.questions.streams import FRAMES_PER_SECOND
 
 if TYPE_CHECKING:
@@ -64,6 +64,12 @@ class TokenTable:
     audio: Bool[Tensor, "row token"] | None = None
     video: Bool[Tensor, "row token"] | None = None
 
+    @property
+    def media(self) -> Bool[Tensor, "row token"]:
+        """The placeholders that any picture's, sound's or video's features take."""
+        streams = [mask for mask in (self.audio, self.video) if mask is not None]
+        return torch.stack([self.image, *streams]).any(0)
+
     def counted(self, rule: "TokenRule") -> Bool[Tensor, "row token"]:
         """Which tokens a rule counts.
 
@@ -84,7 +90,7 @@ class TokenTable:
         none = torch.zeros_like(self.attention)
         shown = {"image": self.image, "audio": self.audio, "video": self.video}
         shown = {name: none if mask is None else mask & self.attention for name, mask in shown.items()}
-        media = shown["image"] | shown["audio"] | shown["video"]
+        media = self.media & self.attention
         text = self.attention & ~self.special & ~media
         if self.template is not None:
             text = text & ~self.template
@@ -149,8 +155,8 @@ class Encoder:
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def render(self, text: str, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> str:
-        """One user turn in the chat template, up to where the model's answer begins.
+    def render(self, text: str, n_images: int, n_sounds: int = 0, n_videos: int = 0, *, bare: bool = False) -> str:
+        """One user turn in the chat template, up to where the model's answer begins; the text alone where it is bare.
 
         Raises:
             QuestionError: the processor has no chat template, or it does not show the text as it is; or pictures are
@@ -161,7 +167,7 @@ class Encoder:
         for kind, n in (("sound", n_sounds), ("video", n_videos)):
             if n and (fault := self._takes_no_stream(kind)):
                 raise QuestionError(fault)
-        return self.prompts.render(text, n_images, n_sounds, n_videos)
+        return self.prompts.render(text, n_images, n_sounds, n_videos, bare=bare)
 
     @cached_property
     def _takes_no_pictures(self) -> str:
@@ -194,6 +200,16 @@ class Encoder:
             what = "its forward has no argument for them"
             return f"the questions have {name}, and {type(hf).__name__} takes no {kind}s: {what}"
         return ""
+
+    def prompt_of(self, asked: QuestionSet, item: Question) -> str:
+        """A question's prompt, as the set says that it is asked.
+
+        Args:
+            asked: the set.
+            item: one of its questions.
+        """
+        text = asked.prompt(item, [item.options[index] for index in asked.order(item)])
+        return self.render(text, *item.n_media, bare=asked.prompt is bare_prompt)
 
     def _adds_special(self, rendered: str) -> bool:
         # As in transformers' own apply_chat_template(tokenize=True): a template that writes the beginning-of-text
@@ -245,9 +261,8 @@ class Encoder:
             asked: the set that says how the questions are asked.
             item: the question.
         """
-        shown = [item.options[index] for index in asked.order(item)]
         with TOKENIZING:
-            n_text = len(self.token_ids(self.render(asked.prompt(item, shown), *item.n_media)))
+            n_text = len(self.token_ids(self.prompt_of(asked, item)))
         try:
             sizes = [picture_size(source) for source in item.pictures]
             n_image = sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
@@ -286,7 +301,8 @@ class Encoder:
             for placeholder in self._placeholders:
                 if placeholder in text:
                     raise QuestionError(f"question {item.id!r}: its text holds the image placeholder {placeholder!r}")
-        rendered = [self.render(text, *item.n_media) for item, text in zip(items, texts, strict=True)]
+        bare = asked.prompt is bare_prompt
+        rendered = [self.render(text, *item.n_media, bare=bare) for item, text in zip(items, texts, strict=True)]
         opened = {item.id: list(item.load_images()) for item in items}
         pictures = [opened[item.id] for item in items]
         with_picture = [bool(part) for part in pictures]
@@ -343,7 +359,7 @@ class Encoder:
         last = torch.zeros(len(ids), dtype=torch.int64)
         for row, (item, text, more) in enumerate(zip(items, rendered, added, strict=True)):
             places = attention[row].nonzero().flatten()
-            own, n_added = self._content_tokens(ids[row, places].tolist(), text, more, item)
+            own, n_added = self._content_tokens(ids[row, places].tolist(), text, more, item, bare)
             template[row, places[own]] = False
             last[row] = places[len(places) - n_added - 1]
         shown = image if audio is None else image | audio
@@ -445,13 +461,15 @@ class Encoder:
                 data[name] = value.to(wanted)
         return data if isinstance(data, BatchFeature) else BatchFeature(dict(data))  # a tokenizer's are of a third kind
 
-    def _content_tokens(self, ids: list[int], rendered: str, more: str, item: Question) -> tuple[Tensor, int]:
+    def _content_tokens(
+        self, ids: list[int], rendered: str, more: str, item: Question, bare: bool
+    ) -> tuple[Tensor, int]:
         """Positions (among a row's real tokens) of the user's own text, and how many tokens a continuation added.
 
         The unexpanded prompt is tokenized with character offsets and laid against the expanded tokens from both ends:
         all that differs is the image placeholder's expansion.
         """
-        before, after = self.prompts.frame(*item.n_media)
+        before, after = (self.render("", *item.n_media, bare=True), "") if bare else self.prompts.frame(*item.n_media)
         text = rendered[len(before) : len(rendered) - len(after)]
         # What processors do besides: a space after a picture that a word follows directly (Idefics2), and the end of a
         # line (PaliGemma) or of the text (Florence-2) after the prompt, which no continuation can then follow.

@@ -15,7 +15,7 @@ from vlmneurons.files.digests import digest_of, digest_of_code
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
 
-_CHUNK = 2**26
+_CHUNK = 2**24
 """Bytes that are brought to the host at once from a device."""
 
 _NOT_SETTINGS = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
@@ -85,13 +85,34 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
         for name in names:
             yield from _blocks(getattr(tensor, name))
         return
-    flat = tensor.contiguous().reshape(-1)
-    step = max(1, _CHUNK // max(1, flat.element_size()))
-    if flat.device.type == "cpu":
-        step = max(1, flat.numel())
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if flat.device.type == "cuda":
+        yield from _from_gpu(flat)
+        return
+    step = max(1, flat.numel()) if flat.device.type == "cpu" else _CHUNK
     for start in range(0, flat.numel(), step):
-        part = flat[start : start + step].cpu()
-        yield part.view(torch.uint8).numpy().data
+        yield flat[start : start + step].cpu().numpy().data
+
+
+def _from_gpu(flat: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor on a GPU in order: while a piece is read, the next is on its way into page-locked memory.
+
+    Two buffers suffice: who asks for the next piece has read the one before it, whose buffer is filled again.
+    """
+    stream, starts = torch.cuda.current_stream(flat.device), range(0, flat.numel(), _CHUNK)
+    buffers = [torch.empty(min(_CHUNK, flat.numel()), dtype=torch.uint8, pin_memory=True) for _ in starts[:2]]
+    under_way: list[tuple[Tensor, torch.cuda.Event]] = []
+    for number in range(len(starts) + 1):
+        if number < len(starts):
+            piece = flat[starts[number] : starts[number] + _CHUNK]
+            buffer, arrived = buffers[number % 2][: piece.numel()], torch.cuda.Event()
+            buffer.copy_(piece, non_blocking=True)
+            arrived.record(stream)
+            under_way.append((buffer, arrived))
+        if number:
+            buffer, arrived = under_way.pop(0)
+            arrived.synchronize()
+            yield buffer.numpy().data
 
 
 def configuration_of(model: "VLM") -> str:

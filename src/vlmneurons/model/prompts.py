@@ -88,7 +88,7 @@ class Prompts:
         name = getattr(self.template, "__qualname__", type(self.template).__name__)
         return {"template": name, "template_sha256": digest, "template_kwargs": {}}
 
-    def render(self, text: str, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> str:
+    def render(self, text: str, n_images: int, n_sounds: int = 0, n_videos: int = 0, *, bare: bool = False) -> str:
         """A prompt of one question.
 
         Args:
@@ -96,17 +96,19 @@ class Prompts:
             n_images: how many pictures it shows.
             n_sounds: how many sounds it has.
             n_videos: how many videos.
+            bare: whether the text stands alone after its pictures' placeholders, whatever the template is.
 
         Raises:
             QuestionError: there is no chat template, or it does not show the text as it is.
         """
-        if callable(self.template):
+        if callable(self.template) and not bare:
             more = {name: n for name, n in (("n_sounds", n_sounds), ("n_videos", n_videos)) if n}
             rendered = self.template(text, n_images, **more)
             if not isinstance(rendered, str):
                 raise QuestionError(f"the template function gave {type(rendered).__name__}, not a text")
             return rendered
-        if self.template == "plain" or (self.chat_template is None and type(self.processor).__name__ in _PLAIN_PROMPTS):
+        plain = bare or self.template == "plain"
+        if plain or (self.chat_template is None and type(self.processor).__name__ in _PLAIN_PROMPTS):
             if n_sounds or n_videos:
                 raise QuestionError(
                     "a prompt of text after its pictures' placeholders has no place for sounds and videos; give "

@@ -513,19 +513,28 @@ def offloaded_to(hf_model: nn.Module) -> torch.device | None:
     return None
 
 
-def refuse_edits(model: VLM) -> None:
-    """Refuse a model with standing edits, for a run that would not obey them.
+def refuse_unobeyed(model: VLM) -> None:
+    """Refuse what a run of the library's own would not obey: a model's standing edits, and autocast around the call.
 
-    Edits of ``model.edit`` act in traces only. What runs the model itself knows nothing of them.
+    Edits of ``model.edit`` act in traces only; under autocast the counts would be those of another precision than the
+    weights', and hang on where the call stands.
 
     Raises:
-        MismatchError: the model has edits.
+        MismatchError: the model has edits, or autocast is on for one of its devices.
     """
     if model.nnsight._edits:
         raise MismatchError(
             "this model has standing edits of model.edit(…), which act in traces and nowhere else: this run would not "
             "obey them. Take them off with model.clear_edits(), or use vn.Ablation, which acts everywhere"
         )
+    for kind in sorted({"cpu", *(one.device.type for one in model.hf.parameters())} - {"meta"}):
+        if torch.is_autocast_enabled(kind):
+            raise MismatchError(
+                "torch.autocast is on around this call, which runs in the precision of the weights "
+                f"({model.hf.dtype}): leave it, or turn it off with torch.autocast({kind!r}, enabled=False). Else load "
+                f"the model in it, as VLM.from_pretrained(…, dtype={torch.get_autocast_dtype(kind)}) does; a "
+                "vn.Recorder counts under autocast what the model used"
+            )
 
 
 def check_model(model: object) -> None:

@@ -151,6 +151,28 @@ class NeuronSpace:
         in_order("widths", widths, SiteError, "a list with the width of each layer")
         return cls(tuple(Site(tower, layer, "mlp", kind) for layer in range(len(widths))), tuple(widths))
 
+    @classmethod
+    def join(cls, *spaces: "NeuronSpace") -> "NeuronSpace":
+        """The neurons of several spaces, such as those of two towers, numbered one space after the other.
+
+        Statistics, sets and masks of it are of all its towers at once; `NeuronSet.on` carries sets of one tower to it.
+
+        Args:
+            spaces: one or more, without a site in common.
+
+        Raises:
+            SiteError: no space, or a site in two of them.
+
+        Examples:
+            >>> towers = [NeuronSpace.from_widths(tower, "post", [8, 8]) for tower in ("language", "vision")]
+            >>> NeuronSpace.join(*towers).towers
+            ('language', 'vision')
+        """
+        for number, space in enumerate(spaces):
+            of_kind(f"space {number}", space, NeuronSpace, SiteError)
+        sites = [site for space in spaces for site in space.sites]
+        return cls(tuple(sites), tuple(width for space in spaces for width in space.widths))
+
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Flat index of each site's neuron 0, and the size of the space at the end: ``len(sites) + 1`` numbers."""

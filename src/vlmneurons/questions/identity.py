@@ -24,7 +24,8 @@ def content_of(questions: QuestionSet) -> dict[str, str]:
         text = questions.prompt(item, [item.options[index] for index in order])
         kinds = ((picture_key, item.pictures), (sound_key, item.sounds), (video_key, item.videos))
         media = [_content_of(source, key) for key, sources in kinds for source in sources]
-        asked = digest_of([text, item.options, order, item.answer, item.group, list(item.n_media)])[:16]
+        more = [item.answers] if item.answers else []
+        asked = digest_of([text, item.options, order, item.answer, item.group, list(item.n_media), *more])[:16]
         content[item.id] = f"{asked} {'?' if None in media else digest_of(media)[:16]}"
     return content
 

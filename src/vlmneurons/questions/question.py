@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from vlmneurons.checks import JSON, JSONMapping, is_missing, of_kind
+from vlmneurons.checks import JSON, JSONMapping, is_missing, names, of_kind
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import streams
 from vlmneurons.questions.media import PictureSource, is_function, open_picture, picture_key
@@ -30,14 +30,14 @@ _DEEPEST, _LONGEST = 50, 10**1000
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """One multiple-choice question about a picture.
+    """One question about a picture: with options to choose from, or open.
 
     Attributes:
         image: the picture; several in a list or tuple; None for a question without a picture. Pictures are opened when
             they are needed, not before.
         question: the question's text.
-        options: 2 to 26 answer options, kept as a tuple.
-        answer: index of the right option, from 0.
+        options: 2 to 26 answer options, kept as a tuple; none for an open question, which has ``answers`` instead.
+        answer: index of the right option, from 0; left out of an open question, where it reads 0.
         group: what the question stands for, such as a country.
         id: unique within a set. Derived from the content if left out.
         metadata: further plain values by name, for filtering and grouping. Missing ones (NaN, pandas' NA) become None,
@@ -49,26 +49,31 @@ class Question:
         video: a video, or several in a list: an array ``[frame, height, width, 3]`` of uint8, a list of its frames as
             pictures, a file, its bytes, or a function. Of a file two frames a second are seen, at most 64. Moving
             pictures (GIF, WebP) are read as they are; others need ``pip install 'vlmneurons[video]'``.
+        answers: texts that an open question accepts, kept as a tuple; one for each person asked, repeated where they
+            agree, where a scorer counts them (`vlmneurons.vqa_accuracy`).
 
     Raises:
-        QuestionError: the answer is not the index of an option, a field has the wrong form, metadata hold what no file
-            can, or the options bear letters of their own that contradict their places.
+        QuestionError: neither options nor answers; the answer is not the index of an option; a field has the wrong
+            form; metadata hold what no file can; or the options bear letters of their own that contradict their places.
 
     Examples:
         >>> Question(None, "What is the capital?", ("Cairo", "Paris"), 0, "Egypt", id="q1").options[0]
+        'Cairo'
+        >>> Question(None, "What is the capital?", answers=["Cairo", "Kairo"], group="Egypt").right
         'Cairo'
     """
 
     image: PictureSource | Sequence[PictureSource] | None
     question: str
-    options: Sequence[str]
-    answer: int
-    group: str
+    options: Sequence[str] = ()
+    answer: int = -1
+    group: str = ""
     id: str = ""
     metadata: JSONMapping = field(default_factory=dict)
     image_id: str | None = None
     audio: SoundSource | Sequence[SoundSource] | None = None
     video: VideoSource | Sequence[VideoSource] | None = None
+    answers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         where = self._where
@@ -79,17 +84,25 @@ class Question:
             raise QuestionError(f"{where}: options are a sequence of strings; got {self.options!r}")
         if not isinstance(self.question, str):
             raise QuestionError(f"{where}: the question is a string; got {type(self.question).__name__}")
-        if not 2 <= len(self.options) <= len(LETTERS):
-            raise QuestionError(f"{where}: a question has 2 to {len(LETTERS)} options; got {len(self.options)}")
+        object.__setattr__(self, "answers", self._answers())
+        if not 2 <= len(self.options) <= len(LETTERS) and not self.is_open:
+            raise QuestionError(
+                f"{where}: a question has 2 to {len(LETTERS)} options; got {len(self.options)}"
+                + ("" if self.options else ". An open one has none, and answers=[…] that it accepts")
+            )
         if isinstance(self.answer, bool) or not isinstance(self.answer, int | np.integer):
             raise QuestionError(f"{where}: answer is the index of the right option; got {self.answer!r}")
-        if not 0 <= self.answer < len(self.options):
+        if self.is_open and self.answer in (-1, 0):
+            object.__setattr__(self, "answer", 0)
+        elif self.is_open:
+            raise QuestionError(f"{where}: an open question has no option {self.answer}: leave answer out")
+        elif not 0 <= self.answer < len(self.options):
             raise QuestionError(
                 f"{where}: answer {self.answer} is outside the options (0–{len(self.options) - 1})"
                 f"{why_outside([int(self.answer)], len(self.options))}"
             )
         object.__setattr__(self, "answer", int(self.answer))
-        right = normalize(self.options[self.answer])
+        right = normalize(self.right)
         if sum(normalize(option) == right for option in self.options) > 1:
             raise QuestionError(
                 f"{where}: the right answer {self.options[self.answer]!r} stands among the options twice"
@@ -118,10 +131,20 @@ class Question:
             object.__setattr__(self, "id", str(self.id))
         for name, text in (("question", self.question), ("group", self.group), ("id", self.id)):
             _check_text(f"{where}: the {name}", text)
-        for option in self.options:
-            _check_text(f"{where}: an option", option)
+        for text in (*self.options, *self.answers):
+            _check_text(f"{where}: an {'option' if text in self.options else 'answer'}", text)
         if not self.id:
             object.__setattr__(self, "id", self._derived_id())
+
+    def _answers(self) -> tuple[str, ...]:
+        given = () if is_missing(self.answers) else self.answers
+        try:
+            answers = names("answers", given, QuestionError)
+        except QuestionError as error:
+            raise QuestionError(f"{self._where}: {error}") from error
+        if not all(answer.strip() for answer in answers):
+            raise QuestionError(f"{self._where}: one of its answers is empty; got {list(answers)!r}")
+        return answers
 
     def _check_pictures(self) -> None:
         where = self._where
@@ -157,7 +180,8 @@ class Question:
             pictures = [key(source) for key, source in self._keyed if not is_function(source)]
         else:
             pictures = list(self.source_keys)
-        return derived_id(self.question, self.options, self.answer, self.group, pictures, self.image_id)
+        more = [self.answers] if self.answers else []
+        return derived_id(self.question, self.options, self.answer, self.group, pictures, self.image_id, *more)
 
     @property
     def pictures(self) -> tuple[PictureSource, ...]:
@@ -203,9 +227,14 @@ class Question:
         return tuple(len(video) if isinstance(video, list | tuple | np.ndarray) else 0 for video in self.videos)
 
     @property
+    def is_open(self) -> bool:
+        """Whether the question has no options, but answers that it accepts."""
+        return not self.options and bool(self.answers)
+
+    @property
     def right(self) -> str:
-        """The text of the right option."""
-        return self.options[self.answer]
+        """The text of the right option; of an open question the first answer that it accepts."""
+        return self.answers[0] if self.is_open else self.options[self.answer]
 
     def load_images(self) -> tuple[Image.Image, ...]:
         """The pictures, opened: RGB, upright (EXIF rotation applied), transparency on white, first frame of several.
@@ -284,7 +313,8 @@ class Question:
         They do where they bear letters of their own (``"A. Oslo"``, ``"(B) Paris"``), name other options' letters
         (``"Both A and B"``), or point to those above (``"None of the above"``, in fifteen languages).
         """
-        return _bears_letters(self.options) or any(_refers(text, len(self.options)) for text in self.options)
+        about_others = any(_refers(text, len(self.options)) for text in self.options)
+        return about_others or (bool(self.options) and _bears_letters(self.options))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Question):
@@ -296,7 +326,8 @@ class Question:
 
     @property
     def _plain(self) -> tuple[object, ...]:
-        return (self.question, self.options, self.answer, self.group, self.id, self.metadata, self.n_media)
+        fixed = (self.question, self.options, self.answer, self.group, self.id, self.answers)
+        return (*fixed, self.metadata, self.n_media)
 
 
 def _are_equal(a: Any, b: Any) -> bool:
@@ -437,7 +468,7 @@ def value_of(item: Question, key: str | Callable[[Question], object]) -> object:
     """
     if callable(key):
         return key(item)
-    if key in ("id", "question", "options", "answer", "group", "right", "n_images", "image_id"):
+    if key in ("id", "question", "options", "answer", "answers", "group", "right", "n_images", "image_id"):
         return getattr(item, key)
     if key in item.metadata:
         return item.metadata[key]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, overload
 
-from vlmneurons.checks import is_missing, of_kind, share, whole
+from vlmneurons.checks import Keywords, is_missing, names, of_kind, share, whole
 from vlmneurons.errors import GroupError, QuestionError
 from vlmneurons.questions import tables
 from vlmneurons.questions.question import LETTERS, Question, hash_of, listed, value_of
@@ -35,10 +35,15 @@ def open_prompt(question: Question, options: Sequence[str]) -> str:
     return question.question
 
 
-ANSWERS = ("letters", "generate", "text")
+def bare_prompt(question: Question, options: Sequence[str]) -> str:
+    """The question alone, after its pictures' placeholders: no chat template is put around it. For running text."""
+    return question.question
+
+
+ANSWERS = ("letters", "generate", "text", "running")
 """The ways of reading an answer; see `vlmneurons.run.readers`."""
 
-_PROMPTS: dict[str, Prompt] = {"multiple choice": multiple_choice_prompt, "open": open_prompt}
+_PROMPTS: dict[str, Prompt] = {"multiple choice": multiple_choice_prompt, "open": open_prompt, "bare": bare_prompt}
 
 
 class QuestionSet(Sequence[Question]):
@@ -48,11 +53,13 @@ class QuestionSet(Sequence[Question]):
 
     Args:
         questions: any iterable of `Question`.
-        prompt: the user's turn, as a function of the question and its options in shown order; or ``"multiple choice"``
-            or ``"open"`` for one of the built-in prompts. By default the one that fits ``answer``.
+        prompt: the user's turn, as a function of the question and its options in shown order; or ``"multiple choice"``,
+            ``"open"`` or, without a chat template, ``"bare"`` for one of the built-in prompts. By default the one that
+            fits ``answer``.
         answer: how the answer is read: ``"letters"`` (the logits of the option letters, one forward), ``"generate"``
-            (greedy generation, parsed) or ``"text"`` (likelihood of each option's text); or an object of
-            `vlmneurons.run.readers`.
+            (greedy generation, parsed), ``"text"`` (likelihood of each option's text) or ``"running"`` (likelihood of
+            the question's own text); or an object of `vlmneurons.run.readers`, such as
+            ``Generate(scorer=vn.exact_match)`` for open questions.
         shuffle: seed of the order in which each question's options are shown, drawn per question from (seed, id);
             None shows them as they are. Options that speak of each other's letters or places (``"A. Oslo"``, ``"Both A
             and B"``, ``"None of the above"``; see `Question.keeps_order`) are always shown as they are, and the log
@@ -120,6 +127,8 @@ class QuestionSet(Sequence[Question]):
     def prompt(self) -> Prompt:
         """The function that writes the user's turn."""
         if self._prompt is None:
+            if self.answer == "running" or getattr(self.answer, "prompt", None) == "bare":
+                return bare_prompt
             shows = getattr(self.answer, "shows_options", self.answer != "text")
             return multiple_choice_prompt if shows else open_prompt
         return _PROMPTS[self._prompt] if isinstance(self._prompt, str) else self._prompt
@@ -381,11 +390,36 @@ class QuestionSet(Sequence[Question]):
     # -- where they come from ------------------------------------------------------------------------------------------
 
     @classmethod
+    def from_texts(cls, texts: Mapping[str, Sequence[str]], **how: Any) -> "QuestionSet":
+        """Running text, such as articles in several languages: each text is read as it stands, without a chat template.
+
+        A text is a question that is its own answer; its score is the mean log-likelihood of its tokens, in nats (see
+        `vlmneurons.RunningText`), so that ``exp(-score)`` is its perplexity. It is neither right nor wrong.
+
+        Args:
+            texts: the texts of each group, by its name. Their ids are derived from them: a text that stands twice in a
+                group is refused.
+            **how: ``answer`` of the set: another `vlmneurons.RunningText`.
+
+        Raises:
+            QuestionError: a text is empty or none, stands twice, or a single text is given for a list.
+
+        Example:
+            ``QuestionSet.from_texts({"de": german, "fr": french})``
+        """
+        of_kind("texts", texts, Mapping, QuestionError, "a dictionary of texts by group")
+        named = {group: names(f"texts[{group!r}]", several, QuestionError) for group, several in texts.items()}
+        asked = [Question(None, text, group=group, answers=[text]) for group, own in named.items() for text in own]
+        return cls(asked, **{"answer": "running", "shuffle": None, **how})
+
+    @classmethod
     def from_folder(
         cls,
         folder: str | Path,
         table: str | None = None,
         columns: Mapping[str, str | Sequence[str]] | None = None,
+        *,
+        options: Sequence[str] | None = None,
         **how: Any,
     ) -> "QuestionSet":
         """Questions from a folder that holds a CSV or JSON Lines table and picture files.
@@ -393,12 +427,15 @@ class QuestionSet(Sequence[Question]):
         The table has the columns ``image`` (a path within the folder, or a picture in base64; empty for none; several
         as a JSON list), ``question``, ``options`` (a list, or columns ``A``, ``B``, ``C``, ``D`` …, or ``a``, ``b``
         …), ``answer`` (an index from 0, a letter, or the right option's text; refused where these differ), ``group``,
-        and optionally ``id`` and ``image_id``; every further column becomes metadata.
+        and optionally ``id`` and ``image_id``; every further column becomes metadata. Open questions have ``answers``
+        (a list of texts that are accepted, or of dictionaries with an ``answer`` each) in place of ``options`` and
+        ``answer``, from the column that ``columns`` names for it.
 
         Args:
             folder: the folder.
             table: name of the table within it; by default the only ``.csv``, ``.tsv`` or ``.jsonl`` file.
             columns: the table's own name of each field, where it differs; see `from_dataset`.
+            options: those of every row, where the table has none, such as ``("yes", "no")``.
             **how: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
@@ -409,11 +446,17 @@ class QuestionSet(Sequence[Question]):
         of_kind("folder", folder, (str, os.PathLike), QuestionError, "a path")
         of_kind("table", table, (str, type(None)), QuestionError, "the name of a file")
         path, rows = tables.rows_of_folder(Path(folder), table)
-        return cls(tables.questions_of_rows(rows, columns, f"{path}, row", start=1, folder=Path(folder)), **how)
+        where: Keywords = {"start": 1, "folder": Path(folder), "options": options}
+        return cls(tables.questions_of_rows(rows, columns, f"{path}, row", **where), **how)
 
     @classmethod
     def from_dataset(
-        cls, dataset: object, columns: Mapping[str, str | Sequence[str]] | None = None, **how: Any
+        cls,
+        dataset: object,
+        columns: Mapping[str, str | Sequence[str]] | None = None,
+        *,
+        options: Sequence[str] | None = None,
+        **how: Any,
     ) -> "QuestionSet":
         """Questions from a dataset of `datasets` (one split). Pictures stay on disk until they are needed.
 
@@ -426,6 +469,7 @@ class QuestionSet(Sequence[Question]):
             columns: the dataset's own name of each field, where it differs: ``{"image": "photo", "group": "country"}``;
                 several for pictures and options that stand in columns of their own: ``{"image": ["image_1",
                 "image_2"]}``, of which a row may leave some empty.
+            options: those of every row, where the dataset has none, such as ``("yes", "no")``.
             **how: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
@@ -442,17 +486,23 @@ class QuestionSet(Sequence[Question]):
             raise QuestionError(f"from_dataset takes one split; got a {type(dataset).__name__} of {splits}: choose one")
         rows = tables.rows_of_dataset(dataset)
         names = tables.names_in_dataset(dataset)
-        return cls(tables.questions_of_rows(rows, columns, "dataset row", names=names), **how)
+        return cls(tables.questions_of_rows(rows, columns, "dataset row", names=names, options=options), **how)
 
     @classmethod
     def from_rows(
-        cls, rows: object, columns: Mapping[str, str | Sequence[str]] | None = None, **how: Any
+        cls,
+        rows: object,
+        columns: Mapping[str, str | Sequence[str]] | None = None,
+        *,
+        options: Sequence[str] | None = None,
+        **how: Any,
     ) -> "QuestionSet":
         """Questions from dictionaries, or a table of pandas, with the columns that `from_folder` describes.
 
         Args:
             rows: dictionaries, or a `pandas.DataFrame`. Pictures may be all that `Question` takes, in lists too.
             columns: the table's own name of each field, where it differs; see `from_dataset`.
+            options: those of every row, where the table has none, such as ``("yes", "no")``.
             **how: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
@@ -461,7 +511,7 @@ class QuestionSet(Sequence[Question]):
         Example:
             ``QuestionSet.from_rows(pandas.read_parquet("mine.parquet"), columns={"group": "country"})``
         """
-        return cls(tables.questions_of_rows(tables.rows_of_table(rows), columns, "row"), **how)
+        return cls(tables.questions_of_rows(tables.rows_of_table(rows), columns, "row", options=options), **how)
 
 
 def _name_of_cluster(key: str, items: Sequence[Question]) -> str:

@@ -26,8 +26,8 @@ from vlmneurons.questions import media, streams
 from vlmneurons.questions.media import Base64Picture, DatasetPicture
 from vlmneurons.questions.question import LETTERS, Question, derived_id
 
-FIELDS = ("image", "question", "options", "answer", "group", "id", "image_id", "audio", "video")
-"""What a table says of a question; every further column is metadata."""
+FIELDS = ("image", "question", "options", "answer", "group", "id", "image_id", "audio", "video", "answers")
+"""What a table says of a question; every further column is metadata, as are answers that ``columns`` does not name."""
 
 _MEDIA = {"image": "picture", "audio": "sound", "video": "video"}
 """Fields that are shown or heard, and how errors call what they hold."""
@@ -260,6 +260,7 @@ def questions_of_rows(
     start: int = 0,
     folder: Path | None = None,
     names: Sequence[str] | None = None,
+    options: Sequence[str] | None = None,
 ) -> list[Question]:
     """The questions of rows.
 
@@ -270,6 +271,7 @@ def questions_of_rows(
         start: number of the first row.
         folder: where paths of pictures begin, and which they may not leave.
         names: the columns that there are; by default those of all rows.
+        options: those of every row, where the table has none.
 
     Raises:
         QuestionError: a column is not there, or a row is no question.
@@ -277,6 +279,11 @@ def questions_of_rows(
     rows = rows if names is not None else list(rows)
     have = list(names if names is not None else dict.fromkeys(name for row in rows for name in row))
     column_of = _columns(columns, have, needed=names is not None)
+    if options is not None and (column_of["options"] or "answers" in column_of):
+        own = (*column_of["options"], *column_of.get("answers", ()))[0]
+        raise QuestionError(
+            f"options={options!r} are for every row, and the table has its own in {own!r}: leave one out"
+        )
     questions = []
     for number, row in enumerate(rows, start=start):
         place = f"{where} {number}"
@@ -290,6 +297,8 @@ def questions_of_rows(
                 if field == "options" and sorted(filled, reverse=True) != filled:
                     raise QuestionError(f"{place}: option {its[filled.index(False)]!r} is empty, one after it is not")
                 fields[field] = [cell for cell, there in zip(cells, filled, strict=True) if there]
+        if options is not None:
+            fields["options"] = options if isinstance(options, str) else list(options)
         questions.append(question_of_row(fields, rest, place, folder, column_of))
     return questions
 
@@ -311,7 +320,8 @@ def _columns(columns: JSONMapping | None, have: Sequence[object], *, needed: boo
     twice = [name for field in columns or {} for name in column_of[field]]
     if len(set(twice)) < len(twice):
         _refuse_twice(twice, "columns")
-    for field in dict.fromkeys((*(columns or ()), "question", "answer", "group")):
+    needs = ("question", "group", *(("answer",) if "answers" not in (columns or {}) else ()))
+    for field in dict.fromkeys((*(columns or ()), *needs)):
         absent = [name for name in column_of[field] if name not in have]
         if absent and (needed or field in (columns or {})) and have:
             what = "dataset" if needed else "table"
@@ -320,7 +330,7 @@ def _columns(columns: JSONMapping | None, have: Sequence[object], *, needed: boo
                 f"{_advice(field, absent[0], have)}"
             )
     # A field's usual name is another field's column, or stays metadata, where the field has a column of its own.
-    taken = {name for field in columns or {} for name in column_of[field]}
+    taken = {name for field in columns or {} for name in column_of[field]} | {"answers"}
     column_of = {name: its for name, its in column_of.items() if name in (columns or {}) or not taken.intersection(its)}
     return {name: tuple(one for one in its if one in have) for name, its in column_of.items()}
 
@@ -372,8 +382,11 @@ def question_of_row(
         QuestionError: it is no question, or something of it would be lost.
     """
     rest = dict(rest)
-    options = _options(fields.get("options"), rest, where)
-    missing = [name for name in ("question", "answer", "group") if _is_empty(fields.get(name))]
+    answers = _answers(fields["answers"], where) if "answers" in fields else []
+    options = [] if answers and _is_empty(fields.get("options")) else _options(fields.get("options"), rest, where)
+    is_open = bool(answers) and not options
+    needs = ("question", "group") if is_open else ("question", "answer", "group")
+    missing = [name for name in needs if _is_empty(fields.get(name))]
     missing = [name for name in missing if name != "answer" or fields.get(name) in (None, "")]
     if missing:
         names = [str(name) for name in (*fields, *rest)]
@@ -391,11 +404,13 @@ def question_of_row(
     refuse_unasked(rest, where, folder, pictures, column_of)
     question, group = str(fields["question"]), str(fields["group"])
     right = answer_index(fields["answer"], options, where) if 2 <= len(options) <= len(LETTERS) else 0
+    if is_open and not _is_empty(fields.get("answer")):
+        rest["answer"] = fields["answer"]  # nothing of a row is lost
     identity, image_id = (None if _is_empty(fields.get(name)) else str(fields[name]) for name in ("id", "image_id"))
     texts = tuple(map(str, options))
     if identity is None and folder is not None and pictures:  # the same wherever the folder lies
         named = [str(part.relative_to(folder) if isinstance(part, Path) else part) for part in pictures]
-        identity = derived_id(question, texts, right, group, named, str(image_id))
+        identity = derived_id(question, texts, right, group, named, str(image_id), *([answers] if answers else []))
     try:
         item = Question(
             shown["image"][0] if len(shown["image"]) == 1 else shown["image"] or None,
@@ -405,6 +420,7 @@ def question_of_row(
             image_id=image_id,
             audio=list(shown["audio"]),
             video=list(shown["video"]),
+            answers=answers,
         )
     except QuestionError as error:
         raise QuestionError(f"{where}: {error}") from error
@@ -445,6 +461,18 @@ def _options(options: Any, rest: JSON, where: str) -> list[Any]:
     if not options and (advice := _advice("options", "options", list(rest))):
         raise QuestionError(f"{where}: no options; the row has {', '.join(map(str, rest))}{advice}")
     return list(options)
+
+
+def _answers(cell: Any, where: str) -> list[str]:
+    """The answers that an open question accepts: texts, or the ``{"answer": text, …}`` of people who were asked."""
+    cell = cell.tolist() if hasattr(cell, "tolist") else cell
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        cell = literal_list(cell, f"{where}: answers must be a JSON list")
+    parts = [cell] if isinstance(cell, str) else cell
+    found = [part.get("answer") if isinstance(part, Mapping) else part for part in parts or ()]
+    if not found or not all(isinstance(part, str | int | float | np.generic) and not _is_empty(part) for part in found):
+        raise QuestionError(f"{where}: answers are texts that the question accepts, at least one; got {cell!r:.120}")
+    return list(map(str, found))
 
 
 def _lettered(rest: JSON, where: str) -> list[str]:

@@ -32,6 +32,9 @@ from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
 from vlmneurons.statistics.attributions import AttributionStatistics
 
+REDUCE = ("sum", "max")
+"""Over tokens: their sum, or the highest of theirs."""
+
 METHODS = ("gradient", "integrated")
 """Activation times gradient; or gradients integrated while a layer's neurons grow from zero (knowledge neurons)."""
 
@@ -42,6 +45,7 @@ def attribute(
     space: NeuronSpace | None = None,
     *,
     method: str = "gradient",
+    reduce: str = "sum",
     steps: int = 20,
     condition: str = "correct",
     tokens: TokenRule | None = None,
@@ -62,10 +66,12 @@ def attribute(
         model: the model.
         questions: what to ask, and how. Answers must be read by likelihood: by letters or by text.
         space: the neurons; by default the gates of the language tower. Gate, up and post give the same numbers, because
-            a factor on one is a factor on the product.
+            a factor on one is a factor on the product; at ``pre`` it is one on what goes into the activation function.
         method: ``"gradient"``: activation times gradient, one backward a question. ``"integrated"``: integrated
             gradients of one layer's neurons at a time, growing from zero: ``layers * steps`` backwards a question; the
             attributions of a layer add up to what the layer's neurons contribute to the margin (up to the steps).
+        reduce: over tokens, ``"sum"``, or ``"max"``, the highest of theirs (padding left out), for which the gradients
+            of all tokens are kept: of ``"gradient"`` only.
         steps: number of steps of the integral (midpoint rule).
         condition: which questions enter: ``"correct"``, ``"wrong"`` or ``"all"``.
         tokens: at which tokens neurons of the language tower are looked at; None for all, as ablation acts on all.
@@ -82,17 +88,22 @@ def attribute(
     Raises:
         QuestionError: answers are read by generation, or a question cannot be asked. Its ``partial``, like that of any
             error or interrupt on the way, holds the attributions of the questions before.
-        MismatchError: the space is not this model's, or is of ``pre``, whose factor is none on the product.
+        MismatchError: the space is not this model's, or is of ``pre`` and integrated, where it is no neuron that grows.
         ActivationError: a gradient is NaN or infinite; the message names the site and the question.
 
     Source: activation times gradient, Shrikumar et al. 2017 (arXiv 1704.02685); integrated gradients of MLP neurons,
-    Dai et al. 2022 (arXiv 2104.08696), from which `IntegratedGradients` says where this deviates.
+    Dai et al. 2022 (arXiv 2104.08696), from which `IntegratedGradients` says where this deviates. The maximum over
+    tokens, at ``pre``, less that of a control data set (`AttributionStatistics` can be subtracted), is the rule of
+    CULNIG (ICLR 2026), which also multiplies by the probability of the right answer.
     """
-    for name, given, allowed in (("method", method, METHODS), ("condition", condition, CONDITIONS)):
+    rules_of = (("method", method, METHODS), ("condition", condition, CONDITIONS), ("reduce", reduce, REDUCE))
+    for name, given, allowed in rules_of:
         if given not in allowed:
             raise QuestionError(f"{name}={given!r} does not exist; choose from {', '.join(allowed)}")
     check_model(model)
     of_kind("space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')")
+    if reduce == "max" and method != "gradient":
+        raise QuestionError("reduce='max' is of method='gradient': an integral is of sums over tokens")
     if (steps := whole("steps", steps, QuestionError)) < 1:
         raise QuestionError(f"steps={steps} is less than 1")
     if not 0 < (threshold := real("threshold", threshold, QuestionError)) < 1:
@@ -103,10 +114,13 @@ def attribute(
     questions = to_ask(questions, answer, "to attribute")
     engine = engine_of(model, questions, remote)
     need_gradients(engine, "attribution")
-    factors = _Factors(model, model.space() if space is None else space, tokens)
+    factors = _Factors(model, model.space() if space is None else space, tokens, reduce == "max")
+    if method == "integrated" and any(site.kind == "pre" for site in factors.space):
+        raise MismatchError("integrated gradients grow a neuron from zero: use 'gate' or 'post', not 'pre'")
     rules = {
         "method": method,
         **({"steps": steps} if method == "integrated" else {}),
+        **({"reduce": reduce} if reduce != "sum" else {}),
         "tokens": "all" if tokens is None else rule_name(tokens),
         "condition": condition,
         "threshold": threshold,
@@ -191,23 +205,22 @@ class _AttributionJob(Job["Tensor | None"]):
 class _Factors:
     """A factor on every neuron of a space, for one question at a time, and the margin's derivatives by them."""
 
-    def __init__(self, model: VLM, space: NeuronSpace, tokens: TokenRule | None) -> None:
-        self.model, self.space, self.tokens = model, space, tokens
+    def __init__(self, model: VLM, space: NeuronSpace, tokens: TokenRule | None, highest: bool = False) -> None:
+        self.model, self.space, self.tokens, self.highest = model, space, tokens, highest
         model.check_space(space)
-        for site in space.sites:
-            if site.kind == "pre":
-                raise MismatchError(
-                    f"{site}: a factor before the activation function is none on the neuron; use 'gate' or 'post'"
-                )
         self._handles: list[Handle] = []
         self._active: dict[int, Tensor] = {}
+        self._by_token: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        """Where the highest of all tokens is wanted: for each visit of a site a factor a token, and the number of each
+        token that counts, -1 for others; None where all do and are different ones."""
         self._mask: Tensor | None = None
 
     def __enter__(self) -> "_Factors":
         try:
             for number, site in enumerate(self.space.sites):
-                mlp = self.model.mlp_of(site.at("post"))
-                self._handles.append(write(self.model.hf, mlp, "post", self._editor(number)))
+                kind = "pre" if site.kind == "pre" else "post"
+                mlp = self.model.mlp_of(site.at(kind))
+                self._handles.append(write(self.model.hf, mlp, kind, self._editor(number)))
         except BaseException:
             self.__exit__()
             raise
@@ -230,10 +243,11 @@ class _Factors:
             number: torch.full((self.space.widths[number],), value, dtype=self._dtype, device=device).requires_grad_()
             for number in sites
         }
+        self._by_token = {number: [] for number in sites if self.highest}
         try:
             yield
         finally:
-            self._active = {}
+            self._active, self._by_token = {}, {}
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -243,7 +257,8 @@ class _Factors:
     @contextlib.contextmanager
     def watch(self, batch: Batch, rows: list[int]) -> Iterator[None]:
         """Told what the run's tokens are."""
-        self._mask = None if self.tokens is None else batch.tokens.counted(self.tokens)
+        every = batch.tokens.attention if self.highest else None
+        self._mask = every if self.tokens is None else batch.tokens.counted(self.tokens)
         yield
 
     def _editor(self, number: int) -> Callable[..., Tensor | None]:
@@ -255,6 +270,9 @@ class _Factors:
                 return None
             if factor.device != values.device:
                 factor = factor.to(values.device)
+            if self.highest:
+                factor = factor.detach().expand(values.shape).clone().requires_grad_()
+                self._by_token[number].append((factor, None))
             changed = (values.to(factor.dtype) * factor).to(values.dtype)
             if self._mask is None or not in_language:
                 return changed
@@ -268,6 +286,10 @@ class _Factors:
                     f"{self.space.sites[number]} has values at {tuple(values.shape[:-1])} tokens, the input has "
                     f"{tuple(mask.shape)}: tokens cannot be told apart here; attribute with tokens=None"
                 )
+            if self.highest:
+                numbers = torch.arange(mask.numel(), device=mask.device) if tokens is None else tokens.flatten()
+                numbers = (numbers % mask.shape[1]).reshape(here.shape)  # a question's rows show the same prompt
+                self._by_token[number][-1] = (factor, torch.where(here, numbers, -1))
             return torch.where(here[..., None], changed, values)
 
         return scale
@@ -278,12 +300,22 @@ class _Factors:
         Raises:
             ActivationError: one is not finite; the message names the site and the question.
         """
-        numbers = list(self._active)
-        found = torch.autograd.grad(margin, [self._active[number] for number in numbers], allow_unused=True)
+        if self.highest:
+            visits = [(number, *visit) for number, several in self._by_token.items() for visit in several]
+        else:
+            visits = [(number, factor, None) for number, factor in self._active.items()]
+        found = torch.autograd.grad(margin, [factor for _, factor, _ in visits], allow_unused=True)
         result = torch.zeros(len(self.space), dtype=torch.float64)
-        for number, part in zip(numbers, found, strict=True):
+        parts: dict[int, list[Tensor]] = {}
+        for (number, _, tokens), part in zip(visits, found, strict=True):
             if part is None:
                 continue  # an expert that no token was routed to
+            if tokens is not None:  # what rows of one token say is added
+                kept, place = torch.unique(tokens[tokens >= 0], return_inverse=True)
+                part = part.new_zeros((len(kept), part.shape[-1])).index_add_(0, place, part[tokens >= 0])
+            parts.setdefault(number, []).append(part)
+        for number, several in parts.items():
+            part = torch.cat([one.flatten(0, -2) for one in several]).amax(0) if self.highest else several[0]
             if not torch.isfinite(part).all():
                 raise ActivationError(f"NaN or infinite gradients at {self.space.sites[number]}, question {question!r}")
             result[self.space.offsets[number] : self.space.offsets[number + 1]] = part.double().cpu()

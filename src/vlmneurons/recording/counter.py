@@ -1,6 +1,8 @@
 """Counting one forward: hooks at the sites of a space, and what each of them saw for every row of the batch."""
 
 import contextlib
+import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,7 @@ from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.run.engine import Counts
 from vlmneurons.run.owners import OWNERS
 from vlmneurons.statistics.counting import count_patches, count_routed, count_tokens
+from vlmneurons.statistics.items import ItemStatistic
 
 
 class NotFinite(ActivationError):
@@ -27,6 +30,14 @@ class NotFinite(ActivationError):
     def __init__(self, site: Site, row: int) -> None:
         super().__init__(f"NaN or infinite activations at {site}, row {row} of the batch")
         self.site, self.row = site, row
+
+
+class BadStatistic(ActivationError):
+    """A statistic of the user's with another shape than it must have, or NaN: at which site, in which row."""
+
+    def __init__(self, what: str, name: str, site: Site, row: int) -> None:
+        super().__init__(f"the statistic {name!r} {what}, at {site}")
+        self.row = row
 
 
 @dataclass
@@ -80,9 +91,11 @@ class Counter:
     Args:
         model: the model.
         space: the neurons to count.
-        tokens: which tokens count.
+        tokens: which tokens count; or several rules by name, each of which is counted for itself: the rows of a batch
+            then stand there once for each rule, one rule after the other.
         magnitudes: whether sums of the values are wanted.
         maxima: whether their maxima are.
+        statistics: functions of each question's values, by name; see `vlmneurons.record_items`.
 
     Attributes:
         sites: what was counted at each site in the last forward.
@@ -99,9 +112,10 @@ class Counter:
         model: VLM,
         space: NeuronSpace | None,
         *,
-        tokens: TokenRule,
+        tokens: TokenRule | Mapping[str, TokenRule],
         magnitudes: bool = False,
         maxima: bool = False,
+        statistics: Mapping[str, ItemStatistic] | None = None,
     ) -> None:
         check_model(model)
         of_kind(
@@ -117,12 +131,20 @@ class Counter:
                 f"{type(model.hf).__name__} is an encoder-decoder model: its decoder sees other tokens than its other "
                 "towers. Record model.space('language') in a Recorder of its own"
             )
-        if isinstance(tokens, str) and tokens not in TOKEN_RULES:
-            raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
+        self.rules: tuple[TokenRule, ...] = tuple(tokens.values()) if isinstance(tokens, Mapping) else (tokens,)
         self.in_vision = [site.tower in ("vision", "projector") for site in self.space.sites]
-        if tokens in ("text", "last") and any(self.in_vision):
-            raise QuestionError(f"tokens={tokens!r} counts words; a vision tower has none. Record it with 'image'")
+        for rule in self.rules:
+            if isinstance(rule, str) and rule not in TOKEN_RULES:
+                raise QuestionError(f"tokens={rule!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
+            if rule in ("text", "last") and any(self.in_vision):
+                raise QuestionError(f"tokens={rule!r} counts words; a vision tower has none. Record it with 'image'")
+        if isinstance(tokens, Mapping) and (not tokens or any(self.in_vision)):
+            what = "no rule was given" if not tokens else "a vision tower sees pictures alone: record it by itself"
+            raise QuestionError(f"tokens by name are groups of the decoder's tokens, and {what}")
         self.tokens = tokens
+        self.statistics = dict(statistics or {})
+        if self.statistics and any(self.model.mlp_of(site).routed for site in self.space.sites):
+            raise MismatchError("a statistic looks at all tokens of a question, and an expert sees some: leave it out")
         self.magnitudes = flag("magnitudes", magnitudes, MismatchError)
         self.maxima = flag("maxima", maxima, MismatchError)
         self.sites = [SiteState(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
@@ -133,6 +155,9 @@ class Counter:
         self.frame: Frame | None = None
         self._watched: Frame | None = None
         self._scratch: dict[Any, Any] = {}
+        self._bad: list[tuple[int, Tensor]] = []
+        self._further: dict[int, dict[Any, Any]] = {}
+        """What sites share, of each rule beside the first."""
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
@@ -163,6 +188,7 @@ class Counter:
             OWNERS.give(hf)
             self.forget()
             self._scratch.clear()
+            self._further.clear()
 
     def _begin_watched(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.
@@ -178,24 +204,45 @@ class Counter:
                 if tokens is not None and not self.in_vision[number]:
                     strict = self.strict or number == self._sentinel
                     how = (self.magnitudes, self.maxima, strict)
-                    self._add(number, count_routed(values, tokens, self.frame.mask, *how))
+                    parts = [count_routed(values, tokens, mask, *how) for mask in self._masks(self.frame)]
+                    self._add(number, _stacked(parts))
                 else:
                     count(number, values, self.frame)
 
         return see
 
-    def _how(self, number: int) -> Keywords:
+    def _how(self, number: int, rule: int = 0) -> Keywords:
         strict = self.strict or number == self._sentinel
-        return {"totals": self.magnitudes, "maxima": self.maxima, "scratch": self._scratch, "strict": strict}
+        scratch = self._scratch if rule == 0 else self._further.setdefault(rule, {})
+        return {"totals": self.magnitudes, "maxima": self.maxima, "scratch": scratch, "strict": strict}
+
+    def _masks(self, frame: Frame) -> tuple[Tensor, ...]:
+        """``[row, token]`` which tokens of a forward each rule counts."""
+        return frame.mask.chunk(len(self.rules))
 
     def _add(self, number: int, counts: Counts) -> None:
         bad = counts.get("bad")
-        if bad is not None and bool(bad.any()):
-            raise NotFinite(self.space.sites[number], int(bad.nonzero()[0]))
+        if bad is not None:
+            self._bad.append((number, bad))
         self.sites[number].add({name: table for name, table in counts.items() if name != "bad"})
 
+    def check_finite(self) -> None:
+        """Refuse a forward with values that are not finite, once it is over: asking in it, the host waits for a GPU.
+
+        Raises:
+            NotFinite: a counted token had such values; at the first site where one had.
+        """
+        found, self._bad = self._bad, []
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for _, bad in found:
+            by_device.setdefault(bad.device, []).append(bad)
+        if any(bool(torch.cat(all_of).any()) for all_of in by_device.values()):
+            number, bad = next(one for one in found if bool(one[1].any()))
+            raise NotFinite(self.space.sites[number], int(bad.nonzero()[0]) % (len(bad) // len(self.rules)))
+
     def _count_tokens(self, number: int, values: Float[Tensor, "*any neuron"], frame: Frame) -> None:
-        site, mask = self.space.sites[number], frame.mask
+        site, masks = self.space.sites[number], self._masks(frame)
+        mask = masks[0]
         if site.tower not in ("language", "encoder"):
             raise MismatchError(
                 f"{site}: what the tower {site.tower!r} sees is neither the text's tokens nor, for all "
@@ -206,7 +253,35 @@ class Counter:
                 f"{site} has values at {tuple(values.shape[:-1])} tokens, the input has {tuple(mask.shape)}: "
                 "this model's decoder does not see its input tokens one to one, so they cannot be told apart"
             )
-        self._add(number, count_tokens(values, mask, **self._how(number)))
+        parts = [count_tokens(values, one, **self._how(number, rule)) for rule, one in enumerate(masks)]
+        if self.statistics:
+            here = mask.to(values.device)
+            parts[0] |= self._statistics_of(site, values.reshape(*here.shape, values.shape[-1]), here)
+        self._add(number, _stacked(parts))
+
+    def _statistics_of(self, site: Site, values: Tensor, counted: Tensor) -> dict[str, Tensor]:
+        """``[row, neuron]`` what the user's functions make of a site's values.
+
+        Raises:
+            BadStatistic: one gives another shape, or NaN.
+        """
+        found = {}
+        for name, function in self.statistics.items():
+            of_site = {"site": site} if "site" in inspect.signature(function).parameters else {}
+            frame, self.frame = self.frame, None  # whatever part of the model it calls is not counted again
+            try:
+                made = function(values, counted, **of_site)
+            finally:
+                self.frame = frame
+            shape = (values.shape[0], values.shape[2])
+            if not isinstance(made, Tensor) or tuple(made.shape) != shape:
+                got = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                raise BadStatistic(f"gave {got}, not [row, neuron] = {list(shape)}", name, site, 0)
+            bad = torch.isnan(made).any(1)
+            if bool(bad.any()):
+                raise BadStatistic("gave NaN", name, site, int(bad.nonzero()[0]))
+            found[name] = made.to(torch.float32)
+        return found
 
     def _count_patches(self, number: int, values: Float[Tensor, "*any neuron"], frame: Frame) -> None:
         """Vision towers run on patches, tiles or pictures; the leading dimension is cut into the questions' shares."""
@@ -224,7 +299,16 @@ class Counter:
                     f"{frame.patches.shape[1]}: its padding cannot be told from its patches"
                 )
         state.seen += len(parts)
-        self._add(number, count_patches(parts, real, owner, len(frame.mask), **self._how(number)))
+        counts = count_patches(parts, real, owner, len(frame.mask), **self._how(number))
+        if self.statistics:
+            here = real.to(parts.device)
+            for row in owner.unique().tolist():
+                mine = (owner == row).to(parts.device)
+                flat = (parts[mine].flatten(0, 1)[None], here[mine].flatten()[None])
+                for name, made in self._statistics_of(state.site, *flat).items():
+                    empty = torch.full((len(frame.mask), made.shape[1]), torch.nan, device=made.device)
+                    counts.setdefault(name, empty)[row] = made[0]
+        self._add(number, counts)
 
     def _owner_of(self, state: SiteState, n: int, frame: Frame) -> Int64[Tensor, " part"]:
         """Which row of the batch each of the next rows of a vision tower belongs to."""
@@ -259,14 +343,20 @@ class Counter:
                 "model.space('encoder')) as recorder, recorder.group(…): model.hf(**model.prepare(questions))"
             )
         self.forget()
-        frame = Frame(batch.tokens.counted(self.tokens), list(rows), batch.vision, batch.patches)
+        masks = [batch.tokens.counted(rule) for rule in self.rules]
+        stand = [row + number * len(mask) for number, mask in enumerate(masks) for row in rows]
+        frame = Frame(torch.cat(masks), stand, batch.vision, batch.patches)
         self._watched = frame
-        yield
+        try:
+            yield
+        finally:
+            if self._watched is None:
+                self.frame = frame  # a generation's later steps have taken it away
+                self.check_finite()
         if self._watched is not None:
             raise MismatchError(
                 "no forward was run within `watch`, so nothing was counted: the reader runs it elsewhere"
             )
-        self.frame = frame  # a generation's later steps have taken it away
 
     def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
         """Take over what was counted elsewhere in the watched run, as if it had been counted here."""
@@ -275,14 +365,17 @@ class Counter:
         for number, one in counts.items():
             self.sites[number].seen = seen.get(number, 0) if self.in_vision[number] else 0
             self._add(number, one)
+        self.check_finite()
 
     def forget(self) -> None:
         """Drop what was counted, and what the sites of one forward share."""
         for state in self.sites:
             state.clear()
         self.frame = self._watched = None
-        for name in [name for name in self._scratch if isinstance(name, tuple)]:
-            del self._scratch[name]
+        self._bad.clear()
+        for scratch in (self._scratch, *self._further.values()):
+            for name in [name for name in scratch if isinstance(name, tuple)]:
+                del scratch[name]
 
     def check_whole(self) -> None:
         """Refuse a forward in which a vision tower saw other rows than the pictures have.
@@ -305,26 +398,50 @@ class Counter:
     def by_row(self) -> tuple[dict[str, Tensor], Int64[Tensor, " row"]]:
         """Tables ``[row, …]`` of the rows that stand for questions, on the CPU, and each one's counted tokens.
 
-        ``positive``, ``total`` and ``maximum`` are ``[row, neuron]``; ``reached`` ``[row, site]`` are the tokens
-        that were counted at each site.
+        ``positive``, ``total``, ``maximum`` and the statistics are ``[row, neuron]``; ``reached`` ``[row, site]`` are
+        the tokens that were counted at each site.
         """
         assert self.frame is not None
         rows = torch.tensor(self.frame.rows)
+        here: dict[torch.device, Tensor] = {}
+
+        def of_questions(table: Tensor) -> Tensor:
+            if table.device not in here:
+                here[table.device] = rows.to(table.device)
+            return table[here[table.device]]
+
         empty = {"fired": (torch.int64, 0), "total": (torch.float64, 0), "maximum": (torch.float32, -torch.inf)}
-        tables: dict[str, list[Tensor]] = {name: [] for name in empty}
-        reached = []
+        empty |= dict.fromkeys(self.statistics, (torch.float32, torch.nan))
+        tables: dict[str, list[Tensor]] = {name: [] for name in [*empty, "reached"]}
         for state in self.sites:
             for name, (dtype, nothing) in empty.items():
-                table = state.counts.get(name)
-                shape = (len(rows), state.width)
-                tables[name].append(torch.full(shape, nothing, dtype=dtype) if table is None else table.cpu()[rows])
+                table, shape = state.counts.get(name), (len(rows), state.width)
+                tables[name].append(torch.full(shape, nothing, dtype=dtype) if table is None else of_questions(table))
             tokens = state.counts.get("tokens")
-            reached.append(torch.zeros(len(rows), dtype=torch.int64) if tokens is None else tokens.cpu()[rows])
-        at_sites = torch.stack(reached, 1)
-        counted = at_sites.amax(1) if all(self.in_vision) else self.frame.mask.sum(1).cpu()[rows]
-        joined = {name: torch.cat(parts, 1) for name, parts in tables.items()}
+            none = torch.zeros(len(rows), dtype=torch.int64)
+            tables["reached"].append((none if tokens is None else of_questions(tokens))[:, None])
+        joined = {name: _on_host(parts) for name, parts in tables.items()}
+        counted = joined["reached"].amax(1) if all(self.in_vision) else self.frame.mask.sum(1).cpu()[rows]
         joined["positive"] = joined.pop("fired")
-        return {**joined, "reached": at_sites}, counted
+        return joined, counted
+
+
+def _on_host(parts: Sequence[Tensor]) -> Tensor:
+    """Tables side by side; those in a row that lie on one device are brought over together."""
+    together = [torch.cat(list(some), 1).cpu() for _, some in itertools.groupby(parts, lambda part: part.device)]
+    return torch.cat(together, 1)
+
+
+def _stacked(parts: Sequence[Counts]) -> Counts:
+    """Counts of the same rows by several rules, one rule's rows after the other's."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name: str) -> Tensor | None:
+        tables = [part[name] for part in parts if part[name] is not None]
+        return torch.cat(tables) if tables else None
+
+    return {name: joined(name) for name in parts[0]}
 
 
 def group_rows(names: Sequence[str], groups: Sequence[str | None]) -> tuple[list[int], list[int]]:

@@ -76,6 +76,7 @@ class GroupTables:
         self.whole = False
         # All sites of a device share the counted tokens, and only those of experts have their own.
         on_host: dict[int, Tensor] = {}
+        on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for number, state in enumerate(counter.sites):
             tokens = state.counts.get("tokens")
             if tokens is None:
@@ -83,8 +84,12 @@ class GroupTables:
             for name, parts in self._tables.items():
                 counted = state.counts[name]
                 assert counted is not None
-                parts[number] = parts[number].to(counted.device)
-                parts[number].index_add_(0, group.to(counted.device), counted[row.to(counted.device)])
+                device = counted.device
+                if device not in on_device:
+                    on_device[device] = row.to(device), group.to(device)
+                rows, groups_of_rows = on_device[device]
+                parts[number] = parts[number].to(device)
+                parts[number].index_add_(0, groups_of_rows, counted[rows])
             if id(tokens) not in on_host:
                 on_host[id(tokens)] = tokens.cpu()[row]
             self._reached[:, number].index_add_(0, group, on_host[id(tokens)])

@@ -3,13 +3,15 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlmneurons.checks import path_of
-from vlmneurons.errors import MismatchError
+from vlmneurons.errors import ActivationError, MismatchError, QuestionError
+from vlmneurons.files.digests import digest_of_code
 from vlmneurons.model.encoder import TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
@@ -17,7 +19,7 @@ from vlmneurons.progress import Progress
 from vlmneurons.questions.identity import content_of, in_order_of
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.recording.counter import Counter
+from vlmneurons.recording.counter import BadStatistic, Counter
 from vlmneurons.recording.record import CountingJob
 from vlmneurons.run.ask import Options, ask, engine_of, to_ask
 from vlmneurons.run.batching import batches
@@ -26,7 +28,7 @@ from vlmneurons.run.identity import run_provenance, setting_of_run
 from vlmneurons.run.processes import Processes
 from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
-from vlmneurons.statistics.items import Item, ItemStatistics
+from vlmneurons.statistics.items import Item, ItemStatistic, ItemStatistics
 
 
 def record_items(
@@ -40,6 +42,7 @@ def record_items(
     answer: str | AnswerReader | None = None,
     magnitudes: bool = False,
     maxima: bool = False,
+    statistic: ItemStatistic | Mapping[str, ItemStatistic] | None = None,
     by_length: bool = False,
     prefetch: int | None = None,
     on_error: str = "raise",
@@ -64,6 +67,10 @@ def record_items(
         answer: how answers are read; by default as the set says.
         magnitudes: also keep each question's sum of every neuron's values, in float32 (4 bytes a neuron and question).
         maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
+        statistic: also keep what a function of your own, or several by name, makes of each question's values, in
+            float32: ``f(values [row, token, neuron], counted [row, token]) -> [row, neuron]``, called at every site.
+            With an argument ``site`` it is told which. `GroupedItems.values` gives it by its name (``"statistic"`` of a
+            single one), and `AveragePrecision(on=…)` selects by it.
         by_length: let questions of like length share a batch; see `record`.
         prefetch: how many batches a thread prepares while the model runs; see `record`.
         on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked: they are asked again when the recording is
@@ -83,14 +90,18 @@ def record_items(
         MismatchError: the folder holds another recording, or another process is recording into it; or the model runs
             its layers several times in a forward, or is an encoder-decoder model.
         QuestionError: a question cannot be asked. What was recorded before it stays.
-        ActivationError: NaN or infinite activations; the message names the site and the question.
+        ActivationError: NaN or infinite activations, or a statistic of another shape or NaN; the message names the site
+            and the question.
         OutOfMemoryError: a single question does not fit into memory.
     """
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed, part)
     questions = to_ask(questions, answer, "to record")
     whole = path_of("folder", folder, MismatchError)
     engine = engine_of(model, questions, remote)
-    counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes, maxima=maxima)
+    statistics = _named(statistic)
+    if isinstance(tokens, Mapping):
+        raise QuestionError("token rules by name are groups of vn.record; record the questions of each rule by itself")
+    counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes, maxima=maxima, statistics=statistics)
     setting = setting_of_run(model, tokens=tokens, questions=questions, engine=engine)
     about = run_provenance(model, setting, tokens=tokens, questions=questions, engine=engine)
     processes = options.processes
@@ -99,14 +110,16 @@ def record_items(
         *["reached"] * _uneven(counter),
         *["total"] * counter.magnitudes,
         *["maximum"] * counter.maxima,
+        *statistics,
     ]
+    identified = {name: digest_of_code(function) for name, function in statistics.items()}
 
     lengths = functools.partial(model.encoder.length, questions) if by_length else None
     dealt = options.dealt(lambda: [item.id for item in share_of(questions, options.batch_size, processes, lengths)])
 
     def created(where: Path, asked: QuestionSet) -> ItemStatistics:
         items = [Item.of(item) for item in asked]
-        return ItemStatistics.create(where, counter.space, items, about, tables, content_of(asked), dealt)
+        return ItemStatistics.create(where, counter.space, items, about, tables, content_of(asked), dealt, identified)
 
     if processes.count == 1 or options.part is not None:
         statistics = created(whole, questions)
@@ -119,10 +132,11 @@ def record_items(
     # Each process records into a folder of its own beside the whole; the first puts them together.
     there = created(whole, questions) if processes.first else None
     done = processes.gather(there is not None and there.complete)[0]
-    own = share_of(questions, batch_size, processes)
+    own = share_of(questions, batch_size, processes, lengths)
     own_folder = whole.with_name(f"{whole.name}-{processes.rank + 1}-of-{processes.count}")
     if not done and len(own):
-        alone = Options(batch_size, by_length, prefetch, on_error, progress and processes.first, remote)
+        # Batches were dealt when they were sorted by length; sorted once more, they would be others.
+        alone = Options(batch_size, False, prefetch, on_error, progress and processes.first, remote)
         ask(_ItemsJob(engine, counter, created(own_folder, own), own), own, alone)
     parts = [Path(one) for one in processes.gather(str(own_folder) if len(own) else None) if one is not None]
     if there is not None and not done:
@@ -140,6 +154,29 @@ def share_of(
     """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
     own = [item for _, batch in processes.mine(list(batches(questions, batch_size, lengths))) for item in batch]
     return questions.with_items(own)
+
+
+def _named(statistic: Any) -> dict[str, ItemStatistic]:
+    """The user's statistics by name, which their files are called by.
+
+    Raises:
+        MismatchError: one is no function, or its name is none that a file can have, or taken.
+    """
+    if statistic is None:
+        return {}
+    named = dict(statistic) if isinstance(statistic, Mapping) else {"statistic": statistic}
+    for name, function in named.items():
+        if not callable(function):
+            raise MismatchError(
+                f"statistic {name!r} is a function (values, counted) -> [row, neuron]; got {function!r}"
+            )
+        if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
+            taken = ", ".join(_TAKEN)
+            raise MismatchError(f"statistic {name!r}: a name is of letters, digits and _, and none of {taken}")
+    return named
+
+
+_TAKEN = ("items", "positive", "reached", "total", "maximum", "mean", "probability")
 
 
 def _uneven(counter: Counter) -> bool:
@@ -166,6 +203,19 @@ class _ItemsJob(CountingJob):
             self._done = self.statistics.done.numpy()
             yield
 
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], object]) -> Reading:
+        """See `Job.run`.
+
+        Raises:
+            ActivationError: a statistic of another shape, or NaN; the message names the question.
+        """
+        try:
+            return super().run(questions, encoded, told)
+        except BadStatistic as error:
+            rows = [] if self.counter.frame is None else self.counter.frame.rows
+            item = questions[rows.index(error.row)] if error.row in rows else questions[0]
+            raise ActivationError(f"question {item.id!r}: {error}") from error
+
     def known(self, number: int, batch: QuestionSet) -> bool:
         """See `Job.known`."""
         return bool(self._done[[self._place[item.id] for item in batch]].all())
@@ -190,4 +240,4 @@ class _ItemsJob(CountingJob):
     def forget(self) -> None:
         """See `Job.forget`."""
         super().forget()
-        self.statistics.note(self.limit.halved)
+        self.statistics.note(self.limit.halved, self.skipped)

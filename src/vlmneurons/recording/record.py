@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TokenRule
@@ -31,7 +31,7 @@ def record(
     space: NeuronSpace | None = None,
     *,
     condition: str = "correct",
-    tokens: TokenRule = "content",
+    tokens: TokenRule | Mapping[str, TokenRule] = "content",
     batch_size: int = 8,
     answer: str | AnswerReader | None = None,
     magnitudes: bool = False,
@@ -53,7 +53,8 @@ def record(
         space: the neurons to count; by default the gates of the language tower.
         condition: ``"correct"`` (questions answered right, as the paper does), ``"wrong"`` or ``"all"``.
         tokens: which tokens count: ``"content"``, ``"image"``, ``"text"``, ``"last"``, or a function; see
-            `vlmneurons.model.encoder.TokenTable.counted`.
+            `vlmneurons.model.encoder.TokenTable.counted`. Several rules by name, such as ``{"picture": "image", "text":
+            "text"}``, make the kinds of tokens the groups, in place of the questions' own, all counted in one pass.
         batch_size: questions a forward; where they do not fit into memory, half as many from then on (the provenance
             says so under ``"halved"``).
         answer: how answers are read; by default as the set says.
@@ -70,7 +71,8 @@ def record(
             that of one process.
 
     Returns:
-        Counts ``[group, neuron]``, groups sorted. A group none of whose questions met the condition has zeros.
+        Counts ``[group, neuron]``, groups sorted; token rules by name in their order. A group none of whose questions
+        met the condition has zeros.
 
     Raises:
         QuestionError: a question cannot be asked. Its ``partial``, like that of any error or interrupt on the way,
@@ -165,7 +167,9 @@ class _GroupJob(CountingJob):
         right = [choice == item.answer for choice, item in zip(made.chosen, questions, strict=True)]
         self._asked, self._right = self._asked + len(right), self._right + sum(right)
         meets = [self._condition == "all" or is_right == (self._condition == "correct") for is_right in right]
-        self._tables.add([item.group if ok else None for item, ok in zip(questions, meets, strict=True)])
+        kinds = self.counter.tokens if isinstance(self.counter.tokens, Mapping) else (None,)
+        groups = [kind or item.group for kind in kinds for item in questions]
+        self._tables.add([group if ok else None for group, ok in zip(groups, meets * len(kinds), strict=True)])
         return len(questions)
 
     def statistics(self) -> ActivationStatistics:
@@ -173,7 +177,9 @@ class _GroupJob(CountingJob):
         about = {"tokens": self.counter.tokens, "questions": self._questions, "engine": self.engine}
         provenance = run_provenance(self.engine.model, self._setting, **about)
         more = {"condition": self._condition, "skipped": list(self.skipped), **self.limit.provenance}
-        return self._tables.statistics({**provenance, **more}, self._questions.groups)
+        tokens = self.counter.tokens
+        groups = tuple(tokens) if isinstance(tokens, Mapping) else self._questions.groups
+        return self._tables.statistics({**provenance, **more}, groups)
 
     def partial(self) -> ActivationStatistics | None:
         """See `Job.partial`."""

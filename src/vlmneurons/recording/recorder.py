@@ -52,6 +52,8 @@ class Recorder:
         tokens: TokenRule = "content",
         magnitudes: bool = False,
     ) -> None:
+        if isinstance(tokens, Mapping):
+            raise QuestionError("a Recorder counts by one rule; token rules by name are for vn.record")
         self._counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes)
         self.model, self.space = model, self._counter.space
         self.tokens, self.magnitudes = self._counter.tokens, self._counter.magnitudes
@@ -183,6 +185,7 @@ class Recorder:
         groups = [labels] * n_rows if isinstance(labels, str) else list(labels)
         if len(groups) != n_rows:
             raise MismatchError(f"{len(groups)} group labels were given for a batch of {n_rows} rows")
+        self._counter.check_finite()
         self._groups.add(groups, count_items=not self._continues)
         self._counter.forget()
 

@@ -18,7 +18,7 @@ from torch import nn
 from vlmneurons.checks import Keywords, flag, whole
 from vlmneurons.errors import OutOfMemoryError, QuestionError
 from vlmneurons.files.stopping import Stopped
-from vlmneurons.model.vlm import VLM, check_model, refuse_edits
+from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
 from vlmneurons.progress import Progress, progress_bar
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
@@ -107,12 +107,13 @@ def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Eng
 
     Raises:
         MismatchError: no such place, or a model without weights that is to run here.
-        QuestionError: a reader that the engine cannot run.
+        QuestionError: a reader that the engine cannot run, or that cannot read such questions.
     """
     check_model(model)
-    refuse_edits(model)
+    refuse_unobeyed(model)
     refuse_unknown(model, remote)
     reader = reader_of(questions.answer)
+    reader.check(questions)
     return LocalEngine(model, reader) if remote is False else RemoteEngine(model, reader, remote)
 
 
@@ -260,21 +261,18 @@ def held(hf: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(hf: nn.Module) -> Iterator[None]:
-    """Within, a model runs as it does alone, whatever is around: no autocast, no dropout, the usual default dtype.
+    """Within, a model runs as it does alone, whatever is around: no dropout, the usual default dtype.
 
     What was set is set again afterwards, for each of the model's parts.
     """
     training = [module for module in hf.modules() if module.training]
     dtype = torch.get_default_dtype()
-    with contextlib.ExitStack() as stack:
-        for kind in {"cpu", *(one.device.type for one in hf.parameters())} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        try:
-            for module in training:
-                module.training = False
-            torch.set_default_dtype(torch.float32)
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            for module in training:
-                module.training = True
+    try:
+        for module in training:
+            module.training = False
+        torch.set_default_dtype(torch.float32)
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for module in training:
+            module.training = True

@@ -31,7 +31,8 @@ class Counting(Protocol):
     """Who counts while a batch is asked: told what is run, and given counts that it did not see itself."""
 
     space: NeuronSpace
-    tokens: TokenRule
+    tokens: TokenRule | Mapping[str, TokenRule]
+    statistics: Mapping[str, object]
     magnitudes: bool
     maxima: bool
 
@@ -73,10 +74,12 @@ class Engine(ABC):
 
     Attributes:
         name: what the setting calls it: numbers of different engines are not mixed.
+        ragged: whether questions of a batch that meet different masks cost no more than apart.
         differentiates: whether gradients can be had of what it runs.
     """
 
     name: str
+    ragged: bool = False
     differentiates: bool = False
 
     def __init__(self, model: VLM, reader: AnswerReader) -> None:

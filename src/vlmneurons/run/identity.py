@@ -1,7 +1,7 @@
 """The setting of a run, put together in one place from what model, questions, reader and engine say."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ _HOOKS_OF = ("nnsight", "transformers", "accelerate", "torch", "peft", "vlmneuro
 def setting_of_run(
     model: VLM,
     *,
-    tokens: TokenRule | None = None,
+    tokens: TokenRule | Mapping[str, TokenRule] | None = None,
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
 ) -> Setting:
@@ -65,13 +65,17 @@ def name_of_rule(rule: object) -> str:
     """A rule that is known by its name; or a function of the user's by its name, and a digest of its code."""
     if isinstance(rule, str):
         return rule
+    if isinstance(rule, Mapping):
+        return ", ".join(f"{name}: {name_of_rule(one)}" for name, one in rule.items())
     return digest_of_code(rule)
 
 
 def name_of_reader(reader: AnswerReader) -> str:
     """How answers are read: a reader of the library as it prints, one of the user's with a digest of its code too."""
     if type(reader).__module__.startswith("vlmneurons."):
-        return f"{reader!r} of vlmneurons {__version__}"
+        scorer = getattr(reader, "scorer", None)
+        by = "" if scorer is None else f", scored by {digest_of_code(scorer)}"
+        return f"{reader!r} of vlmneurons {__version__}{by}"
     return f"{reader!r}: {digest_of_code(reader)}"
 
 
@@ -79,7 +83,7 @@ def run_provenance(
     model: VLM,
     setting: Setting,
     *,
-    tokens: TokenRule | None = None,
+    tokens: TokenRule | Mapping[str, TokenRule] | None = None,
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
 ) -> JSON:
@@ -114,4 +118,6 @@ def versions() -> dict[str, str]:
 
 def rule_name(rule: object) -> str:
     """What a person calls a rule: its name, or that of the function."""
+    if isinstance(rule, Mapping):
+        return ", ".join(f"{name}: {rule_name(one)}" for name, one in rule.items())
     return rule if isinstance(rule, str) else f"{getattr(rule, '__module__', '')}.{getattr(rule, '__qualname__', rule)}"

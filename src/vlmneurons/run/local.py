@@ -10,7 +10,7 @@ from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.engine import Counting, Engine, Run
-from vlmneurons.run.masked import read_masked
+from vlmneurons.run.masked import read_masked, read_some
 from vlmneurons.run.readers import AnswerReader, Reading
 
 
@@ -18,6 +18,7 @@ class LocalEngine(Engine):
     """Runs the model in this process."""
 
     name = "transformers"
+    ragged = True
     differentiates = True
 
     def __init__(self, model: VLM, reader: AnswerReader) -> None:
@@ -51,14 +52,9 @@ class LocalEngine(Engine):
 
     def answers(self, questions: QuestionSet, encoded: object, runs: Sequence[Run]) -> Iterator[Reading]:
         """See `Engine.answers`: all masks share one forward where the model allows it."""
-        whole = [run for run in runs if run.rows is None]
         # The untouched model is one more mask, of no neurons, and shares the forward with the others.
-        ablations = [self._untouched if run.ablation is None else run.ablation for run in whole]
-        shared = read_masked(self.model, self.reader, questions, encoded, ablations)
-        for run in runs:
-            if run.rows is None:
-                yield next(shared)
-                continue
-            some = questions.with_items([questions[row] for row in run.rows])
-            with run.ablation or self._untouched:
-                yield self.reader.read(self.model, some, self.encode(some))
+        ablations = [self._untouched if run.ablation is None else run.ablation for run in runs]
+        if all(run.rows is None for run in runs):
+            return read_masked(self.model, self.reader, questions, encoded, ablations)
+        rows = [range(len(questions)) if run.rows is None else run.rows for run in runs]
+        return read_some(self.model, self.reader, questions, encoded, ablations, rows)

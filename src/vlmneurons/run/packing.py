@@ -44,14 +44,16 @@ class Packing:
     path: Int64[Tensor, "row position"]
 
     @classmethod
-    def of(cls, batch: Batch, positions: Sequence[Sequence[int]]) -> "Packing | None":
+    def of(cls, batch: Batch, positions: Sequence[Sequence[int]], *, apart: bool = False) -> "Packing | None":
         """The packing of a batch of which some positions' logits are wanted; None where it would spare too little.
 
         Args:
-            batch: the batch; rows share a picture's tokens only if ``batch.pictures`` says that it is the same.
+            batch: the batch; rows share the tokens of a picture, sound or video only if ``batch.pictures`` says that it
+                is the same.
             positions: for each row the positions that are wanted.
+            apart: put no trees beside each other: rows that share nothing can then be computed one without the other.
         """
-        ids, attention, image = (part.cpu() for part in (batch.tokens.ids, batch.tokens.attention, batch.tokens.image))
+        ids, attention, media = (part.cpu() for part in (batch.tokens.ids, batch.tokens.attention, batch.tokens.media))
         pictures: Sequence[Hashable] = range(len(ids)) if batch.pictures is None else batch.pictures
         path = torch.full(ids.shape, -1, dtype=torch.int64)
         trees: list[list[tuple[int, int]]] = []  # for each tree the row and position of its tokens
@@ -65,7 +67,7 @@ class Packing:
                 alike = (ids[row, :end] == ids[other, :end]) & (attention[row, :end] == attention[other, :end])
                 alike &= (path[other, :end] >= 0) | ~attention[row, :end]
                 if pictures[row] != pictures[other]:
-                    alike &= ~image[row, :end]
+                    alike &= ~media[row, :end]
                 n = int(alike.long().cumprod(0).sum())
                 if n > shared and n >= _LEAST_SHARED * min(end, max(positions[other]) + 1):
                     best, shared = other, n
@@ -83,7 +85,7 @@ class Packing:
         room: list[int] = []
         for tree in sorted(range(len(trees)), key=lambda n: -len(trees[n])):
             size = len(trees[tree])
-            pack = next((n for n, left in enumerate(room) if left >= size), len(packs))
+            pack = len(packs) if apart else next((n for n, left in enumerate(room) if left >= size), len(packs))
             if pack == len(packs):
                 packs.append([])
                 room.append(length)
@@ -178,15 +180,3 @@ class Packing:
         for row, wanted in enumerate(positions):
             found[int(self.pack_of[row])] += self.path[row, list(wanted)].tolist()
         return [sorted(set(places)) for places in found]
-
-    def rows(self, values: Tensor, index: Int64[Tensor, "row position"]) -> Tensor:
-        """The rows' values at their wanted positions, from those of the packs of one or more tiles.
-
-        Args:
-            values: ``[tiled pack, token, width]``.
-            index: the positions.
-        """
-        n_packs, length = self.row.shape
-        places = self.pack_of[:, None] * length + self.path.gather(1, index)
-        by_tile = values.reshape(-1, n_packs * length, values.shape[-1])
-        return by_tile[:, places.to(values.device)].flatten(0, 1)

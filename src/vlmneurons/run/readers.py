@@ -1,4 +1,4 @@
-"""How the model's answer is read: by the letters' logits, by generation, or by the likelihood of each option's text.
+"""How the model's answer is read: the letters' logits, what is generated, or the likelihood of options or of a text.
 
 Each way is a small object with one method, `read`; a set of questions names the one it wants. A reader runs the model;
 whoever counts activations meanwhile gets told what each token of the run is (``watch``).
@@ -6,26 +6,29 @@ whoever counts activations meanwhile gets told what each token of the run is (``
 
 import contextlib
 import inspect
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from vlmneurons.checks import JSON, Keywords, of_kind, whole
+from vlmneurons.checks import JSON, Keywords, of_kind, real, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
-from vlmneurons.questions.question import LETTERS
-from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.questions.question import LETTERS, Question
+from vlmneurons.questions.sets import QuestionSet, bare_prompt
 from vlmneurons.run.greedy import greedily, greedy_config, settings_of
 from vlmneurons.run.parsing import parse_answer
 from vlmneurons.run.pictures import each_once
+from vlmneurons.run.scoring import Scorer, check_scorer, name_of, score_of
 
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
@@ -47,13 +50,17 @@ class Reading:
         scores: log-probability of each option, in the question's own order, padded with NaN where questions have
             fewer options; None for generated answers.
         texts: the generated texts; None for other ways of reading.
+        graded: the score of each answer, where answers are graded: by a scorer, or the mean log-likelihood of running
+            text in nats. Then ``chosen`` is 0, as is the answer of an open question, where the score reaches the
+            reader's threshold, and 1 where it does not.
     """
 
     chosen: tuple[int | None, ...]
     scores: Float[Tensor, "question option"] | None = None
     texts: tuple[str, ...] | None = None
+    graded: Float[Tensor, " question"] | None = None
 
-    def margins(self, questions: QuestionSet) -> Float[Tensor, " question"]:
+    def margins(self, questions: Sequence[Question]) -> Float[Tensor, " question"]:
         """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers.
 
         Args:
@@ -74,7 +81,8 @@ class Reading:
         """
         texts = None if self.texts is None else tuple(self.texts[row] for row in rows)
         scores = None if self.scores is None else self.scores[list(rows)]
-        return Reading(tuple(self.chosen[row] for row in rows), scores, texts)
+        graded = None if self.graded is None else self.graded[list(rows)]
+        return Reading(tuple(self.chosen[row] for row in rows), scores, texts, graded)
 
 
 class AnswerReader(ABC, Generic[Encoded]):
@@ -85,6 +93,28 @@ class AnswerReader(ABC, Generic[Encoded]):
 
     padding_side: str = "right"
     """Right padding leaves every token at the position it has alone; generation needs the left."""
+
+    grades: bool = False
+    """Whether answers get a score (`Reading.graded`) and not an option: those of open questions."""
+
+    def check(self, questions: QuestionSet) -> None:
+        """Refuse questions that cannot be read so, before any is asked.
+
+        Args:
+            questions: all of them.
+
+        Raises:
+            QuestionError: one is open where options are read, or has options where answers are graded.
+        """
+        wrong = next((item for item in questions if item.is_open != self.grades), None)
+        if wrong is not None:
+            raise QuestionError(
+                f"question {wrong.id!r} is open, and {self!r} reads which option is chosen: give "
+                "answer=vn.Generate(scorer=vn.exact_match), or another scorer"
+                if wrong.is_open
+                else f"question {wrong.id!r} has options, and {self!r} grades the answers of open questions: give it "
+                "answers=[…] in place of options, or read the option"
+            )
 
     def encode(self, model: "VLM", questions: QuestionSet) -> Encoded:
         """What `read` runs the model on: made once for a batch, and run as often as is wanted.
@@ -195,7 +225,7 @@ def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
     Raises:
         QuestionError: the chat template opens a thought, or lets the model think.
     """
-    for n_media in {item.n_media for item in questions}:
+    for n_media in set() if questions.prompt is bare_prompt else {item.n_media for item in questions}:
         model.prompts.refuse_thought(*n_media)
 
 
@@ -207,11 +237,25 @@ class Wanted:
         batch: its inputs.
         positions: for each row the positions whose logits are wanted, at least one.
         questions: the row that stands for each question.
+        owners: the question that each row is of. None says nothing, and where there are more rows than questions, those
+            of some of the questions cannot be run alone.
     """
 
     batch: Batch
     positions: Sequence[Sequence[int]]
     questions: list[int]
+    owners: Sequence[int] | None = None
+
+    def rows_of(self, questions: Sequence[int]) -> list[int] | None:
+        """The rows of some questions, in order; None where this is not known.
+
+        Args:
+            questions: their places.
+        """
+        alone = self.questions == list(range(len(self.positions)))
+        owners = self.owners if self.owners is not None else self.questions if alone else None
+        wanted = set(questions)
+        return None if owners is None else [row for row, owner in enumerate(owners) if owner in wanted]
 
 
 def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
@@ -344,8 +388,7 @@ class TextLikelihood(LogitReader["_Options"]):
         wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
         first_rows: list[int] = []
         for number, item in enumerate(questions):
-            shown = [item.options[index] for index in questions.order(item)]
-            prompt = encoder.render(questions.prompt(item, shown), *item.n_media)
+            prompt = encoder.prompt_of(questions, item)
             bare = encoder.token_ids(prompt)
             first_rows.append(len(rows))
             rows.append((number, ""))
@@ -377,7 +420,9 @@ class TextLikelihood(LogitReader["_Options"]):
 
     def wants(self, encoded: "_Options") -> Wanted:
         """See `LogitReader.wants`."""
-        return Wanted(encoded.batch, encoded.positions, encoded.first_rows)
+        counts = np.diff([*encoded.first_rows, len(encoded.positions)])
+        owners = np.repeat(np.arange(len(counts)), counts).tolist()
+        return Wanted(encoded.batch, encoded.positions, encoded.first_rows, owners)
 
     def score(self, model: "VLM", questions: QuestionSet, encoded: "_Options", logits: list[Tensor]) -> Reading:
         """See `LogitReader.score`.
@@ -419,21 +464,110 @@ class _Options:
 
 
 @dataclass(frozen=True, repr=False)
+class RunningText(LogitReader[Batch]):
+    """How likely a text is to the model: the mean log-likelihood of its tokens, in nats, each after those before it.
+
+    For texts that stand for themselves (`QuestionSet.from_texts`), of models with and without a chat template, which is
+    not used. ``exp(-score)`` is the text's perplexity. The first token has nothing before it, and no likelihood, unless
+    the tokenizer begins texts with a token of its own. Logits of every token are kept for a batch at a time: ask long
+    texts in small batches.
+
+    Attributes:
+        threshold: the score from which a text counts as right where neurons are identified on ``"correct"`` ones; None,
+            the default, counts all as right.
+    """
+
+    threshold: float | None = None
+    shows_options = False
+    prompt = "bare"
+    grades = True
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", real("threshold", self.threshold, QuestionError))
+
+    def encode(self, model: "VLM", questions: QuestionSet) -> Batch:
+        """See `AnswerReader.encode`.
+
+        Raises:
+            QuestionError: a text of one token, which nothing stands before.
+        """
+        batch = AnswerReader.encode(self, model, questions)
+        for item, places in zip(questions, self.wants(batch).positions, strict=True):
+            if not places:
+                raise QuestionError(
+                    f"question {item.id!r}: a text of one token has no likelihood: nothing is before it"
+                )
+        return batch
+
+    def wants(self, encoded: Batch) -> Wanted:
+        """See `LogitReader.wants`: the positions before each token of the text."""
+        table = encoded.tokens
+        read = table.attention if table.template is None else table.attention & ~table.template
+        read = read & (table.attention.cumsum(1) > 1)
+        return Wanted(encoded, [(row.nonzero().flatten() - 1).tolist() for row in read], list(range(len(read))))
+
+    def score(self, model: "VLM", questions: QuestionSet, encoded: Batch, logits: list[Tensor]) -> Reading:
+        """See `LogitReader.score`.
+
+        Raises:
+            ActivationError: the logits of a text are NaN.
+        """
+        means = []
+        for row, (places, values) in enumerate(zip(self.wants(encoded).positions, logits, strict=True)):
+            following = encoded.tokens.ids[row, [place + 1 for place in places]].cpu()
+            told = values.gather(1, following[:, None]).squeeze(1) - values.logsumexp(-1)
+            means.append(told.double().mean())
+        return _graded(questions, torch.stack(means), self.threshold)
+
+
+@dataclass(frozen=True, repr=False)
 class Generate(AnswerReader[Batch]):
     """Greedy generation, and what the text names: letter, number, or option text; anything else is a parse failure.
+
+    Open questions have no option to name: give a scorer, and the text is graded.
 
     At each step the likeliest token is taken, whatever the checkpoint's generation settings say (penalties, suppressed
     or forced tokens, beams, sampling): they apply to the user's own ``generate`` and are put back after.
 
     Attributes:
         max_new_tokens: how many tokens are generated at most.
+        scorer: how right a text is as the answer to an open question: `vlmneurons.exact_match`, `vlmneurons.anls`,
+            `vlmneurons.vqa_accuracy`, or a function ``(text, question) -> float`` of your own, with scores in [0, 1] or
+            between the two numbers of its attribute ``range``.
+        threshold: the score from which an answer counts as right, such as where neurons are identified.
+
+    Example:
+        ``questions.asked(answer=Generate(scorer=lambda text, question: float("tea" in text)))``
     """
 
     max_new_tokens: int = 20
+    scorer: Scorer | None = None
+    threshold: float = 0.5
     padding_side = "left"
 
     def __post_init__(self) -> None:
+        if self.scorer is not None and not callable(self.scorer):
+            raise QuestionError(f"scorer is a function (text, question) -> float; got {self.scorer!r}")
+        object.__setattr__(self, "threshold", real("threshold", self.threshold, QuestionError))
+        object.__setattr__(self, "grades", self.scorer is not None)
+        object.__setattr__(self, "shows_options", self.scorer is None)
         object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, QuestionError, least=1))
+
+    def check(self, questions: QuestionSet) -> None:
+        """See `AnswerReader.check`.
+
+        Raises:
+            QuestionError: as there; or a question lacks the answers that a scorer of the library compares with.
+        """
+        super().check(questions)
+        if self.scorer is not None:
+            check_scorer(self.scorer, questions)
+
+    def __repr__(self) -> str:
+        if self.scorer is None:
+            return f"Generate(max_new_tokens={self.max_new_tokens})"
+        return f"Generate({self.max_new_tokens}, {name_of(self.scorer)}, threshold={self.threshold:g})"
 
     def settings(self, model: "VLM") -> JSON:
         """What ``generate`` is called with, by name: the bounds, and the ids with which a text begins and ends.
@@ -457,13 +591,20 @@ class Generate(AnswerReader[Batch]):
         if not model.is_encoder_decoder:
             ids = ids[:, encoded["input_ids"].shape[1] :]
         texts = _decoded(model, ids)
-        chosen = []
+        bare = questions.prompt is bare_prompt
+        chosen: list[int | None] = []
+        scores: list[float] = []
         for item, text in zip(questions, texts, strict=True):
             order = questions.order(item)
             # Where the prompt opened a thought, what was generated begins within it.
-            opened = model.prompts.thought(*item.n_media) or ""
+            opened = "" if bare else model.prompts.thought(*item.n_media) or ""
+            if self.scorer is not None:
+                scores.append(score_of(self.scorer, opened + text, item))
+                continue
             place = parse_answer(opened + text, [item.options[index] for index in order])
             chosen.append(None if place is None else order[place])
+        if self.scorer is not None:
+            return _graded(questions, torch.tensor(scores, dtype=torch.float64), self.threshold, texts)
         return Reading(tuple(chosen), None, texts)
 
 
@@ -479,7 +620,12 @@ def _decoded(model: "VLM", ids: Int64[Tensor, "row token"]) -> tuple[str, ...]:
         return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
 
 
-_READERS: dict[str, Callable[[], AnswerReader]] = {"letters": Letters, "generate": Generate, "text": TextLikelihood}
+_READERS: dict[str, Callable[[], AnswerReader]] = {
+    "letters": Letters,
+    "generate": Generate,
+    "text": TextLikelihood,
+    "running": RunningText,
+}
 
 
 def reader_of(answer: object) -> AnswerReader:
@@ -513,6 +659,21 @@ def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
 
 
 _LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, list[list[Any]]]]" = weakref.WeakKeyDictionary()
+
+
+def _graded(
+    questions: QuestionSet, scores: Tensor, threshold: float | None, texts: tuple[str, ...] | None = None
+) -> Reading:
+    """The answers of open questions, from their scores.
+
+    Raises:
+        ActivationError: one is NaN.
+    """
+    for item, score in zip(questions, scores.tolist(), strict=True):
+        if math.isnan(score):
+            raise ActivationError(f"the logits of question {item.id!r} are NaN, so it has no likelihood")
+    right = [threshold is None or score >= threshold for score in scores.tolist()]
+    return Reading(tuple(0 if one else 1 for one in right), None, texts, scores)
 
 
 def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:

@@ -96,6 +96,10 @@ class RemoteEngine(Engine):
         for ablation in ablations:
             edits_of(self.model, ablation, self.remote)
         if counting is not None:
+            if isinstance(counting.tokens, Mapping) or counting.statistics:
+                raise MismatchError(
+                    f"{self.name}: token rules by name, and statistics of your own, are counted here only"
+                )
             sites = counting.space.sites
             placed = [(number, site, *stop(self.model, site, self.remote)) for number, site in enumerate(sites)]
             self._sites = sorted(placed, key=lambda one: _computed(self.model, one[1]))

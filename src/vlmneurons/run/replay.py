@@ -1,10 +1,10 @@
 """One forward, many decoders: the logits of a batch under many masks, computing once what no mask can change.
 
 The model's own forward runs once, on the batch as it is: picture, embeddings, and every decoder layer's inputs are
-caught on the way. When its last layer is done, the layers are called again on *tiles* (a tile is a copy of the whole
-batch under one mask; some tiles make a chunk), each from the first layer that its mask touches, and the model's own
-forward goes on with the rows of all tiles to its norm and its logits. Nothing is computed by other code than the
-model's. Four things are spared besides the picture:
+caught on the way. When its last layer is done, the layers are called again on *tiles* (a tile is a copy of the batch
+under one mask, or of those of its rows that meet the mask; some tiles make a chunk), each from the first layer that its
+mask touches, and the model's own forward goes on with the rows of all tiles to its norm and its logits. Nothing is
+computed by other code than the model's. Four things are spared besides the picture:
 
 * layers before the first one that a mask touches, and of this one all that comes before the down projection;
 * of the last MLP, the positions whose logits nobody asked for;
@@ -21,9 +21,10 @@ alone.
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import Site
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
+from vlmneurons.run.editing import edit_columns
 from vlmneurons.run.memory import is_out_of_memory, release
 from vlmneurons.run.owners import OWNERS
 from vlmneurons.run.packing import Packing
@@ -81,7 +83,8 @@ class Structure:
         tokens: for each module of the chain and each tensor with an axis of tokens (an attention mask has two) where it
             is; None where rows cannot be packed.
         mask: where among the arguments the attention mask is; its dtype is ``mask_dtype``.
-        most_tiles: how many tiles have turned out to fit into memory; None as long as none did not.
+        ragged: whether tiles of some of a batch's rows were seen to work; else all tiles are of the whole batch.
+        most_rows: how many rows have turned out to fit into memory; None as long as none did not.
     """
 
     chain: list[nn.Module]
@@ -92,7 +95,8 @@ class Structure:
     tokens: list[dict[Path, int]] | None = None
     mask: Path | None = None
     mask_dtype: torch.dtype = torch.bool
-    most_tiles: int | None = None
+    ragged: bool = True
+    most_rows: int | None = None
 
     @classmethod
     def of(cls, model: VLM, questions: QuestionSet) -> "Structure":
@@ -122,7 +126,11 @@ _KNOWN: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], Structure |
 
 
 def replayed(
-    model: VLM, structure: Structure, wanted: Wanted, ablations: Sequence[Ablation]
+    model: VLM,
+    structure: Structure,
+    wanted: Wanted,
+    ablations: Sequence[Ablation],
+    rows: Sequence[Sequence[int] | None] | None = None,
 ) -> Iterator[list[Float[Tensor, "position vocabulary"]]]:
     """The wanted logits under each ablation in turn, as `logits_at` would give them within it.
 
@@ -134,6 +142,7 @@ def replayed(
         structure: how its decoder can be called again.
         wanted: the forward, and what of it is looked at.
         ablations: what to switch off, in the language tower; an empty one gives the untouched model's logits.
+        rows: for each ablation the rows of the batch that meet it, whose logits are given; None for all of them.
 
     Raises:
         CannotReplay: the model did on this batch what it did not do when its structure was looked for, or hooks of
@@ -144,17 +153,24 @@ def replayed(
     if any(map(is_watched, model.hf.modules())):
         raise CannotReplay("there are hooks of somebody else, which would see other runs than one for each mask")
     vocabulary = getattr(model.hf.get_output_embeddings(), "out_features", 2**18)
-    size = len(wanted.positions) * max(map(len, wanted.positions)) * vocabulary
-    at_once = max(1, _MOST_LOGITS // size)
-    for start in range(0, len(ablations), at_once):
-        one = _Pass(model, structure, wanted, ablations[start : start + at_once])
+    n_rows, most = len(wanted.positions), _MOST_LOGITS // (max(map(len, wanted.positions)) * vocabulary)
+    waiting = list(zip(ablations, [None] * len(ablations) if rows is None else rows, strict=True))
+    while waiting:
+        size = _fitting((n_rows if some is None else len(some) for _, some in waiting), most)
+        here, waiting = waiting[:size], waiting[size:]
+        one = _Pass(model, structure, wanted, here)
         try:
             yield from one.run()
         except CannotReplay:
             if one.packing is None:
                 raise
             structure.tokens = None  # this model's rows are better left as they are
-            yield from _Pass(model, structure, wanted, one.ablations).run()
+            yield from _Pass(model, structure, wanted, here).run()
+
+
+def _fitting(sizes: Iterable[int], most: int) -> int:
+    """How many of the first sizes make no more than ``most`` together; at least one."""
+    return max(1, sum(total <= most for total in itertools.accumulate(sizes)))
 
 
 # -- one pass ----------------------------------------------------------------------------------------------------------
@@ -172,17 +188,39 @@ class _Call:
     residual: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What a tile is made of.
+
+    Attributes:
+        computed: the rows, or packs, of the plain run that are computed in it.
+        wanted: for each of the batch's rows that meet its mask, where among the tile's tokens its wanted positions are.
+    """
+
+    computed: Int64[Tensor, " row"]
+    wanted: Int64[Tensor, "row position"]
+
+
 class _Pass:
     """One forward of the model that ends with the rows of all tiles."""
 
-    def __init__(self, model: VLM, structure: Structure, wanted: Wanted, ablations: Sequence[Ablation]) -> None:
-        self.model, self.structure, self.wanted, self.ablations = model, structure, wanted, ablations
+    def __init__(
+        self,
+        model: VLM,
+        structure: Structure,
+        wanted: Wanted,
+        asked: Sequence[tuple[Ablation, Sequence[int] | None]],
+    ) -> None:
+        self.model, self.structure, self.wanted = model, structure, wanted
+        self.ablations = ablations = [ablation for ablation, _ in asked]
+        self.asked = [some for _, some in asked]
+        self.ragged = any(some is not None for some in self.asked)
         self.depth = max(map(len, wanted.positions))
         self.packing = self._packing()
         self.n_rows, self.length = wanted.batch["input_ids"].shape if self.packing is None else self.packing.row.shape
         positions = wanted.positions if self.packing is None else self.packing.index(wanted.positions)
         self.narrowing = _Narrowing(positions, self.length)
-        self.index = _filled(wanted.positions).to(wanted.batch["input_ids"].device)
+        self.whole, *self.rows = self._made_of([None, *self.asked])
         self.packed: dict[tuple[int, Path], tuple[Any, Any]] = {}
         n_modules = len(structure.chain)
         whole = structure.hidden is None
@@ -192,6 +230,8 @@ class _Pass:
         self.calls: list[_Call | None] = [None] * n_modules
         self.tiles: list[int] = []
         """The ablation of each tile that is being computed, in the order of the rows."""
+        self.computed = self.whole.computed[:0]
+        """The rows of the plain run that the tiles' are copies of."""
         self.replaying = False
         self.tiled: dict[tuple[int, int], Tensor] = {}
 
@@ -199,7 +239,25 @@ class _Pass:
         """How the rows are packed; None where they are computed as they are."""
         if self.structure.tokens is None or any(one.by_row for one in self.ablations):
             return None
-        return Packing.of(self.wanted.batch, self.wanted.positions)
+        return Packing.of(self.wanted.batch, self.wanted.positions, apart=self.ragged and self.structure.ragged)
+
+    def _made_of(self, asked: Sequence[Sequence[int] | None]) -> list[_Rows]:
+        """What each tile is made of; all tiles of the same rows share it."""
+        index = _filled(self.wanted.positions)
+        where, packs = index, range(len(index))
+        if self.packing is not None:
+            where = self.packing.path.cpu().gather(1, index)
+            packs = self.packing.pack_of.tolist()
+        known: dict[tuple[int, ...], _Rows] = {}
+        device = self.wanted.batch["input_ids"].device
+        for some in asked:
+            rows = tuple(range(len(index)) if some is None else some)
+            if rows not in known:
+                own = sorted({packs[row] for row in rows}) if self.structure.ragged else range(self.n_rows)
+                place = {pack: number for number, pack in enumerate(own)}
+                starts = torch.tensor([[place[packs[row]] * self.length] for row in rows])
+                known[rows] = _Rows(torch.tensor(list(own), device=device), (where[list(rows)] + starts).to(device))
+        return [known[tuple(range(len(index)) if some is None else some)] for some in asked]
 
     def _can_begin_behind(self, layer: int) -> bool:
         """Whether the tiles that begin at a layer can begin at its down projection."""
@@ -214,12 +272,12 @@ class _Pass:
         """The logits of each tile, in the order of the ablations."""
         with self._hooked(), each_once(self.model.hf, self.wanted.batch):
             logits = self.model.hf(**_inputs(self.model, self.wanted.batch, self.depth)).logits
-        n_tiles, n_rows = 1 + len(self.ablations), len(self.wanted.positions)
-        if logits.shape[:2] != (n_tiles * n_rows, self.depth):
-            raise CannotReplay(f"the model gives logits of shape {tuple(logits.shape)} for {n_tiles} tiles")
-        for tile in logits.split(n_rows)[1:]:
-            rows = tile.float().cpu()
-            yield [row[: len(places)] for row, places in zip(rows, self.wanted.positions, strict=True)]
+        sizes = [len(rows.wanted) for rows in (self.whole, *self.rows)]
+        if logits.shape[:2] != (sum(sizes), self.depth):
+            raise CannotReplay(f"the model gives logits of shape {tuple(logits.shape)} for {sum(sizes)} rows")
+        for tile, some in zip(logits.split(sizes)[1:], self.asked, strict=True):
+            positions = self.wanted.positions if some is None else [self.wanted.positions[row] for row in some]
+            yield [row[: len(places)] for row, places in zip(tile.float().cpu(), positions, strict=True)]
 
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -347,16 +405,19 @@ class _Pass:
             return None
         if tokens is not None or not in_place:
             values = values.clone()
+        sizes = [len(self.rows[number].computed) for number in self.tiles]
         if tokens is None:
-            parts = values.chunk(len(self.tiles))
+            each = len(values) // sum(sizes)  # some models flatten rows and tokens
+            parts = values.split([each * size for size in sizes])
             for tile, edit in here:
                 edit(parts[tile])
         else:  # an expert sees some tokens of each tile
-            owner = torch.div(tokens, self.n_rows * self.length, rounding_mode="floor")
+            ends = torch.tensor(sizes, device=tokens.device).cumsum(0) * self.length
+            owner = torch.bucketize(tokens, ends, right=True)
             for tile, edit in here:
                 rows = (owner == tile).nonzero().flatten()
                 part = values[rows]
-                edit(part, tokens[rows] - tile * self.n_rows * self.length)
+                edit(part, tokens[rows] - (ends[tile] - sizes[tile] * self.length))
                 values[rows] = part
         return values
 
@@ -366,26 +427,29 @@ class _Pass:
         """Hidden states at the wanted positions: of the plain batch, then of each ablation's tile."""
         order = sorted(range(len(self.ablations)), key=lambda number: self.starts[number])
         order = [number for number in order if self.starts[number] < len(self.calls)]
-        results = [self._wanted_rows(plain)] * (1 + len(self.ablations))
+        found = _at(plain, self.whole.wanted)
+        results = [found, *(found if some is None else found[list(some)] for some in self.asked)]
         self.replaying = True
         try:
             with self._edited():
                 while order:
-                    size = self._chunk_size(plain)
+                    sizes = [len(self.rows[number].computed) for number in order]
+                    size = _fitting(sizes, self._most_rows(plain))
                     done = None
                     try:
                         done = self._chunk(order[:size])
                     except (RuntimeError, MemoryError) as error:
                         if size == 1 or not is_out_of_memory(error):
                             raise
-                        self.structure.most_tiles = size // 2
+                        self.structure.most_rows = sum(sizes[: size // 2])
                         log.warning("out of memory with %d masks at once: going on with %d", size, size // 2)
                     if done is None:
                         self.tiled.clear()
                         release()
                         continue
                     hidden, numbers = done
-                    for number, part in zip(numbers, hidden.split(len(self.wanted.positions)), strict=True):
+                    parts = hidden.split([len(self.rows[number].wanted) for number in numbers])
+                    for number, part in zip(numbers, parts, strict=True):
                         results[1 + number] = part
                     self.tiled.clear()
                     order = order[size:]
@@ -393,25 +457,24 @@ class _Pass:
             self.replaying, self.tiles = False, []
         return torch.cat(results)
 
-    def _chunk_size(self, plain: Tensor) -> int:
-        """How many tiles are computed together."""
-        tokens = self.n_rows * self.length
-        tile = tokens * max(self.model.towers["language"].widths) * plain.element_size()
+    def _most_rows(self, plain: Tensor) -> int:
+        """How many rows of tiles are computed together, if one tile has no more."""
+        row = self.length * max(self.model.towers["language"].widths) * plain.element_size()
         if plain.device.type == "cpu":
-            size = _CPU_BYTES // tile
+            size = _CPU_BYTES // row
         else:
-            size = _MOST_TOKENS // tokens
+            size = _MOST_TOKENS // self.length
             if plain.device.type == "cuda":
                 free = torch.cuda.mem_get_info(plain.device)[0]
                 free += torch.cuda.memory_reserved(plain.device) - torch.cuda.memory_allocated(plain.device)
                 # An MLP holds pre, gate, up, their product and the edited one; attention holds less.
-                size = min(size, int(free * _CUDA_SHARE) // (6 * tile))
-        return max(1, min(size, len(self.ablations), self.structure.most_tiles or size))
+                size = min(size, int(free * _CUDA_SHARE) // (6 * row))
+        return min(size, self.structure.most_rows or size)
 
     def _chunk(self, numbers: Sequence[int]) -> tuple[Float[Tensor, "tiled_row position width"], list[int]]:
         """Call the chain again for some ablations, sorted by where they begin; the order in which their tiles end."""
         hidden: Tensor | None = None
-        self.tiles = []
+        self.tiles, self.computed = [], self.computed[:0]
         for place in range(self.starts[numbers[0]], len(self.calls)):
             module, call = self.structure.chain[place], self.calls[place]
             assert call is not None
@@ -422,27 +485,39 @@ class _Pass:
             elif joining:
                 given = None if self.structure.hidden is None else dict(_leaves(call.arguments))[self.structure.hidden]
                 if given is not None:
-                    given = given.repeat(len(joining), 1, 1)
+                    given = given.index_select(0, self._rows_in(joining).to(given.device))
                     hidden = given if hidden is None else torch.cat([hidden, given])
-                self.tiles = [*self.tiles, *joining]
+                self._join(joining)
             if self.tiles:
                 args, kwargs = self._tiled_arguments(place, call, hidden)
-                self.narrowing.on = place == len(self.calls) - 1
+                self.narrowing.rows, self.narrowing.on = self.computed, place == len(self.calls) - 1
                 try:
                     hidden = _hidden(module(*args, **kwargs))
                 finally:
-                    self.narrowing.on = False
+                    self.narrowing.rows, self.narrowing.on = None, False
             if behind is not None:
                 hidden = behind if hidden is None else torch.cat([hidden, behind])
-                self.tiles = [*self.tiles, *joining]
+                self._join(joining)
         assert hidden is not None
-        return self._wanted_rows(hidden), self.tiles
+        tiles = [self.rows[number] for number in self.tiles]
+        starts = itertools.accumulate((len(tile.computed) * self.length for tile in tiles), initial=0)
+        wanted = torch.cat([tile.wanted + start for tile, start in zip(tiles, starts, strict=False)])
+        return _at(hidden, wanted), self.tiles
 
-    def _wanted_rows(self, hidden: Float[Tensor, "tiled token width"]) -> Float[Tensor, "tiled_row position width"]:
-        """The batch's rows at their wanted positions, of every tile."""
-        if self.packing is None:
-            return self.narrowing.at_wanted(hidden)
-        return self.packing.rows(hidden, self.index.to(self.packing.row.device))
+    def _join(self, numbers: Sequence[int]) -> None:
+        self.tiles = [*self.tiles, *numbers]
+        self.computed = torch.cat([self.computed, self._rows_in(numbers)])
+
+    def _rows_in(self, numbers: Sequence[int]) -> Int64[Tensor, " row"]:
+        """The rows of the plain run that some tiles are copies of, tile by tile."""
+        return torch.cat([self.rows[number].computed for number in numbers])
+
+    def _copied(self, values: Tensor, computed: Int64[Tensor, " row"]) -> Tensor:
+        """Some rows of the plain run's values, in which rows and tokens may be flattened."""
+        if len(values) == self.n_rows:
+            return values.index_select(0, computed.to(values.device))
+        rows = values.view(self.n_rows, self.length, *values.shape[1:])
+        return rows.index_select(0, computed.to(values.device)).flatten(0, 1)
 
     def _sum_behind(self, layer: int, call: _Call, joining: Sequence[int]) -> Float[Tensor, "tiled_row token width"]:
         """A layer's output for tiles that begin at it, from where they first differ: its down projection's input."""
@@ -458,16 +533,19 @@ class _Pass:
             # once more than a plain run does.
             parts = []
             for number, columns in zip(joining, edited, strict=True):
-                columns = columns.to(call.post.device)
-                old = call.post.index_select(-1, columns)
-                new = self._edited_values(layer, number, call.post).index_select(-1, columns)
-                parts.append(call.added + (new - old) @ down.weight[:, columns].T)
+                columns, rows = columns.to(call.post.device), self.rows[number].computed
+                some = len(rows) < self.n_rows
+                post, plain = (self._copied(one, rows) if some else one for one in (call.post, call.added))
+                old = post.index_select(-1, columns)
+                new = self._edited_values(layer, number, old, columns, post)
+                parts.append(plain + (new - old) @ down.weight[:, columns].T)
             added = torch.cat(parts)
         else:
             before, self.tiles = self.tiles, list(joining)
-            added = down(call.post.repeat(len(joining), *[1] * (call.post.ndim - 1)))
+            added = down(self._copied(call.post, self._rows_in(joining)))
             self.tiles = before
-        return call.residual.repeat(len(joining), 1, 1) + added.view(-1, *call.residual.shape[1:])
+        residual = self._copied(call.residual, self._rows_in(joining))
+        return residual + added.view(-1, *call.residual.shape[1:])
 
     def _edited_columns(self, layer: int, number: int) -> Int64[Tensor, " neuron"]:
         """The neurons of one layer that an ablation changes in any row."""
@@ -478,16 +556,20 @@ class _Pass:
         assert edit.mask is not None
         return edit.mask.any(0).nonzero().flatten()
 
-    def _edited_values(self, layer: int, number: int, values: Tensor) -> Tensor:
-        """The values of one layer as an ablation leaves them."""
-        values = values.clone()
-        for site, edit in self.ablations[number]._edits.items():
-            if site.layer == layer:
-                self.ablations[number]._in_place(site, edit)(values)
+    def _edited_values(self, layer: int, number: int, old: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+        """Some neurons of one layer as an ablation leaves them: ``old`` are these of ``values``."""
+        ablation = self.ablations[number]
+        ((site, edit),) = [(site, edit) for site, edit in ablation._edits.items() if site.layer == layer]
+        if edit.columns is None:
+            values = values.clone()
+            ablation._in_place(site, edit)(values)
+            return values.index_select(-1, columns)
+        values, new = old.clone(), None if edit.values is None else edit.values.to(old.device, old.dtype)
+        edit_columns(values, torch.arange(len(columns), device=old.device), ablation.mode, ablation.factor, new)
         return values
 
     def _tiled_arguments(self, place: int, call: _Call, hidden: Tensor | None) -> tuple[tuple, Keywords]:
-        axes, n_tiles = self.structure.axes[place], len(self.tiles)
+        axes = self.structure.axes[place]
         tokens: Mapping[Path, int] = {}
         if self.packing is not None and self.structure.tokens is not None and self.structure.mask is not None:
             tokens = {**self.structure.tokens[place], self.structure.mask: 1}
@@ -504,9 +586,14 @@ class _Pass:
                 axis = tokens[path] - 1  # packed rows do not share positions, even where the batch's own rows do
             if axis is None or (leaf.shape[axis] == 1 and self.n_rows > 1):
                 return leaf
-            key = (id(leaf), n_tiles)  # every layer gets the same mask and positions
+            key = (id(leaf), len(self.tiles))  # every layer gets the same mask and positions
             if key not in self.tiled:
-                self.tiled[key] = torch.cat([leaf] * n_tiles, axis)
+                if leaf.shape[axis] == self.n_rows:
+                    self.tiled[key] = leaf.index_select(axis, self.computed.to(leaf.device))
+                elif len(self.computed) == len(self.tiles) * self.n_rows:  # what rows have many or none of
+                    self.tiled[key] = torch.cat([leaf] * len(self.tiles), axis)
+                else:
+                    raise CannotReplay(f"it is not known what of layer {place}'s tensor at {path} is a row's")
             return self.tiled[key]
 
         return _changed(call.arguments, tiled)
@@ -527,19 +614,21 @@ class _Narrowing:
         self.index = _filled(positions)
         self.length = length
         self.on = False
+        self.rows: Tensor | None = None
+        """Which of the rows the values' are copies of; None for each in its place."""
 
     def hooks(self, module: nn.Module) -> list[Removable]:
         """Handles of the hooks on a module, which act while `on` is set."""
         return [module.register_forward_pre_hook(self._narrow), module.register_forward_hook(self._widen)]
 
     def at_wanted(self, values: Float[Tensor, "row token width"]) -> Float[Tensor, "row position width"]:
-        """Each row's values at its wanted positions; rows may be those of several tiles."""
+        """Each row's values at its wanted positions."""
         index = self._index_for(values)
         return values.gather(1, index[..., None].expand(*index.shape, values.shape[-1]))
 
     def _index_for(self, values: Tensor) -> Int64[Tensor, "row position"]:
         self.index = self.index.to(values.device)
-        return self.index.repeat(len(values) // len(self.index), 1)
+        return self.index if self.rows is None else self.index[self.rows.to(values.device)]
 
     def _narrow(self, module: nn.Module, args: tuple) -> tuple | None:
         return (self.at_wanted(args[0]), *args[1:]) if self.on else None
@@ -549,6 +638,11 @@ class _Narrowing:
             return None
         wide = output.new_zeros((len(output), self.length, output.shape[2]))
         return wide.scatter_(1, self._index_for(output)[..., None].expand_as(output), output)
+
+
+def _at(values: Float[Tensor, "row token width"], index: Int64[Tensor, "row position"]) -> Tensor:
+    """Values at some places among the tokens of all rows: ``[row, position, width]``."""
+    return values.flatten(0, 1)[index.to(values.device)]
 
 
 def _filled(positions: Sequence[Sequence[int]]) -> Int64[Tensor, "row position"]:
@@ -880,6 +974,16 @@ def _prove(model: VLM, structure: Structure, wanted: Wanted) -> None:
     for got, one in zip(replayed(model, structure, wanted, masks), expected, strict=True):
         if not _distance(got, one) <= allowed:
             raise CannotReplay(f"its logits differ from plain runs' by {_distance(got, one):.2g}")
+    rows = [(1,), None, (0,), (0, len(plain) - 1)]
+    try:
+        some = list(replayed(model, structure, wanted, masks, rows))
+    except Exception as error:
+        if isinstance(error, AblationError) or is_out_of_memory(error):
+            raise
+        structure.ragged = False
+        return
+    for got, one, own in zip(some, expected, rows, strict=True):
+        structure.ragged &= _distance(got, one if own is None else [one[row] for row in own]) <= allowed
 
 
 def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

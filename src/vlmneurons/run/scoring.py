@@ -5,9 +5,10 @@ A scorer is a function ``(text, question) -> float``. Those here compare with th
 states: what follows a model's thought, and within tags of an answer where there are some (see `stated`).
 """
 
+import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 from vlmneurons.checks import is_missing, names
@@ -23,25 +24,55 @@ def score_of(scorer: Scorer, text: str, question: Question) -> float:
     """What a scorer gives, checked.
 
     Args:
-        scorer: the scorer.
+        scorer: the scorer; its attribute ``range``, if it has one, says between which numbers its scores are.
         text: what the model wrote.
         question: the question.
 
     Returns:
-        The score, in [0, 1].
+        The score, in [0, 1] or the scorer's range.
 
     Raises:
-        QuestionError: the scorer gives no number, NaN, or one outside of [0, 1]; the question's id is named.
+        QuestionError: the scorer gives no number, NaN, or one outside of its range; the question's id is named.
     """
     score = scorer(text, question)
-    name = getattr(scorer, "__name__", type(scorer).__name__)
+    low, high = getattr(scorer, "range", (0, 1))
     try:
         number = float(score)
     except (TypeError, ValueError):
         number = math.nan
-    if isinstance(score, str) or not 0 <= number <= 1:
-        raise QuestionError(f"question {question.id!r}: the scorer {name} gave {score!r}; a score is between 0 and 1")
+    if isinstance(score, str) or not low <= number <= high:
+        told = f"the scorer {name_of(scorer)} gave {score!r}; a score is between {low} and {high}"
+        raise QuestionError(f"question {question.id!r}: {told}")
     return number
+
+
+def name_of(scorer: Scorer) -> str:
+    """What a scorer is called in errors and records; arguments that are bound to a function stand beside its name.
+
+    Args:
+        scorer: the scorer.
+    """
+    if isinstance(scorer, functools.partial):
+        bound = [*map(repr, scorer.args), *(f"{name}={value!r}" for name, value in scorer.keywords.items())]
+        return f"{name_of(scorer.func)}({', '.join(bound)})"
+    return getattr(scorer, "__name__", type(scorer).__name__)
+
+
+def check_scorer(scorer: Scorer, questions: Iterable[Question]) -> None:
+    """Refuse questions that a scorer of the library cannot compare with, before any is asked.
+
+    Args:
+        scorer: the scorer; one of the user's own is asked only with the model's answers.
+        questions: the questions.
+
+    Raises:
+        QuestionError: a question has no answers, or too few.
+    """
+    plain = scorer
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    for question in questions if plain in (exact_match, vqa_accuracy, anls) else ():
+        scorer("", question)
 
 
 def accepted(question: Question) -> list[str]:
@@ -53,7 +84,7 @@ def accepted(question: Question) -> list[str]:
     Raises:
         QuestionError: it has none, or one of them is no text.
     """
-    answers = getattr(question, "answers", None)
+    answers = question.answers or None
     if answers is None:
         answers = question.metadata.get("answers")
     if answers is None or is_missing(answers):

@@ -50,15 +50,15 @@ class AveragePrecision(Selector[GroupedItems]):
         Args:
             fraction: share of the neurons that each group gets.
             on: value of a neuron for a question: ``"mean"`` activation, ``"probability"`` of firing (which every
-                recording has), or ``"maximum"`` activation.
+                recording has), ``"maximum"`` activation, or the name of a statistic of your own that was recorded.
             shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
             SelectionError: a setting that is not allowed.
         """
         super().__init__(fraction, **shared)
-        if on not in VALUES:
-            raise SelectionError(f"AveragePrecision: on is one of {', '.join(VALUES)}; got {on!r}")
+        if not isinstance(on, str) or not on.isidentifier():
+            raise SelectionError(f"AveragePrecision: on is one of {', '.join(VALUES)}, or a statistic; got {on!r}")
         self.on = on
 
     def score(self, stats: GroupedItems) -> Float64[Tensor, "group neuron"]:

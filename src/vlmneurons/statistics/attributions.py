@@ -9,7 +9,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from vlmneurons.checks import JSONMapping
-from vlmneurons.errors import FileFormatError, MismatchError, VLMNeuronsError
+from vlmneurons.errors import FileFormatError, MismatchError, SelectionError, VLMNeuronsError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sets import check_same_space, space_of_file
 from vlmneurons.neurons.sites import NeuronSpace
@@ -77,8 +77,14 @@ class AttributionStatistics:
 
     @property
     def share(self) -> Float64[Tensor, "group neuron"]:
-        """Share of the group's questions to which the neuron matters much (see ``strong``), from 0 to 1."""
+        """Share of the group's questions to which the neuron matters much (see ``strong``), from 0 to 1.
+
+        Raises:
+            SelectionError: a group has no question; or these are differences, which are of means.
+        """
         self.check_counted()
+        if "less" in self.provenance:
+            raise SelectionError("differences of attributions are of means: select with on='mean'")
         return self.strong.to(torch.float64) / self.items[:, None]
 
     def check_counted(self) -> None:
@@ -131,6 +137,35 @@ class AttributionStatistics:
 
         merged = replace(self, provenance=_merged_provenance(self.provenance, other.provenance))
         return merged._with_tables(groups, added)
+
+    def __sub__(self, other: "AttributionStatistics") -> "AttributionStatistics":
+        """Mean attributions less those of other questions: a country's less those of a control data set.
+
+        ``(a - b).mean == a.mean - b.mean``, group by group; a single group of ``b`` is taken from each of ``a``'s. The
+        provenance keeps that of ``b`` under ``less``.
+
+        Raises:
+            MismatchError: another space, other groups, or attributions by another method or reduction.
+            SelectionError: a group has no question.
+        """
+        if not isinstance(other, AttributionStatistics):
+            return NotImplemented
+        check_same_space(self.space, other.space)
+        for key in ("method", "steps", "reduce", "tokens"):
+            if self.provenance.get(key) != other.provenance.get(key):
+                raise MismatchError(
+                    f"attributions with different {key!r} cannot be compared: {self.provenance.get(key)!r} and "
+                    f"{other.provenance.get(key)!r}"
+                )
+        if len(other.groups) > 1 and set(other.groups) != set(self.groups):
+            raise MismatchError(
+                f"attributions of {', '.join(other.groups)} are taken from those of {', '.join(self.groups)}: give the "
+                "same groups, or one"
+            )
+        less = other if len(other.groups) == 1 else other.select_groups(self.groups)
+        total = (self.mean - less.mean) * self.items[:, None]
+        provenance = {**self.provenance, "less": dict(other.provenance)}
+        return replace(self, total=total, strong=torch.zeros_like(self.strong), provenance=provenance)
 
     def __eq__(self, other: object) -> bool:
         """Whether space, groups (in order) and all tables are equal; provenance is not compared."""

@@ -92,23 +92,22 @@ def count_routed(values, places, mask, totals=False, maxima=False, strict=True):
         maxima: see `count_tokens`.
         strict: see `count_tokens`.
     """
-    mask = mask.to(values.device)
+    # A token that does not count is weighed with zero and not left out: the host would have to wait to know the rest.
     n_rows, length = mask.shape
-    counted = mask.reshape(-1)[places]
-    bad = None
+    counted = mask.to(values.device).reshape(-1)[places]
+    row = torch.div(places, length, rounding_mode="floor")
+
+    def by_row(of_tokens):
+        return of_tokens.new_zeros((n_rows, *of_tokens.shape[1:])).index_add_(0, row, of_tokens)
+
+    counts = {"fired": by_row(((values > 0) & counted[:, None]).to(torch.int64)), "total": None, "maximum": None}
+    counts["tokens"], counts["bad"] = by_row(counted.to(torch.int64)), None
     if strict:
-        spoiled = ~torch.isfinite(values).all(-1) & counted
-        bad = torch.bincount(torch.div(places, length, rounding_mode="floor")[spoiled], minlength=n_rows) > 0
-    row = torch.div(places, length, rounding_mode="floor")[counted]
-    values = values[counted]
-    fired = torch.zeros((n_rows, values.shape[-1]), dtype=torch.int64, device=values.device)
-    counts = {"fired": fired.index_add_(0, row, (values > 0).to(torch.int64)), "total": None, "maximum": None}
-    counts["tokens"], counts["bad"] = torch.bincount(row, minlength=n_rows), bad
+        counts["bad"] = by_row((~torch.isfinite(values).all(-1) & counted).to(torch.int64)) > 0
     if totals:
-        total = torch.zeros(fired.shape, dtype=torch.float64, device=values.device)
-        counts["total"] = total.index_add_(0, row, values.to(torch.float64))
+        counts["total"] = by_row(torch.where(counted[:, None], values, 0).to(torch.float64))
     if maxima:
-        counts["maximum"] = maxima_of(values, row, n_rows)
+        counts["maximum"] = maxima_of(torch.where(counted[:, None], values, -torch.inf), row, n_rows)
     return counts
 
 
@@ -167,10 +166,14 @@ def _fires(values, scratch):
 @no_type_check
 def rows_not_finite(values, mask):
     """``[row]`` whether a counted token of a row has NaN or infinite values."""
-    # One sum tells that all is well, or calls for a closer look: it may overflow, or be of a token not counted.
-    if torch.isfinite(values.sum(dtype=torch.float32)):
-        return torch.zeros(len(mask), dtype=torch.bool, device=values.device)
-    return (~torch.isfinite(values).all(-1) & mask).any(-1)
+    if values.device.type == "cpu":
+        # One sum tells that all is well, or calls for a closer look: it may overflow, or be of a token not counted.
+        if torch.isfinite(values.sum(dtype=torch.float32)):
+            return torch.zeros(len(mask), dtype=torch.bool)
+        return (~torch.isfinite(values).all(-1) & mask).any(-1)
+    # Elsewhere the host is not to wait for the device: what is not finite is the lowest value, the highest, or both.
+    lowest, highest = torch.aminmax(values, dim=-1)
+    return (~(torch.isfinite(lowest) & torch.isfinite(highest)) & mask).any(-1)
 
 
 @no_type_check

@@ -56,6 +56,9 @@ VALUES = ("mean", "probability", "maximum")
 
 Tables = Mapping[str, ArrayLike]
 
+ItemStatistic = Callable[..., Tensor]
+"""What values of questions become: ``f(values [row, token, neuron], counted [row, token]) -> [row, neuron]``."""
+
 Grouping = str | Callable[[JSONMapping], str | None] | Sequence[str | None]
 """Labels of questions: a column, a function of a question's columns, or one label each; None leaves a question out."""
 
@@ -126,6 +129,7 @@ class ItemStatistics:
         space: the neurons.
         items: the questions, in order.
         provenance: model, revision, rules, versions.
+        statistics: names of the tables of the user's own statistics; see `vlmneurons.record_items`.
         part: which part of a recording this is, such as ``"3/8"``: it has the rows of all, and those of other parts
             are not recorded. None for a whole one.
 
@@ -138,6 +142,7 @@ class ItemStatistics:
         self.space = space
         self.provenance: JSON = dict(manifest["provenance"])
         self.tables: tuple[str, ...] = tuple(manifest["tables"])
+        self.statistics: tuple[str, ...] = tuple(manifest.get("statistics", ()))
         self.items = tuple(map(Item.from_json, manifest["items"]))
         self.part: str | None = manifest.get("part")
 
@@ -168,7 +173,8 @@ class ItemStatistics:
                 )
             manifest = _files.unsealed(manifest)
             manifest = {**manifest, **manifest.get("about", {})}
-            if not set(manifest["tables"]) <= set(_FILES) or "positive" not in manifest["tables"]:
+            known = {*_FILES, *map(str, manifest.get("statistics", {}))}
+            if not set(manifest["tables"]) <= known or "positive" not in manifest["tables"]:
                 raise ValueError(f"tables {manifest['tables']!r}")
             statistics = cls(folder, manifest, NeuronSpace.from_json(manifest["space"]))
             if (folder / "halved.json").exists():
@@ -176,6 +182,9 @@ class ItemStatistics:
                 statistics.provenance["halved"] = [
                     {name: one[name] for name in ("from", "to", "first")} for one in halved
                 ]
+            if (folder / "skipped.json").exists():
+                skipped = _files.parse((folder / "skipped.json").read_text(encoding="utf-8"))
+                statistics.provenance["skipped"] = list(map(str, skipped))
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold item statistics: {error}") from error
         for name, size in statistics._sizes().items():
@@ -198,7 +207,8 @@ class ItemStatistics:
         provenance: Mapping[str, object],
         tables: Sequence[str],
         content: Mapping[str, str] | None = None,
-        part: tuple[Mapping[str, str], Mapping[str, object]] = ({}, {}),
+        part: tuple[Mapping[str, str], JSONMapping] = ({}, {}),
+        statistics: Mapping[str, str] | None = None,
     ) -> "ItemStatistics":
         """A recording with nothing in it yet; or the one that is there, if it is of the same questions and rules.
 
@@ -210,6 +220,7 @@ class ItemStatistics:
             tables: names of the tables.
             content: what is asked, by question; see `vlmneurons.questions.identity`. Left out where nothing was asked.
             part: what the manifest of a part says besides, compared and not compared; see `vlmneurons.files.parts`.
+            statistics: of the tables those that are the user's own, with what identifies each.
 
         Raises:
             MismatchError: the folder holds another recording; the message says what differs.
@@ -227,6 +238,7 @@ class ItemStatistics:
             "kind": _KIND,
             "space": space.to_json(),
             "tables": list(tables),
+            **({"statistics": dict(statistics)} if statistics else {}),
             "setting": provenance.get("setting"),
             "versions": provenance.get("versions"),
             "content": {
@@ -284,13 +296,14 @@ class ItemStatistics:
         parts, manifest, about = parts_of(folders, _KIND)
         recordings = [cls.load(part.folder, verify=True) for part in parts]
         for part, one in zip(parts, recordings, strict=True):
-            part.refuse_unfinished([one.items[row].id for row in np.flatnonzero(one._records["done"])])
+            done = [one.items[row].id for row in np.flatnonzero(one._records["done"])]
+            part.refuse_unfinished([*done, *one.provenance.get("skipped", ())])
         whole = cls._begun(RunFolder(where, manifest, about))
         whole.take_over(recordings)
         return cls.load(where)
 
     def _sizes(self) -> dict[str, int]:
-        sizes = {name: len(self.items) * self._columns(name) * _FILES[name].itemsize for name in self.tables}
+        sizes = {name: len(self.items) * self._columns(name) * _dtype(name).itemsize for name in self.tables}
         return {"items": len(self.items) * _RECORD.itemsize, **sizes}
 
     def _columns(self, name: str) -> int:
@@ -298,7 +311,7 @@ class ItemStatistics:
 
     def _table(self, name: str) -> np.memmap:
         shape = (len(self.items), self._columns(name))
-        return np.memmap(self.folder / f"{name}.bin", dtype=_FILES[name], mode="r", shape=shape)
+        return np.memmap(self.folder / f"{name}.bin", dtype=_dtype(name), mode="r", shape=shape)
 
     @property
     def _records(self) -> np.ndarray:
@@ -325,9 +338,9 @@ class ItemStatistics:
             values = np.asarray(tables[name])
             if name == "positive" and values.size and values.max() > _MOST:
                 raise MismatchError(f"a question has more than {_MOST:,} counted tokens; item statistics hold no more")
-            blocks[name] = np.ascontiguousarray(values.astype(_FILES[name]))
+            blocks[name] = np.ascontiguousarray(values.astype(_dtype(name)))
             with open(self.folder / f"{name}.bin", "r+b") as file:
-                width = self._columns(name) * _FILES[name].itemsize
+                width = self._columns(name) * _dtype(name).itemsize
                 for place, row in zip(places.tolist(), blocks[name], strict=True):
                     file.seek(place * width)
                     file.write(row.tobytes())
@@ -345,12 +358,19 @@ class ItemStatistics:
             file.flush()
             os.fsync(file.fileno())
 
-    def note(self, halved: Sequence[Mapping[str, object]]) -> None:
-        """Keep what was learnt about memory beside the manifest, which says what was asked for.
+    def note(self, halved: Sequence[JSONMapping], skipped: Sequence[str] = ()) -> None:
+        """Keep what was learnt on the way beside the manifest, which says what was asked for.
 
         Args:
             halved: how batches were halved; see `vlmneurons.run.memory.MemoryLimit`.
+            skipped: ids of questions that could not be asked; those that could in the end are left out.
         """
+        if skipped := {*skipped, *self.provenance.get("skipped", ())}:
+            rows = zip(self.items, self._records["done"], strict=True)
+            left = [item.id for item, done in rows if item.id in skipped and not done]
+            if left != self.provenance.get("skipped"):
+                self.provenance = {**self.provenance, "skipped": left}
+                write_json(self.folder / "skipped.json", left)
         if halved and list(halved) != self.provenance.get("halved"):
             self.provenance = {**self.provenance, "halved": list(halved)}
             write_json(self.folder / "halved.json", list(halved))
@@ -373,7 +393,10 @@ class ItemStatistics:
         """
         place = {item.id: row for row, item in enumerate(self.items)}
         with self.locked():
-            self.note([one for part in parts for one in part.provenance.get("halved", ())])
+            halved, skipped = (
+                [one for part in parts for one in part.provenance.get(name, ())] for name in ("halved", "skipped")
+            )
+            self.note(halved, skipped)
             for part in parts:
                 records = part._records
                 done = np.flatnonzero(records["done"])
@@ -709,7 +732,7 @@ class GroupedItems:
         recording, n_groups = self.recording, len(self.groups)
         sums: dict[str, np.ndarray] = {}
         for name in recording.tables:
-            if name == "maximum":
+            if name == "maximum" or name in recording.statistics:
                 continue
             dtype = np.float64 if name == "total" else np.int64
             sums[name] = np.zeros((n_groups, recording._columns(name)), dtype=dtype)
@@ -733,21 +756,23 @@ class GroupedItems:
         Args:
             on: ``"mean"`` (mean activation over the question's counted tokens; 0 if none reached the neuron),
                 ``"probability"`` (share of those tokens at which the neuron fired), or ``"maximum"`` (highest
-                activation among them; ``-inf`` if none reached the neuron).
+                activation among them; ``-inf`` if none reached the neuron), or the name of a statistic of your own.
             columns: range of flat indices.
 
         Raises:
             SelectionError: no such value, or it was not recorded.
         """
-        table = {"mean": "total", "probability": "positive", "maximum": "maximum"}.get(on)
-        if table is None:
-            raise SelectionError(f"on={on!r} does not exist; choose from {', '.join(VALUES)}")
         recording = self.recording
+        table = {"mean": "total", "probability": "positive", "maximum": "maximum"}.get(on)
+        if table is None and on not in recording.statistics:
+            known = ", ".join((*VALUES, *recording.statistics))
+            raise SelectionError(f"on={on!r} does not exist; choose from {known}")
+        table = table or on
         if table not in recording.tables:
             how = "magnitudes" if on == "mean" else "maxima"
             raise SelectionError(f"this recording holds no {on} of each question: record_items(…, {how}=True)")
         values = recording._table(table)[self.rows, columns].astype(np.float64)
-        if on == "maximum":
+        if on == "maximum" or table == on:
             return values
         if "reached" in recording.tables:
             site = self.space.site_of[columns].numpy()
@@ -759,6 +784,11 @@ class GroupedItems:
     def __repr__(self) -> str:
         counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
         return f"GroupedItems({len(self.rows)} questions: {counts}; {self.condition}, over {self.space!r})"
+
+
+def _dtype(name: str) -> np.dtype:
+    """How numbers of a table are kept: statistics of the user's own as maxima are."""
+    return _FILES.get(name, _FILES["maximum"])
 
 
 def _label(value: object) -> str | None:

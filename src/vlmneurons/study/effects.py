@@ -124,17 +124,17 @@ class Estimates:
             in_group,
         )
 
-    def bounds(self, confidence: float, answers: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def bounds(self, confidence: float, value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``[row, place]`` lower and upper bounds of t intervals, NaN where there is too little, and whether it is.
 
         Args:
             confidence: level, in (0, 1).
-            answers: whether the values are changes of answers, of which a few must have changed.
+            value: what has changed; of answers (``"correct"``), and of scores unless all have moved, a few must.
         """
         # Where all units say the same, what is left is rounding, and no spread to tell anything from.
         few = (self.units < LEAST_UNITS) | ~(self.variance > (1e-9 * self.value) ** 2)
-        if answers:
-            few |= self.changed < LEAST_CHANGED
+        if value != "margin":
+            few |= (self.changed < LEAST_CHANGED) & ((value == "correct") | (self.changed < self.n))
         freedom = np.where(few, 1.0, self.freedom)
         reach = scipy_stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(np.where(few, np.nan, self.variance))
         return self.value - reach, self.value + reach, few & (self.n > 0)

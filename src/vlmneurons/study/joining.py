@@ -10,7 +10,7 @@ from vlmneurons.checks import JSON
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import RunFolder
 from vlmneurons.files.parts import PartFolder, parts_of
-from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult
+from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult, chance_of
 
 
 def join_results(folders: Sequence[str | Path], out: Path) -> KnockoutResult:
@@ -47,6 +47,7 @@ def _joined(parts: Sequence[PartFolder], order: Sequence[str]) -> KnockoutResult
     answers, chosen = whole("answers", 0, np.int64, ()), whole("chosen", NOT_ASKED, np.int64, rows)
     margins, groups = whole("margins", np.nan, np.float64, rows), whole("groups", None, object, ())
     texts, asked = whole("texts", None, object, rows), whole("asked", True, bool, rows)
+    scores = None if first.scores is None else whole("scores", np.nan, np.float64, rows)
     pictures = whole("pictures", None, object, ())
     return KnockoutResult(
         ids=tuple(ids),
@@ -60,6 +61,7 @@ def _joined(parts: Sequence[PartFolder], order: Sequence[str]) -> KnockoutResult
         controls=first.controls,
         pictures=None if first.pictures is None else tuple(pictures),
         asked=asked,
+        scores=scores,
     )
 
 
@@ -84,5 +86,5 @@ def _provenance(part: PartFolder, results: Sequence[KnockoutResult], order: Sequ
             provenance[name] = value
         if name == "batch_size" and halved:
             provenance["halved"] = halved
-    chance = float(np.mean([1 / options[name] for name in ids])) if ids else None
+    chance = chance_of([options[name] for name in ids])
     return {**provenance, "chance": chance, "skipped": [name for name in order if name in skipped]}

@@ -29,7 +29,7 @@ from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
 from vlmneurons.study.design import Design, crossing
 from vlmneurons.study.masks import Mask, Masks, listed_masks, per_layer
-from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult
+from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult, chance_of
 
 
 def knockout(
@@ -260,13 +260,12 @@ class _Study:
         where = (answers["run"].to_numpy(np.int64), np.array([place[name] for name in answers["id"]], dtype=np.int64))
         rows = [0, *self.run_of]
 
-        def stacked(column: int, dtype: Any) -> np.ndarray:
-            name = list(_ARRAYS)[column]
+        def stacked(name: str, dtype: Any) -> np.ndarray:
             table = np.full((1 + len(self.ablations), len(kept)), _NOTHING[name], dtype=dtype)
             table[where] = answers[name].to_numpy(dtype)
             return table[rows]
 
-        texts = stacked(2, object)
+        texts = stacked("text", object)
         layers = list(per_layer(NeuronSet.empty(self.listed[0][1].neurons.space))) if self.listed else []
         of_all = [one for name in sorted(halved) for one in halved[name]]
         pictures = dict(zip((item.id for item in self.questions), self.questions.pictures(), strict=True))
@@ -275,8 +274,8 @@ class _Study:
             groups=tuple(item.group for item in kept),
             answers=np.array([item.answer for item in kept], dtype=np.int64),
             masks=tuple(mask for mask, _ in self.listed),
-            chosen=stacked(0, np.int64),
-            margins=stacked(1, np.float64),
+            chosen=stacked("chosen", np.int64),
+            margins=stacked("margin", np.float64),
             provenance={
                 **run_provenance(self.engine.model, self.setting, questions=self.questions, engine=self.engine),
                 "batch_size": self.options.batch_size,
@@ -284,7 +283,7 @@ class _Study:
                 **({} if self.design.others is None else {"others": self.design.others, "design": self.design.digest}),
                 **self.about,
                 "layers": layers,
-                "chance": float(np.mean([1 / len(item.options) for item in kept])) if kept else None,
+                "chance": chance_of([len(item.options) for item in kept]),
                 "skipped": [item.id for item in self.questions if item.id in skipped],
                 **({} if self.options.part is None else {"part": str(self.options.processes)}),
             },
@@ -292,6 +291,7 @@ class _Study:
             controls=self.controls,
             pictures=tuple(pictures[item.id] for item in kept),
             asked=self._asked(kept),
+            scores=stacked("score", np.float64) if self.engine.reader.grades else None,
         )
 
     def _asked(self, kept: Sequence[Question]) -> np.ndarray | None:
@@ -306,7 +306,7 @@ class _Study:
 class _AnswersJob(Job[pd.DataFrame]):
     """Keeps each batch's answers, clean and under every different mask, as a table, in a folder or in memory.
 
-    Columns: ``run``, ``id``, ``chosen``, ``margin``, ``text``; a question that cannot be asked has the run -1.
+    Columns: ``run``, ``id``, ``chosen``, ``margin``, ``text``, ``score``; what cannot be asked has the run -1.
     """
 
     unit = "answer"
@@ -320,7 +320,7 @@ class _AnswersJob(Job[pd.DataFrame]):
     ) -> None:
         super().__init__(study.engine)
         self._study, self._folder = study, folder
-        self._runs = [Run(), *(Run(ablation) for ablation in study.ablations)]
+        self._ablations = [None, *study.ablations]
         self._known = dict(known)
         self._new: dict[str, pd.DataFrame] = {}
         self._halved = {name: list(all_of_it) for name, all_of_it in halved.items()}
@@ -330,12 +330,12 @@ class _AnswersJob(Job[pd.DataFrame]):
         self._batch: list[pd.DataFrame] = []
 
     def apart(self, question: Question) -> tuple[int, ...]:
-        """See `Job.apart`: questions of a batch meet the same masks, so that all of them share its forward."""
-        return self._study.runs_of[question.id]
+        """See `Job.apart`: where the engine wants it so, questions of a batch meet the same masks."""
+        return () if self.engine.ragged else self._study.runs_of[question.id]
 
     def weight(self, batch: QuestionSet) -> int:
         """See `Job.weight`: answers."""
-        return sum(len(self.apart(item)) for item in batch)
+        return sum(len(self._study.runs_of[item.id]) for item in batch)
 
     def known(self, number: int, batch: QuestionSet) -> bool:
         """See `Job.known`."""
@@ -343,15 +343,21 @@ class _AnswersJob(Job[pd.DataFrame]):
 
     def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> pd.DataFrame:
         """See `Job.run`."""
-        readings: list[Reading] = []
-        numbers = self.apart(questions[0])
+        readings: dict[int, Reading] = {}
+        meeting: dict[int, list[int]] = {}
+        for place, item in enumerate(questions):
+            for number in self._study.runs_of[item.id]:
+                meeting.setdefault(number, []).append(place)
+        numbers = sorted(meeting)
+        whole = all(len(rows) == len(questions) for rows in meeting.values())
+        runs = [Run(self._ablations[number], None if whole else tuple(meeting[number])) for number in numbers]
         try:
-            for reading in self.engine.answers(questions, encoded, [self._runs[number] for number in numbers]):
-                readings.append(reading)
-                told(len(questions))
-            return _table(questions, numbers, readings)
+            for number, reading in zip(numbers, self.engine.answers(questions, encoded, runs), strict=True):
+                readings[number] = reading
+                told(len(meeting[number]))
+            return _table(questions, meeting, readings)
         except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
-            told(-len(questions) * len(readings))
+            told(-sum(len(meeting[number]) for number in readings))
             raise
 
     def take(self, number: int, questions: QuestionSet, made: pd.DataFrame) -> int:
@@ -364,7 +370,7 @@ class _AnswersJob(Job[pd.DataFrame]):
         asked = {name for table in self._batch for name in table["id"]}
         skipped = [item.id for item in batch if item.id not in asked]
         if skipped:
-            nothing = {"run": -1, "id": skipped, "chosen": -1, "margin": np.nan, "text": None}
+            nothing = {"run": -1, "id": skipped, "chosen": -1, "margin": np.nan, "text": None, "score": np.nan}
             self._batch.append(pd.DataFrame(nothing, columns=_COLUMNS))
         one = len(self._batch) == 1
         table = self._batch[0] if one else pd.concat([part.astype(_DTYPES) for part in self._batch])
@@ -409,26 +415,30 @@ class _AnswersJob(Job[pd.DataFrame]):
                 )
 
 
-_COLUMNS = ["run", "id", "chosen", "margin", "text"]
-_DTYPES = {"run": "int32", "id": "string", "chosen": "int16", "margin": "float64", "text": "string"}
-_ARRAYS: dict[str, Any] = {"chosen": np.int64, "margin": np.float64, "text": object}
-_NOTHING: dict[str, Any] = {"chosen": NOT_ASKED, "margin": np.nan, "text": None}
+_DTYPES = {"run": "int32", "id": "string", "chosen": "int16", "margin": "float64", "text": "string", "score": "float64"}
+_COLUMNS = list(_DTYPES)
+_NOTHING: dict[str, Any] = {"chosen": NOT_ASKED, "margin": np.nan, "text": None, "score": np.nan}
 
 
 def _name(number: int) -> str:
     return f"batch-{number:06d}"
 
 
-def _table(questions: QuestionSet, numbers: Sequence[int], readings: Sequence[Reading]) -> pd.DataFrame:
-    """The answers to some questions in some runs, run by run."""
-    texts = [text for reading in readings for text in (reading.texts or [None] * len(questions))]
+def _table(
+    questions: QuestionSet, meeting: Mapping[int, Sequence[int]], readings: Mapping[int, Reading]
+) -> pd.DataFrame:
+    """The answers to the questions that meet each run, run by run."""
+    asked = {number: [questions[place] for place in meeting[number]] for number in readings}
+    chosen = [choice for reading in readings.values() for choice in reading.chosen]
+    texts = [text for reading in readings.values() for text in (reading.texts or [None] * len(reading.chosen))]
     return pd.DataFrame(
         {
-            "run": np.repeat(np.array(numbers), len(questions)),
-            "id": [item.id for item in questions] * len(readings),
-            "chosen": [-1 if choice is None else choice for reading in readings for choice in reading.chosen],
-            "margin": np.concatenate([reading.margins(questions).numpy() for reading in readings]),
+            "run": np.repeat(list(asked), list(map(len, asked.values()))),
+            "id": [item.id for items in asked.values() for item in items],
+            "chosen": [-1 if choice is None else choice for choice in chosen],
+            "margin": np.concatenate([readings[number].margins(items).numpy() for number, items in asked.items()]),
             "text": texts,
+            "score": np.concatenate([_scores(readings[number], len(items)) for number, items in asked.items()]),
         },
         columns=_COLUMNS,
     ).astype(_DTYPES)
@@ -438,3 +448,8 @@ def _describe(given: Any) -> object:
     if isinstance(given, Selection | NeuronSet | Intervention):
         return repr(given)
     return [repr(one) for one in given]
+
+
+def _scores(reading: Reading, n: int) -> np.ndarray:
+    """The grades of a reading; NaN where it has none."""
+    return np.full(n, np.nan) if reading.graded is None else reading.graded.numpy()

@@ -11,9 +11,10 @@ what is theirs. Each step keeps its own files under the folder and is skipped wh
     report/       page, figures and tables                        (`KnockoutResult.report`)
 """
 
+import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,14 @@ from vlmneurons.study.result import KnockoutResult
 
 log = logging.getLogger(__name__)
 
-SELECTORS: Mapping[str, type[Selector]] = {"LAP": LAP, "LAPE": LAPE, "MAD": MAD, "CAS": CAS}
-"""The selectors of the paper, by name."""
+SELECTORS: Mapping[str, Callable[[float], Selector]] = {
+    "LAP": LAP,
+    "LAPE": LAPE,
+    "MAD": MAD,
+    "CAS": CAS,
+    "MAD-mean": functools.partial(MAD, on="mean"),
+}
+"""The selectors of the paper, by name; of MAD also the reading that its deviations are of magnitudes."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Protocol:
     """The settings of a study; the defaults are those of the papers where they say them.
 
     Attributes:
-        selectors: names in `SELECTORS`.
+        selectors: names in `SELECTORS`: of ``"MAD-mean"``, MAD on mean activations, sums are recorded too.
         fraction: share of all neurons in each mask (r).
         main: the selector that is swept and controlled.
         fractions: r of the sweep.
@@ -247,6 +254,7 @@ def _carried_out(
         identify,
         folder / "items",
         tokens=protocol.tokens,
+        magnitudes="MAD-mean" in protocol.selectors,
         batch_size=protocol.batch_size,
         on_error=protocol.on_error,
         progress=shown and steps["identification questions"],
@@ -275,10 +283,11 @@ def _carried_out(
     crossed = {"others": protocol.others, "seed": protocol.seed}
     result = asked("answers under masks", evaluate, masks, "knockout", controls=general, **crossed)
     nothing = {"none": NeuronSet.empty(items.space)}
-    others = {
-        "blind": asked("blind questions", blind(evaluate), nothing, "blind"),
-        "options only": asked("options only", options_only(evaluate), nothing, "options-only"),
-    }
+    others = {}
+    if any(item.options or item.sources for item in evaluate):
+        others["blind"] = asked("blind questions", blind(evaluate), nothing, "blind")
+    if all(item.options for item in evaluate):  # open questions have none to be asked with
+        others["options only"] = asked("options only", options_only(evaluate), nothing, "options-only")
     tables = {}
     steps["shuffled labels"].start(1)
     if protocol.permutations != 0 and processes.first:

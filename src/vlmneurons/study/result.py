@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,10 @@ from vlmneurons.study.tables import Inference
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlmneurons.neurons.selection import Selection
+    from vlmneurons.questions.question import Question
+    from vlmneurons.questions.sets import QuestionSet
+
 RUN = "vlmneurons knockout run"
 """The kind of the manifest of a folder in which `vlmneurons.knockout` runs."""
 
@@ -32,8 +36,8 @@ _KIND, _VERSION, _READABLE = "vlmneurons knockout", 4, (3, 4)
 CONDITIONS = ("all", "correct", "wrong")
 """Which questions enter a table: all, or those that the clean model answers right or wrong."""
 
-VALUES = ("correct", "margin")
-"""What an effect is measured on: whether the answer is right (effects are shares of 1), or its margin (nats)."""
+VALUES = ("correct", "margin", "score")
+"""What an effect is measured on: whether the answer is right (shares of 1), its margin (nats), or its score."""
 
 NOT_ASKED = -2
 """Stands for the chosen option where a question was not asked under a mask."""
@@ -59,6 +63,9 @@ class KnockoutResult:
         pictures: name of each question's picture, equal for questions that share one; None where that is not known.
         asked: ``[1 + mask, question]`` whether a question was asked under a mask (see `vlmneurons.study.design`); None
             where all were. What was not asked is missing from all tables, never zero.
+        scores: ``[1 + mask, question]`` the score of each answer to an open question, or the mean log-likelihood of
+            each text (nats); NaN for what was not asked, None for answers that are not graded. Of graded answers
+            ``chosen`` is 0 where the score reaches the reader's threshold, as is ``answers``, and else 1.
 
     Raises:
         MismatchError: ``asked`` has another shape than the answers, or leaves out a clean one.
@@ -75,6 +82,7 @@ class KnockoutResult:
     controls: tuple[str, ...] = ()
     pictures: tuple[str, ...] | None = None
     asked: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.asked is None:
@@ -92,6 +100,7 @@ class KnockoutResult:
             "chosen": np.where(asked, self.chosen, NOT_ASKED),
             "margins": np.where(asked, self.margins, np.nan),
             "texts": None if self.texts is None else np.where(asked, self.texts, np.array(None)),
+            "scores": None if self.scores is None else np.where(asked, self.scores, np.nan),
         }
         for name, value in kept.items():
             object.__setattr__(self, name, value)
@@ -118,12 +127,17 @@ class KnockoutResult:
         """``[1 + mask, question]`` whether the answer is right, row 0 clean; False where there is none."""
         return self.chosen == self.answers
 
+    @property
+    def measure(self) -> str:
+        """The value that effects are measured on unless another is asked for: the score, where answers are graded."""
+        return "correct" if self.scores is None else "score"
+
     def values(self, value: str = "correct") -> np.ndarray:
         """``[1 + mask, question]`` what effects are differences of, row 0 clean; NaN where there is none.
 
         Args:
-            value: ``"correct"``, 1 for a right answer and 0 for a wrong one (an accuracy is a mean of these), or
-                ``"margin"``, in nats.
+            value: ``"correct"``, 1 for a right answer and 0 for a wrong one (an accuracy is a mean of these),
+                ``"margin"``, in nats, or ``"score"``.
 
         Raises:
             MismatchError: the result holds no such value.
@@ -132,7 +146,18 @@ class KnockoutResult:
             correct = self.correct.astype(float)
             return correct if self.asked is None else np.where(self.asked, correct, np.nan)
         if value == "margin":
+            if self.margins.size and np.isnan(self.margins).all():
+                raise MismatchError(
+                    "value='margin': these answers have none, as they were not read from options' logits"
+                )
             return self.margins
+        if value == "score":
+            if self.scores is None:
+                raise MismatchError(
+                    "value='score': these answers have no score; those of open questions do, read by "
+                    "vn.Generate(scorer=…), and running text"
+                )
+            return self.scores
         raise MismatchError(f"value={value!r} is not among those that effects are measured on: {', '.join(VALUES)}")
 
     def rows_of(self, selector: str) -> list[int]:
@@ -186,6 +211,7 @@ class KnockoutResult:
             chosen=self.chosen[:, places],
             margins=self.margins[:, places],
             texts=None if self.texts is None else self.texts[:, places],
+            scores=None if self.scores is None else self.scores[:, places],
             asked=None if self.asked is None else self.asked[:, places],
         )
 
@@ -202,6 +228,7 @@ class KnockoutResult:
             chosen=self.chosen[[0, *rows]],
             margins=self.margins[[0, *rows]],
             texts=None if self.texts is None else self.texts[[0, *rows]],
+            scores=None if self.scores is None else self.scores[[0, *rows]],
             asked=None if self.asked is None else self.asked[[0, *rows]],
         )
 
@@ -210,7 +237,8 @@ class KnockoutResult:
 
         Columns: ``run`` (0 is the clean model), ``selector``, ``repeat``, ``mask``, ``intervention``, ``neurons``
         (empty names and 0 for the clean run), ``id``, ``group``, ``picture`` (empty where not known), ``answer`` (the
-        right option), ``chosen`` (-1: could not be parsed), ``correct``, ``margin``, ``text``.
+        right option), ``chosen`` (-1: could not be parsed), ``correct``, ``margin``, ``text``, and ``score`` where
+        answers are graded.
         """
         return tables.answer_table(self)
 
@@ -223,7 +251,8 @@ class KnockoutResult:
         ``neurons``, ``n`` (questions that were asked; where it is 0, all that follows is NaN), ``clean`` and
         ``ablated`` (accuracy on these), ``delta``, ``flips`` (share of answers that changed), ``right_to_wrong``,
         ``wrong_to_right``, ``wrong_to_wrong`` (their shares), ``failures`` (share of ablated answers that could not be
-        parsed), ``margin`` (mean change of the log-probability margin, nats).
+        parsed), ``margin`` (mean change of the log-probability margin, nats); where answers are graded also
+        ``clean_score`` and ``score`` (mean change of the score).
 
         Args:
             condition: ``"all"`` questions, or those that the clean model answers ``"correct"`` or ``"wrong"``.
@@ -233,14 +262,14 @@ class KnockoutResult:
         """
         return tables.cell_table(self.where(condition))
 
-    def matrix(self, selector: str, *, value: str = "delta", condition: str = "all") -> pd.DataFrame:
+    def matrix(self, selector: str, *, value: str | None = None, condition: str = "all") -> pd.DataFrame:
         """Effects of one selector: rows are masks, columns groups of questions; repeats are averaged.
 
         Control groups are the last columns. Cells without questions are NaN.
 
         Args:
             selector: which one.
-            value: ``"correct"``, or any numeric column of `table`, such as ``"margin"``.
+            value: ``"correct"``, or any numeric column of `table`, such as ``"margin"``; by default `measure`.
             condition: which questions enter; see `table`.
 
         Raises:
@@ -248,7 +277,7 @@ class KnockoutResult:
         """
         part = self.select(selector).where(condition)
         table = part.table()
-        value = "delta" if value == "correct" else value
+        value = "delta" if (value or self.measure) == "correct" else value or self.measure
         columns = [name for name in table.columns if name not in ("selector", "repeat", "mask", "group")]
         if value not in columns:
             raise MismatchError(f"value {value!r} is not a numeric column of the table; it has {', '.join(columns)}")
@@ -259,7 +288,7 @@ class KnockoutResult:
         self,
         selector: str | None = None,
         *,
-        value: str = "correct",
+        value: str | None = None,
         confidence: float = 0.95,
         permutations: int = 2000,
         seed: int = 0,
@@ -280,7 +309,7 @@ class KnockoutResult:
 
         Args:
             selector: one of `selectors`; all of them unless given.
-            value: ``"correct"`` (effects are shares of 1) or ``"margin"`` (nats); see `values`.
+            value: ``"correct"`` (effects are shares of 1), ``"margin"`` (nats) or ``"score"``; by default `measure`.
             confidence: level of the intervals.
             permutations: number of sign flips, 0 for no tests. At least 20 a test are made, so that a corrected p can
                 be below 0.05 at all, and where there are fewer different ones, all of them.
@@ -292,7 +321,7 @@ class KnockoutResult:
         Raises:
             MismatchError: no such selector, value or condition, or a confidence outside (0, 1).
         """
-        how = Inference(value, confidence, permutations, seed, cluster)
+        how = Inference(value or self.measure, confidence, permutations, seed, cluster)
         if selector is not None:
             self.rows_of(selector)
         return tables.effect_table(self.where(condition), [selector] if selector else self.selectors, how)
@@ -300,7 +329,7 @@ class KnockoutResult:
     def summary(
         self,
         *,
-        value: str = "correct",
+        value: str | None = None,
         confidence: float = 0.95,
         permutations: int = 2000,
         seed: int = 0,
@@ -314,7 +343,8 @@ class KnockoutResult:
         groups are not those of the questions, have no self effect: their rows are all groups, and their cross effect is
         what they do to the group.
 
-        Columns: ``selector``, ``group``, ``n``, ``pictures``, ``clean``, ``self_effect`` (SE), ``cross_effect`` (ACE:
+        Columns: ``selector``, ``group``, ``n``, ``pictures``, ``clean`` (accuracy; of ``"score"`` the mean score),
+        ``self_effect`` (SE), ``cross_effect`` (ACE:
         other masks on this group, of those that each question met), ``cross_caused`` (this mask on other groups, of
         those in whose questions it was met: ``cross_groups`` of them), ``gap`` (SE - ACE, question by question), each
         followed by ``_low`` and ``_high``, the bounds of its t interval, linearised by picture (repeats of a random
@@ -329,7 +359,7 @@ class KnockoutResult:
         ``control_effect``, the mean over control groups of what this mask does to them, and its bounds.
 
         Args:
-            value: ``"correct"`` (effects are shares of 1) or ``"margin"`` (nats); see `values`.
+            value: ``"correct"`` (effects are shares of 1), ``"margin"`` (nats) or ``"score"``; by default `measure`.
             confidence: level of the intervals.
             permutations: number of sign flips; see `effects`.
             seed: of the sign flips.
@@ -341,14 +371,14 @@ class KnockoutResult:
         Raises:
             MismatchError: no such value or condition, or a confidence outside (0, 1).
         """
-        how = Inference(value, confidence, permutations, seed, cluster)
+        how = Inference(value or self.measure, confidence, permutations, seed, cluster)
         return tables.summary_table(self.where(condition), self.selectors, how)
 
     def pairs(
         self,
         selector: str,
         *,
-        value: str = "correct",
+        value: str | None = None,
         confidence: float = 0.95,
         permutations: int = 2000,
         seed: int = 0,
@@ -365,7 +395,7 @@ class KnockoutResult:
 
         Args:
             selector: which one.
-            value: ``"correct"`` (effects are shares of 1) or ``"margin"`` (nats); see `values`.
+            value: ``"correct"`` (effects are shares of 1), ``"margin"`` (nats) or ``"score"``; by default `measure`.
             confidence: level of the intervals.
             permutations: number of sign flips; see `effects`.
             seed: of the sign flips.
@@ -377,7 +407,7 @@ class KnockoutResult:
         Raises:
             MismatchError: no such selector, value or condition.
         """
-        how = Inference(value, confidence, permutations, seed, cluster)
+        how = Inference(value or self.measure, confidence, permutations, seed, cluster)
         self.rows_of(selector)
         return tables.pair_table(self.where(condition), selector, how)
 
@@ -386,7 +416,7 @@ class KnockoutResult:
         first: str,
         second: str,
         *,
-        value: str = "correct",
+        value: str | None = None,
         confidence: float = 0.95,
         permutations: int = 2000,
         seed: int = 0,
@@ -403,7 +433,7 @@ class KnockoutResult:
         Args:
             first: name of a selector.
             second: name of another.
-            value: ``"correct"`` (effects are shares of 1) or ``"margin"`` (nats); see `values`.
+            value: ``"correct"`` (effects are shares of 1), ``"margin"`` (nats) or ``"score"``; by default `measure`.
             confidence: level of the intervals.
             permutations: number of sign flips; see `effects`.
             seed: of the sign flips.
@@ -417,10 +447,10 @@ class KnockoutResult:
         Example:
             ``result.difference("CAS", "MAD").query("group == 'all'")``
         """
-        how = Inference(value, confidence, permutations, seed, cluster)
+        how = Inference(value or self.measure, confidence, permutations, seed, cluster)
         return tables.difference_table(self.where(condition), first, second, how)
 
-    def against_random(self, selector: str, control: str, *, value: str = "correct") -> pd.DataFrame:
+    def against_random(self, selector: str, control: str, *, value: str | None = None) -> pd.DataFrame:
         """A selector's effects among those of a random control's repeats, per group and over all groups.
 
         Columns: ``group``, ``effect`` (``self_effect``, ``cross_effect`` or ``gap``), ``value``, ``control_mean``,
@@ -430,12 +460,12 @@ class KnockoutResult:
         Args:
             selector: name of the selector.
             control: name of the random masks, given as a list of selections.
-            value: ``"correct"`` (effects are shares of 1) or ``"margin"`` (nats); see `values`.
+            value: ``"correct"`` (effects are shares of 1), ``"margin"`` (nats) or ``"score"``; by default `measure`.
 
         Raises:
             MismatchError: a name that is not there, one name for both, or groups that only one of the two has.
         """
-        return tables.random_table(self, selector, control, value)
+        return tables.random_table(self, selector, control, value or self.measure)
 
     def curve(self, selector: str, axis: str, *, condition: str = "all", **how: Any) -> pd.DataFrame:
         """Effects of a selector along a sweep: the `summary` of its masks named by `setting_name`, with the setting.
@@ -468,11 +498,13 @@ class KnockoutResult:
             )
         ordered = sorted(values, key=lambda name: values[name])
         how.pop("resamples", None)  # as in `summary`
-        table = tables.summary_table(self.where(condition), ordered, Inference(**how))
+        table = tables.summary_table(self.where(condition), ordered, Inference(**{"value": self.measure, **how}))
         table.insert(0, axis, [values[name] for name in table["selector"]])
         return table.assign(selector=selector)
 
-    def plot_matrix(self, selector: str | Sequence[str] | None = None, *, value: str = "delta", **how: Any) -> "Figure":
+    def plot_matrix(
+        self, selector: str | Sequence[str] | None = None, *, value: str | None = None, **how: Any
+    ) -> "Figure":
         """Heat maps of `matrix`, masks by groups of questions; see `vlmneurons.look.plots.plot_matrix`.
 
         Args:
@@ -497,6 +529,28 @@ class KnockoutResult:
         from vlmneurons.look.report import write_report
 
         return write_report(self, folder, **how)
+
+    def explore(
+        self,
+        folder: str | Path,
+        questions: "QuestionSet | Sequence[Question]",
+        selections: "Mapping[str, Selection]",
+        **how: Any,
+    ) -> Path:
+        """A folder to click through, from effects to changed answers, neurons, pictures and words; opens from disk.
+
+        Args:
+            folder: a new one, or an explorer's.
+            questions: those of this result.
+            selections: the neurons of each selector, by its name here.
+            how: further arguments of `vlmneurons.look.explorer.write_explorer`, such as ``model`` and ``stats``.
+
+        Returns:
+            The path of the page.
+        """
+        from vlmneurons.look.explorer import write_explorer
+
+        return write_explorer(self, folder, questions, selections, **how)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -616,6 +670,7 @@ class KnockoutResult:
             controls,
             pictures,
             asked,
+            table("score", np.float64, np.nan) if "score" in kept else None,
         )
 
     @classmethod
@@ -653,6 +708,15 @@ class KnockoutResult:
             f"KnockoutResult({part}{len(self.ids)} questions of {len(set(self.groups))} groups, "
             f"{len(self.masks)} masks of {', '.join(self.selectors)}; clean accuracy {self.correct[0].mean():.1%})"
         )
+
+
+def chance_of(options: Sequence[int]) -> float | None:
+    """The accuracy of a guess among so many options of each question; None without questions, or with open ones.
+
+    Args:
+        options: their numbers.
+    """
+    return float(np.mean([1 / number for number in options])) if options and all(options) else None
 
 
 _ANSWERS = "answers.parquet"

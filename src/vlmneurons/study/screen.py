@@ -85,7 +85,7 @@ def screen(
     questions = to_ask(questions, answer, "to screen with")
     engine = engine_of(model, questions, remote)
     need_gradients(engine, "screening")
-    if not isinstance(engine.reader, LogitReader):
+    if not isinstance(engine.reader, LogitReader) or engine.reader.grades:
         raise QuestionError(
             f"{engine.reader!r} gives no margin that could be derived; use answer='letters' or answer='text'"
         )

@@ -57,7 +57,7 @@ class Inference:
 
     def bounds(self, found: Estimates) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Estimates.bounds`."""
-        return found.bounds(self.confidence, self.value == "correct")
+        return found.bounds(self.confidence, self.value)
 
 
 def members_of(result: "KnockoutResult", names: Sequence[str]) -> list[np.ndarray]:
@@ -115,6 +115,10 @@ def cell_table(result: "KnockoutResult") -> pd.DataFrame:
     clean, right = result.correct[:1], result.correct[1:]
     flipped = result.chosen[1:] != result.chosen[:1]
     before, after = means(np.broadcast_to(clean, right.shape)), means(right)
+    graded: dict[str, np.ndarray] = {}
+    if (scores := result.scores) is not None:
+        graded["clean_score"] = means(np.broadcast_to(scores[:1], right.shape))
+        graded["score"] = means(scores[1:] - scores[:1])
     return pd.DataFrame(
         {
             "selector": of_mask([mask.selector for mask in result.masks]),
@@ -132,6 +136,7 @@ def cell_table(result: "KnockoutResult") -> pd.DataFrame:
             "wrong_to_wrong": means(flipped & ~clean & ~right),
             "failures": means(result.chosen[1:] == -1),
             "margin": means(result.margins[1:] - result.margins[:1]),
+            **graded,
         }
     )
 
@@ -208,7 +213,7 @@ def _of_groups(
 
 def summary_table(result: "KnockoutResult", selectors: Sequence[str], how: Inference) -> pd.DataFrame:
     """See `KnockoutResult.summary`."""
-    values = {name: result.values(name) for name in dict.fromkeys((how.value, "margin"))}
+    values = {"margin": result.margins, how.value: result.values(how.value)}
     changed = result.chosen != result.chosen[0]
     shares = {
         "flips": changed,
@@ -238,7 +243,8 @@ def _summary_of(
     groups, found = _of_groups(result, masks, change, clusters)
     everyone = members_of(result, result.group_names)
     members = members_of(result, groups)
-    clean = np.array([result.correct[0][own].mean() for own in members])
+    before = values["score"][0] if how.value == "score" else result.correct[0]
+    clean = np.array([before[own].mean() for own in members])
     columns: dict[str, Any] = {
         "selector": selector,
         "group": [*groups, NO_GROUP],
@@ -411,5 +417,6 @@ def answer_table(result: "KnockoutResult") -> pd.DataFrame:
             "correct": result.correct[runs, places],
             "margin": result.margins[runs, places],
             "text": pd.array(texts, dtype="string"),
+            **({} if result.scores is None else {"score": result.scores[runs, places]}),
         }
     )

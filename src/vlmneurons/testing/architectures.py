@@ -107,7 +107,7 @@ def describe_architecture(model: VLM | nn.Module) -> ArchitectureReport:
 def check_architecture(
     model: VLM | nn.Module,
     processor: object = None,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Keywords | None = None,
     *,
     logits: Callable[..., Tensor] | None = None,
 ) -> ArchitectureReport:

@@ -1,10 +1,10 @@
 """A model whose group neurons are known because they were written into its weights by hand.
 
-The decoder of a real `LlavaNextForConditionalGeneration` is arranged so that a picture's group can reach the answer
-only through a few *planted* neurons of that group. Selectors then have a right answer, and ablation an effect that can
-be computed on paper. Everything else in the MLPs is noise or a decoy.
+The decoder of a LLaVA-NeXT (of pictures), Qwen2-Audio (sounds) or Qwen2.5-VL (videos) is arranged so that the group of
+what is seen or heard can reach the answer only through a few *planted* neurons of that group. Selectors then have a
+right answer, and ablation an effect that can be computed on paper. Everything else in the MLPs is noise or a decoy.
 
-    residual stream   0 … G-1: code of the picture's group, written by the projector at image tokens
+    residual stream   0 … G-1: code of the group, written by the projector at the tokens of a picture, sound or video
                       G … 2G-1: answer, written by planted neurons alone, read by the output head
                       then: a constant 1, noise that tokens differ by, and dimensions that nothing reads
     attention         layer 0 spreads the code over all later tokens (uniform attention); other layers do nothing
@@ -15,22 +15,11 @@ be computed on paper. Everything else in the MLPs is noise or a decoy.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    AddedToken,
-    CLIPVisionConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-    MistralConfig,
-)
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmneurons.errors import VLMNeuronsError
 from vlmneurons.model.vlm import VLM
@@ -38,17 +27,10 @@ from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.testing.tiny import tiny_tokenizer
+from vlmneurons.testing.planted_media import JUNK, MEDIA, NOISE, Medium
 
 GROUPS = ("Brazil", "Egypt", "France", "India", "Japan", "Kenya", "Mexico", "Norway")
 DECOYS = ("always", "shared", "graded", "rare")
-
-_NOISE, _JUNK, _IMAGE = 32, 4, 16
-_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}<image>"
-    "{% endfor %}{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %} Answer:{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -91,6 +73,7 @@ class PlantedModel:
 
 def plant_neurons(
     *,
+    medium: str = "picture",
     groups: Sequence[str] = GROUPS,
     per_group: int = 5,
     per_kind: int = 12,
@@ -104,7 +87,10 @@ def plant_neurons(
     """Build a model with planted neurons, and questions that they answer.
 
     Args:
-        groups: names of 4 to 8 groups; they are the answers too.
+        medium: what groups are told by: ``"picture"`` (their colours), ``"sound"`` (their pitches) or ``"video"``
+            (which of red, green and blue rise and which fall).
+        groups: names of 3 to 8 groups; they are the answers too, and a question offers 4 of them, or all 3. Of pictures
+            there may be 27: more than 8 have two colours, and a wider vision tower that tells them apart.
         per_group: planted neurons of each group.
         per_kind: decoys of each kind.
         decoys: kinds of decoy; see `PlantedModel`. ``"rare"`` ones have no entropy either, and mislead LAPE.
@@ -121,18 +107,21 @@ def plant_neurons(
         VLMNeuronsError: numbers that do not fit together.
     """
     groups = tuple(groups)
-    if not 4 <= len(groups) <= 8 or len(set(groups)) != len(groups):
-        raise VLMNeuronsError(f"4 to 8 different groups can be planted; got {', '.join(groups)}")
+    if medium not in MEDIA:
+        raise VLMNeuronsError(f"medium {medium!r} does not exist; choose from {', '.join(MEDIA)}")
+    told_by = MEDIA[medium]
+    if not 3 <= len(groups) <= told_by.most or len(set(groups)) != len(groups):
+        raise VLMNeuronsError(f"3 to {told_by.most} different groups can be planted; got {', '.join(groups)}")
     wrong = set(decoys) - set(DECOYS)
     if wrong:
         raise VLMNeuronsError(f"decoy {min(wrong)!r} does not exist; choose from {', '.join(DECOYS)}")
     if len(groups) * per_group + len(decoys) * per_kind > (layers - 1) * width:
         raise VLMNeuronsError("there are more planted neurons and decoys than neurons to hold them")
     generator = torch.Generator().manual_seed(seed)
-    hf_model, processor = _blank(groups, layers, width)
+    hf_model, processor = told_by.blank(groups, layers, width)
     with torch.no_grad():
         _write_background(hf_model, groups, generator)
-        _write_projector(hf_model, processor, groups, generator)
+        told_by.write_projector(hf_model, processor, groups, generator)
         free = (torch.randperm((layers - 1) * width, generator=generator) + width).tolist()
         places = {group: [free.pop() for _ in range(per_group)] for group in groups}
         for number, group in enumerate(groups):
@@ -148,7 +137,7 @@ def plant_neurons(
     space = model.space("language", "gate")
     return PlantedModel(
         model=model,
-        questions=_questions(groups, n_questions, seed),
+        questions=_questions(told_by, groups, n_questions, seed),
         truth=Selection({group: NeuronSet(space, places[group]) for group in sorted(groups)}, selector="planted"),
         decoys={kind: NeuronSet(space, neurons) for kind, neurons in decoy_places.items()},
         ranking=tuple(ranking),
@@ -156,110 +145,33 @@ def plant_neurons(
     )
 
 
-def _picture(number: int, rng: np.random.Generator) -> Image.Image:
-    """A square of the group's colour (a corner of the colour cube), with some noise."""
-    colour = np.array([(number >> bit & 1) * 200 + 28 for bit in range(3)])
-    pixels = colour + rng.integers(-8, 9, size=(_IMAGE, _IMAGE, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def _questions(groups: tuple[str, ...], n_questions: int, seed: int) -> QuestionSet:
+def _questions(medium: Medium, groups: tuple[str, ...], n_questions: int, seed: int) -> QuestionSet:
     rng = np.random.default_rng(seed + 1)
     questions = []
     for number, group in enumerate(groups):
         for count in range(n_questions):
-            others = rng.choice([other for other in groups if other != group], 3, replace=False).tolist()
+            others = rng.choice(
+                [other for other in groups if other != group], min(3, len(groups) - 1), replace=False
+            ).tolist()
             options = tuple(rng.permutation([group, *others]).tolist())
             questions.append(
                 Question(
-                    _picture(number, rng),
-                    "Which country is this picture from?",
-                    options,
-                    options.index(group),
-                    group,
+                    question=medium.question,
+                    options=options,
+                    answer=options.index(group),
+                    group=group,
                     id=f"{group}-{count}",
                     image_id=f"{group}-{count}",
+                    **{"image": None, medium.field: medium.make(number, rng)},
                 )
             )
     return QuestionSet(questions, answer="text")
 
 
-def _blank(
-    groups: tuple[str, ...], layers: int, width: int
-) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
-    """A LLaVA-NeXT of the right shape, its vision tower random, its decoder all zero."""
-    tokenizer = tiny_tokenizer(
-        ["<unk>", "<s>", "</s>", "<pad>", "<image>"],
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    tokenizer.add_tokens([AddedToken(f" {group}", normalized=False) for group in groups])
-    hidden = 2 * len(groups) + 1 + _NOISE + _JUNK
-    hidden += -hidden % 8
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=hidden,
-        max_position_embeddings=512,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        **ids,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=_IMAGE,
-        patch_size=8,
-        projection_dim=16,
-    )
-    pinpoints = [[_IMAGE, _IMAGE]]
-    config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
-        image_grid_pinpoints=pinpoints,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlavaNextForConditionalGeneration(config).float().eval()
-        for parameter in model.model.vision_tower.parameters():
-            if parameter.ndim > 1:  # wide enough that colours are told apart
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    for parameter in model.model.language_model.parameters():
-        parameter.data.zero_()
-    processor = LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": _IMAGE},
-            crop_size={"height": _IMAGE, "width": _IMAGE},
-            image_grid_pinpoints=pinpoints,
-        ),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_TEMPLATE,
-    )
-    return model, processor
-
-
-def _write_background(
-    model: LlavaNextForConditionalGeneration, groups: tuple[str, ...], generator: torch.Generator
-) -> None:
+def _write_background(model: PreTrainedModel, groups: tuple[str, ...], generator: torch.Generator) -> None:
     """Embeddings of constant and noise; busy neurons that react to noise and write where nothing reads."""
-    n, one, noise = len(groups), 2 * len(groups), slice(2 * len(groups) + 1, 2 * len(groups) + 1 + _NOISE)
-    junk = slice(noise.stop, noise.stop + _JUNK)
+    n, one, noise = len(groups), 2 * len(groups), slice(2 * len(groups) + 1, 2 * len(groups) + 1 + NOISE)
+    junk = slice(noise.stop, noise.stop + JUNK)
     decoder = model.model.language_model
 
     def normal(*shape: int) -> Tensor:
@@ -267,16 +179,17 @@ def _write_background(
 
     embedding = decoder.embed_tokens.weight
     embedding[:, one] = 1.0
-    embedding[:, noise] = 0.5 * normal(len(embedding), _NOISE)
-    model.model.image_newline.zero_()
-    model.model.image_newline[one] = 1.0
+    embedding[:, noise] = 0.5 * normal(len(embedding), NOISE)
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline.zero_()
+        model.model.image_newline[one] = 1.0
     for layer in decoder.layers:
         layer.input_layernorm.weight.fill_(1.0)
         layer.post_attention_layernorm.weight.fill_(1.0)
-        layer.mlp.gate_proj.weight[:, noise] = 0.4 * normal(layer.mlp.gate_proj.out_features, _NOISE)
+        layer.mlp.gate_proj.weight[:, noise] = 0.4 * normal(layer.mlp.gate_proj.out_features, NOISE)
         layer.mlp.gate_proj.weight[:, one] = 0.8 * normal(layer.mlp.gate_proj.out_features)
-        layer.mlp.up_proj.weight[:, noise] = 0.2 * normal(layer.mlp.up_proj.out_features, _NOISE)
-        layer.mlp.down_proj.weight[junk] = 0.2 * normal(_JUNK, layer.mlp.down_proj.in_features)
+        layer.mlp.up_proj.weight[:, noise] = 0.2 * normal(layer.mlp.up_proj.out_features, NOISE)
+        layer.mlp.down_proj.weight[junk] = 0.2 * normal(JUNK, layer.mlp.down_proj.in_features)
     decoder.norm.weight.fill_(1.0)
     # Queries and keys are zero: attention is uniform, and hands the mean code of all tokens so far to each token.
     attention = decoder.layers[0].self_attn
@@ -284,44 +197,11 @@ def _write_background(
     attention.o_proj.weight[:n, :n] = 8.0 * torch.eye(n)
 
 
-def _write_projector(
-    model: LlavaNextForConditionalGeneration,
-    processor: LlavaNextProcessor,
-    groups: tuple[str, ...],
-    generator: torch.Generator,
-) -> None:
-    """A projector, fitted by least squares, that turns each group's pictures into its one-hot code."""
-    projector = model.model.multi_modal_projector
-    projector.linear_1.weight.copy_(torch.randn(projector.linear_1.weight.shape, generator=generator) * 0.3)
-    projector.linear_1.bias.zero_()
-    rng = np.random.default_rng(12345)
-    pictures = [_picture(number, rng) for number in range(len(groups)) for _ in range(40)]
-    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].flatten(0, 1)
-    features = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
-    per_picture = pixels.shape[0] // len(pictures) * features.shape[1]
-    hidden = projector.act(projector.linear_1(features)).flatten(0, 1).double()
-    hidden = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=torch.float64)], 1)
-    code = torch.eye(len(groups), dtype=torch.float64).repeat_interleave(40 * per_picture, 0)
-    solution = torch.linalg.solve(hidden.T @ hidden + 1e-6 * torch.eye(hidden.shape[1]).double(), hidden.T @ code)
-    worst = (hidden @ solution - code).abs().max()
-    if worst > 0.1:  # after attention a token holds nine times its share: the gates open at 4/3
-        raise VLMNeuronsError(
-            f"the pictures' groups could not be told apart (worst error {worst:.2f}); change the seed"
-        )
-    projector.linear_2.weight.zero_()
-    projector.linear_2.bias.zero_()
-    projector.linear_2.weight[: len(groups)] = solution[:-1].T.float()
-    projector.linear_2.bias[: len(groups)] = solution[-1].float()
-    projector.linear_2.bias[2 * len(groups)] = 1.0
+def _mlp(model: PreTrainedModel, neuron: int, width: int) -> tuple[nn.Module, int]:
+    return model.model.language_model.layers[neuron // width].mlp, neuron % width
 
 
-def _mlp(model: LlavaNextForConditionalGeneration, neuron: int, width: int) -> tuple[MistralMLP, int]:
-    return cast(MistralMLP, model.model.language_model.layers[neuron // width].mlp), neuron % width
-
-
-def _write_planted(
-    model: LlavaNextForConditionalGeneration, neuron: int, width: int, number: int, n_groups: int
-) -> None:
+def _write_planted(model: PreTrainedModel, neuron: int, width: int, number: int, n_groups: int) -> None:
     mlp, place = _mlp(model, neuron, width)
     one = 2 * n_groups
     mlp.gate_proj.weight[place] = 0.0
@@ -334,7 +214,7 @@ def _write_planted(
 
 
 def _write_decoy(
-    model: LlavaNextForConditionalGeneration,
+    model: PreTrainedModel,
     neuron: int,
     width: int,
     kind: str,
@@ -344,7 +224,7 @@ def _write_decoy(
     """A gate that looks telling, on a neuron that writes where nothing reads."""
     mlp, place = _mlp(model, neuron, width)
     one = 2 * n_groups
-    noise = slice(one + 1, one + 1 + _NOISE)
+    noise = slice(one + 1, one + 1 + NOISE)
     weight = torch.zeros_like(mlp.gate_proj.weight[place])
     first = int(torch.randint(n_groups, (1,), generator=generator))
     if kind == "always":
@@ -355,17 +235,17 @@ def _write_decoy(
     elif kind == "graded":
         weight[:n_groups] = 3.0 * torch.rand(n_groups, generator=generator)
         weight[one] = -0.5
-        weight[noise] = 0.4 * torch.randn(_NOISE, generator=generator)
+        weight[noise] = 0.4 * torch.randn(NOISE, generator=generator)
     else:
         weight[first] = 4.0
-        weight[noise] = 30.0 * torch.randn(_NOISE, generator=generator)
+        weight[noise] = 30.0 * torch.randn(NOISE, generator=generator)
         weight[one] = -200.0
     mlp.gate_proj.weight[place] = weight
 
 
 def _write_head(
-    model: LlavaNextForConditionalGeneration,
-    processor: LlavaNextProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     groups: tuple[str, ...],
     ranking: Sequence[str],
     suppress: bool,

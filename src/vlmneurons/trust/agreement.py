@@ -1,5 +1,6 @@
 """How far selections agree: of two selectors, and of two groups."""
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
 def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     """How far selectors agree: for each pair and group the Jaccard overlap, and what chance would give.
 
-    Columns: ``first``, ``second``, ``group``, ``jaccard``, ``chance``.
+    Selections of the same groups are compared group by group. Where the groups are others, such as languages against
+    cultures, each group of the one is compared with each of the other.
+
+    Columns: ``first``, ``second``, ``group``, ``second_group`` (of the second; mostly the same), ``jaccard``,
+    ``chance``.
 
     Args:
-        selections: selections of the same groups and space, by name.
+        selections: selections over one space, by name.
 
     Raises:
-        MismatchError: the selections are of different groups or spaces.
+        MismatchError: the selections are of different spaces.
     """
     import pandas as pd
 
@@ -39,19 +44,12 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     for n, first in enumerate(names):
         for second in names[n + 1 :]:
             a, b = selections[first], selections[second]
-            if set(a) != set(b):
-                raise MismatchError(f"{first!r} and {second!r} are of different groups")
-            for group in a:
-                rows.append(
-                    {
-                        "first": first,
-                        "second": second,
-                        "group": group,
-                        "jaccard": a[group].jaccard(b[group]),
-                        "chance": a[group].expected_jaccard(b[group]),
-                    }
-                )
-    return pd.DataFrame(rows, columns=["first", "second", "group", "jaccard", "chance"])
+            same = set(a) == set(b)
+            for group, other in [(group, group) for group in a] if same else itertools.product(a, b):
+                row = {"first": first, "second": second, "group": group, "second_group": other}
+                row |= {"jaccard": a[group].jaccard(b[other]), "chance": a[group].expected_jaccard(b[other])}
+                rows.append(row)
+    return pd.DataFrame(rows, columns=["first", "second", "group", "second_group", "jaccard", "chance"])
 
 
 def relatedness(evidence: Readable, selector: Selector) -> "pd.DataFrame":

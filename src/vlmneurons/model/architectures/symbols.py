@@ -9,7 +9,7 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -94,6 +94,25 @@ _MOST_WAYS = 12
 """How many ways through one forward are followed at most; each comparison of symbols doubles them."""
 
 
+@contextlib.contextmanager
+def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """After it the modules have what they had: some keep a value of their forward, as Switch's router does a dtype."""
+    held: list[tuple[Any, Any]] = [(vars(module), vars(module).copy()) for module in modules]
+    held += [(one, one.copy()) for _, had in held for one in had.values() if type(one) in (dict, list, set) and one]
+    try:
+        yield
+    finally:
+        for one, content in held:
+            now, then = ((each.items() if isinstance(each, dict) else each) for each in (one, content))
+            if [*map(_ids, now)] != [*map(_ids, then)]:
+                one.clear()
+                one.extend(content) if isinstance(one, list) else one.update(content)
+
+
+def _ids(value: Any) -> Any:
+    return tuple(map(id, value)) if type(value) is tuple else id(value)
+
+
 class _Tracer(fx.Tracer):
     """Follows ``forward`` as the class defines it; modules that are one step, or have no children, are not entered."""
 
@@ -106,7 +125,7 @@ class _Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         self.inside = set(root.modules())
-        with _numbers_may_be_symbols():
+        with _numbers_may_be_symbols(), _as_they_were(self.inside):
             return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -1,0 +1,376 @@
+"""What every small model goes through beside `check_architecture`, against plain PyTorch on a copy that nobody wrapped.
+
+*Half off*: half of a tower's neurons, drawn at random, are switched off; logits, and three generated tokens with their
+logits, are those of a deep copy in which the columns of the down projections are zero. *Counts*: how often each neuron
+is above zero, row by row, in a batch of five padded on the left, on the right, and in batches of one, is what forward
+hooks see of each row alone.
+
+As a script it runs models by name, or the n-th part of all, and writes a shard that `docs/generate_architectures.py`
+reads: ``python tests/contract.py --part 1/8 --output contract``. ``.ci/nightly`` runs all.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vlmneurons as vn
+from small_models import SMALL, Small
+from vlmneurons.model.architectures.layout import MLP
+from vlmneurons.testing import check_architecture, tiny_image
+
+N_ROWS = 5
+ROUNDING = 4
+"""How many counts of a row may differ between batches of other sizes: neurons within rounding of 0."""
+STEPS = 3
+
+
+# -- half of a tower off -----------------------------------------------------------------------------------------------
+
+
+def half_of(model: vn.VLM, tower: str) -> vn.NeuronSet:
+    space = model.space(tower, "post")
+    order = torch.randperm(len(space), generator=torch.Generator().manual_seed(len(space)))
+    return vn.NeuronSet(space, order[: len(space) // 2].sort().values)
+
+
+@torch.no_grad()
+def without_columns(bare: nn.Module, mlps: Sequence[MLP], neurons: vn.NeuronSet) -> nn.Module:
+    """A deep copy of a model whose down projections have zeros in the columns of some neurons."""
+    twin = copy.deepcopy(bare)
+    for place, mlp in enumerate(mlps):
+        start = neurons.space.offsets[place]
+        here = neurons.indices[(neurons.indices >= start) & (neurons.indices < start + mlp.width)] - start
+        holder = twin.get_submodule(mlp.path)
+        if mlp.layout.parameters:
+            weight = _own(holder, mlp.layout.down)[mlp.expert]
+            axis = -2 if weight.shape[-2] == mlp.width != weight.shape[-1] else -1
+            if weight.shape[-1] == weight.shape[-2] == mlp.width:
+                raise ValueError(f"{mlp.path}: a square down projection does not say which axis is the neurons'")
+        else:
+            down = holder.get_submodule(mlp.layout.down)
+            # The linear layer itself may be inside, as that of Gemma 4, which clips what goes through it.
+            down = next(one for one in down.modules() if getattr(one, "weight", torch.empty(0)).ndim == 2)
+            weight, axis = _own(down, "weight"), -2 if type(down).__name__ == "Conv1D" else -1  # GPT-2's is [in, out]
+        assert weight.shape[axis] == mlp.width
+        weight.index_fill_(axis, here, 0.0)
+    return twin
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    """A parameter that no other module shares: Diffusion Gemma's encoder has the weights of its decoder."""
+    if not hasattr(getattr(module, name), "own"):
+        setattr(module, name, nn.Parameter(getattr(module, name).clone(), requires_grad=False))
+        getattr(module, name).own = True
+    return getattr(module, name)
+
+
+def generated(hf: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The ids of three tokens, and their logits ``[row, token, word]``."""
+    given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    how = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "num_beams": 1}
+    out = hf.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
+    return out.sequences[:, -STEPS:], torch.stack(out.logits, 1)
+
+
+@torch.no_grad()
+def half_off(model: vn.VLM, bare: nn.Module, inputs: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """One tower's half switched off against zeroed columns.
+
+    Returns:
+        ``neurons`` that were switched off, ``moved`` how far the logits went, ``off`` by how much they differ from the
+        copy's, ``generated`` likewise of three tokens, or why the model generates none by itself.
+
+    Raises:
+        AssertionError: they are not the same.
+    """
+    neurons = half_of(model, tower)
+    twin = without_columns(bare, model.towers[tower].mlps, neurons)
+    clean, expected = model.hf(**inputs).logits, twin(**inputs).logits
+    with vn.Ablation(model, neurons):
+        found = model.hf(**inputs).logits
+    off, moved = difference(found, expected), float((clean - found).abs().max())
+    result: dict[str, Any] = {"neurons": len(neurons), "moved": moved, "off": off}
+    try:
+        ids, steps = generated(twin, inputs)
+    except Exception as error:  # with nothing of the library on it
+        return result | {
+            "generated": f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        }
+    with vn.Ablation(model, neurons):
+        ours, ours_steps = generated(model.hf, inputs)
+    assert torch.equal(ours, ids), f"{tower}: other tokens than with zeroed columns"
+    again = model.hf(**inputs).logits
+    assert torch.equal(again, clean), f"{tower}: logits are others after the ablation"
+    return result | {"generated": difference(ours_steps, steps)}
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """How far logits are from those of zeroed columns; no more than rounding (routed rows may be summed otherwise)."""
+    most = float((found - expected).abs().max())
+    assert most <= 2e-5 * max(1.0, float(expected.abs().max())), f"logits are {most:g} off zeroed columns'"
+    return most
+
+
+# -- counts, row by row ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def plain_counts(bare: nn.Module, mlps: Sequence[MLP]) -> Iterator[dict[int, Tensor]]:
+    """How often each neuron of ``post`` is above zero in the forwards within, by the MLP's place."""
+    counts: dict[int, Tensor] = {}
+    handles = []
+
+    def add(place: int, values: Tensor) -> None:
+        positive = (values.detach().reshape(-1, values.shape[-1]) > 0).sum(0)
+        counts[place] = counts[place] + positive if place in counts else positive
+
+    tensors: dict[str, list[tuple[int, MLP]]] = {}
+    for place, mlp in enumerate(mlps):
+        if mlp.layout.parameters:
+            tensors.setdefault(mlp.path, []).append((place, mlp))
+            continue
+        down = bare.get_submodule(mlp.path).get_submodule(mlp.layout.down)
+        handles.append(down.register_forward_pre_hook(lambda _, args, place=place: add(place, args[0])))
+    for path, experts in tensors.items():
+
+        def of_experts(module: nn.Module, args: tuple, kwargs: dict, experts: list = experts) -> None:
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            hidden = given[0].reshape(-1, given[0].shape[-1])
+            chosen = next((value for value in given[1:] if value.dtype == torch.int64), None)
+            for place, mlp in experts:
+                if chosen is None:  # one slice an expert, what is not routed to it being zero
+                    slices = hidden.reshape(len(experts), -1, hidden.shape[-1])[mlp.expert]
+                    rows = slices[slices.ne(0).any(-1)]
+                else:
+                    rows = hidden[(chosen.reshape(len(hidden), -1) == mlp.expert).any(-1)]
+                add(place, expert_post(module, mlp, rows))
+
+        handles.append(bare.get_submodule(path).register_forward_pre_hook(of_experts, with_kwargs=True))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_post(module: nn.Module, mlp: MLP, rows: Tensor) -> Tensor:
+    """What an expert's down projection is given, of rows of its input."""
+    layout = mlp.layout
+
+    def times(name: str) -> Tensor:
+        weight, bias = getattr(module, name)[mlp.expert], getattr(module, f"{name}_bias", None)
+        output = rows @ weight if weight.shape[0] == rows.shape[-1] else F.linear(rows, weight)
+        return output if bias is None else output + bias[mlp.expert]
+
+    if layout.fused is None:
+        pre, up = times(layout.gate), None if layout.up is None else times(layout.up)
+    else:
+        both = times(layout.fused)
+        halves = both.chunk(2, -1) if layout.split in ("gate_up", "up_gate") else (both[..., ::2], both[..., 1::2])
+        pre, up = halves if layout.split in ("gate_up", "interleaved") else halves[::-1]
+    return layout.post_of(module, layout.gate_of(module, pre), up)
+
+
+def compare(found: Tensor, expected: Mapping[int, Tensor], space: vn.NeuronSpace, what: str) -> int:
+    """How many counts ``[neuron]`` differ; every one of an MLP that plain hooks saw is compared."""
+    off = 0
+    for place, counts in expected.items():
+        start = space.offsets[place]
+        here = found[start : start + space.widths[place]]
+        off += int((here - counts).abs().sum())
+    assert off <= ROUNDING, f"{what}: {off} counts differ from plain hooks'"
+    return off
+
+
+@torch.no_grad()
+def counts_by_row(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> dict[str, Any]:
+    """Counts of a tower that sees the text's tokens: five rows in one batch, padded on either side, and one by one.
+
+    Returns:
+        ``rows``, ``counts`` in all, and ``off``: how many of these differ from what plain hooks see of rows alone.
+    """
+    mlps, space = model.towers[tower].mlps, model.space(tower, "post")
+    expected = []
+    for row in range(N_ROWS):
+        with plain_counts(bare, mlps) as counts:
+            bare(**rows.alone(row))
+        expected.append(counts)
+    off, ways = 0, {side: rows.together(side) for side in rows.sides}
+    for side, batch in ways.items():
+        recorder = vn.Recorder(model, space, tokens=lambda table: table.attention)
+        with recorder, recorder.group([f"row {row}" for row in range(N_ROWS)]):
+            model.hf(**batch)
+        for row, found in enumerate(recorder.statistics.positive):
+            off += compare(found, expected[row], space, f"{tower}, row {row}, padded on the {side}")
+    for row in range(N_ROWS):
+        with vn.Recorder(model, space, tokens=lambda table: table.attention) as recorder:
+            model.hf(**rows.alone(row))
+        off += compare(recorder.statistics.positive[0], expected[row], space, f"{tower}, row {row} alone")
+    total = sum(int(counts.sum()) for row in expected for counts in row.values())
+    return {"rows": N_ROWS, "sides": list(ways), "counts": total, "off": off}
+
+
+@torch.no_grad()
+def counts_by_question(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> dict[str, Any]:
+    """Counts of a tower that sees pictures, by question, in batches of five and of one."""
+    mlps, space = model.towers[tower].mlps, model.space(tower, "post")
+    expected = []
+    for row in range(N_ROWS):
+        with plain_counts(bare, mlps) as counts:
+            bare(**rows.alone(row))
+        expected.append(counts)
+    off = 0
+    for size in (N_ROWS, 1):
+        found = vn.record(model, rows.questions, space, condition="all", batch_size=size, progress=False)
+        for row in range(N_ROWS):  # each question is a group of its own
+            own = found.positive[found.groups.index(f"q{row}")]
+            off += compare(own, expected[row], space, f"{tower}, question {row}, batches of {size}")
+    total = sum(int(counts.sum()) for row in expected for counts in row.values())
+    return {"rows": N_ROWS, "sides": ["left"], "counts": total, "off": off}
+
+
+class Rows:
+    """Five rows of different lengths: questions with pictures through a processor, or ids of words."""
+
+    def __init__(self, model: vn.VLM, small: Small) -> None:
+        self.model, self.small = model, small
+        decodes = model.is_encoder_decoder
+        self.sides = ("right",) if decodes else ("left", "right")
+        self.questions = vn.QuestionSet(
+            vn.Question(
+                tiny_image(n, 24 + 8 * (n % 3), 40 - 8 * (n % 2)) if small.sees else None,
+                f"What is this {'long word ' * n}?",
+                ("Tea", "Rice", "Bread", "Soup"),
+                n % 4,
+                f"q{n}",
+                id=f"q{n}",
+            )
+            for n in range(N_ROWS)
+        )
+        generator = torch.Generator().manual_seed(3)
+        self.ids = [torch.randint(20, 90, (5 + 3 * n,), generator=generator) for n in range(N_ROWS)]
+
+    def _more(self, n: int) -> dict[str, Tensor]:
+        given = self.small.inputs.get("decoder_input_ids")
+        return {} if given is None else {"decoder_input_ids": given[:1].repeat(n, 1)}
+
+    def alone(self, row: int) -> dict[str, Any]:
+        if self.small.processor is not None:
+            return {**self.model.prepare(self.questions[row : row + 1]), **self._more(1)}
+        ids = self.ids[row][None]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self._more(1)}
+
+    def together(self, side: str) -> dict[str, Any]:
+        if self.small.processor is not None:
+            return {**self.model.prepare(self.questions, padding_side=side), **self._more(N_ROWS)}
+        length = max(map(len, self.ids))
+        ids, mask = torch.zeros(N_ROWS, length, dtype=torch.int64), torch.zeros(N_ROWS, length, dtype=torch.int64)
+        for row, own in enumerate(self.ids):
+            place = slice(length - len(own), None) if side == "left" else slice(len(own))
+            ids[row, place], mask[row, place] = own, 1
+        made = {"input_ids": ids, "attention_mask": mask, **self._more(N_ROWS)}
+        if self.model.encoder._learns_positions:
+            made["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        return made
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+OF_TEXT = ("language", "encoder")
+OF_PICTURES = ("vision", "projector")
+
+
+def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts")) -> dict[str, Any]:
+    """Everything about one small model.
+
+    Args:
+        name: one of `SMALL`.
+        wanted: which parts.
+
+    Returns:
+        A row of figures: the class, the towers and what each went through.
+
+    Raises:
+        AssertionError: something is not as plain PyTorch has it.
+    """
+    start, small = time.process_time(), SMALL[name]()
+    bare = small.model
+    model = vn.VLM(copy.deepcopy(bare), small.processor or small.tokenizer, template=small.template)
+    result: dict[str, Any] = {"name": name, "type": small.type, "class": type(bare).__name__, "towers": {}}
+    reports: Mapping[str, Any] = {}
+    if "contract" in wanted:
+        report = check_architecture(bare, inputs=small.inputs)
+        reports = {tower.name: tower for tower in report.towers}
+        result["notes"] = list(report.notes)
+    rows = Rows(model, small)
+    for tower in model.towers:
+        of = result["towers"].setdefault(tower, {})
+        if tower in reports:
+            own = reports[tower]
+            of |= {"mlps": own.mlps, "ran": own.ran, "moved": own.moved, "tried": own.tried, "all": own.neurons}
+            of["widths"] = list(own.widths)
+        if "half" in wanted:
+            of["half"] = half_off(model, bare, small.inputs, tower)
+        if "counts" in wanted and rows_count(small, tower):
+            count: Callable = counts_by_row if tower in OF_TEXT else counts_by_question
+            try:
+                of["counts"] = count(model, bare, rows, tower)
+            except vn.VLMNeuronsError as error:  # what is not counted is said
+                of["counts"] = {"refused": f"{type(error).__name__}: {error}"}
+    return result | {"seconds": round(time.process_time() - start, 1)}
+
+
+def rows_count(small: Small, tower: str) -> bool:
+    """Whether what a tower sees is told apart by row; where not, the library says so (`test_every_processor.py`)."""
+    if tower in OF_TEXT:
+        return small.rows
+    asked = small.processor is not None and small.sees and small.rows and not small.padded_alone
+    return asked and tower in OF_PICTURES and not getattr(small.model.config, "is_encoder_decoder", False)
+
+
+def run_all(names: Sequence[str], output: Path) -> int:
+    """Runs models and writes their rows as they come; the number of those that failed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in names:
+        try:
+            results.append(run(name))
+            said = "runs"
+        except Exception as error:
+            said = f"{type(error).__name__}: {str(error).strip()}"
+            results.append({"name": name, "failed": said})
+        print(f"{time.strftime('%H:%M:%S')} {name}: {said}", flush=True)
+        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return sum("failed" in result for result in results)
+
+
+def main() -> None:
+    """Command line: see the head of this file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="small models; all of them by default")
+    parser.add_argument("--part", default="1/1", help="the n-th of so many parts of these")
+    parser.add_argument("--output", type=Path, default=Path("out/contract"), help="folder for the shard")
+    given = parser.parse_args()
+    part, parts = map(int, given.part.split("/"))
+    names = (given.names or list(SMALL))[part - 1 :: parts]
+    raise SystemExit(run_all(names, given.output / f"{part}-of-{parts}.json") > 0)
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    main()
