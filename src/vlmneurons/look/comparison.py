@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -63,7 +62,7 @@ def write_comparison(
 def _parts(comparison: Comparison, main: str) -> list[_Part]:
     table, groups, value = comparison.table(), comparison.groups(), comparison.value
     unit, profiles = _UNITS[value][0], comparison.profiles()
-    own = groups[groups["selector"] == main]
+    own = groups.loc[groups["selector"] == main]
     tests = {"p": "p", "p_holm": "Holm", "cross_p": "cross p", "gap_p": "gap p", "gap_p_holm": "gap Holm"}
     tested = pd.DataFrame({"selector": table["selector"], "model": table["model"]})
     tested = tested.assign(**{short: [_probability(p) for p in table[name]] for name, short in tests.items()})
@@ -119,10 +118,10 @@ def _effects_of(table: pd.DataFrame, value: str) -> pd.DataFrame:
 
 def _groups_table(comparison: Comparison, own: pd.DataFrame) -> pd.DataFrame:
     _, scale, digits = _UNITS[comparison.value]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for group in sorted(set(own["group"]), key=natural):
         part = own[own["group"] == group].set_index("model")
-        row: dict[str, Any] = {"group": group}
+        row: dict[str, object] = {"group": group}
         for model in comparison.models:
             known = model in part.index
             row[model] = "–"
@@ -143,7 +142,7 @@ def _effects_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
     for axis, effect, what in ((left, "self_effect", "Self effect"), (right, "cross_effect", "Cross effect")):
         axis.axvline(0, color="black", linewidth=0.8)
         for n, model in enumerate(comparison.models):
-            rows = table[table["model"] == model]
+            rows = table.loc[table["model"] == model]
             at = np.array([names.index(name) for name in rows["selector"]]) + _offset(n, n_models)
             _drawn(axis, rows, effect, scale, at, n, model)
         axis.set_title(what, fontsize=9)
@@ -162,7 +161,7 @@ def _groups_figure(comparison: Comparison, own: pd.DataFrame) -> Figure:
     axis.axvline(0, color="black", linewidth=0.8)
     unit, scale, _ = _VALUES[comparison.value]
     for n, model in enumerate(comparison.models):
-        rows = own[own["model"] == model]
+        rows = own.loc[own["model"] == model]
         at = np.array([names.index(name) for name in rows["group"]]) + _offset(n, n_models)
         _drawn(axis, rows, "self_effect", scale, at, n, model)
     axis.set_yticks(range(len(names)), _plain(names))
@@ -181,7 +180,7 @@ def _profile_part(comparison: Comparison, profiles: pd.DataFrame) -> _Part:
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axis, name in zip(panels, names, strict=False):
         for n, model in enumerate(comparison.models):
-            part = profiles[(profiles["selector"] == name) & (profiles["model"] == model)]
+            part = profiles.loc[(profiles["selector"] == name) & (profiles["model"] == model)]
             colour, marker, line = _STYLES[n % len(_STYLES)]
             for tower, own in part.groupby("tower", sort=False):
                 label = model if part["tower"].nunique() == 1 else f"{model}, {tower}"
@@ -214,7 +213,7 @@ def _profile_part(comparison: Comparison, profiles: pd.DataFrame) -> _Part:
 def _drawn(axis: Axes, rows: pd.DataFrame, effect: str, scale: float, at: np.ndarray, n: int, model: str) -> None:
     colour, marker, _ = _STYLES[n % len(_STYLES)]
     ends = [scale * rows[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
-    _points(axis, *ends, at, colour, marker, _plain([model])[0])
+    _points(axis, ends, at, colour, marker, _plain([model])[0])
 
 
 def _offset(n: int, models: int) -> float:

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -278,10 +278,10 @@ class _Writer:
         spaces = dict.fromkeys(selection.space for selection in selections.values())
         self.sites = [str(site) for site in dict.fromkeys(site for space in spaces for site in space.sites)]
         self._site_of = {name: n for n, name in enumerate(self.sites)}
-        self._thumbs: dict[Any, list[int]] = {}
+        self._thumbs: dict[object, list[int]] = {}
         self._n_thumbs = 0
 
-    def put(self, name: str, data: Any) -> None:
+    def put(self, name: str, data: object) -> None:
         """One file of data."""
         path = self.folder / "data" / f"{name}.js"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -341,7 +341,7 @@ class _Writer:
         group_of = np.array([self.groups.index(group) for group in of])
         for number, selector in enumerate(result.selectors):
             for at, mask in enumerate(self.masks_of(selector)):
-                found: dict[int, list[list[Any]]] = defaultdict(list)
+                found: dict[int, list[list[object]]] = defaultdict(list)
                 for row in result.rows_of(selector):
                     if result.masks[row - 1].group != mask:
                         continue
@@ -384,7 +384,7 @@ class _Writer:
             for place, table in enumerate(self.ranked[name].values()):
                 at = np.searchsorted(offsets, table["index"].to_numpy(), side="right") - 1
                 rows = []
-                for rank, one in enumerate(table.itertuples(index=False), start=1):
+                for rank, one in enumerate(cast(Any, table).itertuples(index=False), start=1):
                     site = str(space.sites[at[rank - 1]])
                     key = (site, int(one.index - offsets[at[rank - 1]]))
                     firing = None if fires is None else fires[:, one.index].tolist()

@@ -379,7 +379,9 @@ class _Canvas:
         _drawn_into(ax, width, 1)
         self.given, self.width = ax is not None, width
         self.size = _size(lines) if width else _rc_size()
-        self.points = 72 * (width or (ax.get_position().width * ax.figure.get_figwidth() if ax else usual[0]))
+        self.points = 72 * (
+            width or (ax.get_position().width * ax.figure.bbox.width / ax.figure.dpi if ax else usual[0])
+        )
         small = self.size if width else min(8.0, self.size)
         widest = small * (max(map(ems, legend), default=0) + 4)
         # A column of the legend is as wide as its widest name.
@@ -504,7 +506,7 @@ def plot_effects(
         name, colour, marker = _EFFECTS[effect]
         drawn = [scale * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         offset = 0.22 * (n - (len(effects) - 1) / 2)
-        _points(axis, *drawn, places + offset, colour, marker, name)
+        _points(axis, drawn, places + offset, colour, marker, name)
     canvas.rows(names)
     canvas.label(unit)
     _frame(axis, "x")
@@ -514,9 +516,17 @@ def plot_effects(
 
 
 def _points(
-    axis: Axes, value: Any, low: Any, high: Any, at: Any, colour: str, marker: str, label: str, *, upright: bool = False
+    axis: Axes,
+    drawn: Sequence[np.ndarray],
+    at: np.ndarray,
+    colour: str,
+    marker: str,
+    label: str,
+    *,
+    upright: bool = False,
 ) -> None:
     """Points with their intervals; an interval may lie to one side of its point."""
+    value, low, high = drawn
     reach = np.vstack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
     how: Keywords = {"yerr": reach} if upright else {"xerr": reach}
     axis.errorbar(
@@ -584,7 +594,7 @@ def plot_curve(
         name, colour, marker = _EFFECTS[effect]
         drawn = [factor * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         axis.plot(at, drawn[0], color=colour, linewidth=1.2)
-        _points(axis, *drawn, at, colour, marker, name, upright=True)
+        _points(axis, drawn, at, colour, marker, name, upright=True)
     log = axis_name in ("r", "items") and len(at) > 1 and at.min() > 0
     if log:
         axis.set_xscale("log")
@@ -731,10 +741,10 @@ def plot_random(
     for name in (selector, *controls):
         result.rows_of(name)
     table = result.table()
-    table = table[table["mask"] == table["group"]]
+    table = table.loc[table["mask"] == table["group"]]
     unit, scale, _ = _VALUES[result.measure]
     column = "delta" if result.measure == "correct" else "score"
-    own = table[table["selector"] == selector]
+    own = table.loc[table["selector"] == selector]
     effect = own.groupby("group")[column].mean()
     groups = ordered(result.group_names, order, effect.reindex(list(result.group_names)).to_numpy()[:, None])
     canvas = _Canvas(width, ax, [*controls, selector], len(groups))

@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vlmneurons._version import __version__
-from vlmneurons.checks import Keywords, path_of
+from vlmneurons.checks import JSONMapping, Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import natural
@@ -660,7 +660,7 @@ def page_of(
     parts: Sequence[_Part],
     body: Sequence[str],
     more: Sequence[str],
-    provenance: Keywords,
+    provenance: JSONMapping,
 ) -> str:
     """A page that needs nothing else.
 

@@ -365,11 +365,10 @@ class Encoder:
         shown = image if audio is None else image | audio
         shown = shown if video is None else shown | video
         tokens = TokenTable(ids, attention, image, special, template & ~shown, last, audio, video)
-        seen = None  # a video is more rows of the vision tower, which are not told apart yet
+        vision, patches = None, None  # a video is more rows of the vision tower, which are not told apart yet
         if video is None:
             alone = lambda n: self._process([texts[n]], [pictures[n]], [heard[n]], padding_side)  # noqa: E731
-            seen = self._vision_rows(data, pictures, alone)
-        vision, patches = (None, None) if seen is None else seen
+            vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
         digests = {name: _digest(part, streams[name]) for name, part in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:

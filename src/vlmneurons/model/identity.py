@@ -31,7 +31,7 @@ def digest_of_weights(hf_model: nn.Module) -> str:
     Weights that are nowhere (a model that runs on another host) enter by name and shape: see `weights_of`.
     """
     digest = xxhash.xxh3_128()
-    seen: dict[tuple[Any, ...], str] = {}
+    seen: dict[tuple[object, ...], str] = {}
     for name, tensor in sorted(_tensors(hf_model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.numel() > 0
@@ -176,7 +176,7 @@ def processor_of(model: "VLM") -> JSON:
     return settings
 
 
-def _describe_tokenizer(tokenizer: Any) -> Any:
+def _describe_tokenizer(tokenizer: Any) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     special = {str(key): str(value) for key, value in getattr(tokenizer, "special_tokens_map", {}).items()}
     if backend is not None:
@@ -198,7 +198,7 @@ def _short(settings: Mapping[str, object]) -> JSON:
     return plain
 
 
-def _json(value: object) -> Any:
+def _json(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -341,5 +341,5 @@ def in_parentheses(expression: str) -> str:
     return expression
 
 
-def _rebuild_selection(sets: Any, selector: str, budget: int | None, provenance: Any) -> Selection:
+def _rebuild_selection(sets: Mapping[str, NeuronSet], selector: str, budget: int | None, provenance: JSON) -> Selection:
     return Selection(sets, selector=selector, budget=budget, provenance=provenance)

@@ -131,7 +131,7 @@ class _Row:
     where: str
     id: str
     fields: JSON
-    subset: Any
+    subset: object
     metadata: JSON
 
 

@@ -240,7 +240,7 @@ def _filled(chunk: Any) -> list[Any]:
 def _named(row: Mapping[str, object], features: Mapping[str, object]) -> JSON:
     """A row whose classes have their names; -1, which datasets have where there is none, is none."""
 
-    def of(value: Any, form: Any) -> Any:
+    def of(value: Any, form: Any) -> object:
         if hasattr(form, "int2str"):
             return form.int2str(value) if isinstance(value, int) and value >= 0 else None
         inner = _inner(form)

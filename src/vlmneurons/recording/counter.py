@@ -141,8 +141,8 @@ class Counter:
         if isinstance(tokens, Mapping) and (not tokens or any(self.in_vision)):
             what = "no rule was given" if not tokens else "a vision tower sees pictures alone: record it by itself"
             raise QuestionError(f"tokens by name are groups of the decoder's tokens, and {what}")
-        self.tokens = tokens
-        self.statistics = dict(statistics or {})
+        self.tokens: TokenRule | Mapping[str, TokenRule] = tokens
+        self.statistics: Mapping[str, ItemStatistic] = dict(statistics or {})
         if self.statistics and any(self.model.mlp_of(site).routed for site in self.space.sites):
             raise MismatchError("a statistic looks at all tokens of a question, and an expert sees some: leave it out")
         self.magnitudes = flag("magnitudes", magnitudes, MismatchError)
@@ -438,7 +438,7 @@ def _stacked(parts: Sequence[Counts]) -> Counts:
         return parts[0]
 
     def joined(name: str) -> Tensor | None:
-        tables = [part[name] for part in parts if part[name] is not None]
+        tables = [table for part in parts if (table := part[name]) is not None]
         return torch.cat(tables) if tables else None
 
     return {name: joined(name) for name in parts[0]}

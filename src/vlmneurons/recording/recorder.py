@@ -56,7 +56,7 @@ class Recorder:
             raise QuestionError("a Recorder counts by one rule; token rules by name are for vn.record")
         self._counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes)
         self.model, self.space = model, self._counter.space
-        self.tokens, self.magnitudes = self._counter.tokens, self._counter.magnitudes
+        self.tokens, self.magnitudes = tokens, self._counter.magnitudes
         self._groups = GroupTables(self._counter)
         self._entered: contextlib.ExitStack | None = None
         self._labels: Sequence[str] | str = "all"

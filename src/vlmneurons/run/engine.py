@@ -21,6 +21,7 @@ from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.readers import AnswerReader, Reading, Watch
+from vlmneurons.statistics.items import ItemStatistic
 
 Counts = Mapping[str, Tensor | None]
 """Of one site, for the rows of a batch; see `vlmneurons.statistics.counting`."""
@@ -32,7 +33,7 @@ class Counting(Protocol):
 
     space: NeuronSpace
     tokens: TokenRule | Mapping[str, TokenRule]
-    statistics: Mapping[str, object]
+    statistics: Mapping[str, ItemStatistic]
     magnitudes: bool
     maxima: bool
 

@@ -136,10 +136,15 @@ class _Turns:
         """The readings of the ablations, from those of the turns."""
         for own, places in zip(self.rows, self.places, strict=True):
             parts = [turns[turn].of_rows([row]) for row, turn in zip(own, places, strict=True)]
+            scores, graded, texts = (
+                [value for part in parts if (value := getattr(part, name)) is not None]
+                for name in ("scores", "graded", "texts")
+            )
             yield Reading(
                 tuple(part.chosen[0] for part in parts),
-                None if any(part.scores is None for part in parts) else torch.cat([part.scores for part in parts]),
-                None if any(part.texts is None for part in parts) else tuple(part.texts[0] for part in parts),
+                torch.cat(scores) if len(scores) == len(parts) else None,
+                tuple(text for (text,) in texts) if len(texts) == len(parts) else None,
+                torch.cat(graded) if len(graded) == len(parts) else None,
             )
 
 
@@ -154,8 +159,8 @@ def _tiles(
     if not isinstance(reader, LogitReader) or type(reader).read is not LogitReader.read:
         raise CannotReplay("the reader runs the model in a way of its own")
     wanted = reader.wants(encoded)
-    rows = [wanted.rows_of([row]) for row in range(len(questions))]
-    if any(own is None for own in rows):
+    rows = [wanted.rows_of([row]) or [] for row in range(len(questions))]
+    if not all(rows):
         raise CannotReplay("it is not known which rows are a question's")
     structure = Structure.of(model, questions)
     waiting: list[dict[int, list[Tensor]]] = [{} for _ in turns.met]
@@ -211,7 +216,7 @@ def _by_row(
         with contextlib.ExitStack() as stack:
             for kind in kinds:
                 own = [turns.ablations[met[owner]] if owner in met else None for owner in owners]
-                sets = [
+                sets: list[Any] = [
                     nothing if one is None or (one.mode, one.factor, one.at) != kind else one.neurons for one in own
                 ]
                 if any(map(len, sets)):

@@ -9,7 +9,7 @@ totals and choices then equal those of the library's own hooks, to the last inte
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import nnsight
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmneurons.checks import JSON
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
-from vlmneurons.model.encoder import Batch
+from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM, offloaded_to
 from vlmneurons.neurons.sites import Site
 from vlmneurons.questions.sets import QuestionSet
@@ -139,7 +139,7 @@ class RemoteEngine(Engine):
         mask = owner = None
         if counting is not None:
             sites = [site for site in self._sites if pictures or site[1].tower != "vision"]
-            mask = batch.tokens.counted(counting.tokens)
+            mask = batch.tokens.counted(cast("TokenRule", counting.tokens))
             if any(site.tower == "vision" for _, site, *_ in sites):
                 owner = _owners(batch, sites)
         found = _job(

@@ -365,9 +365,9 @@ class ItemStatistics:
             halved: how batches were halved; see `vlmneurons.run.memory.MemoryLimit`.
             skipped: ids of questions that could not be asked; those that could in the end are left out.
         """
-        if skipped := {*skipped, *self.provenance.get("skipped", ())}:
+        if known := {*skipped, *self.provenance.get("skipped", ())}:
             rows = zip(self.items, self._records["done"], strict=True)
-            left = [item.id for item, done in rows if item.id in skipped and not done]
+            left = [item.id for item, done in rows if item.id in known and not done]
             if left != self.provenance.get("skipped"):
                 self.provenance = {**self.provenance, "skipped": left}
                 write_json(self.folder / "skipped.json", left)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -65,11 +65,13 @@ class Comparison:
         """What differs between the models beside the model, a sentence each; nothing where nothing does."""
         notes = []
         for one, other in itertools.combinations(self.models, 2):
-            asked, also = ({*zip(part.ids, part.groups, strict=True)} for part in map(self.results.get, (one, other)))
+            asked, also = (
+                {*zip(part.ids, part.groups, strict=True)} for part in map(self.results.__getitem__, (one, other))
+            )
             if asked != also:
-                both = len(asked & also)
+                same = len(asked & also)
                 notes.append(
-                    f"{one} was asked {len(asked):,} questions and {other} {len(also):,}; {both:,} are the same."
+                    f"{one} was asked {len(asked):,} questions and {other} {len(also):,}; {same:,} are the same."
                 )
         for name, told in _HOW.items():
             values = {model: str(one.provenance.get(name, "all")) for model, one in self.results.items()}
@@ -88,12 +90,17 @@ class Comparison:
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few`` (see `KnockoutResult.summary`), and
         ``p``, ``cross_p`` and ``gap_p``, each with ``_holm``: corrected over the models.
         """
-        rows = self._by_model(lambda summary: summary[summary["group"] == "all"])
-        groups = self._by_model(lambda summary: summary[summary["group"] != "all"])
-        counts = groups.groupby(["selector", "model"], sort=False).size().rename("groups").reset_index()
-        return _corrected(rows.drop(columns="group").merge(counts, "left"), ["selector"], ("p", "cross_p", "gap_p"))[
+        rows = self._by_model(lambda summary: summary.loc[summary["group"] == "all"])
+        groups = self._by_model(lambda summary: summary.loc[summary["group"] != "all"])
+        counts = (
+            cast(pd.Series, groups.groupby(["selector", "model"], sort=False).size()).rename("groups").reset_index()
+        )
+        return _corrected(
+            rows.drop(columns="group").merge(counts, "left"), ["selector"], ("p", "cross_p", "gap_p")
+        ).loc[
+            :,
             ["selector", "model", "groups", "n", "pictures", "clean", *_ends(), "few"]
-            + [f"{name}{end}" for name in ("p", "cross_p", "gap_p") for end in ("", "_holm")]
+            + [f"{name}{end}" for name in ("p", "cross_p", "gap_p") for end in ("", "_holm")],
         ]
 
     def groups(self) -> pd.DataFrame:
@@ -104,12 +111,12 @@ class Comparison:
         ``models`` (how many have it) and ``harmed`` (how many of them have a self effect below zero with ``p_holm``
         below .05).
         """
-        rows = _corrected(self._by_model(lambda one: one[one["group"] != "all"]), ["selector", "group"], ("p",))
+        rows = _corrected(self._by_model(lambda one: one.loc[one["group"] != "all"]), ["selector", "group"], ("p",))
         rows["models"] = rows.groupby(["selector", "group"])["model"].transform("size")
         rows["found"] = (rows["self_effect"] < 0) & (rows["p_holm"] < 0.05)
         rows["harmed"] = rows.groupby(["selector", "group"])["found"].transform("sum")
         first = ["selector", "group", "model", "n", "pictures", "clean"]
-        return self._sorted(rows[[*first, *_ends(), "few", "p", "p_holm", "models", "harmed"]], "group")
+        return self._sorted(rows.loc[:, [*first, *_ends(), "few", "p", "p_holm", "models", "harmed"]], "group")
 
     def agreement(self) -> pd.DataFrame:
         """How alike two models' effects are over the groups that both have, for each selector and pair of models.
@@ -130,7 +137,7 @@ class Comparison:
                 a, b = matrices[first], matrices[second]
                 shared = sorted(set(a.index) & set(a.columns) & set(b.index) & set(b.columns))
                 one, other = (table.loc[shared, shared].to_numpy(dtype=float) for table in (a, b))
-                row: dict[str, Any] = {"selector": name, "first": first, "second": second, "groups": len(shared)}
+                row: dict[str, object] = {"selector": name, "first": first, "second": second, "groups": len(shared)}
                 own = np.eye(len(shared), dtype=bool)
                 row["spearman"], row["p"] = self._alike(one, other, own)
                 row["cells"], row["cells_p"] = self._alike(one, other, ~own)
@@ -202,7 +209,7 @@ class Comparison:
         if size < 3:
             return math.nan, math.nan
 
-        def correlation(order: Sequence[int]) -> float:
+        def correlation(order: Sequence[int] | np.ndarray) -> float:
             a, b = one[cells], other[np.ix_(order, order)][cells]
             known = ~np.isnan(a) & ~np.isnan(b)
             a, b = scipy_stats.rankdata(a[known]), scipy_stats.rankdata(b[known])
@@ -265,7 +272,7 @@ def compare(
     return Comparison(opened, value, confidence, permutations, seed)
 
 
-def _opened(name: Any, given: Any) -> KnockoutResult:
+def _opened(name: object, given: Any) -> KnockoutResult:
     if not isinstance(given, KnockoutResult):
         folder = path_of(f"results[{name!r}]", given, MismatchError)
         given = KnockoutResult.load(folder / "knockout" if (folder / "knockout").is_dir() else folder)

@@ -35,7 +35,7 @@ def _joined(parts: Sequence[PartFolder], order: Sequence[str]) -> KnockoutResult
     place = {name: number for number, name in enumerate(ids)}
     columns = [np.array([place[name] for name in one.ids], dtype=np.int64) for one in results]
 
-    def whole(name: str, missing: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    def whole(name: str, missing: object, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         values = [getattr(one, name) for one in results]
         table = np.full((*shape, len(ids)), missing, dtype=dtype)
         for where, value in zip(columns, values, strict=True):

@@ -652,7 +652,7 @@ class KnockoutResult:
             if not np.array_equal(kept[name].to_numpy(dtype=values.dtype), values):
                 raise FileFormatError(f"{folder}: the column {name!r} of answers.parquet is not that of knockout.json")
 
-        def table(name: str, dtype: Any, missing: Any, **how: Any) -> np.ndarray:
+        def table(name: str, dtype: Any, missing: object, **how: Any) -> np.ndarray:
             values = np.full(shape, missing, dtype=dtype)
             values[asked] = kept[name].to_numpy(dtype, **how)
             return values

@@ -46,7 +46,7 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
             a, b = selections[first], selections[second]
             same = set(a) == set(b)
             for group, other in [(group, group) for group in a] if same else itertools.product(a, b):
-                row = {"first": first, "second": second, "group": group, "second_group": other}
+                row: dict[str, object] = {"first": first, "second": second, "group": group, "second_group": other}
                 row |= {"jaccard": a[group].jaccard(b[other]), "chance": a[group].expected_jaccard(b[other])}
                 rows.append(row)
     return pd.DataFrame(rows, columns=["first", "second", "group", "second_group", "jaccard", "chance"])

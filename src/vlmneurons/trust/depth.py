@@ -1,7 +1,7 @@
 """In which layers the neurons of a selection lie, against a uniform choice of as many."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -137,7 +137,7 @@ def _gini(counts: np.ndarray) -> np.ndarray:
     return (ordered * weight).sum(-1) / (n * ordered.sum(-1))
 
 
-def _entropy(counts: np.ndarray) -> Any:
+def _entropy(counts: np.ndarray) -> np.ndarray | np.number:
     """Entropy, in nats, of the shares along the last axis."""
     return scipy_stats.entropy(counts, axis=-1)
 
