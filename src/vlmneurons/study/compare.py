@@ -209,7 +209,7 @@ class Comparison:
         if size < 3:
             return math.nan, math.nan
 
-        def correlation(order: Sequence[int] | np.ndarray) -> float:
+        def correlation(order: Sequence[int]) -> float:
             a, b = one[cells], other[np.ix_(order, order)][cells]
             known = ~np.isnan(a) & ~np.isnan(b)
             a, b = scipy_stats.rankdata(a[known]), scipy_stats.rankdata(b[known])
@@ -222,7 +222,7 @@ class Comparison:
             shuffled = [correlation(order) for order in itertools.permutations(range(size))]
             return found, float(np.mean(np.abs(shuffled) >= abs(found) - 1e-12))
         generator = np.random.default_rng(self.seed)
-        shuffled = [correlation(generator.permutation(size)) for _ in range(self.permutations)]
+        shuffled = [correlation(generator.permutation(size).tolist()) for _ in range(self.permutations)]
         return found, float((1 + np.sum(np.abs(shuffled) >= abs(found) - 1e-12)) / (1 + len(shuffled)))
 
 
