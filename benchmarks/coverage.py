@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=600, help="simulated studies a row")
     parser.add_argument("--null", type=int, default=300, help="simulated studies without effects a row")
     parser.add_argument("--groups", type=int, default=8, help="groups of a study")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], help="value, others, questions, pictures; _ for any")
     given = parser.parse_args()
     print("\n".join(HEAD), flush=True)
@@ -182,7 +183,9 @@ def main() -> None:
         head = [value, str(others or "all"), questions, str(pictures)]
         if given.only and any(wanted != "_" and wanted != one for wanted, one in zip(given.only, head, strict=False)):
             continue
-        found = simulated(Design(given.groups, pictures, questions, others), value, given.studies, given.null)
+        found = simulated(
+            Design(given.groups, pictures, questions, others), value, given.studies, given.null, given.seed
+        )
         print(row(value, others, questions, pictures, found), flush=True)
 
 

@@ -1,13 +1,19 @@
-"""Writes docs/architectures.md: what is found in every class of transformers' image-text-to-text mapping.
+"""Writes docs/architectures.md: what is found in every class of the image-text-to-text mapping, and what ran in small.
 
-Run it after transformers was upgraded, with timm installed: ``python docs/generate_architectures.py``.
+What ran is read from the shards that ``tests/contract.py`` writes, a file for each part of the small models. It runs
+first, as in ``.ci/nightly``. After transformers was upgraded, with timm installed:
+
+    for part in 1 2 3 4; do python tests/contract.py --part $part/4 --output out/contract; done
+    python docs/generate_architectures.py --contract out/contract
 """
 
 import argparse
+import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,8 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from vlmneurons.errors import ArchitectureError
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.layout import Tower
-from vlmneurons.testing import tiny_inputs, tiny_model, tiny_names
-from vlmneurons.testing.architectures import check_architecture, mapped_model, mapped_types, optional_parts
+from vlmneurons.testing.architectures import mapped_model, mapped_types, optional_parts
 
 PAGE = Path(__file__).with_name("architectures.md")
 INTRODUCTION = """# Which models have which neurons
@@ -30,9 +35,10 @@ what it finds in every class of transformers' image-text-to-text mapping, built 
 configuration on the meta device; where parts of it are left away by default, also with every one of them. The numbers
 are those of that configuration, and differ between checkpoints.
 
-**{found} of {total}** classes have their sites found; **{ran}** are also run in small, with an image in the input, and
-pass `vn.testing.check_architecture`: values equal those of plain hooks, logits without an edit are the same bit for
-bit, and zeroing a neuron at `gate` and at `post` is the same.
+**{found} of {total}** classes have their sites found; **{ran}** of these are run in small, with a picture in the input
+where the class sees (and a sound where it hears), and pass `vn.testing.check_architecture`: values equal those of plain
+hooks, logits without an edit are the same bit for bit, and zeroing a neuron at `gate` and at `post` is the same. Half
+of each tower was switched off besides, and neurons were counted row by row: [the figures](#the-figures-class-by-class).
 
 ```console
 $ vlmneurons check qwen2_5_vl                        # a type of model, or one on the Hub, without its weights
@@ -61,10 +67,28 @@ How to read the table: *layers x width* for each tower; *experts* are counted pe
 have an `up` branch, *fused* ones compute it and the gate in one projection. *run* means that a small model of the class
 passes the whole contract, *meta* that its sites were found at full size.
 """
+FIGURES = """
+## The figures, class by class
+
+{models} small models were run by `tests/contract.py` (`.ci/nightly` runs it), {of_text} of them of text alone: {towers}
+towers with {neurons:,} neurons, {heads}. For each tower:
+
+- *MLPs run*: how many of its MLPs the input reached; an expert to which no token was routed is not.
+- *moved*: in how many of the MLPs that were tried a zeroed neuron moved the logits.
+- *half off*: half of the tower's neurons, drawn at random, switched off, against a deep copy of the model whose down
+  projections have zeros in their columns, in logits and in three generated tokens. "=" is bit for bit, else it is the
+  largest difference; "–" where the class generates nothing from these inputs without the library either.
+- *counted*: how many firings were counted, row by row, in batches of five padded on the left and on the right and in
+  batches of one; and by how many they *differ* from what plain hooks see of single rows: neurons within rounding of 0.
+
+| small model | class | tower | MLPs run | moved | half off: logits | tokens | counted | differ |
+|---|---|---|--:|--:|--:|--:|--:|--:|
+{rows}
+"""
 NOTES = """
 ## Questions, through each family's own processor
 
-The small models that are run have processors of their families' own classes, and `tests/test_every_processor.py` asks
+The library's own small models have processors of their families' own classes, and `tests/test_every_processor.py` asks
 each of them questions: with a picture, with two, and without; in batches, padded on either side. Counts of both towers,
 answers by letters and by option texts, and answers under masks of either tower's neurons are held to plain forwards of
 single questions. All of it works for all of them, but for this, which is refused with an error that says so:
@@ -117,9 +141,9 @@ What the processor draws into a picture, such as the border of a LLaVA-NeXT crop
   `Recorder` counts the tower `encoder` over the question and `language` over the decoder's own tokens, each in a run of
   your own; `record`, and answers read by letters or text, refuse them. `Ablation` and a `knockout` with
   `answer="generate"` work as elsewhere.
-- Questions hold pictures, not videos. Sites are read and ablated in your own runs of a video's inputs as in any other,
-  but a `Recorder` does not take a video's placeholders for `"content"` or `"image"`: count them with a rule of your
-  own, such as `tokens=lambda table: table.attention`.
+- In your own runs of a video's inputs a `Recorder` does not take its placeholders for `"content"`: count them with a
+  rule of your own, such as `tokens=lambda table: table.attention`. Of questions with videos `record` counts them
+  ([sounds and videos](guides/sound-and-video.md)).
 - Llama 4 does not run at all in transformers 5.24.0, with or without this library (`'MoeCausalLMOutputWithPast' object
   has no attribute 'image_outputs'`); the small one that is run here has that attribute put on by a hook.
 - LoRA adapters on the MLPs are part of what is read; quantised layers need only declare `in_features` and
@@ -159,20 +183,59 @@ def _towers(towers: Mapping[str, Tower]) -> str:
     return "<br>".join(f"{name}: {_size(tower)} ({_kind(tower)})" for name, tower in towers.items())
 
 
+def _read(folder: Path) -> list[dict[str, Any]]:
+    """What ran, of all shards; every part must be there, and nothing in it may have failed."""
+    shards = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-of-*.json"))}
+    parts = {int(name.partition("-of-")[2]) for name in shards}
+    if len(parts) != 1 or len(shards) != min(parts):
+        raise SystemExit(f"{folder} holds the shards {', '.join(shards) or 'of nothing'}, not all of one run")
+    results = [result for shard in shards.values() for result in shard]
+    failed = [f"{result['name']}: {result['failed'].splitlines()[0]}" for result in results if "failed" in result]
+    if failed:
+        raise SystemExit("\n".join(["not all small models passed:", *failed]))
+    return sorted(results, key=lambda result: result["name"])
+
+
+def _off(value: Any) -> str:
+    """How far something is from what plain PyTorch gives."""
+    return "–" if isinstance(value, str) else "=" if value == 0 else f"{value:.0e}"
+
+
+def _figures(results: Sequence[Mapping[str, Any]]) -> str:
+    """The table of what each small model went through."""
+    rows, exact = [], 0
+    for result in results:
+        for tower, of in result["towers"].items():
+            half, counts = of["half"], of.get("counts", {})
+            exact += half["off"] == 0
+            counted = f"{counts['counts']:,} | {counts['off']}" if "counts" in counts else "– | –"
+            rows.append(
+                f"| `{result['name']}` | {result['class']} | {tower} | {of['ran']} of {of['mlps']} "
+                f"| {of['moved']} of {of['tried']} | {_off(half['off'])} | {_off(half['generated'])} | {counted} |"
+            )
+    return FIGURES.format(
+        models=len(results),
+        of_text=sum(result["name"].startswith("text/") for result in results),
+        towers=len(rows),
+        neurons=sum(of["all"] for result in results for of in result["towers"].values()),
+        heads=f"{exact} of them the same bit for bit with half of them off",
+        rows="\n".join(rows),
+    )
+
+
 def main() -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--contract", type=Path, default=Path("out/contract"), help="folder of the shards")
     parser.add_argument("--output", type=Path, default=PAGE)
-    page = parser.parse_args().output
+    given = parser.parse_args()
+    page = given.output
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    passed = set()
-    for name in tiny_names(processor=False):
-        model, _ = tiny_model(name)
-        check_architecture(model, inputs=tiny_inputs(name))
-        passed.add(type(model).__name__)
-    rows, found = [], 0
+    results = _read(given.contract)
+    passed = {result["class"] for result in results if any(of["ran"] for of in result["towers"].values())}
+    rows, found, ran = [], 0, 0
     for model_type in mapped_types():
         class_name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
         try:
@@ -199,16 +262,17 @@ def main() -> None:
             sizes += f"<br>with {', '.join(optional_parts(model_type))}: {_towers(more) or 'no further tower'}"
         neurons = f"{sum(towers['language'].widths):,}"
         checked = "run" if class_name in passed else "meta"
+        ran += class_name in passed
         try:
             mapped_model(model_type, default=True)
         except Exception:  # then a few settings were added
             checked += ", with settings that its default configuration lacks"
         rows.append(f"| `{model_type}` | {class_name} | {sizes} | {neurons} | {checked} |")
     text = INTRODUCTION.format(
-        transformers=transformers.__version__, torch=torch.__version__, found=found, total=len(rows), ran=len(passed)
+        transformers=transformers.__version__, torch=torch.__version__, found=found, total=len(rows), ran=ran
     )
     header = "| type | class | towers | decoder neurons | checked |\n|---|---|---|--:|---|\n"
-    page.write_text(f"{text}\n{header}" + "\n".join(rows) + f"\n{NOTES}", encoding="utf-8")
+    page.write_text(f"{text}\n{header}" + "\n".join(rows) + f"\n{NOTES}{_figures(results)}", encoding="utf-8")
 
 
 if __name__ == "__main__":

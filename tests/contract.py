@@ -78,8 +78,11 @@ def _own(module: nn.Module, name: str) -> Tensor:
 
 def generated(hf: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The ids of three tokens, and their logits ``[row, token, word]``."""
-    given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    # A copy: BLIP writes into the ids that it is given.
+    given = {name: value.clone() for name, value in inputs.items() if name != "decoder_input_ids"}
     how = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "num_beams": 1}
+    if getattr(hf.config, "is_encoder_decoder", False):  # T5's cache is as long as its encoder, and its decoder longer
+        how["use_cache"] = False
     out = hf.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
     return out.sequences[:, -STEPS:], torch.stack(out.logits, 1)
 

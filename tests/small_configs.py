@@ -82,6 +82,9 @@ COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "decoder_laye
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "sep": 2, "decoder_start": 1, "forced_eos": 2}
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "minicpm_ocr": {"image_token_id": IMAGE},
+    "minicpmv4_7": {"image_token_id": IMAGE},
+    "minicpmv4_6": {"image_token_id": IMAGE},
     "pi0": {"vlm_config": {"image_token_index": IMAGE}},
     "nemotron_h_omni": {"image_token_id": IMAGE, "audio_token_id": 11},
     "qwen3_omni_moe_thinker": {
@@ -266,6 +269,8 @@ def small_model(model_type: str, *, every_tower: bool = False) -> nn.Module:
         model = getattr(transformers, CLASSES[model_type])(config)
     model = model.float().eval()
     draw_weights(model)
+    if getattr(config, "is_encoder_decoder", False) and getattr(model, "generation_config", None) is not None:
+        model.generation_config.decoder_start_token_id = 2
     return model
 
 

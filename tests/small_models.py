@@ -72,6 +72,7 @@ def _text(name: str) -> Small:
     ids = torch.arange(3, 16)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "encoder" in widths:
+        model.generation_config.decoder_start_token_id = 2
         inputs["decoder_input_ids"] = torch.tensor([[2, 20, 21]])
     return Small(name, model, inputs, template="plain")
 
@@ -80,7 +81,9 @@ def _mapped(name: str, every_tower: bool = False) -> Small:
     from small_configs import small_inputs, small_model
 
     model = small_model(name, every_tower=every_tower)
-    return Small(name, model, small_inputs(name, model), template="plain", rows=False)
+    # A model that does not generate is no model of text; PI0 gives actions.
+    processor = tiny_model("paligemma")[1] if name == "pi0" else None
+    return Small(name, model, small_inputs(name, model), processor, "plain", rows=False)
 
 
 def _texts() -> list[str]:

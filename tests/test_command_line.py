@@ -93,6 +93,20 @@ def test_the_whole_study_of_a_model_that_runs_elsewhere_gives_the_same_answers(a
         assert theirs.provenance["remote"] == "local"
 
 
+def test_the_explorer_of_a_study_is_written_with_its_own_questions_only(arguments, undisturbed, tmp_path, capsys):
+    given = arguments[1 : arguments.index("--out")] if "--out" in arguments else arguments[1:]
+    asking = [one for n, one in enumerate(given) if {"--model", "--data"} & {one, given[n - 1]}]
+    capsys.readouterr()
+    assert main(["explore", str(undisturbed), *asking, "--out", str(tmp_path / "new"), "--images", "none"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'index.html'}\n"
+    told = (tmp_path / "new" / "data" / "study.js").read_text(encoding="utf-8")
+    assert all(name in told for name in vn.KnockoutResult.load(undisturbed / "knockout").selectors)
+    assert main(["explore", str(undisturbed), *asking, "--out", str(tmp_path / "new"), "--answer", "text"]) == 1
+    assert "is not shown beside answers given otherwise" in capsys.readouterr().err
+    assert main(["explore", str(undisturbed), *asking, "--out", str(tmp_path / "new"), "--remote", "local"]) == 1
+    assert "values at every token do not come back" in capsys.readouterr().err
+
+
 def test_the_command_killed_at_ten_random_moments_ends_with_the_same_tables(arguments, undisturbed, tmp_path):
     folder, generator = tmp_path / "run", random.Random(1)
     seen = set()

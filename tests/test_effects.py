@@ -447,15 +447,16 @@ def drawn_by_hand(result: KnockoutResult, effect: str, resamples: int = 4000) ->
     ids=["within groups", "all pictures in both groups", "some pictures in both groups"],
 )
 def test_intervals_are_as_wide_as_resampling_pictures_with_all_their_questions(result):
-    summary = result.summary(value="margin").set_index("group")
+    summary = result.summary(value="margin", confidence=0.5).set_index("group")  # too narrow for skewness to matter
     for effect in ("self_effect", "gap"):
         by_hand = 2 * drawn_by_hand(result, effect).std(0)  # a right answer has margin 1, a wrong one -1
         for place, group in enumerate(["A", "B", "all"]):
             units = summary.loc[group, "pictures"]
             reach = summary.loc[group, f"{effect}_high"] - summary.loc[group, effect]
-            error = reach / scipy_stats.t.ppf(0.975, units - 1)
+            error = reach / scipy_stats.t.ppf(0.75, units - 1)
             assert error == pytest.approx(by_hand[place] * np.sqrt(units / (units - 1)), rel=0.12), f"{effect} {group}"
-    pairs = result.pairs("CAS", value="margin").set_index(["mask", "group"])
+    pairs, summary = result.pairs("CAS", value="margin"), result.summary(value="margin").set_index("group")
+    pairs = pairs.set_index(["mask", "group"])
     assert pairs.loc[("A", "A"), "delta_low"] == pytest.approx(summary.loc["A", "self_effect_low"], abs=1e-12)
 
 

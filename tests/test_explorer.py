@@ -95,9 +95,9 @@ def test_a_neurons_page_has_what_the_model_does_now(study, page):
         steps = np.clip(heat / max(expected[0].value, 1e-9), 0, 1) * 63
         np.testing.assert_allclose(np.array(drawn["values"]).reshape(heat.shape), steps, atol=0.51)
     written = vn.neuron_writes(model, vn.NeuronSet(selection.space, [selection.space.flat(site, number)]))
-    about = data(page, f"sites/{first['site']}")[str(number)]
-    assert about["tokens"][0] == written.loc[written["direction"] == "promotes", "token"].tolist()
-    assert about["tokens"][1] == written.loc[written["direction"] == "suppresses", "token"].tolist()
+    known = data(page, f"sites/{first['site']}")
+    for direction, places in zip(("promotes", "suppresses"), known["neurons"][str(number)]["tokens"], strict=True):
+        assert [known["tokens"][n] for n in places] == written.loc[written["direction"] == direction, "token"].tolist()
 
 
 def test_the_page_loads_only_what_lies_beside_it(page):
@@ -153,10 +153,10 @@ def another_prompt(question, options):
 
 
 @pytest.mark.parametrize("size", [(2000, 1500), (40, 3000), (8, 8)])
-def test_thumbnails_are_of_3_kb_at_most_and_have_the_shape_of_their_picture(size):
+def test_thumbnails_are_small_and_have_the_shape_of_their_picture(size):
     noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     packed = thumbnail(Image.fromarray(noise))
-    assert len(packed) <= 3072
+    assert len(packed) <= 2560
     with Image.open(io.BytesIO(packed)) as small:
         assert max(small.size) <= 192
         assert small.width / small.height == pytest.approx(size[0] / size[1], rel=0.35)

@@ -7,7 +7,7 @@ units; that tables name their columns; and that methods from papers name the pap
 
 import inspect
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import griffe
 import numpy as np
@@ -208,7 +208,11 @@ def tables(folder, model) -> dict[str, pd.DataFrame]:
     result, questions = random_result(), some_questions(4)
     masks = {"x": vn.Selection({group: vn.NeuronSet(model.space(), [1, 2]) for group in "AB"})}
     drawn = list(vn.resampled_selections(items, vn.MAD(0.2), condition="all", resamples=3))
+    layers = {"layers": ["language 0", "language 1"]}
+    masked = replace(result, provenance=layers, masks=tuple(replace(one, layers=(4, 6)) for one in result.masks))
+    compared = vn.compare({"a": masked, "b": random_result(1)}, permutations=20)
     return {
+        **{f"Comparison.{name}": getattr(compared, name)() for name in ("table", "groups", "agreement", "profiles")},
         "ActivationStatistics.table": stats.table(),
         "KnockoutResult.answer_table": result.answer_table(),
         "KnockoutResult.table": result.table(),

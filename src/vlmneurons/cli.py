@@ -518,7 +518,11 @@ def explore(
     from vlmneurons.look.explorer import write_explorer
     from vlmneurons.study.protocol import SELECTORS as RULES
 
+    if given["remote"] is not None:
+        raise ArchitectureError("--remote: values at every token do not come back; run the model here")
     result = vn.KnockoutResult.load(run / "knockout")
+    if "part" in result.provenance:
+        raise FileFormatError(f"{run} is part {result.provenance['part']} of a study: `join` it with the others first")
     settings = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
     selectors = {name: RULES[name](settings["fraction"]) for name in settings["selectors"]}
     selections = {name: vn.Selection.load(run / "selections" / f"{name}.safetensors") for name in selectors}

@@ -33,6 +33,9 @@ def write_comparison(
         folder: gets ``index.html``, ``figures/`` and ``tables/``.
         main: the selector that per-group figures are of.
         title: stands above the page.
+
+    Raises:
+        MismatchError: no such selector.
     """
     folder = path_of("folder", folder, MismatchError)
     main = main or next(name for name in ("CAS", *comparison.selectors) if name in comparison.selectors)

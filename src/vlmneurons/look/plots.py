@@ -132,7 +132,11 @@ def plot_matrix(
         if (spec := axis.get_subplotspec()) is None or spec.is_first_col():
             long = "Neurons switched off: those of"
             axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
-    where: Keywords = {"location": "bottom", "shrink": 0.9, "aspect": 30} if below else {"shrink": 0.85}
+    where: Keywords = (
+        {"location": "bottom", "shrink": 0.9 if width and width < 5 else 0.6, "aspect": 30}
+        if below
+        else {"shrink": 0.85}
+    )
     bar = figure.colorbar(axes[0].images[0], ax=ax or list(axes), **where)
     bar.set_label(title, fontsize=size)
     bar.ax.tick_params(labelsize=size)
@@ -207,7 +211,7 @@ def _panels(
         inches = (across * (cell * n_columns + 0.35) + longest + 1.6, cell * n_rows + longest + 1.3)
     else:
         size = _size(max(n_columns, n_rows))
-        line = size * (1.5 if tall(labels) else 1.15)
+        line = size * (1.3 if tall(labels) else 1.15)
 
         def reach(letters: int) -> float:
             return size * max(map(ems, shortened(labels, letters))) / 72
@@ -240,9 +244,13 @@ def _panels(
         longest = reach(letters)
         cell = side(*way)
         down = math.ceil(len(tables) / across)
-        height = down * (cell * n_rows + longest + 5.5 * size / 72 + 0.1) + (0.2 if side_bar else 0.75)
+        height = down * (cell * n_rows + longest + 5.5 * size / 72 + 0.1) + (
+            0.2 if side_bar else 0.75 if width < 5 else 0.9
+        )
         inches = (width, height)
     figure = PrintFigure(figsize=inches, layout="constrained")
+    if width and not side_bar:  # the layout lets a bar below high panels stick out by a few points
+        figure.set_layout_engine("constrained", h_pad=0.1)
     down = math.ceil(len(tables) / across)
     axes = figure.subplots(down, across, squeeze=False, sharey=same_rows).ravel().tolist()
     for axis in axes[len(tables) :]:
@@ -379,15 +387,15 @@ class _Canvas:
         _drawn_into(ax, width, 1)
         self.given, self.width = ax is not None, width
         self.size = _size(lines) if width else _rc_size()
-        self.points = 72 * (
-            width or (ax.get_position().width * ax.figure.bbox.width / ax.figure.dpi if ax else usual[0])
-        )
+        self.points = 72 * (width or usual[0])
+        if ax is not None:
+            self.figure, self.axis = _panels({"": pd.DataFrame([[0]])}, None, ax)[0], ax
+            self.points = 72 * ax.get_position().width * self.figure.get_figwidth()
         small = self.size if width else min(8.0, self.size)
         widest = small * (max(map(ems, legend), default=0) + 4)
         # A column of the legend is as wide as its widest name.
         self.legend = {"ncols": int(max(1, min(4, len(legend), self.points // widest))), "fontsize": small}
         if ax is not None:
-            self.figure, self.axis = _panels({"": pd.DataFrame([[0]])}, None, ax)[0], ax
             return
         below = math.ceil(len(legend) / self.legend["ncols"])
         if width:

@@ -5,6 +5,7 @@ VLM itself) and adds names: ``model.language.layers[3].mlp.gate`` is a value tha
 model's own modules are called.
 """
 
+import contextlib
 import copy
 import functools
 import os
@@ -20,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -75,6 +77,8 @@ class VLM:
         processor: the processor; a tokenizer for a model of text alone.
         prompts: how questions become prompts; ``prompts.settings()`` is what that depends on.
         towers: what was found, by name.
+        engine: what runs the model where questions are asked: ``"transformers"``, or ``"vllm"``.
+        engine_options: what that is started with.
 
     Raises:
         ArchitectureError: the model's MLPs cannot be told for certain, or it is no transformers model.
@@ -132,6 +136,8 @@ class VLM:
             self.nnsight = TracedModel(hf_model, self, computed, **pipeline_of(processor), **named)
         self.encoder = Encoder(self)
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
+        self.engine: str = "transformers"
+        self.engine_options: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -145,7 +151,8 @@ class VLM:
         template_kwargs: Mapping[str, object] | None = None,
         rename: Mapping[str, object] | None = None,
         weights: bool = True,
-        **hf_kwargs: object,
+        engine: str = "transformers",
+        **hf_kwargs: Any,
     ) -> "VLM":
         """Load a model and its processor by name or from a folder.
 
@@ -161,8 +168,12 @@ class VLM:
             rename: see `VLM`.
             weights: False for a model without its weights, on the meta device: its sites have names, and it can run
                 elsewhere (``remote=True``, see `vlmneurons.run.remote`).
+            engine: ``"vllm"`` for a model that vLLM holds: nothing but names is loaded here, and vLLM is started when
+                the model is first asked. `record`, `record_items` and `knockout` run there; see
+                `vlmneurons.run.vllm.engine`.
             **hf_kwargs: arguments of the model's ``from_pretrained``: ``dtype``, ``device_map`` …; where files
-                come from (``token``, ``cache_dir``, ``local_files_only``, ``subfolder`` …) is told to both.
+                come from (``token``, ``cache_dir``, ``local_files_only``, ``subfolder`` …) is told to both. With
+                ``engine="vllm"``: ``dtype``, and arguments of ``vllm.LLM``, such as ``tensor_parallel_size``.
 
         Returns:
             The model in evaluation mode, its weights loaded.
@@ -176,10 +187,13 @@ class VLM:
         name_or_path = os.fspath(name_or_path)
         where = {name: hf_kwargs.pop(name) for name in HUB_ARGUMENTS if name in hf_kwargs}
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {}), **where}
-        if hf_kwargs and not weights:
+        if engine not in ("transformers", "vllm"):
+            raise ArchitectureError(f"engine={engine!r} does not exist; choose from transformers, vllm")
+        options = hf_kwargs if engine == "vllm" else {}
+        if options is not hf_kwargs and hf_kwargs and not weights:
             raise ArchitectureError(f"weights=False loads nothing that {', '.join(hf_kwargs)} could apply to")
         processor = AutoProcessor.from_pretrained(name_or_path, **{**shared, **(processor_kwargs or {})})
-        if weights:
+        if weights and engine == "transformers":
             hf_model = of_first_class(
                 AutoModelForImageTextToText, lambda auto: auto.from_pretrained(name_or_path, **shared, **hf_kwargs)
             )
@@ -190,11 +204,20 @@ class VLM:
                     AutoModelForImageTextToText,
                     lambda auto: auto.from_config(config, trust_remote_code=trust_remote_code),
                 )
-            vars(hf_model)["hf_device_map"] = {
-                "": torch.device("meta")
-            }  # else transformers would try to move the weights
+            # Else transformers would try to move the weights.
+            vars(hf_model)["hf_device_map"] = {"": torch.device("meta")}
+            if (dtype := options.pop("dtype", "auto")) != "auto":
+                hf_model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            with contextlib.suppress(OSError):  # where a text ends
+                vars(hf_model)["generation_config"] = GenerationConfig.from_pretrained(name_or_path, **shared)
         model = cls(hf_model, processor, template=template, template_kwargs=template_kwargs, rename=rename)
         model.nnsight.revision = revision  # names the model in a remote run
+        if engine == "vllm":
+            told = {"trust_remote_code": trust_remote_code, "mm_processor_kwargs": dict(processor_kwargs or {}) or None}
+            told |= {"hf_token": where.get("token"), "download_dir": where.get("cache_dir")}
+            model.engine, model.engine_options = engine, {**{k: v for k, v in told.items() if v}, **options}
+            hf_model.register_forward_pre_hook(_refuse_to_run)
+            vars(hf_model)["generate"] = _refuse_to_run
         return model
 
     # -- what it is ----------------------------------------------------------------------------------------------------
@@ -488,6 +511,7 @@ class VLM:
         processor = copy.deepcopy(self.processor, memo)
         other = memo[id(self)] = type(self)(hf, processor, template=self.template, rename=self._rename)
         other.nnsight.revision, other.nnsight._edits = self.nnsight.revision, list(self.nnsight._edits)
+        other.engine, other.engine_options = self.engine, dict(self.engine_options)
         return other
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
@@ -500,6 +524,14 @@ class VLM:
     def __repr__(self) -> str:
         lines = [f"VLM({self.name}: {type(self.hf).__name__}, {self.hf.dtype}, {self.device})"]
         return "\n".join(lines + [f"  {describe(tower)}" for tower in self.towers.values()])
+
+
+def _refuse_to_run(*_: Any, **__: Any) -> None:
+    """Stands in the way of the forward of a model that an engine holds: it has no weights here."""
+    raise MismatchError(
+        "this model is held by engine='vllm', where record, record_items and knockout run; for traces, plain calls and "
+        "generate load it here, without engine="
+    )
 
 
 def offloaded_to(hf_model: nn.Module) -> torch.device | None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vlmneurons.checks import Keywords, flag, whole
-from vlmneurons.errors import OutOfMemoryError, QuestionError
+from vlmneurons.errors import MismatchError, OutOfMemoryError, QuestionError
 from vlmneurons.files.stopping import Stopped
 from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
 from vlmneurons.progress import Progress, progress_bar
@@ -111,9 +111,16 @@ def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Eng
     """
     check_model(model)
     refuse_unobeyed(model)
-    refuse_unknown(model, remote)
     reader = reader_of(questions.answer)
+    if model.engine == "vllm" and remote is not False:
+        raise MismatchError(f"remote={remote!r}: this model is held by engine='vllm', and runs there")
+    if model.engine != "vllm":
+        refuse_unknown(model, remote)
     reader.check(questions)
+    if model.engine == "vllm":
+        from vlmneurons.run.vllm.engine import VLLMEngine
+
+        return VLLMEngine(model, reader)
     return LocalEngine(model, reader) if remote is False else RemoteEngine(model, reader, remote)
 
 

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from vlmneurons.checks import JSON
-from vlmneurons.errors import QuestionError
+from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
@@ -115,6 +115,11 @@ class Engine(ABC):
         """The answers to a batch in each run, in order, one reading at a time."""
 
     @property
+    def own_setting(self) -> Mapping[str, str]:
+        """Entries of the `Setting` that the engine knows better than the model that is here."""
+        return {}
+
+    @property
     def provenance(self) -> JSON:
         """What is to be kept of where and how the model ran, beside the setting."""
         return {}
@@ -130,4 +135,14 @@ def need_gradients(engine: Engine, what: str) -> None:
         raise QuestionError(f"{what} needs gradients, which do not come back from {engine.name}; run the model here")
 
 
-__all__ = ["Counting", "Counts", "Engine", "Run", "Watch", "need_gradients"]
+def need_plain_counts(engine: Engine, counting: Counting) -> None:
+    """Refuse what is counted here only, of an engine that counts where the model runs.
+
+    Raises:
+        MismatchError: token rules by name, or statistics of the user's own.
+    """
+    if isinstance(counting.tokens, Mapping) or counting.statistics:
+        raise MismatchError(f"{engine.name}: token rules by name and statistics of your own are counted here only")
+
+
+__all__ = ["Counting", "Counts", "Engine", "Run", "Watch", "need_gradients", "need_plain_counts"]

@@ -36,9 +36,10 @@ def setting_of_run(
         questions: what is asked, for the prompt.
         engine: what runs the model and reads its answers; None for the user's own runs here.
     """
+    known = {} if engine is None else engine.own_setting
     return Setting(
         model=type(model.hf).__name__,
-        weights=of_model.weights_of(model),
+        weights=known.get("weights") or of_model.weights_of(model),
         configuration=of_model.configuration_of(model),
         adapters=of_model.adapters_of(model),
         quantisation=of_model.quantisation_of(model),

@@ -159,8 +159,9 @@ def _tiles(
     if not isinstance(reader, LogitReader) or type(reader).read is not LogitReader.read:
         raise CannotReplay("the reader runs the model in a way of its own")
     wanted = reader.wants(encoded)
-    rows = [wanted.rows_of([row]) or [] for row in range(len(questions))]
-    if not all(rows):
+    known = [wanted.rows_of([row]) for row in range(len(questions))]
+    rows = [own for own in known if own is not None]
+    if len(rows) < len(known):
         raise CannotReplay("it is not known which rows are a question's")
     structure = Structure.of(model, questions)
     waiting: list[dict[int, list[Tensor]]] = [{} for _ in turns.met]
@@ -198,31 +199,36 @@ def _by_row(
     Raises:
         CannotReplay: that cannot be.
     """
-    owners: Sequence[int | None] = range(len(questions))
+    owners: list[int] = list(range(len(questions)))
     if isinstance(reader, LogitReader) and type(reader).read is LogitReader.read:
         wanted = reader.wants(encoded)
-        of_rows = {row: place for place in range(len(questions)) for row in wanted.rows_of([place]) or ()}
-        owners = [of_rows.get(row) for row in range(len(wanted.positions))]
+        of_rows = {row: place for place in owners for row in wanted.rows_of([place]) or ()}
+        if len(of_rows) < len(wanted.positions):
+            raise CannotReplay("it is not known which rows are a question's")
+        owners = [of_rows[row] for row in range(len(wanted.positions))]
     elif type(reader).read is not Generate.read:
         raise CannotReplay("the reader runs the model in a way of its own")
     mlps = [model.mlp_of(site) for one in turns.ablations for site in one._edits]
-    if any(mlp.tower != "language" or mlp.routed or mlp.expert is not None for mlp in mlps) or None in owners:
+    if any(mlp.tower != "language" or mlp.routed or mlp.expert is not None for mlp in mlps):
         raise CannotReplay("not all neurons are computed row by row")
     if any(one.mode not in ("zero", "scale") for one in turns.ablations) or not _BY_ROW.get(model.hf, True):
         raise CannotReplay("this intervention cannot be another one in each row")
-    kinds = sorted({(one.mode, one.factor, one.at) for one in turns.ablations})
+    kind_of = [(one.mode, one.factor, one.at) for one in turns.ablations]
     nothing = NeuronSet.empty(turns.ablations[0].space)
+    if not all(one.space.same_neurons(nothing.space) for one in turns.ablations):
+        raise CannotReplay("rows cannot have neurons of different spaces")
     for met in turns.met:
         with contextlib.ExitStack() as stack:
-            for kind in kinds:
-                own = [turns.ablations[met[owner]] if owner in met else None for owner in owners]
-                sets: list[Any] = [
-                    nothing if one is None or (one.mode, one.factor, one.at) != kind else one.neurons for one in own
-                ]
+            for mode, factor, at in sorted(set(kind_of)):
+                sets = [nothing] * len(owners)
+                for row, owner in enumerate(owners):
+                    if owner in met and kind_of[met[owner]] == (mode, factor, at):
+                        neurons = turns.ablations[met[owner]].neurons
+                        assert isinstance(neurons, NeuronSet)
+                        sets[row] = neurons
                 if any(map(len, sets)):
-                    mode, factor, at = kind
-                    one = Ablation(model, sets, mode, factor=factor if mode == "scale" else None, at=at)
-                    stack.enter_context(one)
+                    factor = factor if mode == "scale" else None
+                    stack.enter_context(Ablation(model, sets, mode, factor=factor, at=at))
             try:
                 yield reader.read(model, questions, encoded)
             except AblationError as error:

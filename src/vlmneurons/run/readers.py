@@ -6,7 +6,6 @@ whoever counts activations meanwhile gets told what each token of the run is (``
 
 import contextlib
 import inspect
-import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import TypeVar
 
@@ -256,6 +255,38 @@ class Wanted:
         owners = self.owners if self.owners is not None else self.questions if alone else None
         wanted = set(questions)
         return None if owners is None else [row for row, owner in enumerate(owners) if owner in wanted]
+
+
+def names_its_tokens(reader: LogitReader) -> bool:
+    """Whether what the reader says of its tokens goes for its own `score`: a subclass may have another one."""
+    owners = {
+        name: next(one for one in type(reader).__mro__ if name in vars(one))
+        for name in ("score", "score_shares", "tokens")
+    }
+    return len(set(owners.values())) == 1 and owners["tokens"] is not LogitReader
+
+
+def reading_of_shares(
+    reader: LogitReader,
+    model: "VLM",
+    questions: QuestionSet,
+    encoded: Any,
+    tokens: list[int],
+    rows: Sequence[Tensor],
+) -> Reading:
+    """The answers, from ``[position, token]`` log-probabilities of the tokens that a reader names, for each row.
+
+    Args:
+        reader: the reader.
+        model: the model.
+        questions: the questions.
+        encoded: what `AnswerReader.encode` made of them.
+        tokens: the tokens, in the order of the columns.
+        rows: the log-probabilities (nats).
+    """
+    size = max(len(model.tokenizer), max(tokens) + 1)
+    shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
+    return reader.score_shares(model, questions, encoded, shares)
 
 
 def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
@@ -518,6 +549,8 @@ class RunningText(LogitReader[Batch]):
             following = encoded.tokens.ids[row, [place + 1 for place in places]].cpu()
             told = values.gather(1, following[:, None]).squeeze(1) - values.logsumexp(-1)
             means.append(told.double().mean())
+            if torch.isnan(means[-1]):
+                raise ActivationError(f"the logits of question {questions[row].id!r} are NaN: it has no likelihood")
         return _graded(questions, torch.stack(means), self.threshold)
 
 
@@ -581,7 +614,7 @@ class Generate(AnswerReader[Batch]):
         """See `AnswerReader.read`.
 
         Raises:
-            QuestionError: the model cannot generate.
+            QuestionError: the model cannot generate, or a scorer gave no score of its range.
         """
         if not model.can_generate:
             raise QuestionError(f"{type(model.hf).__name__} cannot generate; read answers by letters or text")
@@ -590,6 +623,19 @@ class Generate(AnswerReader[Batch]):
             ids = model.hf.generate(**encoded, generation_config=config)
         if not model.is_encoder_decoder:
             ids = ids[:, encoded["input_ids"].shape[1] :]
+        return self.reading(model, questions, ids.tolist())
+
+    def reading(self, model: "VLM", questions: QuestionSet, ids: Sequence[Sequence[int]]) -> Reading:
+        """The answers that generated tokens give.
+
+        Args:
+            model: the model.
+            questions: the batch.
+            ids: for each question what was generated.
+
+        Raises:
+            ActivationError: a scorer gives NaN.
+        """
         texts = _decoded(model, ids)
         bare = questions.prompt is bare_prompt
         chosen: list[int | None] = []
@@ -608,7 +654,7 @@ class Generate(AnswerReader[Batch]):
         return Reading(tuple(chosen), None, texts)
 
 
-def _decoded(model: "VLM", ids: Int64[Tensor, "row token"]) -> tuple[str, ...]:
+def _decoded(model: "VLM", ids: Sequence[Sequence[int]]) -> tuple[str, ...]:
     """Generated tokens as texts without special tokens, but with the tags between a thought and the answer."""
     tokenizer = model.tokenizer
     special = set(tokenizer.all_special_ids)
@@ -616,7 +662,7 @@ def _decoded(model: "VLM", ids: Int64[Tensor, "row token"]) -> tuple[str, ...]:
     with TOKENIZING:
         if not tags:
             return tuple(tokenizer.batch_decode(ids, skip_special_tokens=True))
-        kept = [[number for number in row if number not in special - tags] for row in ids.tolist()]
+        kept = [[number for number in row if number not in special - tags] for row in ids]
         return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
 
 
@@ -664,14 +710,7 @@ _LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, list[list[Any]]]]" = w
 def _graded(
     questions: QuestionSet, scores: Tensor, threshold: float | None, texts: tuple[str, ...] | None = None
 ) -> Reading:
-    """The answers of open questions, from their scores.
-
-    Raises:
-        ActivationError: one is NaN.
-    """
-    for item, score in zip(questions, scores.tolist(), strict=True):
-        if math.isnan(score):
-            raise ActivationError(f"the logits of question {item.id!r} are NaN, so it has no likelihood")
+    """The answers of open questions, from their scores."""
     right = [threshold is None or score >= threshold for score in scores.tolist()]
     return Reading(tuple(0 if one else 1 for one in right), None, texts, scores)
 

@@ -24,8 +24,17 @@ from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run import editing
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.editing import edit_columns
-from vlmneurons.run.engine import Counting, Counts, Engine, Run
-from vlmneurons.run.readers import AnswerReader, LogitReader, Reading, Wanted, forward_inputs, places_of
+from vlmneurons.run.engine import Counting, Counts, Engine, Run, need_plain_counts
+from vlmneurons.run.readers import (
+    AnswerReader,
+    LogitReader,
+    Reading,
+    Wanted,
+    forward_inputs,
+    names_its_tokens,
+    places_of,
+    reading_of_shares,
+)
 from vlmneurons.statistics import counting as counting_functions
 from vlmneurons.statistics.counting import count_patches, count_tokens
 
@@ -96,10 +105,7 @@ class RemoteEngine(Engine):
         for ablation in ablations:
             edits_of(self.model, ablation, self.remote)
         if counting is not None:
-            if isinstance(counting.tokens, Mapping) or counting.statistics:
-                raise MismatchError(
-                    f"{self.name}: token rules by name, and statistics of your own, are counted here only"
-                )
+            need_plain_counts(self, counting)
             sites = counting.space.sites
             placed = [(number, site, *stop(self.model, site, self.remote)) for number, site in enumerate(sites)]
             self._sites = sorted(placed, key=lambda one: _computed(self.model, one[1]))
@@ -170,16 +176,14 @@ class RemoteEngine(Engine):
         return results
 
     def _tokens(self, questions: QuestionSet, encoded: object) -> list[int] | None:
-        return self.inner.tokens(self.model, questions, encoded) if _names_its_tokens(self.inner) else None
+        return self.inner.tokens(self.model, questions, encoded) if names_its_tokens(self.inner) else None
 
     def _reading(self, questions: QuestionSet, encoded: object, rows: list[Tensor]) -> Reading:
         """The answers from what came back: log-probabilities of a few tokens, or logits."""
         model, tokens = self.model, self._tokens(questions, encoded)
         if tokens is None:
             return self.inner.score(model, questions, encoded, rows)
-        size = max(len(model.tokenizer), max(tokens) + 1)
-        shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
-        return self.inner.score_shares(model, questions, encoded, shares)
+        return reading_of_shares(self.inner, model, questions, encoded, tokens, rows)
 
     def _refuse_visits(self, sites: Sequence[Site], visits: Sequence[int]) -> None:
         for site, n in zip(sites, visits, strict=True):
@@ -188,15 +192,6 @@ class RemoteEngine(Engine):
                     f"remote={self.remote!r}: {type(self.model.hf).__name__} computes {site} {n} times in one forward, "
                     "and a trace stops at the first only; run the model here"
                 )
-
-
-def _names_its_tokens(reader: LogitReader) -> bool:
-    """Whether what the reader says of its tokens goes for its own `score`: a subclass may have another one."""
-    owners = {
-        name: next(one for one in type(reader).__mro__ if name in vars(one))
-        for name in ("score", "score_shares", "tokens")
-    }
-    return len(set(owners.values())) == 1 and owners["tokens"] is not LogitReader
 
 
 # -- where a trace stops -----------------------------------------------------------------------------------------------

@@ -106,10 +106,10 @@ class Comparison:
     def groups(self) -> pd.DataFrame:
         """Each group's effects in each model: which groups agree.
 
-        Columns: ``selector``, ``group``, ``model``, ``n``, ``pictures``, ``clean``, the effects with ``_low`` and
-        ``_high``, ``few``, ``p`` of the self effect, ``p_holm`` (corrected over the models that have the group),
-        ``models`` (how many have it) and ``harmed`` (how many of them have a self effect below zero with ``p_holm``
-        below .05).
+        Columns: ``selector``, ``group``, ``model``, ``n``, ``pictures``, ``clean``, ``self_effect``, ``cross_effect``,
+        ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few``, ``p`` of the self effect, ``p_holm``
+        (corrected over the models that have the group), ``models`` (how many have it) and ``harmed`` (how many of them
+        have a self effect below zero with ``p_holm`` below .05).
         """
         rows = _corrected(self._by_model(lambda one: one.loc[one["group"] != "all"]), ["selector", "group"], ("p",))
         rows["models"] = rows.groupby(["selector", "group"])["model"].transform("size")

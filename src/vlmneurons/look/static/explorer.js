@@ -223,7 +223,7 @@ function shownItem(study, item, highest) {
 async function neuronView(study, [site, number]) {
   const at = study.sites.indexOf(site);
   if (at < 0) throw new Error(`there is no site ${site}`);
-  const neuron = (await load(`sites/${at}`))[number];
+  const { tokens, neurons } = await load(`sites/${at}`), neuron = neurons[number];
   if (!neuron) throw new Error(`${site}[${number}] is in no selection of this study`);
   const shown = neuron.shown ? await load(`shown/${at}-${number}`) : null;
   const highest = shown ? Math.max(1e-9, ...shown.items.map(one => one.value)) : 1;
@@ -236,7 +236,7 @@ async function neuronView(study, [site, number]) {
       make("span", { title: group }, group), make("i", { class: neuron.chosen.some(([s, g]) => study.selectors[s].groups[g] === group) ? "own" : undefined, style: `width:${(100 * neuron.firing[n] / most).toFixed(1)}%` }),
       make("span", { class: "n" }, `${(neuron.firing[n] / 10).toFixed(1)} %`)]))] : null,
     neuron.tokens ? [make("h2", {}, "What it writes"), ["Promotes", "Suppresses"].map((name, n) => make("div", {}, make("b", {}, name),
-      make("ul", { class: "tokens", "data-tokens": name }, neuron.tokens[n].map(text => make("li", {}, text.replace(/\n/g, "⏎").replace(/\t/g, "⇥"))))))] : null,
+      make("ul", { class: "tokens", "data-tokens": name }, neuron.tokens[n].map(one => make("li", {}, tokens[one].replace(/\n/g, "⏎").replace(/\t/g, "⇥"))))))] : null,
     make("h2", {}, "Where it is highest"),
     shown ? [make("p", { class: "soft" }, `At most ${shown.each} questions of a group, each about another picture, from highest to lowest; ${study.images ? "the redder, the higher" : "pictures are left out of this folder"} (full: ${short(highest)}). ${shown.note}`), shown.items.map(item => shownItem(study, item, highest))]
       : make("p", {}, "Pictures and words were kept of the strongest neurons of each group only (▣ in the tables)."),

@@ -98,7 +98,8 @@ _MOST_WAYS = 12
 def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
     """After it the modules have what they had: some keep a value of their forward, as Switch's router does a dtype."""
     held: list[tuple[Any, Any]] = [(vars(module), vars(module).copy()) for module in modules]
-    held += [(one, one.copy()) for _, had in held for one in had.values() if type(one) in (dict, list, set) and one]
+    named = [(name, one) for _, had in held for name, one in had.items() if type(one) in (dict, list, set)]
+    held += [(one, one.copy()) for name, one in named if one or name[0] != "_"]  # none of PyTorch's empty ones
     try:
         yield
     finally:

@@ -1,0 +1,277 @@
+"""What runs inside each of vLLM's worker processes: counts of requests, and edits of some requests' neurons.
+
+vLLM runs the tokens of many requests as one flat sequence, prompts in pieces, and cuts each MLP among the ranks of
+tensor parallelism. So a hook asks the runner which request each token is of, and at which place in it: requests say in
+``extra_args["vlmneurons"]`` which of their places are counted, into which row, and which mask they are under. Each rank
+looks after its own neurons. What is counted is what the other engines count (`vlmneurons.statistics.counting`).
+
+Arguments and results are plain values and bytes, which vLLM sends without pickling. It finds the class by its name, in
+processes of their own and on other machines; a class of its own (``worker_cls``) and no extension, since nnsight mounts
+`save` on every object and vLLM takes that for a method which both have.
+"""
+
+import importlib
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmneurons.statistics.counting import count_patches
+
+_ON_CPU = importlib.import_module("vllm.platforms").current_platform.is_cpu()
+_BASE: Any = (
+    importlib.import_module("vllm.v1.worker.cpu_worker").CPUWorker
+    if _ON_CPU
+    else importlib.import_module("vllm.v1.worker.gpu_worker").Worker
+)
+
+
+class Worker(_BASE):
+    """A worker of vLLM that counts and edits. Methods of the library's begin with ``vn_``."""
+
+    _step: "_Step | None" = None
+    _counting: "_Counting | None" = None
+
+    def vn_begin(self, widths: list[int]) -> list[Any]:
+        """Put the hooks into the model; what it is.
+
+        Args:
+            widths: neurons of each layer of the whole model.
+
+        Returns:
+            What is wrong, in words (empty if nothing is); precision; ranks; the longest prompt; the kind of device.
+        """
+        runner, mlps = self.model_runner, {}
+        model = runner.get_model()
+        decoder = model.get_language_model() if hasattr(model, "get_language_model") else model
+        for path, module in decoder.named_modules():
+            layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
+            if layer and all(hasattr(module, name) for name in ("gate_up_proj", "act_fn", "down_proj")):
+                mlps.setdefault(int(layer[1]), []).append(module)
+        own = [sum(one.down_proj.input_size_per_partition for one in mlps.get(n, ())) for n in range(len(widths))]
+        ranks = self.parallel_config.tensor_parallel_size
+        fault = ""
+        if not all(hasattr(runner, name) for name in ("input_batch", "query_start_loc", "requests")):
+            fault = f"its runner {type(runner).__name__} does not say which token is of which request"
+        elif any(len(found) != 1 for found in mlps.values()) or [n * ranks for n in own] != widths:
+            fault = f"its MLPs have {[n * ranks for n in own]} neurons by layer, where the model has {widths}"
+        else:
+            self._mlps: list[Any] = [mlps[n][0] for n in range(len(widths))]
+            self._masks: list[tuple[Tensor, Tensor | None] | None] = [None] * len(widths)
+            self._edited = [0] * len(widths)
+            self._pixels: list[float] = []
+            for n, mlp in enumerate(self._mlps):
+                mlp.act_fn.register_forward_pre_hook(lambda _, args, n=n: self._see_gates(n, args[0]))
+                mlp.down_proj.register_forward_pre_hook(lambda _, args, n=n: self._see_post(n, args))
+            if hasattr(model, "embed_multimodal"):
+                embed = model.embed_multimodal
+                model.embed_multimodal = lambda **given: (self._see_pixels(given), embed(**given))[1]
+        return [fault, str(self.model_config.dtype), ranks, self.model_config.max_model_len, self.device.type]
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """One step of vLLM, during which the hooks know what its tokens are."""
+        self._step = _Step(self.model_runner)
+        try:
+            return super().execute_model(scheduler_output)
+        finally:
+            self._step = None
+
+    # -- counting ------------------------------------------------------------------------------------------------------
+
+    def vn_count(self, rows: int, sites: list[list[Any]], totals: bool, maxima: bool) -> None:
+        """Begin to count.
+
+        Args:
+            rows: how many rows the tables have.
+            sites: layer and kind of each site.
+            totals: whether sums of the values are wanted.
+            maxima: whether their maxima are.
+        """
+        self._counting = _Counting(rows, sites, totals, maxima, self.device)
+
+    def vn_counts(self) -> list[Any]:
+        """Stop counting.
+
+        Returns:
+            The rank; for each row the tokens that it saw; for each site its tables' bytes, ``[row, own neuron]``.
+        """
+        counting, self._counting = self._counting, None
+        assert counting is not None
+        tables = [
+            {name: table.cpu().numpy().tobytes() for name, table in one.items()} for one in counting.tables.values()
+        ]
+        return [self._mlps[0].down_proj.tp_rank, counting.seen, tables]
+
+    def _see_gates(self, layer: int, gates: Tensor) -> None:
+        if self._step is None or self._counting is None:
+            return
+        width = gates.shape[-1] // 2
+        for number, kind in self._counting.of_layer(layer):
+            if kind == "pre":
+                self._counting.add(number, self._step, gates[..., :width])
+            elif kind == "up":
+                self._counting.add(number, self._step, gates[..., width:])
+            elif kind == "gate":  # the activation times 1 is the gate, whatever the activation
+                ones = torch.ones_like(gates[..., width:])
+                values = self._mlps[layer].act_fn.forward_native(torch.cat([gates[..., :width], ones], -1))
+                self._counting.add(number, self._step, values)
+
+    # -- edits ---------------------------------------------------------------------------------------------------------
+
+    def vn_masks(self, masks: list[dict[str, list[Any]]]) -> None:
+        """Take the masks that requests are under from now on: request 0 under none, others under the mask before it.
+
+        Args:
+            masks: for each mask, by layer: columns (int64), factors and terms (float32, or None), in bytes.
+        """
+        for layer, mlp in enumerate(self._mlps):
+            width = mlp.down_proj.input_size_per_partition
+            first = mlp.down_proj.tp_rank * width
+            factors, terms = torch.ones(1 + len(masks), width), torch.zeros(1 + len(masks), width)
+            for row, mask in enumerate(masks, 1):
+                columns, times, plus = mask.get(str(layer), [b"", b"", None])
+                places = np.frombuffer(columns, np.int64) - first
+                own = (places >= 0) & (places < width)
+                factors[row, places[own]] = torch.from_numpy(np.frombuffer(times, np.float32)[own])
+                if plus is not None:
+                    terms[row, places[own]] = torch.from_numpy(np.frombuffer(plus, np.float32)[own])
+            dtype = self.model_config.dtype
+            exact = torch.equal(factors.to(dtype).float(), factors)  # else 1.1 would be rounded before it multiplies
+            times = factors.to(self.device, dtype if exact else torch.float32)
+            plus = terms.to(self.device, dtype) if terms.any() else None
+            self._masks[layer] = (times, plus) if plus is not None or (factors != 1).any() else None
+
+    def _see_post(self, layer: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        step = self._step
+        if step is None:
+            return None
+        values: Tensor = args[0]
+        mask = self._masks[layer]
+        if mask is not None and step.masked:
+            factors, terms = mask
+            rows = step.mask_rows(values.device)
+            changed = (values[: len(rows)] * factors[rows]).to(values.dtype)
+            if terms is not None:
+                changed = changed + terms[rows]
+            values = torch.cat([changed, values[len(rows) :]])
+            self._edited[layer] += step.masked
+        if self._counting is not None:
+            for number, kind in self._counting.of_layer(layer):
+                if kind == "post":
+                    self._counting.add(number, step, values)
+        return (values, *args[1:])
+
+    # -- what a proof looks at -----------------------------------------------------------------------------------------
+
+    def vn_seen(self) -> list[Any]:
+        """Since the last call: tokens that each layer edited; sums of magnitudes and squares of the pictures."""
+        seen = [self._edited, self._pixels]
+        self._edited, self._pixels = [0] * len(self._edited), []
+        return seen
+
+    def _see_pixels(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if name.startswith("pixel_values") and isinstance(one, Tensor):
+                    self._pixels += [float(one.double().abs().sum()), float(one.double().square().sum())]
+
+
+class _Step:
+    """Which request each token of a step is of."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self._spans: list[tuple[dict[str, Any], int, int, int]] | None = None
+        self._rows: Tensor | None = None
+        self._counted: tuple[list[int], Tensor, Tensor] | None = None
+
+    @property
+    def spans(self) -> list[tuple[dict[str, Any], int, int, int]]:
+        """Of each request in order: what it says, its place in the step, how many tokens, and of which place on."""
+        if self._spans is None:  # asked for by a hook: by then the runner has laid the step out
+            batch, starts = self.runner.input_batch, self.runner.query_start_loc.np
+            self._spans = []
+            for n, name in enumerate(batch.req_ids):
+                params = self.runner.requests[name].sampling_params
+                told = ((params and params.extra_args) or {}).get("vlmneurons", {})
+                size = int(starts[n + 1] - starts[n])
+                self._spans.append((told, int(starts[n]), size, int(batch.num_computed_tokens_cpu[n])))
+        return self._spans
+
+    @property
+    def masked(self) -> int:
+        """How many tokens are under a mask."""
+        return sum(size for told, _, size, _ in self.spans if told.get("mask"))
+
+    def mask_rows(self, device: torch.device) -> Tensor:
+        """``[token]`` the mask that each token is under; what follows is padding."""
+        if self._rows is None:
+            masks = torch.tensor([told.get("mask", 0) for told, *_ in self.spans])
+            sizes = torch.tensor([size for _, _, size, _ in self.spans])
+            self._rows = torch.repeat_interleave(masks, sizes).to(device)
+        return self._rows
+
+    def counted(self, counting: "_Counting") -> tuple[list[int], Tensor, Tensor]:
+        """Rows that have counted tokens here; of which of them each token is; which tokens count."""
+        if self._counted is None:
+            rows, owner, real = [], [], []
+            for told, _, size, first in self.spans:
+                places = told.get("counted")
+                here = [False] * size
+                if places is not None:
+                    row = told["row"]
+                    # Once each, also where a prompt is computed again after it had to make room.
+                    for place in counting.new_places(row, places, first, size):
+                        here[place - first] = True
+                    rows.append(row)
+                owner += [max(0, len(rows) - 1)] * size
+                real += here
+            self._counted = rows, torch.tensor(owner), torch.tensor(real)
+        return self._counted
+
+
+class _Counting:
+    """Tables of counts, filled step by step."""
+
+    def __init__(self, rows: int, sites: list[list[Any]], totals: bool, maxima: bool, device: Any) -> None:
+        self.rows, self.totals, self.maxima, self.device = rows, totals, maxima, device
+        self.seen = [0] * rows
+        self.tables: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(sites))}
+        self._done = [0] * rows
+        self._sites: dict[int, list[tuple[int, str]]] = {}
+        for number, (layer, kind) in enumerate(sites):
+            self._sites.setdefault(layer, []).append((number, kind))
+        self._scratch: dict[Any, Any] = {}
+
+    def of_layer(self, layer: int) -> list[tuple[int, str]]:
+        """Number and kind of the sites of a layer."""
+        return self._sites.get(layer, [])
+
+    def new_places(self, row: int, places: list[int], first: int, size: int) -> list[int]:
+        """Which of a row's counted places are in a piece of it, and were in none before."""
+        start, self._done[row] = max(first, self._done[row]), max(self._done[row], first + size)
+        found = [place for place in places if start <= place < first + size]
+        self.seen[row] += len(found)
+        return found
+
+    def add(self, number: int, step: _Step, values: Tensor) -> None:
+        """Count one step at one site: ``values`` ``[token, neuron]``, perhaps with padding at the end."""
+        rows, owner, real = step.counted(self)
+        if not rows:
+            return
+        parts = values[: len(real), None]
+        how = {"totals": self.totals, "maxima": self.maxima, "scratch": self._scratch}
+        with torch.no_grad():
+            counts = count_patches(parts, real[:, None], owner, len(rows), **how)
+        tables = self.tables[number]
+        for name, counted in counts.items():
+            if counted is None:
+                continue
+            if name not in tables:
+                nothing = -torch.inf if name == "maximum" else 0
+                shape = (self.rows, *counted.shape[1:])
+                tables[name] = torch.full(shape, nothing, dtype=counted.dtype, device=self.device)
+            before = tables[name][rows]
+            tables[name][rows] = torch.maximum(before, counted) if name == "maximum" else before + counted
