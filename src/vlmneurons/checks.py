@@ -18,6 +18,8 @@ JSON = dict[str, Any]
 """Plain values by name, as JSON holds them: settings, provenance, what a file says of itself."""
 JSONMapping = Mapping[str, Any]
 """The same, to be read alone."""
+Wire = list[Any]
+"""Plain values in a list, as they go from one process to another."""
 Keywords = dict[str, Any]
 """Arguments by name, for whoever they are handed on to."""
 

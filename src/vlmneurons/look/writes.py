@@ -194,7 +194,7 @@ def _is_norm(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and bool(own) and all(one.ndim == 1 for one in own)
 
 
-def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> dict[nn.Module, tuple[Any, Any]]:
+def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> dict[nn.Module, tuple]:
     """Input and output of modules in a forward of a short question; of the model itself, the logits.
 
     The question has a picture only where it must: where the processor asks for one, or without it a module does not run
@@ -203,7 +203,7 @@ def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> d
     Raises:
         ArchitectureError: a module that is needed does not run.
     """
-    seen: dict[nn.Module, tuple[Any, Any]] = {}
+    seen: dict[nn.Module, tuple] = {}
 
     def watch(module: nn.Module, args: tuple[object, ...], kwargs: Keywords, output: object) -> None:
         given = args[0] if args else next(iter(kwargs.values()), None)

@@ -57,7 +57,7 @@ class _Value(eproperty):
             Mediator.swap(location, value)
 
 
-def _rows(mlp: "NamedMLP") -> tuple[Any, Any]:
+def _rows(mlp: "NamedMLP") -> tuple:
     """nnsight's batcher, and the rows of it that the asking part of a trace sees; (None, None) for all."""
     batcher, rows = mlp.envoy.interleaver.batcher, Mediator.current(mlp.path).batch_group
     return (batcher, rows) if batcher is not None and batcher.batching else (None, None)

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import Keywords, of_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.hooks import ComputedGate
@@ -137,7 +137,7 @@ class VLM:
         self.encoder = Encoder(self)
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
         self.engine: str = "transformers"
-        self.engine_options: dict[str, Any] = {}
+        self.engine_options: Keywords = {}
 
     @classmethod
     def from_pretrained(
@@ -526,7 +526,7 @@ class VLM:
         return "\n".join(lines + [f"  {describe(tower)}" for tower in self.towers.values()])
 
 
-def _refuse_to_run(*_: Any, **__: Any) -> None:
+def _refuse_to_run(*_: object, **__: object) -> None:
     """Stands in the way of the forward of a model that an engine holds: it has no weights here."""
     raise MismatchError(
         "this model is held by engine='vllm', where record, record_items and knockout run; for traces, plain calls and "

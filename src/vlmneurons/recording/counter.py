@@ -5,7 +5,6 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -154,9 +153,9 @@ class Counter:
         self.strict = True
         self.frame: Frame | None = None
         self._watched: Frame | None = None
-        self._scratch: dict[Any, Any] = {}
+        self._scratch: dict = {}
         self._bad: list[tuple[int, Tensor]] = []
-        self._further: dict[int, dict[Any, Any]] = {}
+        self._further: dict[int, dict] = {}
         """What sites share, of each rule beside the first."""
 
     # -- hooks ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from vlmneurons.checks import JSON
+from vlmneurons.checks import JSON, Wire
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
 from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM, offloaded_to
@@ -129,7 +129,7 @@ class RemoteEngine(Engine):
                 yield reading if run.rows is None else reading.of_rows(run.rows)
 
     def _run(
-        self, questions: QuestionSet, encoded: object, wanted: Wanted, runs: list[Any], counting: Counting | None
+        self, questions: QuestionSet, encoded: object, wanted: Wanted, runs: Wire, counting: Counting | None
     ) -> list[tuple[list[Tensor], dict[int, Counts], dict[int, int]]]:
         """One job: the batch under each of some lists of edits, and in each run the counts of the sites."""
         model, batch = self.model, wanted.batch
@@ -141,7 +141,7 @@ class RemoteEngine(Engine):
         tokens = self._tokens(questions, encoded)
         pictures = batch.vision is None or sum(batch.vision) > 0
         runs = [[edit for edit in edits if pictures or edit[0].tower != "vision"] for edits in runs]
-        sites: list[Any] = []
+        sites: Wire = []
         mask = owner = None
         if counting is not None:
             sites = [site for site in self._sites if pictures or site[1].tower != "vision"]
@@ -268,8 +268,8 @@ nnsight.register(counting_functions)
 
 
 def _job(
-    nn: Any, inputs: Mapping[str, Any], runs: list[Any], sites: list[Any], counting: Any, reading: Any, remote: Remote
-) -> list[Any]:
+    nn: Any, inputs: Mapping[str, Any], runs: Wire, sites: Wire, counting: Any, reading: Any, remote: Remote
+) -> Wire:
     """Run one job and give, for each run, answers, number of positions, visits of each site, counts, and precision.
 
     The body of the session travels as source. It names tensors, plain values, nnsight's own envoys, torch and nnsight,

@@ -221,7 +221,7 @@ class _Pass:
         positions = wanted.positions if self.packing is None else self.packing.index(wanted.positions)
         self.narrowing = _Narrowing(positions, self.length)
         self.whole, *self.rows = self._made_of([None, *self.asked])
-        self.packed: dict[tuple[int, Path], tuple[Any, Any]] = {}
+        self.packed: dict[tuple[int, Path], tuple] = {}
         n_modules = len(structure.chain)
         whole = structure.hidden is None
         # The module at which each ablation's tile begins; an empty ablation has none.
