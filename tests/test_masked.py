@@ -11,9 +11,9 @@ from helpers import some_questions
 from vlmneurons.errors import AblationError, ActivationError
 from vlmneurons.model.encoder import Batch, TokenTable
 from vlmneurons.run import replay
-from vlmneurons.run.masked import read_masked, read_some
+from vlmneurons.run.masked import _Turns, read_masked, read_some
 from vlmneurons.run.owners import OWNERS
-from vlmneurons.run.readers import reader_of
+from vlmneurons.run.readers import Reading, reader_of
 from vlmneurons.testing import tiny as _tiny
 
 CLOSE = 1e-4
@@ -460,3 +460,13 @@ def test_by_row_ablations_of_experts_are_refused_as_in_plain_runs():
     ablation = vn.Ablation(model, [neurons, neurons])
     with torch.inference_mode(), ablation, pytest.raises(AblationError, match="routed experts"):
         model.hf(**two, use_cache=False)
+
+
+def test_scores_of_graded_answers_stay_with_their_questions_where_questions_meet_different_masks(model):
+    ablation = vn.Ablation(model, vn.NeuronSet.empty(model.space()))
+    turns = _Turns(some_questions(3), [(ablation, [0, 1]), (ablation, [2, 1])])
+    first = Reading((0, 1, 0), graded=torch.tensor([0.5, -1.0, 2.0]), texts=("a", "b", "c"))
+    second = Reading((1, 0, 1), graded=torch.tensor([9.0, 3.0, 9.0]), texts=("x", "d", "x"))
+    one, other = turns.readings([first, second])
+    assert (one.graded.tolist(), one.texts, one.chosen) == ([0.5, -1.0], ("a", "b"), (0, 1))
+    assert (other.graded.tolist(), other.texts, other.chosen) == ([2.0, 3.0], ("c", "d"), (0, 0))

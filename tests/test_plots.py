@@ -139,6 +139,12 @@ def test_several_selectors_and_one_ax_are_refused():
         vn.plot_matrix(RESULT, ax=Figure().subplots())
 
 
+def test_a_panel_is_drawn_into_a_part_of_a_figure():
+    figure = Figure(figsize=(9, 4))
+    left, _ = figure.subfigures(1, 2)
+    assert plot_effects(RESULT.summary(), ax=left.subplots()) is figure
+
+
 def test_a_panel_is_drawn_into_given_axes():
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

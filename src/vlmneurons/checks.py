@@ -8,11 +8,20 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Iterable, KeysView, Set
+from collections.abc import Iterable, KeysView, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from vlmneurons.errors import VLMNeuronsError
+
+JSON = dict[str, Any]
+"""Plain values by name, as JSON holds them: settings, provenance, what a file says of itself."""
+JSONMapping = Mapping[str, Any]
+"""The same, to be read alone."""
+Wire = list[Any]
+"""Plain values in a list, as they go from one process to another."""
+Keywords = dict[str, Any]
+"""Arguments by name, for whoever they are handed on to."""
 
 
 def whole(name: str, value: Any, error: type[VLMNeuronsError], *, least: int | None = None) -> int:
@@ -72,7 +81,7 @@ def share(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
     return real(name, value, error)
 
 
-def flag(name: str, value: Any, error: type[VLMNeuronsError]) -> bool:
+def flag(name: str, value: object, error: type[VLMNeuronsError]) -> bool:
     """True or False, NumPy's too; a text such as ``"no"`` would count as true.
 
     Raises:
@@ -93,7 +102,7 @@ def path_of(name: str, value: Any, error: type[VLMNeuronsError]) -> Path:
     return Path(value)
 
 
-def in_order(name: str, value: Any, error: type[VLMNeuronsError], what: str) -> None:
+def in_order(name: str, value: object, error: type[VLMNeuronsError], what: str) -> None:
     """Refuse what cannot be gone through, and a set where places count: its order is another in the next run.
 
     Args:
@@ -110,7 +119,7 @@ def in_order(name: str, value: Any, error: type[VLMNeuronsError], what: str) -> 
         raise error(f"{name} is {what}; got a {type(value).__name__}, which has no order: sorted(…) gives it one")
 
 
-def names(name: str, value: Any, error: type[VLMNeuronsError]) -> tuple[str, ...]:
+def names(name: str, value: object, error: type[VLMNeuronsError]) -> tuple[str, ...]:
     """Several texts in order, where a single one would be taken for its letters.
 
     Args:
@@ -133,7 +142,9 @@ def names(name: str, value: Any, error: type[VLMNeuronsError]) -> tuple[str, ...
     return tuple(map(str, found))  # of NumPy's texts too
 
 
-def of_kind(name: str, value: Any, kind: type | tuple[type, ...], error: type[VLMNeuronsError], what: str = "") -> None:
+def of_kind(
+    name: str, value: object, kind: type | tuple[type, ...], error: type[VLMNeuronsError], what: str = ""
+) -> None:
     """Refuse what is of another class.
 
     Args:
@@ -159,22 +170,22 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
 
 
-def is_missing(value: Any) -> bool:
+def is_missing(value: object) -> bool:
     """Whether a value stands for none: None, NaN, and what pandas has in their place."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, numbers.Real) and bool(value != value)  # also a whole number too large for isnan
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not _is_boolean(value)
 
 
-def _is_boolean(value: Any) -> bool:
+def _is_boolean(value: object) -> bool:
     return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """What was given, in a few words: the value of plain ones, and of others what they are."""
     plain = value is None or isinstance(value, str | int | float)
     text = repr(value) if plain else f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

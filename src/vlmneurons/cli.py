@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 import vlmneurons as vn
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import ArchitectureError, FileFormatError, QuestionError, VLMNeuronsError
 from vlmneurons.questions.cvqa import LANGUAGES
 
@@ -98,7 +99,7 @@ def open_model(
         return vn.load_demo(name.partition(":")[2] or "natural")[0]
     import torch
 
-    how: dict[str, Any] = {"dtype": dtype or "auto"}
+    how: Keywords = {"dtype": dtype or "auto"}
     if device_map is not None:
         how["device_map"] = device_map
     elif torch.cuda.is_available():
@@ -197,7 +198,7 @@ def _one_of(*names: str) -> Callable[[str], str]:
     return read
 
 
-def _several(read: Callable[[str], object]) -> Callable[[str], tuple[Any, ...]]:
+def _several(read: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
     """Values with spaces or commas between them, as many as there are: ``--fractions 0.1 0.2``."""
 
     def split(text: str) -> tuple[object, ...]:
@@ -209,15 +210,15 @@ def _several(read: Callable[[str], object]) -> Callable[[str], tuple[Any, ...]]:
     return split
 
 
-def _option(read: Callable[[str], object], shown: str, help: str) -> Any:
+def _option(read: Callable[[str], object], shown: str, help: str) -> object:
     return typer.Option(parser=read, metavar=shown, help=help)
 
 
-def _choice(*names: str, help: str) -> Any:
+def _choice(*names: str, help: str) -> object:
     return _option(_one_of(*names), "|".join(names), help)
 
 
-def _list(read: Callable[[str], object], shown: str, help: str) -> Any:
+def _list(read: Callable[[str], object], shown: str, help: str) -> object:
     return _option(_several(read), f"[{shown} …]", help)
 
 
@@ -262,7 +263,7 @@ def _command(work: Callable[..., object], *shared: Callable[..., object]) -> Cal
     options = [one for part in parts for one in part if one.kind != one.VAR_KEYWORD]
 
     @functools.wraps(work)
-    def run(**given: Any) -> None:
+    def run(**given: object) -> None:
         raise typer.Exit(exit_status(lambda: work(**given)))
 
     keywords = [one.replace(kind=one.KEYWORD_ONLY) for one in options]
@@ -424,7 +425,7 @@ def join(
     sys.stdout.write(f"{kind.join(parts, out)!r}\n")
 
 
-def _checked(given: dict[str, Any], part: str | None) -> dict[str, Any]:
+def _checked(given: Keywords, part: str | None) -> Keywords:
     """How questions are asked, if they can be."""
     from vlmneurons.run.ask import Options
 
@@ -435,7 +436,7 @@ def _checked(given: dict[str, Any], part: str | None) -> dict[str, Any]:
     return how
 
 
-def _sided(questions: "vn.QuestionSet", side: str, given: dict[str, Any]) -> "vn.QuestionSet":
+def _sided(questions: "vn.QuestionSet", side: str, given: Keywords) -> "vn.QuestionSet":
     """The questions of one side of the split, read as the command says."""
     if side != "all":
         questions = questions.split(given["share"], seed=given["seed"])[("identify", "evaluate").index(side)]
@@ -600,7 +601,7 @@ def _meta(name: str, revision: str | None) -> "tuple[nn.Module, None]":
         return AutoModelForImageTextToText.from_config(config), None
 
 
-def _weighed(name: str, revision: str | None, **how: Any) -> "tuple[nn.Module, Any]":
+def _weighed(name: str, revision: str | None, **how: object) -> "tuple[nn.Module, Any]":
     """The model with its weights, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -612,7 +613,7 @@ def _weighed(name: str, revision: str | None, **how: Any) -> "tuple[nn.Module, A
     return model.eval(), AutoProcessor.from_pretrained(name, revision=revision)
 
 
-def _opened(given: dict[str, Any]) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
+def _opened(given: Keywords) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
     """The questions of a command, and how to load its model, once all that is cheap to refuse was."""
     name, revision = given["model"], given["revision"]
     elsewhere = given["remote"] not in (None, "local")

@@ -53,13 +53,13 @@ class Step:
         self.n = self.total
         self.changed()
 
-    def set_postfix(self, *_: Any, **__: Any) -> None:
+    def set_postfix(self, *_: object, **__: object) -> None:
         """As tqdm has it; there is no room for more."""
 
     def __enter__(self) -> "Step":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.changed()
 
     def seconds_so_far(self) -> float:
@@ -98,7 +98,7 @@ class Steps:
         self._logs.enter_context(_logs_above(self.hidden))
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._refresh(now=True)
         self._bar.close()
         self._logs.close()
@@ -153,7 +153,7 @@ Progress = bool | Step
 """Whether a function shows a bar; or the step of a longer work that it is."""
 
 
-def progress_bar(progress: Progress, total: int, *, initial: int = 0, unit: str = "it", **how: Any) -> Any:
+def progress_bar(progress: Progress, total: int, *, initial: int = 0, unit: str = "it", **how: object) -> Any:
     """A tqdm bar, or the step of a study, begun: both have ``update`` and ``set_postfix``, and are entered.
 
     Args:

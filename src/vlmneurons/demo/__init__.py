@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmneurons.checks import JSON
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _questions() -> QuestionSet:
     return QuestionSet(questions, prompt="open", answer="text")
 
 
-def read_archive(path: Path) -> tuple[list[dict[str, Any]], dict[str, Image.Image]]:
+def read_archive(path: Path) -> tuple[list[JSON], dict[str, Image.Image]]:
     """The questions of an archive such as the shipped one, a row each, and their pictures by name."""
     import PIL.Image
 

@@ -8,14 +8,14 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Writer = Callable[[Path], Any]
+Writer = Callable[[Path], object]
 """Writes one file, given its path."""
 
 
@@ -36,31 +36,6 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def replace_together(folder: Path, writers: Mapping[str, Writer]) -> None:
-    """Write several files of one folder, or, where one of them cannot be written, none.
-
-    All are written in whole beside their places before the first takes its place, so a full disk leaves what was there.
-    The last of ``writers`` is the one that says that all are there: it goes first and comes back last.
-
-    Raises:
-        OSError: a file cannot be written; the folder holds what it held before.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as written:
-        ready = {}
-        for name, write in writers.items():
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-", suffix=Path(name).suffix)
-            os.close(handle)
-            written.callback(Path(temporary).unlink, missing_ok=True)
-            write(Path(temporary))
-            _flush(Path(temporary))
-            ready[name] = Path(temporary)
-        last = next(reversed(ready))
-        (folder / last).unlink(missing_ok=True)
-        for name, temporary in ready.items():
-            _put(temporary, folder / name)
 
 
 def _flush(path: Path) -> None:
@@ -93,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
+def write_json(path: Path, data: object, *, indent: int | None = None) -> None:
     """Write plain values as JSON in one step, keys in order."""
     write_text(path, json.dumps(data, allow_nan=False, sort_keys=True, indent=indent))
 

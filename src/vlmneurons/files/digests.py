@@ -35,7 +35,7 @@ def digest_of_bytes(*parts: bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def digest_of(value: Any) -> str:
+def digest_of(value: object) -> str:
     """A digest of plain values, whatever the order of keys."""
     return digest_of_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode())
 
@@ -49,7 +49,7 @@ def digest_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_of_code(thing: Any, *, state: bool = True) -> str:
+def digest_of_code(thing: object, *, state: bool = True) -> str:
     """What tells a user's function, class or object from another: its name, and a digest of its code and all it uses.
 
     Code is compared as a syntax tree, so that comments and line breaks do not matter; where there is no source (in an
@@ -71,9 +71,9 @@ class _Describing:
 
     def __init__(self, state: bool) -> None:
         self._with_state = state
-        self._seen: dict[int, Any] = {}  # the things stay alive, so that no id is given twice
+        self._seen: dict[int, object] = {}  # the things stay alive, so that no id is given twice
 
-    def of(self, thing: Any) -> Any:
+    def of(self, thing: object) -> object:
         if thing is None or isinstance(thing, str | int | float | bool | complex):
             return thing if not isinstance(thing, complex) else repr(thing)
         if id(thing) in self._seen or len(self._seen) > _MOST_THINGS:
@@ -91,7 +91,7 @@ class _Describing:
             return [self.of(part) for part in thing]
         return self._of_object(thing)
 
-    def _of_object(self, thing: Any) -> Any:
+    def _of_object(self, thing: Any) -> object:
         if isinstance(thing, types.ModuleType):
             return _of_package(thing.__name__) or f"module {thing.__name__}"
         if isinstance(thing, functools.partial):
@@ -115,7 +115,7 @@ class _Describing:
         state = {name: self.of(value) for name, value in sorted(_state(thing).items())}
         return {"instance": kind, "state": state}
 
-    def _of_function(self, function: types.FunctionType) -> Any:
+    def _of_function(self, function: types.FunctionType) -> object:
         code = function.__code__
         names = {name for part in _codes(code) for name in part.co_names}
         return {
@@ -129,7 +129,7 @@ class _Describing:
             },
         }
 
-    def _of_class(self, kind: Any) -> Any:
+    def _of_class(self, kind: Any) -> object:
         own = {name: value for name, value in vars(kind).items() if not name.startswith("__") or callable(value)}
         parts = {}
         for name, value in sorted(own.items()):
@@ -176,20 +176,20 @@ def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
             yield from _codes(constant)
 
 
-def _bytecode(code: types.CodeType) -> list[Any]:
+def _bytecode(code: types.CodeType) -> list[object]:
     constants = [repr(part) for one in _codes(code) for part in one.co_consts if not isinstance(part, types.CodeType)]
     minor = f"{sys.version_info.major}.{sys.version_info.minor}"
     return [minor, *(digest_of_bytes(one.co_code) for one in _codes(code)), *constants]
 
 
-def _content(cell: Any) -> Any:
+def _content(cell: Any) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # a name that has no value yet
         return None
 
 
-def _state(thing: Any) -> dict[str, Any]:
+def _state(thing: object) -> dict[str, object]:
     slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()) or ()]
     state = {name: getattr(thing, name) for name in slots if isinstance(name, str) and hasattr(thing, name)}
     return {**state, **getattr(thing, "__dict__", {})}

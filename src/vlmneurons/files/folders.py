@@ -14,8 +14,9 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vlmneurons.checks import JSON, JSONMapping
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.atomic import leftovers, read_parquet, write_json, write_parquet
 from vlmneurons.files.locks import locked
@@ -29,7 +30,7 @@ VERSION = 2
 """Of manifests. Those of version 1 do not say which weights, pictures and settings they are of."""
 
 
-def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
+def differences(theirs: object, ours: object, name: str = "") -> Iterator[str]:
     """What differs between two manifests, in words; ``content`` names the questions that do."""
     if name == "content" and isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         yield from _differing_questions(theirs, ours)
@@ -41,7 +42,7 @@ def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
         yield f"its {name} is {_short(theirs)}, not {_short(ours)}"
 
 
-def _differing_questions(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+def _differing_questions(theirs: Mapping[str, object], ours: Mapping[str, object]) -> Iterator[str]:
     for what, one, other in (("lacks", ours, theirs), ("has besides", theirs, ours)):
         if rest := [key for key in one if key not in other]:
             yield f"it {what} {_some(rest)}"
@@ -58,7 +59,7 @@ def completed(content: Mapping[str, str], other: Mapping[str, str]) -> dict[str,
     return {key: " ".join(_known(value, other[key])) for key, value in content.items()}
 
 
-def _known(content: Any, other: Any) -> list[str]:
+def _known(content: object, other: object) -> list[str]:
     """The parts of a question's content, where what one run could not read (``?``) is as the other has it."""
     return [theirs if part == "?" else part for part, theirs in zip(str(content).split(), str(other).split())]
 
@@ -70,12 +71,12 @@ def _some(names: Sequence[str]) -> str:
     return f"{len(names)} questions ({', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''})"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def manifest_in(folder: Path) -> dict[str, Any] | None:
+def manifest_in(folder: Path) -> JSON | None:
     """The manifest of a folder, if there is one; nothing is made.
 
     Args:
@@ -114,7 +115,7 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: "str | os.PathLike[str]", manifest: Mapping[str, Any], about: Mapping[str, Any] | None = None
+        self, folder: "str | os.PathLike[str]", manifest: JSONMapping, about: JSONMapping | None = None
     ) -> None:
         self.folder = Path(folder)
         self.manifest = json.loads(json.dumps({"version": VERSION, **manifest}, default=str, allow_nan=False))
@@ -127,7 +128,7 @@ class RunFolder:
         """Of the manifest."""
         return self.folder / "manifest.json"
 
-    def known(self) -> dict[str, Any] | None:
+    def known(self) -> JSON | None:
         """The manifest that is there, if one is.
 
         Raises:
@@ -207,12 +208,12 @@ class RunFolder:
         (self.folder / "parts").mkdir(exist_ok=True)
         write_parquet(self.folder / "parts" / f"{name}.parquet", table)
 
-    def note(self, name: str, halved: Sequence[Mapping[str, Any]]) -> None:
+    def note(self, name: str, halved: Sequence[Mapping[str, object]]) -> None:
         """Keep how a batch was halved for want of memory; to be called before the batch is kept."""
         (self.folder / "parts").mkdir(exist_ok=True)
         write_json(self.folder / "parts" / f"{name}.json", list(halved))
 
-    def notes(self) -> dict[str, list[dict[str, Any]]]:
+    def notes(self) -> dict[str, list[JSON]]:
         """How batches were halved for want of memory, by the name of the batch.
 
         Raises:
@@ -240,7 +241,7 @@ class RunFolder:
 # -- when, where, and from which state of the code ---------------------------------------------------------------------
 
 
-def session() -> dict[str, Any]:
+def session() -> JSON:
     """When, where and from which state of the code a run is started."""
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -251,7 +252,7 @@ def session() -> dict[str, Any]:
     }
 
 
-def git_state(folder: "str | os.PathLike[str] | None" = None) -> dict[str, Any] | None:
+def git_state(folder: "str | os.PathLike[str] | None" = None) -> JSON | None:
     """Commit of the repository that a folder (by default the working directory) is in, and whether it is changed.
 
     Nothing that the repository names is run: neither its file-system monitor, nor filters, nor hooks. None outside of a

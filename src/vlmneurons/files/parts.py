@@ -6,13 +6,12 @@ and it keeps, under ``about``, which questions it asks.
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from vlmneurons.checks import in_order, path_of
+from vlmneurons.checks import JSON, JSONMapping, in_order, path_of
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import completed, differences, manifest_in
 
@@ -32,8 +31,8 @@ class PartFolder:
 
     folder: Path
     name: str
-    manifest: Mapping[str, Any]
-    about: Mapping[str, Any]
+    manifest: JSONMapping
+    about: JSONMapping
 
     @property
     def number(self) -> tuple[int, int]:
@@ -63,9 +62,7 @@ class PartFolder:
             )
 
 
-def parts_of(
-    folders: Sequence[str | os.PathLike[str]], kind: str
-) -> tuple[list[PartFolder], dict[str, Any], dict[str, Any]]:
+def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list[PartFolder], JSON, JSON]:
     """All parts of a run in their order, and the manifest that the undivided run has, with what it keeps beside it.
 
     Args:
@@ -145,7 +142,7 @@ def _part_in(folder: Path, kind: str) -> PartFolder:
     return part
 
 
-def _shared(part: PartFolder) -> dict[str, Any]:
+def _shared(part: PartFolder) -> JSON:
     return {name: value for name, value in part.manifest.items() if name != "part"}
 
 

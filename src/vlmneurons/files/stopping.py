@@ -4,7 +4,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,7 +33,7 @@ def stopped_by_signals() -> Iterator[None]:
         return
     before = {}
 
-    def stop(number: int, _: Any) -> None:
+    def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         _ASKED.append(number)
         raise Stopped(number)

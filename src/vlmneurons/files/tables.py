@@ -11,14 +11,14 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmneurons.checks import path_of
+from vlmneurons.checks import JSON, path_of
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 
 VERSION = 1
@@ -27,7 +27,7 @@ VERSION = 1
 _DTYPES = {"I64": torch.int64, "F64": torch.float64}
 
 
-def plain(data: Any, what: str) -> Any:
+def plain(data: object, what: str) -> Any:
     """A deep copy of JSON-able data as JSON gives it back: tuples become lists, and nothing is shared with the caller.
 
     Raises:
@@ -51,14 +51,14 @@ def parse(text: str) -> Any:
             deeper than 100.
     """
 
-    def refuse(constant: str) -> Any:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no number that JSON has")
 
     def number(digits: str) -> float:
         value = float(digits)
         return value if math.isfinite(value) else refuse(digits[:20])
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, object]]) -> JSON:
         made = dict(pairs)
         if len(made) != len(pairs):
             names = [name for name, _ in pairs]
@@ -74,12 +74,12 @@ def parse(text: str) -> Any:
     raise ValueError(f"it is nested more than {_DEEPEST} deep")
 
 
-def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(data: Mapping[str, object]) -> JSON:
     """Plain data with a checksum over the rest, under ``sha256``, as a file of JSON keeps it; see `unsealed`."""
     return {**data, "sha256": _seal(data)}
 
 
-def unsealed(data: Any) -> dict[str, Any]:
+def unsealed(data: object) -> JSON:
     """Plain data of a file without its checksum, which must agree.
 
     Raises:
@@ -93,11 +93,11 @@ def unsealed(data: Any) -> dict[str, Any]:
     return rest
 
 
-def _seal(data: Mapping[str, Any]) -> str:
+def _seal(data: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _parts(thing: Any) -> Any:
+def _parts(thing: object) -> Any:
     return thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
 
 
@@ -132,7 +132,7 @@ def check_uncompressed(path: "str | os.PathLike[str]") -> None:
         )
 
 
-def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tensor], data: Any) -> None:
+def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tensor], data: object) -> None:
     """Write a file in one step: the path holds the whole new file or, after a crash, what was there before.
 
     Raises:
@@ -208,6 +208,10 @@ def read(
         raise FileFormatError(f"{path}: not a readable {kind} file: {error}") from error
 
 
+Kind = TypeVar("Kind")
+"""The kind of thing that is shared."""
+
+
 class Shareable:
     """What `save` writes and `load` reads can be shared on the Hugging Face Hub."""
 
@@ -228,7 +232,7 @@ class Shareable:
         return push_to_hub(cast(Any, self), repo_id, **how)
 
     @classmethod
-    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
+    def from_hub(cls: type[Kind], repo_id: str, *, revision: str | None = None, token: str | None = None) -> Kind:
         """What was put into a repository by `push_to_hub`; see `vlmneurons.from_hub`.
 
         Args:
@@ -238,7 +242,7 @@ class Shareable:
         """
         from vlmneurons.statistics.hub import from_hub
 
-        return from_hub(repo_id, revision=revision, kind=cls.__name__, token=token)
+        return cast(Kind, from_hub(repo_id, revision=revision, kind=cls.__name__, token=token))
 
 
 def _check_kind(path: "str | os.PathLike[str]", kind: str, metadata: Mapping[str, str]) -> None:

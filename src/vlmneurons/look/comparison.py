@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlmneurons._version import __version__
-from vlmneurons.checks import path_of
+from vlmneurons.checks import Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
@@ -66,7 +65,7 @@ def write_comparison(
 def _parts(comparison: Comparison, main: str) -> list[_Part]:
     table, groups, value = comparison.table(), comparison.groups(), comparison.value
     unit, profiles = _UNITS[value][0], comparison.profiles()
-    own = groups.query("selector == @main")
+    own = groups.loc[groups["selector"] == main]
     tests = {"p": "p", "p_holm": "Holm", "cross_p": "cross p", "gap_p": "gap p", "gap_p_holm": "gap Holm"}
     tested = pd.DataFrame({"selector": table["selector"], "model": table["model"]})
     tested = tested.assign(**{short: [_probability(p) for p in table[name]] for name, short in tests.items()})
@@ -122,10 +121,10 @@ def _effects_of(table: pd.DataFrame, value: str) -> pd.DataFrame:
 
 def _groups_table(comparison: Comparison, own: pd.DataFrame) -> pd.DataFrame:
     _, scale, digits = _UNITS[comparison.value]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for group in sorted(set(own["group"]), key=natural):
-        part = own.query("group == @group").set_index("model")
-        row: dict[str, Any] = {"group": group}
+        part = own[own["group"] == group].set_index("model")
+        row: dict[str, object] = {"group": group}
         for model in comparison.models:
             known = model in part.index
             row[model] = "–"
@@ -146,7 +145,7 @@ def _effects_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
     for axis, effect, what in ((left, "self_effect", "Self effect"), (right, "cross_effect", "Cross effect")):
         axis.axvline(0, color="black", linewidth=0.8)
         for n, model in enumerate(comparison.models):
-            rows = table.query("model == @model")
+            rows = table.loc[table["model"] == model]
             at = np.array([names.index(name) for name in rows["selector"]]) + _offset(n, n_models)
             _drawn(axis, rows, effect, scale, at, n, model)
         axis.set_title(what, fontsize=9)
@@ -165,7 +164,7 @@ def _groups_figure(comparison: Comparison, own: pd.DataFrame) -> Figure:
     axis.axvline(0, color="black", linewidth=0.8)
     unit, scale, _ = _VALUES[comparison.value]
     for n, model in enumerate(comparison.models):
-        rows = own.query("model == @model")
+        rows = own.loc[own["model"] == model]
         at = np.array([names.index(name) for name in rows["group"]]) + _offset(n, n_models)
         _drawn(axis, rows, "self_effect", scale, at, n, model)
     axis.set_yticks(range(len(names)), _plain(names))
@@ -184,11 +183,11 @@ def _profile_part(comparison: Comparison, profiles: pd.DataFrame) -> _Part:
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axis, name in zip(panels, names, strict=False):
         for n, model in enumerate(comparison.models):
-            part = profiles.query("selector == @name and model == @model")
+            part = profiles.loc[(profiles["selector"] == name) & (profiles["model"] == model)]
             colour, marker, line = _STYLES[n % len(_STYLES)]
             for tower, own in part.groupby("tower", sort=False):
-                label = model if len(set(part["tower"])) == 1 else f"{model}, {tower}"
-                how: dict[str, Any] = {
+                label = model if part["tower"].nunique() == 1 else f"{model}, {tower}"
+                how: Keywords = {
                     "color": colour,
                     "marker": marker,
                     "linestyle": line,
@@ -216,8 +215,8 @@ def _profile_part(comparison: Comparison, profiles: pd.DataFrame) -> _Part:
 
 def _drawn(axis: Axes, rows: pd.DataFrame, effect: str, scale: float, at: np.ndarray, n: int, model: str) -> None:
     colour, marker, _ = _STYLES[n % len(_STYLES)]
-    value, low, high = (scale * rows[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))
-    _points(axis, value, low, high, at, colour, marker, _plain([model])[0])
+    ends = [scale * rows[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
+    _points(axis, ends, at, colour, marker, _plain([model])[0])
 
 
 def _offset(n: int, models: int) -> float:
@@ -227,12 +226,12 @@ def _offset(n: int, models: int) -> float:
 
 def _with_legend(figure: Figure, axes: Iterable[Axes]) -> Figure:
     """A figure with the names of all models that any of its panels shows, each once."""
-    shown: dict[str, Any] = {}
+    shown: Keywords = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))
     columns = 1 if max(map(len, shown), default=0) > 24 else 3
-    how: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
+    how: Keywords = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
     figure.legend(list(shown.values()), list(shown), ncols=columns, **how)
     with_fonts(figure)
     return figure

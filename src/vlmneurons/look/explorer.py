@@ -14,14 +14,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
 
-from vlmneurons.checks import of_kind, path_of, whole
+from vlmneurons.checks import Keywords, of_kind, path_of, whole
 from vlmneurons.errors import ArchitectureError, MismatchError, SelectionError
 from vlmneurons.look.figures import natural
 from vlmneurons.look.neuron_pages import InspectedItem, NeuronView, inspect_neurons
@@ -206,7 +206,7 @@ def _reads_counts(rule: Selector) -> bool:
     return rule.reads is ActivationStatistics
 
 
-def _drawn(items: ItemStatistics, rule: Selector, selection: Selection, resamples: int) -> dict[str, Any] | None:
+def _drawn(items: ItemStatistics, rule: Selector, selection: Selection, resamples: int) -> Keywords | None:
     """For each group the share of draws in which a neuron is chosen; None where there are too few pictures."""
     if items.space != selection.space or not _reads_counts(rule):
         return None
@@ -239,7 +239,7 @@ def _seen(
     views: list[NeuronView] = []
     for space, indices in wanted.items():
         language = [n for n in sorted(indices) if space.locate(n)[0].tower == "language"]
-        how: dict[str, Any] = {"k": 4 * _EACH, "batch_size": batch_size, "progress": progress}
+        how: Keywords = {"k": 4 * _EACH, "batch_size": batch_size, "progress": progress}
         views += inspect_neurons(model, questions, NeuronSet(space, language), **how)
     return views
 
@@ -279,10 +279,10 @@ class _Writer:
         self.sites = [str(site) for site in dict.fromkeys(site for space in spaces for site in space.sites)]
         self._site_of = {name: n for n, name in enumerate(self.sites)}
         self.values = [value for value in _SHOWN if _has(result, value)]
-        self._thumbs: dict[Any, list[int]] = {}
+        self._thumbs: dict[object, list[int]] = {}
         self._n_thumbs = 0
 
-    def put(self, name: str, data: Any) -> None:
+    def put(self, name: str, data: object) -> None:
         """One file of data."""
         path = self.folder / "data" / f"{name}.js"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ class _Writer:
                     continue
                 for value in self.values:
                     table = part.effects(selector, value=value, condition=condition, permutations=0)
-                    kept: dict[str, Any] = {name: np.full(shape, None, dtype=object) for name in _CELL}
+                    kept: Keywords = {name: np.full(shape, None, dtype=object) for name in _CELL}
                     counts = np.zeros((*shape, 3), dtype=int)
                     rows = table["mask"].map(masks.index).to_numpy(), table["group"].map(self.groups.index).to_numpy()
                     for name in _CELL:
@@ -341,7 +341,7 @@ class _Writer:
         group_of = np.array([self.groups.index(group) for group in of])
         for number, selector in enumerate(result.selectors):
             for at, mask in enumerate(self.masks_of(selector)):
-                found: dict[int, list[list[Any]]] = defaultdict(list)
+                found: dict[int, list[list[object]]] = defaultdict(list)
                 for row in result.rows_of(selector):
                     if result.masks[row - 1].group != mask:
                         continue
@@ -373,7 +373,7 @@ class _Writer:
     ) -> None:
         """The table of every group, and what is known of every neuron, by site."""
         tokens = _tokens(writes)
-        sites: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+        sites: dict[int, dict[int, Keywords]] = defaultdict(dict)
         numbers = {name: n for n, name in enumerate(self.result.selectors)}
         for name, selection in self.selections.items():
             space, offsets = selection.space, np.array(selection.space.offsets)
@@ -384,7 +384,7 @@ class _Writer:
             for place, table in enumerate(self.ranked[name].values()):
                 at = np.searchsorted(offsets, table["index"].to_numpy(), side="right") - 1
                 rows = []
-                for rank, one in enumerate(table.itertuples(index=False), start=1):
+                for rank, one in enumerate(cast(Any, table).itertuples(index=False), start=1):
                     site = str(space.sites[at[rank - 1]])
                     key = (site, int(one.index - offsets[at[rank - 1]]))
                     firing = None if fires is None else fires[:, one.index].tolist()
@@ -428,7 +428,7 @@ class _Writer:
             name = f"shown/{self._site_of[str(view.site)]}-{view.number}"
             self.put(name, {"items": shown, "note": view.note, "each": _EACH})
 
-    def _shown(self, item: InspectedItem, highest: float) -> dict[str, Any]:
+    def _shown(self, item: InspectedItem, highest: float) -> Keywords:
         words: list[list[Any]] = []
         for text, value, counted in item.words():
             if counted:
@@ -512,11 +512,11 @@ def _tokens(writes: pd.DataFrame | None) -> dict[tuple[str, int], list[list[str]
     return found
 
 
-def _all_tokens(known: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+def _all_tokens(known: Iterable[Keywords]) -> Iterable[str]:
     return (token for about in known for way in about["tokens"] or () for token in way)
 
 
-def _map(item: InspectedItem, picture: int, highest: float) -> dict[str, Any] | None:
+def _map(item: InspectedItem, picture: int, highest: float) -> Keywords | None:
     """A neuron's values over one picture, in steps of 63rds of the highest; None where there is no map."""
     own = [one for one in item.patches or () if one is not None and (one.picture, one.view) == (picture, "picture")]
     if not own:

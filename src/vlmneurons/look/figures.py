@@ -64,7 +64,7 @@ class PrintFigure(Figure):
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def natural(name: Any) -> tuple[tuple[int, int, str], ...]:
+def natural(name: object) -> tuple[tuple[int, int, str], ...]:
     """What sorts names as people do: G2 before G10.
 
     Args:

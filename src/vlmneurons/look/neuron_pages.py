@@ -400,7 +400,7 @@ class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
         return self.engine.model.prepare(questions)
 
     def run(
-        self, questions: QuestionSet, encoded: Batch, told: Callable[[int], Any]
+        self, questions: QuestionSet, encoded: Batch, told: Callable[[int], object]
     ) -> Float[Tensor, "neuron row token"]:
         """See `Job.run`."""
         self._batch = encoded

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 
-from vlmneurons.checks import of_kind, real
+from vlmneurons.checks import Keywords, of_kind, real
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import (
     BLUE,
@@ -132,7 +132,7 @@ def plot_matrix(
         if (spec := axis.get_subplotspec()) is None or spec.is_first_col():
             long = "Neurons switched off: those of"
             axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
-    where: dict[str, Any] = (
+    where: Keywords = (
         {"location": "bottom", "shrink": 0.9 if width and width < 5 else 0.6, "aspect": 30}
         if below
         else {"shrink": 0.85}
@@ -368,7 +368,12 @@ class _Canvas:
     """One panel with a legend: its figure, its axes, and how large its text is."""
 
     def __init__(
-        self, width: float | None, ax: Axes | None, legend: Sequence[str], lines: int = 0, usual: Any = (6.4, 0.3)
+        self,
+        width: float | None,
+        ax: Axes | None,
+        legend: Sequence[str],
+        lines: int = 0,
+        usual: tuple[float, float] = (6.4, 0.3),
     ) -> None:
         """Make the figure, or take that of given axes.
 
@@ -509,7 +514,7 @@ def plot_effects(
         name, colour, marker = _EFFECTS[effect]
         drawn = [scale * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         offset = 0.22 * (n - (len(effects) - 1) / 2)
-        _points(axis, *drawn, places + offset, colour, marker, name)
+        _points(axis, drawn, places + offset, colour, marker, name)
     canvas.rows(names)
     canvas.label(unit)
     _frame(axis, "x")
@@ -519,11 +524,19 @@ def plot_effects(
 
 
 def _points(
-    axis: Axes, value: Any, low: Any, high: Any, at: Any, colour: str, marker: str, label: str, *, upright: bool = False
+    axis: Axes,
+    drawn: Sequence[np.ndarray],
+    at: np.ndarray,
+    colour: str,
+    marker: str,
+    label: str,
+    *,
+    upright: bool = False,
 ) -> None:
     """Points with their intervals; an interval may lie to one side of its point."""
+    value, low, high = drawn
     reach = np.vstack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
-    how: dict[str, Any] = {"yerr": reach} if upright else {"xerr": reach}
+    how: Keywords = {"yerr": reach} if upright else {"xerr": reach}
     axis.errorbar(
         *((at, value) if upright else (value, at)),
         **how,
@@ -589,7 +602,7 @@ def plot_curve(
         name, colour, marker = _EFFECTS[effect]
         drawn = [factor * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         axis.plot(at, drawn[0], color=colour, linewidth=1.2)
-        _points(axis, *drawn, at, colour, marker, name, upright=True)
+        _points(axis, drawn, at, colour, marker, name, upright=True)
     log = axis_name in ("r", "items") and len(at) > 1 and at.min() > 0
     if log:
         axis.set_xscale("log")
@@ -736,10 +749,10 @@ def plot_random(
     for name in (selector, *controls):
         result.rows_of(name)
     table = result.table()
-    table = table[table["mask"] == table["group"]]
+    table = table.loc[table["mask"] == table["group"]]
     unit, scale, _ = _VALUES[result.measure]
     column = "delta" if result.measure == "correct" else "score"
-    own = table[table["selector"] == selector]
+    own = table.loc[table["selector"] == selector]
     effect = own.groupby("group")[column].mean()
     groups = ordered(result.group_names, order, effect.reindex(list(result.group_names)).to_numpy()[:, None])
     canvas = _Canvas(width, ax, [*controls, selector], len(groups))

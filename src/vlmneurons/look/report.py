@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vlmneurons._version import __version__
-from vlmneurons.checks import path_of
+from vlmneurons.checks import JSONMapping, Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import natural
@@ -103,7 +103,7 @@ def write_report(
         MismatchError: there is nothing to report: no questions, or no masks; or no such main selector.
     """
     folder = path_of("folder", folder, MismatchError)
-    how: dict[str, Any] = {
+    how: Keywords = {
         "confidence": confidence,
         "permutations": permutations,
         "seed": seed,
@@ -149,7 +149,7 @@ def write_report(
 
 
 def _effects(
-    result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, how: Mapping[str, Any]
+    result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, how: Keywords
 ) -> list[_Part]:
     overall = _overall(summary, plain)
     own = summary.loc[(summary["selector"] == main) & (summary["group"] != "all")]
@@ -192,7 +192,7 @@ def _effects(
     ]
 
 
-def _second_value(result: KnockoutResult, plain: Sequence[str], how: Mapping[str, Any]) -> list[_Part]:
+def _second_value(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> list[_Part]:
     """The effects on another value: the margin or, of graded answers, whether they are right."""
     if result.measure == "score":
         name, title = "correct", "Effects over all groups, on right answers"
@@ -207,7 +207,7 @@ def _second_value(result: KnockoutResult, plain: Sequence[str], how: Mapping[str
     return [_Part(f"effects-{name}", title, caption, _effect_table(table, "selector", name))]
 
 
-def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Mapping[str, Any]) -> list[_Part]:
+def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keywords) -> list[_Part]:
     unit, scale, digits = _UNITS[result.measure]
     matrices = {name: scale * result.matrix(name).to_numpy(dtype=float) for name in plain}
     limit = max(float(np.nanmax(np.abs(values))) for values in matrices.values()) or 1.0
@@ -305,7 +305,7 @@ def _repeated(result: KnockoutResult, names: Sequence[str]) -> list[str]:
     return [name for name in names if any(mask.repeat for mask in result.masks if mask.selector == name)]
 
 
-def _sweeps(result: KnockoutResult, how: Mapping[str, Any]) -> list[_Part]:
+def _sweeps(result: KnockoutResult, how: Keywords) -> list[_Part]:
     found: dict[tuple[str, str], int] = {}
     for name in result.selectors:
         base, setting = split_setting(name)
@@ -339,7 +339,7 @@ def _sweeps(result: KnockoutResult, how: Mapping[str, Any]) -> list[_Part]:
     return parts
 
 
-def _conditions(result: KnockoutResult, plain: Sequence[str], how: Mapping[str, Any]) -> list[_Part]:
+def _conditions(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> list[_Part]:
     rows = []
     for condition in ("all", "correct", "wrong"):
         part = result.select(*plain).where(condition)
@@ -460,7 +460,7 @@ def _number(value: Any, digits: int = 1) -> str:
     return text.replace("-", "−")
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """What stands in a cell; a number has three decimals, and a small one three digits that are not 0."""
     if not isinstance(value, float | np.floating):
         return str(value)
@@ -509,7 +509,7 @@ def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
         label: what the text refers to it by.
     """
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         return "".join(_LATEX.get(letter, letter) for letter in _cell(value))
 
     align = "".join("r" if n and not _is_text(table[name]) else "l" for n, name in enumerate(table.columns))
@@ -597,7 +597,7 @@ def _write_table(folder: Path, name: str, table: pd.DataFrame, caption: str = ""
 def _html_table(table: pd.DataFrame) -> str:
     text = [_is_text(table[name]) for name in table.columns]
 
-    def row(values: Sequence[Any], tag: str) -> str:
+    def row(values: Sequence[object], tag: str) -> str:
         cells = [
             f"<{tag}{'' if is_text else ' class=n'}>{html.escape(_cell(value))}</{tag}>"
             for value, is_text in zip(values, text, strict=True)
@@ -656,11 +656,11 @@ def _page_of(
 def page_of(
     title: str,
     lead: str,
-    facts: Mapping[str, Any],
+    facts: Keywords,
     parts: Sequence[_Part],
     body: Sequence[str],
     more: Sequence[str],
-    provenance: Mapping[str, Any],
+    provenance: JSONMapping,
 ) -> str:
     """A page that needs nothing else.
 

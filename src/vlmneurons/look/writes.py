@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import Keywords, of_kind, whole
 from vlmneurons.errors import ArchitectureError, MismatchError, QuestionError, SelectionError, SiteError
 from vlmneurons.model.architectures.layout import MLP, Tower
 from vlmneurons.model.down import written
@@ -80,7 +80,7 @@ def neuron_writes(model: VLM, neurons: NeuronSet, k: int = 10) -> "pandas.DataFr
             raise SiteError(f"{site}: only the language tower writes into what the unembedding reads")
     if model.is_encoder_decoder:
         raise ArchitectureError(f"{type(model.hf).__name__} is an encoder-decoder: no final norm to see through")
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[object, ...]] = []
     with torch.no_grad():
         path = _Path.of(model, {site.layer for site in wanted}) if wanted else None
         for site, numbers in wanted.items():
@@ -194,7 +194,7 @@ def _is_norm(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and bool(own) and all(one.ndim == 1 for one in own)
 
 
-def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> dict[nn.Module, tuple[Any, Any]]:
+def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> dict[nn.Module, tuple]:
     """Input and output of modules in a forward of a short question; of the model itself, the logits.
 
     The question has a picture only where it must: where the processor asks for one, or without it a module does not run
@@ -203,9 +203,9 @@ def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> d
     Raises:
         ArchitectureError: a module that is needed does not run.
     """
-    seen: dict[nn.Module, tuple[Any, Any]] = {}
+    seen: dict[nn.Module, tuple] = {}
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def watch(module: nn.Module, args: tuple[object, ...], kwargs: Keywords, output: object) -> None:
         given = args[0] if args else next(iter(kwargs.values()), None)
         seen[module] = (given, output[0] if isinstance(output, tuple) else output)
 

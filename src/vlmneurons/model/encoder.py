@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.prompts import Prompts
-from vlmneurons.model.vision_rows import OF_PICTURES, Rows, vision_rows
+from vlmneurons.model.vision_rows import OF_PICTURES, Inputs, Rows, vision_rows
 from vlmneurons.questions.media import picture_size
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet, bare_prompt
@@ -364,11 +365,10 @@ class Encoder:
         shown = image if audio is None else image | audio
         shown = shown if video is None else shown | video
         tokens = TokenTable(ids, attention, image, special, template & ~shown, last, audio, video)
-        seen = None  # a video is more rows of the vision tower, which are not told apart yet
+        vision, patches = None, None  # a video is more rows of the vision tower, which are not told apart yet
         if video is None:
             alone = lambda n: self._process([texts[n]], [pictures[n]], [heard[n]], padding_side)  # noqa: E731
-            seen = self._vision_rows(data, pictures, alone)
-        vision, patches = (None, None) if seen is None else seen
+            vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
         digests = {name: _digest(part, streams[name]) for name, part in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:
@@ -398,7 +398,7 @@ class Encoder:
         return int(next((rate for rate in rates if rate), 16_000))
 
     def _stream_masks(
-        self, data: Any, items: Sequence[Question], image: Tensor
+        self, data: Inputs, items: Sequence[Question], image: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Which tokens are placeholders of pictures, of sounds, and of videos; None where there are none.
 
@@ -435,7 +435,7 @@ class Encoder:
         """What the processor makes of texts, their placeholders unexpanded, and of what each one shows."""
         sounds = [sound for row, _ in heard for sound in row]
         videos = [video for _, row in heard for video in row]
-        more: dict[str, Any] = {"audio": sounds, "sampling_rate": self._sampling_rate} if sounds else {}
+        more: Keywords = {"audio": sounds, "sampling_rate": self._sampling_rate} if sounds else {}
         if videos:  # all frames: which of a file's are seen was decided when it was opened
             about = {len(one): {"fps": FRAMES_PER_SECOND, "total_num_frames": len(one)} for one in videos}
             known = [{**about[len(one)], "frames_indices": list(range(len(one)))} for one in videos]
@@ -529,7 +529,7 @@ class Encoder:
                 ids.add(number)
         return ids
 
-    def _image_mask(self, data: Any) -> Bool[Tensor, "row token"]:
+    def _image_mask(self, data: Inputs) -> Bool[Tensor, "row token"]:
         ids = data["input_ids"]
         config = self.model.hf.config
         numbers = (
@@ -548,7 +548,9 @@ class Encoder:
             return placeholder if placeholder.any() else image
         return torch.zeros_like(ids, dtype=torch.bool) if number is None else ids == number
 
-    def _vision_rows(self, data: Any, pictures: Sequence[Sequence[Any]], alone: Callable[[int], Any]) -> Rows | None:
+    def _vision_rows(
+        self, data: Inputs, pictures: Sequence[Sequence[Image.Image]], alone: Callable[[int], Inputs]
+    ) -> Rows | None:
         """Which rows of the vision tower belong to each question; see `vision_rows`."""
 
         def tiles() -> Sequence[int] | None:
@@ -597,7 +599,7 @@ def _common(one: Any, other: Any) -> int:
     return n
 
 
-def free_tokens(model: "VLM", arguments: dict[str, Any], length: int) -> TokenTable | None:
+def free_tokens(model: "VLM", arguments: Keywords, length: int) -> TokenTable | None:
     """The token table of a run that the library did not prepare, from the arguments of the model's forward.
 
     The chat template cannot be known here: ``template`` is None, so its words count as text.

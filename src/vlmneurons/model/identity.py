@@ -9,6 +9,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from vlmneurons.checks import JSON
 from vlmneurons.files.digests import digest_of, digest_of_code
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def digest_of_weights(hf_model: nn.Module) -> str:
     Weights that are nowhere (a model that runs on another host) enter by name and shape: see `weights_of`.
     """
     digest = xxhash.xxh3_128()
-    seen: dict[tuple[Any, ...], str] = {}
+    seen: dict[tuple[object, ...], str] = {}
     for name, tensor in sorted(_tensors(hf_model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.numel() > 0
@@ -119,7 +120,7 @@ def configuration_of(model: "VLM") -> str:
     return digest_of(_without_places(model.hf.config.to_dict()))[:16]
 
 
-def _without_places(value: Any) -> Any:
+def _without_places(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _without_places(part) for key, part in value.items() if key not in _NOT_SETTINGS}
     return [_without_places(part) for part in value] if isinstance(value, list | tuple) else value
@@ -153,10 +154,10 @@ def dtype_of(model: "VLM") -> str:
     return str(model.hf.dtype)
 
 
-def processor_of(model: "VLM") -> dict[str, Any]:
+def processor_of(model: "VLM") -> JSON:
     """The settings of a model's processor, of its tokenizer and of the chat template, as plain values."""
     processor, tokenizer = model.processor, model.tokenizer
-    settings: dict[str, Any] = {"class": type(processor).__name__}
+    settings: JSON = {"class": type(processor).__name__}
     for name in ("image_processor", "video_processor", "feature_extractor"):
         part = getattr(processor, name, None)
         if part is not None and hasattr(part, "to_dict"):
@@ -175,7 +176,7 @@ def processor_of(model: "VLM") -> dict[str, Any]:
     return settings
 
 
-def _describe_tokenizer(tokenizer: Any) -> Any:
+def _describe_tokenizer(tokenizer: Any) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     special = {str(key): str(value) for key, value in getattr(tokenizer, "special_tokens_map", {}).items()}
     if backend is not None:
@@ -188,7 +189,7 @@ def _describe_tokenizer(tokenizer: Any) -> Any:
     return [type(tokenizer).__name__, sorted(map(str, tokenizer.get_vocab().items())), special]
 
 
-def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _short(settings: Mapping[str, object]) -> JSON:
     """Settings as JSON holds them; long ones by their digest."""
     plain = {}
     for name, value in settings.items():
@@ -197,7 +198,7 @@ def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import ArchitectureError
 
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies", "code_revision")
@@ -42,7 +43,7 @@ def of_first_class(first: Any, load: Callable[[Any], nn.Module]) -> nn.Module:
     )
 
 
-def pipeline_of(processor: Any) -> dict[str, Any]:
+def pipeline_of(processor: object) -> Keywords:
     """How nnsight is told what prepares the model's inputs: a tokenizer by itself is a text model's.
 
     Args:

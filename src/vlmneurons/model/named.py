@@ -32,8 +32,7 @@ class _Value(eproperty):
         self.kind = kind
         self.__doc__ = f"{description}: ``[..., neuron]``, readable and writable inside a trace."
 
-    # Of named MLPs alone, where nnsight's own are of every envoy.
-    def __get__(self, obj: "NamedMLP | None", owner: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __get__(self, obj: "NamedMLP | None", owner: object = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  (of named MLPs alone)
         if obj is None:
             return self
         place = obj.place(self.kind)
@@ -42,7 +41,7 @@ class _Value(eproperty):
             return values
         return ComputedGate.of(obj.module, obj.mlp.layout).serve(values, *_rows(obj))
 
-    def __set__(self, obj: "NamedMLP", value: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __set__(self, obj: "NamedMLP", value: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  (of named MLPs alone)
         place = obj.place(self.kind)
         location = obj.location(place)
         if place.computed:
@@ -58,7 +57,7 @@ class _Value(eproperty):
             Mediator.swap(location, value)
 
 
-def _rows(mlp: "NamedMLP") -> tuple[Any, Any]:
+def _rows(mlp: "NamedMLP") -> tuple:
     """nnsight's batcher, and the rows of it that the asking part of a trace sees; (None, None) for all."""
     batcher, rows = mlp.envoy.interleaver.batcher, Mediator.current(mlp.path).batch_group
     return (batcher, rows) if batcher is not None and batcher.batching else (None, None)
@@ -129,20 +128,20 @@ class NamedMLP:
         values = Mediator.value(self.location(place))
         return place.part(first_input(*values) if place.end == "input" else values)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Apply the MLP to values of your own, as nnsight's envoys do: what a trace reads does not see this call."""
         return self.envoy(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_envoy_of(self, name), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in KINDS:
             getattr(type(self), name).__set__(self, value)
         else:
             _assign(self, self.envoy, name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return PART, (self.envoy, {}, {kind: self._sent(kind) for kind in self.mlp.layout.kinds})
 
     def _sent(self, kind: str) -> tuple[str | None, Any]:
@@ -157,7 +156,7 @@ class NamedMLP:
     def __copy__(self) -> "NamedMLP":
         return self
 
-    def __deepcopy__(self, memo: Any) -> "NamedMLP":
+    def __deepcopy__(self, memo: object) -> "NamedMLP":
         raise SiteError(f"{self!r} is a view of its model: copy the model, and take the same site of the copy")
 
     def __repr__(self) -> str:
@@ -165,7 +164,7 @@ class NamedMLP:
         return f"<{where}: {', '.join(self.mlp.layout.kinds)} of {self.width:,} neurons>"
 
 
-def _envoy_of(owner: Any, name: str) -> Envoy:
+def _envoy_of(owner: object, name: str) -> Envoy:
     """The envoy that has an attribute which its owner lacks; special names are the owner's own or nobody's."""
     envoy = vars(owner).get("envoy")
     if envoy is None or name.startswith("__"):
@@ -173,7 +172,7 @@ def _envoy_of(owner: Any, name: str) -> Envoy:
     return envoy
 
 
-def _assign(owner: Any, envoy: Envoy, name: str, value: Any) -> None:
+def _assign(owner: object, envoy: Envoy, name: str, value: object) -> None:
     """Assign one of nnsight's values of a module, such as ``output``, or a module. Anything else would be lost."""
     if not isinstance(value, nn.Module) and not isinstance(getattr(type(envoy), name, None), eproperty):
         raise AttributeError(f"{owner!r} has no value {name!r} that could be assigned")
@@ -204,7 +203,7 @@ class _Branch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.envoy(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         depth = self._prefix.count(".") + 1
         inner = [name for name in self._layer.mlps if name.startswith(f"{self._prefix}.")]
         steps = dict.fromkeys(name.split(".")[depth] for name in inner)
@@ -217,7 +216,7 @@ class _Branch:
             return self._layer._part(f"{self._prefix}.{name}")
         return getattr(self.envoy, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
         else:
@@ -263,20 +262,20 @@ class NamedLayer:
             return self._part(name)
         return getattr(_envoy_of(self, name), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_") or name in ("envoy", "mlps"):
             object.__setattr__(self, name, value)
         else:
             _assign(self, self.envoy, name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         steps = dict.fromkeys(name.split(".")[0] for name in self.mlps)
         return PART, (self.envoy, {step: self._part(step) for step in steps}, {})
 
     def __copy__(self) -> "NamedLayer":
         return self
 
-    def __deepcopy__(self, memo: Any) -> "NamedLayer":
+    def __deepcopy__(self, memo: object) -> "NamedLayer":
         raise SiteError(f"{self!r} is a view of its model: copy the model, and take the same layer of the copy")
 
     def __repr__(self) -> str:
@@ -293,14 +292,14 @@ class NamedTower:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         layers = PART(None, {str(number): layer for number, layer in enumerate(self.layers)}, {})
         return PART, (None, {"layers": layers}, {})
 
     def __copy__(self) -> "NamedTower":
         return self
 
-    def __deepcopy__(self, memo: Any) -> "NamedTower":
+    def __deepcopy__(self, memo: object) -> "NamedTower":
         raise SiteError(f"{self.name} is a view of its model: copy the model, and take the same tower of the copy")
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from vlmneurons.checks import JSON, Keywords
 from vlmneurons.errors import ArchitectureError, QuestionError
 
 Template = Callable[[str, int], str] | Literal["plain"]
@@ -46,14 +47,14 @@ class Prompts:
         ArchitectureError: the template is none, or its arguments are not looked at.
     """
 
-    def __init__(self, processor: Any, template: Template | None, template_kwargs: Mapping[str, Any] | None) -> None:
+    def __init__(self, processor: Any, template: Template | None, template_kwargs: Mapping[str, object] | None) -> None:
         if template is not None and not callable(template) and template != "plain":
             raise ArchitectureError(f"template is a function (text, n_images) -> prompt, or 'plain'; got {template!r}")
         if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
             raise ArchitectureError(f"template_kwargs are a mapping of names to values; got {template_kwargs!r}")
         self.processor = processor
         self.template: Template | None = template
-        self.arguments: dict[str, Any] = dict(template_kwargs or {})
+        self.arguments: Keywords = dict(template_kwargs or {})
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._frames: dict[tuple[Media, str], tuple[str, str]] = {}
         self._as_text: dict[Media, bool] = {}
@@ -73,7 +74,7 @@ class Prompts:
         """The chat template: the processor's, or its tokenizer's; None if there is none."""
         return getattr(self.processor, "chat_template", None) or getattr(self._tokenizer, "chat_template", None)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSON:
         """What prompts depend on besides the questions, for a record: the template, its digest and its arguments."""
         if self.template is None:
             source = self.chat_template

@@ -17,6 +17,7 @@ from nnsight.intervention.editing import EditingTracer
 from nnsight.intervention.tracer import InterleavingTracer, Invoker, ScanningTracer
 from nnsight.tracing.tracer import Tracer, skip_context, skippable
 
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import SiteError
 from vlmneurons.model.architectures.hooks import ComputedGate
 
@@ -111,10 +112,10 @@ class _Last(Tracer):
                 f"it first: with {what}, model.trace(…):"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Keywords:
         return {name: value for name, value in super().__getstate__().items() if name != "position"}
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         # What reads a request elsewhere has nnsight, and nothing of this library.
         theirs = next(one for one in type(self).__mro__ if one.__module__.startswith("nnsight"))
         return object.__new__, (theirs,), self.__getstate__()
@@ -122,7 +123,7 @@ class _Last(Tracer):
 
 class _Tracing(_Last, InterleavingTracer):
     @no_type_check  # see `_Last.__enter__`
-    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+    def invoke(self, *args: object, **kwargs: object) -> Invoker:
         return _at(_position(sys._getframe(1)), _Invoking(self, *args, **kwargs))
 
 
@@ -149,7 +150,7 @@ class _Editing(_Last, EditingTracer):
         return self if self.inplace else (self, self.envoy if vlm is None else vlm.with_nnsight(self.envoy))
 
 
-def _at(position: Position | None, tracer: Any) -> Any:
+def _at(position: Position | None, tracer: object) -> Any:
     if isinstance(tracer, _Last):
         tracer.position = position
     return tracer
@@ -165,45 +166,45 @@ class TracedModel(TransformersModel):
 
     _computed: Sequence[ComputedGate] = ()
 
-    def __init__(self, hf_model: Any, vlm: "VLM", computed: Sequence[ComputedGate], **kwargs: Any) -> None:
+    def __init__(self, hf_model: object, vlm: "VLM", computed: Sequence[ComputedGate], **kwargs: object) -> None:
         super().__init__(hf_model, **kwargs)
         self._vlm = weakref.ref(vlm)
         self._computed = tuple(computed)
 
     @no_type_check  # see `_Last.__enter__`
-    def trace(self, *args: Any, tracer_cls: Any = None, **kwargs: Any) -> Any:
+    def trace(self, *args: object, tracer_cls: object = None, **kwargs: object) -> Any:
         """nnsight's ``trace``."""
         position = _position(sys._getframe(1))
         return _at(position, super().trace(*args, tracer_cls=tracer_cls or _Tracing, **kwargs))
 
     @no_type_check  # see `_Last.__enter__`
-    def scan(self, *args: Any, fn: Any = None, backend: Any = None, **kwargs: Any) -> ScanningTracer:
+    def scan(self, *args: object, fn: object = None, backend: object = None, **kwargs: object) -> ScanningTracer:
         """nnsight's ``scan``."""
         tracer = _Scanning(self, "__call__" if fn is None else fn, *args, backend=backend, **kwargs)
         return _at(_position(sys._getframe(1)), tracer)
 
     @no_type_check  # see `_Last.__enter__`
-    def session(self, *args: Any, tracer_cls: Any = None, **kwargs: Any) -> Any:
+    def session(self, *args: object, tracer_cls: object = None, **kwargs: object) -> Any:
         """nnsight's ``session``."""
         position = _position(sys._getframe(1))
         return _at(position, super().session(*args, tracer_cls=tracer_cls or _Session, **kwargs))
 
     @no_type_check  # see `_Last.__enter__`
-    def edit(self, *, inplace: bool = False, backend: Any = None) -> EditingTracer:
+    def edit(self, *, inplace: bool = False, backend: object = None) -> EditingTracer:
         """nnsight's ``edit``; what it binds as the edited model has named sites as well."""
         return _at(_position(sys._getframe(1)), _Editing(self, inplace=inplace, backend=backend))
 
     @no_type_check  # see `_Last.__enter__`
-    def generate(self, *inputs: Any, **kwargs: Any) -> Any:
+    def generate(self, *inputs: object, **kwargs: object) -> Any:
         """nnsight's ``generate``."""
         return self._run_or_trace("generate", sys._getframe(1), inputs, kwargs)
 
     @no_type_check  # see `_Last.__enter__`
-    def pipe(self, *inputs: Any, **kwargs: Any) -> Any:
+    def pipe(self, *inputs: object, **kwargs: object) -> Any:
         """nnsight's ``pipe``."""
         return self._run_or_trace("pipe", sys._getframe(1), inputs, kwargs)
 
-    def _run_or_trace(self, name: str, frame: FrameType, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _run_or_trace(self, name: str, frame: FrameType, inputs: Sequence[object], kwargs: Keywords) -> Any:
         method = types.MethodType(inspect.unwrap(getattr(TransformersModel, name)), self)
         if self.interleaver.interleaving:
             return method(*inputs, **kwargs)
@@ -211,7 +212,7 @@ class TracedModel(TransformersModel):
             return _at(_position(frame), super().trace(*inputs, fn=method, tracer_cls=_Tracing, **kwargs))
         return self.interleave(method, *inputs, **kwargs)
 
-    def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+    def interleave(self, fn: object, *args: object, **kwargs: object) -> Any:
         """nnsight's ``interleave``."""
         with contextlib.ExitStack() as stack:
             for gate in self._computed:
@@ -223,12 +224,12 @@ class TracedModel(TransformersModel):
     def _remoteable_class(self) -> type:
         return TransformersModel
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Keywords:
         return {name: value for name, value in super().__getstate__().items() if name not in ("_vlm", "_computed")}
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return object.__new__, (TransformersModel,), self.__getstate__()
 
 
-def _nothing(_: Any) -> None:
+def _nothing(_: object) -> None:
     """Looks at a gate, so that it can be written to."""

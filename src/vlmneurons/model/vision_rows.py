@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+Inputs = Mapping[str, Any]
+"""What a processor makes of texts and pictures: tensors by name, some in lists."""
 Rows = tuple[tuple[int, ...], Bool[Tensor, "row patch"] | None]
 """How many rows each question has, in order; and which patches of each row are real, None where all are."""
 
@@ -38,10 +40,10 @@ class UnknownPadding(Exception):
 
 
 def vision_rows(
-    data: Mapping[str, Any],
+    data: Inputs,
     n_images: Sequence[int],
     config: Any,
-    alone: Callable[[int], Mapping[str, Any]],
+    alone: Callable[[int], Inputs],
     tiles: Callable[[], Sequence[int] | None] = lambda: None,
 ) -> Rows | None:
     """The rows of the vision tower that are each question's, in the order of the questions.
@@ -89,7 +91,7 @@ def vision_rows(
     return tuple(rows), real
 
 
-def real_patches(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patch"] | None:
+def real_patches(data: Inputs, config: Any) -> Bool[Tensor, "row patch"] | None:
     """Which patches of each row of the vision tower are of a picture, and not padding; None where all are.
 
     Args:
@@ -125,7 +127,7 @@ def real_patches(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patc
     return None if real is None or real.all() else real
 
 
-def _masks_tiles(data: Mapping[str, Any]) -> bool:
+def _masks_tiles(data: Inputs) -> bool:
     """Whether a mask tells tiles ``[question, tile]`` apart, and not pixels."""
     mask, pixels = data.get("pixel_attention_mask"), data["pixel_values"]
     return mask is not None and pixels.ndim == 5 and mask.shape == pixels.shape[:2]
@@ -148,7 +150,7 @@ def _of(config: Any, *names: str) -> Any:
     return config
 
 
-def _crops(data: Mapping[str, Any], n_images: Sequence[int], config: Any, most: int) -> list[int] | None:
+def _crops(data: Inputs, n_images: Sequence[int], config: Any, most: int) -> list[int] | None:
     """LLaVA-NeXT and LLaVA-OneVision: crops are padded to the batch's largest number; the model drops the padding."""
     pinpoints = getattr(config, "image_grid_pinpoints", None)
     if pinpoints is None:
@@ -168,12 +170,12 @@ def _crops(data: Mapping[str, Any], n_images: Sequence[int], config: Any, most: 
     return crops if max(crops) == most else None
 
 
-def _is_one_row(data: Mapping[str, Any], config: Any) -> bool:
+def _is_one_row(data: Mapping[str, object], config: Any) -> bool:
     """Whether all pictures are one long row of patches, without the padding around them: Pixtral's tower."""
     return "image_sizes" in data and _of(config, "vision_config", "model_type") == "pixtral"
 
 
-def _pictures(data: Mapping[str, Any]) -> Bool[Tensor, "question picture"]:
+def _pictures(data: Inputs) -> Bool[Tensor, "question picture"]:
     """Idefics2, Idefics3 and SmolVLM: which pictures there are. Those of zeros are padding, which the model drops."""
     pictures = (data["pixel_values"] != 0).flatten(2).any(-1)
     if not pictures.any():
@@ -191,7 +193,7 @@ def _covered(mask: Tensor, config: Any) -> Bool[Tensor, "row patch"]:
     return rule(covered, size * size).flatten(1)
 
 
-def _of_mllama(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patch"]:
+def _of_mllama(data: Inputs, config: Any) -> Bool[Tensor, "row patch"]:
     """Mllama: each picture of each question is a row of tiles, each filled up to a multiple of eight patches.
 
     A tile that a picture does not have is masked; a picture that a question does not have is of no aspect ratio.
@@ -209,7 +211,7 @@ def _of_mllama(data: Mapping[str, Any], config: Any) -> Bool[Tensor, "row patch"
 def _by_tiles(
     n_rows: int,
     n_images: Sequence[int],
-    alone: Callable[[int], Mapping[str, Any]],
+    alone: Callable[[int], Inputs],
     tiles: Callable[[], Sequence[int] | None],
 ) -> list[int] | None:
     """One row a tile; how many tiles a picture makes follows from its size."""

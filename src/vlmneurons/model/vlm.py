@@ -24,9 +24,10 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import Keywords, of_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.hooks import ComputedGate
@@ -89,11 +90,11 @@ class VLM:
     def __init__(
         self,
         hf_model: nn.Module,
-        processor: Any,
+        processor: object,
         *,
         template: Template | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        rename: Mapping[Any, Any] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+        rename: Mapping[str, object] | None = None,
     ) -> None:
         if processor is None:
             raise ArchitectureError("a VLM needs its processor: VLM(model, AutoProcessor.from_pretrained(name))")
@@ -110,7 +111,7 @@ class VLM:
             )
         refuse_copies(hf_model)
         self.hf = cast("HFModel", hf_model.eval())  # or has what it needs of one: that is checked below
-        self.processor = processor
+        self.processor: Any = processor  # of transformers there are several kinds, with no type in common
         self.towers: dict[str, Tower] = find_towers(hf_model)
         absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
         if absent:
@@ -136,7 +137,7 @@ class VLM:
         self.encoder = Encoder(self)
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
         self.engine: str = "transformers"
-        self.engine_options: dict[str, Any] = {}
+        self.engine_options: Keywords = {}
 
     @classmethod
     def from_pretrained(
@@ -145,10 +146,10 @@ class VLM:
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        processor_kwargs: Mapping[str, Any] | None = None,
+        processor_kwargs: Mapping[str, object] | None = None,
         template: Template | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        rename: Mapping[Any, Any] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+        rename: Mapping[str, object] | None = None,
         weights: bool = True,
         engine: str = "transformers",
         **hf_kwargs: Any,
@@ -237,7 +238,7 @@ class VLM:
         return getattr(self.hf.config, "_commit_hash", None)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The processor's tokenizer."""
         return self.encoder.tokenizer
 
@@ -361,7 +362,7 @@ class VLM:
                     f"{site} has {self.mlp_of(site).width} neurons in this model; the space has {width}"
                 )
 
-    def site(self, name: Site | str) -> Any:
+    def site(self, name: Site | str) -> Tensor:
         """The value of a site by its name, inside a trace: ``model.site("language.layers.3.mlp.gate")``.
 
         Assign with ``model.set_site(name, value)``; editing the value in place works as well.
@@ -459,7 +460,7 @@ class VLM:
             found = found[int(step)] if step.isdigit() else getattr(found, step)
         return found
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """The model's output, as that of a plain call of ``hf``."""
         return self.nnsight(*args, **kwargs)
 
@@ -486,11 +487,11 @@ class VLM:
                 f"{type(self).__name__!r} object has no attribute {name!r}, nor has its nnsight model or module"
             ) from None
 
-    def _change(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _change(self, method: str, *args: object, **kwargs: object) -> Any:
         result = getattr(self.hf, method)(*args, **kwargs)
         return self if result is self.hf else result
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         nnsight = self.__dict__.get("nnsight")
         if nnsight is None:
             object.__setattr__(self, name, value)
@@ -504,7 +505,7 @@ class VLM:
     def __copy__(self) -> "VLM":
         return self.with_nnsight(self.nnsight)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "VLM":
+    def __deepcopy__(self, memo: dict[int, object]) -> "VLM":
         # Hooks of ours stay with their model: a copy made inside an ablation is of the untouched model.
         hf = copy.deepcopy(self.hf, memo)
         processor = copy.deepcopy(self.processor, memo)
@@ -513,7 +514,7 @@ class VLM:
         other.engine, other.engine_options = self.engine, dict(self.engine_options)
         return other
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         # Into a remote trace, by nnsight. Elsewhere it fails: a model is kept by save_pretrained.
         return PART, (self.nnsight, dict(self._named), {})
 
@@ -525,7 +526,7 @@ class VLM:
         return "\n".join(lines + [f"  {describe(tower)}" for tower in self.towers.values()])
 
 
-def _refuse_to_run(*_: Any, **__: Any) -> None:
+def _refuse_to_run(*_: object, **__: object) -> None:
     """Stands in the way of the forward of a model that an engine holds: it has no weights here."""
     raise MismatchError(
         "this model is held by engine='vllm', where record, record_items and knockout run; for traces, plain calls and "
@@ -568,7 +569,7 @@ def refuse_unobeyed(model: VLM) -> None:
             )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Refuse what is no `VLM`, such as transformers' model by itself.
 
     Raises:

@@ -72,7 +72,7 @@ def _loaded(source: str) -> Any:
         raise FileFormatError(f"{source}: not a file of neuron lists: {error}") from error
 
 
-def _set_of(source: str, group: str, layers: Any, space: NeuronSpace) -> NeuronSet:
+def _set_of(source: str, group: str, layers: object, space: NeuronSpace) -> NeuronSet:
     """The neurons of one group, from a list for each layer."""
     depth = max(space.layers) + 1
     if not isinstance(layers, (list, tuple)) or len(layers) != depth:

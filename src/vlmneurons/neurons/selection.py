@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmneurons.checks import JSON
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.formats import from_lape, to_lape
@@ -45,7 +46,7 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         *,
         selector: str = "",
         budget: SupportsIndex | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, object] | None = None,
     ) -> None:
         """A selection from its sets.
 
@@ -85,13 +86,13 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         object.__setattr__(self, "_budget", budget)
         object.__setattr__(self, "_provenance", _files.plain(dict(provenance or {}), "provenance"))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Selection is immutable: {name!r} cannot be set")
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a Selection is immutable: {name!r} cannot be deleted")
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild_selection, (self._sets, self._selector, self._budget, self._provenance)
 
     @property
@@ -105,7 +106,7 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         return self._budget
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """Where the selection comes from, as plain values; a copy."""
         return _files.plain(self._provenance, "provenance")
 
@@ -340,5 +341,5 @@ def in_parentheses(expression: str) -> str:
     return expression
 
 
-def _rebuild_selection(sets: Any, selector: str, budget: int | None, provenance: Any) -> Selection:
+def _rebuild_selection(sets: Mapping[str, NeuronSet], selector: str, budget: int | None, provenance: JSON) -> Selection:
     return Selection(sets, selector=selector, budget=budget, provenance=provenance)

@@ -59,13 +59,13 @@ class NeuronSet(_files.Shareable):
         object.__setattr__(self, "_space", space)
         object.__setattr__(self, "_indices", torch.unique(flat))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a NeuronSet is immutable: {name!r} cannot be set")
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a NeuronSet is immutable: {name!r} cannot be deleted")
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return NeuronSet, (self._space, self._indices)
 
     @classmethod
@@ -486,7 +486,7 @@ def expected_jaccard(first: int, second: int, total: int) -> float:
     return math.fsum(weights * (shared / (first + second - shared))) / math.fsum(weights)
 
 
-def check_space(space: Any) -> None:
+def check_space(space: object) -> None:
     """Refuse what is no space."""
     if not isinstance(space, NeuronSpace):
         raise SiteError(f"a NeuronSet needs a NeuronSpace; got {type(space).__name__}")
@@ -539,7 +539,7 @@ def _index(value: Any) -> int:
     return operator.index(value)
 
 
-def layer_position(space: NeuronSpace, layer: Any) -> int:
+def layer_position(space: NeuronSpace, layer: object) -> int:
     """Position of the one site of a layer."""
     try:
         number = _index(layer)
@@ -607,7 +607,7 @@ def check_one_site_per_layer(space: NeuronSpace, advice: str) -> None:
         seen[site.layer] = site
 
 
-def space_of_file(path: "str | os.PathLike[str]", data: Any) -> NeuronSpace:
+def space_of_file(path: "str | os.PathLike[str]", data: object) -> NeuronSpace:
     if not isinstance(data, dict):
         raise FileFormatError(f"{path}: the description is no dictionary; the file is damaged")
     try:

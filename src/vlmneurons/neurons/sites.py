@@ -16,13 +16,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import in_order, of_kind
+from vlmneurons.checks import JSON, in_order, of_kind
 from vlmneurons.errors import FileFormatError, SiteError
 
 KINDS = ("pre", "gate", "up", "post")
@@ -360,12 +360,12 @@ class NeuronSpace:
             kept &= torch.isin(self.layer_of, torch.tensor(sorted(wanted_layers), dtype=torch.int64))
         return kept.nonzero().flatten()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """A dictionary of plain values that `from_json` reads back, for files."""
         return {"sites": [str(site) for site in self.sites], "widths": list(self.widths)}
 
     @classmethod
-    def from_json(cls, data: Any) -> "NeuronSpace":
+    def from_json(cls, data: object) -> "NeuronSpace":
         """The space that `to_json` wrote.
 
         Args:
@@ -375,7 +375,7 @@ class NeuronSpace:
             FileFormatError: the data is not of that form.
         """
         try:
-            sites, widths = data["sites"], data["widths"]
+            sites, widths = (cast(JSON, data)[name] for name in ("sites", "widths"))
             if not all(isinstance(width, int) and not isinstance(width, bool) for width in widths):
                 raise TypeError("widths must be integers")
             return cls(tuple(Site.parse(name) for name in sites), tuple(widths))

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import JSON, of_kind, whole
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions.media import Base64Picture
 from vlmneurons.questions.question import Question, listed, why_outside
@@ -40,7 +40,7 @@ _RATIO, _UNPACKED = 50, 2**28
 
 
 def load_cvqa(
-    source: Any = "afaji/cvqa",
+    source: object = "afaji/cvqa",
     *,
     language: str = "english",
     group_by: str | Callable[[Question], str] = "country",
@@ -130,9 +130,9 @@ class _Row:
 
     where: str
     id: str
-    fields: dict[str, Any]
-    subset: Any
-    metadata: dict[str, Any]
+    fields: JSON
+    subset: object
+    metadata: JSON
 
 
 # -- where rows come from ----------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def _question(row: _Row, codes: Mapping[str, str]) -> Question:
     return question_of_row(fields, metadata, row.where)
 
 
-def parse_subset(subset: Any, where: str = "Subset") -> tuple[str, str]:
+def parse_subset(subset: object, where: str = "Subset") -> tuple[str, str]:
     """Language and country of a ``Subset`` cell, which CVQA stores as text: ``"('Telugu', 'India')"``.
 
     The text is read as data, never run.
@@ -366,7 +366,7 @@ def _literal(text: str) -> Any:
     return None
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:120]}…"
 

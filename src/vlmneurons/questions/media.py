@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-PictureSource = Image.Image | str | Path | bytes | Callable[[], Any]
+PictureSource = Image.Image | str | Path | bytes | Callable[[], object]
 """A picture: in memory, a file, an encoded file's bytes, or a function that yields one of these when it is needed."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".ppm")
@@ -25,7 +25,7 @@ _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", 
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 
 
-def is_function(source: Any) -> bool:
+def is_function(source: object) -> bool:
     """Whether a source is called for its picture."""
     return callable(source) and not isinstance(source, Image.Image)
 
@@ -46,7 +46,7 @@ class DatasetPicture:
     column: str
     place: int | None = None
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         row = self.dataset[self.row]
         if not hasattr(row, "column"):  # a transform's
             return row[self.column] if self.place is None else row[self.column][self.place]
@@ -111,7 +111,7 @@ def resolved(source: Any) -> Image.Image | bytes | str | Path:
     return source
 
 
-def picture_key(source: Any) -> str:
+def picture_key(source: object) -> str:
     """A digest of a picture's path, or of its content where it has none; an encoded file is not decoded for it."""
     source = resolved(source)
     if isinstance(source, str | Path):
@@ -138,16 +138,16 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name != "EPS")
 
 
-def encoded(source: bytes | str | Path) -> Any:
+def encoded(source: bytes | str | Path) -> io.BytesIO | str:
     """What decoders open: a file that is one, for a pipe would be waited for without end."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if Path(source).exists() and not Path(source).is_file():
         raise OSError(f"{source} is no ordinary file")
-    return source
+    return str(source)
 
 
-def picture_size(source: Any) -> tuple[int, int]:
+def picture_size(source: object) -> tuple[int, int]:
     """Height and width of a picture, from its first bytes where it is a file."""
     source = resolved(source)
     if isinstance(source, Image.Image):
@@ -156,7 +156,7 @@ def picture_size(source: Any) -> tuple[int, int]:
         return image.height, image.width
 
 
-def open_picture(source: Any) -> Image.Image:
+def open_picture(source: object) -> Image.Image:
     """A picture as RGB, upright (EXIF rotation applied), transparency on white, the first frame of several."""
     source = resolved(source)
     with warnings.catch_warnings():

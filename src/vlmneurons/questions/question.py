@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from vlmneurons.checks import is_missing, names, of_kind
+from vlmneurons.checks import JSON, JSONMapping, is_missing, names, of_kind
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import streams
 from vlmneurons.questions.media import PictureSource, is_function, open_picture, picture_key
@@ -69,7 +69,7 @@ class Question:
     answer: int = -1
     group: str = ""
     id: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: JSONMapping = field(default_factory=dict)
     image_id: str | None = None
     audio: SoundSource | Sequence[SoundSource] | None = None
     video: VideoSource | Sequence[VideoSource] | None = None
@@ -207,7 +207,7 @@ class Question:
         return cast(tuple[VideoSource, ...], self.video if several else (self.video,))
 
     @property
-    def sources(self) -> tuple[Any, ...]:
+    def sources(self) -> tuple[PictureSource | SoundSource | VideoSource, ...]:
         """Where all that is shown and heard comes from: pictures, sounds, videos."""
         return (*self.pictures, *self.sounds, *self.videos)
 
@@ -263,7 +263,7 @@ class Question:
         """
         return self._opened(self.videos, streams.open_video, "video")
 
-    def _opened(self, sources: Sequence[Any], how: Callable[[Any], Any], what: str) -> tuple[Any, ...]:
+    def _opened(self, sources: Sequence[object], how: Callable[[Any], object], what: str) -> tuple[Any, ...]:
         opened = []
         for source in sources:
             try:
@@ -325,7 +325,7 @@ class Question:
         return hash((self.id, self.question, self.options, self.answer, self.group))
 
     @property
-    def _plain(self) -> tuple[Any, ...]:
+    def _plain(self) -> tuple[object, ...]:
         fixed = (self.question, self.options, self.answer, self.group, self.id, self.answers)
         return (*fixed, self.metadata, self.n_media)
 
@@ -363,8 +363,8 @@ def _check_text(what: str, text: str) -> None:
         ) from None
 
 
-def _plain_metadata(metadata: Mapping[Any, Any], where: str, depth: int = 0) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
+def _plain_metadata(metadata: Mapping[Any, object], where: str, depth: int = 0) -> JSON:
+    plain: JSON = {}
     for name, value in metadata.items():
         if not isinstance(name, str | int | np.integer):
             raise QuestionError(f"{where}: names of metadata are texts; got {name!r}")
@@ -374,7 +374,7 @@ def _plain_metadata(metadata: Mapping[Any, Any], where: str, depth: int = 0) -> 
     return plain
 
 
-def _plain_value(value: Any, where: str, depth: int) -> Any:
+def _plain_value(value: Any, where: str, depth: int) -> object:
     if depth > _DEEPEST:
         raise QuestionError(f"{where} is nested more than {_DEEPEST} deep: keep it outside, under the question's id")
     if hasattr(value, "tolist"):  # numbers and arrays of NumPy and PyTorch
@@ -450,17 +450,17 @@ def _refers(text: str, n_options: int) -> bool:
 # -- texts and digests -------------------------------------------------------------------------------------------------
 
 
-def derived_id(*parts: Any) -> str:
+def derived_id(*parts: object) -> str:
     """An id for a question that has none, from all that it is."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def hash_of(*parts: Any) -> str:
+def hash_of(*parts: object) -> str:
     """The same hexadecimal digits for the same parts on every machine."""
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
-def value_of(item: Question, key: str | Callable[[Question], Any]) -> Any:
+def value_of(item: Question, key: str | Callable[[Question], object]) -> object:
     """A question's field or metadata by name, or what a function makes of it.
 
     Raises:

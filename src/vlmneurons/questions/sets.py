@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
-from vlmneurons.checks import is_missing, names, of_kind, share, whole
+from vlmneurons.checks import Keywords, is_missing, names, of_kind, share, whole
 from vlmneurons.errors import GroupError, QuestionError
 from vlmneurons.questions import tables
 from vlmneurons.questions.question import LETTERS, Question, hash_of, listed, value_of
@@ -74,7 +74,7 @@ class QuestionSet(Sequence[Question]):
         questions: Iterable[Question] = (),
         *,
         prompt: Prompt | str | None = None,
-        answer: Any = "letters",
+        answer: object = "letters",
         shuffle: int | None = 0,
     ) -> None:
         if isinstance(questions, str | Question | set | frozenset) or not isinstance(questions, Iterable):
@@ -133,7 +133,7 @@ class QuestionSet(Sequence[Question]):
             return multiple_choice_prompt if shows else open_prompt
         return _PROMPTS[self._prompt] if isinstance(self._prompt, str) else self._prompt
 
-    def asked(self, **how: Any) -> "QuestionSet":
+    def asked(self, **how: object) -> "QuestionSet":
         """The same questions, asked another way: any of ``prompt``, ``answer``, ``shuffle``.
 
         Args:
@@ -217,7 +217,7 @@ class QuestionSet(Sequence[Question]):
             raise QuestionError(f"questions are grouped by a column or a function of the question; got {key!r}")
         return self.with_items(replace(item, group=_label(item, key)) for item in self._items)
 
-    def filter(self, keep: Callable[[Question], bool] | None = None, **where: Any) -> "QuestionSet":
+    def filter(self, keep: Callable[[Question], bool] | None = None, **where: object) -> "QuestionSet":
         """The questions for which ``keep`` is true, and whose fields or metadata have the given values.
 
         A value may be a set, list or other collection of allowed values. Each group that is named must be there, as a
@@ -446,13 +446,13 @@ class QuestionSet(Sequence[Question]):
         of_kind("folder", folder, (str, os.PathLike), QuestionError, "a path")
         of_kind("table", table, (str, type(None)), QuestionError, "the name of a file")
         path, rows = tables.rows_of_folder(Path(folder), table)
-        where: dict[str, Any] = {"start": 1, "folder": Path(folder), "options": options}
+        where: Keywords = {"start": 1, "folder": Path(folder), "options": options}
         return cls(tables.questions_of_rows(rows, columns, f"{path}, row", **where), **how)
 
     @classmethod
     def from_dataset(
         cls,
-        dataset: Any,
+        dataset: object,
         columns: Mapping[str, str | Sequence[str]] | None = None,
         *,
         options: Sequence[str] | None = None,
@@ -481,8 +481,8 @@ class QuestionSet(Sequence[Question]):
                 f"from_dataset takes a datasets.Dataset; got {type(dataset).__name__}. QuestionSet.from_rows reads "
                 "dictionaries and pandas tables, QuestionSet.from_folder the files of a folder"
             )
-        if isinstance(dataset.column_names, Mapping):
-            splits = ", ".join(dataset.column_names)
+        if isinstance(names := cast(Any, dataset).column_names, Mapping):
+            splits = ", ".join(names)
             raise QuestionError(f"from_dataset takes one split; got a {type(dataset).__name__} of {splits}: choose one")
         rows = tables.rows_of_dataset(dataset)
         names = tables.names_in_dataset(dataset)
@@ -491,7 +491,7 @@ class QuestionSet(Sequence[Question]):
     @classmethod
     def from_rows(
         cls,
-        rows: Any,
+        rows: object,
         columns: Mapping[str, str | Sequence[str]] | None = None,
         *,
         options: Sequence[str] | None = None,
@@ -520,7 +520,7 @@ def _name_of_cluster(key: str, items: Sequence[Question]) -> str:
     return " ".join(sorted(item.id for item in items)) if paths else key
 
 
-def _label(item: Question, key: str | Callable[[Question], Any]) -> str:
+def _label(item: Question, key: str | Callable[[Question], object]) -> str:
     """A question's group by a column or function; what stands for nothing is no group."""
     value = value_of(item, key)
     if is_missing(value):

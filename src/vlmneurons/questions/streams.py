@@ -17,10 +17,10 @@ from PIL import Image, ImageSequence
 
 from vlmneurons.questions.media import SUFFIXES, encoded, is_function, open_picture, picture_key
 
-SoundSource = str | Path | bytes | Mapping[str, Any] | Callable[[], Any]
+SoundSource = str | Path | bytes | Mapping[str, object] | Callable[[], object]
 """A sound: a file, an encoded file's bytes, ``{"array": …, "sampling_rate": …}``, or a function that yields one."""
 
-VideoSource = str | Path | bytes | np.ndarray | Sequence[Any] | Callable[[], Any]
+VideoSource = str | Path | bytes | np.ndarray | Sequence[object] | Callable[[], object]
 """A video: a file, an encoded file's bytes, an array ``[frame, height, width, 3]``, its frames as pictures, or a
 function that yields one of these."""
 
@@ -44,7 +44,7 @@ def resolved_stream(source: Any) -> Any:
 # -- sound -------------------------------------------------------------------------------------------------------------
 
 
-def check_sound(source: Any) -> str:
+def check_sound(source: object) -> str:
     """What is wrong with a sound as it was given; empty where nothing is."""
     if (isinstance(source, str | Path | bytes) and source) or is_function(source):
         return ""
@@ -91,7 +91,7 @@ def open_sound(source: Any, rate: int) -> Float32[np.ndarray, " sample"]:
 def _decoded(source: bytes | str | Path) -> tuple[np.ndarray, int]:
     file = encoded(source)
     try:
-        with wave.open(file if isinstance(source, bytes) else str(file), "rb") as sound:
+        with wave.open(file, "rb") as sound:
             width, channels, rate = sound.getsampwidth(), sound.getnchannels(), sound.getframerate()
             data = sound.readframes(sound.getnframes())
     except (wave.Error, EOFError):
@@ -132,14 +132,14 @@ def sound_key(source: Any) -> str:
 # -- video -------------------------------------------------------------------------------------------------------------
 
 
-def is_frame(part: Any) -> bool:
+def is_frame(part: object) -> bool:
     """Whether a part of a list is a frame of a video, and not a video itself."""
     if isinstance(part, str | Path):
         return str(part).lower().endswith(SUFFIXES) and not str(part).lower().endswith((".gif", ".webp"))
     return isinstance(part, Image.Image) or getattr(part, "ndim", None) == 3
 
 
-def check_video(source: Any) -> str:
+def check_video(source: object) -> str:
     """What is wrong with a video as it was given; empty where nothing is."""
     if (isinstance(source, str | Path | bytes) and source) or is_function(source):
         return ""
@@ -158,7 +158,7 @@ def check_video(source: Any) -> str:
     return f"a video is a path, bytes, an array, a list of its frames or a function; got {type(source).__name__}"
 
 
-def open_video(source: Any) -> UInt8[np.ndarray, "frame height width 3"]:
+def open_video(source: object) -> UInt8[np.ndarray, "frame height width 3"]:
     """A video's frames: all of an array's or a list's, and of a file two a second, at most 64.
 
     Raises:
@@ -220,7 +220,7 @@ def _seen(times: Sequence[float], end: float) -> list[int]:
     return sorted(set(places.tolist()))
 
 
-def video_key(source: Any) -> str:
+def video_key(source: object) -> str:
     """A digest of a video's path, or of its content where it has none."""
     source = resolved_stream(source)
     if isinstance(source, str | Path):

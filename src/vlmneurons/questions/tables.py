@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmneurons.checks import is_missing, of_kind
+from vlmneurons.checks import JSON, JSONMapping, is_missing, of_kind
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import media, streams
 from vlmneurons.questions.media import Base64Picture, DatasetPicture
@@ -50,7 +50,7 @@ _LONGEST = 20_000
 # -- where rows come from ----------------------------------------------------------------------------------------------
 
 
-def rows_of_folder(folder: Path, table: str | None) -> tuple[Path, list[dict[str, Any]]]:
+def rows_of_folder(folder: Path, table: str | None) -> tuple[Path, list[JSON]]:
     """The table of a folder, and its rows.
 
     Raises:
@@ -77,7 +77,7 @@ def rows_of_folder(folder: Path, table: str | None) -> tuple[Path, list[dict[str
     return path, _json_lines(text, path) if path.suffix == ".jsonl" else _cells(text, path)
 
 
-def _cells(text: str, path: Path) -> list[dict[str, Any]]:
+def _cells(text: str, path: Path) -> list[JSON]:
     cells = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
     try:
         rows = list(cells)
@@ -95,8 +95,8 @@ def _cells(text: str, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _json_lines(text: str, path: Path) -> list[JSON]:
+    def once(pairs: list[tuple[str, object]]) -> JSON:
         _refuse_twice([name for name, _ in pairs], f"{path}, line {number}")
         return dict(pairs)
 
@@ -116,14 +116,14 @@ def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _refuse_twice(names: Sequence[Any], where: str) -> None:
+def _refuse_twice(names: Sequence[object], where: str) -> None:
     """One of two columns of a name would be lost."""
     twice = [name for place, name in enumerate(names) if name in names[:place]]
     if twice:
         raise QuestionError(f"{where}: the column {twice[0]!r} stands there twice: give each a name of its own")
 
 
-def rows_of_table(rows: Any) -> list[dict[str, Any]]:
+def rows_of_table(rows: Any) -> list[JSON]:
     """Dictionaries as they are, and the rows of a table of pandas.
 
     Raises:
@@ -149,7 +149,7 @@ def names_in_dataset(dataset: Any) -> Sequence[str] | None:
     return None if transformed else dataset.column_names
 
 
-def rows_of_dataset(dataset: Any) -> Iterator[dict[str, Any]]:
+def rows_of_dataset(dataset: Any) -> Iterator[JSON]:
     """The rows of a dataset. Pictures are tuples of functions: one that is broken spoils its own question only."""
     import datasets
 
@@ -170,7 +170,7 @@ def rows_of_dataset(dataset: Any) -> Iterator[dict[str, Any]]:
         yield _named(row, features) | {name: next(cells) for name, cells in columns.items()}
 
 
-def _again(dataset: Any, number: int, name: str, value: Any) -> Any:
+def _again(dataset: object, number: int, name: str, value: object) -> object:
     """A cell that a transform made: pictures are made again when they are needed, and not kept."""
     if isinstance(value, Image.Image):
         return DatasetPicture(dataset, number, name)
@@ -188,11 +188,11 @@ def _inner(form: Any) -> Any:
     return form.feature if type(form).__name__ in ("List", "LargeList", "Sequence") else form
 
 
-def _is_decoded(form: Any) -> bool:
+def _is_decoded(form: object) -> bool:
     return type(_inner(form)).__name__ in ("Image", "Audio", "Video")
 
 
-def _is_pictured(form: Any) -> bool:
+def _is_pictured(form: object) -> bool:
     """Whether a column is made for pictures, sounds or videos, or lists of them, or for encoded files of any kind."""
     inner = _inner(form)
     return _is_decoded(form) or (isinstance(inner, Mapping) and set(inner) == {"bytes", "path"})
@@ -233,16 +233,14 @@ def _filled(chunk: Any) -> list[Any]:
         lengths = [pc.fill_null(pc.call_function("binary_length", [part]), 0).to_pylist() for part in known]
         return [any(n) if known else None for *n, known in zip(*lengths, chunk.is_valid().to_pylist(), strict=True)]
     parts = iter(_filled(chunk.flatten()))
-    return [
-        None if n is None else [next(parts) for _ in range(n)]
-        for n in pc.call_function("list_value_length", [chunk]).to_pylist()
-    ]
+    lengths = pc.call_function("list_value_length", [chunk]).to_pylist()
+    return [None if n is None else [next(parts) for _ in range(n)] for n in lengths]
 
 
-def _named(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+def _named(row: Mapping[str, object], features: Mapping[str, object]) -> JSON:
     """A row whose classes have their names; -1, which datasets have where there is none, is none."""
 
-    def of(value: Any, form: Any) -> Any:
+    def of(value: Any, form: Any) -> object:
         if hasattr(form, "int2str"):
             return form.int2str(value) if isinstance(value, int) and value >= 0 else None
         inner = _inner(form)
@@ -255,7 +253,7 @@ def _named(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any
 
 
 def questions_of_rows(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, object]],
     columns: Mapping[str, str | Sequence[str]] | None,
     where: str,
     *,
@@ -305,7 +303,7 @@ def questions_of_rows(
     return questions
 
 
-def _columns(columns: Mapping[str, Any] | None, have: Sequence[Any], *, needed: bool) -> dict[str, tuple[str, ...]]:
+def _columns(columns: JSONMapping | None, have: Sequence[object], *, needed: bool) -> dict[str, tuple[str, ...]]:
     of_kind("columns", {} if columns is None else columns, Mapping, QuestionError, "a dictionary {field: column}")
     column_of: dict[str, tuple[str, ...]] = {name: (name,) for name in FIELDS}
     for field, name in (columns or {}).items():
@@ -343,7 +341,7 @@ def _close(name: str, names: Iterable[str]) -> str:
     return f". Did you mean {found[0]!r}?" if found else ""
 
 
-def _advice(field: str, name: str, have: Sequence[Any]) -> str:
+def _advice(field: str, name: str, have: Sequence[object]) -> str:
     """What the column may be called instead."""
     if field == "options":
         options = [column for column in have if _OPTION.fullmatch(str(column))]
@@ -357,7 +355,7 @@ def _advice(field: str, name: str, have: Sequence[Any]) -> str:
     return f". Did you mean columns={{{field!r}: {found!r}}}?" if found and found != name else ""
 
 
-def _is_empty(cell: Any) -> bool:
+def _is_empty(cell: object) -> bool:
     return is_missing(cell) or (isinstance(cell, str) and cell == "")
 
 
@@ -365,8 +363,8 @@ def _is_empty(cell: Any) -> bool:
 
 
 def question_of_row(
-    fields: Mapping[str, Any],
-    rest: Mapping[str, Any],
+    fields: Mapping[str, object],
+    rest: Mapping[str, object],
     where: str,
     folder: Path | None = None,
     column_of: Mapping[str, Sequence[str]] | None = None,
@@ -446,7 +444,7 @@ def _fault(path: Path) -> str:
         return f"is no path: {error}"
 
 
-def _options(options: Any, rest: dict[str, Any], where: str) -> list[Any]:
+def _options(options: Any, rest: JSON, where: str) -> list[Any]:
     if isinstance(options, str):
         options = literal_list(options, f"{where}: options must be a JSON list")
     if hasattr(options, "tolist"):
@@ -477,7 +475,7 @@ def _answers(cell: Any, where: str) -> list[str]:
     return list(map(str, found))
 
 
-def _lettered(rest: dict[str, Any], where: str) -> list[str]:
+def _lettered(rest: JSON, where: str) -> list[str]:
     """Options in columns of their own, ``A``, ``B`` … or ``a``, ``b`` …, which are taken out of the rest."""
     upper = [letter for letter in LETTERS if not _is_empty(rest.get(letter))]
     lower = [letter for letter in LETTERS.lower() if not _is_empty(rest.get(letter))]
@@ -552,7 +550,7 @@ def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
     raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor one of the options")
 
 
-def _number(option: Any) -> float | None:
+def _number(option: object) -> float | None:
     try:
         return float(str(option).replace("_", "x"))
     except ValueError:
@@ -562,7 +560,7 @@ def _number(option: Any) -> float | None:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _parts(cell: Any) -> list[Any]:
+def _parts(cell: object) -> list[Any]:
     """The pictures of a cell: one, or those of a list, which may stand there as its text."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         cell = literal_list(cell, "a list of pictures must be a JSON list")
@@ -571,7 +569,7 @@ def _parts(cell: Any) -> list[Any]:
     return list(cell) if isinstance(cell, list | tuple) else [] if _is_empty(cell) else [cell]
 
 
-def _pictures(cell: Any, where: str, folder: Path | None, kind: str) -> tuple[Any, ...]:
+def _pictures(cell: object, where: str, folder: Path | None, kind: str) -> tuple[Any, ...]:
     """The pictures, sounds or videos of a cell."""
     if kind == "video" and isinstance(cell, list | tuple) and cell and all(map(streams.is_frame, cell)):
         cell = [cell] if folder is None else [[_picture(one, where, folder, "image") for one in cell]]
@@ -631,10 +629,10 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def refuse_unasked(
-    rest: Mapping[str, Any],
+    rest: Mapping[str, object],
     where: str,
     folder: Path | None,
-    pictures: Sequence[Any],
+    pictures: Sequence[object],
     column_of: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Refuse a row with a picture in a column that no field names: the question would be asked without it.
@@ -662,7 +660,7 @@ def refuse_unasked(
         )
 
 
-def _holds_picture(value: Any, folder: Path | None, own: set[str], *, named: bool, depth: int = 4) -> bool:
+def _holds_picture(value: object, folder: Path | None, own: set[str], *, named: bool, depth: int = 4) -> bool:
     """Whether a cell shows a picture in any of the forms that tables have for one.
 
     Args:
@@ -715,7 +713,7 @@ def _names_picture(text: str, folder: Path | None, own: set[str], named: bool) -
         return False
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """The field that asks with what a cell holds, as its file's name has it; else that of pictures."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
@@ -726,7 +724,7 @@ def _kind(value: Any) -> str:
     return "audio" if name.endswith(streams.SOUNDS) else "video" if name.endswith(streams.VIDEOS) else "image"
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     while isinstance(value, list | tuple) and value:
         value = value[0]
     if isinstance(value, DatasetPicture):

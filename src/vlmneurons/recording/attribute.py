@@ -8,16 +8,16 @@ the same derivative is what integrated gradients add up.
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmneurons.checks import of_kind, real, whole
+from vlmneurons.checks import Keywords, of_kind, real, whole
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.model.architectures.hooks import write
+from vlmneurons.model.architectures.hooks import Handle, write
 from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace
@@ -136,7 +136,7 @@ class _AttributionJob(Job["Tensor | None"]):
 
     gradients = True
 
-    def __init__(self, engine: Engine, questions: QuestionSet, factors: "_Factors", rules: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Engine, questions: QuestionSet, factors: "_Factors", rules: Keywords) -> None:
         super().__init__(engine)
         self._questions, self._factors, self._rules = questions, factors, rules
         self._total = torch.zeros((len(questions.groups), len(factors.space)), dtype=torch.float64)
@@ -150,7 +150,7 @@ class _AttributionJob(Job["Tensor | None"]):
         with self._factors:
             yield
 
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> Tensor | None:
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], object]) -> Tensor | None:
         """Attributions of one question to every neuron; None if it does not meet the condition."""
         factors, rules = self._factors, self._rules
         everywhere = list(range(len(factors.space.sites)))
@@ -171,7 +171,7 @@ class _AttributionJob(Job["Tensor | None"]):
                         result += factors.derivatives(margin, questions[0].id) / rules["steps"]
             return result
 
-    def _margin(self, question: QuestionSet, encoded: Any) -> tuple[Reading, Tensor]:
+    def _margin(self, question: QuestionSet, encoded: object) -> tuple[Reading, Tensor]:
         reader = self.engine.reader
         reading = reader.read(self.engine.model, question, encoded, self._factors.watch)
         if reading.scores is None:
@@ -208,7 +208,7 @@ class _Factors:
     def __init__(self, model: VLM, space: NeuronSpace, tokens: TokenRule | None, highest: bool = False) -> None:
         self.model, self.space, self.tokens, self.highest = model, space, tokens, highest
         model.check_space(space)
-        self._handles: list[Any] = []
+        self._handles: list[Handle] = []
         self._active: dict[int, Tensor] = {}
         self._by_token: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         """Where the highest of all tokens is wanted: for each visit of a site a factor a token, and the number of each
@@ -226,7 +226,7 @@ class _Factors:
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
         self._active, self._mask = {}, None
@@ -261,7 +261,7 @@ class _Factors:
         self._mask = every if self.tokens is None else batch.tokens.counted(self.tokens)
         yield
 
-    def _editor(self, number: int) -> Any:
+    def _editor(self, number: int) -> Callable[..., Tensor | None]:
         in_language = self.space.sites[number].tower == "language"
 
         def scale(values: Tensor, tokens: Tensor | None = None) -> Tensor | None:

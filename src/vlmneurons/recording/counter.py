@@ -5,13 +5,12 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vlmneurons.checks import flag, of_kind
+from vlmneurons.checks import Keywords, flag, of_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.model.architectures.hooks import Handle, read
 from vlmneurons.model.architectures.inside import Hook
@@ -154,9 +153,9 @@ class Counter:
         self.strict = True
         self.frame: Frame | None = None
         self._watched: Frame | None = None
-        self._scratch: dict[Any, Any] = {}
+        self._scratch: dict = {}
         self._bad: list[tuple[int, Tensor]] = []
-        self._further: dict[int, dict[Any, Any]] = {}
+        self._further: dict[int, dict] = {}
         """What sites share, of each rule beside the first."""
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
@@ -190,11 +189,11 @@ class Counter:
             self._scratch.clear()
             self._further.clear()
 
-    def _begin_watched(self, *_: Any) -> None:
+    def _begin_watched(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.
         self.frame, self._watched = self._watched, None
 
-    def _callback(self, number: int) -> Any:
+    def _callback(self, number: int) -> Callable[..., object]:
         count = self._count_patches if self.in_vision[number] else self._count_tokens
 
         def see(values: Tensor, tokens: Tensor | None = None) -> None:
@@ -211,7 +210,7 @@ class Counter:
 
         return see
 
-    def _how(self, number: int, rule: int = 0) -> dict[str, Any]:
+    def _how(self, number: int, rule: int = 0) -> Keywords:
         strict = self.strict or number == self._sentinel
         scratch = self._scratch if rule == 0 else self._further.setdefault(rule, {})
         return {"totals": self.magnitudes, "maxima": self.maxima, "scratch": scratch, "strict": strict}

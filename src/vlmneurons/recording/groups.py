@@ -1,7 +1,6 @@
 """Adding counts up by group, where they were counted, until they are asked for."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +101,7 @@ class GroupTables:
             self._tokens.index_add_(0, group, frame.mask.sum(1).cpu()[row])
         self.whole = True
 
-    def statistics(self, provenance: Mapping[str, Any], groups: Sequence[str] | None = None) -> ActivationStatistics:
+    def statistics(self, provenance: Mapping[str, object], groups: Sequence[str] | None = None) -> ActivationStatistics:
         """What was added, of some groups in this order; one that nothing was added to has zeros."""
         self._make_room(groups or ())
         names = list(groups or self.names)

@@ -203,7 +203,7 @@ class _ItemsJob(CountingJob):
             self._done = self.statistics.done.numpy()
             yield
 
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> Reading:
+    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> Reading:
         """See `Job.run`.
 
         Raises:

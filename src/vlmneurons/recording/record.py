@@ -4,7 +4,6 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TokenRule
@@ -119,7 +118,7 @@ class CountingJob(Job[Reading]):
         with self.engine.attached(self.counter):
             yield
 
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> Reading:
+    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> Reading:
         """See `Job.run`.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmneurons.checks import names
+from vlmneurons.checks import Keywords, names
 from vlmneurons.errors import MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.model.encoder import TokenRule, free_tokens
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
@@ -81,7 +81,7 @@ class Recorder:
             self._entered = stack.pop_all()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._entered is not None:
             stack, self._entered = self._entered, None
             stack.close()
@@ -114,7 +114,7 @@ class Recorder:
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: Keywords) -> None:
         """The model's forward begins: which of its tokens count?"""
         self._counter.forget()
         arguments = _by_name(module, args, kwargs)
@@ -152,7 +152,7 @@ class Recorder:
             mask, list(range(len(mask))), None, self._patches_of(arguments), not isinstance(self._labels, str)
         )
 
-    def _patches_of(self, arguments: Mapping[str, Any]) -> Tensor | None:
+    def _patches_of(self, arguments: Mapping[str, object]) -> Tensor | None:
         """Which patches of the vision tower's rows are no padding, in a run of the user's own; None where none is."""
         if not any(self._counter.in_vision):
             return None
@@ -164,7 +164,7 @@ class Recorder:
                 "cannot be told what: padding would be counted"
             ) from None
 
-    def _decoder_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _decoder_arguments(self, arguments: Mapping[str, object]) -> Keywords:
         """The arguments that say which tokens an encoder-decoder model's decoder sees: they are not the question's."""
         if arguments.get("decoder_input_ids") is None:
             raise MismatchError(
@@ -176,7 +176,7 @@ class Recorder:
             "attention_mask": arguments.get("decoder_attention_mask"),
         }
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """The model's forward is over: everything is counted."""
         frame = self._counter.frame
         if frame is None:
@@ -201,7 +201,7 @@ class Recorder:
         generate, own = hf.generate, "generate" in vars(hf)
 
         @functools.wraps(generate)
-        def generating(*args: Any, **kwargs: Any) -> Any:
+        def generating(*args: object, **kwargs: object) -> Tensor:
             before, self._generation = self._generation, _Generation(args, kwargs)
             try:
                 return generate(*args, **kwargs)
@@ -221,14 +221,14 @@ class Recorder:
 class _Generation:
     """The steps of one call of ``generate``: which of a step's tokens the steps before have not shown."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         self._rows, self._prompt = prompt.shape if isinstance(prompt, Tensor) and prompt.ndim == 2 else (None, None)
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._length = self._shown = 0
 
-    def step(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    def step(self, arguments: Keywords) -> tuple[Keywords, bool]:
         """The arguments of the next forward with a mask of its tokens, and whether it goes on with counted items.
 
         A cache of fixed size, or none at all, makes masks of other shapes, and shows tokens again.
@@ -265,7 +265,7 @@ class _Generation:
         return torch.arange(length, device=device)[None] >= self._shown
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _by_name(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Keywords:
     """The arguments of a forward by their names, however they were given."""
     if not args:
         return dict(kwargs)

@@ -6,9 +6,8 @@ calls, and every token of every step of ``generate``. Ablations nest: each acts 
 
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,7 +22,7 @@ from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.run.editing import edit_columns, edit_rows
-from vlmneurons.run.intervention import Intervention
+from vlmneurons.run.intervention import Intervention, Values
 from vlmneurons.run.owners import OWNERS
 from vlmneurons.statistics.counts import ActivationStatistics
 
@@ -45,13 +44,13 @@ class _Refusal:
     def __init__(self, hf: nn.Module) -> None:
         self.hf, self.holders, self.before = weakref.ref(hf), 0, vars(hf).get("save_pretrained")
 
-    def __call__(self, *_: Any, **__: Any) -> None:
+    def __call__(self, *_: object, **__: object) -> None:
         raise AblationError(
             "this model is being ablated, and an ablation is no part of its weights: what is saved would be the "
             "untouched model. Save it outside of the ablation"
         )
 
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> Any:
+    def __deepcopy__(self, memo: Mapping[int, object]) -> object:
         # A copy of the model is not ablated, and may be saved.
         hf = self.hf()
         copied = memo.get(id(hf))
@@ -119,7 +118,7 @@ class Ablation:
         mode: str = "zero",
         *,
         factor: float | None = None,
-        values: float | Tensor | ActivationStatistics | None = None,
+        values: Values = None,
         at: str | None = None,
     ) -> None:
         if mode not in MODES:
@@ -189,7 +188,7 @@ class Ablation:
                     f"these neurons are not of this model: {site} has {mlp.width} neurons here, {width} in their space"
                 )
 
-    def _values(self, values: Any, sets: tuple[NeuronSet, ...]) -> Float[Tensor, " space"] | None:
+    def _values(self, values: object, sets: tuple[NeuronSet, ...]) -> Float[Tensor, " space"] | None:
         """Values of every neuron of the space, whatever form they were given in."""
         if values is None:
             return None
@@ -263,7 +262,7 @@ class Ablation:
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._handles:
             return
         while self._handles:
@@ -271,7 +270,7 @@ class Ablation:
         _IN_FORCE[self.model.hf].remove(self)
         OWNERS.give(self.model.hf)
 
-    def _editor(self, site: Site, edit: _Edit) -> Any:
+    def _editor(self, site: Site, edit: _Edit) -> Callable[..., Tensor | None]:
         """The function that gives one site's edited values."""
         edit_in_place = self._in_place(site, edit)
 
@@ -283,7 +282,7 @@ class Ablation:
 
         return apply
 
-    def _in_place(self, site: Site, edit: _Edit) -> Any:
+    def _in_place(self, site: Site, edit: _Edit) -> Callable[..., None]:
         """The function that edits one site's values where they are; index tensors are moved to its device once."""
         cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from vlmneurons.checks import flag, whole
+from vlmneurons.checks import Keywords, flag, whole
 from vlmneurons.errors import MismatchError, OutOfMemoryError, QuestionError
 from vlmneurons.files.stopping import Stopped
 from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
@@ -140,7 +140,7 @@ class Job(ABC, Generic[Made]):
         self.limit = MemoryLimit()
         self.skipped: list[str] = []
 
-    def encode(self, questions: QuestionSet) -> Any:
+    def encode(self, questions: QuestionSet) -> object:
         """What a batch is run on; called in another thread where batches are encoded ahead."""
         return self.engine.encode(questions)
 
@@ -162,7 +162,7 @@ class Job(ABC, Generic[Made]):
         return False
 
     @abstractmethod
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> Made:
+    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], object]) -> Made:
         """Run the model on some questions of one batch; ``told`` moves the bar, if `take` is not soon enough.
 
         What it has noted of questions that it did not finish, it takes back itself: they may be asked again.
@@ -178,11 +178,11 @@ class Job(ABC, Generic[Made]):
     def forget(self) -> None:
         """Drop what is left of a batch, finished or not."""
 
-    def partial(self) -> Any:
+    def partial(self) -> object:
         """What an error or interrupt leaves: the result of what was finished; None where it is on disk."""
         return None
 
-    def postfix(self) -> dict[str, Any]:
+    def postfix(self) -> Keywords:
         """What the bar shows beside its numbers."""
         return {}
 
@@ -229,7 +229,7 @@ def batches_of(job: Job[Any], questions: QuestionSet, options: Options) -> Itera
 
 
 def _ask_batch(
-    job: Job[Any], number: int, batch: QuestionSet, encode: Callable[[], Any], on_error: str, bar: Any
+    job: Job[Any], number: int, batch: QuestionSet, encode: Callable[[], object], on_error: str, bar: Any
 ) -> None:
     """One batch, in one part or, where memory does not suffice, in several."""
     skipped: list[str] | None = [] if on_error == "skip" else None

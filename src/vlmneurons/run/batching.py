@@ -10,7 +10,6 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 
@@ -43,7 +42,7 @@ def batches(
             that little is padding. Those of one picture stay together.
     """
     for shown in sorted({(item.n_media, item.n_frames) for item in questions}, reverse=True):
-        by_picture: dict[Any, list[Question]] = {}
+        by_picture: dict[object, list[Question]] = {}
         for item in questions:
             if (item.n_media, item.n_frames) == shown:
                 own = _shown(item) if size > 1 else item.id  # alone, nothing is shared
@@ -58,7 +57,7 @@ def batches(
 
 def _sorted(items: list[Question], lengths: Callable[[Question], int]) -> list[Question]:
     """Longest first, so that memory that does not suffice is noticed at once; those of one picture by its longest."""
-    longest: dict[Any, int] = {}
+    longest: dict[object, int] = {}
     own = [(_shown(item), lengths(item)) for item in items]
     for shown, length in own:
         longest[shown] = max(length, longest.get(shown, 0))
@@ -67,7 +66,7 @@ def _sorted(items: list[Question], lengths: Callable[[Question], int]) -> list[Q
     return [items[n] for n in order]
 
 
-def _shown(item: Question) -> Any:
+def _shown(item: Question) -> object:
     """What tells a question's pictures from others; pictures behind functions of the user's own are not opened."""
     if not item.sources:
         return item.id
@@ -85,8 +84,8 @@ def prefetched(
     reader: AnswerReader,
     coming: Iterable[tuple[int, QuestionSet]],
     depth: int | None,
-    encode: Callable[[QuestionSet], Any],
-) -> Iterator[Iterator[tuple[tuple[int, QuestionSet], Callable[[], Any]]]]:
+    encode: Callable[[QuestionSet], object],
+) -> Iterator[Iterator[tuple[tuple[int, QuestionSet], Callable[[], object]]]]:
     """Numbered batches in order, each with a function that gives what it is encoded to; the next are encoded meanwhile.
 
     An error of encoding is raised by the function of its batch, when its turn comes. Leaving the context waits for the
@@ -109,14 +108,14 @@ def prefetched(
         return
     inference = torch.is_inference_mode_enabled()
 
-    def encode_there(batch: QuestionSet) -> Any:
+    def encode_there(batch: QuestionSet) -> object:
         with torch.inference_mode(inference):  # which is a thread's own
             return encode(batch)
 
     executor = ThreadPoolExecutor(1, "vlmneurons-encode")
 
-    def ahead() -> Iterator[tuple[tuple[int, QuestionSet], Callable[[], Any]]]:
-        waiting: deque[tuple[tuple[int, QuestionSet], Future[Any]]] = deque()
+    def ahead() -> Iterator[tuple[tuple[int, QuestionSet], Callable[[], object]]]:
+        waiting: deque[tuple[tuple[int, QuestionSet], Future[object]]] = deque()
         for one in coming:
             waiting.append((one, executor.submit(encode_there, one[1])))
             if len(waiting) > depth:

@@ -7,12 +7,13 @@ a subclass of `Engine`, and a line in `engine_of`.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vlmneurons.checks import JSON
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM
@@ -20,6 +21,7 @@ from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.readers import AnswerReader, Reading, Watch
+from vlmneurons.statistics.items import ItemStatistic
 
 Counts = Mapping[str, Tensor | None]
 """Of one site, for the rows of a batch; see `vlmneurons.statistics.counting`."""
@@ -31,15 +33,15 @@ class Counting(Protocol):
 
     space: NeuronSpace
     tokens: TokenRule | Mapping[str, TokenRule]
-    statistics: Mapping[str, Callable[..., Tensor]]
+    statistics: Mapping[str, ItemStatistic]
     magnitudes: bool
     maxima: bool
 
-    def attached(self) -> contextlib.AbstractContextManager[Any]:
+    def attached(self) -> contextlib.AbstractContextManager[object]:
         """Within, whatever the model runs here is counted, by hooks."""
         ...
 
-    def watch(self, batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[Any]:
+    def watch(self, batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[object]:
         """Around the run that shows a batch's questions to the model; ``rows`` stand for them."""
         ...
 
@@ -84,7 +86,7 @@ class Engine(ABC):
     def __init__(self, model: VLM, reader: AnswerReader) -> None:
         self.model, self.reader = model, reader
 
-    def encode(self, questions: QuestionSet) -> Any:
+    def encode(self, questions: QuestionSet) -> object:
         """What a batch is run on: made once, and run as often as is wanted."""
         return self.reader.encode(self.model, questions)
 
@@ -100,16 +102,16 @@ class Engine(ABC):
             AblationError: interventions that it cannot make.
         """
 
-    def attached(self, counting: Counting) -> contextlib.AbstractContextManager[Any]:
+    def attached(self, counting: Counting) -> contextlib.AbstractContextManager[object]:
         """Within, batches can be counted."""
         return contextlib.nullcontext()
 
     @abstractmethod
-    def count(self, questions: QuestionSet, encoded: Any, counting: Counting) -> Reading:
+    def count(self, questions: QuestionSet, encoded: object, counting: Counting) -> Reading:
         """The answers to a batch with the model as it is, counted meanwhile."""
 
     @abstractmethod
-    def answers(self, questions: QuestionSet, encoded: Any, runs: Sequence[Run]) -> Iterator[Reading]:
+    def answers(self, questions: QuestionSet, encoded: object, runs: Sequence[Run]) -> Iterator[Reading]:
         """The answers to a batch in each run, in order, one reading at a time."""
 
     @property
@@ -118,7 +120,7 @@ class Engine(ABC):
         return {}
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """What is to be kept of where and how the model ran, beside the setting."""
         return {}
 

@@ -14,14 +14,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from vlmneurons._version import __version__
-from vlmneurons.checks import of_kind, path_of
+from vlmneurons.checks import JSON, of_kind, path_of
 from vlmneurons.errors import AblationError, FileFormatError, MismatchError
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.model.down import Down, down_of
@@ -219,7 +218,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else []
 
 
-def _settings(config: Any) -> Any:
+def _settings(config: object) -> object:
     """A configuration without what does not change what is computed from the stored weights."""
     if not isinstance(config, dict):
         return config
@@ -266,9 +265,7 @@ def _copy(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _scaled(
-    hf: nn.Module, stored: _Stored, edits: Sequence[tuple[MLP, Down, Tensor]], times: float
-) -> list[dict[str, Any]]:
+def _scaled(hf: nn.Module, stored: _Stored, edits: Sequence[tuple[MLP, Down, Tensor]], times: float) -> list[JSON]:
     """Scale the columns of some neurons where the checkpoint keeps them; gives what was changed, for the note."""
     by_numbers: dict[str, list[str]] = {}
     for name in stored.tensors:

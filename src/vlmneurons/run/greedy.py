@@ -10,10 +10,11 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig
+
+from vlmneurons.checks import JSON
 
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Where a text begins and ends belongs to the model's vocabulary, not to a way of generating."""
@@ -35,11 +36,11 @@ def greedy_config(hf_model: nn.Module, max_new_tokens: int) -> GenerationConfig:
     if getattr(config, "is_encoder_decoder", False):
         # BART and Florence-2 were trained on decoders that begin with two tokens; the second is set so.
         kept["forced_bos_token_id"] = getattr(own, "forced_bos_token_id", None)
-    settings: dict[str, Any] = {name: value for name, value in kept.items() if value is not None}
+    settings: JSON = {name: value for name, value in kept.items() if value is not None}
     return GenerationConfig(do_sample=False, num_beams=1, use_cache=True, max_new_tokens=max_new_tokens, **settings)
 
 
-def settings_of(config: GenerationConfig) -> dict[str, Any]:
+def settings_of(config: GenerationConfig) -> JSON:
     """What a configuration sets, by name, for a record of a run."""
     told = {name: value for name, value in config.to_dict().items() if value is not None}
     return {name: told[name] for name in sorted(told) if name[0] != "_" and name != "transformers_version"}

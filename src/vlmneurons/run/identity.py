@@ -2,13 +2,13 @@
 
 import platform
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 import vlmneurons.model.identity as of_model
 from vlmneurons._version import __version__
+from vlmneurons.checks import JSON
 from vlmneurons.files.digests import digest_of_code
 from vlmneurons.model.encoder import TokenRule
 from vlmneurons.model.vlm import VLM
@@ -62,7 +62,7 @@ def _foreign_hooks(hf: nn.Module) -> Iterator[str]:
                 yield f"a hook at {path or 'the model'}: {digest_of_code(hook, state=False)}"
 
 
-def name_of_rule(rule: Any) -> str:
+def name_of_rule(rule: object) -> str:
     """A rule that is known by its name; or a function of the user's by its name, and a digest of its code."""
     if isinstance(rule, str):
         return rule
@@ -87,7 +87,7 @@ def run_provenance(
     tokens: TokenRule | Mapping[str, TokenRule] | None = None,
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
-) -> dict[str, Any]:
+) -> JSON:
     """What is kept of a run in words, and its setting."""
     return {
         "model": model.name,
@@ -117,7 +117,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def rule_name(rule: Any) -> str:
+def rule_name(rule: object) -> str:
     """What a person calls a rule: its name, or that of the function."""
     if isinstance(rule, Mapping):
         return ", ".join(f"{name}: {rule_name(one)}" for name, one in rule.items())

@@ -1,7 +1,6 @@
 """What is done to neurons, as data: an `Ablation` applies it, an engine sends it, a manifest digests it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,9 @@ from vlmneurons.files.digests import digest_of, digest_of_bytes
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.statistics.counts import ActivationStatistics
+
+Values = float | Tensor | ActivationStatistics | None
+"""What neurons are set or moved to; see `Ablation`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class Intervention:
     neurons: Selection | NeuronSet
     mode: str = "scale"
     factor: float | None = None
-    values: Any = None
+    values: Values = None
     at: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class Intervention:
         ]
 
 
-def _digest(values: Any) -> str | None:
+def _digest(values: object) -> str | None:
     """A digest of what neurons are set to."""
     if values is None:
         return None

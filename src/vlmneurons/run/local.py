@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from vlmneurons.errors import MismatchError
+from vlmneurons.model.encoder import Batch
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import QuestionSet
@@ -25,11 +25,11 @@ class LocalEngine(Engine):
         super().__init__(model, reader)
         self._untouched = Ablation(model, NeuronSet.empty(model.space()))
 
-    def attached(self, counting: Counting) -> contextlib.AbstractContextManager[Any]:
+    def attached(self, counting: Counting) -> contextlib.AbstractContextManager[object]:
         """See `Engine.attached`."""
         return counting.attached()
 
-    def count(self, questions: QuestionSet, encoded: Any, counting: Counting) -> Reading:
+    def count(self, questions: QuestionSet, encoded: object, counting: Counting) -> Reading:
         """See `Engine.count`.
 
         Raises:
@@ -37,7 +37,7 @@ class LocalEngine(Engine):
         """
         entered = 0
 
-        def watch(batch: Any, rows: list[int]) -> contextlib.AbstractContextManager[Any]:
+        def watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[object]:
             nonlocal entered
             entered += 1
             return counting.watch(batch, rows)
@@ -50,7 +50,7 @@ class LocalEngine(Engine):
             )
         return reading
 
-    def answers(self, questions: QuestionSet, encoded: Any, runs: Sequence[Run]) -> Iterator[Reading]:
+    def answers(self, questions: QuestionSet, encoded: object, runs: Sequence[Run]) -> Iterator[Reading]:
         """See `Engine.answers`: all masks share one forward where the model allows it."""
         # The untouched model is one more mask, of no neurons, and shares the forward with the others.
         ablations = [self._untouched if run.ablation is None else run.ablation for run in runs]

@@ -24,7 +24,7 @@ from vlmneurons.run.replay import CannotReplay, Structure, replayed
 
 
 def read_masked(
-    model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: Any, ablations: Sequence[Ablation]
+    model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: object, ablations: Sequence[Ablation]
 ) -> Iterator[Reading]:
     """What the model answers to one batch under each ablation, in order, one reading at a time.
 
@@ -55,7 +55,7 @@ def read_masked(
 
 
 def _read_shared(
-    model: VLM, reader: LogitReader, questions: QuestionSet, encoded: Any, ablations: Sequence[Ablation]
+    model: VLM, reader: LogitReader, questions: QuestionSet, encoded: object, ablations: Sequence[Ablation]
 ) -> Iterator[Reading]:
     """The readings of one shared forward; none, or no more, where it turns out that this cannot be."""
     if any(map(is_watched, model.hf.modules())):
@@ -75,7 +75,7 @@ def read_some(
     model: VLM,
     reader: AnswerReader,
     questions: QuestionSet,
-    encoded: Any,
+    encoded: object,
     ablations: Sequence[Ablation],
     rows: Sequence[Sequence[int]],
 ) -> Iterator[Reading]:
@@ -136,16 +136,21 @@ class _Turns:
         """The readings of the ablations, from those of the turns."""
         for own, places in zip(self.rows, self.places, strict=True):
             parts = [turns[turn].of_rows([row]) for row, turn in zip(own, places, strict=True)]
-            scores = [part.scores for part in parts if part.scores is not None]
-            texts = [text for part in parts for text in part.texts or ()]
+            scores, graded, texts = (
+                [value for part in parts if (value := getattr(part, name)) is not None]
+                for name in ("scores", "graded", "texts")
+            )
             yield Reading(
                 tuple(part.chosen[0] for part in parts),
                 torch.cat(scores) if len(scores) == len(parts) else None,
-                tuple(texts) if len(texts) == len(parts) else None,
+                tuple(text for (text,) in texts) if len(texts) == len(parts) else None,
+                torch.cat(graded) if len(graded) == len(parts) else None,
             )
 
 
-def _tiles(model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: Any, turns: _Turns) -> Iterator[Reading]:
+def _tiles(
+    model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: object, turns: _Turns
+) -> Iterator[Reading]:
     """The turns' readings from one shared forward.
 
     Raises:
@@ -186,7 +191,9 @@ _BY_ROW: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionar
 """Models whose MLPs were seen not to tell the rows of a batch apart."""
 
 
-def _by_row(model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: Any, turns: _Turns) -> Iterator[Reading]:
+def _by_row(
+    model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: object, turns: _Turns
+) -> Iterator[Reading]:
     """The turns' readings from a run each, in which every row has neurons of its own.
 
     Raises:

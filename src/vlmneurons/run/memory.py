@@ -5,11 +5,12 @@ How many questions fit into memory together is not known before: pictures differ
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from vlmneurons.checks import JSON, JSONMapping
 from vlmneurons.errors import OutOfMemoryError, QuestionError
 from vlmneurons.questions.sets import QuestionSet
 
@@ -39,7 +40,7 @@ class MemoryLimit:
             questions, and the id of the ``first`` of them.
     """
 
-    def __init__(self, halved: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, halved: Sequence[JSONMapping] = ()) -> None:
         self.halved = [dict(one) for one in halved]
         self.most: int | None = min((one["to"] for one in self.halved), default=None)
 
@@ -72,7 +73,7 @@ class MemoryLimit:
         return [part for one in waiting for part in self.parts(one)]
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """``{"halved": [...]}``, or nothing where all fitted."""
         return {"halved": list(self.halved)} if self.halved else {}
 
@@ -80,8 +81,8 @@ class MemoryLimit:
 def asked_in_parts(
     batch: QuestionSet,
     limit: MemoryLimit,
-    encoded: Callable[[], Any],
-    encode: Callable[[QuestionSet], Any],
+    encoded: Callable[[], object],
+    encode: Callable[[QuestionSet], object],
     read: Callable[[QuestionSet, Any], Made],
     skipped: list[str] | None = None,
 ) -> Iterator[tuple[QuestionSet, Made]]:

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import weakref
-from typing import Any
 
 from torch import nn
 
@@ -19,7 +18,7 @@ class Owners:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: weakref.WeakKeyDictionary[nn.Module, tuple[int, str, list[tuple[Any, str]]]]
+        self._held: weakref.WeakKeyDictionary[nn.Module, tuple[int, str, list[tuple[object, str]]]]
         self._held = weakref.WeakKeyDictionary()
 
     def take(self, module: nn.Module, doing: str) -> None:
@@ -81,7 +80,7 @@ class Owners:
         )
 
 
-def _current_task() -> Any:
+def _current_task() -> object:
     """The task of asyncio that this is running in; None outside of a loop."""
     try:
         return asyncio.current_task()

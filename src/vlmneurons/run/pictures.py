@@ -52,7 +52,7 @@ def each_once(hf: nn.Module, batch: Batch) -> Iterator[None]:
     place = [kept.index(first[key]) for key in rows]
     sizes = (len(rows), sum(batch.vision))  # a picture a row, or rows of patches
 
-    def once(*args: Any, **kwargs: Any) -> Any:
+    def once(*args: object, **kwargs: object) -> object:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not _WORKS.get(hf, True) or not all(len(value) in sizes for value in tensors):
             return plain(*args, **kwargs)
@@ -94,7 +94,7 @@ def _vision_is_watched(hf: nn.Module) -> bool:
     return any(is_watched(module) for module in hf.modules() if id(module) not in decoder and module is not hf)
 
 
-def _rows_of(value: Any, batch: Batch, kept: Sequence[int]) -> Any:
+def _rows_of(value: object, batch: Batch, kept: Sequence[int]) -> object:
     """An argument with the pictures of some rows: a picture, or some patches, a row."""
     if not isinstance(value, Tensor):
         return value

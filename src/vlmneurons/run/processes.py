@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from vlmneurons.checks import Wire
 from vlmneurons.errors import QuestionError, VLMNeuronsError
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class Processes:
         """The values of all processes, in order of rank; every process must call this."""
         if self.count == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: Wire = [None] * self.count
         dist.all_gather_object(values, value, group=_group())
         return values
 

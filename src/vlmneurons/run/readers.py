@@ -10,14 +10,15 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import TypeVar
 
-from vlmneurons.checks import of_kind, real, whole
+from vlmneurons.checks import JSON, Keywords, of_kind, real, whole
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
@@ -31,8 +32,11 @@ from vlmneurons.run.scoring import Scorer, check_scorer, name_of, score_of
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
 
-Watch = Callable[[Batch, list[int]], contextlib.AbstractContextManager[Any]]
+Watch = Callable[[Batch, list[int]], contextlib.AbstractContextManager[object]]
 """Told before a run: its inputs, and which of its rows stand for the questions (one row each, in order)."""
+
+Encoded = TypeVar("Encoded", default=Any)
+"""What a reader runs the model on, as its `AnswerReader.encode` makes it of a batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +84,7 @@ class Reading:
         return Reading(tuple(self.chosen[row] for row in rows), scores, texts, graded)
 
 
-class AnswerReader(ABC):
+class AnswerReader(ABC, Generic[Encoded]):
     """A way of reading answers. Subclass it and define `read` for another."""
 
     shows_options: bool = True
@@ -111,17 +115,17 @@ class AnswerReader(ABC):
                 "answers=[…] in place of options, or read the option"
             )
 
-    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+    def encode(self, model: "VLM", questions: QuestionSet) -> Encoded:
         """What `read` runs the model on: made once for a batch, and run as often as is wanted.
 
         Args:
             model: the model.
             questions: one batch of questions.
         """
-        return model.encoder(questions, padding_side=self.padding_side)
+        return cast(Encoded, model.encoder(questions, padding_side=self.padding_side))
 
     @abstractmethod
-    def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: "Watch | None" = None) -> Reading:
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Encoded, watch: "Watch | None" = None) -> Reading:
         """Runs the model on one batch of questions.
 
         Args:
@@ -139,14 +143,14 @@ class AnswerReader(ABC):
         return f"{type(self).__name__}({fields})"
 
 
-class LogitReader(AnswerReader):
+class LogitReader(AnswerReader[Encoded]):
     """A reader that needs one forward, and of it the logits at a few positions of each row.
 
     Subclass it and define `wants` and `score`. Many masks can then share what does not depend on them; a reader that
     runs the model in a way of its own is run once for each mask.
     """
 
-    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+    def encode(self, model: "VLM", questions: QuestionSet) -> Encoded:
         """See `AnswerReader.encode`.
 
         Raises:
@@ -156,7 +160,7 @@ class LogitReader(AnswerReader):
         return super().encode(model, questions)
 
     @abstractmethod
-    def wants(self, encoded: Any) -> "Wanted":
+    def wants(self, encoded: Encoded) -> "Wanted":
         """The forward that is needed, and what of it.
 
         Args:
@@ -165,7 +169,7 @@ class LogitReader(AnswerReader):
 
     @abstractmethod
     def score(
-        self, model: "VLM", questions: QuestionSet, encoded: Any, logits: list[Float[Tensor, "position vocabulary"]]
+        self, model: "VLM", questions: QuestionSet, encoded: Encoded, logits: list[Float[Tensor, "position vocabulary"]]
     ) -> Reading:
         """The answers, from the logits that were wanted.
 
@@ -176,7 +180,7 @@ class LogitReader(AnswerReader):
             logits: for each row of the forward those at its wanted positions, in float32 on the CPU.
         """
 
-    def tokens(self, model: "VLM", questions: QuestionSet, encoded: Any) -> list[int] | None:
+    def tokens(self, model: "VLM", questions: QuestionSet, encoded: Encoded) -> list[int] | None:
         """Ids of the tokens whose log-probabilities are all that `score` looks at; None if it looks at more.
 
         A reader that names them defines `score_shares` too. Then a remote run sends back these few numbers in place of
@@ -190,7 +194,7 @@ class LogitReader(AnswerReader):
         return None
 
     def score_shares(
-        self, model: "VLM", questions: QuestionSet, encoded: Any, shares: list[Float[Tensor, "position vocabulary"]]
+        self, model: "VLM", questions: QuestionSet, encoded: Encoded, shares: list[Float[Tensor, "position vocabulary"]]
     ) -> Reading:
         """The answers, from log-probabilities; those of tokens that `tokens` does not name may be missing (NaN).
 
@@ -202,7 +206,7 @@ class LogitReader(AnswerReader):
         """
         raise NotImplementedError(f"{type(self).__name__} names its tokens, and so has to define score_shares")
 
-    def read(self, model: "VLM", questions: QuestionSet, encoded: Any, watch: Watch | None = None) -> Reading:
+    def read(self, model: "VLM", questions: QuestionSet, encoded: Encoded, watch: Watch | None = None) -> Reading:
         """See `AnswerReader.read`."""
         wanted = self.wants(encoded)
         with (watch or _no_watch)(wanted.batch, wanted.questions):
@@ -314,7 +318,7 @@ def logits_at(
     return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
 
 
-def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[dict[str, Any], list[int]]:
+def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[Keywords, list[int]]:
     """The arguments of the forward that `logits_at` makes, and the positions that some row wants, in order."""
     wanted = sorted({position for row in positions for position in row})
     if model.is_encoder_decoder:
@@ -343,7 +347,7 @@ def places_of(model: "VLM", batch: Batch, wanted: list[int], given: int) -> dict
     )
 
 
-def _without_logits(model: "VLM", output: Any) -> QuestionError:
+def _without_logits(model: "VLM", output: object) -> QuestionError:
     return QuestionError(
         f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
         "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
@@ -351,7 +355,7 @@ def _without_logits(model: "VLM", output: Any) -> QuestionError:
 
 
 @dataclass(frozen=True, repr=False)
-class Letters(LogitReader):
+class Letters(LogitReader[Batch]):
     """The option letter with the highest probability at the first position of the answer: one forward, no generation.
 
     A letter's probability is that of all tokens that are just the letter (``A``, and with a leading space).
@@ -384,7 +388,7 @@ class Letters(LogitReader):
 
 
 @dataclass(frozen=True, repr=False)
-class TextLikelihood(LogitReader):
+class TextLikelihood(LogitReader["_Options"]):
     """The option whose text, as the continuation of the prompt, has the highest log-probability.
 
     The usual way to score a multiple-choice question that is asked openly. Options of one token each cost one forward
@@ -491,7 +495,7 @@ class _Options:
 
 
 @dataclass(frozen=True, repr=False)
-class RunningText(LogitReader):
+class RunningText(LogitReader[Batch]):
     """How likely a text is to the model: the mean log-likelihood of its tokens, in nats, each after those before it.
 
     For texts that stand for themselves (`QuestionSet.from_texts`), of models with and without a chat template, which is
@@ -513,7 +517,7 @@ class RunningText(LogitReader):
         if self.threshold is not None:
             object.__setattr__(self, "threshold", real("threshold", self.threshold, QuestionError))
 
-    def encode(self, model: "VLM", questions: QuestionSet) -> Any:
+    def encode(self, model: "VLM", questions: QuestionSet) -> Batch:
         """See `AnswerReader.encode`.
 
         Raises:
@@ -551,7 +555,7 @@ class RunningText(LogitReader):
 
 
 @dataclass(frozen=True, repr=False)
-class Generate(AnswerReader):
+class Generate(AnswerReader[Batch]):
     """Greedy generation, and what the text names: letter, number, or option text; anything else is a parse failure.
 
     Open questions have no option to name: give a scorer, and the text is graded.
@@ -598,7 +602,7 @@ class Generate(AnswerReader):
             return f"Generate(max_new_tokens={self.max_new_tokens})"
         return f"Generate({self.max_new_tokens}, {name_of(self.scorer)}, threshold={self.threshold:g})"
 
-    def settings(self, model: "VLM") -> dict[str, Any]:
+    def settings(self, model: "VLM") -> JSON:
         """What ``generate`` is called with, by name: the bounds, and the ids with which a text begins and ends.
 
         Args:
@@ -670,7 +674,7 @@ _READERS: dict[str, Callable[[], AnswerReader]] = {
 }
 
 
-def reader_of(answer: Any) -> AnswerReader:
+def reader_of(answer: object) -> AnswerReader:
     """The reader that a set of questions names by ``answer``."""
     if isinstance(answer, AnswerReader):
         return answer

@@ -9,14 +9,15 @@ totals and choices then equal those of the library's own hooks, to the last inte
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import nnsight
 import torch
 from torch import Tensor
 
+from vlmneurons.checks import JSON, Wire
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
-from vlmneurons.model.encoder import Batch
+from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM, offloaded_to
 from vlmneurons.neurons.sites import Site
 from vlmneurons.questions.sets import QuestionSet
@@ -89,7 +90,7 @@ class RemoteEngine(Engine):
         """The precision in which the model ran, once it has."""
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """Where the model ran, and in which precision."""
         dtype = self.dtype or (None if self.remote == "local" else "as the host holds it")
         return {"remote": self.remote, **({} if dtype is None else {"dtype": dtype})}
@@ -109,7 +110,7 @@ class RemoteEngine(Engine):
             placed = [(number, site, *stop(self.model, site, self.remote)) for number, site in enumerate(sites)]
             self._sites = sorted(placed, key=lambda one: _computed(self.model, one[1]))
 
-    def count(self, questions: QuestionSet, encoded: Any, counting: Counting) -> Reading:
+    def count(self, questions: QuestionSet, encoded: object, counting: Counting) -> Reading:
         """See `Engine.count`."""
         wanted = self.inner.wants(encoded)
         with counting.watch(wanted.batch, wanted.questions):
@@ -117,7 +118,7 @@ class RemoteEngine(Engine):
             counting.take(counts, seen)
         return self._reading(questions, encoded, answers)
 
-    def answers(self, questions: QuestionSet, encoded: Any, runs: Sequence[Run]) -> Iterator[Reading]:
+    def answers(self, questions: QuestionSet, encoded: object, runs: Sequence[Run]) -> Iterator[Reading]:
         """See `Engine.answers`; a batch's questions and pictures are sent once for many runs."""
         wanted = self.inner.wants(encoded)
         for start in range(0, len(runs), _RUNS):
@@ -128,7 +129,7 @@ class RemoteEngine(Engine):
                 yield reading if run.rows is None else reading.of_rows(run.rows)
 
     def _run(
-        self, questions: QuestionSet, encoded: Any, wanted: Wanted, runs: list[Any], counting: Counting | None
+        self, questions: QuestionSet, encoded: object, wanted: Wanted, runs: Wire, counting: Counting | None
     ) -> list[tuple[list[Tensor], dict[int, Counts], dict[int, int]]]:
         """One job: the batch under each of some lists of edits, and in each run the counts of the sites."""
         model, batch = self.model, wanted.batch
@@ -140,11 +141,11 @@ class RemoteEngine(Engine):
         tokens = self._tokens(questions, encoded)
         pictures = batch.vision is None or sum(batch.vision) > 0
         runs = [[edit for edit in edits if pictures or edit[0].tower != "vision"] for edits in runs]
-        sites: list[Any] = []
+        sites: Wire = []
         mask = owner = None
         if counting is not None:
             sites = [site for site in self._sites if pictures or site[1].tower != "vision"]
-            mask = batch.tokens.counted(counting.tokens)
+            mask = batch.tokens.counted(cast("TokenRule", counting.tokens))
             if any(site.tower == "vision" for _, site, *_ in sites):
                 owner = _owners(batch, sites)
         found = _job(
@@ -174,10 +175,10 @@ class RemoteEngine(Engine):
             results.append(([row.cpu() for row in answers], here, seen))
         return results
 
-    def _tokens(self, questions: QuestionSet, encoded: Any) -> list[int] | None:
+    def _tokens(self, questions: QuestionSet, encoded: object) -> list[int] | None:
         return self.inner.tokens(self.model, questions, encoded) if names_its_tokens(self.inner) else None
 
-    def _reading(self, questions: QuestionSet, encoded: Any, rows: list[Tensor]) -> Reading:
+    def _reading(self, questions: QuestionSet, encoded: object, rows: list[Tensor]) -> Reading:
         """The answers from what came back: log-probabilities of a few tokens, or logits."""
         model, tokens = self.model, self._tokens(questions, encoded)
         if tokens is None:
@@ -267,8 +268,8 @@ nnsight.register(counting_functions)
 
 
 def _job(
-    nn: Any, inputs: Mapping[str, Any], runs: list[Any], sites: list[Any], counting: Any, reading: Any, remote: Remote
-) -> list[Any]:
+    nn: Any, inputs: Mapping[str, Any], runs: Wire, sites: Wire, counting: Any, reading: Any, remote: Remote
+) -> Wire:
     """Run one job and give, for each run, answers, number of positions, visits of each site, counts, and precision.
 
     The body of the session travels as source. It names tensors, plain values, nnsight's own envoys, torch and nnsight,

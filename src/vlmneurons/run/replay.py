@@ -32,9 +32,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import AblationError, QuestionError
 from vlmneurons.model.architectures.hooks import write
-from vlmneurons.model.architectures.inside import is_watched
+from vlmneurons.model.architectures.inside import Removable, is_watched
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.model.encoder import Batch
 from vlmneurons.model.vlm import VLM
@@ -59,7 +60,7 @@ _MOST_TOKENS = 2**15
 """More tokens than this in one chunk gain nothing on any GPU."""
 _MOST_LOGITS = 2**28
 """Numbers in the logits of one pass; more masks are taken in several passes."""
-Path = tuple[Any, ...]
+Path = tuple[object, ...]
 """Where a leaf is in a nest of tuples, lists and mappings: its indices and keys."""
 
 
@@ -179,7 +180,7 @@ def _fitting(sizes: Iterable[int], most: int) -> int:
 class _Call:
     """How a module of the chain was called in the model's own forward, and what it gave."""
 
-    arguments: tuple[tuple, dict[str, Any]]
+    arguments: tuple[tuple, Keywords]
     output: Tensor | None = None
     post: Tensor | None = None
     added: Tensor | None = None
@@ -220,7 +221,7 @@ class _Pass:
         positions = wanted.positions if self.packing is None else self.packing.index(wanted.positions)
         self.narrowing = _Narrowing(positions, self.length)
         self.whole, *self.rows = self._made_of([None, *self.asked])
-        self.packed: dict[tuple[int, Path], tuple[Any, Any]] = {}
+        self.packed: dict[tuple[int, Path], tuple] = {}
         n_modules = len(structure.chain)
         whole = structure.hidden is None
         # The module at which each ablation's tile begins; an empty ablation has none.
@@ -282,7 +283,7 @@ class _Pass:
     def _hooked(self) -> Iterator[None]:
         hf, structure = self.model.hf, self.structure
         OWNERS.take(hf, "asked")
-        handles: list[Any] = []
+        handles: list[Removable] = []
         try:
             handles.append(hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module)))
             for number, module in enumerate(structure.chain):
@@ -310,7 +311,7 @@ class _Pass:
 
     # -- hooks of the model's own forward ------------------------------------------------------------------------------
 
-    def _enter(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _enter(self, number: int, module: nn.Module, args: tuple, kwargs: Keywords) -> Any:
         if self.replaying:
             return None
         if self.calls[number] is not None:
@@ -328,7 +329,7 @@ class _Pass:
         self.calls[number] = _Call(kept)
         return None if self.packing is None else given
 
-    def _packed(self, number: int, given: Any) -> Any:
+    def _packed(self, number: int, given: object) -> Any:
         """The arguments of a module of the chain for packed rows; hidden states that it made of such are left."""
         packing, structure = self.packing, self.structure
         assert packing is not None
@@ -348,7 +349,7 @@ class _Pass:
                 raise CannotReplay("tokens that should be shared are at other positions")
             return packing.tokens(leaf, row_axis, tokens[path])
 
-        def once(path: Path, leaf: Any) -> Any:  # every layer is given the same mask and positions
+        def once(path: Path, leaf: object) -> Any:  # every layer is given the same mask and positions
             known = self.packed.get((id(leaf), path))
             if known is None or known[0] is not leaf:
                 known = self.packed[id(leaf), path] = (leaf, packed(path, leaf))
@@ -356,7 +357,7 @@ class _Pass:
 
         return _changed(given, lambda path, leaf: packed(path, leaf) if path == structure.hidden else once(path, leaf))
 
-    def _leave(self, number: int, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _leave(self, number: int, module: nn.Module, args: tuple, output: object) -> Any:
         call = self.calls[number]
         if self.replaying or call is None:
             return None
@@ -367,7 +368,7 @@ class _Pass:
             self.behind.remove(number)
         return _with_hidden(output, self._replay(call.output)) if number == len(self.calls) - 1 else None
 
-    def _keep(self, layer: int, name: str, module: nn.Module, args: tuple, output: Any = None) -> None:
+    def _keep(self, layer: int, name: str, module: nn.Module, args: tuple, output: object = None) -> None:
         call = self.calls[layer]
         if not self.replaying and call is not None and args:
             setattr(call, name, output if name == "added" else args[0])
@@ -381,7 +382,7 @@ class _Pass:
         for number, ablation in enumerate(self.ablations):
             for site, edit in ablation._edits.items():
                 edits.setdefault(site.at(ablation.at), {})[number] = ablation._in_place(site, edit)
-        handles: list[Any] = []
+        handles: list[Removable] = []
         try:
             for site, by_ablation in edits.items():
                 # What a down projection is given is made for it, and nobody else looks on: no copy is needed.
@@ -567,13 +568,13 @@ class _Pass:
         edit_columns(values, torch.arange(len(columns), device=old.device), ablation.mode, ablation.factor, new)
         return values
 
-    def _tiled_arguments(self, place: int, call: _Call, hidden: Tensor | None) -> tuple[tuple, dict[str, Any]]:
+    def _tiled_arguments(self, place: int, call: _Call, hidden: Tensor | None) -> tuple[tuple, Keywords]:
         axes = self.structure.axes[place]
         tokens: Mapping[Path, int] = {}
         if self.packing is not None and self.structure.tokens is not None and self.structure.mask is not None:
             tokens = {**self.structure.tokens[place], self.structure.mask: 1}
 
-        def tiled(path: Path, leaf: Any) -> Any:
+        def tiled(path: Path, leaf: object) -> Any:
             if path == self.structure.hidden:
                 return hidden
             if not isinstance(leaf, Tensor):
@@ -598,9 +599,9 @@ class _Pass:
         return _changed(call.arguments, tiled)
 
 
-def _inputs(model: VLM, batch: Batch, depth: int) -> dict[str, Any]:
+def _inputs(model: VLM, batch: Batch, depth: int) -> Keywords:
     """Arguments of a forward that projects the first positions to the vocabulary."""
-    inputs: dict[str, Any] = {**batch, "use_cache": False}
+    inputs: Keywords = {**batch, "use_cache": False}
     if "logits_to_keep" in inspect.signature(type(model.hf).forward).parameters:
         inputs["logits_to_keep"] = torch.arange(depth, device=batch["input_ids"].device)
     return inputs
@@ -616,7 +617,7 @@ class _Narrowing:
         self.rows: Tensor | None = None
         """Which of the rows the values' are copies of; None for each in its place."""
 
-    def hooks(self, module: nn.Module) -> list[Any]:
+    def hooks(self, module: nn.Module) -> list[Removable]:
         """Handles of the hooks on a module, which act while `on` is set."""
         return [module.register_forward_pre_hook(self._narrow), module.register_forward_hook(self._widen)]
 
@@ -662,7 +663,7 @@ def _is_sum(call: _Call) -> bool:
 # -- nests of arguments ------------------------------------------------------------------------------------------------
 
 
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _leaves(value: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     if isinstance(value, Mapping):
         for key in value:
             yield from _leaves(value[key], (*path, key))
@@ -673,7 +674,7 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
-def _changed(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def _changed(value: object, change: Callable[[Path, Any], object], path: Path = ()) -> Any:
     """The same nest, with ``change(path, leaf)`` in place of every leaf."""
     if isinstance(value, Mapping):
         return {key: _changed(value[key], change, (*path, key)) for key in value}
@@ -683,7 +684,7 @@ def _changed(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) ->
     return change(path, value)
 
 
-def _hidden(output: Any) -> Tensor:
+def _hidden(output: object) -> Tensor:
     """The hidden states that a layer, or a decoder, gives."""
     first = output[0] if isinstance(output, tuple | list) else output
     hidden = first if isinstance(first, Tensor) else getattr(first, "last_hidden_state", None)
@@ -791,17 +792,17 @@ def _probed(model: VLM, chain: list[nn.Module], two: Batch, three: Batch, *, who
     return structure
 
 
-def _observed(model: VLM, chain: Sequence[nn.Module], batch: Batch) -> list[tuple[dict[Path, Any], Tensor]]:
+def _observed(model: VLM, chain: Sequence[nn.Module], batch: Batch) -> list[tuple[dict[Path, object], Tensor]]:
     """For each module of the chain what it was given in a plain forward, and the hidden states that it gave."""
-    given: dict[int, dict[Path, Any]] = {}
+    given: dict[int, dict[Path, object]] = {}
     gave: dict[int, Tensor] = {}
 
-    def enter(place: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(place: int, module: nn.Module, args: tuple, kwargs: Keywords) -> None:
         if place in given:
             raise CannotReplay(f"layer {place} runs more than once in a forward")
         given[place] = dict(_leaves((args, kwargs)))
 
-    def leave(place: int, module: nn.Module, args: tuple, output: Any) -> None:
+    def leave(place: int, module: nn.Module, args: tuple, output: object) -> None:
         gave[place] = _hidden(output)
 
     with contextlib.ExitStack() as stack:
@@ -815,7 +816,7 @@ def _observed(model: VLM, chain: Sequence[nn.Module], batch: Batch) -> list[tupl
     return [(given[place], gave[place]) for place in range(len(chain))]
 
 
-def _row_axes(place: int, two: dict[Path, Any], three: dict[Path, Any]) -> dict[Path, int | None]:
+def _row_axes(place: int, two: dict[Path, object], three: dict[Path, object]) -> dict[Path, int | None]:
     axes: dict[Path, int | None] = {}
     if two.keys() != three.keys():
         raise CannotReplay(f"layer {place} is called differently for other numbers of rows")
@@ -854,7 +855,7 @@ def _branches(
             def after(
                 module: nn.Module,
                 args: tuple,
-                output: Any,
+                output: object,
                 call: _Call = calls,
                 inputs: dict[str, Tensor] = inputs,
                 own: tuple[int, MLP] = (layer, mlp),

@@ -5,7 +5,7 @@ A selector gives every neuron a score for every group; `Selector` turns scores i
 
 from vlmneurons.selectors._base import Selector
 from vlmneurons.selectors._combine import CombinedSelector
-from vlmneurons.selectors._evidence import Bundle
+from vlmneurons.selectors._evidence import Bundle, Readable
 from vlmneurons.selectors._scores import DerivedSelector, Gate
 from vlmneurons.selectors.attribution import Attribution, IntegratedGradients
 from vlmneurons.selectors.average_precision import AveragePrecision
@@ -39,6 +39,7 @@ __all__ = [
     "MostActive",
     "Overlap",
     "RandomNeurons",
+    "Readable",
     "Selector",
     "universal_neurons",
 ]

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from typing_extensions import TypedDict, TypeVar
 
-from vlmneurons.checks import plain, whole
+from vlmneurons.checks import JSON, plain, whole
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
@@ -96,7 +96,7 @@ class Selector(ABC, Generic[Table]):
     _always_shown: ClassVar[tuple[str, ...]] = ()
     """Settings that the repr has also where they are the default."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         for base in vars(cls).get("__orig_bases__", ()):
             origin, kinds = get_origin(base), get_args(base)
@@ -228,7 +228,7 @@ class Selector(ABC, Generic[Table]):
         """
         return self._taken(_given(type(self).__name__, fraction, count, layers, exclude, per_layer))
 
-    def _taken(self, changed: Mapping[str, Any]) -> "Selector":
+    def _taken(self, changed: Mapping[str, object]) -> "Selector":
         """A copy with other settings."""
         taken = copy.copy(self)
         for name, value in changed.items():
@@ -331,7 +331,7 @@ class Selector(ABC, Generic[Table]):
             raise MismatchError(f"exclude has no set for {', '.join(missing)}; it has {', '.join(self.exclude)}")
         return {group: self.exclude[group].mask() for group in stats.groups}
 
-    def _checked_scores(self, stats: Evidence, scores: Any) -> Float[Tensor, "group neuron"]:
+    def _checked_scores(self, stats: Evidence, scores: object) -> Float[Tensor, "group neuron"]:
         name = type(self).__name__
         shape = (len(stats.groups), len(stats.space))
         if not isinstance(scores, Tensor) or not scores.is_floating_point():
@@ -458,9 +458,9 @@ class Selector(ABC, Generic[Table]):
         shown = ", ".join(f"{name}={_setting(value)}" for name, value in self._settings().items())
         return f"{type(self).__name__}({shown})"
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> JSON:
         """Settings of the rule itself that differ from their defaults."""
-        shown: dict[str, Any] = {}
+        shown: JSON = {}
         for name, parameter in self._parameters().items():
             value = getattr(self, name, getattr(self, f"_{name}", parameter.default))
             if value is inspect.Parameter.empty:
@@ -475,7 +475,7 @@ class Selector(ABC, Generic[Table]):
         given = inspect.signature(type(self).__init__).parameters.items()
         return {name: one for name, one in given if name not in {"self", *SHARED} and one.kind not in _VARIADIC}
 
-    def _budget_settings(self) -> dict[str, Any]:
+    def _budget_settings(self) -> JSON:
         """The budget, and the other settings of every selector where they differ from their defaults."""
         budget = {"count": self.count} if self.count is not None else {"fraction": self.fraction}
         other = {"layers": self.layers, "exclude": self.exclude, "per_layer": self.per_layer or None}
@@ -526,7 +526,7 @@ def highest(
     return torch.from_numpy((chosen if candidates is None else candidates[chosen]).astype(np.int64, copy=False))
 
 
-def provenance_of(stats: Evidence) -> dict[str, Any]:
+def provenance_of(stats: Evidence) -> JSON:
     """What a selection says about the statistics that it was made from."""
     known = {"tokens": stats.tokens, "items": stats.items}
     counts = {k: dict(zip(stats.groups, v.tolist(), strict=True)) for k, v in known.items() if v is not None}
@@ -547,7 +547,7 @@ def check_flags(selector: Selector, **flags: bool) -> None:
             raise SelectionError(f"{type(selector).__name__}: {name} is True or False; got {value!r}")
 
 
-def _given(name: str, fraction: Any, count: Any, layers: Any, exclude: Any, per_layer: Any) -> dict[str, Any]:
+def _given(name: str, fraction: object, count: object, layers: object, exclude: object, per_layer: object) -> JSON:
     """Of the shared settings what was given; a fraction takes the place of a count, and the other way round."""
     if fraction is not None and count is not None:
         raise SelectionError(f"{name}: give fraction or count, not both; got {fraction} and {count}")
@@ -556,7 +556,7 @@ def _given(name: str, fraction: Any, count: Any, layers: Any, exclude: Any, per_
     return {**budget, **{setting: value for setting, value in other.items() if value is not None}}
 
 
-def layer_numbers(layers: Any) -> tuple[int, ...]:
+def layer_numbers(layers: object) -> tuple[int, ...]:
     """Numbers of layers, sorted, each once; of one or several.
 
     Raises:
@@ -588,11 +588,11 @@ def _is_real(number: object) -> TypeGuard[float]:
     return isinstance(number, numbers.Real) and not isinstance(number, bool)
 
 
-def _same(value: Any, default: Any) -> bool:
+def _same(value: object, default: object) -> bool:
     return value is default or (type(value) is type(default) and value == default)
 
 
-def _setting(value: Any) -> str:
+def _setting(value: object) -> str:
     if isinstance(value, NeuronSet):
         return f"<{len(value)} neurons {value.fingerprint}>"
     if isinstance(value, Selection):

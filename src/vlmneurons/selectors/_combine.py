@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -78,7 +77,7 @@ class CombinedSelector(Selector[Bundle]):
         """
         return Bundle.of(evidence)
 
-    def _taken(self, changed: Mapping[str, Any]) -> Selector:
+    def _taken(self, changed: Mapping[str, object]) -> Selector:
         return CombinedSelector(self.left._taken(changed), self.symbol, self.right._taken(changed))
 
     def _check_settings(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import JSONMapping, of_kind
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import check_same_space
@@ -82,7 +82,7 @@ class Bundle:
         return self.tables[0].items
 
     @property
-    def provenance(self) -> Mapping[str, Any]:
+    def provenance(self) -> JSONMapping:
         """What the table says; of several tables, by their kinds."""
         if len(self.tables) == 1:
             return dict(self.tables[0].provenance)

@@ -144,7 +144,7 @@ class LayerMatchedRandom(Selector[ActivationStatistics]):
         return Selection(sets, selector=repr(self), budget=self.like.budget, provenance=provenance_of(stats))
 
 
-def uniform(size: int, *key: Any) -> Float64[Tensor, " neuron"]:
+def uniform(size: int, *key: object) -> Float64[Tensor, " neuron"]:
     """Uniform numbers in [0, 1) that depend on the key only: the same on every machine, for ever.
 
     A counter-based bit generator (Philox) is keyed by a hash of the key, and its raw output is used, because NumPy

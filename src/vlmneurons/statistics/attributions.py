@@ -1,14 +1,14 @@
 """How much neurons moved the answers of each group's questions: what selectors by gradients read."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from vlmneurons.checks import JSONMapping
 from vlmneurons.errors import FileFormatError, MismatchError, SelectionError, VLMNeuronsError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sets import check_same_space, space_of_file
@@ -42,7 +42,7 @@ class AttributionStatistics:
     total: Float64[Tensor, "group neuron"]
     strong: Int64[Tensor, "group neuron"]
     items: Int64[Tensor, " group"]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: JSONMapping = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", checked_groups(self.groups))

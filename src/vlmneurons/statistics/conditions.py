@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import JSON, of_kind
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.sets import check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
@@ -82,7 +81,7 @@ class Conditions:
         return torch.stack([stats.items for stats in self.statistics.values()]).sum(0)
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """What each condition says."""
         return {"conditions": {name: dict(stats.provenance) for name, stats in self.statistics.items()}}
 

@@ -7,14 +7,14 @@ recording the whole. 28 layers x 18,944 neurons x 25 groups are 13.3 million cou
 import os
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, SupportsFloat
 
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from vlmneurons.checks import names, of_kind
+from vlmneurons.checks import JSON, JSONMapping, names, of_kind
 from vlmneurons.errors import FileFormatError, MismatchError, SelectionError, VLMNeuronsError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sets import check_same_space, space_of_file
@@ -77,7 +77,7 @@ class ActivationStatistics(_files.Shareable):
     items: Int64[Tensor, " group"]
     routed: Int64[Tensor, "group site"] | None = None
     total: Float64[Tensor, "group neuron"] | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: JSONMapping = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         of_kind("space", self.space, NeuronSpace, MismatchError)
@@ -140,7 +140,7 @@ class ActivationStatistics(_files.Shareable):
         *,
         routed: Numbers | None = None,
         total: Numbers | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, object] | None = None,
     ) -> "ActivationStatistics":
         """Statistics from tables in any form: tensors, NumPy arrays, lists. They are checked and copied.
 
@@ -281,7 +281,7 @@ class ActivationStatistics(_files.Shareable):
                 return False
         return True
 
-    def with_provenance(self, provenance: Mapping[str, Any]) -> "ActivationStatistics":
+    def with_provenance(self, provenance: Mapping[str, object]) -> "ActivationStatistics":
         """The same counts, with another note of where they come from.
 
         Args:
@@ -422,7 +422,7 @@ class ActivationStatistics(_files.Shareable):
         return "\n".join(lines)
 
 
-def _table(name: str, values: Any) -> Tensor:
+def _table(name: str, values: object) -> Tensor:
     try:
         if isinstance(values, Tensor):
             return values.detach().cpu()
@@ -439,7 +439,7 @@ def _table(name: str, values: Any) -> Tensor:
         raise MismatchError(f"{name} is no table of numbers: {error}") from error
 
 
-def _counts(name: str, values: Any) -> Tensor:
+def _counts(name: str, values: object) -> Tensor:
     """A new int64 tensor of the same numbers.
 
     Raises:
@@ -461,7 +461,7 @@ def _counts(name: str, values: Any) -> Tensor:
     return table.to(torch.int64, copy=True)
 
 
-def _merged_provenance(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def _merged_provenance(first: Mapping[str, object], second: Mapping[str, object]) -> JSON:
     """What both say; where they differ in a side matter, ``{"several": [...]}`` lists the values in order."""
     check_addable(first, second)
     for key in MUST_AGREE:
@@ -469,9 +469,9 @@ def _merged_provenance(first: Mapping[str, Any], second: Mapping[str, Any]) -> d
             raise MismatchError(
                 f"statistics with different {key!r} cannot be added: {first.get(key)!r} and {second.get(key)!r}"
             )
-    merged: dict[str, Any] = {}
+    merged: JSON = {}
     for key in [*first, *(key for key in second if key not in first)]:
-        values: list[Any] = []
+        values: list[object] = []
         for part in (first, second):
             if key in part:
                 value = part[key]

@@ -6,13 +6,13 @@ rule of an expression reads its own. Another kind needs these names and nothing 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import names
+from vlmneurons.checks import JSONMapping, names
 from vlmneurons.errors import GroupError, MismatchError, SelectionError
 from vlmneurons.neurons.sites import NeuronSpace
 
@@ -42,7 +42,7 @@ class Evidence(Protocol):
         ...
 
     @property
-    def provenance(self) -> Mapping[str, Any]:
+    def provenance(self) -> JSONMapping:
         """Where it comes from, as plain values that JSON can hold."""
         ...
 
@@ -85,7 +85,7 @@ def rows_of(groups: Iterable[str], have: Sequence[str], what: str) -> list[int]:
     return [have.index(group) for group in chosen]
 
 
-def checked_groups(groups: Any) -> tuple[str, ...]:
+def checked_groups(groups: object) -> tuple[str, ...]:
     """The names of a table's groups.
 
     Raises:

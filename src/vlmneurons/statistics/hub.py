@@ -9,7 +9,6 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vlmneurons._version import __version__
 from vlmneurons.checks import of_kind
@@ -163,14 +162,14 @@ def card(thing: Shared, repo_id: str, *, license: str | None = None, notes: str 
     return "\n".join(parts)
 
 
-def _kind_of(thing: Any) -> str:
+def _kind_of(thing: object) -> str:
     kind = next((name for name, own in KINDS.items() if isinstance(thing, own)), None)
     if kind is None:
         raise VLMNeuronsError(f"a {type(thing).__name__} cannot be shared; choose from {', '.join(KINDS)}")
     return kind
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """A value for a cell of a table: one line, nothing that Markdown or HTML would take for markup."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     for bad, good in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " "), ("\r", " ")):

@@ -8,8 +8,8 @@ disjoint.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
+from vlmneurons.checks import JSON, JSONMapping
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.folders import differences
 
@@ -41,18 +41,18 @@ class Setting:
     quantisation: str
     dtype: str
     in_force: list[str]
-    processor: dict[str, Any]
+    processor: JSON
     prompt: str
     answer: str
     tokens: str
     engine: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """As plain values, for files."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Setting":
+    def from_json(cls, data: JSONMapping) -> "Setting":
         """What `to_json` gave; entries that this release does not know are refused.
 
         Raises:
@@ -68,7 +68,7 @@ class Setting:
         yield from differences(other.to_json(), self.to_json(), "setting")
 
 
-def setting_of(provenance: Mapping[str, Any]) -> Setting | None:
+def setting_of(provenance: JSONMapping) -> Setting | None:
     """The setting that a provenance holds; None for counts that the user brought, which have none.
 
     Raises:
@@ -84,7 +84,7 @@ def setting_of(provenance: Mapping[str, Any]) -> Setting | None:
     return None
 
 
-def check_addable(first: Mapping[str, Any], second: Mapping[str, Any], what: str = "statistics") -> None:
+def check_addable(first: Mapping[str, object], second: Mapping[str, object], what: str = "statistics") -> None:
     """Refuse to add two tables of different settings.
 
     Args:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vlmneurons.checks import in_order, is_missing, names, path_of, whole
+from vlmneurons.checks import JSON, JSONMapping, in_order, is_missing, names, path_of, whole
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, QuestionError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import write_json
@@ -60,7 +59,7 @@ Tables = Mapping[str, ArrayLike]
 ItemStatistic = Callable[..., Tensor]
 """What values of questions become: ``f(values [row, token, neuron], counted [row, token]) -> [row, neuron]``."""
 
-Grouping = str | Callable[[Mapping[str, Any]], str | None] | Sequence[str | None]
+Grouping = str | Callable[[JSONMapping], str | None] | Sequence[str | None]
 """Labels of questions: a column, a function of a question's columns, or one label each; None leaves a question out."""
 
 
@@ -80,7 +79,7 @@ class Item:
     id: str
     group: str
     answer: int
-    metadata: Mapping[str, Any]
+    metadata: JSONMapping
     pictures: tuple[str, ...] | None = None
 
     @classmethod
@@ -98,7 +97,7 @@ class Item:
             pictures = (f"unreadable: {question.id}",)
         return cls(question.id, question.group, question.answer, question.metadata, pictures)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """What a recording's manifest says of the question."""
         known = {} if self.pictures is None else {"pictures": list(self.pictures)}
         return {
@@ -110,7 +109,7 @@ class Item:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Item":
+    def from_json(cls, data: JSONMapping) -> "Item":
         """The inverse of `to_json`."""
         pictures = data.get("pictures")
         if pictures is not None and not isinstance(pictures, list):
@@ -138,10 +137,10 @@ class ItemStatistics:
         ``ItemStatistics.load("run/items").group_by("category", condition="all")``
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], space: NeuronSpace) -> None:
+    def __init__(self, folder: Path, manifest: JSONMapping, space: NeuronSpace) -> None:
         self.folder = folder
         self.space = space
-        self.provenance: dict[str, Any] = dict(manifest["provenance"])
+        self.provenance: JSON = dict(manifest["provenance"])
         self.tables: tuple[str, ...] = tuple(manifest["tables"])
         self.statistics: tuple[str, ...] = tuple(manifest.get("statistics", ()))
         self.items = tuple(map(Item.from_json, manifest["items"]))
@@ -205,10 +204,10 @@ class ItemStatistics:
         folder: Path,
         space: NeuronSpace,
         items: Sequence[Item],
-        provenance: Mapping[str, Any],
+        provenance: Mapping[str, object],
         tables: Sequence[str],
         content: Mapping[str, str] | None = None,
-        part: tuple[Mapping[str, str], Mapping[str, Any]] = ({}, {}),
+        part: tuple[Mapping[str, str], JSONMapping] = ({}, {}),
         statistics: Mapping[str, str] | None = None,
     ) -> "ItemStatistics":
         """A recording with nothing in it yet; or the one that is there, if it is of the same questions and rules.
@@ -359,16 +358,16 @@ class ItemStatistics:
             file.flush()
             os.fsync(file.fileno())
 
-    def note(self, halved: Sequence[Mapping[str, Any]], skipped: Sequence[str] = ()) -> None:
+    def note(self, halved: Sequence[JSONMapping], skipped: Sequence[str] = ()) -> None:
         """Keep what was learnt on the way beside the manifest, which says what was asked for.
 
         Args:
             halved: how batches were halved; see `vlmneurons.run.memory.MemoryLimit`.
             skipped: ids of questions that could not be asked; those that could in the end are left out.
         """
-        if skipped := {*skipped, *self.provenance.get("skipped", ())}:
+        if known := {*skipped, *self.provenance.get("skipped", ())}:
             rows = zip(self.items, self._records["done"], strict=True)
-            left = [item.id for item, done in rows if item.id in skipped and not done]
+            left = [item.id for item, done in rows if item.id in known and not done]
             if left != self.provenance.get("skipped"):
                 self.provenance = {**self.provenance, "skipped": left}
                 write_json(self.folder / "skipped.json", left)
@@ -628,7 +627,7 @@ class GroupedItems:
         return self.recording.space
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """What the recording says, and the condition."""
         return {**self.recording.provenance, "condition": self.condition}
 
@@ -792,7 +791,7 @@ def _dtype(name: str) -> np.dtype:
     return _FILES.get(name, _FILES["maximum"])
 
 
-def _label(value: Any) -> str | None:
+def _label(value: object) -> str | None:
     """A question's label; None, and NaN, which is what a table has for it, leave the question out."""
     return None if is_missing(value) else str(value)
 
@@ -805,6 +804,6 @@ def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
     return checksum
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(values: JSON) -> JSON:
     """Metadata as JSON holds it; what JSON cannot hold becomes its text."""
     return json.loads(json.dumps(values, default=str))

@@ -6,16 +6,16 @@ corrected over the models. Models may have been asked different questions: what 
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import of_kind, path_of
+from vlmneurons.checks import Keywords, of_kind, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.study.masks import split_setting
 from vlmneurons.study.result import VALUES, KnockoutResult
@@ -65,12 +65,13 @@ class Comparison:
         """What differs between the models beside the model, a sentence each; nothing where nothing does."""
         notes = []
         for one, other in itertools.combinations(self.models, 2):
-            pair = [self.results[name] for name in (one, other)]
-            asked, also = ({*zip(part.ids, part.groups, strict=True)} for part in pair)
+            asked, also = (
+                {*zip(part.ids, part.groups, strict=True)} for part in map(self.results.__getitem__, (one, other))
+            )
             if asked != also:
-                both = len(asked & also)
+                same = len(asked & also)
                 notes.append(
-                    f"{one} was asked {len(asked):,} questions and {other} {len(also):,}; {both:,} are the same."
+                    f"{one} was asked {len(asked):,} questions and {other} {len(also):,}; {same:,} are the same."
                 )
         for name, told in _HOW.items():
             values = {model: str(one.provenance.get(name, "all")) for model, one in self.results.items()}
@@ -88,17 +89,19 @@ class Comparison:
         Columns: ``selector``, ``model``, ``groups``, ``n``, ``pictures``, ``clean``, ``self_effect``, ``cross_effect``,
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few`` (see `KnockoutResult.summary`), and
         ``p``, ``cross_p`` and ``gap_p``, each with ``_holm``: corrected over the models.
-
-        Raises:
-            MismatchError: a confidence outside (0, 1).
         """
-        rows = self._by_model("group == 'all'")
-        groups = self._by_model("group != 'all'")
-        counts = groups.groupby(["selector", "model"], sort=False).size().reset_index(name="groups")
-        tests = ("p", "cross_p", "gap_p")
-        table = _corrected(rows.drop(columns="group").merge(counts, "left"), ["selector"], tests)
-        columns = ["selector", "model", "groups", "n", "pictures", "clean", *_ends(), "few"]
-        return table.reindex(columns=[*columns, *(f"{name}{end}" for name in tests for end in ("", "_holm"))])
+        rows = self._by_model(lambda summary: summary.loc[summary["group"] == "all"])
+        groups = self._by_model(lambda summary: summary.loc[summary["group"] != "all"])
+        counts = (
+            cast(pd.Series, groups.groupby(["selector", "model"], sort=False).size()).rename("groups").reset_index()
+        )
+        return _corrected(
+            rows.drop(columns="group").merge(counts, "left"), ["selector"], ("p", "cross_p", "gap_p")
+        ).loc[
+            :,
+            ["selector", "model", "groups", "n", "pictures", "clean", *_ends(), "few"]
+            + [f"{name}{end}" for name in ("p", "cross_p", "gap_p") for end in ("", "_holm")],
+        ]
 
     def groups(self) -> pd.DataFrame:
         """Each group's effects in each model: which groups agree.
@@ -107,17 +110,13 @@ class Comparison:
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few``, ``p`` of the self effect, ``p_holm``
         (corrected over the models that have the group), ``models`` (how many have it) and ``harmed`` (how many of them
         have a self effect below zero with ``p_holm`` below .05).
-
-        Raises:
-            MismatchError: a confidence outside (0, 1).
         """
-        rows = _corrected(self._by_model("group != 'all'"), ["selector", "group"], ("p",))
+        rows = _corrected(self._by_model(lambda one: one.loc[one["group"] != "all"]), ["selector", "group"], ("p",))
         rows["models"] = rows.groupby(["selector", "group"])["model"].transform("size")
         rows["found"] = (rows["self_effect"] < 0) & (rows["p_holm"] < 0.05)
         rows["harmed"] = rows.groupby(["selector", "group"])["found"].transform("sum")
         first = ["selector", "group", "model", "n", "pictures", "clean"]
-        columns = [*first, *_ends(), "few", "p", "p_holm", "models", "harmed"]
-        return self._sorted(rows.reindex(columns=columns), "group")
+        return self._sorted(rows.loc[:, [*first, *_ends(), "few", "p", "p_holm", "models", "harmed"]], "group")
 
     def agreement(self) -> pd.DataFrame:
         """How alike two models' effects are over the groups that both have, for each selector and pair of models.
@@ -126,9 +125,6 @@ class Comparison:
         their self effects) and ``p``, ``cells`` (rank correlation of the effects of masks on other groups' questions)
         and ``cells_p``. The p are two-sided, of shuffles of one model's groups, masks and questions alike (Mantel's
         test); with few groups there are few shuffles, and none can be small. NaN below 3 groups.
-
-        Raises:
-            MismatchError: a result lacks the value.
         """
         rows = []
         for name in self.selectors:
@@ -141,7 +137,7 @@ class Comparison:
                 a, b = matrices[first], matrices[second]
                 shared = sorted(set(a.index) & set(a.columns) & set(b.index) & set(b.columns))
                 one, other = (table.loc[shared, shared].to_numpy(dtype=float) for table in (a, b))
-                row: dict[str, Any] = {"selector": name, "first": first, "second": second, "groups": len(shared)}
+                row: dict[str, object] = {"selector": name, "first": first, "second": second, "groups": len(shared)}
                 own = np.eye(len(shared), dtype=bool)
                 row["spearman"], row["p"] = self._alike(one, other, own)
                 row["cells"], row["cells_p"] = self._alike(one, other, ~own)
@@ -192,13 +188,13 @@ class Comparison:
 
         return write_comparison(self, folder, main=main, title=title)
 
-    def _by_model(self, rows: str) -> pd.DataFrame:
+    def _by_model(self, rows: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
         """Some rows of every model's summary, selector by selector."""
-        how: dict[str, Any] = {"confidence": self.confidence, "permutations": self.permutations, "seed": self.seed}
+        how: Keywords = {"confidence": self.confidence, "permutations": self.permutations, "seed": self.seed}
         parts = []
         for model, one in self.results.items():
             plain = one.select(*(name for name in one.selectors if split_setting(name)[1] is None))
-            parts.append(plain.summary(value=self.value, **how).query(rows).assign(model=model))
+            parts.append(rows(plain.summary(value=self.value, **how)).assign(model=model))
         return self._sorted(pd.concat(parts, ignore_index=True))
 
     def _sorted(self, table: pd.DataFrame, *by: str) -> pd.DataFrame:
@@ -276,7 +272,7 @@ def compare(
     return Comparison(opened, value, confidence, permutations, seed)
 
 
-def _opened(name: Any, given: Any) -> KnockoutResult:
+def _opened(name: object, given: Any) -> KnockoutResult:
     if not isinstance(given, KnockoutResult):
         folder = path_of(f"results[{name!r}]", given, MismatchError)
         given = KnockoutResult.load(folder / "knockout" if (folder / "knockout").is_dir() else folder)

@@ -10,7 +10,6 @@ A name with a setting (``"CAS [r=0.01]"``) is found again by `KnockoutResult.cur
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ from vlmneurons.study.masks import setting_name
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-_NOTHING: Mapping[str, Any] = {"image": None, "audio": None, "video": None}
+_NOTHING: Mapping[str, None] = {"image": None, "audio": None, "video": None}
 
 
 def blind(questions: QuestionSet) -> QuestionSet:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmneurons.checks import JSON
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import RunFolder
 from vlmneurons.files.parts import PartFolder, parts_of
@@ -34,7 +35,7 @@ def _joined(parts: Sequence[PartFolder], order: Sequence[str]) -> KnockoutResult
     place = {name: number for number, name in enumerate(ids)}
     columns = [np.array([place[name] for name in one.ids], dtype=np.int64) for one in results]
 
-    def whole(name: str, missing: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    def whole(name: str, missing: object, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         values = [getattr(one, name) for one in results]
         table = np.full((*shape, len(ids)), missing, dtype=dtype)
         for where, value in zip(columns, values, strict=True):
@@ -74,14 +75,12 @@ def _result_in(part: PartFolder) -> KnockoutResult:
     return result
 
 
-def _provenance(
-    part: PartFolder, results: Sequence[KnockoutResult], order: Sequence[str], ids: Sequence[str]
-) -> dict[str, Any]:
+def _provenance(part: PartFolder, results: Sequence[KnockoutResult], order: Sequence[str], ids: Sequence[str]) -> JSON:
     """That of the undivided run: what is told of some questions, told of all."""
     options = dict(zip(order, part.about["options"], strict=True))
     skipped = {name for one in results for name in one.provenance["skipped"]}
     halved = [one for result in results for one in result.provenance.get("halved", ())]
-    provenance: dict[str, Any] = {}
+    provenance: JSON = {}
     for name, value in results[0].provenance.items():
         if name not in ("halved", "part"):
             provenance[name] = value

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import path_of
+from vlmneurons.checks import JSON, JSONMapping, path_of
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import RunFolder
@@ -23,7 +23,7 @@ from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.ask import Job, Options, ask, batches_of, engine_of, to_ask
 from vlmneurons.run.engine import Engine, Run
 from vlmneurons.run.identity import run_provenance, setting_of_run, versions
-from vlmneurons.run.intervention import Intervention
+from vlmneurons.run.intervention import Intervention, Values
 from vlmneurons.run.memory import MemoryLimit
 from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
@@ -44,7 +44,7 @@ def knockout(
     answer: str | AnswerReader | None = None,
     mode: str = "zero",
     factor: float | None = None,
-    values: Any = None,
+    values: Values = None,
     at: str | None = None,
     on_error: str = "raise",
     folder: str | Path | None = None,
@@ -152,7 +152,7 @@ class _Study:
         listed: list[tuple[Mask, Intervention]],
         design: Design,
         options: Options,
-        about: Mapping[str, Any],
+        about: Mapping[str, object],
     ) -> None:
         self.engine, self.questions, self.controls, self.listed = engine, questions, controls, listed
         self.asked_for = questions
@@ -229,7 +229,7 @@ class _Study:
                 "with KnockoutResult.load, or give another folder"
             )
 
-    def _manifest(self, content: Mapping[str, str]) -> dict[str, Any]:
+    def _manifest(self, content: Mapping[str, str]) -> JSON:
         """What must agree for a run to be gone on with."""
         masks: dict[str, list[str]] = {}
         for mask, one in self.listed:
@@ -248,7 +248,7 @@ class _Study:
             "masks": {name: digest_of(all_of_it)[:16] for name, all_of_it in masks.items()},
         }
 
-    def result(self, parts: Mapping[str, pd.DataFrame], halved: Mapping[str, Any]) -> KnockoutResult:
+    def result(self, parts: Mapping[str, pd.DataFrame], halved: JSONMapping) -> KnockoutResult:
         """The result of some batches, questions in their order, a row for each mask."""
         tables = [table for table in parts.values() if len(table)]
         answers = pd.concat(tables) if tables else pd.DataFrame(columns=_COLUMNS)
@@ -315,7 +315,7 @@ class _AnswersJob(Job[pd.DataFrame]):
         self,
         study: _Study,
         known: Mapping[str, pd.DataFrame],
-        halved: Mapping[str, list[dict[str, Any]]],
+        halved: Mapping[str, list[JSON]],
         folder: RunFolder | None,
     ) -> None:
         super().__init__(study.engine)
@@ -341,7 +341,7 @@ class _AnswersJob(Job[pd.DataFrame]):
         """See `Job.known`."""
         return _name(number) in self._known
 
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> pd.DataFrame:
+    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> pd.DataFrame:
         """See `Job.run`."""
         readings: dict[int, Reading] = {}
         meeting: dict[int, list[int]] = {}
@@ -392,7 +392,7 @@ class _AnswersJob(Job[pd.DataFrame]):
         """See `Job.partial`."""
         return self._study.result({**self._known, **self._new}, self._halved)
 
-    def gathered(self) -> tuple[dict[str, pd.DataFrame], dict[str, list[dict[str, Any]]]]:
+    def gathered(self) -> tuple[dict[str, pd.DataFrame], dict[str, list[JSON]]]:
         """Every process's batches, and how they were halved."""
         processes = self._study.options.processes
         for theirs in processes.gather(self._halved):
@@ -444,7 +444,7 @@ def _table(
     ).astype(_DTYPES)
 
 
-def _describe(given: Any) -> Any:
+def _describe(given: Any) -> object:
     if isinstance(given, Selection | NeuronSet | Intervention):
         return repr(given)
     return [repr(one) for one in given]

@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmneurons.checks import names, of_kind, path_of, plain, real, share, whole
+from vlmneurons.checks import Keywords, names, of_kind, path_of, plain, real, share, whole
 from vlmneurons.errors import MismatchError, QuestionError, SelectionError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.files.folders import git_state
@@ -160,7 +160,7 @@ class StudyResult:
     knockout: KnockoutResult
     others: Mapping[str, KnockoutResult]
     selections: Mapping[str, Selection]
-    tables: Mapping[str, Any] = field(default_factory=dict)
+    tables: "Mapping[str, pd.DataFrame]" = field(default_factory=dict)
     page: Path | None = None
 
 
@@ -268,7 +268,7 @@ def _carried_out(
         for name, selection in selections.items():
             selection.save(folder / "selections" / f"{name}.safetensors")
     log.info("asking %d evaluation questions under %d kinds of masks", len(evaluate), len(masks))
-    how: dict[str, Any] = {
+    how: Keywords = {
         "batch_size": protocol.batch_size,
         "on_error": protocol.on_error,
         "distributed": distributed,
@@ -325,7 +325,7 @@ def study_masks(items: ItemStatistics, protocol: Protocol) -> tuple[dict[str, Se
     least = min(int(n) for n in stats.items.tolist())
     sizes = [size for size in protocol.sizes if size < least] + [least]
     fractions = [r for r in protocol.fractions if int(r * len(items.space) + 1e-6) >= 1]
-    masks: dict[str, Any] = {
+    masks: Keywords = {
         **selections,
         **random_controls(stats, {main: selections[main]}, repeats=protocol.repeats, seed=seed),
         **fraction_sweep(main, selector, stats, fractions),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import path_of
+from vlmneurons.checks import JSONMapping, path_of
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import read_parquet, write_parquet, write_text
@@ -77,7 +77,7 @@ class KnockoutResult:
     masks: tuple[Mask, ...]
     chosen: np.ndarray
     margins: np.ndarray
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: JSONMapping = field(default_factory=dict)
     texts: np.ndarray | None = None
     controls: tuple[str, ...] = ()
     pictures: tuple[str, ...] | None = None
@@ -652,7 +652,7 @@ class KnockoutResult:
             if not np.array_equal(kept[name].to_numpy(dtype=values.dtype), values):
                 raise FileFormatError(f"{folder}: the column {name!r} of answers.parquet is not that of knockout.json")
 
-        def table(name: str, dtype: Any, missing: Any, **how: Any) -> np.ndarray:
+        def table(name: str, dtype: Any, missing: object, **how: Any) -> np.ndarray:
             values = np.full(shape, missing, dtype=dtype)
             values[asked] = kept[name].to_numpy(dtype, **how)
             return values

@@ -14,7 +14,7 @@ first-order term is in Molchanov et al. 2017 (arXiv 1611.06440).
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -131,7 +131,7 @@ class _ScreeningJob(Job[np.ndarray]):
         self._space, self._sets = space, sets
         self.estimates: dict[str, np.ndarray] = {}
 
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], Any]) -> np.ndarray:
+    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> np.ndarray:
         """See `Job.run`."""
         reader = self.engine.reader
         assert isinstance(reader, LogitReader)
@@ -145,7 +145,7 @@ class _ScreeningJob(Job[np.ndarray]):
 
 
 def first_order_effects(
-    model: VLM, reader: LogitReader, questions: QuestionSet, space: NeuronSpace, encoded: Any = None
+    model: VLM, reader: LogitReader, questions: QuestionSet, space: NeuronSpace, encoded: object = None
 ) -> Float[Tensor, "question neuron"]:
     """For each question and neuron the first-order change of the margin if the neuron were zero, in nats, float64.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import share, whole
+from vlmneurons.checks import JSON, share, whole
 from vlmneurons.errors import MismatchError
 from vlmneurons.study.effects import (
     LEAST_UNITS,
@@ -74,7 +74,7 @@ def clusters_of(result: "KnockoutResult", cluster: str) -> np.ndarray | None:
     return np.array([number[name] for name in result.pictures], dtype=np.int64)
 
 
-def settings_of(result: "KnockoutResult", selector: str) -> dict[str, Any]:
+def settings_of(result: "KnockoutResult", selector: str) -> JSON:
     """Whether a selector's name is one setting of a sweep, and how many settings of it the study was given."""
     tried = {*result.selectors, *(result.provenance.get("selections") or {})}
     base, setting = split_setting(selector)
@@ -109,7 +109,7 @@ def cell_table(result: "KnockoutResult") -> pd.DataFrame:
         parts = [mean_of_known(known[:, own].T) for own in members]
         return np.stack(parts, 1).reshape(-1) if parts else np.zeros(0)
 
-    def of_mask(values: Sequence[Any]) -> np.ndarray:
+    def of_mask(values: Sequence[object]) -> np.ndarray:
         return np.repeat(np.array(values), len(names))
 
     clean, right = result.correct[:1], result.correct[1:]

@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmneurons.checks import Keywords
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.hooks import Handle, read, read_experts, write
+from vlmneurons.model.architectures.inside import Removable
 from vlmneurons.model.architectures.layout import MLP, Expression, Tower
+from vlmneurons.model.vlm import VLM
 from vlmneurons.testing.selectors import ContractError
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ class ArchitectureReport:
         )
 
 
-def describe_architecture(model: Any) -> ArchitectureReport:
+def describe_architecture(model: VLM | nn.Module) -> ArchitectureReport:
     """What `find_towers` finds in a model, without running it.
 
     Args:
@@ -97,16 +100,16 @@ def describe_architecture(model: Any) -> ArchitectureReport:
     Raises:
         ArchitectureError: the MLPs cannot be told for certain.
     """
-    hf = getattr(model, "hf", model)
+    hf = cast("PreTrainedModel", getattr(model, "hf", model))
     return ArchitectureReport(type(hf).__name__, tuple(_report(tower) for tower in find_towers(hf).values()))
 
 
 def check_architecture(
-    model: Any,
-    processor: Any = None,
-    inputs: Mapping[str, Any] | None = None,
+    model: VLM | nn.Module,
+    processor: object = None,
+    inputs: Keywords | None = None,
     *,
-    logits: Callable[[Any], Tensor] | None = None,
+    logits: Callable[..., Tensor] | None = None,
 ) -> ArchitectureReport:
     """Make sure that the neurons of a model can be named, read and switched off as the rest of the library expects.
 
@@ -136,7 +139,7 @@ def check_architecture(
         >>> model, processor = tiny_model("qwen2_5_vl")
         >>> print(check_architecture(model, inputs=tiny_inputs("qwen2_5_vl")))  # doctest: +SKIP
     """
-    hf = getattr(model, "hf", model)
+    hf = cast("PreTrainedModel", getattr(model, "hf", model))
     processor = processor if processor is not None else getattr(model, "processor", None)
     notes: list[str] = []
     towers = find_towers(hf)
@@ -157,7 +160,7 @@ def check_architecture(
 # --- every class that transformers maps ---
 
 _ONE_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_WRITTEN: dict[str, dict[str, Any]] = {
+_WRITTEN: dict[str, Keywords] = {
     "aya_vision": {"vision_config": {"hidden_size": 1152, "num_attention_heads": 16}},
     "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGAZ": 4}},
     "cohere_compass": {
@@ -248,7 +251,7 @@ def mapped_model(model_type: str, *, default: bool = False, every_tower: bool = 
 class _Runner:
     """Runs the model on one input, and compares its logits with those it gave first."""
 
-    def __init__(self, hf: nn.Module, inputs: Mapping[str, Any], logits: Callable[[Any], Tensor]) -> None:
+    def __init__(self, hf: nn.Module, inputs: Mapping[str, object], logits: Callable[..., Tensor]) -> None:
         self.hf, self.inputs, self.logits = hf, inputs, logits
         try:
             self.clean = self()
@@ -279,7 +282,7 @@ class _Runner:
             raise ContractError(f"{type(self.hf).__name__}: logits differ by up to {most:g} {when}")
 
 
-def _inputs(hf: "PreTrainedModel", processor: Any, notes: list[str]) -> dict[str, Any]:
+def _inputs(hf: "PreTrainedModel", processor: Any, notes: list[str]) -> Keywords:
     """A question with a small image, if the processor can make one; else some text."""
     if processor is not None:
         from vlmneurons.testing.tiny import tiny_image
@@ -324,7 +327,7 @@ def _check_values(run: _Runner, towers: Mapping[str, Tower], notes: list[str]) -
     references = {mlp: _Reference(run.hf, mlp) for mlp in modules}
     values: dict[tuple[MLP, str], list[Tensor]] = {}
     rows: dict[tuple[MLP, str], list[tuple[Tensor, Tensor, Tensor]]] = {}
-    calls: dict[MLP, list[list[Any]]] = {}
+    calls: dict[MLP, list[list[object]]] = {}
     with ExitStack() as stack:
         for mlp in modules:
             for kind in mlp.layout.kinds:
@@ -390,7 +393,7 @@ class _Reference:
         self.module = hf.get_submodule(mlp.path)
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
-        self.handles: list[Any] = []
+        self.handles: list[Removable] = []
 
     def __enter__(self) -> None:
         layout = self.layout
@@ -405,7 +408,7 @@ class _Reference:
 
             self.handles.append(self.module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         while self.handles:
             self.handles.pop().remove()
 
@@ -487,7 +490,7 @@ def _copied(values: Tensor) -> Tensor:
     return torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=values.device).copy_(values)
 
 
-def _watch_calls(module: nn.Module, calls: list[list[Any]]) -> Handle:
+def _watch_calls(module: nn.Module, calls: list[list[object]]) -> Handle:
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
         given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         calls.append(list(given.values())[1:])
@@ -590,7 +593,7 @@ def _zero(run: _Runner, tower: Tower, ran: Mapping[MLP, bool]) -> tuple[int, int
             with handle:
                 run.expect_clean(f"when an edit of {mlp.site(kind)} changes nothing")
 
-            def zero(values: Tensor, *_: Any, neuron: int = neuron) -> Tensor:
+            def zero(values: Tensor, *_: object, neuron: int = neuron) -> Tensor:
                 values = values.clone()
                 values[..., neuron] = 0
                 return values
@@ -610,7 +613,7 @@ def _zero(run: _Runner, tower: Tower, ran: Mapping[MLP, bool]) -> tuple[int, int
 
 def _some(mlps: Sequence[MLP]) -> Iterator[MLP]:
     """The first, the middle and the last MLP of each layout."""
-    groups: dict[Any, list[MLP]] = {}
+    groups: dict[object, list[MLP]] = {}
     for mlp in mlps:
         groups.setdefault((mlp.layout, mlp.expert is None), []).append(mlp)
     for group in groups.values():
@@ -638,7 +641,7 @@ def _check_stable(hf: nn.Module, towers: Mapping[str, Tower], notes: list[str]) 
         )
 
 
-def _numbering(tower: Tower) -> list[tuple[Any, int]]:
+def _numbering(tower: Tower) -> list[tuple[object, int]]:
     return [(site, mlp.width) for mlp in tower.mlps for site in mlp.sites]
 
 

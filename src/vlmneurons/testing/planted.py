@@ -15,10 +15,11 @@ right answer, and ablation an effect that can be computed on paper. Everything e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmneurons.errors import VLMNeuronsError
@@ -197,8 +198,8 @@ def _write_background(model: PreTrainedModel, groups: tuple[str, ...], generator
     attention.o_proj.weight[:n, :n] = 8.0 * torch.eye(n)
 
 
-def _mlp(model: PreTrainedModel, neuron: int, width: int) -> tuple[nn.Module, int]:
-    return model.model.language_model.layers[neuron // width].mlp, neuron % width
+def _mlp(model: PreTrainedModel, neuron: int, width: int) -> tuple[Any, int]:
+    return cast(Any, model).model.language_model.layers[neuron // width].mlp, neuron % width
 
 
 def _write_planted(model: PreTrainedModel, neuron: int, width: int, number: int, n_groups: int) -> None:

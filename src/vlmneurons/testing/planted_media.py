@@ -5,15 +5,15 @@ its one-hot code in the decoder. The decoder is left at zero: `vlmneurons.testin
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import VLMNeuronsError
 from vlmneurons.testing.tiny import tiny_tokenizer
 
@@ -56,7 +56,7 @@ def _picture(number: int, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _sound(number: int, rng: np.random.Generator) -> dict[str, Any]:
+def _sound(number: int, rng: np.random.Generator) -> Keywords:
     """A second of the group's pitch, half an octave above the group before, out of tune and with some noise."""
     pitch = 220 * 2 ** ((number + 0.05 * rng.uniform(-1, 1)) / 2)
     phase = 2 * np.pi * (pitch * np.arange(_RATE) / _RATE + rng.uniform())
@@ -80,7 +80,7 @@ def _hidden(groups: tuple[str, ...]) -> int:
     return hidden + -hidden % 8
 
 
-def _text(groups: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, layers: int, width: int) -> dict[str, Any]:
+def _text(groups: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, layers: int, width: int) -> Keywords:
     """Settings of a decoder with one head, which is as wide as the residual stream."""
     tokenizer.add_tokens([AddedToken(f" {group}", normalized=False) for group in groups])
     return {
@@ -146,7 +146,7 @@ def _sees_pictures(groups: tuple[str, ...], layers: int, width: int) -> Blank:
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -184,7 +184,7 @@ def _hears_sounds(groups: tuple[str, ...], layers: int, width: int) -> Blank:
     config = Qwen2AudioConfig(
         audio_config=audio.to_dict(),
         text_config={"model_type": "qwen2", **_text(groups, tokenizer, layers, width)},
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        audio_token_index=cast(int, tokenizer.convert_tokens_to_ids("<|AUDIO|>")),
     )
     processor = Qwen2AudioProcessor(
         feature_extractor=WhisperFeatureExtractor(
@@ -224,12 +224,12 @@ def _sees_videos(groups: tuple[str, ...], layers: int, width: int) -> Blank:
             "fullatt_block_indexes": [1],
         },
         tie_word_embeddings=False,
-        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+        **cast(Keywords, {name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()}),
     )
     sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"shortest_edge": _SIDE**2, "longest_edge": 4 * _SIDE**2}
     videos = Qwen2VLVideoProcessor(size=pixels, **sizes)
-    videos.cap_pixels_per_frame = False  # by frame, a video of so few pixels would be enlarged
+    vars(videos)["cap_pixels_per_frame"] = False  # by frame, a video of so few pixels would be enlarged
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels, **sizes),
         tokenizer=tokenizer,
@@ -248,7 +248,7 @@ def _draw(linear: nn.Linear, generator: torch.Generator) -> None:
 
 
 def _fit(
-    last: nn.Linear, run: Callable[[], Any], groups: tuple[str, ...], what: str, places: int | None = None
+    last: nn.Linear, run: Callable[[], object], groups: tuple[str, ...], what: str, places: int | None = None
 ) -> None:
     """Writes the last projection so that what `run` sees, as much of each group after the other, becomes its code."""
     seen: list[Tensor] = []

@@ -21,6 +21,7 @@ from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.selectors import LAP, Bundle, CombinedSelector, Conditions, Selector
 from vlmneurons.statistics.attributions import AttributionStatistics
 from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.evidence import Evidence
 from vlmneurons.statistics.items import GroupedItems, Item, ItemStatistics
 
 
@@ -125,7 +126,7 @@ def selector_tables() -> dict[str, ActivationStatistics]:
     }
 
 
-def _tables_for(selector: Selector) -> dict[str, Any]:
+def _tables_for(selector: Selector) -> dict[str, Evidence]:
     """The tables of the kind that a selector reads; a selector made of others gets one of each kind."""
     kind = selector.reads
     if kind is Bundle:
@@ -147,7 +148,7 @@ def _leaves(selector: Selector) -> Iterator[Selector]:
         yield selector
 
 
-def _tables_of(kind: type) -> dict[str, Any]:
+def _tables_of(kind: type) -> dict[str, Evidence]:
     plain = selector_tables()
     if issubclass(ActivationStatistics, kind):
         return dict(plain)
@@ -179,7 +180,7 @@ def _grouped_tables() -> Mapping[str, GroupedItems]:
         counts = np.stack([(stats.positive[row].numpy() + 13 * part) // (4 + row) % 60_000 for row, part in parts])
         names = ["positive", "total", "maximum"] + (["reached"] if stats.routed is not None else [])
         made = ItemStatistics.create(Path(folder.name) / str(number), stats.space, items, {}, names)
-        values: dict[str, Any] = {"positive": counts, "total": counts * 0.75, "maximum": counts * 0.5}
+        values: dict[str, np.ndarray] = {"positive": counts, "total": counts * 0.75, "maximum": counts * 0.5}
         if stats.routed is not None:
             values["reached"] = np.stack([stats.routed[row].numpy() for row, _ in parts])
         tokens = [int(max(counts[n].max(), 1)) for n in range(len(parts))]
@@ -188,7 +189,7 @@ def _grouped_tables() -> Mapping[str, GroupedItems]:
     return tables
 
 
-_KEPT: list[Any] = []
+_KEPT: list[object] = []
 """Temporary folders, which are removed when the interpreter ends."""
 
 
@@ -203,12 +204,12 @@ def _clause(what: str) -> Iterator[None]:
         raise ContractError(f"this must work: {what}; it raised {type(error).__name__}: {error}") from error
 
 
-def _require(holds: Any, message: str) -> None:
+def _require(holds: object, message: str) -> None:
     if not holds:
         raise ContractError(message)
 
 
-def _with(selector: Selector, **settings: Any) -> Selector:
+def _with(selector: Selector, **settings: object) -> Selector:
     """A copy with other settings, whatever kind of class it is."""
     changed = copy.copy(selector)
     for name, value in settings.items():
@@ -216,7 +217,7 @@ def _with(selector: Selector, **settings: Any) -> Selector:
     return changed
 
 
-def _check_scores(selector: Selector, stats: Any, where: str) -> None:
+def _check_scores(selector: Selector, stats: Evidence, where: str) -> None:
     before = _copied(_tables(stats))
     with _clause(f"score, {where}"):
         scores = selector.score(stats)
@@ -240,7 +241,7 @@ def _check_scores(selector: Selector, stats: Any, where: str) -> None:
     _require(torch.equal(scores, again), f"{where}: score must be the same each time for the same statistics")
 
 
-def _check_select(selector: Selector, stats: Any, where: str) -> None:
+def _check_select(selector: Selector, stats: Evidence, where: str) -> None:
     before = _copied(_tables(stats))
     with _clause(f"select, {where}"):
         selection = selector.select(stats)
@@ -256,7 +257,7 @@ def _check_select(selector: Selector, stats: Any, where: str) -> None:
     _require(dict(selection) == dict(again), f"{where}: select must give the same sets each time")
 
 
-def _check_budget(selector: Selector, stats: Any, where: str) -> None:
+def _check_budget(selector: Selector, stats: Evidence, where: str) -> None:
     size = len(stats.space)
     selector = _with(selector, **_PLAIN)
     settings = [{"count": 7, "fraction": None}, {"count": None, "fraction": 0.01}, {"count": None, "fraction": 1.0}]
@@ -298,7 +299,7 @@ def _check_best(neurons: NeuronSet, scores: Tensor, allowed: Tensor, budget: int
     raise ContractError(f"{where}: {reason}; neuron {wrong[0]} was selected out of turn")
 
 
-def _check_layers_and_exclude(selector: Selector, stats: Any, where: str) -> None:
+def _check_layers_and_exclude(selector: Selector, stats: Evidence, where: str) -> None:
     selector = _with(selector, **_PLAIN)
     changed = _with(selector, count=9, fraction=None)
     layer = stats.space.layers[1]
@@ -330,7 +331,7 @@ def _check_layers_and_exclude(selector: Selector, stats: Any, where: str) -> Non
                 )
 
 
-def _check_per_layer(selector: Selector, stats: Any, where: str) -> None:
+def _check_per_layer(selector: Selector, stats: Evidence, where: str) -> None:
     quota, selector = 3, _with(selector, **_PLAIN)
     with _clause(f"select with per_layer, {where}"):
         whole = _with(selector, count=quota, fraction=None, per_layer=True).select(stats)
@@ -408,7 +409,7 @@ def _without_counts(stats: Any, row: int) -> Any:
     return dataclasses.replace(stats, **empty)
 
 
-def _refusal(select: Callable[[], Any]) -> str | None:
+def _refusal(select: Callable[[], object]) -> str | None:
     """The message of the SelectionError, or None if there was none."""
     try:
         select()
@@ -470,7 +471,7 @@ def _check_repr(selector: Selector, name: str, budgeted: bool) -> None:
     _require(title == text, f"{name}: a selection must say how it was made, {text!r}; it says {title!r}")
 
 
-def _tables(stats: Any) -> dict[str, Tensor]:
+def _tables(stats: object) -> dict[str, Tensor]:
     if isinstance(stats, Bundle):
         return {f"{n}.{name}": t for n, table in enumerate(stats.tables) for name, t in _tables(table).items()}
     if isinstance(stats, Conditions):
@@ -486,6 +487,6 @@ def _copied(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: table.clone() for name, table in tables.items()}
 
 
-def _check_unchanged(stats: Any, before: Mapping[str, Tensor], what: str) -> None:
+def _check_unchanged(stats: object, before: Mapping[str, Tensor], what: str) -> None:
     for name, table in _tables(stats).items():
         _require(torch.equal(table, before[name]), f"{what} must not write to the statistics; it changed {name!r}")

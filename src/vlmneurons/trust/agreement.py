@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -10,7 +10,7 @@ from scipy import stats as scipy_stats
 from vlmneurons.checks import of_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.neurons.selection import Selection
-from vlmneurons.selectors import CombinedSelector, Selector
+from vlmneurons.selectors import CombinedSelector, Readable, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import GroupedItems, ItemStatistics
 from vlmneurons.trust.resampling import check_selector
@@ -40,19 +40,19 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     for name, one in selections.items():
         of_kind(f"selections[{name!r}]", one, Selection, MismatchError)
     names = list(selections)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for n, first in enumerate(names):
         for second in names[n + 1 :]:
             a, b = selections[first], selections[second]
             same = set(a) == set(b)
             for group, other in [(group, group) for group in a] if same else itertools.product(a, b):
-                row = {"first": first, "second": second, "group": group, "second_group": other}
+                row: dict[str, object] = {"first": first, "second": second, "group": group, "second_group": other}
                 row |= {"jaccard": a[group].jaccard(b[other]), "chance": a[group].expected_jaccard(b[other])}
                 rows.append(row)
     return pd.DataFrame(rows, columns=["first", "second", "group", "second_group", "jaccard", "chance"])
 
 
-def relatedness(evidence: Any, selector: Selector) -> "pd.DataFrame":
+def relatedness(evidence: Readable, selector: Selector) -> "pd.DataFrame":
     """Whose neurons resemble whose? For each pair of groups, how alike their sets and their scores are.
 
     Args:
@@ -96,7 +96,7 @@ def relatedness(evidence: Any, selector: Selector) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["first", "second", "jaccard", "chance", "spearman", "profile"])
 
 
-def score_ranks(selector: Selector, evidence: Any) -> np.ndarray | None:
+def score_ranks(selector: Selector, evidence: Readable) -> np.ndarray | None:
     """Standardised ranks of all neurons, ``[group, neuron]``, whose products are rank correlations.
 
     None for combinations of sets, which have no scores.

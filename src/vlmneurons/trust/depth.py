@@ -1,7 +1,7 @@
 """In which layers the neurons of a selection lie, against a uniform choice of as many."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -109,7 +109,7 @@ def layer_profile(
     rows = []
     for group, neurons in selection.items():
         counts, size = counted(neurons), len(neurons)
-        row: dict[str, Any] = {"group": group, "neurons": size}
+        row: dict[str, object] = {"group": group, "neurons": size}
         if size:
             if size not in known:
                 known[size] = generator.multivariate_hypergeometric(sizes, size, uniform, method="marginals")
@@ -129,7 +129,7 @@ def layer_profile(
     return pd.DataFrame(rows)
 
 
-def _gini(counts: np.ndarray) -> Any:
+def _gini(counts: np.ndarray) -> np.ndarray:
     """Gini coefficient of non-negative counts along the last axis."""
     ordered = np.sort(counts, -1)
     n = ordered.shape[-1]
@@ -137,7 +137,7 @@ def _gini(counts: np.ndarray) -> Any:
     return (ordered * weight).sum(-1) / (n * ordered.sum(-1))
 
 
-def _entropy(counts: np.ndarray) -> Any:
+def _entropy(counts: np.ndarray) -> np.ndarray | np.number:
     """Entropy, in nats, of the shares along the last axis."""
     return scipy_stats.entropy(counts, axis=-1)
 

@@ -1,13 +1,13 @@
 """Would chance have given neurons as strong? The whole pipeline, run on shuffled labels."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import SelectionError
-from vlmneurons.selectors import Selector
+from vlmneurons.selectors import Readable, Selector
 from vlmneurons.statistics.items import GroupedItems, Grouping, ItemStatistics
 from vlmneurons.trust.pvalues import benjamini_hochberg, holm
 from vlmneurons.trust.resampling import check_selector, drawn_items
@@ -22,11 +22,11 @@ LEVEL = 0.05
 MOVABLE = 0.5
 """Least share of the pictures that a shuffle must be able to give to other groups."""
 
-Measure = Callable[[Any, Selector], Mapping[str, float]]
+Measure = Callable[[GroupedItems, Selector], Mapping[str, float]]
 """The strength of each group's selection, from (grouped) questions and a selector; higher is stronger."""
 
 
-def selection_strength(evidence: Any, selector: Selector) -> dict[str, float]:
+def selection_strength(evidence: Readable, selector: Selector) -> dict[str, float]:
     """Mean score of each group's selected neurons: what `null_distribution` compares unless told otherwise.
 
     A group for which nothing is selected has ``-inf``, less than any selection.

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import ArchitectureError
-from vlmneurons.model.architectures.inside import Hook, change_input, see_output
+from vlmneurons.model.architectures.inside import Hook, Removable, change_input, see_output
 from vlmneurons.model.architectures.layout import MLPLayout
 
 _IN_ROWS = ("grouped_mm", "batched_mm")
@@ -57,7 +58,7 @@ class Experts:
         self.module = cast(Callable[[], nn.Module], weakref.ref(module))  # which outlives its hooks
         self.layout = layout
         self.visitors: dict[int, Visitor] = {}
-        self.hooks: list[Any] = []
+        self.hooks: list[Removable] = []
         self.undo: list[Callable[[], None]] = []
         self.rows: Rows | None = None
 
@@ -84,7 +85,7 @@ class Experts:
 
     # --- one forward ---
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, object]) -> None:
         self._end()
         given = list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
         implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
@@ -117,7 +118,7 @@ class Experts:
                 "or written; call set_experts_implementation('grouped_mm') on the model that holds them"
             )
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, *_: object) -> None:
         self.rows = None
         while self.undo:
             self.undo.pop()()
@@ -238,12 +239,12 @@ class _Gathered(TorchFunctionMode):
         self.source = source
         self.picked: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def tokens(self, value: Any) -> Tensor | None:
+    def tokens(self, value: object) -> Tensor | None:
         """Which tokens a tensor holds, if it was picked by index."""
         found = self.picked.get(id(value))
         return None if found is None else found[1]
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _INDEXED and (args[0] is self.source or self.source is None):
             parts = args[-1] if isinstance(args[-1], tuple) else (args[-1],)
@@ -266,7 +267,7 @@ class _Watch(_Gathered):
         self.slices: dict[int, tuple[Tensor, str, int | None]] = {}
         self.outputs: dict[str, Tensor] = {}
 
-    def _weight(self, value: Any) -> tuple[str, int | None] | None:
+    def _weight(self, value: object) -> tuple[str, int | None] | None:
         """Which parameter a tensor is, and which expert's slice of it."""
         module, layout = self.experts.module(), self.experts.layout
         for name in filter(None, (layout.down, layout.fused, layout.gate, layout.up)):
@@ -275,7 +276,7 @@ class _Watch(_Gathered):
         found = self.slices.get(id(value))
         return None if found is None else found[1:]
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         factor = self._weight(args[1]) if func in _MULTIPLIED and args[1:] else None
         if factor is not None:
@@ -290,7 +291,7 @@ class _Watch(_Gathered):
             self.slices[id(result)] = (result, *weight)
         return result
 
-    def _product(self, func: Any, args: tuple, kwargs: dict, name: str, expert: int | None) -> Tensor:
+    def _product(self, func: Callable, args: tuple, kwargs: dict, name: str, expert: int | None) -> Tensor:
         experts, layout = self.experts, self.experts.layout
         if name == layout.down:
             if self.points and layout.activation is None and experts.wants("gate"):
@@ -354,7 +355,7 @@ class Routing:
     def __init__(self, block: nn.Module) -> None:
         self.block = cast(Callable[[], nn.Module], weakref.ref(block))  # which outlives its hooks
         self.users = 0
-        self.hooks: list[Any] = []
+        self.hooks: list[Removable] = []
         self.watch: _Gathered | None = None
         self.tokens: dict[int, Tensor] = {}
 
@@ -388,18 +389,18 @@ class Routing:
         """Which tokens the expert is running on."""
         return self.tokens[id(expert)]
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, *_: object) -> None:
         self._end()
         self.watch = _Gathered()
         self.watch.__enter__()
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, *_: object) -> None:
         if self.watch is not None:
             self.watch.__exit__(None, None, None)
         self.watch = None
         self.tokens.clear()
 
-    def _enter(self, expert: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _enter(self, expert: nn.Module, args: tuple, kwargs: Keywords) -> None:
         rows = args[0] if args else next(iter(kwargs.values()))
         tokens = None if self.watch is None else self.watch.tokens(rows)
         if tokens is None or len(tokens) != rows.shape[:-1].numel():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from vlmneurons.checks import Keywords
 from vlmneurons.model.architectures.layout import SPLITS, Expression, MLPLayout, Step, Value
 from vlmneurons.model.architectures.modules import Modules
 from vlmneurons.model.architectures.operations import (
@@ -191,7 +192,7 @@ class Flow:
         base, index = node.args[0], node.args[1]
         return self._chunk(base, index) if isinstance(index, int) else self._slice(base, index)
 
-    def _slice(self, base: fx.Node, index: Any) -> _Source | None:
+    def _slice(self, base: fx.Node, index: object) -> _Source | None:
         """The half of a linear layer's output that ``[..., :half]``, ``[..., ::2]`` and their like give."""
         whole = self._source(base)
         if whole is None or whole.part is not None or not isinstance(index, tuple) or len(index) != 2:
@@ -248,7 +249,7 @@ class Flow:
 
     # --- what nodes depend on ---
 
-    def sources(self, node: Any) -> frozenset[_Source] | None:
+    def sources(self, node: object) -> frozenset[_Source] | None:
         """The linear outputs that a node is an elementwise function of; None if it is of anything else."""
         if not isinstance(node, fx.Node) or _is_setting(node):
             return frozenset()
@@ -267,7 +268,7 @@ class Flow:
                 self._sources[node] = None if None in parts else frozenset().union(*filter(None, parts))
         return self._sources[node]
 
-    def _bend(self, node: Any) -> int:
+    def _bend(self, node: object) -> int:
         """How far an elementwise expression of one source is from a multiple of it.
 
         0: it is one. 1: it is clamped. 2: it is bent evenly to both sides, like tanh, as a soft clamp is. 3: it is bent
@@ -383,14 +384,14 @@ class Flow:
 
     # --- MLPs ---
 
-    def layout(self, down: str, value: Any) -> tuple[MLPLayout, int] | None:
+    def layout(self, down: str, value: object) -> tuple[MLPLayout, int] | None:
         """The MLP whose down projection has this input, and its width; None if there is none to be told for certain."""
         try:
             return self._layout(down, value)
         except _NotElementwise:
             return None
 
-    def _layout(self, down: str, value: Any) -> tuple[MLPLayout, int] | None:
+    def _layout(self, down: str, value: object) -> tuple[MLPLayout, int] | None:
         if not isinstance(value, fx.Node) or self.calls[down] > 1 or self._weighs(down):
             return None
         # Behind casts, dropouts and normalisations, the core of post is a function of one layer's output, or a product
@@ -412,7 +413,7 @@ class Flow:
         return None
 
     def _ungated(
-        self, value: fx.Node, core: fx.Node, gate: fx.Node, source: _Source, common: Mapping[str, Any]
+        self, value: fx.Node, core: fx.Node, gate: fx.Node, source: _Source, common: Keywords
     ) -> tuple[MLPLayout, int] | None:
         nodes = self._source_nodes(gate)
         if source.part is not None or len(nodes) != 1 or self._bend(gate) < 2 or self.calls[source.name] > 1:
@@ -434,7 +435,7 @@ class Flow:
         core: fx.Node,
         branches: list[tuple[fx.Node, _Source]],
         others: list[fx.Node],
-        common: Mapping[str, Any],
+        common: Keywords,
     ) -> tuple[MLPLayout, int] | None:
         # The gate is the branch that is bent more: a clamped or softly clamped one beside it is up. Two that are bent
         # alike cannot be told apart.
@@ -495,7 +496,7 @@ class Flow:
                 raise _NotElementwise
             return Value(known[0])
 
-        def visit(argument: Any) -> Any:
+        def visit(argument: object) -> Any:
             if isinstance(argument, fx.Node):
                 if argument not in places and argument.op in ("placeholder", "output"):
                     raise _NotElementwise
@@ -519,7 +520,7 @@ class Flow:
         return Expression(tuple(steps))
 
 
-def _is_turn(node: Any) -> bool:
+def _is_turn(node: object) -> bool:
     """Whether a node is the transposition of another."""
     if not isinstance(node, fx.Node):
         return False

@@ -9,17 +9,19 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import ArchitectureError, SiteError
 from vlmneurons.model.architectures.experts import Experts, Routing, Visitor
-from vlmneurons.model.architectures.inside import Removal, change_input, change_output, see_input, see_output
+from vlmneurons.model.architectures.inside import Removable, Removal, change_input, change_output, see_input, see_output
 from vlmneurons.model.architectures.layout import MLP, MLPLayout
 
 
 class Handle:
     """Hooks that belong together; `remove` takes them off, and nobody else's. Removing twice does nothing."""
 
-    def __init__(self, handles: Sequence[Any]) -> None:
+    def __init__(self, handles: Sequence[Removable]) -> None:
         self._handles = list(handles)
 
     def remove(self) -> None:
@@ -30,7 +32,7 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -64,7 +66,7 @@ def read(hf_model: nn.Module, mlp: MLP, kind: str, callback: Callable[..., Any])
     if mlp.routed:
         routing, handles = _routing(hf_model, mlp)
 
-        def show(values: Tensor) -> Any:
+        def show(values: Tensor) -> object:
             return callback(values.flatten(0, -2), routing.tokens_of(module))
 
     place = mlp.place(kind)
@@ -150,7 +152,9 @@ def read_experts(hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, c
     return Handle([Removal(experts.add(Visitor(kind, None, callback, False)))])
 
 
-def write_experts(hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, edit: Callable[..., Any]) -> Handle:
+def write_experts(
+    hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, edit: Callable[..., Tensor | None]
+) -> Handle:
     """As `write`, for all experts of one module at once: ``edit(values, experts, tokens)``, as in `read_experts`."""
     _refuse_compiled(hf_model, path)
     experts = Experts.of(hf_model.get_submodule(path), layout)
@@ -169,7 +173,7 @@ def _refuse_compiled(hf_model: nn.Module, path: str) -> None:
             )
 
 
-def _routing(hf_model: nn.Module, mlp: MLP) -> tuple[Routing, list[Any]]:
+def _routing(hf_model: nn.Module, mlp: MLP) -> tuple[Routing, list[Removable]]:
     """What tells the tokens of an expert that is a module of its own in a list."""
     block = hf_model.get_submodule(".".join(mlp.path.split(".")[:-2]))
     routing = Routing.of(block)
@@ -196,8 +200,8 @@ class ComputedGate:
         self.layout = layout
         self.numbers = itertools.count()
         self.edits: dict[int, Callable[[Tensor], Tensor | None]] = {}
-        self.watchers: dict[int, Callable[[Tensor], Any]] = {}
-        self.hooks: list[Any] = []
+        self.watchers: dict[int, Callable[[Tensor], object]] = {}
+        self.hooks: list[Removable] = []
         self.seen: dict[str, Tensor] = {}
         self.served: list[_Served] = []
 
@@ -207,7 +211,7 @@ class ComputedGate:
             raise ArchitectureError(f"post = {self.layout.product} cannot be repeated; write at 'post' instead")
         return self._add(self.edits, edit)
 
-    def see(self, watcher: Callable[[Tensor], Any]) -> Handle:
+    def see(self, watcher: Callable[[Tensor], object]) -> Handle:
         """Shows every gate from now on, as it is used."""
         return self._add(self.watchers, watcher)
 
@@ -235,7 +239,7 @@ class ComputedGate:
             linear = module.get_submodule(name)
             keep = see_output(linear, functools.partial(self._after_linear, name))
 
-            def order(*_: Any, linear: nn.Module = linear, keep: Any = keep) -> None:
+            def order(*_: object, linear: nn.Module = linear, keep: RemovableHandle = keep) -> None:
                 cast(OrderedDict, linear._forward_hooks).move_to_end(keep.id)
                 cast(OrderedDict, down._forward_pre_hooks).move_to_end(last.id, last=False)
 
@@ -261,7 +265,7 @@ class ComputedGate:
         self.served.append(_Served(gate, pre, batcher, rows))
         return gate
 
-    def assign(self, gate: Tensor, pre: Tensor, batcher: Any = None, rows: Any = None) -> None:
+    def assign(self, gate: Tensor, pre: Tensor, batcher: Any = None, rows: object = None) -> None:
         """Puts a trace's gate in place of this forward's; see `serve`."""
         self.served = [one for one in self.served if one.rows != rows]
         self.served.append(_Served(gate, pre, batcher, rows, assigned=True))
@@ -305,7 +309,7 @@ class ComputedGate:
 class _Served:
     """What a trace was served of a computed gate, and whether the model is to go on with it."""
 
-    def __init__(self, gate: Tensor, pre: Tensor, batcher: Any, rows: Any, assigned: bool = False) -> None:
+    def __init__(self, gate: Tensor, pre: Tensor, batcher: Any, rows: object, assigned: bool = False) -> None:
         self.gate, self.batcher, self.rows, self.assigned = gate, batcher, rows, assigned
         # Inference tensors do not count what is written to them.
         self.before = gate.clone() if gate.is_inference() else None
@@ -322,12 +326,12 @@ class _Served:
         return self.gate.requires_grad and self.source == (pre.untyped_storage()._cdata, pre._version)
 
 
-def _first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+def _first(args: tuple, kwargs: Keywords) -> Tensor:
     """The input of a projection, however its caller names it."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _with_first(args: tuple, kwargs: Mapping[str, Any], new: Tensor) -> tuple[tuple, dict[str, Any]]:
+def _with_first(args: tuple, kwargs: Mapping[str, object], new: Tensor) -> tuple[tuple, Keywords]:
     if args:
         return (new, *args[1:]), dict(kwargs)
     name = next(iter(kwargs))

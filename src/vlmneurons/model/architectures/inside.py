@@ -9,13 +9,14 @@ first, a trace reads and writes it next, and what only looks at it sees what the
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from nnsight.intervention.source import STATE, State
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-Before = Callable[[nn.Module, tuple, dict], None]
-After = Callable[[nn.Module, tuple, Any], Any]
+Before = Callable[[nn.Module, tuple, dict], object]
+After = Callable[[nn.Module, tuple, Any], object]
 
 _HOOKS: dict[int, tuple[State, dict[int, tuple[Before | None, After | None]]]] = {}
 """For each of nnsight's states that has hooks (by its id) these, in the order in which they were put on."""
@@ -42,7 +43,7 @@ class _HookedState(State):
         _BODY.__set__(self, value)
 
 
-def _run(hooks: tuple, body: Callable, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run(hooks: tuple, body: Callable, module: nn.Module, *args: object, **kwargs: object) -> object:
     for before, _ in hooks:
         if before is not None:
             before(module, args, kwargs)
@@ -56,24 +57,31 @@ def _run(hooks: tuple, body: Callable, module: nn.Module, *args: Any, **kwargs: 
 class Hook:
     """A forward hook or pre-hook that stays with its model: in a copy of the model it does nothing."""
 
-    def __init__(self, function: Callable[..., Any] | None) -> None:
+    def __init__(self, function: Callable[..., object] | None) -> None:
         self.function = function
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> object:
         return None if self.function is None else self.function(*args)
 
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> "Hook":
+    def __deepcopy__(self, memo: Mapping[int, object]) -> "Hook":
         return Hook(None)
+
+
+@runtime_checkable
+class Removable(Protocol):
+    """A hook that can be taken off, as torch's handles can."""
+
+    def remove(self) -> object: ...
 
 
 class Removal:
     """What takes something off again, as torch's handles do."""
 
-    def __init__(self, remove: Callable[[], Any]) -> None:
+    def __init__(self, remove: Callable[[], object]) -> None:
         self.remove = remove
 
 
-def change_input(module: nn.Module, hook: Callable[[nn.Module, tuple, dict], Any], *, first: bool = False) -> Any:
+def change_input(module: nn.Module, hook: Before, *, first: bool = False) -> RemovableHandle:
     """Calls ``hook(module, args, kwargs)`` before a trace is served the input; what it returns replaces them.
 
     Args:
@@ -84,17 +92,17 @@ def change_input(module: nn.Module, hook: Callable[[nn.Module, tuple, dict], Any
     return module.register_forward_pre_hook(Hook(hook), with_kwargs=True, prepend=first)
 
 
-def see_input(module: nn.Module, hook: Before) -> Any:
+def see_input(module: nn.Module, hook: Before) -> Removable:
     """Calls ``hook(module, args, kwargs)`` with what the module's own code gets, a trace's writes included."""
     return _put_inside(module, hook, None) or change_input(module, hook)
 
 
-def change_output(module: nn.Module, hook: After) -> Any:
+def change_output(module: nn.Module, hook: After) -> Removable:
     """Calls ``hook(module, args, output)`` before a trace is served the output; what it returns replaces it."""
     return _put_inside(module, None, hook) or see_output(module, hook)
 
 
-def see_output(module: nn.Module, hook: After) -> Any:
+def see_output(module: nn.Module, hook: After) -> RemovableHandle:
     """Calls ``hook(module, args, output)`` with what the model goes on with, a trace's writes included."""
     return module.register_forward_hook(Hook(hook))
 

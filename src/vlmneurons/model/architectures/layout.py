@@ -26,7 +26,7 @@ class Step:
     how: str
     target: Callable | str
     arguments: tuple = ()
-    keywords: tuple[tuple[str, Any], ...] = ()
+    keywords: tuple[tuple[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Expression:
     def __call__(self, module: nn.Module, **inputs: Tensor) -> Tensor:
         results: list[Any] = []
 
-        def value(argument: Any) -> Any:
+        def value(argument: object) -> Any:
             if isinstance(argument, Value):
                 return inputs[argument.of] if isinstance(argument.of, str) else results[argument.of]
             return tuple(map(value, argument)) if isinstance(argument, tuple) else argument
@@ -70,7 +70,7 @@ class Expression:
     def inputs(self) -> frozenset[str]:
         """The names of its inputs."""
 
-        def names(argument: Any) -> Iterator[str]:
+        def names(argument: object) -> Iterator[str]:
             if isinstance(argument, Value) and isinstance(argument.of, str):
                 yield argument.of
             elif isinstance(argument, tuple):
@@ -83,7 +83,7 @@ class Expression:
     def __str__(self) -> str:
         results: list[str] = []
 
-        def text(argument: Any) -> str:
+        def text(argument: object) -> str:
             if isinstance(argument, Value):
                 return argument.of if isinstance(argument.of, str) else results[argument.of]
             return f"{argument:g}" if isinstance(argument, float) else str(argument)

@@ -54,7 +54,7 @@ def names_used(kind: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def _comparable(value: Any, numbers: bool) -> Any:
+def _comparable(value: object, numbers: bool) -> object:
     """Equal for settings that mean the same to a forward; objects that we do not know are each their own."""
     if type(value) is int and not numbers:
         return int

@@ -1,7 +1,7 @@
 """torch's operations by what they do to the numbers of an MLP: the vocabulary in which flows are read."""
 
 import operator
-from typing import Any
+from collections.abc import Callable, Container
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def is_clamp_at_zero(node: fx.Node) -> bool:
     return 0 in [bound for bound in (*node.args[1:], *node.kwargs.values()) if not isinstance(bound, fx.Node)]
 
 
-def keeps_straight(node: fx.Node, ours: Any) -> bool:
+def keeps_straight(node: fx.Node, ours: Container[fx.Node]) -> bool:
     """Whether a step leaves multiples of ``ours`` multiples, clamps aside: it shifts, stretches, lays out or casts."""
     if node.target in CLAMPS:
         return not is_clamp_at_zero(node)
@@ -67,7 +67,7 @@ def keeps_straight(node: fx.Node, ours: Any) -> bool:
     return node.target in AFFINE | PASSIVE or node.target is getattr or is_view(node)
 
 
-def mixes_tokens(node: fx.Node, is_weight: Any) -> bool:
+def mixes_tokens(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> bool:
     """Whether a step sums over tokens, as attention does: what comes out is no token's own number.
 
     A product of two matrices does, unless one of them is a weight: then it is a projection of every token.

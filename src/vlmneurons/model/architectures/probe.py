@@ -5,7 +5,6 @@ strongest ones, by a quantile of a normal distribution.
 """
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ class _StandIn(nn.Module):
         )
         self.moved = False
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         self.input, self.output = input, F.linear(input, self.weight) + (self.noise if self.moved else 0)
         return self.output
 
@@ -38,7 +37,7 @@ class _Watch(nn.Module):
         super().__init__()
         self.inner, self.outputs = inner, []
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         self.outputs.append(type(self.inner).forward(self.inner, *args, **kwargs))
         return self.outputs[-1]
 

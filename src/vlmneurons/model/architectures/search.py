@@ -425,9 +425,8 @@ class Search:
 
     def _blocks(self, module: nn.Module, path: str) -> list[Block]:
         blocks = []
-        for name, element in cast(
-            "dict[str, nn.Module]", module._modules
-        ).items():  # named_children would leave out a block that is used twice
+        # named_children would leave out a block that is used twice
+        for name, element in cast("dict[str, nn.Module]", module._modules).items():
             inner = [block for stack in self._scan(element, f"{path}.{name}").values() for block in stack]
             blocks += inner or [self.block(f"{path}.{name}", element)]
         return blocks

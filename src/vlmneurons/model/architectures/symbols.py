@@ -26,13 +26,13 @@ UNNAMED = "_a_tensor_made_on_the_way"
 class _Symbol(fx.Proxy):
     """Stands in for a tensor. Its length is not known, which `*` takes from a TypeError and from nothing else."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> "_Property":
         return _Property(self, name)
 
     def __len__(self) -> int:
         raise TypeError("a symbol has no length")
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
@@ -132,7 +132,7 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)
 
-    def create_arg(self, a: Any) -> Any:
+    def create_arg(self, a: object) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             self.tensor_attrs.setdefault(a, UNNAMED)  # else torch.fx sets an attribute of the user's module
         return super().create_arg(a)
@@ -140,12 +140,12 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not any(True for _ in m.children()) or self.is_step(m)
 
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
         if m in self.inside and self.is_leaf_module(m, ""):  # a module made in forward itself has no name to call it by
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         return type(m).forward(m, *args, **kwargs)  # of the class: what others put on the instance is not ours
 
-    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple:
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: object = None) -> tuple:
         """Symbols for the arguments that must be given, and if asked for those that are None if not given."""
         positional, named = [], {}
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmneurons.checks import JSON, Keywords
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.vlm import VLM
@@ -68,7 +69,7 @@ class VLLMEngine(Engine):
         return {} if self.server.weights is None else {"weights": self.server.weights}
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JSON:
         """Where the model ran."""
         self.server.start()
         return {"engine": self.name, "tensor_parallel_size": self.server.ranks, "device": self.server.device}
@@ -122,7 +123,7 @@ class VLLMEngine(Engine):
             )
         return encoded
 
-    def count(self, questions: QuestionSet, encoded: Any, counting: Counting) -> Reading:
+    def count(self, questions: QuestionSet, encoded: object, counting: Counting) -> Reading:
         """See `Engine.count`."""
         asked = _Asked(self, questions, encoded)
         batch, rows = asked.batch, asked.first_rows
@@ -147,7 +148,7 @@ class VLLMEngine(Engine):
             counting.take(counts, {})
         return asked.reading(outputs)
 
-    def answers(self, questions: QuestionSet, encoded: Any, runs: Sequence[Run]) -> Iterator[Reading]:
+    def answers(self, questions: QuestionSet, encoded: object, runs: Sequence[Run]) -> Iterator[Reading]:
         """See `Engine.answers`; all runs are one queue, a question's together, so that its picture is seen once."""
         asked = _Asked(self, questions, encoded)
         masks = [0 if run.ablation is None else self._mask_of(run.ablation) for run in runs]
@@ -185,7 +186,7 @@ class VLLMEngine(Engine):
 class _Asked:
     """A batch of questions as requests, and the answers that are read of what comes back."""
 
-    def __init__(self, engine: VLLMEngine, questions: QuestionSet, encoded: Any) -> None:
+    def __init__(self, engine: VLLMEngine, questions: QuestionSet, encoded: object) -> None:
         self.engine, self.questions, self.encoded = engine, questions, encoded
         self.reader, model = engine.reader, engine.model
         self.requests: list[Request] = []
@@ -263,11 +264,11 @@ class _Asked:
         return reading if some is None else reading.of_rows(some)
 
 
-def _prompt(model: VLM, questions: QuestionSet, item: Question) -> dict[str, Any]:
+def _prompt(model: VLM, questions: QuestionSet, item: Question) -> Keywords:
     """A question as vLLM takes it: tokens whose placeholders it expands itself, and pictures."""
     with TOKENIZING:  # the next batch may be encoded meanwhile
         ids = model.encoder.token_ids(model.encoder.prompt_of(questions, item))
-    prompt: dict[str, Any] = {"prompt_token_ids": ids}
+    prompt: Keywords = {"prompt_token_ids": ids}
     if item.n_images:
         prompt["multi_modal_data"] = {"image": list(item.load_images())}
     return prompt

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vlmneurons.checks import Keywords, Wire
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.digests import digest_of_bytes
 from vlmneurons.model.vlm import VLM
@@ -82,7 +83,7 @@ class Request:
         generate: how many tokens are generated at most, and at which they end.
     """
 
-    prompt: Mapping[str, Any]
+    prompt: Keywords
     ids: Sequence[int]
     mask: int = 0
     tokens: Sequence[int] = ()
@@ -96,7 +97,7 @@ class Server:
 
     name_or_path: str
     revision: str | None
-    options: dict[str, Any]
+    options: Keywords
     widths: list[int]
     dtype: str
     name: str = field(init=False)
@@ -154,7 +155,7 @@ class Server:
         """Start vLLM, if it does not run; see `llm`."""
         _ = self.llm
 
-    def ask(self, requests: Sequence[Request]) -> list[Any]:
+    def ask(self, requests: Sequence[Request]) -> Wire:
         """Run requests; what vLLM gives for each, in order.
 
         Raises:
@@ -163,7 +164,7 @@ class Server:
         SamplingParams = importlib.import_module("vllm").SamplingParams
         prompts, params = [], []
         for one in requests:
-            told: dict[str, Any] = {"mask": one.mask}
+            told: Keywords = {"mask": one.mask}
             if one.count is not None:
                 told |= {"row": one.count[0], "counted": list(one.count[1])}
             most, ends = one.generate
@@ -205,7 +206,7 @@ class Server:
 
     def counted(
         self, requests: Sequence[Request], rows: int, sites: Sequence[tuple[int, str]], totals: bool, maxima: bool
-    ) -> tuple[list[Any], list[dict[str, torch.Tensor]]]:
+    ) -> tuple[Wire, list[dict[str, torch.Tensor]]]:
         """Run requests, counting; the outputs, and for each site its tables ``[row, …]``.
 
         Raises:
@@ -274,7 +275,7 @@ class Server:
         self._proved.add(pictures)
 
 
-def payload(columns: np.ndarray, factor: float, terms: np.ndarray | None = None) -> list[Any]:
+def payload(columns: np.ndarray, factor: float, terms: np.ndarray | None = None) -> Wire:
     """What is done to some neurons of a layer, in bytes: each is multiplied, and then something is added to it.
 
     Args:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmneurons.checks import Keywords, Wire
 from vlmneurons.statistics.counting import count_patches
 
 _ON_CPU = importlib.import_module("vllm.platforms").current_platform.is_cpu()
@@ -34,7 +35,7 @@ class Worker(_BASE):
     _step: "_Step | None" = None
     _counting: "_Counting | None" = None
 
-    def vn_begin(self, widths: list[int]) -> list[Any]:
+    def vn_begin(self, widths: list[int]) -> Wire:
         """Put the hooks into the model; what it is.
 
         Args:
@@ -80,7 +81,7 @@ class Worker(_BASE):
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
-    def vn_count(self, rows: int, sites: list[list[Any]], totals: bool, maxima: bool) -> None:
+    def vn_count(self, rows: int, sites: list[Wire], totals: bool, maxima: bool) -> None:
         """Begin to count.
 
         Args:
@@ -91,7 +92,7 @@ class Worker(_BASE):
         """
         self._counting = _Counting(rows, sites, totals, maxima, self.device)
 
-    def vn_counts(self) -> list[Any]:
+    def vn_counts(self) -> Wire:
         """Stop counting.
 
         Returns:
@@ -120,7 +121,7 @@ class Worker(_BASE):
 
     # -- edits ---------------------------------------------------------------------------------------------------------
 
-    def vn_masks(self, masks: list[dict[str, list[Any]]]) -> None:
+    def vn_masks(self, masks: list[dict[str, Wire]]) -> None:
         """Take the masks that requests are under from now on: request 0 under none, others under the mask before it.
 
         Args:
@@ -143,7 +144,7 @@ class Worker(_BASE):
             plus = terms.to(self.device, dtype) if terms.any() else None
             self._masks[layer] = (times, plus) if plus is not None or (factors != 1).any() else None
 
-    def _see_post(self, layer: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _see_post(self, layer: int, args: tuple) -> tuple | None:
         step = self._step
         if step is None:
             return None
@@ -165,13 +166,13 @@ class Worker(_BASE):
 
     # -- what a proof looks at -----------------------------------------------------------------------------------------
 
-    def vn_seen(self) -> list[Any]:
+    def vn_seen(self) -> Wire:
         """Since the last call: tokens that each layer edited; sums of magnitudes and squares of the pictures."""
         seen = [self._edited, self._pixels]
         self._edited, self._pixels = [0] * len(self._edited), []
         return seen
 
-    def _see_pixels(self, given: dict[str, Any]) -> None:
+    def _see_pixels(self, given: Keywords) -> None:
         for name, value in given.items():
             for one in value if isinstance(value, list | tuple) else [value]:
                 if name.startswith("pixel_values") and isinstance(one, Tensor):
@@ -183,12 +184,12 @@ class _Step:
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        self._spans: list[tuple[dict[str, Any], int, int, int]] | None = None
+        self._spans: list[tuple[Keywords, int, int, int]] | None = None
         self._rows: Tensor | None = None
         self._counted: tuple[list[int], Tensor, Tensor] | None = None
 
     @property
-    def spans(self) -> list[tuple[dict[str, Any], int, int, int]]:
+    def spans(self) -> list[tuple[Keywords, int, int, int]]:
         """Of each request in order: what it says, its place in the step, how many tokens, and of which place on."""
         if self._spans is None:  # asked for by a hook: by then the runner has laid the step out
             batch, starts = self.runner.input_batch, self.runner.query_start_loc.np
@@ -235,7 +236,7 @@ class _Step:
 class _Counting:
     """Tables of counts, filled step by step."""
 
-    def __init__(self, rows: int, sites: list[list[Any]], totals: bool, maxima: bool, device: Any) -> None:
+    def __init__(self, rows: int, sites: list[Wire], totals: bool, maxima: bool, device: Any) -> None:
         self.rows, self.totals, self.maxima, self.device = rows, totals, maxima, device
         self.seen = [0] * rows
         self.tables: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(sites))}
@@ -243,7 +244,7 @@ class _Counting:
         self._sites: dict[int, list[tuple[int, str]]] = {}
         for number, (layer, kind) in enumerate(sites):
             self._sites.setdefault(layer, []).append((number, kind))
-        self._scratch: dict[Any, Any] = {}
+        self._scratch: dict = {}
 
     def of_layer(self, layer: int) -> list[tuple[int, str]]:
         """Number and kind of the sites of a layer."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
+from vlmneurons.checks import Keywords
 from vlmneurons.testing.tiny import paper as _paper
 from vlmneurons.testing.tiny.configs import _EYE, _TEXT, CONFIGS  # noqa: F401
 from vlmneurons.testing.tiny.paper import LLAVA_MISTRAL_TEMPLATE, _llava_next  # noqa: F401
@@ -90,7 +91,7 @@ def tiny_inputs(name: str) -> dict[str, torch.Tensor]:
     """
     _, processor = tiny_model(name)
     question, template = "Which dish is this?\nA. Tea\nB. Rice", tiny_template(name)
-    turn: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    turn: Keywords = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     if template is None:
         text = processor.apply_chat_template([turn], add_generation_prompt=True)
     else:
@@ -112,7 +113,7 @@ def _from_config(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     return _finish(model, processor.tokenizer), processor
 
 
-def _with_image_outputs(_: nn.Module, args: Any, output: Any) -> None:
+def _with_image_outputs(_: nn.Module, args: object, output: Any) -> None:
     """Gives Llama 4's text output what its caller reads there: without it transformers 5.24.0 runs no Llama 4 at all.
 
     `Llama4ForConditionalGeneration.forward` reads ``image_outputs`` of what its text model gives, which never has it.

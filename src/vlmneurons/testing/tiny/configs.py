@@ -3,7 +3,7 @@
 The ids of special tokens are the same in all: `_tokenizers` puts each family's own tokens there.
 """
 
-from typing import Any
+from vlmneurons.checks import Keywords
 
 _TEXT = {
     "vocab_size": 640,
@@ -57,7 +57,7 @@ _COHERE = {**_TEXT, "sliding_window": 16, "layer_types": ["sliding_attention", "
 _GLM_TEXT = {**_TEXT, "rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0}}
 _PLAIN_EYE = {**_EYE, "vision_use_head": False}
 
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, Keywords] = {
     "llava": {
         "text_config": {**_TEXT, "model_type": "llama"},
         "vision_config": {**_EYE, "model_type": "clip_vision_model"},

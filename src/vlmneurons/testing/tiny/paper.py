@@ -2,8 +2,9 @@
 
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from vlmneurons.checks import Keywords
 from vlmneurons.testing.tiny.parts import finish, text_config, tiny_tokenizer
 
 LLAVA_MISTRAL_TEMPLATE = (
@@ -37,7 +38,9 @@ QWEN_TEMPLATE = (
 )
 
 
-def _llava_next(tokenizer: PreTrainedTokenizerFast, text_config: Any, template: str) -> tuple[Any, Any]:
+def _llava_next(
+    tokenizer: PreTrainedTokenizerFast, text_config: Any, template: str
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     from transformers import (
         CLIPVisionConfig,
         LlavaNextConfig,
@@ -70,7 +73,7 @@ def _llava_next(tokenizer: PreTrainedTokenizerFast, text_config: Any, template: 
     return finish(LlavaNextForConditionalGeneration(config), tokenizer), processor
 
 
-def llava_next_mistral() -> tuple[Any, Any]:
+def llava_next_mistral() -> tuple[PreTrainedModel, ProcessorMixin]:
     """As llava-hf/llava-v1.6-mistral-7b-hf."""
     from transformers import MistralConfig
 
@@ -86,7 +89,7 @@ def llava_next_mistral() -> tuple[Any, Any]:
     return _llava_next(tokenizer, MistralConfig(**text_config(tokenizer, sliding_window=None)), LLAVA_MISTRAL_TEMPLATE)
 
 
-def llava_next_qwen2() -> tuple[Any, Any]:
+def llava_next_qwen2() -> tuple[PreTrainedModel, ProcessorMixin]:
     """As neulab/Pangea-7B-hf."""
     from transformers import Qwen2Config
 
@@ -111,7 +114,7 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> Keywords:
     names = {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
@@ -121,7 +124,7 @@ def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
 
 
-def qwen2_5_vl() -> tuple[Any, Any]:
+def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     """As Qwen/Qwen2.5-VL-7B-Instruct."""
     from transformers import (
         Qwen2_5_VLConfig,

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from vlmneurons.checks import Keywords
+
 _WORDS = (
     "the of is in this which what on image picture question answer options option letter with from given choices "
     "directly single word food dish place name user assistant you are helpful country city people"
@@ -72,7 +74,7 @@ def draw_weights(model: nn.Module) -> None:
             parameter.add_(noise * 0.1)
 
 
-def text_config(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> dict[str, Any]:
+def text_config(tokenizer: PreTrainedTokenizerFast, **changes: object) -> Keywords:
     """Settings shared by the small decoders: 4 layers of 64 neurons, grouped-query attention, an untied head."""
     return {
         "vocab_size": 8 * -(-len(tokenizer) // 8),
