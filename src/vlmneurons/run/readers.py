@@ -654,14 +654,14 @@ class Generate(AnswerReader[Batch]):
         return Reading(tuple(chosen), None, texts)
 
 
-def _decoded(model: "VLM", ids: Sequence[Sequence[int]]) -> tuple[str, ...]:
+def _decoded(model: "VLM", ids: Sequence[Sequence[int]] | Tensor) -> tuple[str, ...]:
     """Generated tokens as texts without special tokens, but with the tags between a thought and the answer."""
     tokenizer = model.tokenizer
     special = set(tokenizer.all_special_ids)
     tags = {number for number in special if THOUGHT.fullmatch(str(tokenizer.convert_ids_to_tokens(number)))}
     with TOKENIZING:
         if not tags:
-            return tuple(tokenizer.batch_decode(ids, skip_special_tokens=True))
+            return tuple(tokenizer.batch_decode([[int(number) for number in row] for row in ids], skip_special_tokens=True))
         kept = [[number for number in row if number not in special - tags] for row in ids]
         return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
 

@@ -408,9 +408,9 @@ class _Pass:
         sizes = [len(self.rows[number].computed) for number in self.tiles]
         if tokens is None:
             each = len(values) // sum(sizes)  # some models flatten rows and tokens
-            parts = values.split([each * size for size in sizes])
-            for tile, edit in here:
-                edit(parts[tile])
+            starts = [each * start for start in itertools.accumulate(sizes, initial=0)]
+            for tile, edit in here:  # a slice, unlike a part of a split, may be written to where gradients are kept
+                edit(values[starts[tile] : starts[tile + 1]])
         else:  # an expert sees some tokens of each tile
             ends = torch.tensor(sizes, device=tokens.device).cumsum(0) * self.length
             owner = torch.bucketize(tokens, ends, right=True)

@@ -113,7 +113,7 @@ class VLLMEngine(Engine):
             if item.sounds or item.videos:
                 raise QuestionError(f"question {item.id!r}: engine='vllm' takes pictures; run the model here")
         encoded = super().encode(questions)
-        batch = encoded if isinstance(encoded, Batch) else encoded.batch
+        batch = _batch_of(encoded)
         more = self.reader.max_new_tokens if isinstance(self.reader, Generate) else 1
         longest = int(batch.tokens.attention.sum(1).amax()) + more
         if longest > self.server.longest:
@@ -183,6 +183,13 @@ class VLLMEngine(Engine):
         return self._number[name]
 
 
+def _batch_of(encoded: object) -> Batch:
+    """The batch that a reader encoded, by itself or with what it keeps beside it."""
+    batch = encoded if isinstance(encoded, Batch) else getattr(encoded, "batch", None)
+    assert isinstance(batch, Batch)
+    return batch
+
+
 class _Asked:
     """A batch of questions as requests, and the answers that are read of what comes back."""
 
@@ -196,7 +203,7 @@ class _Asked:
         """The requests that show a question and nothing after it, and which one."""
         prompts = [_prompt(model, questions, item) for item in questions]
         if isinstance(self.reader, Generate):
-            self.batch: Batch = encoded
+            self.batch: Batch = _batch_of(encoded)
             self.first_rows = list(range(len(questions)))
             settings = self.reader.settings(model)
             ends = settings.get("eos_token_id", ())
