@@ -526,7 +526,7 @@ def test_an_argument_of_a_wrong_kind_is_refused_by_what_reads_a_recording(record
 
 STUDIED = {
     "confidence of text": (lambda r: r.summary(confidence="x"), "confidence is a number; got 'x'"),
-    "no value": (lambda r: r.summary(value="score"), "value='score' is not among those that effects are"),
+    "no value": (lambda r: r.summary(value="grade"), "value='grade' is not among those that effects are"),
     "-1 sign flips": (lambda r: r.summary(permutations=-1), "permutations -1 is less than 0"),
     "no seed": (lambda r: r.summary(seed=None), "seed is a whole number; got None"),
     "pairs' confidence": (lambda r: r.pairs("x", confidence=95), r"confidence 95 is outside \(0, 1\)"),

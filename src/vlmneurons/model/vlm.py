@@ -365,7 +365,8 @@ class VLM:
     def site(self, name: Site | str) -> Tensor:
         """The value of a site by its name, inside a trace: ``model.site("language.layers.3.mlp.gate")``.
 
-        Assign with ``model.set_site(name, value)``; editing the value in place works as well.
+        It is ``[row, token, neuron]``, or what the model's own code has there. Assign with
+        ``model.set_site(name, value)``; editing the value in place works as well.
 
         Args:
             name: a `Site`, or its name.

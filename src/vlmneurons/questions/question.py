@@ -208,7 +208,10 @@ class Question:
 
     @property
     def sources(self) -> tuple[PictureSource | SoundSource | VideoSource, ...]:
-        """Where all that is shown and heard comes from: pictures, sounds, videos."""
+        """Where all that is shown and heard comes from: pictures, sounds, videos.
+
+        Arrays are ``[sample]`` of sounds and ``[frame, height, width, channel]`` of videos.
+        """
         return (*self.pictures, *self.sounds, *self.videos)
 
     @property

@@ -659,10 +659,11 @@ def _decoded(model: "VLM", ids: Sequence[Sequence[int]] | Tensor) -> tuple[str, 
     tokenizer = model.tokenizer
     special = set(tokenizer.all_special_ids)
     tags = {number for number in special if THOUGHT.fullmatch(str(tokenizer.convert_ids_to_tokens(number)))}
+    rows = [[int(number) for number in row] for row in ids]
     with TOKENIZING:
         if not tags:
-            return tuple(tokenizer.batch_decode([[int(number) for number in row] for row in ids], skip_special_tokens=True))
-        kept = [[number for number in row if number not in special - tags] for row in ids]
+            return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
+        kept = [[number for number in row if number not in special - tags] for row in rows]
         return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
 
 

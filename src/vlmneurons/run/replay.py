@@ -197,7 +197,7 @@ class _Rows:
         wanted: for each of the batch's rows that meet its mask, where among the tile's tokens its wanted positions are.
     """
 
-    computed: Int64[Tensor, " row"]
+    computed: Int64[Tensor, " computed"]
     wanted: Int64[Tensor, "row position"]
 
 

@@ -129,7 +129,7 @@ def layer_profile(
     return pd.DataFrame(rows)
 
 
-def _gini(counts: np.ndarray) -> np.ndarray:
+def _gini(counts: np.ndarray) -> np.ndarray | np.number:
     """Gini coefficient of non-negative counts along the last axis."""
     ordered = np.sort(counts, -1)
     n = ordered.shape[-1]
