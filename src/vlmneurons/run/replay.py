@@ -640,7 +640,7 @@ class _Narrowing:
         return wide.scatter_(1, self._index_for(output)[..., None].expand_as(output), output)
 
 
-def _at(values: Float[Tensor, "row token width"], index: Int64[Tensor, "row position"]) -> Tensor:
+def _at(values: Float[Tensor, "computed token width"], index: Int64[Tensor, "row position"]) -> Tensor:
     """Values at some places among the tokens of all rows: ``[row, position, width]``."""
     return values.flatten(0, 1)[index.to(values.device)]
 
