@@ -34,7 +34,7 @@ def drawn_result(seed: int, scores: bool = False) -> KnockoutResult:
     masks += [Mask(setting_name("CAS", "r", 0.001), 0, group, 2) for group in names[:1]]
     answers = random.integers(0, 4, n)
     strength = random.choice([0.02, 0.1, 0.4])
-    picture = {name: random.random() for name in set(pictures)}
+    picture = {name: random.random() for name in sorted(set(pictures))}
     fragile = np.array([picture[name] for name in pictures])
     rows = [np.where(random.random(n) < 0.7, answers, (answers + 1) % 4)]
     for mask in masks:
