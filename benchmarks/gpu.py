@@ -24,6 +24,7 @@ from typing import Any
 import knockout
 import measure
 import numpy as np
+import overhead
 import torch
 from PIL import Image
 
@@ -85,14 +86,15 @@ def qwen(device: torch.device, small: bool) -> vn.VLM:
         "intermediate_size": 18_944 // part,
         "num_hidden_layers": layers,
         "layer_types": ["full_attention"] * layers,
-        "num_attention_heads": 28 // part * 2 if small else 28,
-        "num_key_value_heads": 4 // part or 2,
+        "num_attention_heads": 7 if small else 28,
+        "num_key_value_heads": 1 if small else 4,
         "vocab_size": 152_064 // part,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [8, 12, 12] if small else [16, 24, 24],
+        },
     }
-    if small:
-        text |= {"num_attention_heads": 7, "num_key_value_heads": 1}
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
     vision = {
         "hidden_size": 1280 // part,
         "intermediate_size": 3420 // part,
@@ -252,35 +254,25 @@ def identity(model: vn.VLM, device: torch.device) -> None:
         print(f"  {name:<28} {min(taken):.2f} s, {size / 2**30 / min(taken):.1f} GiB/s of {size / 2**30:.2f} GiB")
 
 
-def overhead(model: vn.VLM, asked: vn.QuestionSet, rounds: int, findings: Findings) -> None:
+def beside(model: vn.VLM, asked: vn.QuestionSet, rounds: int, findings: Findings) -> None:
     """What stands beside the plain forward, in time and memory; and how often the host waits for the card."""
     device, space = findings.device, model.space()
     batch = reader_of(asked.answer).encode(model, asked)
     inputs = {**batch, "use_cache": False, "logits_to_keep": 1}
     neurons = next(iter(random_selection(space, ["x"], 0.005).values()))
-    counts: dict[int, torch.Tensor] = {}
 
     def plain() -> None:
         model.hf(**inputs)
-
-    def hooks() -> None:
-        handles = []
-        for number, layer in enumerate(model.hf.model.language_model.layers):
-
-            def hook(module: Any, args: Any, output: torch.Tensor, number: int = number) -> None:
-                counts[number] = counts.get(number, 0) + (output > 0).sum((0, 1))
-
-            handles.append(layer.mlp.act_fn.register_forward_hook(hook))
-        plain()
-        for handle in handles:
-            handle.remove()
 
     contexts = {
         "vlmneurons, Recorder": vn.Recorder(model, space),
         "vlmneurons, zero ablation": vn.Ablation(model, neurons),
         "vlmneurons, scaling at gate": vn.Ablation(model, neurons, mode="scale", factor=0.5, at="gate"),
     }
-    variants: dict[str, Callable[[], Any]] = {"plain (control)": plain, "plain hooks, (x > 0).sum": hooks}
+    variants: dict[str, Callable[[], Any]] = {
+        "plain (control)": plain,
+        "plain hooks, (x > 0).sum": overhead.plain_hooks(model.hf, inputs),
+    }
     variants |= {name: Within(context, plain, device) for name, context in contexts.items()}
     print(f"  batch of {len(asked)} x {batch['input_ids'].shape[1]} tokens; {rounds} interleaved rounds")
     with torch.inference_mode():
@@ -447,7 +439,7 @@ def main() -> None:
         n_masks, loops = (5, 1) if given.small else (25, 1)
         parts = {
             "Identity": lambda model: identity(model, device),
-            "Beside the forward": lambda model, few=few: overhead(model, few, rounds, findings),
+            "Beside the forward": lambda model, few=few: beside(model, few, rounds, findings),
             "Counting": lambda model, few=few: counting(model, few, findings),
             "Recording": lambda model, asked=asked, batch=batch: recording(model, asked[:48], batch),
             "Masks": lambda model, asked=asked, sizes=(batch, n_masks, loops): masks(model, asked, *sizes, device),

@@ -197,6 +197,16 @@ def compare(found: Tensor, expected: Mapping[int, Tensor], space: vn.NeuronSpace
     return off
 
 
+def counts_alone(bare: nn.Module, rows: "Rows", mlps: Sequence[MLP]) -> list[dict[int, Tensor]]:
+    """What plain hooks see of each row alone."""
+    expected = []
+    for row in range(N_ROWS):
+        with plain_counts(bare, mlps) as counts:
+            bare(**rows.alone(row))
+        expected.append(counts)
+    return expected
+
+
 @torch.no_grad()
 def counts_by_row(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> dict[str, Any]:
     """Counts of a tower that sees the text's tokens: five rows in one batch, padded on either side, and one by one.
@@ -205,11 +215,7 @@ def counts_by_row(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> d
         ``rows``, ``counts`` in all, and ``off``: how many of these differ from what plain hooks see of rows alone.
     """
     mlps, space = model.towers[tower].mlps, model.space(tower, "post")
-    expected = []
-    for row in range(N_ROWS):
-        with plain_counts(bare, mlps) as counts:
-            bare(**rows.alone(row))
-        expected.append(counts)
+    expected = counts_alone(bare, rows, mlps)
     off, ways = 0, {side: rows.together(side) for side in rows.sides}
     for side, batch in ways.items():
         recorder = vn.Recorder(model, space, tokens=lambda table: table.attention)
@@ -229,11 +235,7 @@ def counts_by_row(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> d
 def counts_by_question(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> dict[str, Any]:
     """Counts of a tower that sees pictures, by question, in batches of five and of one."""
     mlps, space = model.towers[tower].mlps, model.space(tower, "post")
-    expected = []
-    for row in range(N_ROWS):
-        with plain_counts(bare, mlps) as counts:
-            bare(**rows.alone(row))
-        expected.append(counts)
+    expected = counts_alone(bare, rows, mlps)
     off = 0
     for size in (N_ROWS, 1):
         found = vn.record(model, rows.questions, space, condition="all", batch_size=size, progress=False)

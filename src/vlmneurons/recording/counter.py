@@ -153,10 +153,9 @@ class Counter:
         self.strict = True
         self.frame: Frame | None = None
         self._watched: Frame | None = None
-        self._scratch: dict = {}
+        self._scratch: dict[int, dict] = {}
+        """What the sites of a forward share, for each rule."""
         self._bad: list[tuple[int, Tensor]] = []
-        self._further: dict[int, dict] = {}
-        """What sites share, of each rule beside the first."""
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
@@ -187,7 +186,6 @@ class Counter:
             OWNERS.give(hf)
             self.forget()
             self._scratch.clear()
-            self._further.clear()
 
     def _begin_watched(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.
@@ -212,7 +210,7 @@ class Counter:
 
     def _how(self, number: int, rule: int = 0) -> Keywords:
         strict = self.strict or number == self._sentinel
-        scratch = self._scratch if rule == 0 else self._further.setdefault(rule, {})
+        scratch = self._scratch.setdefault(rule, {})
         return {"totals": self.magnitudes, "maxima": self.maxima, "scratch": scratch, "strict": strict}
 
     def _masks(self, frame: Frame) -> tuple[Tensor, ...]:
@@ -372,7 +370,7 @@ class Counter:
             state.clear()
         self.frame = self._watched = None
         self._bad.clear()
-        for scratch in (self._scratch, *self._further.values()):
+        for scratch in self._scratch.values():
             for name in [name for name in scratch if isinstance(name, tuple)]:
                 del scratch[name]
 

@@ -98,10 +98,10 @@ def record_items(
     questions = to_ask(questions, answer, "to record")
     whole = path_of("folder", folder, MismatchError)
     engine = engine_of(model, questions, remote)
-    statistics = _named(statistic)
+    named = _named(statistic)
     if isinstance(tokens, Mapping):
         raise QuestionError("token rules by name are groups of vn.record; record the questions of each rule by itself")
-    counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes, maxima=maxima, statistics=statistics)
+    counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes, maxima=maxima, statistics=named)
     setting = setting_of_run(model, tokens=tokens, questions=questions, engine=engine)
     about = run_provenance(model, setting, tokens=tokens, questions=questions, engine=engine)
     processes = options.processes
@@ -110,9 +110,9 @@ def record_items(
         *["reached"] * _uneven(counter),
         *["total"] * counter.magnitudes,
         *["maximum"] * counter.maxima,
-        *statistics,
+        *named,
     ]
-    identified = {name: digest_of_code(function) for name, function in statistics.items()}
+    identified = {name: digest_of_code(function) for name, function in named.items()}
 
     lengths = functools.partial(model.encoder.length, questions) if by_length else None
     dealt = options.dealt(lambda: [item.id for item in share_of(questions, options.batch_size, processes, lengths)])

@@ -112,10 +112,10 @@ def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Eng
     check_model(model)
     refuse_unobeyed(model)
     reader = reader_of(questions.answer)
-    if model.engine == "vllm" and remote is not False:
-        raise MismatchError(f"remote={remote!r}: this model is held by engine='vllm', and runs there")
     if model.engine != "vllm":
         refuse_unknown(model, remote)
+    elif remote is not False:
+        raise MismatchError(f"remote={remote!r}: this model is held by engine='vllm', and runs there")
     reader.check(questions)
     if model.engine == "vllm":
         from vlmneurons.run.vllm.engine import VLLMEngine

@@ -19,7 +19,7 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
-from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading
+from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, reads_logits
 from vlmneurons.run.replay import CannotReplay, Structure, replayed
 
 
@@ -44,7 +44,7 @@ def read_masked(
     """
     shared = [one for one in ablations if all(site.tower == "language" for site in one._edits)]
     readings = iter(())
-    if isinstance(reader, LogitReader) and type(reader).read is LogitReader.read and len(shared) > 1:
+    if reads_logits(reader) and len(shared) > 1:
         readings = _read_shared(model, reader, questions, encoded, shared)
     for ablation in ablations:
         reading = next(readings, None) if ablation in shared else None
@@ -156,7 +156,7 @@ def _tiles(
     Raises:
         CannotReplay: that cannot be.
     """
-    if not isinstance(reader, LogitReader) or type(reader).read is not LogitReader.read:
+    if not reads_logits(reader):
         raise CannotReplay("the reader runs the model in a way of its own")
     wanted = reader.wants(encoded)
     known = [wanted.rows_of([row]) for row in range(len(questions))]
@@ -200,7 +200,7 @@ def _by_row(
         CannotReplay: that cannot be.
     """
     owners: list[int] = list(range(len(questions)))
-    if isinstance(reader, LogitReader) and type(reader).read is LogitReader.read:
+    if reads_logits(reader):
         wanted = reader.wants(encoded)
         of_rows = {row: place for place in owners for row in wanted.rows_of([place]) or ()}
         if len(of_rows) < len(wanted.positions):

@@ -10,7 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -255,6 +255,11 @@ class Wanted:
         owners = self.owners if self.owners is not None else self.questions if alone else None
         wanted = set(questions)
         return None if owners is None else [row for row, owner in enumerate(owners) if owner in wanted]
+
+
+def reads_logits(reader: AnswerReader) -> TypeGuard[LogitReader]:
+    """Whether the logits of one forward are all that a reader needs: a subclass may run the model in its own way."""
+    return isinstance(reader, LogitReader) and type(reader).read is LogitReader.read
 
 
 def names_its_tokens(reader: LogitReader) -> bool:

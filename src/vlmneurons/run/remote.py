@@ -27,13 +27,13 @@ from vlmneurons.run.editing import edit_columns
 from vlmneurons.run.engine import Counting, Counts, Engine, Run, need_plain_counts
 from vlmneurons.run.readers import (
     AnswerReader,
-    LogitReader,
     Reading,
     Wanted,
     forward_inputs,
     names_its_tokens,
     places_of,
     reading_of_shares,
+    reads_logits,
 )
 from vlmneurons.statistics import counting as counting_functions
 from vlmneurons.statistics.counting import count_patches, count_tokens
@@ -76,7 +76,7 @@ class RemoteEngine(Engine):
     """
 
     def __init__(self, model: VLM, reader: AnswerReader, remote: Remote) -> None:
-        if not isinstance(reader, LogitReader) or type(reader).read is not LogitReader.read:
+        if not reads_logits(reader):
             raise QuestionError(
                 f"remote={remote!r}: a remote run is one forward, and {reader!r} needs more; read answers by "
                 "answer='letters' or answer='text', or run the model here"

@@ -6,8 +6,9 @@ corrected over the models. Models may have been asked different questions: what 
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,8 +91,8 @@ class Comparison:
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few`` (see `KnockoutResult.summary`), and
         ``p``, ``cross_p`` and ``gap_p``, each with ``_holm``: corrected over the models.
         """
-        rows = self._by_model(lambda summary: summary.loc[summary["group"] == "all"])
-        groups = self._by_model(lambda summary: summary.loc[summary["group"] != "all"])
+        whole = self._summaries["group"] == "all"
+        rows, groups = self._summaries.loc[whole], self._summaries.loc[~whole]
         counts = (
             cast(pd.Series, groups.groupby(["selector", "model"], sort=False).size()).rename("groups").reset_index()
         )
@@ -111,7 +112,8 @@ class Comparison:
         (corrected over the models that have the group), ``models`` (how many have it) and ``harmed`` (how many of them
         have a self effect below zero with ``p_holm`` below .05).
         """
-        rows = _corrected(self._by_model(lambda one: one.loc[one["group"] != "all"]), ["selector", "group"], ("p",))
+        summaries = self._summaries
+        rows = _corrected(summaries.loc[summaries["group"] != "all"], ["selector", "group"], ("p",))
         rows["models"] = rows.groupby(["selector", "group"])["model"].transform("size")
         rows["found"] = (rows["self_effect"] < 0) & (rows["p_holm"] < 0.05)
         rows["harmed"] = rows.groupby(["selector", "group"])["found"].transform("sum")
@@ -188,13 +190,14 @@ class Comparison:
 
         return write_comparison(self, folder, main=main, title=title)
 
-    def _by_model(self, rows: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
-        """Some rows of every model's summary, selector by selector."""
+    @cached_property
+    def _summaries(self) -> pd.DataFrame:
+        """Every model's summary, selector by selector; what takes time is its tests, so it is made once."""
         how: Keywords = {"confidence": self.confidence, "permutations": self.permutations, "seed": self.seed}
         parts = []
         for model, one in self.results.items():
             plain = one.select(*(name for name in one.selectors if split_setting(name)[1] is None))
-            parts.append(rows(plain.summary(value=self.value, **how)).assign(model=model))
+            parts.append(plain.summary(value=self.value, **how).assign(model=model))
         return self._sorted(pd.concat(parts, ignore_index=True))
 
     def _sorted(self, table: pd.DataFrame, *by: str) -> pd.DataFrame:

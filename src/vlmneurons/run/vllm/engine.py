@@ -22,7 +22,15 @@ from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation, ablations_in_force
 from vlmneurons.run.engine import Counting, Counts, Engine, Run, need_plain_counts
-from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, names_its_tokens, reading_of_shares
+from vlmneurons.run.readers import (
+    AnswerReader,
+    Generate,
+    LogitReader,
+    Reading,
+    names_its_tokens,
+    reading_of_shares,
+    reads_logits,
+)
 from vlmneurons.run.vllm.server import MOST_TOKENS, Mask, Request, Server, payload, server_of
 
 
@@ -43,10 +51,7 @@ class VLLMEngine(Engine):
 
     def __init__(self, model: VLM, reader: AnswerReader) -> None:
         super().__init__(model, reader)
-        plain = type(reader) is Generate or (
-            isinstance(reader, LogitReader) and type(reader).read is LogitReader.read and names_its_tokens(reader)
-        )
-        if not plain:
+        if type(reader) is not Generate and not (reads_logits(reader) and names_its_tokens(reader)):
             raise QuestionError(
                 f"engine='vllm' gives a few tokens' log-probabilities, and {reader!r} needs more; read answers by "
                 "answer='letters', 'text' or 'generate', or run the model here"
