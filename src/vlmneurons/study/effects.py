@@ -296,6 +296,7 @@ def detectable(
     power: float = 0.8,
     alpha: float = 0.05,
     tests: int = 1,
+    value: str = "correct",
 ) -> "pd.DataFrame":
     """The smallest effects that a design can be expected to find, before anything is run.
 
@@ -310,19 +311,25 @@ def detectable(
     (1 - between) / k)`` for the cross effect, the sum of both less ``2 * between * spread * others`` for the gap, and
     ``2 * (1 - between) * spread ** 2`` for the difference of two selectors' self effects.
 
+    Answers are counted: a sum of them moves in steps of two when signs are flipped, of which a test loses half on
+    average. So for ``value="correct"`` one answer's share is added, ``1 / (U * m)`` (``1 / (U * m * k)`` for cross
+    effect and gap; over G for all groups); and as an effect e changes at least as large a share of the answers, V is at
+    least ``e * (1 - e)`` for the self effect and the difference.
+
     Args:
         pictures: evaluation pictures of each group.
         questions: about each picture.
         groups: number of groups.
         k: masks of other groups that each question meets; None for all of them.
-        spread: standard deviation, over questions, of the change under the own mask: for answers about the root of the
-            share that changes (0.35 where an eighth of them does), for margins in nats.
+        spread: standard deviation, over questions, of the change under the own mask: for answers the root of the share
+            that changes less the effect's square (about 0.35 where an eighth of them does), for margins in nats.
         others: the same under another group's mask; by default as large.
         within: correlation of the changes of two questions about one picture, from 0 to 1.
         between: correlation of the changes of one question under two masks, from 0 to 1.
         power: share of studies in which the effect is to be found.
         alpha: level of the test.
         tests: number of tests that p is corrected for (each is held to ``alpha / tests``).
+        value: what changes: ``"correct"``, ``"margin"`` or ``"score"``.
 
     Returns:
         A row for each of ``self_effect``, ``cross_effect``, ``gap`` and ``difference`` (column ``effect``), with the
@@ -330,15 +337,15 @@ def detectable(
         points).
 
     Raises:
-        MismatchError: a number that makes no sense, or more others than there are.
+        MismatchError: a number that makes no sense, more others than there are, or no such value.
 
     Examples:
         >>> detectable(pictures=50, groups=25, k=2).round(3)
                  effect  one_group  all_groups
-        0   self_effect      0.141       0.028
-        1  cross_effect      0.100       0.020
-        2           gap      0.173       0.034
-        3    difference      0.200       0.039
+        0   self_effect      0.173       0.029
+        1  cross_effect      0.110       0.020
+        2           gap      0.183       0.034
+        3    difference      0.220       0.040
     """
     import pandas as pd
 
@@ -350,6 +357,8 @@ def detectable(
     if met >= n_groups:
         raise MismatchError(f"k={met} other masks are more than {n_groups} groups have; at most {n_groups - 1}")
     power, alpha = share("power", power, MismatchError), share("alpha", alpha, MismatchError)
+    if value not in ("correct", "margin", "score"):
+        raise MismatchError(f"value={value!r} is not among those that effects are measured on: correct, margin, score")
     given = {"spread": spread, "others": spread if others is None else others, "within": within, "between": between}
     own, other, rho, common = (real(name, value, MismatchError) for name, value in given.items())
     if min(own, other) < 0:
@@ -365,10 +374,16 @@ def detectable(
     }
     rows = []
     for effect, variance in variances.items():
-        error = np.sqrt(variance * (1 + (size - 1) * rho) / (units * size))
+        single = effect in ("self_effect", "difference")
         found = {}
         for column, over in (("one_group", 1), ("all_groups", n_groups)):
-            quantiles = scipy_stats.t.ppf([1 - alpha / (2 * tests), power], over * (units - 1))
-            found[column] = float(quantiles.sum() * error / np.sqrt(over))
+            n = over * units * size
+            reach = scipy_stats.t.ppf([1 - alpha / (2 * tests), power], over * (units - 1)).sum()
+            step = 1 / n / (1 if single else met) if value == "correct" else 0.0
+            smallest = 0.0
+            for _ in range(100 if value == "correct" and single else 1):  # more than an effect is changes with it
+                least = min(smallest, 0.5) * (1 - min(smallest, 0.5))
+                smallest = reach * np.sqrt(max(variance, least) * (1 + (size - 1) * rho) / n) + step
+            found[column] = float(smallest)
         rows.append({"effect": effect, **found})
     return pd.DataFrame(rows)
