@@ -185,7 +185,7 @@ def main() -> None:
     pairs = times["others=2"]
     full, part = zip(*pairs, strict=True)
     ratios = [one / whole for whole, one in pairs]
-    print(f"{'':<10} {'median s':>9} {'range':>13}   ratio to full, range")
+    print(f"{'':<10} {'CPU s':>9} {'range':>13}   ratio to full, range")
     print(
         f"{'full':<10} {statistics.median(full):>9.2f} {f'{min(full):.2f}–{max(full):.2f}':>13}   (control) 1, "
         f"{min(full) / max(full):.2f}–{max(full) / min(full):.2f}"

@@ -233,7 +233,14 @@ class Encoder:
 
     def token_ids(self, rendered: str) -> list[int]:
         """Ids of a rendered prompt with its image placeholders unexpanded."""
-        return list(self.tokenizer(rendered, add_special_tokens=self._adds_special(rendered))["input_ids"])
+        return self.all_token_ids([rendered])[0]
+
+    def all_token_ids(self, rendered: Sequence[str]) -> list[list[int]]:
+        """Those of several, in one call of the tokenizer, which costs far less than one each."""
+        special = set(map(self._adds_special, rendered))
+        if len(special) != 1:
+            return [self.token_ids(text) for text in rendered]
+        return list(map(list, self.tokenizer(list(rendered), add_special_tokens=special.pop())["input_ids"]))
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -271,7 +278,13 @@ class Encoder:
             return n_text
 
     def rows(
-        self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], *, padding_side: str = "left"
+        self,
+        asked: QuestionSet,
+        items: Sequence[Question],
+        added: Sequence[str],
+        *,
+        padding_side: str = "left",
+        rendered: Sequence[str] | None = None,
     ) -> Batch:
         """Encode rows, each a question and text to append to its rendered prompt.
 
@@ -280,6 +293,7 @@ class Encoder:
             items: question of each row; a question may stand in several rows.
             added: text that follows each row's prompt; its tokens are never counted.
             padding_side: ``"left"`` or ``"right"``.
+            rendered: the rows' prompts, where these are known; see `prompt_of`.
 
         Raises:
             QuestionError: as for the encoding of questions.
@@ -291,9 +305,16 @@ class Encoder:
         if self.model.is_encoder_decoder:
             padding_side = "right"  # its encoder may count positions from the first token; its answer begins elsewhere
         with TOKENIZING:
-            return self._rows(asked, items, added, padding_side)
+            return self._rows(asked, items, added, padding_side, rendered)
 
-    def _rows(self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], padding_side: str) -> Batch:
+    def _rows(
+        self,
+        asked: QuestionSet,
+        items: Sequence[Question],
+        added: Sequence[str],
+        padding_side: str,
+        rendered: Sequence[str] | None,
+    ) -> Batch:
         texts = [asked.prompt(item, [item.options[index] for index in asked.order(item)]) for item in items]
         for item, text in zip(items, texts, strict=True):
             if not isinstance(text, str):
@@ -302,7 +323,8 @@ class Encoder:
                 if placeholder in text:
                     raise QuestionError(f"question {item.id!r}: its text holds the image placeholder {placeholder!r}")
         bare = asked.prompt is bare_prompt
-        rendered = [self.render(text, *item.n_media, bare=bare) for item, text in zip(items, texts, strict=True)]
+        if rendered is None:
+            rendered = [self.render(text, *item.n_media, bare=bare) for item, text in zip(items, texts, strict=True)]
         opened = {item.id: list(item.load_images()) for item in items}
         pictures = [opened[item.id] for item in items]
         with_picture = [bool(part) for part in pictures]

@@ -4,6 +4,7 @@ A `QuestionSet` is a sequence of questions together with how they are asked: the
 the order of the options. How a model is run on them is the business of `vlmneurons.run` and `vlmneurons.recording`.
 """
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -382,10 +383,9 @@ class QuestionSet(Sequence[Question]):
             question: one of the questions.
         """
         of_kind("question", question, Question, QuestionError)
-        indices = range(len(question.options))
         if self.shuffle is None or question.keeps_order:
-            return tuple(indices)
-        return tuple(sorted(indices, key=lambda index: hash_of(self.shuffle, question.id, index)))
+            return tuple(range(len(question.options)))
+        return _shuffled(self.shuffle, question.id, len(question.options))
 
     # -- where they come from ------------------------------------------------------------------------------------------
 
@@ -512,6 +512,11 @@ class QuestionSet(Sequence[Question]):
             ``QuestionSet.from_rows(pandas.read_parquet("mine.parquet"), columns={"group": "country"})``
         """
         return cls(tables.questions_of_rows(tables.rows_of_table(rows), columns, "row", options=options), **how)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shuffled(shuffle: int, name: str, n: int) -> tuple[int, ...]:
+    return tuple(sorted(range(n), key=lambda index: hash_of(shuffle, name, index)))
 
 
 def _name_of_cluster(key: str, items: Sequence[Question]) -> str:

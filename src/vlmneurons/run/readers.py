@@ -423,15 +423,20 @@ class TextLikelihood(LogitReader["_Options"]):
         rows: list[tuple[int, str]] = []  # question, continuation
         wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
         first_rows: list[int] = []
+        prompts = [encoder.prompt_of(questions, item) for item in questions]
+        shown = [
+            [prompt, *(prompt + self.prefix + option for option in item.options)]
+            for prompt, item in zip(prompts, questions, strict=True)
+        ]
+        ids_of = iter(encoder.all_token_ids([text for texts in shown for text in texts]))
         for number, item in enumerate(questions):
-            prompt = encoder.prompt_of(questions, item)
-            bare = encoder.token_ids(prompt)
+            bare = next(ids_of)
             first_rows.append(len(rows))
             rows.append((number, ""))
             known: dict[tuple[int, ...], int] = {(): first_rows[-1]}
             per_option = []
             for option in item.options:
-                whole = encoder.token_ids(prompt + self.prefix + option)
+                whole = next(ids_of)
                 added = whole[len(bare) :]
                 if whole[: len(bare)] != bare or not added:
                     raise QuestionError(
@@ -445,7 +450,9 @@ class TextLikelihood(LogitReader["_Options"]):
                 per_option.append((known[beginning], added))
             wanted.append(per_option)
         asked = [questions[number] for number, _ in rows]
-        batch = encoder.rows(questions, asked, [more for _, more in rows], padding_side=self.padding_side)
+        added = [more for _, more in rows]
+        rendered = [prompts[number] for number, _ in rows]
+        batch = encoder.rows(questions, asked, added, padding_side=self.padding_side, rendered=rendered)
         # A row shows its option's last token too, but nothing reads what follows it.
         last = batch.tokens.last.tolist()
         positions = []

@@ -255,7 +255,8 @@ def _summary_of(
     few: list[list[str]] = [[] for _ in columns["group"]]
 
     def put(name: str, parts: Sequence[tuple[Estimates, int, int]]) -> None:
-        ends = [tuple(float(end[row, place]) for end in (one.value, *how.bounds(one))) for one, row, place in parts]
+        tables = {id(one): (one.value, *how.bounds(one)) for one, *_ in {id(part[0]): part for part in parts}.values()}
+        ends = [tuple(float(end[row, place]) for end in tables[id(one)]) for one, row, place in parts]
         for label, column in zip((name, f"{name}_low", f"{name}_high"), zip(*ends, strict=True), strict=False):
             columns[label] = list(column)
         for names, (*_, is_few) in zip(few, ends, strict=True):
