@@ -43,10 +43,10 @@ def some_questions(n: int = 6, *, groups: str = "AB", **how: Any) -> vn.Question
     return vn.QuestionSet(items, **how)
 
 
-def save_questions(folder: Path, n: int) -> None:
+def save_questions(folder: Path, n: int, groups: str = "AB") -> None:
     """Some questions as a folder with a table and its pictures."""
     rows = []
-    for number, item in enumerate(some_questions(n)):
+    for number, item in enumerate(some_questions(n, groups=groups)):
         item.load_images()[0].save(folder / f"{number}.png")
         rows.append({"image": f"{number}.png", "options": json.dumps(item.options)})
         rows[-1] |= {name: getattr(item, name) for name in ("question", "answer", "group", "id")}

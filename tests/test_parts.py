@@ -2,8 +2,11 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
+import subprocess
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -274,6 +277,99 @@ def test_the_commands_in_parts_give_the_same_files_as_undivided(tiny_folder, tmp
     assert vn.KnockoutResult.load(at("joined")).selectors == ("CAS", "MAD")
 
 
+SBATCH = """#!/bin/bash
+# Keeps what is submitted, and gives its number, as sbatch --parsable does.
+number=$(ls "$STATE" | grep -c '^job-')
+printf '%s\\0' "$@" > "$STATE/job-$number"
+echo "$number"
+"""
+VLMNEURONS = """#!/bin/bash
+# Asks the test to run the command, in a process of its own but without importing everything anew.
+printf '%s\\0' "$PWD" "$@" > "$STATE/$$" && mv "$STATE/$$" "$STATE/$$.ask"
+until [ -e "$STATE/$$.done" ]; do sleep 0.02; done
+exit "$(cat "$STATE/$$.done")"
+"""
+
+
+class Slurm:
+    """Stands for SLURM: what was submitted runs as processes, the last that may run first, one task after the other."""
+
+    def __init__(self, folder):
+        self.state, self.ran = folder / "state", []
+        (folder / "bin").mkdir()
+        self.state.mkdir()
+        for name, text in (("sbatch", SBATCH), ("vlmneurons", VLMNEURONS)):
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        self.environment = {**os.environ, "STATE": str(self.state), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+    def bash(self, script, folder, **task):
+        process = subprocess.Popen(["bash", "-e", "-c", script], cwd=folder, env={**self.environment, **task})
+        while process.poll() is None:
+            for path in self.state.glob("*.ask"):
+                where, *arguments = path.read_text().split("\0")[:-1]
+                path.unlink()
+                status = apart(lambda: os.chdir(where) or main(arguments))  # noqa: B023 (run at once)
+                path.with_suffix(".new").write_text(str(status))
+                path.with_suffix(".new").rename(path.with_suffix(".done"))
+            time.sleep(0.01)
+        assert process.returncode == 0, script
+
+    def run(self, folder):
+        """Run all jobs, each when those that it depends on are done."""
+        waiting = {path.name[4:]: path.read_text().split("\0")[:-1] for path in self.state.glob("job-*")}
+        while waiting:
+            ready = [number for number, job in waiting.items() if not waiting.keys() & self.needs(job)]
+            number = max(ready, key=int)
+            job = waiting.pop(number)
+            assert self.needs(job) <= {one for one, _ in self.ran}
+            first, _, last = (self.option(job, "array") or "0").partition("-")
+            for task in range(int(first), int(last or first) + 1):
+                self.bash(job[job.index("--wrap") + 1], folder, SLURM_ARRAY_TASK_ID=str(task))
+                self.ran.append((number, task))
+
+    @staticmethod
+    def option(job, name):
+        return next((one.partition("=")[2] for one in job if one.startswith(f"--{name}=")), "")
+
+    def needs(self, job):
+        kind, *numbers = self.option(job, "dependency").split(":")
+        assert kind in ("", "afterok")
+        return set(numbers)
+
+
+def test_the_study_of_the_guide_runs_as_jobs_that_wait_for_each_other(request, tiny_folder, tmp_path, capfd):
+    guide = (request.config.rootpath / "docs/guides/cluster.md").read_text(encoding="utf-8")
+    (script,) = [block for block in re.findall(r"```bash\n(.*?)```", guide, re.DOTALL) if "sbatch --parsable" in block]
+    data, where = tmp_path / "data", tmp_path / "where"
+    data.mkdir()
+    where.mkdir()
+    save_questions(data, 72, groups="ABC")
+    for old, new in {
+        "Qwen/Qwen2.5-VL-7B-Instruct": str(tiny_folder("llava_next_qwen2")),
+        "cvqa.parquet": str(data),
+        "--batch-size 16": "--batch-size 4 --quiet",
+        "--selector CAS": "--selector CAS --fraction 0.1 --condition all",
+        "--array=1-8": "--array=1-2",
+        "_ID/8": "_ID/2",
+        "--others 2": "--others 1",
+    }.items():
+        assert old in script
+        script = script.replace(old, new)
+    slurm = Slurm(tmp_path)
+    slurm.bash(script, where)
+    assert len(list(slurm.state.glob("job-*"))) == 4
+    slurm.run(where)
+    assert slurm.ran == [("0", 1), ("0", 2), ("1", 0), ("2", 1), ("2", 2), ("3", 0)]
+    assert list((where / "run").glob("knockout/report*"))
+    joined = vn.KnockoutResult.load(where / "run" / "knockout")
+    asking = ["--model", str(tiny_folder("llava_next_qwen2")), "--data", str(data), "--seed", "0", "--batch-size", "4"]
+    asking += ["--side", "evaluate", "--selection", f"CAS={where / 'run' / 'CAS.safetensors'}", "--others", "1"]
+    assert apart(lambda: main(["knockout", *asking, "--quiet", "--out", str(tmp_path / "whole")])) == 0
+    assert files(where / "run" / "knockout", KNOCKOUT) == files(tmp_path / "whole", KNOCKOUT)
+    assert joined.selectors == ("CAS",)
+
+
 def test_what_a_command_can_refuse_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vn.VLM, "from_pretrained", lambda *_, **__: 1 / 0)
     data = tmp_path / "data"
@@ -306,3 +402,142 @@ def test_parts_joined_are_recomputed_by_an_independent_program(model, tmp_path):
     check_summary(study, summary, "margin")
     check_effects(study, joined.effects(value="margin"), "margin")
     check_difference(study, joined.difference("x", "z", value="margin"), "x", "z", "margin")
+
+
+# -- sums of results and recordings that are whole ---------------------------------------------------------------------
+
+
+def asked_apart(model, masks, questions=None, **how):
+    how = {"batch_size": 4, "progress": False, **how}
+    return vn.knockout(model, questions or some_questions(24, groups="ABCD"), masks, **how)
+
+
+def some_masks(model):
+    space = model.space()
+
+    def selected(first):
+        return vn.Selection({name: vn.NeuronSet(space, [first + n, first + n + 7]) for n, name in enumerate("ABCD")})
+
+    return {
+        "x": selected(0),
+        "y": selected(20),
+        "random": [selected(40), selected(60)],
+        "one": vn.NeuronSet(space, [3]),
+    }
+
+
+@pytest.mark.parametrize("others", [None, 2])
+def test_runs_of_one_selector_each_add_up_to_the_run_of_all(model, tmp_path, others):
+    masks = some_masks(model)
+    whole = asked_apart(model, masks, others=others)
+    folders = [tmp_path / name for name in masks]
+    apart_ = [
+        asked_apart(model, {name: one}, folder=folder, others=None if name == "one" else others)
+        for (name, one), folder in zip(masks.items(), folders, strict=True)
+    ]
+    for found in (sum(apart_), vn.KnockoutResult.join(folders, tmp_path / "joined")):
+        assert found.masks == whole.masks
+        np.testing.assert_array_equal(found.chosen, whole.chosen)
+        np.testing.assert_allclose(found.margins, whole.margins, atol=1e-5, rtol=0)
+        assert (found.ids, found.groups, found.pictures) == (whole.ids, whole.groups, whole.pictures)
+        assert {**found.provenance, "design": None} == {**whole.provenance, "design": None}
+        assert found.summary().equals(whole.summary())
+    kept = vn.KnockoutResult.load(tmp_path / "joined")
+    np.testing.assert_array_equal(kept.chosen, whole.chosen)
+    with pytest.raises(MismatchError, match="joined holds a result that was saved there"):
+        vn.KnockoutResult.join(folders, tmp_path / "joined")
+
+
+def test_runs_of_some_questions_each_add_up_to_the_run_of_all(model):
+    masks, questions = some_masks(model), some_questions(24, groups="ABCD")
+    whole = asked_apart(model, masks, questions)
+    found = sum(asked_apart(model, masks, questions[start : start + 8]) for start in (0, 8, 16))
+    assert (found.ids, found.masks, found.pictures) == (whole.ids, whole.masks, whole.pictures)
+    np.testing.assert_array_equal(found.chosen, whole.chosen)
+    np.testing.assert_allclose(found.margins, whole.margins, atol=1e-5, rtol=0)
+    assert found.provenance["chance"] == pytest.approx(whole.provenance["chance"])
+    assert found.summary().equals(whole.summary())
+
+
+def test_results_that_do_not_fit_together_are_not_added(model, load, tmp_path):
+    masks, questions, another = some_masks(model), some_questions(24, groups="ABCD"), load("llava_next_mistral")
+    x = asked_apart(model, {"x": masks["x"]}, questions)
+    some = questions[:8]
+    refused = {
+        "24 questions .* asked under 4 masks in both results .*would count twice": {"x": masks["x"]},
+        "1 questions are in one of the results alone .*would have gaps": ({"y": masks["y"]}, 23),
+        "of different settings cannot be added: of the second, its batch_size is 3, not 4": ({"y": masks["y"]}, 24, 3),
+    }
+    for message, given in refused.items():
+        own, n, size = (*given, 4)[:3] if isinstance(given, tuple) else (given, 24, 4)
+        with pytest.raises(MismatchError, match=message):
+            x + asked_apart(model, own, questions[:n], batch_size=size)
+    with pytest.raises(MismatchError, match=r"of different questions and of 8 masks that differ \(x A, …\): their sum"):
+        x.at(range(8, 24)) + asked_apart(model, {"y": masks["y"]}, some)
+    with pytest.raises(MismatchError, match="of different neurons under the name 'x'"):  # as many, in the same layers
+        x.at(range(8, 24)) + asked_apart(model, {"x": masks["y"]}, some)
+    with pytest.raises(MismatchError, match="its others is 2, not None"):
+        x + asked_apart(model, {"y": masks["y"]}, questions, others=2)
+    two = [asked_apart(model, {name: masks[name]}, questions, others=2, seed=n) for n, name in enumerate("xy")]
+    with pytest.raises(MismatchError, match=r"its plan is .* another seed"):
+        two[0] + two[1]
+    with pytest.raises(MismatchError, match=r"of different settings .*its configuration is"):
+        x + asked_apart(another, {"y": vn.NeuronSet(another.space(), [3])}, questions)
+    other = replace(asked_apart(model, {"y": masks["y"]}, questions), margins=x.margins + 1e-3)
+    with pytest.raises(MismatchError, match=r"the clean answers to 24 questions differ .*not of one model"):
+        x + other
+    for folder in in_parts(switched_off, model, tmp_path, count=2):
+        with pytest.raises(MismatchError, match=r"is part ./2 of a run: KnockoutResult.join puts it together"):
+            x + vn.KnockoutResult.load(folder)
+    asked_apart(model, {"x": masks["x"]}, questions, folder=tmp_path / "x")
+    asked_apart(model, {"y": masks["y"]}, some, folder=tmp_path / "y")
+    with pytest.raises(MismatchError, match=r"y is not of the questions that .*x is of: it lacks 16 questions"):
+        vn.KnockoutResult.join([tmp_path / "x", tmp_path / "y"], tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+    with pytest.raises(TypeError):
+        x + 1
+
+
+def test_recordings_of_some_questions_each_add_up_to_that_of_all(model, tmp_path):
+    questions = some_questions(23)
+    whole = recorded(model, tmp_path / "whole", questions=questions)
+    parts = [questions[:9], questions[9:12], questions[12:]]
+    kept = [recorded(model, tmp_path / str(n), questions=part) for n, part in enumerate(parts)]
+    found = sum(kept)
+    assert [item.id for item in found.items] == [item.id for item in whole.items]
+    assert (len(found), found.complete, found.part) == (23, True, None)
+    assert found.group_by(condition="all") == whole.group_by(condition="all")
+    np.testing.assert_array_equal(found.margins, whole.margins)
+    for on in ("mean", "probability"):
+        mine, theirs = (one.grouped(condition="all").values(on, slice(2, 9)) for one in (found, whole))
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    same = [vn.stability(one, vn.MAD(0.2), condition="all", resamples=3) for one in (found, whole)]
+    assert same[0].equals(same[1])
+    found.verify()
+    assert [place.start for place, _ in found.chunks(range(23), size=10)] == [0, 10, 20]
+    row = int(np.flatnonzero([item.id == "q15" for item in whole.items])[0])
+    np.testing.assert_array_equal(next(found.chunks([row, 0]))[1], next(whole.chunks([row, 0]))[1])
+
+
+def test_recordings_that_do_not_fit_together_are_not_added(model, load, tmp_path):
+    questions = some_questions(12)
+    one = recorded(model, tmp_path / "one", questions=questions[:6])
+    refused = {
+        "6 questions are in both recordings .*would count twice": one,
+        "recordings with different tables cannot be added": recorded(
+            model, tmp_path / "other", questions=questions[6:], magnitudes=False
+        ),
+        "different 'tokens'|of different settings": recorded(
+            model, tmp_path / "tokens", questions=questions[6:], tokens="text"
+        ),
+        "is part 1/2 of a recording: ItemStatistics.join puts it together": recorded(
+            model, tmp_path / "part", "1/2", questions=questions[6:]
+        ),
+    }
+    for message, other in refused.items():
+        with pytest.raises(MismatchError, match=message):
+            one + other
+    with pytest.raises(MismatchError):
+        one + recorded(load("llava_next_mistral"), tmp_path / "model", questions=questions[6:])
+    with pytest.raises(TypeError):
+        one + 1

@@ -13,7 +13,7 @@ from vlmneurons.errors import FileFormatError, MismatchError, SelectionError, VL
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sets import check_same_space, space_of_file
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.statistics.counts import _merged_provenance
+from vlmneurons.statistics.counts import merged_provenance
 from vlmneurons.statistics.evidence import checked_groups, refuse_uncounted, rows_of
 
 _TABLES = ("total", "strong", "items")
@@ -135,7 +135,7 @@ class AttributionStatistics:
                 table.index_add_(0, rows, getattr(part, name))
             return table
 
-        merged = replace(self, provenance=_merged_provenance(self.provenance, other.provenance))
+        merged = replace(self, provenance=merged_provenance(self.provenance, other.provenance))
         return merged._with_tables(groups, added)
 
     def __sub__(self, other: "AttributionStatistics") -> "AttributionStatistics":

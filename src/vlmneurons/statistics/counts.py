@@ -236,7 +236,7 @@ class ActivationStatistics(_files.Shareable):
         if not isinstance(other, ActivationStatistics):
             return NotImplemented
         check_same_space(self.space, other.space)
-        provenance = _merged_provenance(self.provenance, other.provenance)
+        provenance = merged_provenance(self.provenance, other.provenance)
         if (self.total is None) != (other.total is None):
             raise MismatchError("only one of the statistics holds sums of activations (total); they cannot be added")
         groups = tuple(dict.fromkeys(self.groups + other.groups))
@@ -461,7 +461,7 @@ def _counts(name: str, values: object) -> Tensor:
     return table.to(torch.int64, copy=True)
 
 
-def _merged_provenance(first: Mapping[str, object], second: Mapping[str, object]) -> JSON:
+def merged_provenance(first: Mapping[str, object], second: Mapping[str, object]) -> JSON:
     """What both say; where they differ in a side matter, ``{"several": [...]}`` lists the values in order."""
     check_addable(first, second)
     for key in MUST_AGREE:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from vlmneurons.files.locks import locked
 from vlmneurons.files.parts import parts_of
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.question import Question, hash_of
-from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics, check_same_space, merged_provenance
 from vlmneurons.statistics.evidence import refuse_uncounted
 
 _KIND = "vlmneurons items"
@@ -143,6 +144,7 @@ class ItemStatistics:
         self.provenance: JSON = dict(manifest["provenance"])
         self.tables: tuple[str, ...] = tuple(manifest["tables"])
         self.statistics: tuple[str, ...] = tuple(manifest.get("statistics", ()))
+        self._rules = dict(manifest.get("statistics", {}))  # with what identifies each
         self.items = tuple(map(Item.from_json, manifest["items"]))
         self.part: str | None = manifest.get("part")
 
@@ -302,6 +304,22 @@ class ItemStatistics:
         whole.take_over(recordings)
         return cls.load(where)
 
+    def __add__(self, other: "ItemStatistics") -> "ItemStatistics":
+        """The questions of both recordings, in their order, read from both folders: nothing is copied.
+
+        What is added up or selected from them equals what one recording of all the questions gives. Questions that
+        share a picture do so across recordings too.
+
+        Raises:
+            MismatchError: another space or setting (see `vlmneurons.statistics.identity.Setting`), other tables, a
+                question that both have, or a part, which is put together with `join`.
+        """
+        return _Added((self, other)) if isinstance(other, ItemStatistics) else NotImplemented
+
+    def __radd__(self, other: object) -> "ItemStatistics":
+        # sum() starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def _sizes(self) -> dict[str, int]:
         sizes = {name: len(self.items) * self._columns(name) * _dtype(name).itemsize for name in self.tables}
         return {"items": len(self.items) * _RECORD.itemsize, **sizes}
@@ -309,7 +327,7 @@ class ItemStatistics:
     def _columns(self, name: str) -> int:
         return len(self.space.sites) if name == "reached" else len(self.space)
 
-    def _table(self, name: str) -> np.memmap:
+    def _table(self, name: str) -> "np.memmap | _Stacked":
         shape = (len(self.items), self._columns(name))
         return np.memmap(self.folder / f"{name}.bin", dtype=_dtype(name), mode="r", shape=shape)
 
@@ -598,6 +616,67 @@ class ItemStatistics:
         state = "" if done == len(self) else f", {done} of them recorded"
         state = state if self.part is None else f"{state}: part {self.part}"
         return f"ItemStatistics({len(self)} questions{state}; {', '.join(self.tables)} over {self.space!r})"
+
+
+class _Added(ItemStatistics):
+    """Recordings of different questions as one; see `ItemStatistics.__add__`. Its folder is none, and never written."""
+
+    def __init__(self, recordings: Sequence[ItemStatistics]) -> None:
+        first, second = recordings
+        check_same_space(first.space, second.space)
+        provenance = merged_provenance(first.provenance, second.provenance)
+        for one in recordings:
+            if one.part is not None:
+                raise MismatchError(
+                    f"{one.folder} is part {one.part} of a recording: ItemStatistics.join puts it together with the "
+                    "others, and sees that none lacks"
+                )
+        for what, own in (("tables", lambda one: sorted(one.tables)), ("statistics", lambda one: one._rules)):
+            if own(first) != own(second):
+                raise MismatchError(f"recordings with different {what} cannot be added: {own(first)} and {own(second)}")
+        known = {item.id for item in first.items}
+        if twice := [item.id for item in second.items if item.id in known]:
+            raise MismatchError(
+                f"{len(twice)} questions are in both recordings ({', '.join(map(repr, twice[:3]))}"
+                f"{', …' if len(twice) > 3 else ''}) and would count twice: leave them out of one"
+            )
+        for name in ("halved", "skipped"):
+            if told := [entry for one in recordings for entry in one.provenance.get(name, ())]:
+                provenance[name] = told
+        self.recordings = [part for one in recordings for part in getattr(one, "recordings", [one])]
+        self.folder = Path(" + ".join(str(one.folder) for one in self.recordings))
+        self.space, self.provenance, self.part = first.space, provenance, None
+        self.tables, self.statistics, self._rules = first.tables, first.statistics, first._rules
+        self.items = tuple(item for one in self.recordings for item in one.items)
+
+    def _table(self, name: str) -> "_Stacked":
+        return _Stacked([one._table(name) for one in self.recordings])
+
+    @property
+    def _records(self) -> np.ndarray:
+        return np.concatenate([one._records for one in self.recordings])
+
+
+class _Stacked:
+    """The same table of several recordings, one below the other; rows are read from theirs."""
+
+    def __init__(self, tables: "Sequence[np.memmap | _Stacked]") -> None:
+        self._tables = tables
+        self._starts = np.cumsum([0, *(len(table) for table in tables)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
+        numbers = np.atleast_1d(rows)
+        owner = np.searchsorted(self._starts, numbers, side="right") - 1
+        like = self._tables[0][:0, columns]
+        found = np.empty((len(numbers), *like.shape[1:]), dtype=like.dtype)
+        for n, table in enumerate(self._tables):
+            own = owner == n
+            found[own] = table[numbers[own] - self._starts[n], columns]
+        return found if np.ndim(rows) else found[0]
 
 
 @dataclass(frozen=True, eq=False)

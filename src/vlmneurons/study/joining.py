@@ -1,5 +1,6 @@
-"""Putting the parts of a run together: `KnockoutResult.join`."""
+"""Putting the parts of a run together: `KnockoutResult.join`, and results that are whole: their sum."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,25 @@ import numpy as np
 
 from vlmneurons.checks import JSON
 from vlmneurons.errors import FileFormatError, MismatchError
-from vlmneurons.files.folders import RunFolder
+from vlmneurons.files.folders import RunFolder, differences, manifest_in
 from vlmneurons.files.parts import PartFolder, parts_of
+from vlmneurons.statistics.identity import check_addable
+from vlmneurons.study.effects import NO_GROUP
 from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult, chance_of
 
 
 def join_results(folders: Sequence[str | Path], out: Path) -> KnockoutResult:
     """See `KnockoutResult.join`."""
-    parts, manifest, about = parts_of(folders, RUN)
-    result = _joined(parts, about["ids"])
-    if (out / "knockout.json").exists() and not (out / "manifest.json").exists():
+    whole = _undivided(folders)
+    if not whole:
+        parts, manifest, about = parts_of(folders, RUN)
+        result = _joined(parts, about["ids"])
+    if (out / "knockout.json").exists() and (whole or not (out / "manifest.json").exists()):
         raise MismatchError(f"{out} holds a result that was saved there: give another folder")
+    if whole:
+        result = functools.reduce(added, whole)
+        result.save(out)
+        return result
     run = RunFolder(out, manifest, about)
     with run.opened():
         result.save(out)
@@ -88,3 +97,183 @@ def _provenance(part: PartFolder, results: Sequence[KnockoutResult], order: Sequ
             provenance["halved"] = halved
     chance = chance_of([options[name] for name in ids])
     return {**provenance, "chance": chance, "skipped": [name for name in order if name in skipped]}
+
+
+# -- sums --------------------------------------------------------------------------------------------------------------
+
+
+def _undivided(folders: Sequence[str | Path]) -> list[KnockoutResult]:
+    """The results of several undivided runs of the same questions; none where what is given are not such.
+
+    Raises:
+        MismatchError: their questions differ; the message says which.
+    """
+    if not isinstance(folders, list | tuple) or len(folders) < 2:
+        return []
+    manifests = [manifest_in(Path(one)) for one in folders]
+    contents = [one.get("content", {}) for one in manifests if one and one.get("kind") == RUN and "part" not in one]
+    if len(contents) < len(manifests):
+        return []
+    for folder, content in zip(folders, contents, strict=True):
+        if differs := list(differences({"content": content}, {"content": contents[0]})):
+            raise MismatchError(f"{folder} is not of the questions that {folders[0]} is of: {'; '.join(differs[:3])}")
+    return [KnockoutResult.load(one) for one in folders]
+
+
+def added(one: KnockoutResult, other: KnockoutResult) -> KnockoutResult:
+    """See `KnockoutResult.__add__`."""
+    provenance = _added_provenance(one, other)
+    place = {name: number for number, name in enumerate(other.ids)}
+    shared = [name for name in one.ids if name in place]
+    if not shared:
+        rows = _same_masks(one, other)
+
+        def both(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            return np.concatenate([first, second[rows]], axis=1)
+
+        if (one.pictures is None) != (other.pictures is None):
+            raise MismatchError("only one of the results knows which questions share a picture; they cannot be added")
+        pictures = None if one.pictures is None else one.pictures + (other.pictures or ())
+        ids, groups, masks = one.ids + other.ids, one.groups + other.groups, one.masks
+        answers = np.concatenate([one.answers, other.answers])
+    else:
+        columns = _same_questions(one, other, shared)
+
+        def both(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            return np.concatenate([first, second[1:, columns]])
+
+        ids, groups, pictures, answers, masks = one.ids, one.groups, one.pictures, one.answers, one.masks + other.masks
+
+    def table(name: str, missing: object, dtype: Any) -> np.ndarray | None:
+        found = [getattr(result, name) for result in (one, other)]
+        if all(values is None for values in found):
+            return None
+        shapes = (one.chosen.shape, other.chosen.shape)
+        return both(*(np.full(s, missing, dtype) if v is None else v for v, s in zip(found, shapes, strict=True)))
+
+    return KnockoutResult(
+        ids,
+        groups,
+        answers,
+        masks,
+        both(one.chosen, other.chosen),
+        both(one.margins, other.margins),
+        provenance,
+        table("texts", None, object),
+        one.controls,
+        pictures,
+        table("asked", True, bool),
+        table("scores", np.nan, np.float64),
+    )
+
+
+_OF_EACH = ("selections", "masks", "skipped", "halved", "chance", "others", "design")
+"""What the provenances of two results that are added say each for itself."""
+
+
+def _added_provenance(one: KnockoutResult, other: KnockoutResult) -> JSON:
+    """What both say, where they may differ for both together.
+
+    Raises:
+        MismatchError: they may not; the message says why.
+    """
+    first, second = one.provenance, other.provenance
+    for told in (first, second):
+        if "part" in told:
+            raise MismatchError(
+                f"one of the results is part {told['part']} of a run: KnockoutResult.join puts it together with the "
+                "others, and sees that none lacks"
+            )
+    check_addable(first, second, "results")
+    mine, theirs = ({name: value for name, value in told.items() if name not in _OF_EACH} for told in (first, second))
+    differs = [*differences(theirs, mine), *differences({"controls": other.controls}, {"controls": one.controls})]
+    named = [{mask.group for mask in result.masks} - {NO_GROUP} for result in (one, other)]
+    if all(named):
+        differs += differences({"others": second.get("others")}, {"others": first.get("others")})
+    if (one.scores is None) != (other.scores is None):
+        differs.append("only one of the two has scores")
+    plans = list(dict.fromkeys(told["design"] for told in (first, second) if "design" in told))
+    if len(plans) > 1 and named[0] == named[1] and set(one.ids) & set(other.ids):
+        differs.append(f"its plan is {plans[1]}, not {plans[0]}: another seed, or drawn from other questions")
+    if differs:
+        raise MismatchError(f"results of different settings cannot be added: of the second, {'; '.join(differs[:3])}")
+    provenance = dict(first)
+    for name in [name for name in _OF_EACH if name in first or name in second]:
+        if name in ("selections", "masks"):
+            told = first.get(name, {})
+            parts = {key: f"{told[key]} + {value}" for key, value in second.get(name, {}).items() if key in told}
+            provenance[name] = {**told, **second.get(name, {}), **({} if told == second.get(name) else parts)}
+        elif name in ("skipped", "halved"):
+            told = first.get(name, [])
+            provenance[name] = [*told, *(entry for entry in second.get(name, ()) if entry not in told)]
+        elif name == "chance":
+            known = [(told.get(name), len(result.ids)) for told, result in ((first, one), (second, other))]
+            right = [share * n for share, n in known if share is not None]
+            provenance[name] = sum(right) / sum(n for _, n in known) if len(right) == 2 else None
+        elif name == "design":
+            provenance[name] = " + ".join(plans)
+        else:
+            provenance[name] = first.get(name, second.get(name))
+    return provenance
+
+
+def _same_masks(one: KnockoutResult, other: KnockoutResult) -> list[int]:
+    """The rows of the second result's answers in the order of the first's masks.
+
+    Raises:
+        MismatchError: their masks differ.
+    """
+    if differing := {*one.masks} ^ {*other.masks}:
+        name = min(f"{mask.selector} {mask.group}" for mask in differing)
+        raise MismatchError(
+            f"the results are of different questions and of {len(differing)} masks that differ ({name}, …): their sum "
+            "would have gaps. Add results of the same questions, or of the same masks"
+        )
+    for name in one.selectors:
+        mine, theirs = (result.provenance.get("masks", {}).get(name) for result in (one, other))
+        if mine != theirs or (mine is None and "setting" in one.provenance):
+            raise MismatchError(
+                f"the results are of different questions, and of different neurons under the name {name!r} (or one is "
+                "of an earlier release, which did not keep of which): they cannot be added"
+            )
+    row = {mask: number for number, mask in enumerate(other.masks, start=1)}
+    return [0, *(row[mask] for mask in one.masks)]
+
+
+def _same_questions(one: KnockoutResult, other: KnockoutResult, shared: Sequence[str]) -> list[int]:
+    """The columns of the second result's answers in the order of the first's questions.
+
+    Raises:
+        MismatchError: their questions or clean answers differ, or they have masks in common.
+    """
+    masks = {(mask.selector, mask.repeat, mask.group) for mask in one.masks}
+    twice = [f"{m.selector} {m.group}" for m in other.masks if (m.selector, m.repeat, m.group) in masks]
+    if twice:
+        raise MismatchError(
+            f"{len(shared)} questions ({_some(shared)}) were asked under {len(twice)} masks in both results "
+            f"({_some(twice)}), and would count twice: leave them out of one, or give its masks another name"
+        )
+    if lone := sorted({*one.ids} ^ {*other.ids}):
+        raise MismatchError(
+            f"{len(lone)} questions are in one of the results alone ({_some(lone)}): their sum would have gaps. Take "
+            "those that both have with `at`"
+        )
+    place = {name: number for number, name in enumerate(other.ids)}
+    columns = [place[name] for name in one.ids]
+    theirs = other.at(columns)
+    for what in ("groups", "answers", "pictures"):
+        if not np.array_equal(np.array(getattr(one, what)), np.array(getattr(theirs, what))):
+            raise MismatchError(f"the results have questions of the same ids, and other {what}: they cannot be added")
+    exact = one.provenance.get("dtype", "torch.float32") in ("torch.float32", "torch.float64")
+    alike = one.chosen[0] == theirs.chosen[0]
+    alike &= np.isclose(one.margins[0], theirs.margins[0], rtol=0, atol=1e-5 if exact else 0.1, equal_nan=True)
+    if differing := [name for name, same in zip(one.ids, alike, strict=True) if not same]:
+        raise MismatchError(
+            f"the clean answers to {len(differing)} questions differ ({_some(differing)}): the results are not of one "
+            "model and one way of asking"
+        )
+    return columns
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")

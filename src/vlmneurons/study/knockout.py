@@ -231,9 +231,6 @@ class _Study:
 
     def _manifest(self, content: Mapping[str, str]) -> JSON:
         """What must agree for a run to be gone on with."""
-        masks: dict[str, list[str]] = {}
-        for mask, one in self.listed:
-            masks.setdefault(mask.selector, []).append(f"{mask.repeat} {mask.group} {one.fingerprint}")
         options = self.options
         return {
             "kind": RUN,
@@ -245,8 +242,15 @@ class _Study:
             **({} if self.design.others is None else {"design": self.design.digest, "others": self.design.others}),
             **({"by_length": True} if options.by_length else {}),
             "on_error": options.on_error,
-            "masks": {name: digest_of(all_of_it)[:16] for name, all_of_it in masks.items()},
+            "masks": self._neurons(),
         }
+
+    def _neurons(self) -> dict[str, str]:
+        """What identifies the neurons of each selector's masks, and what is done to them."""
+        masks: dict[str, list[str]] = {}
+        for mask, one in self.listed:
+            masks.setdefault(mask.selector, []).append(f"{mask.repeat} {mask.group} {one.fingerprint}")
+        return {name: digest_of(all_of_it)[:16] for name, all_of_it in masks.items()}
 
     def result(self, parts: Mapping[str, pd.DataFrame], halved: JSONMapping) -> KnockoutResult:
         """The result of some batches, questions in their order, a row for each mask."""
@@ -282,6 +286,7 @@ class _Study:
                 **({"halved": of_all} if of_all else {}),
                 **({} if self.design.others is None else {"others": self.design.others, "design": self.design.digest}),
                 **self.about,
+                "masks": self._neurons(),
                 "layers": layers,
                 "chance": chance_of([len(item.options) for item in kept]),
                 "skipped": [item.id for item in self.questions if item.id in skipped],

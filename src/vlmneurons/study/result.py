@@ -677,6 +677,8 @@ class KnockoutResult:
     def join(cls, folders: Sequence[str | Path], out: str | Path) -> "KnockoutResult":
         """Put the parts of a run together, each made by ``knockout(…, part="3/8", folder=…)``.
 
+        Or undivided runs of the same questions under different masks, such as one run a selector: their sum is saved.
+
         The files are those of an undivided run, byte for byte; only what sessions have noted of themselves
         (``sessions.jsonl``, and how batches were halved for want of memory) is their own. A join that was killed is
         done again by the same call.
@@ -699,6 +701,29 @@ class KnockoutResult:
         from vlmneurons.study.joining import join_results
 
         return join_results(folders, path_of("out", out, MismatchError))
+
+    def __add__(self, other: "KnockoutResult") -> "KnockoutResult":
+        """Both results as one: the same questions under further masks, or further questions under the same masks.
+
+        Of runs of one setting, choices are those of one run, and margins within 1e-5 nats. The clean answers to the
+        same questions must be the same; the first result's are kept. Questions that share a picture do so across
+        results too; questions of several pictures are known to share one only within a result.
+
+        Raises:
+            MismatchError: other settings, plans or control groups; a mask or a question that both have; questions that
+                only one of them asked under its masks, which would leave gaps; clean answers that differ; or a part,
+                which is put together with `join`.
+
+        Example:
+            ``sum(vn.KnockoutResult.load(f"run/{name}") for name in ("CAS", "MAD"))``
+        """
+        from vlmneurons.study.joining import added
+
+        return added(self, other) if isinstance(other, KnockoutResult) else NotImplemented
+
+    def __radd__(self, other: object) -> "KnockoutResult":
+        # sum() starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __repr__(self) -> str:
         if not self.ids:
