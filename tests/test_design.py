@@ -124,10 +124,40 @@ def test_designs_that_cannot_be_are_refused_before_anything_is_asked():
     with pytest.raises(MismatchError, match=message):
         crossing(few, masks_of("CAS", NAMES), others=2)
     assert crossing(few, masks_of("CAS", NAMES), others=3).meets.sum(0).tolist() == [4] * len(few)
-    # A control group needs no mask in particular.
+    # A control group needs no mask in particular, and adds none to those of others.
     general = vn.QuestionSet([vn.Question(None, "?", ("a", "b"), 0, "general", id="x")])
+    with pytest.raises(MismatchError, match="others=6, but a question has at most 5 masks"):
+        crossing(asked_about() + general, masks_of("CAS", NAMES), others=6, controls=("general",))
     design = crossing(asked_about() + general, masks_of("CAS", NAMES), others=2, controls=("general",))
     assert design.meets[:, -1].sum() == 2
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_design_that_cannot_be_is_refused_before_any_forward_and_nothing_is_lost(model, tmp_path, monkeypatch):
+    questions = some_questions(16, groups="ABCD")
+    masks = {"CAS": selection(model, groups="ABCD")}
+    run, study = tmp_path / "run", tmp_path / "study"
+    how = {"batch_size": 4, "progress": False}
+    vn.knockout(model, questions, masks, folder=run, others=1, **how)
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(model.hf, "forward", lambda *_, **__: 1 / 0)
+    few = questions.with_items([item for item in questions if item.group != "A" or item.id in ("q0", "q4")])
+    for asked, others, message in (
+        (questions, 4, "others=4, but a question has at most 3 masks of other groups"),
+        (few, 1, "others=1 masks for each of the 2 pictures of 'A' reach 2 of its 3 other masks, and the rest would"),
+    ):
+        for folder in (run, tmp_path / "new"):
+            with pytest.raises(MismatchError, match=message):
+                vn.knockout(model, asked, masks, folder=folder, others=others, **how)
+    for others, message in (
+        (4, "others=4, but a question has at most 3"),
+        (1, "others=1 masks for each of the 2 pict"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            vn.run_study(model, questions, study, vn.Protocol(others=others, minimum=1), progress=False)
+    assert kept == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert not study.exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_mask_reaches_every_group_as_soon_as_its_pictures_suffice():

@@ -71,14 +71,15 @@ def crossing(
         return Design(np.ones((len(masks), len(questions)), dtype=bool), None, int(seed), "full")
     others, seed = whole("others", others, MismatchError, least=1), whole("seed", seed, MismatchError, least=0)
     decks = _decks(masks)
-    most = max((len(set(deck) - {group}) for deck in decks.values() for group in questions.groups), default=0)
+    own_groups = sorted(set(questions.groups) - set(controls))
+    most = max((len(set(deck) - {group}) for deck in decks.values() for group in own_groups), default=0)
     if others > most:
         raise MismatchError(
             f"others={others}, but a question has at most {most} masks of other groups; give as many or fewer, or "
             "others=None for all of them"
         )
     units = _units(questions)
-    for group in sorted(set(questions.groups) - set(controls)):
+    for group in own_groups:
         for deck in set(decks.values()):
             n_others, n_units = len(set(deck) - {group}), len(units[group])
             if others < n_others and n_units * others < n_others:

@@ -46,8 +46,9 @@ from vlmneurons.study.controls import (
     random_controls,
     strength_sweep,
 )
+from vlmneurons.study.design import crossing
 from vlmneurons.study.knockout import knockout
-from vlmneurons.study.masks import Masks
+from vlmneurons.study.masks import Mask, Masks
 from vlmneurons.study.result import KnockoutResult
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,8 @@ def run_study(
         The selections, the answers under every mask, further tables, and the path of the report.
 
     Raises:
-        MismatchError: the folder holds another study, or another process is running in it.
+        MismatchError: the folder holds another study, or another process is running in it; there are fewer masks than
+            ``protocol.others``, or these would leave cells without a picture.
         SelectionError: a group has too few identification questions that meet the condition.
         QuestionError: a group has fewer identification questions than ``protocol.minimum``.
     """
@@ -204,16 +206,19 @@ def run_study(
     if protocol.answer is not None:
         questions = questions.asked(answer=protocol.answer)
         general = None if general is None else general.asked(answer=protocol.answer)
-    folder.mkdir(parents=True, exist_ok=True)
-    if processes.first:
-        _note_protocol(folder, protocol)
-    processes.wait()
     identify, evaluate = questions.split(protocol.share, seed=protocol.seed)
+    # A design that cannot be is refused before anything is recorded, or kept.
+    own = [Mask(protocol.main, 0, group, 1) for group in questions.groups]
+    crossing(evaluate, own, others=protocol.others, seed=protocol.seed)
     thin = [f"{group} ({n})" for group, n in identify.counts().items() if n < protocol.minimum]
     if thin:
         raise QuestionError(
             f"at least {protocol.minimum} questions a group identify neurons; fewer in {', '.join(thin)}"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    if processes.first:
+        _note_protocol(folder, protocol)
+    processes.wait()
     log.info("recording %d identification questions", len(identify))
     with Steps(_steps(identify, evaluate, protocol), disable=not (progress and processes.first)) as steps:
         return _carried_out(model, identify, evaluate, folder, protocol, processes, general, distributed, remote, steps)
