@@ -327,8 +327,7 @@ class Encoder:
             rendered = [self.render(text, *item.n_media, bare=bare) for item, text in zip(items, texts, strict=True)]
         opened = {item.id: list(item.load_images()) for item in items}
         pictures = [opened[item.id] for item in items]
-        with_picture = [bool(part) for part in pictures]
-        if any(with_picture) and not all(with_picture):
+        if any(pictures) and not all(pictures):
             raise QuestionError("questions with and without a picture cannot share a batch: encode them apart")
         if len({tuple(map(bool, item.n_media)) for item in items}) > 1:
             raise QuestionError("questions with and without a sound or video cannot share a batch: encode them apart")
@@ -346,7 +345,7 @@ class Encoder:
                 if len(items) == 1
                 else f"the processor refuses these questions together ({type(error).__name__}: {error})"
             ) from error
-        if any(with_picture) and not any(map(OF_PICTURES.search, data)):
+        if any(pictures) and not any(map(OF_PICTURES.search, data)):
             raise QuestionError(
                 f"{type(self.processor).__name__} made nothing of the questions' pictures: it gave {', '.join(data)}"
             )

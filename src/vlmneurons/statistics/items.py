@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -643,14 +642,17 @@ class _Added(ItemStatistics):
         for name in ("halved", "skipped"):
             if told := [entry for one in recordings for entry in one.provenance.get(name, ())]:
                 provenance[name] = told
-        self.recordings = [part for one in recordings for part in getattr(one, "recordings", [one])]
+        self.recordings: list[ItemStatistics] = []
+        for one in recordings:
+            self.recordings += one.recordings if isinstance(one, _Added) else [one]
         self.folder = Path(" + ".join(str(one.folder) for one in self.recordings))
         self.space, self.provenance, self.part = first.space, provenance, None
         self.tables, self.statistics, self._rules = first.tables, first.statistics, first._rules
         self.items = tuple(item for one in self.recordings for item in one.items)
 
     def _table(self, name: str) -> "_Stacked":
-        return _Stacked([one._table(name) for one in self.recordings])
+        tables = (one._table(name) for one in self.recordings)
+        return _Stacked([table for table in tables if isinstance(table, np.memmap)])
 
     @property
     def _records(self) -> np.ndarray:
@@ -660,14 +662,14 @@ class _Added(ItemStatistics):
 class _Stacked:
     """The same table of several recordings, one below the other; rows are read from theirs."""
 
-    def __init__(self, tables: "Sequence[np.memmap | _Stacked]") -> None:
+    def __init__(self, tables: Sequence[np.memmap]) -> None:
         self._tables = tables
         self._starts = np.cumsum([0, *(len(table) for table in tables)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, key: Any) -> np.ndarray:
+    def __getitem__(self, key: int | np.ndarray | tuple[np.ndarray, slice]) -> np.ndarray:
         rows, columns = key if isinstance(key, tuple) else (key, slice(None))
         numbers = np.atleast_1d(rows)
         owner = np.searchsorted(self._starts, numbers, side="right") - 1

@@ -19,15 +19,14 @@ from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult, chance_of
 def join_results(folders: Sequence[str | Path], out: Path) -> KnockoutResult:
     """See `KnockoutResult.join`."""
     whole = _undivided(folders)
-    if not whole:
-        parts, manifest, about = parts_of(folders, RUN)
-        result = _joined(parts, about["ids"])
-    if (out / "knockout.json").exists() and (whole or not (out / "manifest.json").exists()):
+    told = None if whole else parts_of(folders, RUN)
+    result = functools.reduce(added, whole) if told is None else _joined(told[0], told[2]["ids"])
+    if (out / "knockout.json").exists() and (told is None or not (out / "manifest.json").exists()):
         raise MismatchError(f"{out} holds a result that was saved there: give another folder")
-    if whole:
-        result = functools.reduce(added, whole)
+    if told is None:
         result.save(out)
         return result
+    _, manifest, about = told
     run = RunFolder(out, manifest, about)
     with run.opened():
         result.save(out)
