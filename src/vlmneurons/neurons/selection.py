@@ -1,9 +1,10 @@
 """What a selector gives: a `NeuronSet` for each group."""
 
+import functools
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import torch
@@ -13,14 +14,21 @@ from vlmneurons.checks import JSON
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.formats import from_lape, to_lape
-from vlmneurons.neurons.sets import NeuronSet, check_same_space, check_sorted, expected_jaccard, space_of_file
+from vlmneurons.neurons.sets import (
+    Immutable,
+    NeuronSet,
+    check_same_space,
+    check_sorted,
+    expected_jaccard,
+    space_of_file,
+)
 from vlmneurons.neurons.sites import NeuronSpace
 
 if TYPE_CHECKING:
     import pandas
 
 
-class Selection(_files.Shareable, Mapping[str, NeuronSet]):
+class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
     """What a selector chose: a `NeuronSet` for each group, over one space. Immutable, in the order of the groups.
 
     Selections combine group by group with ``& | - ^``.
@@ -86,14 +94,9 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         object.__setattr__(self, "_budget", budget)
         object.__setattr__(self, "_provenance", _files.plain(dict(provenance or {}), "provenance"))
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a Selection is immutable: {name!r} cannot be set")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a Selection is immutable: {name!r} cannot be deleted")
-
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_selection, (self._sets, self._selector, self._budget, self._provenance)
+        how = {"selector": self._selector, "budget": self._budget, "provenance": self._provenance}
+        return functools.partial(Selection, **how), (self._sets,)
 
     @property
     def selector(self) -> str:
@@ -135,7 +138,9 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
     def __len__(self) -> int:
         return len(self._sets)
 
-    def _combine(self, other: "Selection", symbol: str, combine: Callable[[NeuronSet, NeuronSet], NeuronSet]) -> Any:
+    def _combine(
+        self, other: "Selection", symbol: str, combine: Callable[[NeuronSet, NeuronSet], NeuronSet]
+    ) -> "Selection":
         if not isinstance(other, Selection):
             return NotImplemented
         if set(self._sets) != set(other._sets):
@@ -339,7 +344,3 @@ def in_parentheses(expression: str) -> str:
         if depth == 0 and expression[place : place + 3] in (" & ", " | ", " - ", " ^ "):
             return f"({expression})"
     return expression
-
-
-def _rebuild_selection(sets: Mapping[str, NeuronSet], selector: str, budget: int | None, provenance: JSON) -> Selection:
-    return Selection(sets, selector=selector, budget=budget, provenance=provenance)
