@@ -631,7 +631,7 @@ def test_layer_matched_random_has_the_counts_of_the_other_selection_in_every_sit
         LayerMatchedRandom(Selection({"Peru": like["Peru"]})).select(stats)
     with pytest.raises(SelectionError, match="like is a Selection; got CAS"):
         LayerMatchedRandom(CAS())
-    with pytest.raises(SelectionError, match="seed is an integer; got 'x'"):
+    with pytest.raises(SelectionError, match="seed is a whole number; got 'x'"):
         RandomNeurons(seed="x")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from vlmneurons.checks import JSON
@@ -219,22 +220,14 @@ class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
         ``chance`` is the mean Jaccard index of random sets of the same sizes (see `expected_jaccard`).
         """
         import pandas as pd
-        from scipy.sparse import csr_array
 
-        sets = list(self._sets.values())
-        # The product of groups by neurons with itself counts what they share; sparse, as sets are small and spaces not.
-        ends = np.cumsum([0, *map(len, sets)])
-        places = np.concatenate([one._indices.numpy() for one in sets])
-        table = csr_array((np.ones(len(places), dtype=np.int64), places, ends), shape=(len(sets), len(self.space)))
-        shared = (table @ table.T).toarray()
-        sizes = np.array([len(one) for one in sets])
-        union = sizes[:, None] + sizes - shared
-        jaccard = np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
-        pairs = {tuple(sorted((first, second))) for first in set(sizes.tolist()) for second in set(sizes.tolist())}
-        levels = {pair: expected_jaccard(*pair, len(self.space)) for pair in pairs}
-        chance = [[levels[min(first, second), max(first, second)] for second in sizes] for first in sizes]
+        level = functools.cache(lambda first, second: expected_jaccard(first, second, len(self.space)))
+        sizes = [len(one) for one in self._sets.values()]
+        chance = [[level(min(first, second), max(first, second)) for second in sizes] for first in sizes]
         index = pd.Index(self.groups, name="group")
-        tables = [pd.DataFrame(values, index=index, columns=list(self.groups)) for values in (jaccard, chance)]
+        tables = [
+            pd.DataFrame(values, index=index, columns=list(self.groups)) for values in (jaccards(self, self), chance)
+        ]
         return pd.concat(tables, axis=1, keys=["jaccard", "chance"], names=["measure", "other"])
 
     def to_lape(self, path: "str | os.PathLike[str] | None" = None) -> list[list[Tensor]]:
@@ -333,6 +326,21 @@ class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
                 line += f" (of {self._budget:,} asked for: no more were eligible)"
             lines.append(line)
         return "\n".join(lines)
+
+
+def jaccards(first: Selection, second: Selection) -> Float64[np.ndarray, "group other"]:
+    """The Jaccard index of each of one selection's sets with each of another's over the same space."""
+    from scipy.sparse import csr_array
+
+    def incidence(selection: Selection) -> csr_array:  # sparse, as sets are small and spaces not
+        places = np.concatenate([neurons._indices.numpy() for neurons in selection.values()])
+        ends = np.cumsum([0, *map(len, selection.values())])
+        return csr_array((np.ones(len(places)), places, ends), shape=(len(selection), len(selection.space)))
+
+    one, other = incidence(first), incidence(second)
+    shared = (one @ other.T).toarray()
+    union = np.add.outer(one.sum(1), other.sum(1)) - shared
+    return np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
 
 
 def in_parentheses(expression: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import JSON, in_order, of_kind, whole
+from vlmneurons.checks import JSON, in_order, listed, of_kind, whole
 from vlmneurons.errors import FileFormatError, SiteError
 
 KINDS = ("pre", "gate", "up", "post")
@@ -213,7 +213,7 @@ class NeuronSpace:
         if wanted.layer not in layers:
             raise SiteError(f"layer {wanted.layer} is not in tower {wanted.tower!r} ({ranges_of(layers)})")
         here = [str(other) for other in self.sites if (other.tower, other.layer) == (wanted.tower, wanted.layer)]
-        raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {_some(here)}")
+        raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {listed(here, 6)}")
 
     def slice(self, site: "Site | str") -> slice:
         """The flat indices of one site's neurons: ``table[..., space.slice(site)]`` is that site's part of a table.
@@ -404,8 +404,3 @@ def ranges_of(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -193,10 +193,6 @@ class MappedSelector(DerivedSelector):
         return f"-{_wrapped(part, 0)}" if self.operation == "-" else f"{_wrapped(part, 0)}.{self.operation}()"
 
 
-def _zscore(scores: Tensor, _: float) -> Tensor:
-    return torch.from_numpy(np.stack([zscored(row) for row in scores.numpy()]))
-
-
 def zscored(scores: np.ndarray) -> np.ndarray:
     """Scores of one group less their mean over neurons, over their standard deviation; ``-inf`` stays."""
     known = None if scores.min() > -math.inf else scores > -math.inf
@@ -229,7 +225,7 @@ _OPERATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
         "/": lambda scores, number: scores / number,
         "-": lambda scores, _: -scores,
         "abs": lambda scores, _: scores.abs(),
-        "zscore": _zscore,
+        "zscore": lambda scores, _: torch.from_numpy(np.stack([zscored(row) for row in scores.numpy()])),
         "rank": _rank,
     }
 )

@@ -335,7 +335,6 @@ class KnockoutResult:
         seed: int = 0,
         condition: str = "all",
         cluster: str = "picture",
-        resamples: int | None = None,
     ) -> pd.DataFrame:
         """Self effect, cross effects and gap of each selector, per group and over all groups (``group == "all"``).
 
@@ -366,7 +365,6 @@ class KnockoutResult:
             condition: which questions enter; see `table`.
             cluster: ``"picture"`` takes pictures with all their questions, which are not independent of each other, as
                 units; ``"question"`` takes every question for itself.
-            resamples: changes nothing: intervals are closed forms. Kept for scripts of when they were bootstrapped.
 
         Raises:
             MismatchError: no such value or condition, or a confidence outside (0, 1).
@@ -384,7 +382,6 @@ class KnockoutResult:
         seed: int = 0,
         condition: str = "all",
         cluster: str = "picture",
-        resamples: int | None = None,
     ) -> pd.DataFrame:
         """Whose mask harms whom: the `effects` of every mask on every group of questions, and what is particular to it.
 
@@ -402,7 +399,6 @@ class KnockoutResult:
             condition: which questions enter; see `table`.
             cluster: ``"picture"`` takes pictures with all their questions, which are not independent of each other, as
                 units; ``"question"`` takes every question for itself.
-            resamples: changes nothing: intervals are closed forms. Kept for scripts of when they were bootstrapped.
 
         Raises:
             MismatchError: no such selector, value or condition.
@@ -497,7 +493,6 @@ class KnockoutResult:
                 f"there is no sweep of {selector!r} over {axis!r} here; there are {', '.join(self.selectors)}"
             )
         ordered = sorted(values, key=lambda name: values[name])
-        how.pop("resamples", None)  # as in `summary`
         table = tables.summary_table(self.where(condition), ordered, Inference(**{"value": self.measure, **how}))
         table.insert(0, axis, [values[name] for name in table["selector"]])
         return table.assign(selector=selector)
