@@ -182,6 +182,11 @@ def listed(names: Sequence[object], most: int = 5) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
+def few(names: Sequence[str]) -> str:
+    """``'a', 'b', 'c', …``: names in quotation marks, three of them."""
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+
+
 def nearest(name: str, names: Iterable[object]) -> str | None:
     """The name that another is most like, whatever the case of letters; None where none is."""
     lower = {str(one).casefold(): str(one) for one in names}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import JSONMapping, path_of
+from vlmneurons.checks import JSONMapping, one_of, path_of
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import read_parquet, write_parquet, write_text
@@ -190,8 +190,7 @@ class KnockoutResult:
         Raises:
             MismatchError: no such condition.
         """
-        if condition not in CONDITIONS:
-            raise MismatchError(f"condition={condition!r} does not exist; choose from {', '.join(CONDITIONS)}")
+        one_of("condition", condition, CONDITIONS, MismatchError)
         if condition == "all":
             return self
         return self.at(np.flatnonzero(self.correct[0] == (condition == "correct")))
