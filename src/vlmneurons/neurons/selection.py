@@ -3,6 +3,7 @@
 import functools
 import operator
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -345,10 +346,17 @@ def jaccards(first: Selection, second: Selection) -> Float64[np.ndarray, "group 
 
 def in_parentheses(expression: str) -> str:
     """A selector's expression, in parentheses if it is made of several."""
+    signs = (" & ", " | ", " - ", " ^ ")
+    several = any(expression[place : place + 3] in signs for place in outer_places(expression))
+    return f"({expression})" if several else expression
+
+
+def outer_places(expression: str) -> Iterator[int]:
+    """Places of a selector's expression that stand in no brackets; a closing one's own is among them."""
     depth = 0
-    for place, character in enumerate(expression):
+    # ``LAP() > 0.1`` compares, where ``<5 neurons>`` is in brackets.
+    for place, character in enumerate(re.sub(" [<>]=? ", lambda sign: "." * len(sign[0]), expression)):
         depth += character in "([{<"
         depth -= character in ")]}>"
-        if depth == 0 and expression[place : place + 3] in (" & ", " | ", " - ", " ^ "):
-            return f"({expression})"
-    return expression
+        if depth == 0:
+            yield place

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmneurons.checks import Keywords, of_kind, one_of, real, whole
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.model.architectures.hooks import Handle, write
+from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace
@@ -145,7 +145,7 @@ class _AttributionJob(Job["Tensor | None"]):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """See `Job.running`."""
-        with self._factors:
+        with self._factors.attached():
             yield
 
     def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], object]) -> Tensor | None:
@@ -206,28 +206,21 @@ class _Factors:
     def __init__(self, model: VLM, space: NeuronSpace, tokens: TokenRule | None, highest: bool = False) -> None:
         self.model, self.space, self.tokens, self.highest = model, space, tokens, highest
         model.check_space(space)
-        self._handles: list[Handle] = []
         self._active: dict[int, Tensor] = {}
         self._by_token: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         """Where the highest of all tokens is wanted: for each visit of a site a factor a token, and the number of each
         token that counts, -1 for others; None where all do and are different ones."""
         self._mask: Tensor | None = None
 
-    def __enter__(self) -> "_Factors":
-        try:
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within, the neurons have the factors that are active."""
+        with contextlib.ExitStack() as stack:
             for number, site in enumerate(self.space.sites):
                 kind = "pre" if site.kind == "pre" else "post"
                 mlp = self.model.mlp_of(site.at(kind))
-                self._handles.append(write(self.model.hf, mlp, kind, self._editor(number)))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        self._active, self._mask = {}, None
+                stack.enter_context(write(self.model.hf, mlp, kind, self._editor(number)))
+            yield
 
     @contextlib.contextmanager
     def at(self, value: float, sites: Sequence[int]) -> Iterator[None]:

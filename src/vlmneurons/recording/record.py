@@ -133,21 +133,24 @@ class CountingJob(Job[Reading]):
         """See `Job.forget`."""
         self.counter.forget()
 
+    def question_in(self, questions: QuestionSet, row: int) -> Question:
+        """The question that a row of the forward stands for; the first one, of a row that stands for none."""
+        rows = [] if self.counter.frame is None else self.counter.frame.rows
+        return questions[rows.index(row) if row in rows else 0]
+
     def _located(self, questions: QuestionSet, found: NotFinite) -> ActivationError:
         """Run a spoiled batch again, looking at every site, to name the first one that is not finite."""
         counter = self.counter
         counter.strict = True
-        rows: list[int] = []
+        item = questions[0]
         try:
             self.engine.count(questions, self.encode(questions), counter)
         except NotFinite as first:
-            found = first
-            rows = [] if counter.frame is None else counter.frame.rows
+            found, item = first, self.question_in(questions, first.row)
         finally:
             counter.strict = False
-        item = questions[rows.index(found.row)].id if found.row in rows else questions[0].id
         return ActivationError(
-            f"NaN or infinite activations at {found.site}, question {item!r}: no earlier site of the space has any. "
+            f"NaN or infinite activations at {found.site}, question {item.id!r}: no earlier site of the space has any. "
             "Half precision overflows in some models: try dtype=torch.float32 or bfloat16"
         )
 
