@@ -63,7 +63,7 @@ def _tensors(hf_model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that a model computes with, by name; offloaded ones from where they are kept."""
     states = {path: state for path, module in hf_model.named_modules() if (state := _packed_state(module)) is not None}
     if states:  # bitsandbytes would unpack these weights for a state_dict, and not as they were
-        tensors: dict[str, Tensor] = {**dict(hf_model.named_parameters(remove_duplicate=False))}
+        tensors: dict[str, Tensor] = dict(hf_model.named_parameters(remove_duplicate=False))
         for path, state in states.items():
             for place, part in ((path, state), (f"{path}.state2", getattr(state, "state2", None))):
                 kept = vars(part) if part is not None else {}
