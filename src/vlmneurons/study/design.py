@@ -80,7 +80,7 @@ def crossing(
         )
     units = _units(questions)
     for group in own_groups:
-        for deck in set(decks.values()):
+        for deck in sorted(set(decks.values())):
             n_others, n_units = len(set(deck) - {group}), len(units[group])
             if others < n_others and n_units * others < n_others:
                 raise MismatchError(
