@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -61,6 +62,18 @@ def test_the_page_loads_nothing_and_every_link_leads_to_a_file(report):
             assert (folder / link).stat().st_size > 0
     assert "<script" not in page
     assert "a &lt;table&gt; of mine" in page.lower()
+
+
+def test_the_page_opens_with_the_result_in_a_sentence(report):
+    result, _, page = report
+    one = result.summary(**QUICK).query("selector == 'CAS' and group == 'all'").iloc[0]
+    (told,) = re.findall(r'<p class="finding">(.*?)</p>', page)
+    for effect in ("self_effect", "cross_effect"):
+        assert f"{100 * one[effect]:.1f} points of accuracy".replace("-", "−") in told
+        bounds = (f"{100 * one[f'{effect}{end}']:.1f}" for end in ("_low", "_high"))
+        expected = "[{}, {}]".format(*bounds).replace("-", "−")
+        assert (expected in told) == bool(np.isfinite(one[f"{effect}_low"]))
+    assert f"{one['n']} questions about {one['pictures']} pictures, of {len(result.group_names)} groups." in told
 
 
 def test_every_figure_is_there_as_png_and_svg_and_every_table_as_csv_and_latex(report):
