@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 from test_effects import random_result
+from test_plots import only_these_fonts
 from vlmneurons.cli import main
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.plots import plot_effects
-from vlmneurons.look.report import latex
+from vlmneurons.look.report import _finding, latex
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
 
@@ -74,6 +75,17 @@ def test_the_page_opens_with_the_result_in_a_sentence(report):
         expected = "[{}, {}]".format(*bounds).replace("-", "−")
         assert (expected in told) == bool(np.isfinite(one[f"{effect}_low"]))
     assert f"{one['n']} questions about {one['pictures']} pictures, of {len(result.group_names)} groups." in told
+    assert "by chance" not in told  # it is not known here
+    for chance, little in ((0.25, False), (float(np.mean(result.correct[0])) - 0.01, True)):
+        finding = _finding(replace(result, provenance={"chance": chance}), result.summary(**QUICK), "CAS")
+        assert finding.startswith(told.removesuffix(told[-1]))
+        share = 100 * np.mean(result.correct[0])
+        assert (
+            finding.endswith(
+                f" Without a mask {share:.1f} % are right, and {100 * chance:.1f} % by chance: little can be lost."
+            )
+            == little
+        )
 
 
 def test_every_figure_is_there_as_png_and_svg_and_every_table_as_csv_and_latex(report):
@@ -180,7 +192,7 @@ def parsed(text):
 
 def cells_of(page, number):
     """The cells of the page's table of that section, row by row."""
-    inner = re.search(rf'<section id="table-{number}">.*?<tbody>(.*?)</tbody>', page)[1]
+    inner = re.search(rf'<section id="table-{number}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", inner)]
 
 
@@ -244,7 +256,8 @@ def test_a_result_without_effects_has_no_report(tmp_path):
         plot_effects(result.summary(**QUICK), effects=["harm"])
 
 
-def test_groups_and_selectors_of_any_name_are_reported(tmp_path):
+def test_groups_and_selectors_of_any_name_are_reported(tmp_path, monkeypatch):
+    only_these_fonts(monkeypatch)
     result = random_result(n=12, controls=0)
     names = {"BRA": "<b>&amp;", "EGY": "مصر", "JPN": "日本 $x_1$ \\", "SGP": "a name that is far longer than any code"}
     masks = tuple(Mask(f"{m.selector} <i>/..", m.repeat, names[m.group], m.size) for m in result.masks[:8])

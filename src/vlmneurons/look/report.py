@@ -628,15 +628,16 @@ def _finding(result: KnockoutResult, summary: pd.DataFrame, main: str) -> str:
         mean, low, high = (_number(scale * one[f"{effect}{end}"], digits) for end in ("", "_low", "_high"))
         few = "too few pictures or changed answers for an interval"
         told.append(f"{mean} {unit} " + (f"[{low}, {high}]" if np.isfinite(one[f"{effect}_low"]) else f"({few})"))
-    clean, chance = float(np.mean(result.correct[0])), result.provenance.get("chance")
-    lucky = chance is not None and clean - 1.645 * np.sqrt(clean * (1 - clean) / len(result.ids)) <= chance
-    return (
+    told_so = (
         f"Switching off the neurons that {main} chose for a group moves its own questions by {told[0]}, and those of "
         f"other groups by {told[1]}: {one['n']:,} questions about {one['pictures']:,} pictures, of "
         f"{len(result.group_names)} groups."
-        + f" Without a mask {100 * clean:.1f} % are right, and {100 * chance:.1f} % by chance: little can be lost."
-        * lucky
     )
+    clean, chance = float(np.mean(result.correct[0])), result.provenance.get("chance")
+    if chance is None or clean - 1.645 * np.sqrt(clean * (1 - clean) / len(result.ids)) > chance:
+        return told_so
+    shares = f"{100 * clean:.1f} % are right, and {100 * chance:.1f} % by chance"
+    return f"{told_so} Without a mask {shares}: little can be lost."
 
 
 def page_of(
