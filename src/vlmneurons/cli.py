@@ -337,11 +337,8 @@ def _asking_again(**given: object) -> None:
     """The options of a command about a study that ran: none has to be given, for the study's own hold."""
 
 
-vars(_asking_again)["__signature__"] = inspect.Signature(
-    one.replace(default=None)
-    for one in inspect.signature(_asking).parameters.values()
-    if one.name not in ("out", "quiet", "share")
-)
+_kept = [one for one in inspect.signature(_asking).parameters.values() if one.name not in ("out", "quiet", "share")]
+vars(_asking_again)["__signature__"] = inspect.Signature([one.replace(default=None) for one in _kept])
 
 
 def study(

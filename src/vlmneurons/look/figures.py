@@ -251,7 +251,8 @@ def _truetype_copy(path: str, index: int, name: str, letters: str) -> str:
     digest = hashlib.sha256(f"{path} {index} {os.path.getmtime(path)} {letters}".encode()).hexdigest()[:12]
     family, file = f"{name} {digest}", Path(matplotlib.get_cachedir(), f"vlmneurons-{digest}.ttf")
     if not file.exists():
-        with TTFont(path, fontNumber=index, lazy=True) as font:
+        with TTFont(path, fontNumber=index, lazy=True) as opened:
+            font: Any = opened  # its tables have no types
             place, outlines, em, drawn = font.getBestCmap(), font.getGlyphSet(), font["head"].unitsPerEm, {}
             codes = {ord(letter): place[ord(letter)] for letter in letters}
             for glyph in (".notdef", *codes.values()):
