@@ -607,7 +607,7 @@ def _card(item: InspectedItem, highest: float, number: int, places: dict[object,
         small.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
         key = (item.question.image_key, which)
         if key not in places:
-            pictures.append(("picture", inside(_file(small, "WEBP", quality=80), "image/webp"), *small.size, ""))
+            pictures.append(("picture", inside(_file(small, "WEBP"), "image/webp"), *small.size, ""))
             places[key] = f"#p{number}-{len(pictures) - 1}"
         else:
             pictures.append(("picture", places[key], *small.size, ""))
@@ -631,7 +631,7 @@ def _card(item: InspectedItem, highest: float, number: int, places: dict[object,
     }
 
 
-def _file(picture: Image.Image, kind: str, **how: Any) -> bytes:
+def _file(picture: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **how)
+    picture.save(buffer, kind, quality=80)
     return buffer.getvalue()
