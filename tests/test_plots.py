@@ -244,8 +244,9 @@ def test_a_name_in_another_script_gets_an_installed_font(a_font, monkeypatch, tm
     assert families == {("sans-serif", a_font)}
 
 
-def test_letters_of_a_font_with_postscript_outlines_are_copied_as_truetype(monkeypatch, tmp_path):
-
+@pytest.fixture
+def a_postscript_font(monkeypatch, tmp_path):
+    """A font with PostScript's outlines, which alone has some letters; its copies go to the test's folder."""
     pen, empty = T2CharStringPen(800, None), T2CharStringPen(500, None)
     pen.moveTo((0, 0))
     pen.curveTo((0, 400), (300, 700), (700, 700))
@@ -253,7 +254,7 @@ def test_letters_of_a_font_with_postscript_outlines_are_copied_as_truetype(monke
     pen.closePath()
     font = FontBuilder(1000, isTTF=False)
     font.setupGlyphOrder([".notdef", "letter", "other"])
-    font.setupCharacterMap({ord("日"): "letter", ord("月"): "other"})
+    font.setupCharacterMap({ord("日"): "letter"} | {ord(letter): "other" for letter in "月हि"})
     glyphs = {".notdef": empty.getCharString(), "letter": pen.getCharString(), "other": pen.getCharString()}
     font.setupCFF("CubicSans", {}, glyphs, {})
     font.setupHorizontalMetrics({".notdef": (500, 0), "letter": (800, 0), "other": (800, 0)})
@@ -266,6 +267,20 @@ def test_letters_of_a_font_with_postscript_outlines_are_copied_as_truetype(monke
     font_manager.fontManager.addfont(tmp_path / "cubic.otf")
     only_these_fonts(monkeypatch, "Cubic Sans")
     monkeypatch.setattr(matplotlib, "get_cachedir", lambda: str(tmp_path))
+
+
+@pytest.mark.usefixtures("a_postscript_font")
+def test_letters_that_join_are_not_copied_and_what_a_pdf_lacks_then_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(matplotlib, "__version__", "3.11.0")  # else it is said that letters are not joined
+    with pytest.warns(
+        UserWarning, match="Cubic Sans has PostScript outlines: MuPDF and Ghostscript draw no letter of हि"
+    ):
+        vn.plot_matrix(named(["हि", "EGY", "USA", "SGP"]), "CAS")
+    assert not [*tmp_path.glob("vlmneurons-*.ttf")]
+
+
+@pytest.mark.usefixtures("a_postscript_font")
+def test_letters_of_a_font_with_postscript_outlines_are_copied_as_truetype(tmp_path):
     figure = vn.plot_matrix(named(["日", "EGY", "USA", "SGP"]), "CAS")
     figure.savefig(tmp_path / "figure.pdf")
     (copy,) = tmp_path.glob("vlmneurons-*.ttf")

@@ -295,8 +295,13 @@ def _fonts_for(needed: Iterable[str]) -> tuple[list[str], set[str]]:
         has = {letter for letter in lacking if ord(letter) in _codes_of(path)}
         if not has:
             break
-        if _has_cubic_outlines(path) and not any(map(_is_joined, has)):  # a copy of letters does not know how they join
-            found.append(_truetype_copy(path, getattr(known[best], "index", 0), best, "".join(sorted(has))))
+        if _has_cubic_outlines(path):
+            letters = "".join(sorted(has))
+            if any(map(_is_joined, has)):  # a copy of letters would not know how they join
+                told = f"{best} has PostScript outlines: MuPDF and Ghostscript draw no letter of {letters} in a PDF"
+                warnings.warn(f"{told}; install {' and '.join(_suggested(has))} in TrueType", stacklevel=4)
+            else:
+                found.append(_truetype_copy(path, getattr(known[best], "index", 0), best, letters))
         found.append(best)
         offered.remove(best)
         lacking -= has
