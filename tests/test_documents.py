@@ -61,7 +61,10 @@ def test_every_block_of_python_runs_in_order(page, as_a_reader):
     # A trace reads its own source, so the blocks of a page are one file.
     script, text = as_a_reader / "page.py", PAGES[page].read_text(encoding="utf-8")
     script.write_text(script_of(text), encoding="utf-8")
-    with contextlib.redirect_stdout(io.StringIO()) as told, pd.option_context("display.width", WIDTH):
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as told,
+        pd.option_context("display.width", WIDTH, "display.max_columns", 30),
+    ):
         runpy.run_path(str(script), run_name="page")
     for (code, shown), printed in zip(SHOWN.findall(text), printed_by_block(told.getvalue()), strict=True):
         if shown:

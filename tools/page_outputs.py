@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text title=\"Output\"\n(.*?)
 PICTURE = re.compile(r"!\[[^\]]*\]\(((?:\.\./)*images/[\w.-]+\.png)\)")
 """A picture that a page shows."""
 
-WIDTH = 120
+WIDTH = 160
 """Of a printed table, in letters: a page, as a notebook, leaves out no column that a terminal has no room for."""
 
 _END = "\x1e"
@@ -99,7 +99,7 @@ def main() -> None:
         page = path.read_text(encoding="utf-8")
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder, "page.py")
-            wide = f"import pandas\npandas.set_option('display.width', {WIDTH})\n"
+            wide = f"import pandas\npandas.set_option('display.width', {WIDTH}, 'display.max_columns', 30)\n"
             script.write_text(wide + script_of(page), encoding="utf-8")
             how = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
             done = subprocess.run(
