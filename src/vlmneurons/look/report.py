@@ -79,7 +79,6 @@ def write_report(
     permutations: int = 2000,
     seed: int = 0,
     title: str = "Knockout study",
-    resamples: int | None = None,
 ) -> Path:
     """Write the report of a study.
 
@@ -93,7 +92,6 @@ def write_report(
         permutations: number of sign flips; see `KnockoutResult.effects`.
         seed: of the sign flips.
         title: stands above the page.
-        resamples: changes nothing; see `KnockoutResult.summary`.
 
     Returns:
         the path of the page.
