@@ -16,13 +16,15 @@ from nbclient import NotebookClient
 DOCS = Path(__file__).parent
 PAGE, NOTEBOOK = DOCS / "tutorial.md", DOCS / "tutorial.ipynb"
 _BLOCK = re.compile(r"^```python\n(.*?)^```\n?", re.MULTILINE | re.DOTALL)
+_SHOWN = re.compile(r"^```text title=\"Output\"\n.*?^```\n|^!\[[^]]*\]\([^)]*\)\n", re.MULTILINE | re.DOTALL)
+"""What the page shows of what its code gives; the notebook's cells give it themselves."""
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)\.md")
 
 
 def cells(page: str) -> list[nbformat.NotebookNode]:
     """The cells of a page, not run."""
     made = []
-    parts = _BLOCK.split(page)  # text, code, text, …
+    parts = _BLOCK.split(_SHOWN.sub("", page))  # text, code, text, …
     for number, part in enumerate(parts):
         text = part.strip("\n")
         if not text:

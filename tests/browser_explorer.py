@@ -334,7 +334,7 @@ def whole(tmp_path_factory):
         run = tmp_path_factory.mktemp("whole") / "study"
         how = ["--model", "demo", "--data", "demo", "--batch-size", "32", "--quiet"]
         assert main(["study", *how, "--out", str(run)]) == 0
-        assert main(["explore", str(run), *how, "--out", str(run / "explorer")]) == 0
+        assert main(["explore", str(run), "--quiet"]) == 0
     return run / "explorer" / "index.html", vn.KnockoutResult.load(run / "knockout"), run
 
 

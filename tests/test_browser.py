@@ -176,11 +176,13 @@ def test_the_page_is_one_file_that_loads_and_runs_nothing(paper_model, tmp_path)
     view = vn.inspect_neuron(paper_model, questions, (SITE, 5), k=1)
     view.save(tmp_path / "neuron.html")
     text = (tmp_path / "neuron.html").read_text(encoding="utf-8")
-    assert not re.findall(r"(?:src|href)=['\"](?!data:image/png;base64,)", text)
+    assert not re.findall(r"(?:src|href)=['\"](?!data:image/(?:png|webp);base64,|#p\d)", text)
     assert "<script" not in text
     assert text.count("<article>") == 2
+    assert text.count("data:image/webp") == 2  # each picture is there once, and its maps are small
+    assert max(map(len, re.findall(r"data:image/png;base64,([^'\"]+)", text))) < 6000
     assert "<h2>A " in text
-    assert "<figcaption>map</figure>" in text
+    assert "<figcaption>map</figcaption>" in text
     view.save(tmp_path / "neuron.png")
     with Image.open(tmp_path / "neuron.png") as image:
         assert min(image.size) > 300
@@ -211,7 +213,7 @@ def test_questions_without_pictures_and_with_several_are_shown(model, tmp_path):
     assert none.patches == ()
     assert view.note == ""
     view.save(tmp_path / "n.png")
-    assert view.to_html().count("<figcaption>map</figure>") == 2
+    assert view.to_html().count("<figcaption>map</figcaption>") == 2
 
 
 def test_what_does_not_exist_is_refused(model):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_the_explorer_of_a_study_is_written_with_its_own_questions_only(argument
     given = arguments[1 : arguments.index("--out")] if "--out" in arguments else arguments[1:]
     asking = [one for n, one in enumerate(given) if {"--model", "--data"} & {one, given[n - 1]}]
     capsys.readouterr()
-    assert main(["explore", str(undisturbed), *asking, "--out", str(tmp_path / "new"), "--images", "none"]) == 0
+    assert main(["explore", str(undisturbed), "--out", str(tmp_path / "new"), "--images", "none"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'index.html'}\n"
     told = (tmp_path / "new" / "data" / "study.js").read_text(encoding="utf-8")
     assert all(name in told for name in vn.KnockoutResult.load(undisturbed / "knockout").selectors)
@@ -105,6 +106,24 @@ def test_the_explorer_of_a_study_is_written_with_its_own_questions_only(argument
     assert "is not shown beside answers given otherwise" in capsys.readouterr().err
     assert main(["explore", str(undisturbed), *asking, "--out", str(tmp_path / "new"), "--remote", "local"]) == 1
     assert "values at every token do not come back" in capsys.readouterr().err
+    assert main(["explore", str(undisturbed), "--model", "demo:organism"]) == 1  # an option given is the one that holds
+    assert "its configuration is" in capsys.readouterr().err
+    assert not (undisturbed / "explorer").exists()
+
+
+def test_the_explorer_of_a_study_that_does_not_say_what_was_asked_needs_both_options(undisturbed, tmp_path, capsys):
+    other = tmp_path / "study"
+    shutil.copytree(undisturbed, other)
+    asked = json.loads((other / "command.json").read_text(encoding="utf-8"))
+    assert (asked["seed"], asked["language"], asked["general"]) == (0, "english", None)
+    (other / "command.json").unlink()
+    assert main(["explore", str(other), "--data", asked["data"]]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {other} does not say what was asked, as studies of the command line do: give --model and --data\n"
+    )
+    how = ["--model", asked["model"], "--data", asked["data"], "--images", "none", "--quiet"]
+    assert main(["explore", str(other), *how]) == 0
+    assert capsys.readouterr().out == f"{other / 'explorer' / 'index.html'}\n"
 
 
 def test_the_command_killed_at_ten_random_moments_ends_with_the_same_tables(arguments, undisturbed, tmp_path):

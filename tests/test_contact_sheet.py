@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import vlmneurons as vn
-from tools.contact_sheet import NAMES, WIDTHS, a_result, a_summary, drawn_texts, faults, figures
+from tools.contact_sheet import NAMES, WIDTHS, a_result, a_summary, drawn_texts, faults, figures, measured
 from vlmneurons.errors import MismatchError
 
 
@@ -21,6 +21,19 @@ def test_no_figure_has_a_fault_in_print(width, number, tmp_path):
         assert faults(figure, tmp_path / "figure.pdf") == [], name
         if number == 8:
             assert min(text.get_fontsize() for text, _ in drawn_texts(figure)) >= 7, name
+
+
+def test_what_is_measured_is_told_in_a_row(tmp_path, capsys):
+    def wrong() -> Figure:
+        figure = Figure(figsize=(2, 1))
+        figure.text(0.1, 0.3, "small", fontsize=5)
+        return figure
+
+    row, pictures = measured([("wrong", wrong)], tmp_path, "one")
+    assert (row["figures"], row["wrong"], row["smallest pt"]) == (1, 1, 5)
+    assert "Type" in str(row["fonts"])
+    assert [name for name, _ in pictures] == ["one-wrong"]
+    assert "one-wrong: text of 5 pt in the PDF" in capsys.readouterr().out
 
 
 def test_faults_are_found(tmp_path):

@@ -14,13 +14,24 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import vlmneurons as vn
 from public import callees, documented_paths, public_things
 from tools.page_outputs import BLOCK as SHOWN
-from tools.page_outputs import alike, printed_by_block, script_of, with_outputs
+from tools.page_outputs import (
+    PICTURE,
+    WIDTH,
+    alike,
+    alike_pictures,
+    drawn_pictures,
+    printed_by_block,
+    script_of,
+    with_outputs,
+)
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -50,11 +61,34 @@ def test_every_block_of_python_runs_in_order(page, as_a_reader):
     # A trace reads its own source, so the blocks of a page are one file.
     script, text = as_a_reader / "page.py", PAGES[page].read_text(encoding="utf-8")
     script.write_text(script_of(text), encoding="utf-8")
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as told,
+        pd.option_context("display.width", WIDTH, "display.max_columns", 30),
+    ):
         runpy.run_path(str(script), run_name="page")
     for (code, shown), printed in zip(SHOWN.findall(text), printed_by_block(told.getvalue()), strict=True):
         if shown:
             assert alike(shown, printed), f"{page} shows another output of\n{code}\nIt printed\n{printed}"
+    for kept, drawn in drawn_pictures(PAGES[page], as_a_reader):
+        assert alike_pictures(kept, drawn), f"{page} shows {kept.name}, and its code draws something else"
+
+
+def test_a_picture_differs_by_what_it_shows_but_not_by_how_letters_are_smoothed(tmp_path):
+    for name, harm, text in (("kept", "-50", "A"), ("same", "-50", "B"), ("other", "0", "A")):
+        figure = Figure(figsize=(4, 3))
+        axis = figure.subplots()
+        axis.imshow([[float(harm), 0], [0, -50]], vmin=-50, vmax=50, cmap="RdBu")
+        axis.set_title(text)
+        figure.savefig(tmp_path / f"{name}.png")
+    assert alike_pictures(tmp_path / "kept.png", tmp_path / "same.png")
+    assert not alike_pictures(tmp_path / "kept.png", tmp_path / "other.png")
+
+
+def test_every_figure_of_the_gallery_is_drawn_by_its_page():
+    names = PICTURE.findall(PAGES["docs/gallery.md"].read_text(encoding="utf-8"))
+    code = "".join(BLOCK.findall(PAGES["docs/gallery.md"].read_text(encoding="utf-8")))
+    assert all(f'"{Path(name).name}"' in code for name in names)
+    assert {name for name in vn.__all__ if name.startswith("plot_")} == set(re.findall(r"vn\.(plot_\w+)", code))
 
 
 def test_an_output_differs_by_words_and_by_numbers_but_not_by_rounding():

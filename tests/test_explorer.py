@@ -101,12 +101,12 @@ def test_a_neurons_page_has_what_the_model_does_now(study, page):
 
 
 def test_the_page_loads_only_what_lies_beside_it(page):
-    for name in ("index.html", "explorer.js", "explorer.css"):
+    for name in ("index.html", "explorer.js", "style.css"):
         text = (page.parent / name).read_text("utf-8")
         assert "http" not in text.replace("http-equiv", "")
         assert "innerHTML" not in text
     linked = re.findall(r'(?:src|href)="([^"#]+)"', (page.parent / "index.html").read_text("utf-8"))
-    assert set(linked) == {"data:,", "explorer.css", "explorer.js"}
+    assert set(linked) == {"data:,", "style.css", "explorer.js"}
 
 
 def test_without_images_no_picture_is_in_the_folder(study, tmp_path):

@@ -3,12 +3,16 @@
 import re
 import struct
 import warnings
+import zlib
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.t2CharStringPen import T2CharStringPen
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from fontTools.ttLib import TTFont
 from matplotlib import font_manager
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -238,6 +242,66 @@ def test_a_name_in_another_script_gets_an_installed_font(a_font, monkeypatch, tm
         figure.savefig(tmp_path / "figure.png")
     families = {tuple(text.get_fontfamily()) for text in figure.findobj(Text)}
     assert families == {("sans-serif", a_font)}
+
+
+@pytest.fixture
+def a_postscript_font(monkeypatch, tmp_path):
+    """A font with PostScript's outlines, which alone has some letters; its copies go to the test's folder."""
+    pen, empty = T2CharStringPen(800, None), T2CharStringPen(500, None)
+    pen.moveTo((0, 0))
+    pen.curveTo((0, 400), (300, 700), (700, 700))
+    pen.lineTo((700, 0))
+    pen.closePath()
+    font = FontBuilder(1000, isTTF=False)
+    font.setupGlyphOrder([".notdef", "letter", "other"])
+    font.setupCharacterMap({ord("日"): "letter"} | {ord(letter): "other" for letter in "月हि"})
+    glyphs = {".notdef": empty.getCharString(), "letter": pen.getCharString(), "other": pen.getCharString()}
+    font.setupCFF("CubicSans", {}, glyphs, {})
+    font.setupHorizontalMetrics({".notdef": (500, 0), "letter": (800, 0), "other": (800, 0)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Cubic Sans", "styleName": "Regular"})
+    font.setupOS2(usWeightClass=400)
+    font.setupPost()
+    font.save(tmp_path / "cubic.otf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist])
+    font_manager.fontManager.addfont(tmp_path / "cubic.otf")
+    only_these_fonts(monkeypatch, "Cubic Sans")
+    monkeypatch.setattr(matplotlib, "get_cachedir", lambda: str(tmp_path))
+
+
+@pytest.mark.usefixtures("a_postscript_font")
+def test_letters_that_join_are_not_copied_and_what_a_pdf_lacks_then_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(matplotlib, "__version__", "3.11.0")  # else it is said that letters are not joined
+    with pytest.warns(
+        UserWarning, match="Cubic Sans has PostScript outlines: MuPDF and Ghostscript draw no letter of हि"
+    ):
+        vn.plot_matrix(named(["हि", "EGY", "USA", "SGP"]), "CAS")
+    assert not [*tmp_path.glob("vlmneurons-*.ttf")]
+
+
+@pytest.mark.usefixtures("a_postscript_font")
+def test_letters_of_a_font_with_postscript_outlines_are_copied_as_truetype(tmp_path):
+    figure = vn.plot_matrix(named(["日", "EGY", "USA", "SGP"]), "CAS")
+    figure.savefig(tmp_path / "figure.pdf")
+    (copy,) = tmp_path.glob("vlmneurons-*.ttf")
+    with TTFont(copy) as copied:
+        assert copied.getBestCmap().keys() == {ord("日")}
+        assert copied["hmtx"]["letter"] == (800, 0)
+        box = copied["glyf"]["letter"]
+        assert (box.xMin, box.yMin, box.xMax, box.yMax) == (0, 0, 700, 700)
+    embedded = [zlib.decompressobj().decompress(part) for part in streams((tmp_path / "figure.pdf").read_bytes())]
+    fonts = [one for one in embedded if one[:4] in (b"\0\1\0\0", b"OTTO")]
+    assert len(fonts) >= 2  # DejaVu's and the copy's
+    assert all(one[:4] == b"\0\1\0\0" for one in fonts)
+    again = vn.plot_matrix(named(["日", "EGY", "USA", "SGP"]), "CAS")  # with the same copy
+    (families,) = {tuple(text.get_fontfamily()) for text in again.findobj(Text)}
+    assert f"Cubic Sans {copy.stem.removeprefix('vlmneurons-')}" in families
+    assert [*tmp_path.glob("vlmneurons-*.ttf")] == [copy]
+
+
+def streams(pdf):
+    """The compressed parts of a PDF."""
+    return [part for part in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf, re.DOTALL) if part[:1] == b"x"]
 
 
 def test_a_name_that_no_font_can_write_is_said_once_with_what_to_install(monkeypatch, tmp_path):

@@ -4,14 +4,16 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from test_effects import random_result
+from test_plots import only_these_fonts
 from vlmneurons.cli import main
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.plots import plot_effects
-from vlmneurons.look.report import latex
+from vlmneurons.look.report import _finding, latex
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
 
@@ -61,6 +63,29 @@ def test_the_page_loads_nothing_and_every_link_leads_to_a_file(report):
             assert (folder / link).stat().st_size > 0
     assert "<script" not in page
     assert "a &lt;table&gt; of mine" in page.lower()
+
+
+def test_the_page_opens_with_the_result_in_a_sentence(report):
+    result, _, page = report
+    one = result.summary(**QUICK).query("selector == 'CAS' and group == 'all'").iloc[0]
+    (told,) = re.findall(r'<p class="finding">(.*?)</p>', page)
+    for effect in ("self_effect", "cross_effect"):
+        assert f"{100 * one[effect]:.1f} points of accuracy".replace("-", "−") in told
+        bounds = (f"{100 * one[f'{effect}{end}']:.1f}" for end in ("_low", "_high"))
+        expected = "[{}, {}]".format(*bounds).replace("-", "−")
+        assert (expected in told) == bool(np.isfinite(one[f"{effect}_low"]))
+    assert f"{one['n']} questions about {one['pictures']} pictures, of {len(result.group_names)} groups." in told
+    assert "by chance" not in told  # it is not known here
+    for chance, little in ((0.25, False), (float(np.mean(result.correct[0])) - 0.01, True)):
+        finding = _finding(replace(result, provenance={"chance": chance}), result.summary(**QUICK), "CAS")
+        assert finding.startswith(told.removesuffix(told[-1]))
+        share = 100 * np.mean(result.correct[0])
+        assert (
+            finding.endswith(
+                f" Without a mask {share:.1f} % are right, and {100 * chance:.1f} % by chance: little can be lost."
+            )
+            == little
+        )
 
 
 def test_every_figure_is_there_as_png_and_svg_and_every_table_as_csv_and_latex(report):
@@ -167,7 +192,7 @@ def parsed(text):
 
 def cells_of(page, number):
     """The cells of the page's table of that section, row by row."""
-    inner = re.search(rf'<section id="table-{number}">.*?<tbody>(.*?)</tbody>', page)[1]
+    inner = re.search(rf'<section id="table-{number}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", inner)]
 
 
@@ -231,7 +256,8 @@ def test_a_result_without_effects_has_no_report(tmp_path):
         plot_effects(result.summary(**QUICK), effects=["harm"])
 
 
-def test_groups_and_selectors_of_any_name_are_reported(tmp_path):
+def test_groups_and_selectors_of_any_name_are_reported(tmp_path, monkeypatch):
+    only_these_fonts(monkeypatch)
     result = random_result(n=12, controls=0)
     names = {"BRA": "<b>&amp;", "EGY": "مصر", "JPN": "日本 $x_1$ \\", "SGP": "a name that is far longer than any code"}
     masks = tuple(Mask(f"{m.selector} <i>/..", m.repeat, names[m.group], m.size) for m in result.masks[:8])

@@ -64,7 +64,7 @@ def test_every_dependency_has_a_lower_bound_and_is_imported():
     for requirement in project["dependencies"]:
         name, bound, _ = requirement.partition(">=")
         assert bound, f"{requirement} has no lower bound"
-        module = {"pillow": "PIL"}.get(name, name).replace("-", "_")
+        module = {"fonttools": "fontTools", "pillow": "PIL"}.get(name, name).replace("-", "_")
         # accelerate places a model on devices (device_map), torchvision is what the stock image processors need, and
         # pyarrow is how pandas writes parquet.
         used = f"import {module}" in text or f"from {module}" in text

@@ -27,6 +27,7 @@ import typer
 import vlmneurons as vn
 from vlmneurons.checks import Keywords, nearest
 from vlmneurons.errors import ArchitectureError, FileFormatError, QuestionError, VLMNeuronsError
+from vlmneurons.files.atomic import write_json
 from vlmneurons.questions.cvqa import LANGUAGES
 
 if TYPE_CHECKING:
@@ -327,6 +328,18 @@ def _asking(
     """The options of every command that asks a model questions."""
 
 
+_COMMAND = "command.json"
+"""In a study's folder: the options that say what was asked of what."""
+
+
+def _asking_again(**given: object) -> None:
+    """The options of a command about a study that ran: none has to be given, for the study's own hold."""
+
+
+_kept = [one for one in inspect.signature(_asking).parameters.values() if one.name not in ("out", "quiet", "share")]
+vars(_asking_again)["__signature__"] = inspect.Signature([one.replace(default=None) for one in _kept])
+
+
 def study(
     general: Annotated[str | None, typer.Option(help="questions that measure general ability, as for --data")] = None,
     general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
@@ -368,6 +381,12 @@ def study(
     log.info("%s on %s", model.name, questions)
     how = {"distributed": _processes() > 1, "progress": not given["quiet"], "remote": given["remote"] or False}
     done = vn.run_study(model, questions, out, protocol, general=further, **how)
+    if int(os.environ.get("RANK", "0")) == 0:
+        asked = {*inspect.signature(_asking_again).parameters, "general", "general_by"} - {"remote"}
+        kept = {name: given[name] for name in asked}
+        for name in ("model", "data", "general"):  # a path is found from another folder too
+            kept[name] = os.path.abspath(kept[name]) if os.path.exists(kept[name] or "") else kept[name]
+        write_json(out / _COMMAND, kept, indent=1)
     if done.page is not None:
         summary = done.knockout.summary()
         shown = ["selector", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p", "flips"]
@@ -502,16 +521,18 @@ def compare(
 
 
 def explore(
-    run: Annotated[Path, typer.Argument(help="folder of a study")],
+    run: Annotated[Path, typer.Argument(help="folder of a study; what it asked is asked again, unless options differ")],
+    out: Annotated[Path | None, typer.Option(help="folder of the explorer (default: explorer/ in the study)")] = None,
     general: Annotated[str | None, typer.Option(help="the study's, as for --data")] = None,
     general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
     strongest: Annotated[int, typer.Option(help="neurons of each group with pictures and words")] = 50,
     images: Annotated[
         str, _choice("thumbnails", "none", help="none: of pictures that may not be shared")
     ] = "thumbnails",
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
     **given: Any,
 ) -> None:
-    """Write a study's explorer to --out: effects, changed answers, neurons, pictures and words, to click through."""
+    """Write a study's explorer: effects, changed answers, neurons, pictures and words, to click through."""
     import json
 
     from vlmneurons.look.explorer import write_explorer
@@ -519,6 +540,14 @@ def explore(
 
     if given["remote"] is not None:
         raise ArchitectureError("--remote: values at every token do not come back; run the model here")
+    kept = json.loads((run / _COMMAND).read_text(encoding="utf-8")) if (run / _COMMAND).exists() else {}
+    usual = {name: one.default for name, one in inspect.signature(_asking).parameters.items()}
+    given |= {"general": general, "general_by": general_by}
+    given = dict.fromkeys(given) | usual | kept | {name: value for name, value in given.items() if value is not None}
+    if inspect.Parameter.empty in (given["model"], given["data"]):
+        raise QuestionError(
+            f"{run} does not say what was asked, as studies of the command line do: give --model and --data"
+        )
     result = vn.KnockoutResult.load(run / "knockout")
     if "part" in result.provenance:
         raise FileFormatError(f"{run} is part {result.provenance['part']} of a study: `join` it with the others first")
@@ -528,12 +557,13 @@ def explore(
     items = vn.ItemStatistics.load(run / "items")
     stats = items.group_by("group", condition="correct", balanced=True, seed=settings["seed"])
     questions, load = _opened(given)
-    known = questions if general is None else questions + open_questions(general, group_by=general_by)
+    if given["general"] is not None:
+        questions = questions + open_questions(given["general"], group_by=given["general_by"])
     answer = given["answer"] or settings["answer"]
     page = write_explorer(
         result,
-        given["out"],
-        known if answer is None else known.asked(answer=answer),
+        out or run / "explorer",
+        questions if answer is None else questions.asked(answer=answer),
         selections,
         model=load(),
         stats=stats,
@@ -543,7 +573,7 @@ def explore(
         strongest=strongest,
         images=images == "thumbnails",
         batch_size=given["batch_size"],
-        progress=not given["quiet"],
+        progress=not quiet,
     )
     sys.stdout.write(f"{page}\n")
 
@@ -635,7 +665,8 @@ def _opened(given: Keywords) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
     return questions, lambda: open_model(name, **how)
 
 
-for _work in (study, record, knockout, explore):
+for _work in (study, record, knockout):
     _command(_work, _asking)
+_command(explore, _asking_again)
 for _work in (select, join, report, compare, check):
     _command(_work)

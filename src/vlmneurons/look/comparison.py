@@ -45,7 +45,7 @@ def write_comparison(
     every = {"models": comparison.table(), "every-group": comparison.groups(), "profiles": comparison.profiles()}
     for place in ("figures", "tables"):
         (folder / place).mkdir(parents=True, exist_ok=True)
-    body = [_written(part, folder) for part in parts]
+    shown = [_written(part, folder) for part in parts]
     for name, table in every.items():
         _write_table(folder, name, table)
     facts = {
@@ -58,7 +58,7 @@ def write_comparison(
     lead = f"Effects in {_UNITS[comparison.value][0]}; intervals at {100 * comparison.confidence:g} %."
     provenance = {name: dict(one.provenance) for name, one in comparison.results.items()}
     page = folder / "index.html"
-    write_text(page, page_of(title, lead, facts, parts, body, list(every), provenance))
+    write_text(page, page_of(title, lead, facts, shown, list(every), provenance))
     return page
 
 

@@ -25,6 +25,7 @@ from vlmneurons.checks import Keywords, of_kind, path_of, whole
 from vlmneurons.errors import ArchitectureError, MismatchError, SelectionError
 from vlmneurons.look.figures import natural
 from vlmneurons.look.neuron_pages import InspectedItem, NeuronView, inspect_neurons
+from vlmneurons.look.pages import STATIC
 from vlmneurons.look.writes import neuron_writes
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.selection import Selection
@@ -40,7 +41,6 @@ from vlmneurons.statistics.items import ItemStatistics
 from vlmneurons.study.result import CONDITIONS, KnockoutResult
 from vlmneurons.trust.resampling import resampled_selections
 
-_STATIC = Path(__file__).parent / "static"
 _MARK = 'content="vlmneurons explorer"'
 _THUMB, _BYTES, _MAP = 192, 2560, 32
 """Pixels of a thumbnail's longer side, its bytes, and rows and columns of a map, at most."""
@@ -472,8 +472,8 @@ class _Writer:
                 "images": self.images,
             },
         )
-        for name in ("explorer.css", "explorer.js", "index.html"):
-            shutil.copyfile(_STATIC / name, self.folder / name)
+        for name in ("style.css", "explorer.js", "index.html"):
+            shutil.copyfile(STATIC / name, self.folder / name)
         return self.folder / "index.html"
 
 

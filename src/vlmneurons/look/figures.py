@@ -1,5 +1,6 @@
 """What every figure has in common: how it shows and saves itself, its fonts, its colours, and the order of names."""
 
+import hashlib
 import io
 import os
 import re
@@ -7,6 +8,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,6 +21,7 @@ from matplotlib.text import Text
 
 from vlmneurons.checks import names, real
 from vlmneurons.errors import MismatchError
+from vlmneurons.files.atomic import replacing
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676"
 
@@ -224,7 +227,7 @@ def _is_joined(letter: str) -> bool:
 
 @cache
 def _has_cubic_outlines(path: str) -> bool:
-    """Whether a font is OpenType with PostScript's outlines, which matplotlib's PDFs name wrongly."""
+    """Whether a font is OpenType with PostScript's outlines."""
     with open(path, "rb") as file:
         kind = file.read(16)
         if kind[:4] == b"ttcf":  # a collection: what its first font is
@@ -233,25 +236,72 @@ def _has_cubic_outlines(path: str) -> bool:
     return kind[:4] == b"OTTO"
 
 
+@cache
+def _truetype_copy(path: str, index: int, name: str, letters: str) -> str:
+    """A copy of some letters of a font with TrueType's outlines, in matplotlib's cache; gives its family.
+
+    matplotlib's PDFs say of every font that it is TrueType. Where it is not, MuPDF and Ghostscript draw none of its
+    letters.
+    """
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.cu2quPen import Cu2QuPen
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from fontTools.ttLib import TTFont
+
+    digest = hashlib.sha256(f"{path} {index} {os.path.getmtime(path)} {letters}".encode()).hexdigest()[:12]
+    family, file = f"{name} {digest}", Path(matplotlib.get_cachedir(), f"vlmneurons-{digest}.ttf")
+    if not file.exists():
+        with TTFont(path, fontNumber=index, lazy=True) as opened:
+            font: Any = opened  # its tables have no types
+            place, outlines, em, drawn = font.getBestCmap(), font.getGlyphSet(), font["head"].unitsPerEm, {}
+            codes = {ord(letter): place[ord(letter)] for letter in letters}
+            for glyph in (".notdef", *codes.values()):
+                pen = TTGlyphPen(None)
+                outlines[glyph].draw(Cu2QuPen(pen, em / 1000, reverse_direction=True))
+                drawn[glyph] = pen.glyph()
+            metrics, line = {glyph: font["hmtx"][glyph] for glyph in drawn}, font["hhea"]
+        copy = FontBuilder(em, isTTF=True)
+        copy.setupGlyphOrder([*drawn])
+        copy.setupCharacterMap(codes)
+        copy.setupGlyf(drawn)
+        copy.setupHorizontalMetrics(metrics)
+        copy.setupHorizontalHeader(ascent=line.ascent, descent=line.descent)
+        copy.setupNameTable({"familyName": family, "styleName": "Regular", "psName": family.replace(" ", "")})
+        copy.setupOS2()
+        copy.setupPost()
+        with replacing(file) as temporary:
+            copy.save(temporary)
+    font_manager.fontManager.addfont(file)
+    return family
+
+
 def _fonts_for(needed: Iterable[str]) -> tuple[list[str], set[str]]:
     """Installed fonts that have the letters, as few as will do, and the letters that none has."""
     lacking = set(needed)
     known = {
-        entry.name: entry.fname
+        entry.name: entry
         for entry in font_manager.fontManager.ttflist
         if entry.style == "normal"
         and entry.weight in (400, "normal", "regular", "book")
         and not entry.name.startswith(_NO_TEXT)
+        and os.path.exists(entry.fname)
     }
     offered = sorted(known, key=lambda name: (not name.startswith("Noto Sans"), "Sans" not in name, name))
-    offered = [name for name in offered if os.path.exists(known[name])]
-    offered.sort(key=lambda name: _has_cubic_outlines(known[name]))
+    offered.sort(key=lambda name: _has_cubic_outlines(known[name].fname))
     found: list[str] = []
     while lacking and offered:
-        best = max(offered, key=lambda name: sum(ord(letter) in _codes_of(known[name]) for letter in lacking))
-        has = {letter for letter in lacking if ord(letter) in _codes_of(known[best])}
+        best = max(offered, key=lambda name: sum(ord(letter) in _codes_of(known[name].fname) for letter in lacking))
+        path = known[best].fname
+        has = {letter for letter in lacking if ord(letter) in _codes_of(path)}
         if not has:
             break
+        if _has_cubic_outlines(path):
+            letters = "".join(sorted(has))
+            if any(map(_is_joined, has)):  # a copy of letters would not know how they join
+                told = f"{best} has PostScript outlines: MuPDF and Ghostscript draw no letter of {letters} in a PDF"
+                warnings.warn(f"{told}; install {' and '.join(_suggested(has))} in TrueType", stacklevel=4)
+            else:
+                found.append(_truetype_copy(path, getattr(known[best], "index", 0), best, letters))
         found.append(best)
         offered.remove(best)
         lacking -= has

@@ -6,7 +6,6 @@ numbered patches through the model's own packing (base picture, tiles, unpadding
 grid. For other models the picture is shown without a map, and the page says so: a map that may be wrong is not drawn.
 """
 
-import base64
 import contextlib
 import html
 import io
@@ -23,8 +22,9 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from vlmneurons.checks import of_kind, path_of, whole
+from vlmneurons.checks import Keywords, of_kind, path_of, whole
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
+from vlmneurons.look.pages import inside, page_from
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
 from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
@@ -185,19 +185,16 @@ class NeuronView:
     def to_html(self) -> str:
         """The page as text."""
         highest = max((item.value for item in self.items), default=1.0)
-        parts = []
-        for group in dict.fromkeys(item.question.group for item in self.items):
-            parts.append(f"<h2>{html.escape(group)} <small>mean of maxima {self.mean[group]:.3g}</small></h2>")
-            parts += [_card(item, highest) for item in self.items if item.question.group == group]
-        note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
-        title = f"Neuron {html.escape(self.name)}"
-        return (
-            f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
-            f"<p>{html.escape(self.model)}. Shown are the questions of each group at which the neuron is highest, from "
-            f"highest to lowest; the redder, the higher (full red: {highest:.3g}, the highest on the page). Grey words "
-            f"(chat template, special tokens) are not counted.</p>{note}{''.join(parts)}</html>"
-        )
+        groups: dict[str, list[Keywords]] = {}
+        places: dict[object, str] = {}
+        for number, item in enumerate(self.items):
+            group = item.question.group
+            card = _card(item, highest, number, places) | {"mean": f"{self.mean[group]:.3g}"}
+            groups.setdefault(group, []).append(card)
+        most = max([*self.mean.values(), 1e-9])
+        means = [(name, f"{mean:.3g}", round(100 * max(mean, 0) / most)) for name, mean in self.mean.items()]
+        how: Keywords = {"title": f"Neuron {self.name}", "view": self, "highest": f"{highest:.3g}", "groups": groups}
+        return page_from("neuron.html", **how, means=means)
 
     def _repr_html_(self) -> str:
         return f"<iframe srcdoc='{html.escape(self.to_html(), quote=True)}' width='100%' height='600'></iframe>"
@@ -602,31 +599,39 @@ def _overlay(picture: Image.Image, heat: np.ndarray, highest: float) -> Image.Im
     return Image.fromarray((grey * (1 - alpha) + np.array(_HEAT) * alpha).round().astype(np.uint8))
 
 
-def _card(item: InspectedItem, highest: float) -> str:
-    figures = []
-    for title, picture in _pictures(item, highest):
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        figures.append(f"<figure><img alt='{title}' src='data:image/png;base64,{data}'><figcaption>{title}</figure>")
+def _card(item: InspectedItem, highest: float, number: int, places: dict[object, str]) -> Keywords:
+    """What the page shows of a question; each picture is in the page once, and elsewhere named by its place."""
+    pictures = []
+    for which, picture in enumerate(item.question.load_images()):
+        small = picture.convert("RGB")
+        small.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+        key = (item.question.image_key, which)
+        if key not in places:
+            pictures.append(("picture", inside(_file(small, "WEBP"), "image/webp"), *small.size, ""))
+            places[key] = f"#p{number}-{len(pictures) - 1}"
+        else:
+            pictures.append(("picture", places[key], *small.size, ""))
+        for view in dict.fromkeys(p.view for p in item.patches or () if p is not None and p.picture == which):
+            share = np.clip(np.nan_to_num(item.heat(which, view, (96, 96))) / max(highest, 1e-9), 0, 1)
+            red = np.dstack([*(np.full_like(share, one) for one in _HEAT), 255 * share]).round().astype(np.uint8)
+            heat = inside(_file(Image.fromarray(red), "PNG"), "image/png")
+            pictures.append(("map" if view == "picture" else "map, tiles", places[key], *small.size, heat))
     words = []
     for text, value, counted in item.words():
-        shade = 0.85 * min(max(np.nan_to_num(value) / max(highest, 1e-9), 0.0), 1.0) if counted else 0.0
-        style = f"background:rgba({_HEAT[0]},{_HEAT[1]},{_HEAT[2]},{shade:.3f})" if shade else ""
-        kind = "" if counted else " class=off"
-        words.append(f"<span{kind} style='{style}' title='{value:.4g}'>{html.escape(text)}</span>")
-    asked = item.question
-    return (
-        f"<article><header>{html.escape(asked.id)} · highest {item.value:.4g} · right: {html.escape(asked.right)}"
-        f"</header><div class=pictures>{''.join(figures)}</div><p class=words dir=auto>{''.join(words)}</p></article>"
-    )
+        shade = round(min(max(np.nan_to_num(value) / max(highest, 1e-9), 0.0), 1.0), 3)
+        words.append((text, f"{value:.4g}", shade, counted))
+    top = [(text.strip(), f"{value:.3g}") for text, value, _ in sorted(item._counted_words(), key=_height)[:-4:-1]]
+    return {
+        "item": item,
+        "value": f"{item.value:.4g}",
+        "first": number,
+        "top": top,
+        "pictures": pictures,
+        "words": words,
+    }
 
 
-_STYLE = (
-    "body{font:16px/1.5 sans-serif;max-width:72rem;margin:1.5rem auto;padding:0 1rem;color:#1f2430;background:#fff}"
-    "h1{font-size:1.4rem;overflow-wrap:anywhere}small{font-weight:normal;color:#6b7280}"
-    "article{border:1px solid #d8dbe2;border-radius:6px;padding:.7rem;margin:.7rem 0}header{color:#6b7280}"
-    ".pictures{display:flex;flex-wrap:wrap;gap:.7rem}figure{margin:.4rem 0}"
-    "figure img{max-width:min(15rem,80vw);max-height:15rem}figcaption{font-size:.8rem;color:#6b7280}"
-    ".words{white-space:pre-wrap;overflow-wrap:anywhere}.off{color:#9aa0ab}.note{background:#fff6dd;padding:.5rem}"
-)
+def _file(picture: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=80)
+    return buffer.getvalue()

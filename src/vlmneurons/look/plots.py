@@ -127,7 +127,7 @@ def plot_matrix(
         room = int(72 * cell * matrix.shape[1] / (0.62 * size)) if width else 10**6
         axis.set_title(_plain(shortened([name], room))[0], fontsize=size if width else None)
         axis.set_xlabel("Questions about", fontsize=size)
-        if ems(longest) * min(7, size) <= 0.97 * 72 * cell:
+        if _readable(longest, size, cell):
             _numbers(axis, image, min(7, size), digits)
         if (spec := axis.get_subplotspec()) is None or spec.is_first_col():
             long = "Neurons switched off: those of"
@@ -267,6 +267,11 @@ def _size(groups: int) -> float:
     return 8.0 if groups <= 8 else 7.0 if groups <= 16 else 6.0
 
 
+def _readable(longest: str, size: float, cell: float) -> bool:
+    """Whether numbers fit into cells, with a gap between neighbours: digits that touch read as one number."""
+    return bool((ems(longest) + 0.25) * min(7, size) <= 72 * cell)
+
+
 def _numbers(axis: Axes, image: AxesImage, size: float, digits: int) -> None:
     """Numbers into the cells of a heat map, black or white, whichever is seen."""
     values = np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
@@ -344,7 +349,7 @@ def plot_layers(
         label += f"\n(a uniform choice: {mean:.3g} neurons a layer)"
     axis.set_xlabel(label, fontsize=size)
     axis.set_ylabel("Neurons of", fontsize=size)
-    if ems(str(most)) * min(7, size) <= 0.97 * 72 * cell:
+    if _readable(str(most), size, cell):
         _numbers(axis, image, min(7, size), 0)
     bar = figure.colorbar(image, ax=axis)
     bar.set_label("Neurons", fontsize=size)

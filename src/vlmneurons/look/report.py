@@ -4,9 +4,7 @@ The page holds its figures inside (SVG) and loads nothing, so it can be mailed o
 written as PNG (300 dpi) and SVG, tables as CSV and LaTeX (booktabs).
 """
 
-import base64
 import hashlib
-import html
 import io
 import json
 import re
@@ -26,6 +24,7 @@ from vlmneurons.checks import JSONMapping, Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import natural
+from vlmneurons.look.pages import inside, page_from
 from vlmneurons.look.plots import (
     plot_accuracy,
     plot_curve,
@@ -135,11 +134,12 @@ def write_report(
     parts = _told_apart(parts, every)
     for place in ("figures", "tables"):
         (folder / place).mkdir(parents=True, exist_ok=True)
-    body = [_written(part, folder) for part in parts]
+    shown = [_written(part, folder) for part in parts]
     for name, table in every.items():
         _write_table(folder, name, table)
     page = folder / "index.html"
-    write_text(page, _page_of(result, title, parts, body, list(every), confidence))
+    finding = _finding(result, summary, main)
+    write_text(page, _page_of(result, title, finding, shown, list(every), confidence))
     return page
 
 
@@ -564,26 +564,25 @@ def _told_apart(parts: Sequence[_Part], taken: Iterable[str]) -> list[_Part]:
     ]
 
 
-def _written(part: _Part, folder: Path) -> str:
-    """Write a part's files, and give its place on the page."""
+def _written(part: _Part, folder: Path) -> Keywords:
+    """Write a part's files, and give what the page shows of it."""
+    shown: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": part.caption}
     if isinstance(part.content, pd.DataFrame):
-        _write_table(folder, part.name, part.content, part.title)
-        links = f'<a href="tables/{part.name}.csv">CSV</a> <a href="tables/{part.name}.tex">LaTeX</a>'
-        inner = f'<div class="scroll">{_html_table(part.content)}</div>'
-    else:
-        part.content.savefig(folder / "figures" / f"{part.name}.png", dpi=300, bbox_inches="tight")
-        buffer = io.BytesIO()
-        part.content.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-        (folder / "figures" / f"{part.name}.svg").write_bytes(buffer.getvalue())
-        data = base64.b64encode(buffer.getvalue()).decode()
-        links = f'<a href="figures/{part.name}.png">PNG</a> <a href="figures/{part.name}.svg">SVG</a>'
-        inner = (
-            f'<div class="scroll"><img alt="{html.escape(part.title)}" src="data:image/svg+xml;base64,{data}"></div>'
-        )
-    return (
-        f'<section id="{part.kind}-{part.name}"><h2>{html.escape(part.title)}</h2>{inner}'
-        f'<p class="caption">{html.escape(part.caption)} <span class="files">{links}</span></p></section>'
-    )
+        table = part.content
+        _write_table(folder, part.name, table, part.title)
+        rows = [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+        shown |= {
+            "columns": list(table.columns),
+            "text": [_is_text(table[name]) for name in table.columns],
+            "rows": rows,
+        }
+        return shown | {"files": {"CSV": f"tables/{part.name}.csv", "LaTeX": f"tables/{part.name}.tex"}}
+    files = {kind: f"figures/{part.name}.{kind.lower()}" for kind in ("PNG", "SVG")}
+    part.content.savefig(folder / files["PNG"], dpi=300, bbox_inches="tight")
+    buffer = io.BytesIO()
+    part.content.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    (folder / files["SVG"]).write_bytes(buffer.getvalue())
+    return shown | {"files": files, "picture": inside(buffer.getvalue(), "image/svg+xml")}
 
 
 def _write_table(folder: Path, name: str, table: pd.DataFrame, caption: str = "") -> None:
@@ -592,46 +591,11 @@ def _write_table(folder: Path, name: str, table: pd.DataFrame, caption: str = ""
         write_text(folder / "tables" / f"{name}.tex", latex(table, caption, f"tab:{name}"))
 
 
-def _html_table(table: pd.DataFrame) -> str:
-    text = [_is_text(table[name]) for name in table.columns]
-
-    def row(values: Sequence[object], tag: str) -> str:
-        cells = [
-            f"<{tag}{'' if is_text else ' class=n'}>{html.escape(_cell(value))}</{tag}>"
-            for value, is_text in zip(values, text, strict=True)
-        ]
-        return f"<tr>{''.join(cells)}</tr>"
-
-    rows = "".join(row(values, "td") for values in table.itertuples(index=False))
-    return f"<table><thead>{row(list(table.columns), 'th')}</thead><tbody>{rows}</tbody></table>"
-
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 74rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; } dt { color: #555; } dd { margin: 0; }
-dd { overflow-wrap: anywhere; }
-nav { columns: 2 18rem; font-size: .9rem; } nav a { display: block; }
-.scroll { overflow-x: auto; } img { max-width: min(100%, 52rem); min-width: 30rem; height: auto; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; border-bottom: 1.5px solid #333; } td { border-bottom: 1px solid #e4e4e4; }
-th, td { padding: .25rem .5rem; white-space: nowrap; } .n { text-align: right; }
-.caption { color: #444; font-size: .88rem; max-width: 48rem; } .files { white-space: nowrap; }
-a { color: #00568a; } pre { overflow-x: auto; font-size: .78rem; background: #f5f5f5; padding: .8rem; }
-"""
-
-
 def _page_of(
-    result: KnockoutResult,
-    title: str,
-    parts: Sequence[_Part],
-    body: Sequence[str],
-    more: Sequence[str],
-    confidence: float,
+    result: KnockoutResult, title: str, finding: str, shown: Sequence[Keywords], more: Sequence[str], confidence: float
 ) -> str:
     about = result.provenance
+    sizes = [mask.size for mask in result.masks]
     facts = {
         "Model": about.get("model", "not known"),
         "Revision": about.get("revision") or "not known",
@@ -639,7 +603,7 @@ def _page_of(
         + (f", control groups {', '.join(result.control_names)}" if result.control_names else ""),
         "Clean accuracy": f"{100 * float(np.mean(result.correct[0])):.1f} %",
         **({} if result.scores is None else {"Clean score": f"{float(np.mean(result.scores[0])):.3f}"}),
-        "Masks": f"{len(result.masks):,} of {len(result.selectors)} kinds",
+        "Masks": f"{len(result.masks):,} of {len(result.selectors)} kinds, of {min(sizes):,} to {max(sizes):,} neurons",
         "Answers kept": f"{int((result.chosen > NOT_ASKED).sum()):,}",
         "Could not be parsed": f"{int((result.chosen == -1).sum()):,}",
         "Questions skipped": f"{len(about.get('skipped', [])):,}",
@@ -648,17 +612,40 @@ def _page_of(
     }
     changes = "Accuracy under each mask less clean accuracy, in points"
     changes = changes if result.scores is None else "The mean score under each mask less the clean one"
-    return page_of(title, f"{changes}; intervals at {100 * confidence:g} %.", facts, parts, body, more, about)
+    return page_of(title, f"{changes}; intervals at {100 * confidence:g} %.", facts, shown, more, about, finding)
+
+
+def _finding(result: KnockoutResult, summary: pd.DataFrame, main: str) -> str:
+    """The result in a sentence, with its intervals and how many questions it is of; empty where none has masks."""
+    one = _overall(summary, [main]).iloc[0]
+    if not np.isfinite(one["self_effect"]):
+        return ""
+    unit, scale, digits = _UNITS[result.measure]
+    told = []
+    for effect in ("self_effect", "cross_effect"):
+        mean, low, high = (_number(scale * one[f"{effect}{end}"], digits) for end in ("", "_low", "_high"))
+        few = "too few pictures or changed answers for an interval"
+        told.append(f"{mean} {unit} " + (f"[{low}, {high}]" if np.isfinite(one[f"{effect}_low"]) else f"({few})"))
+    told_so = (
+        f"Switching off the neurons that {main} chose for a group moves its own questions by {told[0]}, and those of "
+        f"other groups by {told[1]}: {one['n']:,} questions about {one['pictures']:,} pictures, of "
+        f"{len(result.group_names)} groups."
+    )
+    clean, chance = float(np.mean(result.correct[0])), result.provenance.get("chance")
+    if chance is None or clean - 1.645 * np.sqrt(clean * (1 - clean) / len(result.ids)) > chance:
+        return told_so
+    shares = f"{100 * clean:.1f} % are right, and {100 * chance:.1f} % by chance"
+    return f"{told_so} Without a mask {shares}: little can be lost."
 
 
 def page_of(
     title: str,
     lead: str,
     facts: Keywords,
-    parts: Sequence[_Part],
-    body: Sequence[str],
+    shown: Sequence[Keywords],
     more: Sequence[str],
     provenance: JSONMapping,
+    finding: str = "",
 ) -> str:
     """A page that needs nothing else.
 
@@ -666,27 +653,11 @@ def page_of(
         title: stands above it.
         lead: what its numbers are, in a sentence.
         facts: what it is of, by name.
-        parts: what it shows.
-        body: their places on it.
+        shown: what it shows, as it was written.
         more: names of further tables that lie beside it.
         provenance: where its numbers come from.
+        finding: the result, in a sentence.
     """
-    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
-    contents = "".join(
-        f'<a href="#{part.kind}-{part.name}">{html.escape(part.title)}{" (table)" if part.kind == "table" else ""}</a>'
-        for part in parts
-    )
-    files = " ".join(f'<a href="tables/{name}.csv">{name}.csv</a>' for name in more)
-    told = html.escape(json.dumps(provenance, indent=1, default=str, ensure_ascii=False))
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p>{html.escape(lead)}
-All tables: {files}</p>
-<dl>{listed}</dl>
-<nav>{contents}</nav>
-{"".join(body)}
-<section><h2>Provenance</h2><details><summary>Model, versions, rules and masks</summary>
-<pre>{told}</pre></details></section></body></html>
-"""
+    told = json.dumps(provenance, indent=1, default=str, ensure_ascii=False)
+    how: Keywords = {"title": title, "lead": lead, "facts": facts, "parts": shown, "more": more, "finding": finding}
+    return page_from("report.html", **how, provenance=told)
