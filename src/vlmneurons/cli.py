@@ -85,7 +85,7 @@ def exit_status(work: Callable[[], object]) -> int:
 
 
 def open_model(
-    name: str, *, revision: str | None = None, dtype: str | None = None, device_map: str | None = None, **vllm: Any
+    name: str, *, revision: str | None = None, dtype: str | None = None, device_map: str | None = None, **vllm: object
 ) -> "vn.VLM":
     """A model by its name on the Hub, its folder, or ``"demo"`` and ``"demo:organism"`` for the embedded ones.
 

@@ -54,7 +54,7 @@ _OF_SCHEDULING = {
 }
 """Options that change numbers by rounding at most, or that other parts of the setting say."""
 
-_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 _HOLD_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 

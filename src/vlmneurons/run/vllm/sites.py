@@ -6,8 +6,12 @@ projection, and under tensor parallel each rank a part of both, so that their co
 here they are put in order. What cannot be had raises.
 """
 
+import functools
 import re
-from typing import TYPE_CHECKING, Any, no_type_check
+from typing import TYPE_CHECKING, Any, cast, no_type_check
+
+from nnsight.intervention.envoy import Envoy
+from torch import nn
 
 from vlmneurons.errors import MismatchError
 from vlmneurons.model.travel import PART
@@ -108,7 +112,7 @@ def named_in_vllm(model: VLM, held: "VLLM") -> Any:
     ranks, root = int(spread.tensor_parallel_size), held._module
     if spread.pipeline_parallel_size != 1:
         raise MismatchError("pipeline_parallel_size: a trace sees the layers of one stage; leave it at 1")
-    decoder = root.get_language_model() if hasattr(root, "get_language_model") else root
+    decoder = cast(nn.Module, getattr(root, "get_language_model", lambda: root)())
     inside = {id(module) for module in decoder.modules()}
     found: dict[int, list[str]] = {}
     for path, module in root.named_modules():
@@ -122,11 +126,13 @@ def named_in_vllm(model: VLM, held: "VLLM") -> Any:
         if len(paths) != 1 or mlp.expert is not None or mlp.routed:
             others = ", ".join(paths) or "no MLP with one projection of gate and up"
             raise MismatchError(f"{where} here, and in vLLM {others}: no site of it can be named there")
-        width = int(root.get_submodule(paths[0]).down_proj.input_size)
+        width = getattr(root.get_submodule(f"{paths[0]}.down_proj"), "input_size", 0)
         if width != mlp.width:
             raise MismatchError(f"{where} of {mlp.width} neurons here, and {width} in vLLM: another model")
-        envoy: Any = held
-        for step in paths[0].split("."):
-            envoy = envoy[int(step)] if step.isdigit() else getattr(envoy, step)
+        envoy = functools.reduce(_child, paths[0].split("."), cast("Envoy", held))
         layers[str(mlp.layer)] = PART(None, {"mlp": _MLP(envoy, mlp.width, ranks)}, {})
     return PART(None, {"layers": PART(None, layers, {})}, {})
+
+
+def _child(envoy: Envoy, step: str) -> Envoy:
+    return envoy[int(step)] if step.isdigit() else getattr(envoy, step)
