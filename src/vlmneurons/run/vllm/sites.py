@@ -8,12 +8,13 @@ here they are put in order. What cannot be had raises.
 
 import functools
 import re
-from typing import TYPE_CHECKING, Any, cast, no_type_check
+from typing import TYPE_CHECKING, cast, no_type_check
 
 from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from vlmneurons.errors import MismatchError
+from vlmneurons.model.named import NamedTower
 from vlmneurons.model.travel import PART
 from vlmneurons.model.vlm import VLM, check_model
 
@@ -85,7 +86,7 @@ def _class() -> type:
 _MLP = _class()
 
 
-def named_in_vllm(model: VLM, held: "VLLM") -> Any:
+def named_in_vllm(model: VLM, held: "VLLM") -> NamedTower:
     """The language tower of a model in nnsight's traces of the same model in vLLM: ``….layers[3].mlp.post``.
 
     Args:
@@ -131,7 +132,7 @@ def named_in_vllm(model: VLM, held: "VLLM") -> Any:
             raise MismatchError(f"{where} of {mlp.width} neurons here, and {width} in vLLM: another model")
         envoy = functools.reduce(_child, paths[0].split("."), cast("Envoy", held))
         layers[str(mlp.layer)] = PART(None, {"mlp": _MLP(envoy, mlp.width, ranks)}, {})
-    return PART(None, {"layers": PART(None, layers, {})}, {})
+    return cast(NamedTower, PART(None, {"layers": PART(None, layers, {})}, {}))  # with these names, and no others
 
 
 def _child(envoy: Envoy, step: str) -> Envoy:
