@@ -14,12 +14,13 @@ from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from vlmneurons.errors import MismatchError
-from vlmneurons.model.named import NamedTower
 from vlmneurons.model.travel import PART
 from vlmneurons.model.vlm import VLM, check_model
 
 if TYPE_CHECKING:
     from nnsight.modeling.vllm import VLLM
+
+    from vlmneurons.model.named import NamedTower  # what a type checker sees: the same names, and no others
 
 
 @no_type_check
@@ -86,7 +87,7 @@ def _class() -> type:
 _MLP = _class()
 
 
-def named_in_vllm(model: VLM, held: "VLLM") -> NamedTower:
+def named_in_vllm(model: VLM, held: "VLLM") -> "NamedTower":
     """The language tower of a model in nnsight's traces of the same model in vLLM: ``….layers[3].mlp.post``.
 
     Args:
@@ -132,7 +133,7 @@ def named_in_vllm(model: VLM, held: "VLLM") -> NamedTower:
             raise MismatchError(f"{where} of {mlp.width} neurons here, and {width} in vLLM: another model")
         envoy = functools.reduce(_child, paths[0].split("."), cast("Envoy", held))
         layers[str(mlp.layer)] = PART(None, {"mlp": _MLP(envoy, mlp.width, ranks)}, {})
-    return cast(NamedTower, PART(None, {"layers": PART(None, layers, {})}, {}))  # with these names, and no others
+    return cast("NamedTower", PART(None, {"layers": PART(None, layers, {})}, {}))
 
 
 def _child(envoy: Envoy, step: str) -> Envoy:
