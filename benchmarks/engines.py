@@ -1,6 +1,6 @@
 """Where the engines cross: CPU seconds a mask of the library's own hooks and of vLLM, on one core.
 
-    python benchmarks/engines.py [--width 128 768] [--layers 4] [--questions 48] [--masks 8] [--rounds 3]
+    python benchmarks/engines.py [--width 128 256 512 1024] [--layers 4] [--questions 48] [--masks 8] [--rounds 3]
 
 In an environment with vLLM for CPUs (`.ci/vllm FOLDER` keeps one). Models are random Qwen2.5-VL of some hidden sizes in
 float32, questions have pictures, answers are letters. Each round runs both engines, and the library's hooks a second
@@ -109,13 +109,14 @@ def _forget(model: vn.VLM) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, nargs="+", default=[128, 768])
+    parser.add_argument("--width", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--masks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to where the table goes
     print(measure.about(measure.device_of("cpu")))
     print(f"{options.questions} questions, {options.masks} masks, {options.layers} layers, {options.rounds} rounds")
     print("| hidden size | hooks, CPU s a run | vLLM, CPU s a run | ratio | control | margins differ by |")

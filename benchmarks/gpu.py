@@ -7,13 +7,17 @@ Needs no network: Qwen2.5-VL-7B and LLaVA-NeXT-Mistral-7B are built on the card 
 weights, beside real processors with a small vocabulary. First the demo in float32 is held against a CPU and against
 itself with zeroed columns; a line that says WRONG ends the run with status 1. Then for each model: what identity,
 recording and ablation take beside the plain forward, counts against hooks that compare in float64, how often the host
-waits for the card in a forward, knockout with 25 masks (all of them and two others a question), reading ahead, and
-halving when memory runs out. Each part stands alone: one that fails is printed with its traceback, and the next begins.
+waits for the card in a forward, knockout with 25 masks (all of them and two others a question), reading ahead, halving
+when memory runs out, and vLLM's recording and knockout where vLLM is installed. Each part stands alone: one that fails
+is printed with its traceback, and the next begins.
 """
 
 import argparse
 import copy
 import logging
+import shutil
+import statistics
+import tempfile
 import time
 import traceback
 import warnings
@@ -27,10 +31,13 @@ import numpy as np
 import overhead
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import vlmneurons as vn
+from vlmneurons.errors import MismatchError
 from vlmneurons.model.identity import digest_of_weights
 from vlmneurons.run.readers import reader_of
+from vlmneurons.run.vllm.server import installed_version, server_of
 from vlmneurons.testing import tiny_model
 
 
@@ -76,8 +83,6 @@ def on(device: torch.device, build: Callable[[], Any]) -> Any:
 
 def qwen(device: torch.device, small: bool) -> vn.VLM:
     """Qwen2.5-VL-7B; its processor makes 256 tokens of a picture of 448 x 448."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     hf, processor = tiny_model("qwen2_5_vl")
     config, part = hf.config, 8 if small else 1
     layers, depth = (3, 4) if small else (28, 32)
@@ -405,6 +410,53 @@ def halving(model: vn.VLM, asked: vn.QuestionSet, findings: Findings) -> None:
     )
 
 
+def beside_vllm(model: vn.VLM, asked: vn.QuestionSet, batch: int, rounds: int, device: torch.device) -> None:
+    """The same recording and knockout by vLLM, where it is installed; the checkpoint is written for it."""
+    try:
+        print(f"  vllm {installed_version()}, which holds {model.hf.dtype} weights a second time")
+    except MismatchError as error:
+        print(f"  not measured: {error}")
+        return
+    if not isinstance(model.hf, Qwen2_5_VLForConditionalGeneration):
+        print("  not measured: transformers 5 saves CLIP towers under names that vLLM 0.32 does not read")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        size = sum(one.numel() * one.element_size() for one in model.hf.parameters())
+        if shutil.disk_usage(folder).free < 1.2 * size:
+            print(f"  not measured: {size / 2**30:.0f} GiB of weights have no place in {folder}")
+            return
+        model.hf.save_pretrained(folder)
+        model.processor.save_pretrained(folder)
+        memory = {"gpu_memory_utilization": 0.45} if device.type == "cuda" else {"kv_cache_memory_bytes": 2**28}
+        there = vn.VLM.from_pretrained(folder, engine="vllm", dtype="bfloat16", max_model_len=4096, **memory)
+        selection = random_selection(model.space(), asked.groups, 0.01)
+        engines, results = {"here": model, "vLLM": there}, {}
+        works: dict[str, Callable[[vn.VLM], Any]] = {
+            "record": lambda one: vn.record(one, asked, condition="all", batch_size=batch, progress=False),
+            "knockout, others=2": lambda one: vn.knockout(
+                one, asked, {"random": selection}, others=2, batch_size=batch, progress=False
+            ),
+        }
+        for what, work in works.items():
+            taken: dict[str, list[float]] = {name: [] for name in engines}
+            for turn in range(1 + rounds):  # in the first, vLLM starts and proves itself
+                for name, one in engines.items():
+                    if name == "vLLM" and turn:  # else its prompts are in the cache
+                        server_of(there).llm.reset_prefix_cache()
+                    start = time.perf_counter()
+                    results[what, name] = work(one)
+                    taken[name] += [time.perf_counter() - start] if turn else []
+            for name, seconds in taken.items():
+                rate = len(asked) / statistics.median(seconds)
+                print(f"  {what:<20} {name:<5} {statistics.median(seconds):>7.2f} s, {rate:>6.1f} questions a second")
+        ours, theirs = (results["knockout, others=2", name] for name in engines)
+        apart = np.nanmedian(np.abs(ours.margins - theirs.margins))
+        effect = np.nanmedian(np.abs(ours.margins[1:] - ours.margins[0]))
+        same = int((ours.chosen == theirs.chosen).sum())
+        print(f"  {same} of {ours.chosen.size} choices alike; margins apart by {apart:.1e}, effects {effect:.1e} nats")
+        del there, one, engines
+
+
 def main() -> None:
     """Run every part."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -444,6 +496,9 @@ def main() -> None:
             "Recording": lambda model, asked=asked, batch=batch: recording(model, asked[:48], batch),
             "Masks": lambda model, asked=asked, sizes=(batch, n_masks, loops): masks(model, asked, *sizes, device),
             "Out of memory": lambda model, asked=asked: halving(model, asked, findings),
+            "vLLM beside it": lambda model, asked=asked, size=4 * batch: beside_vllm(
+                model, asked[:48], size, 1 if given.small else 2, device
+            ),
         }
         for title, run in parts.items():
             if wanted(title):

@@ -260,12 +260,12 @@ def places(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-MODEL, DATA, OUT = ["--model", "./model"], ["--data", "./data"], ["--out", "out"]
+MODEL, DATA, OUT, VLLM = ["--model", "./model"], ["--data", "./data"], ["--out", "out"], ["--engine", "vllm"]
 STUDY = ["study", *MODEL, *DATA, *OUT]
 REFUSED = {
     "no data": (["study", *MODEL, *OUT], 2, "Missing option '--data'"),
     "no model": (["record", *DATA, *OUT], 2, "Missing option '--model'"),
-    "an option that is misspelt": (["study", "--modle", "x"], 2, "No such option: --modle Did you mean --model"),
+    "an option that is misspelt": (["study", "--modle", "x"], 2, "--modle Did you mean --max-model-len, --model"),
     "a command that is misspelt": (["studdy"], 2, "No such command 'studdy'. Did you mean 'study'?"),
     "a number that is none": ([*STUDY, "--batch-size", "many"], 2, "Invalid value for '--batch-size': "),
     "a list of none": ([*STUDY, "--sizes", "5", "x"], 2, "'--sizes': invalid literal for int() with base 10: 'x'"),
@@ -310,6 +310,12 @@ REFUSED = {
     "a dtype that is misspelt": ([*STUDY, "--dtype", "flaot16"], 1, "'flaot16' does not exist; did you mean float16?"),
     "a dtype of the demo": (["study", "--model", "demo", *DATA, *OUT, "--dtype", "float16"], 1, "leave out --dtype"),
     "a device of a model elsewhere": ([*STUDY, "--remote", "--device-map", "auto"], 1, "not for --remote"),
+    "an engine that is misspelt": ([*STUDY, "--engine", "vlm"], 2, "none of transformers, vllm; did you mean vllm?"),
+    "ranks of no engine": ([*STUDY, "--tensor-parallel-size", "2"], 1, "--tensor-parallel-size is of --engine vllm"),
+    "an engine with no ranks": ([*STUDY, *VLLM, "--tensor-parallel-size", "0"], 1, "--tensor-parallel-size 0 is less"),
+    "an engine of the demo": (["record", "--model", "demo", *DATA, *OUT, *VLLM], 1, "runs here: leave out --engine"),
+    "a device of an engine": ([*STUDY, *VLLM, "--device-map", "auto"], 1, "vLLM places the weights itself"),
+    "an engine elsewhere": (["record", *STUDY[1:], *VLLM, "--remote"], 1, "held by one of the two; leave one out"),
     "a folder that is a file": (["study", *MODEL, *DATA, "--out", "file"], 1, "error: [Errno 17] File exists: 'file'"),
     "a run that is not there": (["report", "--run", "nowhere"], 1, "error: "),
     "a recording that is not there": (["select", "--items", "nowhere", *OUT], 1, "error: "),

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -161,5 +162,7 @@ def test_the_gpu_check_runs_on_a_cpu_and_finds_nothing_wrong(tmp_path):
     lines = done.stdout.splitlines()
     assert sum(line.startswith("  right: ") for line in lines) == 8
     assert lines[-1] == "0 wrong"
-    titles = ["Identity", "Beside the forward", "Counting", "Recording", "Masks", "Out of memory"]
+    titles = ["Identity", "Beside the forward", "Counting", "Recording", "Masks", "Out of memory", "vLLM beside it"]
     assert [line for line in lines if line in titles] == 2 * titles
+    if find_spec("vllm") is None:
+        assert sum("  not measured: engine='vllm' needs vLLM, which is not installed" in line for line in lines) == 2

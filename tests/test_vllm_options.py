@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import vlmneurons as vn
-from helpers import some_questions
+from helpers import save_questions, some_questions
+from vlmneurons.cli import main
 from vlmneurons.errors import AblationError, ArchitectureError, MismatchError, QuestionError
 from vlmneurons.run.readers import Letters
 from vlmneurons.run.vllm.server import MOST_TOKENS, payload, server_of
@@ -101,6 +102,24 @@ def test_what_needs_the_weights_here_is_refused(folder, installed):
         asked(model)
 
 
+def test_what_was_changed_here_and_would_not_reach_vllm_is_refused(folder, installed):
+    model = held(folder)
+    handle = model.hf.get_submodule("model.language_model.norm").register_forward_hook(lambda *_: None)
+    with pytest.raises(
+        MismatchError, match=r"a hook at model\.language_model\.norm.* does not reach vLLM: take it off"
+    ):
+        asked(model)
+    handle.remove()
+    model.hf.config.text_config.rms_norm_eps = 0.5
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(
+            MismatchError, match=r"hf\.config was changed after the model was made, which vLLM does not"
+        ):
+            asked(one)
+    with pytest.raises(ArchitectureError, match="engine='vllm' knows no subfolder="):
+        held(folder, subfolder="part")
+
+
 def test_what_vllm_cannot_do_is_refused_before_it_starts(folder, installed):
     model, some = held(folder), None
 
@@ -147,3 +166,34 @@ def test_a_mask_is_sent_as_columns_factors_and_terms():
     assert torch.frombuffer(bytearray(terms), dtype=torch.float32).tolist() == [1.0, 2.0]
     assert payload(torch.tensor([2]).numpy(), 0.0)[2] is None
     assert MOST_TOKENS == 128
+
+
+def test_the_command_line_says_what_vllm_is_started_with(folder, tmp_path, monkeypatch, installed, capsys):
+    save_questions(tmp_path, 8)
+    seen = []
+
+    def loaded(name, **how):
+        seen.append(how)
+        raise MismatchError("enough")
+
+    monkeypatch.setattr(vn.VLM, "from_pretrained", loaded)
+    record = ["record", "--model", str(folder), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    ranks = ["--engine", "vllm", "--tensor-parallel-size", "2", "--max-model-len", "4096"]
+    assert main([*record, *ranks, "--dtype", "bfloat16"]) == 1
+    options = {"engine": "vllm", "tensor_parallel_size": 2, "max_model_len": 4096}
+    assert seen == [{"revision": None, "dtype": "bfloat16", **options}]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*record, *ranks]) == 1
+    assert "--engine vllm starts its own processes: start one, without torchrun" in capsys.readouterr().err
+    assert len(seen) == 1
+
+
+def test_the_command_line_asks_for_vllm_before_anything_is_opened(folder, tmp_path, capsys):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", absent)
+        command = ["record", "--model", str(folder), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+        assert main([*command, "--engine", "vllm"]) == 1
+    assert "engine='vllm' needs vLLM, which is not installed: pip install" in capsys.readouterr().err

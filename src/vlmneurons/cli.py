@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 import vlmneurons as vn
-from vlmneurons.checks import Keywords, nearest
+from vlmneurons.checks import Keywords, nearest, whole
 from vlmneurons.errors import ArchitectureError, FileFormatError, QuestionError, VLMNeuronsError
 from vlmneurons.files.atomic import write_json
 from vlmneurons.questions.cvqa import LANGUAGES
@@ -86,11 +86,12 @@ def exit_status(work: Callable[[], object]) -> int:
 
 
 def open_model(
-    name: str, *, revision: str | None = None, dtype: str | None = None, device_map: str | None = None
+    name: str, *, revision: str | None = None, dtype: str | None = None, device_map: str | None = None, **vllm: object
 ) -> "vn.VLM":
     """A model by its name on the Hub, its folder, or ``"demo"`` and ``"demo:organism"`` for the embedded ones.
 
-    Where several processes share a machine's GPUs, each takes its own, unless ``device_map`` says otherwise.
+    Where several processes share a machine's GPUs, each takes its own, unless ``device_map`` says otherwise. With
+    ``engine="vllm"`` nothing is loaded here, and further arguments are vLLM's.
 
     Raises:
         ArchitectureError: there is no such model, or it cannot be loaded so.
@@ -100,8 +101,10 @@ def open_model(
         return vn.load_demo(name.partition(":")[2] or "natural")[0]
     import torch
 
-    how: Keywords = {"dtype": dtype or "auto"}
-    if device_map is not None:
+    how: Keywords = {"dtype": dtype or "auto", **vllm}
+    if vllm:
+        pass  # it finds its own GPUs
+    elif device_map is not None:
         how["device_map"] = device_map
     elif torch.cuda.is_available():
         how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))} if _processes() > 1 else "auto"
@@ -319,6 +322,11 @@ def _asking(
     dtype: _Dtype = None,
     device_map: _Device = None,
     remote: Annotated[Any, _option(_where, "[URL|local]", "run it elsewhere by nnsight; local: a simulation")] = None,
+    engine: Annotated[str, _choice("transformers", "vllm", help="what runs the model; vllm: all GPUs at once")] = (
+        "transformers"
+    ),
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="of --engine vllm: GPUs that share a layer")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="of --engine vllm: tokens of the longest question")] = None,
     data_revision: Annotated[str | None, typer.Option(help="of a dataset on the Hub")] = None,
     language: Annotated[str, _choice(*LANGUAGES, help="of CVQA's questions")] = "english",
     group_by: Annotated[str, typer.Option(help="country, subset, category, or any column")] = "country",
@@ -330,6 +338,10 @@ def _asking(
 
 _COMMAND = "command.json"
 """In a study's folder: the options that say what was asked of what."""
+
+
+_ELSEWHERE = {"remote", "engine", "tensor_parallel_size", "max_model_len"}
+"""Options that say where a model runs: pages of neurons are made of one that runs here."""
 
 
 def _asking_again(**given: object) -> None:
@@ -382,7 +394,7 @@ def study(
     how = {"distributed": _processes() > 1, "progress": not given["quiet"], "remote": given["remote"] or False}
     done = vn.run_study(model, questions, out, protocol, general=further, **how)
     if int(os.environ.get("RANK", "0")) == 0:
-        asked = {*inspect.signature(_asking_again).parameters, "general", "general_by"} - {"remote"}
+        asked = {*inspect.signature(_asking_again).parameters, "general", "general_by"} - _ELSEWHERE
         kept = {name: given[name] for name in asked}
         for name in ("model", "data", "general"):  # a path is found from another folder too
             kept[name] = os.path.abspath(kept[name]) if os.path.exists(kept[name] or "") else kept[name]
@@ -538,8 +550,9 @@ def explore(
     from vlmneurons.look.explorer import write_explorer
     from vlmneurons.study.protocol import SELECTORS as RULES
 
-    if given["remote"] is not None:
-        raise ArchitectureError("--remote: values at every token do not come back; run the model here")
+    if given["remote"] is not None or given["engine"] not in (None, "transformers"):
+        elsewhere = "--engine vllm" if given["remote"] is None else "--remote"
+        raise ArchitectureError(f"{elsewhere}: values at every token do not come back; run the model here")
     kept = json.loads((run / _COMMAND).read_text(encoding="utf-8")) if (run / _COMMAND).exists() else {}
     usual = {name: one.default for name, one in inspect.signature(_asking).parameters.items()}
     given |= {"general": general, "general_by": general_by}
@@ -650,6 +663,7 @@ def _opened(given: Keywords) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
     if elsewhere and (given["dtype"], given["device_map"]) != (None, None):
         raise ArchitectureError("--dtype and --device-map are for a model that is loaded here, not for --remote")
     _check_model(name, **how)
+    vllm = _vllm_options(given)
     questions = open_questions(
         given["data"],
         language=given["language"],
@@ -662,7 +676,32 @@ def _opened(given: Keywords) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
     )
     if elsewhere:
         return questions, lambda: _loaded(name, lambda: vn.VLM.from_pretrained(name, revision=revision, weights=False))
-    return questions, lambda: open_model(name, **how)
+    return questions, lambda: open_model(name, **how, **vllm)
+
+
+def _vllm_options(given: Keywords) -> Keywords:
+    """What `open_model` is told of an engine that is not the model's own code; refuses what vLLM would not obey."""
+    told = {name: given[name] for name in ("tensor_parallel_size", "max_model_len") if given[name] is not None}
+    if given["engine"] != "vllm":
+        for name in told:
+            raise ArchitectureError(f"--{name.replace('_', '-')} is of --engine vllm, which is not given")
+        return {}
+    from vlmneurons.run.vllm.server import installed_version
+
+    if _is_demo(given["model"]):
+        raise ArchitectureError(f"{given['model']} is embedded and runs here: leave out --engine")
+    for name, why in {
+        "device_map": "vLLM places the weights itself, on as many GPUs as --tensor-parallel-size says",
+        "remote": "a model is held by one of the two",
+    }.items():
+        if given[name] is not None:
+            raise ArchitectureError(f"--{name.replace('_', '-')} with --engine vllm: {why}; leave one out")
+    if _processes() > 1:
+        raise ArchitectureError("--engine vllm starts its own processes: start one, without torchrun, or use --part")
+    for name, value in told.items():
+        whole(f"--{name.replace('_', '-')}", value, ArchitectureError, least=1)
+    installed_version()
+    return {"engine": "vllm", **told}
 
 
 for _work in (study, record, knockout):

@@ -70,7 +70,7 @@ def rename_tower(folder: Path) -> None:
 
 
 def questions_for(name: str, n: int) -> vn.QuestionSet:
-    """So many questions with pictures of several shapes, of two groups or, for the demo, of its own."""
+    """So many questions with pictures of several shapes, of three groups or, for the demo, of its own."""
     if name == "demo":
         _, questions = vn.load_demo()
         picked = torch.randperm(len(questions), generator=torch.Generator().manual_seed(0))[:n]
@@ -81,7 +81,7 @@ def questions_for(name: str, n: int) -> vn.QuestionSet:
             " ".join(WORDS[(k + j) % 8] for j in range(4 + k % 9)) + "?",
             ("tea", "red rice", "red bread and soup", "soup"),
             k % 4,
-            "AB"[k % 2],
+            "ABC"[k % 3],
             id=f"q{k}",
         )
         for k in range(n)

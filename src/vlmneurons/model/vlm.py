@@ -33,6 +33,7 @@ from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.hooks import ComputedGate
 from vlmneurons.model.architectures.layout import MLP, Tower
 from vlmneurons.model.encoder import Batch, Encoder
+from vlmneurons.model.identity import configuration_of
 from vlmneurons.model.loading import HUB_ARGUMENTS, of_first_class, pipeline_of, refuse_copies, without_class_names
 from vlmneurons.model.named import NamedMLP, NamedTower, describe
 from vlmneurons.model.prompts import Processor, Prompts, Template
@@ -79,6 +80,7 @@ class VLM:
         towers: what was found, by name.
         engine: what runs the model where questions are asked: ``"transformers"``, or ``"vllm"``.
         engine_options: what that is started with.
+        engine_configuration: a digest of the configuration that it is started with.
 
     Raises:
         ArchitectureError: the model's MLPs cannot be told for certain, or it is no transformers model.
@@ -138,6 +140,7 @@ class VLM:
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
         self.engine: str = "transformers"
         self.engine_options: Keywords = {}
+        self.engine_configuration: str = ""
 
     @classmethod
     def from_pretrained(
@@ -189,6 +192,8 @@ class VLM:
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {}), **where}
         one_of("engine", engine, ("transformers", "vllm"), ArchitectureError)
         options = hf_kwargs if engine == "vllm" else {}
+        if engine == "vllm" and where.get("subfolder"):
+            raise ArchitectureError("engine='vllm' knows no subfolder=: vLLM would take what lies above it, unsaid")
         if options is not hf_kwargs and hf_kwargs and not weights:
             raise ArchitectureError(f"weights=False loads nothing that {', '.join(hf_kwargs)} could apply to")
         processor = AutoProcessor.from_pretrained(name_or_path, **{**shared, **(processor_kwargs or {})})
@@ -214,7 +219,9 @@ class VLM:
         if engine == "vllm":
             told = {"trust_remote_code": trust_remote_code, "mm_processor_kwargs": dict(processor_kwargs or {}) or None}
             told |= {"hf_token": where.get("token"), "download_dir": where.get("cache_dir")}
+            told |= {"code_revision": where.get("code_revision")}
             model.engine, model.engine_options = engine, {**{k: v for k, v in told.items() if v}, **options}
+            model.engine_configuration = configuration_of(model)
             hf_model.register_forward_pre_hook(_refuse_to_run)
             vars(hf_model)["generate"] = _refuse_to_run
         return model
@@ -512,6 +519,7 @@ class VLM:
         other = memo[id(self)] = type(self)(hf, processor, template=self.template, rename=self._rename)
         other.nnsight.revision, other.nnsight._edits = self.nnsight.revision, list(self.nnsight._edits)
         other.engine, other.engine_options = self.engine, dict(self.engine_options)
+        other.engine_configuration = self.engine_configuration
         return other
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:

@@ -44,7 +44,7 @@ def setting_of_run(
         adapters=of_model.adapters_of(model),
         quantisation=of_model.quantisation_of(model),
         dtype=of_model.dtype_of(model),
-        in_force=[*(one.what.fingerprint for one in ablations_in_force(model.hf)), *_foreign_hooks(model.hf)],
+        in_force=[*(one.what.fingerprint for one in ablations_in_force(model.hf)), *foreign_hooks(model.hf)],
         processor=of_model.processor_of(model),
         prompt="" if questions is None else name_of_rule(questions.prompt),
         answer="" if engine is None else name_of_reader(engine.reader),
@@ -53,8 +53,12 @@ def setting_of_run(
     )
 
 
-def _foreign_hooks(hf: nn.Module) -> Iterator[str]:
-    """Hooks of the user's, which may change what is computed: where they are, and a digest of their code."""
+def foreign_hooks(hf: nn.Module) -> Iterator[str]:
+    """Hooks of the user's, which may change what is computed: where they are, and a digest of their code.
+
+    Args:
+        hf: the transformers model.
+    """
     for path, module in hf.named_modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             maker = (getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0]

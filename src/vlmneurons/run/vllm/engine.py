@@ -17,11 +17,13 @@ from torch import Tensor
 from vlmneurons.checks import JSON, Keywords
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
 from vlmneurons.model.encoder import TOKENIZING, Batch
+from vlmneurons.model.identity import configuration_of
 from vlmneurons.model.vlm import VLM
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation, ablations_in_force
 from vlmneurons.run.engine import Counting, Counts, Engine, Run, need_plain_counts
+from vlmneurons.run.identity import foreign_hooks
 from vlmneurons.run.readers import (
     AnswerReader,
     Generate,
@@ -43,8 +45,8 @@ class VLLMEngine(Engine):
 
     Raises:
         QuestionError: a reader that needs more than a few tokens' log-probabilities, or a generated text.
-        MismatchError: vLLM is not installed, or an option that it would be silently wrong with; the model is under an
-            ablation, which does not reach vLLM; or an encoder-decoder model.
+        MismatchError: vLLM is not installed, or an option that it would be silently wrong with; an ablation, a hook or
+            a changed configuration, which do not reach vLLM; or an encoder-decoder model.
     """
 
     ragged = True
@@ -62,6 +64,13 @@ class VLLMEngine(Engine):
             raise MismatchError(
                 "this model is being ablated here, which does not reach vLLM: leave the ablation, and give knockout "
                 "the neurons"
+            )
+        for hook in foreign_hooks(model.hf):
+            raise MismatchError(f"{hook} does not reach vLLM: take it off, or run the model here")
+        if configuration_of(model) != model.engine_configuration:
+            raise MismatchError(
+                "model.hf.config was changed after the model was made, which vLLM does not see: give vLLM the change "
+                "(hf_overrides=), or save the model's folder with it"
             )
         self.server: Server = server_of(model)
         self.name = self.server.name
@@ -104,6 +113,8 @@ class VLLMEngine(Engine):
                     f"engine='vllm': {site} is not of a decoder's own MLPs, which are all that can be reached in vLLM; "
                     "run the model here"
                 )
+            if site.kind == "gate" and counting is not None and mlp.layout.product is not None:
+                raise MismatchError(f"engine='vllm': how {site} becomes 'post' is not gate times up; record 'pre'")
         self.server.start()
         for ablation in ablations:
             self._mask_of(ablation)

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlmneurons.checks import Keywords, Wire
+from vlmneurons.checks import JSON, Keywords, Wire
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.digests import digest_of_bytes
+from vlmneurons.model.identity import processor_of
 from vlmneurons.model.vlm import VLM
 
 Mask = Mapping[str, Sequence[Any]]
@@ -53,7 +54,7 @@ _OF_SCHEDULING = {
 }
 """Options that change numbers by rounding at most, or that other parts of the setting say."""
 
-_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 _HOLD_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -107,10 +108,11 @@ class Server:
             if self.options.get(option, allowed) != allowed:
                 only = "" if allowed is None else f"; leave it at {allowed!r}"
                 raise MismatchError(f"engine='vllm' with {option}={self.options[option]!r}: {why}{only}")
-        self.name = f"vllm {_version()}"
+        self.name = f"vllm {installed_version()}"
         self.name += "".join(f", {key}={self.options[key]!r}" for key in sorted({*self.options} - _OF_SCHEDULING))
         self._salts = [""]
         self._proved: set[bool] = set()
+        self._processor: JSON = {}
         self._proofs = 0
 
     @functools.cached_property
@@ -229,6 +231,16 @@ class Server:
 
     # -- proof ---------------------------------------------------------------------------------------------------------
 
+    def told(self, processor: JSON) -> None:
+        """Prove everything anew, if questions are prepared otherwise than before.
+
+        Args:
+            processor: settings of the VLM's processor.
+        """
+        if processor != self._processor:
+            self._proved.clear()
+            self._processor = processor
+
     def prove(self, request: Request, pixels: Callable[[], Sequence[float]]) -> None:
         """Refuse an engine that does not do what it is told; once for questions without pictures, and once with.
 
@@ -304,8 +316,8 @@ def _joined(ranks: Sequence[Mapping[str, bytes]], rows: int) -> dict[str, torch.
     return found
 
 
-def _version() -> str:
-    """Of vLLM, under either of the names that it is installed by.
+def installed_version() -> str:
+    """The version of vLLM, under either of the names that it is installed by.
 
     Raises:
         MismatchError: it is not installed.
@@ -334,4 +346,5 @@ def server_of(model: VLM) -> Server:
         widths = [mlp.width for mlp in model.language.tower.mlps]
         dtype = str(model.hf.dtype).removeprefix("torch.")
         _SERVERS[model.hf] = Server(model.name, model.revision, dict(model.engine_options), widths, dtype)
+    _SERVERS[model.hf].told(processor_of(model))
     return _SERVERS[model.hf]
