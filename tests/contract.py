@@ -3,7 +3,8 @@
 *Half off*: half of a tower's neurons, drawn at random, are switched off; logits, and three generated tokens with their
 logits, are those of a deep copy in which the columns of the down projections are zero. *Counts*: how often each neuron
 is above zero, row by row, in a batch of five padded on the left, on the right, and in batches of one, is what forward
-hooks see of each row alone.
+hooks see of each row alone. *Study*: questions are recorded, neurons selected, and switched off; the log-probabilities
+of the letters are those of a deep copy with zeroed columns that is shown each question alone.
 
 As a script it runs models by name, or the n-th part of all, and writes a shard that `docs/generate_architectures.py`
 reads: ``python tests/contract.py --part 1/8 --output contract``. ``.ci/nightly`` runs all.
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -246,6 +248,58 @@ def counts_by_question(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str)
     return {"rows": N_ROWS, "sides": ["left"], "counts": total, "off": off}
 
 
+# -- record, select, knockout ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def study(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> dict[str, Any]:
+    """Neurons of a tower selected by recorded counts, and switched off while questions are asked.
+
+    Returns:
+        ``masks`` that were asked under, ``off`` by how much letters' margins differ from those of copies with zeroed
+        columns, ``moved`` how far they went, or ``refused``, what the library says it does not do.
+    """
+    space, questions = model.space(tower, "post"), rows.questions
+    if model.is_encoder_decoder:  # counts of its questions are those of a Recorder, which `counts_by_row` compares
+        selection = {"q0": half_of(model, tower), "q1": half_of(model, tower)}
+        questions = questions.asked(answer="generate")
+    else:
+        recorded = vn.record(model, questions, space, condition="all", batch_size=N_ROWS, progress=False)
+        single = vn.record(model, questions, space, condition="all", batch_size=1, progress=False)
+        apart = int((recorded.positive - single.positive).abs().sum())
+        assert apart <= ROUNDING, f"{tower}: {apart} counts differ between batches of {N_ROWS} and of 1"
+        assert torch.equal(recorded.tokens, single.tokens)
+        selection = vn.CAS(0.1).select(recorded)
+    masks = {name: selection[name] for name in ("q0", "q1")}
+    whole = {"CAS": vn.Selection(masks)}
+    result = vn.knockout(model, questions, whole, batch_size=N_ROWS, progress=False)
+    alone = vn.knockout(model, questions, whole, batch_size=1, progress=False)
+    assert (result.chosen == alone.chosen).all(), f"{tower}: other answers in batches of {N_ROWS} and of 1"
+    told: dict[str, Any] = {"masks": len(masks), "neurons": len(masks["q0"])}
+    if model.is_encoder_decoder:
+        return told
+    off = 0.0
+    for number, neurons in enumerate((None, *masks.values())):
+        twin = bare if neurons is None else without_columns(bare, model.towers[tower].mlps, neurons)
+        expected = [letters(model, twin, rows, row) for row in range(N_ROWS)]
+        margins = [
+            scores[item.answer] - scores[np.arange(4) != item.answer].max() for scores, item in zip(expected, questions)
+        ]
+        off = max(off, float(np.abs(result.values("margin")[number] - margins).max()))
+    assert off <= 1e-3, f"{tower}: letters' margins are {off:g} off those of zeroed columns"
+    return told | {"off": off, "moved": float(np.ptp(result.values("margin"), axis=0).max())}
+
+
+def letters(model: vn.VLM, bare: nn.Module, rows: "Rows", row: int) -> np.ndarray:
+    """Log-probabilities of the options' letters after a question alone, in the question's own order."""
+    vocabulary, item = model.tokenizer.get_vocab(), rows.questions[row]
+    forms = torch.tensor([[vocabulary[letter], vocabulary["Ġ" + letter]] for letter in "ABCD"])
+    shown = bare(**rows.alone(row)).logits[0, -1].double().log_softmax(-1)[forms].logsumexp(-1)
+    scores = np.empty(4)
+    scores[list(rows.questions.order(item))] = shown.numpy()
+    return scores
+
+
 class Rows:
     """Five rows of different lengths: questions with pictures through a processor, or ids of words."""
 
@@ -297,7 +351,7 @@ OF_TEXT = ("language", "encoder")
 OF_PICTURES = ("vision", "projector")
 
 
-def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts")) -> dict[str, Any]:
+def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts", "study")) -> dict[str, Any]:
     """Everything about one small model.
 
     Args:
@@ -314,6 +368,7 @@ def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts")) -> di
     bare = small.model
     model = vn.VLM(copy.deepcopy(bare), small.processor or small.tokenizer, template=small.template)
     result: dict[str, Any] = {"name": name, "type": small.type, "class": type(bare).__name__, "towers": {}}
+    result |= {"made_up": small.made_up, "unasked": small.unasked, "sees": small.sees}
     reports: Mapping[str, Any] = {}
     if "contract" in wanted:
         report = check_architecture(bare, inputs=small.inputs)
@@ -334,6 +389,11 @@ def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts")) -> di
                 of["counts"] = count(model, bare, rows, tower)
             except vn.VLMNeuronsError as error:  # what is not counted is said
                 of["counts"] = {"refused": f"{type(error).__name__}: {error}"}
+        if "study" in wanted and not small.unasked and model.can_generate:
+            try:
+                of["study"] = study(model, bare, rows, tower)
+            except vn.VLMNeuronsError as error:
+                of["study"] = {"refused": f"{type(error).__name__}: {error}"}
     return result | {"seconds": round(time.process_time() - start, 1)}
 
 

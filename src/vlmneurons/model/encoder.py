@@ -23,7 +23,8 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.prompts import Prompts
-from vlmneurons.model.vision_rows import OF_PICTURES, Inputs, Rows, vision_rows
+from vlmneurons.model.sound_rows import Heard, hears_alone, sound_rows
+from vlmneurons.model.vision_rows import OF_PICTURES, Inputs, Rows, video_rows, vision_rows
 from vlmneurons.questions.media import picture_size
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet, bare_prompt
@@ -118,12 +119,17 @@ class Batch(BatchFeature):
         patches: which patches of each of the vision tower's rows are real; None where none is padding.
         pictures: for each row a digest of its pictures' pixels, in order, and of its sounds and videos: rows with the
             same one show the same; None where that is not known.
+        seen: the numbers of `vision`, and after them those of videos, whose rows come after all pictures' (`vision` is
+            None where there are videos); None where they cannot be told.
+        heard: what of the audio tower's rows is whose; None where that cannot be told.
     """
 
     tokens: TokenTable
     vision: tuple[int, ...] | None
     patches: Bool[Tensor, "row patch"] | None
     pictures: tuple[bytes, ...] | None
+    seen: tuple[tuple[int, ...], ...] | None
+    heard: Heard | None
 
     def __init__(
         self,
@@ -132,12 +138,16 @@ class Batch(BatchFeature):
         vision: tuple[int, ...] | None,
         patches: Bool[Tensor, "row patch"] | None = None,
         pictures: tuple[bytes, ...] | None = None,
+        videos: tuple[tuple[int, ...], ...] | None = None,
+        heard: Heard | None = None,
     ) -> None:
         super().__init__(data)
         self.tokens = tokens
         self.vision = vision
         self.patches = patches
         self.pictures = pictures
+        self.seen = videos if vision is None else (vision,)
+        self.heard = heard
 
 
 class Encoder:
@@ -348,6 +358,11 @@ class Encoder:
                 f"{type(self.processor).__name__} makes other prompts of videos where it sees longer ones beside them: "
                 "encode videos with different numbers of frames apart (batch_size=1)"
             )
+        if hears_alone(self.model.hf.config) and len({len(sound) for row, _ in heard for sound in row}) > 1:
+            raise QuestionError(
+                f"{type(self.model.hf).__name__} hears in a sound what fills it up to the length of others beside it: "
+                "encode sounds of different lengths apart (batch_size=1)"
+            )
         shown = image.any(1).tolist()
         blind = [item.id for item, there in zip(items, shown, strict=True) if item.n_images and not there]
         if blind and any(shown):
@@ -365,15 +380,22 @@ class Encoder:
         shown = image if audio is None else image | audio
         shown = shown if video is None else shown | video
         tokens = TokenTable(ids, attention, image, special, template & ~shown, last, audio, video)
-        vision, patches = None, None  # a video is more rows of the vision tower, which are not told apart yet
-        if video is None:
-            alone = lambda n: self._process([texts[n]], [pictures[n]], [heard[n]], padding_side)  # noqa: E731
-            vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
+        alone = lambda n: self._process([texts[n]], [pictures[n]], [heard[n]], padding_side)  # noqa: E731
+        vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
+        config, videos = self.model.hf.config, None
+        if video is not None:
+            shown_videos = video_rows(data, [[len(one) for one in row[1]] for row in heard], config)
+            if vision is not None and patches is None and shown_videos is not None:
+                videos, patches = (vision, shown_videos[0]), shown_videos[1]
+            vision = None
+        n_heard = None if audio is None else audio.sum(1).tolist()
+        sounds = sound_rows(data, [len(row[0]) for row in heard], n_heard, config)
         digests = {name: _digest(part, streams[name]) for name, part in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
-        return cast(Batch, Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device))
+        made = Batch(dict(data), tokens, vision, patches, seen_as, videos, sounds)
+        return cast(Batch, made.to(self.model.device))
 
     @cached_property
     def _learns_positions(self) -> bool:

@@ -91,6 +91,38 @@ def vision_rows(
     return tuple(rows), real
 
 
+def video_rows(
+    data: Inputs, n_frames: Sequence[Sequence[int]], config: Any
+) -> tuple[tuple[int, ...], Bool[Tensor, "row patch"] | None] | None:
+    """The rows of the vision tower that are each question's videos', which it sees after all pictures.
+
+    Args:
+        data: the model's inputs.
+        n_frames: for each question the number of frames of each of its videos.
+        config: the model's configuration.
+
+    Returns:
+        The rows, and which patches of each are real where some are padding; or None where they cannot be told.
+    """
+    per_video, pixels, real = [n for row in n_frames for n in row], data.get("pixel_values_videos"), None
+    rows: Sequence[int] | None = None
+    if isinstance(grids := data.get("video_grid_thw"), Tensor):  # one long row of patches: Qwen-VL, GLM-4V
+        rows = grids.prod(-1).tolist()
+    elif isinstance(pixels, Tensor) and pixels.ndim == 5:  # LLaVA-OneVision: [video, frame, …], all of one length
+        rows = [pixels.shape[1]] * len(pixels) if set(per_video) == {pixels.shape[1]} else None
+    elif pixels is None and isinstance(pixels := data.get("pixel_values"), Tensor):  # frames are shown as pictures
+        try:
+            real = real_patches(data, config)
+        except UnknownPadding:
+            return None
+        shown = pixels.shape[0] if pixels.ndim == 4 else int(_pictures(data).sum()) if pixels.ndim == 5 else 0
+        rows = per_video if shown == sum(per_video) else None
+    of_questions = _by_question(rows, list(map(len, n_frames)))
+    if of_questions is None or (real is not None and len(real) != sum(of_questions)):
+        return None
+    return tuple(of_questions), real
+
+
 def real_patches(data: Inputs, config: Any) -> Bool[Tensor, "row patch"] | None:
     """Which patches of each row of the vision tower are of a picture, and not padding; None where all are.
 
