@@ -74,7 +74,7 @@ TOWER = {
 }  # fmt: skip
 QUERIES = {
     "hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
-    "encoder_hidden_size": 32, "vocab_size": 640, "max_position_embeddings": 64,
+    "encoder_hidden_size": 32, "vocab_size": 640, "max_position_embeddings": 512,
 }  # fmt: skip
 LISTS = ("layer_types", "mlp_layer_types", "decoder_layer_types", "ffn_layer_types")
 """What kind each layer is of: every kind is kept once, and there are at least two layers."""
@@ -148,8 +148,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "instructblip": {"num_query_tokens": 4, "image_token_index": IMAGE},
     "instructblipvideo": {"num_query_tokens": 4, "video_token_index": 11},
     "kimi_k25": {"projection_hidden_size": 32, "text_config": {"head_dim": 4}},
-    "kosmos-2": {"latent_query_num": 4},
-    "kosmos-2.5": {"latent_query_num": 4},
+    "kosmos-2": {"latent_query_num": 4, "text_config": {"pad_token_id": 0, "bos_token_id": 1}},
+    "kosmos-2.5": {"latent_query_num": 4, "text_config": {"pad_token_id": 0, "bos_token_id": 1}},
     "llava_next_video": {"image_grid_pinpoints": [[16, 32], [32, 16]]},
     "mistral4": {"qk_rope_head_dim": 6, "qk_nope_head_dim": 6},
     "muse_glimmer": {"out_hidden_size": 128},

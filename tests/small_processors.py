@@ -1,4 +1,4 @@
-"""Processors of the small models' own classes, made without a download: transformers' classes, small, with a tiny tokenizer.
+"""Processors of the small models' own classes, made without a download: transformers', small, with a tiny tokenizer.
 
 What a processor's class reads of its tokenizer, or writes into prompts, is read off its source, and each such token is
 put where the model's configuration has it. Sizes are cut down by rule as those of the models are; `OWN` holds what a
@@ -58,7 +58,7 @@ OWN: dict[str, dict[str, Any]] = {
     "emu3": {"image": {"spatial_factor": 8, "min_pixels": 256}},
     "git": {"shown": ""},
     "hunyuan_vl": {"shown": "<image_start_token><image_token><image_end_token>"},
-    "idefics": {"shown": "<image>"},
+    "idefics": {"shown": ""},
     "blip-2": _QUERIES,
     "instructblip": _QUERIES,
     "chameleon": {"more": {"image_seq_length": 1}},
@@ -69,7 +69,7 @@ OWN: dict[str, dict[str, Any]] = {
         "image": {"high_res_size": {"height": 64, "width": 64}},
         "more": {"num_image_tokens": 16},
     },
-    "ernie4_5_vl_moe": {"video": {"temporal_patch_size": 2}},
+    "ernie4_5_vl_moe": {"video": {"temporal_patch_size": 2, "draw_on_frames": False}},
     "fast_vlm": {
         "kind": "LlavaProcessor",
         "image_kind": "CLIPImageProcessor",
@@ -246,7 +246,9 @@ def small_processor(name: str, model: nn.Module) -> Any:
 
 TURNS = (
     "{% for message in messages %}user: {% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
-    "{% elif part['type'] == 'audio' %}AUDIO{% elif part['type'] == 'video' %}VIDEO{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% elif part['type'] == 'audio' %}AUDIO"
+    "{% elif part['type'] == 'video' %}VIDEO{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}answer:{% endif %}"
 )
 
@@ -260,8 +262,8 @@ def turns(picture: str, processor: Any) -> str:
 class MadeUp:
     """Makes of texts and pictures what a model's processor would, where that cannot be had.
 
-    Of each picture it makes tensors of the shapes that the model takes one in, whose values depend on the pixels, and as
-    many placeholders.
+    Of each picture it makes tensors of the shapes that the model takes one in, whose values depend on the pixels, and
+    as many placeholders.
 
     Args:
         inputs: one question with one picture, as `small_configs.small_inputs` gives it.
@@ -290,7 +292,7 @@ class MadeUp:
         self.of_tokens = {name: value[0] for name, value in given.items() if value.shape[:2] == (1, len(ids))}
         self.of_media = {name: value for name, value in given.items() if name not in self.of_tokens}
         self.image_processor = self._picture if sees else None
-        self.chat_template = TURNS.replace("IMAGE", self.image_token) if sees else None
+        self.chat_template = TURNS.replace("IMAGE", self.image_token)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **how: Any) -> str:
         return self.tokenizer.apply_chat_template(

@@ -24,7 +24,16 @@ from vlmneurons.checks import Keywords
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.prompts import Prompts
 from vlmneurons.model.sound_rows import Heard, hears_alone, sound_rows
-from vlmneurons.model.vision_rows import OF_PICTURES, Inputs, Rows, video_rows, vision_rows
+from vlmneurons.model.vision_rows import (
+    OF_PICTURES,
+    Inputs,
+    Rows,
+    UnknownPadding,
+    local_rows,
+    real_patches,
+    video_rows,
+    vision_rows,
+)
 from vlmneurons.questions.media import picture_size
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet, bare_prompt
@@ -122,6 +131,7 @@ class Batch(BatchFeature):
         seen: the numbers of `vision`, and after them those of videos, whose rows come after all pictures' (`vision` is
             None where there are videos); None where they cannot be told.
         heard: what of the audio tower's rows is whose; None where that cannot be told.
+        is_whole: whether all that the vision tower sees is one question's, however many rows it is.
     """
 
     tokens: TokenTable
@@ -130,6 +140,7 @@ class Batch(BatchFeature):
     pictures: tuple[bytes, ...] | None
     seen: tuple[tuple[int, ...], ...] | None
     heard: Heard | None
+    is_whole: bool
 
     def __init__(
         self,
@@ -148,6 +159,7 @@ class Batch(BatchFeature):
         self.pictures = pictures
         self.seen = videos if vision is None else (vision,)
         self.heard = heard
+        self.is_whole = False
 
 
 class Encoder:
@@ -383,11 +395,21 @@ class Encoder:
         alone = lambda n: self._process([texts[n]], [pictures[n]], [heard[n]], padding_side)  # noqa: E731
         vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
         config, videos = self.model.hf.config, None
-        if video is not None:
+        local = local_rows(data, [len(row) for row in pictures])
+        if vision is not None and local is not None:
+            vision, videos = None, (vision, local)
+        elif video is not None:
             shown_videos = video_rows(data, [[len(one) for one in row[1]] for row in heard], config)
             if vision is not None and patches is None and shown_videos is not None:
                 videos, patches = (vision, shown_videos[0]), shown_videos[1]
             vision = None
+        whole = len(items) == 1 and vision is None and video is None and isinstance(data.get("pixel_values"), Tensor)
+        whole = whole and videos is None
+        if whole:  # whatever the tower sees is this question's, if only its padding is known
+            try:
+                patches = real_patches(data, config)
+            except UnknownPadding:
+                whole = False
         n_heard = None if audio is None else audio.sum(1).tolist()
         sounds = sound_rows(data, [len(row[0]) for row in heard], n_heard, config)
         digests = {name: _digest(part, streams[name]) for name, part in opened.items()}
@@ -395,6 +417,7 @@ class Encoder:
         if padding_side == "left" and self._learns_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
         made = Batch(dict(data), tokens, vision, patches, seen_as, videos, sounds)
+        made.is_whole = whole
         return cast(Batch, made.to(self.model.device))
 
     @cached_property
@@ -462,6 +485,8 @@ class Encoder:
             about = {len(one): {"fps": FRAMES_PER_SECOND, "total_num_frames": len(one)} for one in videos}
             known = [{**about[len(one)], "frames_indices": list(range(len(one)))} for one in videos]
             more |= {"videos": videos, "do_sample_frames": False, "video_metadata": known}
+        if any(pictures) and self._asks_for_types:
+            more["return_mm_token_type_ids"] = True
         images: Any = list(pictures)
         if self._by_default("images_kwargs", "multi_page") is False:
             # GOT-OCR: a list of lists would be pages of documents.
@@ -475,12 +500,24 @@ class Encoder:
             add_special_tokens=self._adds_special(texts[0]),
             return_tensors="pt",
         )
+        if padding_side == "left" and isinstance(mask := data.get("qformer_attention_mask"), Tensor):
+            # A Q-Former counts positions from the first column, padding and all: its words begin there (InstructBLIP).
+            order = mask.argsort(dim=1, descending=True, stable=True)
+            for name in ("qformer_input_ids", "qformer_attention_mask"):
+                data[name] = data[name].gather(1, order)
         data.pop("labels", None)  # PaliGemma's are for training: with them a forward computes a loss
         wanted = self.model.hf.dtype
         for name, value in data.items():  # Llama 4's pixels are bfloat16, whatever the model is
             if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) and value.dtype != wanted:
                 data[name] = value.to(wanted)
         return data if isinstance(data, BatchFeature) else BatchFeature(dict(data))  # a tokenizer's are of a third kind
+
+    @cached_property
+    def _asks_for_types(self) -> bool:
+        """Whether the model wants to know which tokens are pictures', and its processor says so only when asked."""
+        arguments = inspect.signature(self.model.hf.forward).parameters
+        silent = self._by_default("text_kwargs", "return_mm_token_type_ids") is False
+        return silent and "mm_token_type_ids" in arguments and isinstance(self.processor, ProcessorMixin)
 
     def _content_tokens(
         self, ids: list[int], rendered: str, more: str, item: Question, bare: bool

@@ -61,9 +61,10 @@ def vision_rows(
     """
     if sum(n_images) == 0:
         return (0,) * len(n_images), None
-    pixels = data.get("pixel_values")
+    pixels = data.get("pixel_values", data.get("pixel_values_images"))  # Video-LLaVA's processor
     if not isinstance(pixels, Tensor):
         return None
+    data = {**data, "pixel_values": pixels}
     try:
         real = real_patches(data, config)
     except UnknownPadding:
@@ -71,6 +72,8 @@ def vision_rows(
     rows: Sequence[int] | None = None
     if "image_grid_thw" in data:  # one long row of patches: Qwen-VL, GLM-4V
         rows = _by_question(data["image_grid_thw"].prod(-1).tolist(), n_images)
+    elif pixels.ndim == 5 and getattr(config, "model_type", "") == "perception_lm":  # as many tiles a picture
+        rows = _by_question([pixels.shape[1]] * len(pixels), n_images)
     elif "aspect_ratio_mask" in data:  # Mllama: as many pictures as the question with the most has
         rows = [pixels.shape[1]] * len(pixels)
     elif pixels.ndim == 5 and "image_sizes" in data:
@@ -89,6 +92,18 @@ def vision_rows(
     if rows is None or len(rows) != len(n_images) or (real is not None and len(real) != sum(rows)):
         return None
     return tuple(rows), real
+
+
+def local_rows(data: Inputs, n_images: Sequence[int]) -> tuple[int, ...] | None:
+    """The crops of each question's pictures that a vision tower sees after all whole pictures; None without any.
+
+    Args:
+        data: the model's inputs: DeepSeek-OCR 2, Unlimited-OCR and Step 3.7 have crops in a tensor of their own.
+        n_images: how many pictures each question has.
+    """
+    counts, crops = data.get("num_local_patches"), data.get("pixel_values_local")
+    rows = None if counts is None or crops is None else _by_question(list(map(int, counts)), n_images)
+    return tuple(rows) if rows is not None and sum(rows) == len(crops) else None
 
 
 def video_rows(

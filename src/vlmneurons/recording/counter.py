@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmneurons.checks import Keywords, flag, of_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.model.architectures.hooks import Handle, read
+from vlmneurons.model.architectures.hooks import Handle, read, see_number_of_tokens
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
 from vlmneurons.model.sound_rows import Heard
@@ -22,6 +22,15 @@ from vlmneurons.run.engine import Counts
 from vlmneurons.run.owners import OWNERS
 from vlmneurons.statistics.counting import count_patches, count_routed, count_tokens
 from vlmneurons.statistics.items import ItemStatistic
+
+OF_QUERIES = ("qformer", "connector", "high_res_vision_model")
+"""Towers that take a picture a row, as it is or by queries; none of what they see of it fills it up."""
+
+
+def is_filled(inputs: Mapping[str, object]) -> bool:
+    """Whether a Q-Former's words are filled up to the longest question's."""
+    mask = inputs.get("qformer_attention_mask")
+    return isinstance(mask, Tensor) and not bool(mask.all())
 
 
 class NotFinite(ActivationError):
@@ -51,6 +60,7 @@ class Frame:
             the numbers of its videos'; None where that is unknown.
         patches: which patches of these are no padding; None where all are.
         heard: what of the audio tower's rows is whose; None where that is unknown.
+        filled: whether the words that a Q-Former sees beside pictures are filled up to the longest question's.
         prepared: whether the library prepared the batch, so that every row of pictures must be somebody's.
     """
 
@@ -59,6 +69,7 @@ class Frame:
     seen: tuple[tuple[int, ...], ...] | None = None
     patches: Tensor | None = None
     heard: Heard | None = None
+    filled: bool = False
     prepared: bool = True
 
 
@@ -137,7 +148,7 @@ class Counter:
         self.rules: tuple[TokenRule, ...] = tuple(tokens.values()) if isinstance(tokens, Mapping) else (tokens,)
         self.hears = [site.tower in ("audio", "audio_projector") for site in self.space.sites]
         self.senses = [
-            hears or site.tower in ("vision", "projector")
+            hears or site.tower in ("vision", "projector", *OF_QUERIES)
             for site, hears in zip(self.space.sites, self.hears, strict=True)
         ]
         for rule in self.rules:
@@ -184,6 +195,9 @@ class Counter:
         try:
             for number, site in enumerate(self.space.sites):
                 handles.append(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
+            routers = {self.model.mlp_of(site).path.rpartition(".")[0]: site for site in self._routed()}
+            for site in routers.values():
+                handles.append(see_number_of_tokens(hf, self.model.mlp_of(site), self._refuse_some(site)))
             guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
             begun = hf.register_forward_pre_hook(Hook(begin or self._begin_watched), with_kwargs=True)
             handles.append(Handle([guard, begun]))
@@ -197,6 +211,24 @@ class Counter:
             self.forget()
             self._scratch.clear()
 
+    def _routed(self) -> list[Site]:
+        """The sites of experts that tokens are routed to."""
+        sites = (site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses)
+        return [site for site in sites if (mlp := self.model.mlp_of(site)).routed or mlp.expert is not None]
+
+    def _refuse_some(self, site: Site) -> Callable[[int], None]:
+        """Refuses experts that are shown some of a batch's tokens: it is not known which."""
+
+        def check(n: int) -> None:
+            whole = 0 if self.frame is None else self._masks(self.frame)[0].numel()
+            if whole and n % whole:  # some show every expert every token, one expert after the other
+                raise MismatchError(
+                    f"{site}: its experts choose from {n} of the batch's {whole} tokens, and it cannot be told which; "
+                    "record neurons that see all of them, or questions without pictures"
+                )
+
+        return check
+
     def _begin_watched(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.
         self.frame, self._watched = self._watched, None
@@ -207,8 +239,13 @@ class Counter:
         def see(values: Tensor, tokens: Tensor | None = None) -> None:
             if self.frame is None:
                 return
+            if tokens is not None and self.senses[number]:
+                raise MismatchError(
+                    f"{self.space.sites[number]}: what a router sends to an expert of a tower that sees or hears "
+                    "cannot be told apart by question; record the tower's other neurons"
+                )
             with torch.no_grad():
-                if tokens is not None and not self.senses[number]:
+                if tokens is not None:
                     strict = self.strict or number == self._sentinel
                     how = (self.magnitudes, self.maxima, strict)
                     parts = [count_routed(values, tokens, mask, *how) for mask in self._masks(self.frame)]
@@ -295,7 +332,7 @@ class Counter:
         state = self.sites[number]
         parts = values.reshape(values.shape[0], -1, values.shape[-1])
         hears = self.hears[number]
-        if values.ndim == 3 and values.shape[0] == 1 and self._n_parts(frame, hears) not in (None, 1):
+        if values.ndim == 3 and values.shape[0] == 1 and self._left(state, frame, hears) not in (None, 1):
             parts = values.reshape(values.shape[1], 1, values.shape[-1])  # one long row of patches
         owner, real = (self._heard if hears else self._seen)(state, parts, frame)
         if real.shape != parts.shape[:2]:
@@ -315,6 +352,12 @@ class Counter:
                     counts.setdefault(name, empty)[row] = made[0]
         self._add(number, counts)
 
+    def _left(self, state: SiteState, frame: Frame, hears: bool) -> int | None:
+        """How many rows a tower is still shown of what it is at: all sounds, all pictures, or all videos."""
+        n = self._n_parts(frame, hears)
+        ends = itertools.accumulate(map(sum, frame.seen or ())) if not hears else [n or 0]
+        return None if n is None else next((end - state.seen for end in ends if end > state.seen), 0)
+
     @staticmethod
     def _n_parts(frame: Frame, hears: bool) -> int | None:
         """How many rows of a tower that sees, or hears, the questions have; None where that is unknown."""
@@ -329,8 +372,8 @@ class Counter:
         if frame.seen is None:
             if frame.prepared:
                 raise MismatchError(
-                    f"{state.site}: the rows of this vision tower cannot be told apart by question; record one "
-                    "question at a time, in a Recorder of your own"
+                    f"{state.site}: the rows of this vision tower cannot be told apart by question; ask one question "
+                    "at a time (batch_size=1)"
                 )
             owner = torch.zeros(n, dtype=torch.int64)  # one group: any row will do
         else:
@@ -347,7 +390,13 @@ class Counter:
             if len(owner) != n:
                 raise MismatchError(f"{state.site} has {start + n} rows where the pictures have {ends[-1]}")
             state.seen += n * (together - 1)  # in patches, as the pictures are counted
-        if frame.patches is not None:
+        if state.site.tower in OF_QUERIES:
+            if frame.filled:
+                raise MismatchError(
+                    f"{state.site} sees words beside pictures, some of which fill up shorter questions: ask one "
+                    "question at a time (batch_size=1)"
+                )
+        elif frame.patches is not None:
             real = frame.patches[start : start + n * (state.seen == start)]  # a projector's patches are not these
         state.seen += n
         return owner, real
@@ -388,7 +437,8 @@ class Counter:
         self.forget()
         masks = [batch.tokens.counted(rule) for rule in self.rules]
         stand = [row + number * len(mask) for number, mask in enumerate(masks) for row in rows]
-        frame = Frame(torch.cat(masks), stand, batch.seen, batch.patches, batch.heard)
+        prepared = not batch.is_whole
+        frame = Frame(torch.cat(masks), stand, batch.seen, batch.patches, batch.heard, is_filled(batch), prepared)
         self._watched = frame
         try:
             yield

@@ -20,7 +20,7 @@ from vlmneurons.model.sound_rows import Heard, sound_rows
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.recording.counter import Counter, Frame
+from vlmneurons.recording.counter import Counter, Frame, is_filled
 from vlmneurons.recording.groups import GroupTables
 from vlmneurons.run.identity import run_provenance, setting_of_run
 from vlmneurons.statistics.counts import ActivationStatistics
@@ -155,6 +155,7 @@ class Recorder:
             None,
             self._patches_of(arguments),
             self._heard_of(arguments),
+            is_filled(arguments),
             not isinstance(self._labels, str),
         )
 
