@@ -61,7 +61,7 @@ def _tiny(name: str) -> Small:
         processor,
         tiny_template(name) if name != "paligemma" else None,
         sees=True,
-        padded_alone=name in ("gemma4", "mllama"),
+        padded_alone=name == "mllama",
     )
 
 
@@ -83,6 +83,7 @@ def _text(name: str) -> Small:
 
 
 UNASKED = {
+    "diffusion_gemma": "gives its answer's words all at once, in the place of noise",
     "pi0": "gives movements, and no words",
     "pix2struct": "its question is drawn into the picture: no tokens of it are seen",
     "pp_formulanet": "takes a picture alone, and no question",
@@ -90,8 +91,8 @@ UNASKED = {
 }
 """The classes that are asked no questions, and why."""
 MADE_UP = {
-    "diffusion_gemma": "answers are not words one by one, and the default configuration sees no pictures",
     "evolla": "its processor takes proteins, and no pictures",
+    "idefics": "its processor writes words of its own into the question's",
     "fuyu": "its processor counts the tokens of another tokenizer",
     "instructblipvideo": "its processor takes videos as pictures",
     "udop": "its processor needs pytesseract",
@@ -99,7 +100,7 @@ MADE_UP = {
 """The classes whose processor is made up, and why."""
 TEXT = ("gemma4_unified", "mistral4")
 """The classes whose default configurations see nothing."""
-BLIND = (*TEXT, "diffusion_gemma", "evolla")
+BLIND = (*TEXT, "evolla")
 
 
 def _mapped(name: str, every_tower: bool = False) -> Small:

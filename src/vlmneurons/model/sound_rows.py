@@ -32,12 +32,14 @@ class _Family(NamedTuple):
         lengths: how many frames there are after the convolutions, from how many there were.
         mask: the name of the input that tells real frames; empty where all are (silence and all, as the decoder is
             shown).
+        axis: which axis of what it is shown are frames.
         packed: whether all real frames are one long row.
         alone: whether the tower mixes what fills up a sound with the sound itself.
     """
 
     lengths: Callable[[Tensor, Any], Tensor]
     mask: str = ""
+    axis: int = 2
     packed: bool = False
     alone: bool = False
 
@@ -66,9 +68,9 @@ _FAMILIES = {
     "qwen2_5_omni_audio_encoder": _Family(_halved(1), "feature_attention_mask", packed=True),
     "qwen3_omni_moe_audio_encoder": _Family(_in_chunks, "feature_attention_mask", packed=True),
     "voxtral_encoder": _Family(_halved(1)),
-    "gemma3n_audio": _Family(_halved(2), "input_features_mask"),
-    "gemma4_audio": _Family(_halved(2), "input_features_mask"),
-    "granite_speech_encoder": _Family(_halved(0), alone=True),
+    "gemma3n_audio": _Family(_halved(2), "input_features_mask", axis=1),
+    "gemma4_audio": _Family(_halved(2), "input_features_mask", axis=1),
+    "granite_speech_encoder": _Family(_halved(0), axis=1, alone=True),
 }
 """By the type of the audio tower's configuration."""
 
@@ -109,7 +111,7 @@ def sound_rows(
     features = data.get("input_features")
     if family is None or not isinstance(features, Tensor) or features.ndim != 3:
         return None
-    frames = features.shape[2 if getattr(of_tower, "num_mel_bins", None) == features.shape[1] else 1]
+    frames = features.shape[family.axis]
     given = torch.full((len(features),), frames)
     if family.mask:
         mask = data.get(family.mask)

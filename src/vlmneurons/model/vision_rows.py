@@ -72,6 +72,8 @@ def vision_rows(
     rows: Sequence[int] | None = None
     if "image_grid_thw" in data:  # one long row of patches: Qwen-VL, GLM-4V
         rows = _by_question(data["image_grid_thw"].prod(-1).tolist(), n_images)
+    elif pixels.ndim == 5 and not _says_more(data) and [pixels.shape[1]] * len(pixels) == list(n_images):  # Idefics
+        rows = n_images
     elif pixels.ndim == 5 and getattr(config, "model_type", "") == "perception_lm":  # as many tiles a picture
         rows = _by_question([pixels.shape[1]] * len(pixels), n_images)
     elif "aspect_ratio_mask" in data:  # Mllama: as many pictures as the question with the most has
@@ -166,12 +168,21 @@ def real_patches(data: Inputs, config: Any) -> Bool[Tensor, "row patch"] | None:
     elif "pixel_mask" in data and pixels.ndim == 4:
         real = _covered(data["pixel_mask"], config)
     else:
-        unknown = [name for name in data if "mask" in name and OF_PICTURES.search(name) and name not in _OF_TEXT]
+        masks = [name for name in data if "mask" in name and OF_PICTURES.search(name) and name not in _OF_TEXT]
+        ids = data.get("input_ids")  # Idefics: which of its pictures each token sees
+        unknown = [name for name in masks if ids is None or data[name].shape[:2] != ids.shape or data[name].ndim != 3]
         if pixels.ndim == 4 and "image_sizes" in data and not _is_one_row(data, config):
             unknown.append("image_sizes")
         if unknown:
             raise UnknownPadding(", ".join(unknown))
     return None if real is None or real.all() else real
+
+
+def _says_more(data: Inputs) -> bool:
+    """Whether a processor says more of pictures than their pixels: then it says in its way how many rows they are."""
+    return any(
+        OF_PICTURES.search(name) for name in data if not name.startswith("pixel_values") and "attention" not in name
+    )
 
 
 def _masks_tiles(data: Inputs) -> bool:
