@@ -34,7 +34,8 @@ class _Family(NamedTuple):
             shown).
         axis: which axis of what it is shown are frames.
         packed: whether all real frames are one long row.
-        alone: whether the tower mixes what fills up a sound with the sound itself.
+        alone: whether what fills up a sound is heard with the sound itself: the tower mixes them, or the frames on
+            their border are taken for the sound's.
     """
 
     lengths: Callable[[Tensor, Any], Tensor]
@@ -68,8 +69,8 @@ _FAMILIES = {
     "qwen2_5_omni_audio_encoder": _Family(_halved(1), "feature_attention_mask", packed=True),
     "qwen3_omni_moe_audio_encoder": _Family(_in_chunks, "feature_attention_mask", packed=True),
     "voxtral_encoder": _Family(_halved(1)),
-    "gemma3n_audio": _Family(_halved(2), "input_features_mask", axis=1),
-    "gemma4_audio": _Family(_halved(2), "input_features_mask", axis=1),
+    "gemma3n_audio": _Family(_halved(2), "input_features_mask", axis=1, alone=True),
+    "gemma4_audio": _Family(_halved(2), "input_features_mask", axis=1, alone=True),
     "granite_speech_encoder": _Family(_halved(0), axis=1, alone=True),
 }
 """By the type of the audio tower's configuration."""

@@ -29,6 +29,7 @@ _KEEP_APART = {
 """The types of models whose counts were compared row by row in batches padded on either side."""
 _TRIED: "weakref.WeakKeyDictionary[nn.Module, set[Hashable]]" = weakref.WeakKeyDictionary()
 """What kinds of batches each model was tried with, and was right."""
+_ROWS = 6
 _ROUNDING, _COARSE = 1e-2, 1.0
 """By how many nats the likeliest words may differ: in float32; in half precision, where a router's choice may flip."""
 
@@ -37,9 +38,9 @@ _ROUNDING, _COARSE = 1e-2, 1.0
 def check_alone(model: VLM, batch: QuestionSet, padding_side: str) -> None:
     """Refuse batches of a model that answers a question otherwise beside others.
 
-    The last question of the batch and the one with the most padding are asked alone as well, without anything switched
-    off. In half precision, where answers differ by rounding alone, a large difference is warned of. A batch that cannot
-    be run is left to the run itself, which says why.
+    The first questions of the batch, its last, and the one with the most padding are asked alone as well, without
+    anything switched off. In half precision, where answers differ by rounding alone, a large difference is warned of. A
+    batch that cannot be run is left to the run itself, which says why.
 
     Args:
         model: the model.
@@ -56,7 +57,7 @@ def check_alone(model: VLM, batch: QuestionSet, padding_side: str) -> None:
     try:
         together = model.encoder(batch, padding_side=padding_side)
         logits, length = model.hf(**together).logits, together["input_ids"].shape[1]
-        rows = {len(batch) - 1, int(together.tokens.attention.sum(1).argmin())}
+        rows = {*range(min(_ROWS, len(batch))), len(batch) - 1, int(together.tokens.attention.sum(1).argmin())}
         # From the end: some models put what they see before the words, and give logits of it too.
         found = {row: logits[row, int(together.tokens.last[row]) - length] for row in rows}
         alone = {row: model.hf(**model.encoder(batch[row : row + 1], padding_side=padding_side)).logits for row in rows}
