@@ -77,6 +77,11 @@ OWN: dict[str, dict[str, Any]] = {
         "more": {"patch_size": 16, "vision_feature_select_strategy": "full"},
     },
     "gemma3n": {"sound": _GEMMA_SOUND, "more": {"image_seq_length": 1, "audio_seq_length": 4}},
+    "gemma4": {
+        "image": {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70},
+        "video": {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70},
+        "sound": lambda: transformers.Gemma4AudioFeatureExtractor(),
+    },
     "glm_ocr": {"as": "glm46v"},
     "glmga": {"kind": "Glm46VProcessor", "image_kind": "GlmgaImageProcessor", "video_kind": "GlmgaVideoProcessor"},
     "granite4_vision": {
