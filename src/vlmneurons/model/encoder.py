@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Int64
@@ -118,6 +118,20 @@ class TokenTable:
 TokenRule = str | Callable[[TokenTable], Bool[Tensor, "row token"]]
 
 
+Streams = tuple[Sequence[Any], Sequence[Any]]
+"""The sounds of a question, and its videos, opened."""
+
+
+class Shown(NamedTuple):
+    """What towers are shown of a batch; see the attributes of `Batch`."""
+
+    vision: tuple[int, ...] | None
+    patches: Bool[Tensor, "row patch"] | None
+    seen: tuple[tuple[int, ...], ...] | None
+    heard: Heard | None
+    is_whole: bool
+
+
 class Batch(BatchFeature):
     """Model inputs that know what they are: ``model.hf(**batch)`` runs them.
 
@@ -142,24 +156,10 @@ class Batch(BatchFeature):
     heard: Heard | None
     is_whole: bool
 
-    def __init__(
-        self,
-        data: Any,
-        tokens: TokenTable,
-        vision: tuple[int, ...] | None,
-        patches: Bool[Tensor, "row patch"] | None = None,
-        pictures: tuple[bytes, ...] | None = None,
-        videos: tuple[tuple[int, ...], ...] | None = None,
-        heard: Heard | None = None,
-    ) -> None:
+    def __init__(self, data: Any, tokens: TokenTable, pictures: tuple[bytes, ...] | None, shown: Shown) -> None:
         super().__init__(data)
-        self.tokens = tokens
-        self.vision = vision
-        self.patches = patches
-        self.pictures = pictures
-        self.seen = videos if vision is None else (vision,)
-        self.heard = heard
-        self.is_whole = False
+        self.tokens, self.pictures = tokens, pictures
+        self.vision, self.patches, self.seen, self.heard, self.is_whole = shown
 
 
 class Encoder:
@@ -393,31 +393,12 @@ class Encoder:
         shown = shown if video is None else shown | video
         tokens = TokenTable(ids, attention, image, special, template & ~shown, last, audio, video)
         alone = lambda n: self._process([texts[n]], [pictures[n]], [heard[n]], padding_side)  # noqa: E731
-        vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
-        config, videos = self.model.hf.config, None
-        local = local_rows(data, [len(row) for row in pictures])
-        if vision is not None and local is not None:
-            vision, videos = None, (vision, local)
-        elif video is not None:
-            shown_videos = video_rows(data, [[len(one) for one in row[1]] for row in heard], config)
-            if vision is not None and patches is None and shown_videos is not None:
-                videos, patches = (vision, shown_videos[0]), shown_videos[1]
-            vision = None
-        whole = len(items) == 1 and vision is None and video is None and isinstance(data.get("pixel_values"), Tensor)
-        whole = whole and videos is None
-        if whole:  # whatever the tower sees is this question's, if only its padding is known
-            try:
-                patches = real_patches(data, config)
-            except UnknownPadding:
-                whole = False
-        n_heard = None if audio is None else audio.sum(1).tolist()
-        sounds = sound_rows(data, [len(row[0]) for row in heard], n_heard, config)
+        shown_to_towers = self._shown(data, pictures, heard, tokens, alone)
         digests = {name: _digest(part, streams[name]) for name, part in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
-        made = Batch(dict(data), tokens, vision, patches, seen_as, videos, sounds)
-        made.is_whole = whole
+        made = Batch(dict(data), tokens, seen_as, shown_to_towers)
         return cast(Batch, made.to(self.model.device))
 
     @cached_property
@@ -474,7 +455,7 @@ class Encoder:
         self,
         texts: Sequence[str],
         pictures: Sequence[Sequence[Any]],
-        heard: Sequence[tuple[Sequence[Any], Sequence[Any]]],
+        heard: Sequence[Streams],
         padding_side: str,
     ) -> BatchFeature:
         """What the processor makes of texts, their placeholders unexpanded, and of what each one shows."""
@@ -607,6 +588,35 @@ class Encoder:
             return placeholder if placeholder.any() else image
         return torch.zeros_like(ids, dtype=torch.bool) if number is None else ids == number
 
+    def _shown(
+        self,
+        data: Inputs,
+        pictures: Sequence[Sequence[Image.Image]],
+        heard: Sequence[Streams],
+        tokens: TokenTable,
+        alone: Callable[[int], Inputs],
+    ) -> Shown:
+        """What of the rows of the towers that see and hear is each question's."""
+        config, n_images = self.model.hf.config, [len(row) for row in pictures]
+        vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
+        seen, local = None if vision is None else (vision,), local_rows(data, n_images)
+        if vision is not None and local is not None:
+            vision, seen = None, (vision, local)
+        elif tokens.video is not None:
+            videos = video_rows(data, [[len(one) for one in row[1]] for row in heard], config)
+            seen = None if vision is None or patches is not None or videos is None else (vision, videos[0])
+            vision, patches = None, None if seen is None or videos is None else videos[1]
+        whole = len(pictures) == 1 and seen is None and tokens.video is None
+        whole = whole and isinstance(data.get("pixel_values"), Tensor)
+        if whole:  # whatever the tower sees is this question's, if only its padding is known
+            try:
+                patches = real_patches(data, config)
+            except UnknownPadding:
+                whole = False
+        n_tokens = None if tokens.audio is None else tokens.audio.sum(1).tolist()
+        sounds = sound_rows(data, [len(row[0]) for row in heard], n_tokens, config)
+        return Shown(vision, patches, seen, sounds, whole)
+
     def _vision_rows(
         self, data: Inputs, pictures: Sequence[Sequence[Image.Image]], alone: Callable[[int], Inputs]
     ) -> Rows | None:
@@ -636,7 +646,7 @@ def _takes_pictures(processor: Any) -> bool:
     return "images" in arguments or any(one.kind is one.VAR_KEYWORD for one in arguments.values())
 
 
-def _digest(pictures: Sequence[Image.Image], heard: tuple[Sequence[Any], Sequence[Any]]) -> bytes:
+def _digest(pictures: Sequence[Image.Image], heard: Streams) -> bytes:
     """Of the pixels that some pictures show, and of what sounds and videos hold."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (*heard[0], *heard[1]):

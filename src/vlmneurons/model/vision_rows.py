@@ -105,7 +105,7 @@ def local_rows(data: Inputs, n_images: Sequence[int]) -> tuple[int, ...] | None:
     """
     counts, crops = data.get("num_local_patches"), data.get("pixel_values_local")
     rows = None if counts is None or crops is None else _by_question(list(map(int, counts)), n_images)
-    return tuple(rows) if rows is not None and sum(rows) == len(crops) else None
+    return None if rows is None or crops is None or sum(rows) != len(crops) else tuple(rows)
 
 
 def video_rows(
