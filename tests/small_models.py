@@ -70,6 +70,8 @@ def _text(name: str) -> Small:
 
     settings, widths = MODELS[name]
     settings = {**settings, "vocab_size": 640}  # as many as the tokenizer's
+    if "max_position_embeddings" in settings:
+        settings["max_position_embeddings"] = 512  # for questions of some length
     auto = transformers.AutoModelForSeq2SeqLM if "encoder" in widths else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
     model = auto.from_config(transformers.AutoConfig.for_model(name, **settings)).float().eval()

@@ -360,21 +360,7 @@ class Encoder:
         ids = data["input_ids"]
         image = self._image_mask(data)
         image, audio, video = self._stream_masks(data, items, image)
-        if (
-            video is not None
-            and "pixel_values_videos" not in data
-            and len({tuple(map(len, row[1])) for row in heard}) > 1
-        ):
-            # SmolVLM's processor writes the number of frames of the longest video into every prompt.
-            raise QuestionError(
-                f"{type(self.processor).__name__} makes other prompts of videos where it sees longer ones beside them: "
-                "encode videos with different numbers of frames apart (batch_size=1)"
-            )
-        if hears_alone(self.model.hf.config) and len({len(sound) for row, _ in heard for sound in row}) > 1:
-            raise QuestionError(
-                f"{type(self.model.hf).__name__} hears in a sound what fills it up to the length of others beside it: "
-                "encode sounds of different lengths apart (batch_size=1)"
-            )
+        self._refuse_together(data, heard, video is not None)
         shown = image.any(1).tolist()
         blind = [item.id for item, there in zip(items, shown, strict=True) if item.n_images and not there]
         if blind and any(shown):
@@ -400,6 +386,25 @@ class Encoder:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
         made = Batch(dict(data), tokens, seen_as, shown_to_towers)
         return cast(Batch, made.to(self.model.device))
+
+    def _refuse_together(self, data: Inputs, heard: Sequence[Streams], has_videos: bool) -> None:
+        """Refuse sounds and videos of different lengths in one batch, where what is asked would depend on the longest.
+
+        Raises:
+            QuestionError: it would.
+        """
+        lengths = {tuple(map(len, videos)) for _, videos in heard}
+        if has_videos and "pixel_values_videos" not in data and len(lengths) > 1:
+            # SmolVLM's processor writes the number of frames of the longest video into every prompt.
+            raise QuestionError(
+                f"{type(self.processor).__name__} makes other prompts of videos where it sees longer ones beside them: "
+                "encode videos with different numbers of frames apart (batch_size=1)"
+            )
+        if hears_alone(self.model.hf.config) and len({len(sound) for sounds, _ in heard for sound in sounds}) > 1:
+            raise QuestionError(
+                f"{type(self.model.hf).__name__} hears in a sound what fills it up to the length of others beside it: "
+                "encode sounds of different lengths apart (batch_size=1)"
+            )
 
     @cached_property
     def _learns_positions(self) -> bool:
