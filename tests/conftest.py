@@ -11,12 +11,24 @@ import sys
 import beartype  # noqa: F401  (before nnsight, which mounts `save` on `object`: beartype's import fails after that)
 import jaxtyping
 import typing_extensions
+from jaxtyping import _import_hook
 
 if sys.version_info < (3, 11):  # where typing has no Unpack, beartype does not know that of typing_extensions
     typing_extensions.Unpack = type("Unpack", (), {"__class_getitem__": classmethod(lambda cls, given: object)})
 
 # Shapes and types of every call are checked; an int passes for a float, as everywhere in Python.
 _CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+if not hasattr(
+    _import_hook, "_is_no_type_check"
+):  # before 0.3.11, which needs Python 3.11, jaxtyping passed over this mark
+    _visit = _import_hook.JaxtypingTransformer.visit_FunctionDef
+
+    def _visit_unless_marked(transformer, node):
+        marked = any(getattr(one, "id", None) == "no_type_check" for one in node.decorator_list)
+        return node if marked else _visit(transformer, node)
+
+    _import_hook.JaxtypingTransformer.visit_FunctionDef = _visit_unless_marked
+    _CHECKER += " "  # another name for another way, as compiled files are kept by it
 jaxtyping.install_import_hook(["vlmneurons", "tools"], _CHECKER)
 
 from pathlib import Path  # noqa: E402

@@ -163,6 +163,15 @@ def test_a_score_that_is_none_is_refused_with_the_question_and_what_was_done_is_
     np.testing.assert_array_equal(caught.value.partial.scores, np.full((2, 8), 0.5))
 
 
+def test_a_scorer_that_fails_is_named_with_the_question_and_the_text(model):
+    def grade(text, question):
+        return {"q0": 1.0}[question.id]
+
+    asked = open_questions(2, answer=vn.Generate(2, scorer=grade))
+    with pytest.raises(QuestionError, match=r"question 'q1': the scorer grade failed on the text '.*': KeyError: 'q1'"):
+        vn.knockout(model, asked, {"x": vn.NeuronSet(model.space(), [1])}, progress=False)
+
+
 def test_a_scorer_states_its_own_range(model):
     def stars(text, question):
         return 5 - len(text) % 3

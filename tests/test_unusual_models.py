@@ -1,6 +1,7 @@
 """Models that are unlike the three of the paper: a user's own, encoder-decoders, looped layers."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from helpers import some_questions
 from vlmneurons.errors import ArchitectureError, MismatchError, QuestionError
 from vlmneurons.model.architectures import find as _find
 from vlmneurons.model.architectures.find import Architecture, register_architecture
+from vlmneurons.model.identity import digest_of_weights
 from vlmneurons.testing import check_architecture, tiny_inputs, tiny_model
 from vlmneurons.testing.tiny import tiny_tokenizer
 
@@ -297,3 +299,102 @@ def test_what_an_encoder_decoder_cannot_be_asked_is_refused_and_the_way_is_named
     outside = pytest.raises(QuestionError, match=r"in `generate` an encoder runs outside of the model's forward")
     with outside, vn.Recorder(florence, florence.space("encoder")):
         florence.hf.generate(**inputs, max_new_tokens=2)
+
+
+class Quantised(Tensor):
+    """A weight in whole numbers, as torchao's are: it can be multiplied with, and nothing else is right."""
+
+    @staticmethod
+    def __new__(cls, whole: Tensor, step: Tensor) -> "Quantised":
+        return Tensor._make_wrapper_subclass(cls, whole.shape, dtype=step.dtype, device=whole.device)
+
+    def __init__(self, whole: Tensor, step: Tensor) -> None:
+        self.whole, self.step = whole, step
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["whole", "step"], None
+
+    def plain(self) -> Tensor:
+        return self.whole.to(self.step.dtype) * self.step
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if function in (aten.detach.default, aten.alias.default):
+            return cls(args[0].whole, args[0].step)
+        if function in (aten.t.default, aten.mm.default, aten.addmm.default, aten.linear.default):
+            return function(*(one.plain() if isinstance(one, cls) else one for one in args), **(kwargs or {}))
+        raise NotImplementedError(f"{function} of quantised weights")
+
+
+@pytest.fixture(scope="module")
+def quantised() -> tuple[vn.VLM, vn.VLM]:
+    """A model of quantised weights, and one of the same numbers in plain ones."""
+    models = [tiny_model("llava_next_mistral") for _ in range(2)]
+    for number, (hf, _) in enumerate(models):
+        for module in hf.model.language_model.modules():
+            if isinstance(module, nn.Linear):
+                step = module.weight.detach().abs().amax(1, keepdim=True) / 127
+                kept = Quantised((module.weight.detach() / step).round().to(torch.int8), step)
+                module.weight = nn.Parameter(kept if number == 0 else kept.plain(), requires_grad=False)
+        hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.detach(), requires_grad=False)
+    first, second = (vn.VLM(*one) for one in models)
+    return first, second
+
+
+def test_weights_that_quantise_themselves_are_multiplied_with_and_never_indexed(
+    quantised: tuple[vn.VLM, vn.VLM],
+) -> None:
+    assert type(quantised[0].hf.get_submodule("model.language_model.layers.0.mlp.down_proj").weight) is Quantised
+    asked, found = some_questions(6), []
+    for model in quantised:
+        neurons = vn.NeuronSet.from_pairs(model.space(), [(0, 3), (2, 5)])
+        counts = vn.record(model, asked, condition="all", progress=False)
+        answers = vn.knockout(model, asked, {"x": neurons}, progress=False)  # of few columns, in single precision
+        found.append((counts.positive, answers.margins, vn.neuron_writes(model, neurons, k=3)))
+    (counts, margins, writes), (other, others, plain) = found
+    assert torch.equal(counts, other)
+    np.testing.assert_allclose(margins, others, atol=1e-5)
+    assert (np.abs(margins[1] - margins[0]) > 1e-4).any()
+    assert writes["token"].tolist() == plain["token"].tolist()
+    np.testing.assert_allclose(writes["logit"], plain["logit"], atol=1e-5)
+
+
+def test_weights_that_quantise_themselves_are_known_by_every_byte_also_in_inference_mode(
+    quantised: tuple[vn.VLM, vn.VLM],
+) -> None:
+    model = quantised[0]
+    before = digest_of_weights(model.hf)
+    with torch.inference_mode():
+        assert digest_of_weights(model.hf) == before != digest_of_weights(quantised[1].hf)
+    weight = model.hf.get_submodule("model.language_model.layers.1.mlp.up_proj").weight
+    for part in (weight.whole, weight.step):
+        kept = part.flatten()[0].clone()
+        part.view(-1)[0] += 1
+        assert digest_of_weights(model.hf) != before
+        part.view(-1)[0] = kept
+    assert digest_of_weights(model.hf) == before
+
+
+def test_4_bit_weights_that_are_packed_for_a_cpu_are_known_without_a_state_dict_that_would_change_them() -> None:
+    class Packed(nn.Linear):
+        def _save_to_state_dict(self, *args: Any) -> None:
+            raise AssertionError("bitsandbytes unpacks its weights here, and not to what they were")
+
+    hf, _ = tiny_model("llava_next_mistral")
+    place = "model.language_model.layers.1.mlp.up_proj"
+    plain = hf.get_submodule(place)
+    packed = Packed(plain.in_features, plain.out_features, bias=False)
+    packed.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+    scale, second = torch.ones(4), torch.ones(2)
+    packed.weight.quant_state = SimpleNamespace(
+        packing_format_for_cpu=True, absmax=scale, dtype=torch.bfloat16, state2=SimpleNamespace(absmax=second)
+    )
+    hf.get_submodule(place.rpartition(".")[0]).up_proj = packed
+    before = digest_of_weights(hf)
+    for part in (packed.weight.data, scale, second, hf.lm_head.weight.data):
+        kept = part.flatten()[0].clone()
+        part.view(-1)[0] += 1
+        assert digest_of_weights(hf) != before
+        part.view(-1)[0] = kept
+    assert digest_of_weights(hf) == before

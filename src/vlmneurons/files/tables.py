@@ -155,6 +155,7 @@ def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tenso
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # how it passes on what the system said
             raise OSError(f"{path} cannot be written: {error}") from error
+        _order_header(temporary)
         # mkstemp makes a private file; what the user gets should be as readable as any file that they write.
         umask = os.umask(0)
         os.umask(umask)
@@ -163,6 +164,18 @@ def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tenso
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _order_header(path: str) -> None:
+    """Sort a file's metadata, whose order safetensors draws anew in every process: same content, same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as it is, being the same text in another order; the format fills up with spaces
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read(

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from vlmneurons.checks import Keywords, of_kind, whole
 from vlmneurons.errors import ArchitectureError, MismatchError, QuestionError, SelectionError, SiteError
 from vlmneurons.model.architectures.layout import MLP, Tower
-from vlmneurons.model.down import written
+from vlmneurons.model.down import is_plain, written
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.question import Question
@@ -172,7 +172,7 @@ class _Path:
             both = both - both[-1]  # the bias of a LayerNorm is no neuron's
         read = _in_single(self.norm, both)
         weight = getattr(self.head, "weight", None)
-        if type(self.head) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
+        if type(self.head) is nn.Linear and is_plain(weight) and weight.is_floating_point():
             made = torch.cat([read.to(part.device) @ part.float().T for part in weight.split(_ROWS)], dim=-1)
             made = made if self.head.bias is None else made + self.head.bias.float()
         else:

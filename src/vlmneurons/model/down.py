@@ -1,7 +1,7 @@
 """The down projection of an MLP as a tensor of its model: which one, and along which axis its neurons lie."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -67,9 +67,18 @@ def down_of(hf_model: nn.Module, mlp: MLP) -> Down | None:
     weight: Any = getattr(projection, "weight", None)
     # A class derived from Linear may compute otherwise (adapters, quantised weights), as may a parametrised weight.
     plain = type(projection) in (nn.Linear, Conv1D) and "weight" in projection._parameters
-    if not plain or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+    if not plain or not is_plain(weight) or not weight.is_floating_point() or weight.ndim != 2:
         return None
     return Down(f"{path}.weight", 0 if type(projection) is Conv1D else 1)
+
+
+def is_plain(weight: object) -> TypeGuard[Tensor]:
+    """Whether a weight is a tensor of torch's own: one that quantises itself (torchao's) cannot be indexed.
+
+    Args:
+        weight: whatever a module calls its weight.
+    """
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def written(hf_model: nn.Module, mlp: MLP, neurons: Tensor) -> Float[Tensor, "neuron hidden"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import JSON
 from vlmneurons.files.digests import digest_of, digest_of_code
+from vlmneurons.model.down import is_plain
 
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
@@ -32,16 +33,19 @@ def digest_of_weights(hf_model: nn.Module) -> str:
     """
     digest = xxhash.xxh3_128()
     seen: dict[tuple[object, ...], str] = {}
-    for name, tensor in sorted(_tensors(hf_model).items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.numel() > 0
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if plain else ()
-        if plain and place in seen:
-            digest.update(f"is {seen[place]}".encode())  # a tied weight: its bytes are in already
-            continue
-        seen[place] = name
-        for block in _blocks(tensor):
-            digest.update(block)
+    with torch.inference_mode(False), torch.no_grad():  # tensors of torchao cannot be looked at in inference mode
+        for name, tensor in sorted(_tensors(hf_model).items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            plain = is_plain(tensor) and tensor.device.type != "meta" and tensor.numel() > 0
+            place = (
+                (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if plain else ()
+            )
+            if plain and place in seen:
+                digest.update(f"is {seen[place]}".encode())  # a tied weight: its bytes are in already
+                continue
+            seen[place] = name
+            for block in _blocks(tensor):
+                digest.update(block)
     return f"bytes {digest.hexdigest()}"
 
 
@@ -57,9 +61,16 @@ def weights_of(model: "VLM") -> str:
 
 def _tensors(hf_model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that a model computes with, by name; offloaded ones from where they are kept."""
-    tensors = {
-        name: tensor for name, tensor in hf_model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)
-    }
+    states = {path: state for path, module in hf_model.named_modules() if (state := _packed_state(module)) is not None}
+    if states:  # bitsandbytes would unpack these weights for a state_dict, and not as they were
+        tensors: dict[str, Tensor] = dict(hf_model.named_parameters(remove_duplicate=False))
+        for path, state in states.items():
+            for place, part in ((path, state), (f"{path}.state2", getattr(state, "state2", None))):
+                kept = vars(part) if part is not None else {}
+                tensors.update({f"{place}.{name}": one for name, one in kept.items() if isinstance(one, Tensor)})
+    else:
+        known = hf_model.state_dict(keep_vars=True)
+        tensors = {name: tensor for name, tensor in known.items() if isinstance(tensor, Tensor)}
     tensors.update({name: tensor for name, tensor in hf_model.named_buffers() if name not in tensors})
     for path, module in hf_model.named_modules():
         kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of this module
@@ -73,6 +84,12 @@ def _tensors(hf_model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def _packed_state(module: nn.Module) -> object | None:
+    """What stands beside 4-bit weights that bitsandbytes has packed for this CPU; None for other modules."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return state if getattr(state, "packing_format_for_cpu", False) else None
+
+
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in order, some at a time."""
     if tensor.device.type == "meta":
@@ -80,7 +97,7 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     tensor = tensor.detach()
     tensor = getattr(tensor, "to_local", tensor.detach)()  # of a distributed tensor this process's share
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if type(tensor) not in (Tensor, nn.Parameter) and flatten is not None:
+    if not is_plain(tensor) and flatten is not None:
         names, _ = flatten()  # a quantised tensor is made of plain ones
         for name in names:
             yield from _blocks(getattr(tensor, name))

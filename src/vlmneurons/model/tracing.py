@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dis
 import functools
 import inspect
 import itertools
@@ -60,16 +61,15 @@ def _entered(filename: str, position: Position | None) -> tuple[ast.expr, ...] |
     return None
 
 
-def _is_entered(frame: FrameType, method: str) -> bool:
+def _is_entered(frame: FrameType) -> bool:
     """Whether the call that a frame is making is what a ``with`` enters, and not a call within its block."""
     position = _position(frame)
     if position is not None:
         return _entered(frame.f_code.co_filename, position) is not None
-    return any(
-        _calls(one, (method,)) and one.lineno <= frame.f_lineno <= (one.end_lineno or one.lineno)
-        for expressions, _ in _withs(Tracer.source(frame.f_code.co_filename))
-        for one in expressions
-    )
+    # In Python 3.10 what enters a value follows the call that makes it; a jump behind a long block takes several codes.
+    following = (dis.opname[code] for code in frame.f_code.co_code[frame.f_lasti + 2 :: 2])
+    enters = next(name for name in following if name not in ("EXTENDED_ARG", "CACHE"))
+    return enters in ("SETUP_WITH", "BEFORE_WITH", "BEFORE_ASYNC_WITH")
 
 
 def _calls(expression: ast.expr, methods: Sequence[str]) -> bool:
@@ -102,8 +102,9 @@ class _Last(Tracer):
         following = _entered(frame.f_code.co_filename, self.position)
         if following is None:  # made elsewhere, or without columns: by what the last one is
             last = node.items[-1].context_expr
-            name = last.id if isinstance(last, ast.Name) else None
-            mine = _calls(last, _OPENS) or (name and {**frame.f_globals, **frame.f_locals}.get(name) is self)
+            name = getattr(last.func if isinstance(last, ast.Call) else last, "id", "")
+            known = {**frame.f_globals, **frame.f_locals}.get(name)
+            mine = _calls(last, _OPENS) or known is self or getattr(known, "__name__", None) in _OPENS
             following = () if mine else (last,)
         if following:
             what = ", ".join(map(ast.unparse, following))
@@ -208,7 +209,7 @@ class TracedModel(TransformersModel):
         method = types.MethodType(inspect.unwrap(getattr(TransformersModel, name)), self)
         if self.interleaver.interleaving:
             return method(*inputs, **kwargs)
-        if _is_entered(frame, name):
+        if _is_entered(frame):
             return _at(_position(frame), super().trace(*inputs, fn=method, tracer_cls=_Tracing, **kwargs))
         return self.interleave(method, *inputs, **kwargs)
 

@@ -37,6 +37,7 @@ from vlmneurons.errors import AblationError, QuestionError
 from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.architectures.inside import Removable, is_watched
 from vlmneurons.model.architectures.layout import MLP
+from vlmneurons.model.down import is_plain
 from vlmneurons.model.encoder import Batch
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
@@ -528,7 +529,7 @@ class _Pass:
         down = self.model.hf.get_submodule(mlp.path).get_submodule(mlp.layout.down)
         edited = [self._edited_columns(layer, number) for number in joining]
         few = sum(map(len, edited)) * 4 < len(joining) * call.post.shape[-1]
-        if few and type(down) is nn.Linear and torch.finfo(down.weight.dtype).eps < 1e-5:
+        if few and type(down) is nn.Linear and is_plain(down.weight) and torch.finfo(down.weight.dtype).eps < 1e-5:
             # The down projection is linear: add what it makes of the difference. In half precision that would round
             # once more than a plain run does.
             parts = []

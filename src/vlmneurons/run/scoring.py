@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 from vlmneurons.checks import is_missing, names
-from vlmneurons.errors import QuestionError
+from vlmneurons.errors import QuestionError, VLMNeuronsError
 from vlmneurons.questions.question import Question, normalize
+from vlmneurons.run.memory import is_out_of_memory
 from vlmneurons.run.parsing import stated
 
 Scorer = Callable[[str, Question], float]
@@ -32,9 +33,15 @@ def score_of(scorer: Scorer, text: str, question: Question) -> float:
         The score, in [0, 1] or the scorer's range.
 
     Raises:
-        QuestionError: the scorer gives no number, NaN, or one outside of its range; the question's id is named.
+        QuestionError: the scorer fails, or gives no number, NaN, or one outside of its range; the id is named.
     """
-    score = scorer(text, question)
+    try:
+        score = scorer(text, question)
+    except Exception as error:
+        if isinstance(error, VLMNeuronsError) or is_out_of_memory(error):  # named; a smaller batch helps
+            raise
+        told = f"the scorer {name_of(scorer)} failed on the text {text!r}: {type(error).__name__}: {error}"
+        raise QuestionError(f"question {question.id!r}: {told}") from error
     low, high = getattr(scorer, "range", (0, 1))
     try:
         number = float(score)

@@ -315,7 +315,7 @@ def _components(items: Sequence[Item], rows: np.ndarray, unit: str) -> tuple[np.
         for one in alike
         for key in (one if isinstance(one, tuple) else (one,))
     ]
-    left, right = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    left, right = np.array(edges, dtype=np.int32).reshape(-1, 2).T  # of wider ones SciPy 1.11 makes nothing
     n = len(alike) + len(picture)
     graph = coo_array((np.ones(len(edges)), (left, right + len(alike))), shape=(n, n))
     number = np.array([alike[one] for one in shown], dtype=np.int64)
