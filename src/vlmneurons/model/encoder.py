@@ -156,9 +156,18 @@ class Batch(BatchFeature):
     heard: Heard | None
     is_whole: bool
 
-    def __init__(self, data: Any, tokens: TokenTable, pictures: tuple[bytes, ...] | None, shown: Shown) -> None:
+    def __init__(
+        self,
+        data: Any,
+        tokens: TokenTable,
+        vision: tuple[int, ...] | None,
+        patches: Bool[Tensor, "row patch"] | None = None,
+        pictures: tuple[bytes, ...] | None = None,
+        shown: Shown | None = None,
+    ) -> None:
         super().__init__(data)
         self.tokens, self.pictures = tokens, pictures
+        shown = shown or Shown(vision, patches, None if vision is None else (vision,), None, False)
         self.vision, self.patches, self.seen, self.heard, self.is_whole = shown
 
 
@@ -384,7 +393,7 @@ class Encoder:
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
-        made = Batch(dict(data), tokens, seen_as, shown_to_towers)
+        made = Batch(dict(data), tokens, None, None, seen_as, shown_to_towers)
         return cast(Batch, made.to(self.model.device))
 
     def _refuse_together(self, data: Inputs, heard: Sequence[Streams], has_videos: bool) -> None:
