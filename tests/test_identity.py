@@ -250,6 +250,14 @@ def test_palettes_tell_pictures_apart():
     assert content_of(asked[0]) != content_of(asked[1])
 
 
+def test_values_of_a_sound_tell_it_apart_from_another_of_the_same_length():
+    sounds = [{"array": np.full(160, value, dtype=np.float32), "sampling_rate": 16_000} for value in (0.0, 0.5)]
+    asked = [vn.QuestionSet([vn.Question(None, "What?", ("a", "b"), 0, "A", id="q", audio=one)]) for one in sounds]
+    told = [content_of(questions)["q"] for questions in asked]
+    assert told[0] != told[1]
+    assert not any("?" in one for one in told)
+
+
 def test_the_same_content_elsewhere_and_in_another_order_is_gone_on_with(model, tmp_path):
     questions = made_of(tmp_path / "pictures")
     vn.record_items(model, questions, tmp_path / "items", progress=False)

@@ -631,7 +631,7 @@ def test_layer_matched_random_has_the_counts_of_the_other_selection_in_every_sit
         LayerMatchedRandom(Selection({"Peru": like["Peru"]})).select(stats)
     with pytest.raises(SelectionError, match="like is a Selection; got CAS"):
         LayerMatchedRandom(CAS())
-    with pytest.raises(SelectionError, match="seed is an integer; got 'x'"):
+    with pytest.raises(SelectionError, match="seed is a whole number; got 'x'"):
         RandomNeurons(seed="x")
 
 
@@ -738,6 +738,15 @@ def test_gates_choose_among_the_neurons_that_pass():
         (CAS(layers=[2, 1], per_layer=True), "CAS(fraction=0.005, layers=[1, 2], per_layer=True)"),
         (RandomNeurons() + CAS(), "(RandomNeurons(seed=0) + CAS()).take(fraction=0.005)"),
         (MAD(signed=True, on="mean", count=4), "MAD(count=4, signed=True, on='mean')"),
+        (
+            (CAS(0.01).where(LAP() > 0.1) | MAD(0.01)) & LAP(0.1),
+            "(CAS().where(LAP() > 0.1).take(fraction=0.01) | MAD(fraction=0.01)) & LAP(fraction=0.1)",
+        ),
+        (
+            LAP(0.1) - (LAP(0.1).where((LAP() <= 0.9) & (LAP() >= 0.1)) - MAD(0.01)),
+            "LAP(fraction=0.1) - (LAP().where((LAP() <= 0.9) & (LAP() >= 0.1)).take(fraction=0.1) - "
+            "MAD(fraction=0.01))",
+        ),
     ],
 )
 def test_reprs_say_what_is_selected_and_can_be_pasted_back(rule, text):

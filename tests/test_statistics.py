@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import NeuronSpace, Site
-from vlmneurons.statistics.counts import MUST_AGREE, ActivationStatistics
+from vlmneurons.statistics.counts import ActivationStatistics
+from vlmneurons.statistics.tables import MUST_AGREE
 
 SPACE = NeuronSpace.from_widths("language", "gate", [3, 2])
 EXPERTS = NeuronSpace((Site("language", 0, "mlp.experts.0"), Site("language", 0, "mlp.experts.1")), (3, 2))

@@ -4,6 +4,7 @@ import ast
 import inspect
 import io
 import re
+import textwrap
 import tokenize
 from pathlib import Path
 
@@ -34,8 +35,28 @@ def test_no_public_signature_or_attribute_has_a_type_that_says_nothing_but_json_
             for of, kind in inspect.get_annotations(base).items():
                 if not of.startswith("_") and _says_nothing(text := _text(kind)):
                     loose.append(f"{name}.{of}: {text}")
+            loose += [f"{name}.{of}: {text}" for of, text in _set_in(base) if _says_nothing(text)]
     loose = [one for one in loose if one.rpartition(": ")[0] not in OPEN]
     assert not loose, "\n".join(loose)
+
+
+def _set_in(kind):
+    """Public attributes that a class's methods set with an annotation, and those they take over from a parameter."""
+    for method in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
+        if not isinstance(method, ast.FunctionDef):
+            continue
+        given = {one.arg: one.annotation for one in (*method.args.args, *method.args.kwonlyargs) if one.annotation}
+        for node in ast.walk(method):
+            if isinstance(node, ast.AnnAssign):
+                targets = {node.target: node.annotation}
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in given:
+                targets = dict.fromkeys(node.targets, given[node.value.id])
+            else:
+                continue
+            for target, annotation in targets.items():
+                match target:
+                    case ast.Attribute(value=ast.Name(id="self"), attr=name) if not name.startswith("_"):
+                        yield name, ast.unparse(annotation)
 
 
 def _text(kind):

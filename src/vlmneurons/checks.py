@@ -4,11 +4,12 @@ A whole number may be NumPy's or PyTorch's, as such numbers come out of tables; 
 True for 1, and neither is NaN, with which every comparison is false.
 """
 
+import difflib
 import math
 import numbers
 import operator
 import os
-from collections.abc import Iterable, KeysView, Mapping, Set
+from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,16 @@ def flag(name: str, value: object, error: type[VLMNeuronsError]) -> bool:
     return bool(value)
 
 
+def one_of(name: str, value: object, allowed: Iterable[str], error: type[VLMNeuronsError]) -> None:
+    """Refuse what is none of some names.
+
+    Raises:
+        VLMNeuronsError: of the given kind: it is none; the message says what there is.
+    """
+    if value not in (names := tuple(allowed)):
+        raise error(f"{name}={value!r} does not exist; choose from {', '.join(names)}")
+
+
 def path_of(name: str, value: Any, error: type[VLMNeuronsError]) -> Path:
     """A path as a `pathlib.Path`.
 
@@ -163,6 +174,24 @@ def of_kind(
             f"{'an' if one.__name__[0] in 'AEIOaeio' else 'a'} {one.__name__}" for one in kinds
         )
         raise error(f"{name} is {allowed}; got {_shown(value)}")
+
+
+def listed(names: Sequence[object], most: int = 5) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def few(names: Sequence[str]) -> str:
+    """``'a', 'b', 'c', …``: names in quotation marks, three of them."""
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+
+
+def nearest(name: str, names: Iterable[object]) -> str | None:
+    """The name that another is most like, whatever the case of letters; None where none is."""
+    lower = {str(one).casefold(): str(one) for one in names}
+    like = difflib.get_close_matches(name.casefold(), lower, n=1)
+    return lower[like[0]] if like else None
 
 
 def plain(value: Any) -> Any:

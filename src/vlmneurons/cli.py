@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 import vlmneurons as vn
-from vlmneurons.checks import Keywords
+from vlmneurons.checks import Keywords, nearest
 from vlmneurons.errors import ArchitectureError, FileFormatError, QuestionError, VLMNeuronsError
 from vlmneurons.questions.cvqa import LANGUAGES
 
@@ -182,9 +182,8 @@ def _processes() -> int:
 
 def _meant(given: str, names: Iterable[str]) -> str:
     """The end of a message: which of the names is like what was given."""
-    lower = {name.casefold(): name for name in names}
-    like = difflib.get_close_matches(given.casefold(), lower, n=1)
-    return f"; did you mean {lower[like[0]]}?" if like else ""
+    like = nearest(given, names)
+    return f"; did you mean {like}?" if like else ""
 
 
 def _one_of(*names: str) -> Callable[[str], str]:

@@ -12,11 +12,11 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from vlmneurons.checks import JSON, JSONMapping
+from vlmneurons.checks import JSON, JSONMapping, few
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.atomic import leftovers, read_parquet, write_json, write_parquet
 from vlmneurons.files.locks import locked
@@ -26,6 +26,7 @@ from vlmneurons.files.tables import parse, sealed, unsealed
 if TYPE_CHECKING:
     import pandas as pd
 
+T = TypeVar("T")
 VERSION = 2
 """Of manifests. Those of version 1 do not say which weights, pictures and settings they are of."""
 
@@ -68,7 +69,7 @@ def _some(names: Sequence[str]) -> str:
     """Some questions by name: ``question 'a'``, or ``12 questions ('a', 'b', …)``."""
     if len(names) == 1:
         return f"question {names[0]!r}"
-    return f"{len(names)} questions ({', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''})"
+    return f"{len(names)} questions ({few(names)})"
 
 
 def _short(value: object) -> str:
@@ -194,13 +195,7 @@ class RunFolder:
         Raises:
             FileFormatError: one of them is damaged; delete it, and it is run again.
         """
-        read = {}
-        for path in sorted((self.folder / "parts").glob("*.parquet")):
-            try:
-                read[path.stem] = read_parquet(path)
-            except (OSError, ValueError) as error:
-                raise FileFormatError(f"{path} is damaged ({error}): delete it, and its batch is run again") from error
-        return read
+        return self._read("parquet", read_parquet, "its batch is run again")
 
     def write(self, name: str, table: "pd.DataFrame") -> None:
         """Keep a finished batch."""
@@ -219,16 +214,22 @@ class RunFolder:
         Raises:
             FileFormatError: a note is damaged; delete it, and only the provenance will lack it.
         """
-        read = {}
-        for path in sorted((self.folder / "parts").glob("*.json")):
+
+        def halved(path: Path) -> list[JSON]:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            return [{"from": int(one["from"]), "to": int(one["to"]), "first": str(one["first"])} for one in told]
+
+        return self._read("json", halved, "the run goes on")
+
+    def _read(self, kind: str, read: Callable[[Path], T], then: str) -> dict[str, T]:
+        """What the files of one kind hold, by the names of their batches."""
+        found = {}
+        for path in sorted((self.folder / "parts").glob(f"*.{kind}")):
             try:
-                halved = json.loads(path.read_text(encoding="utf-8"))
-                read[path.stem] = [
-                    {"from": int(one["from"]), "to": int(one["to"]), "first": str(one["first"])} for one in halved
-                ]
+                found[path.stem] = read(path)
             except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-                raise FileFormatError(f"{path} is damaged ({error}): delete it, and the run goes on") from error
-        return read
+                raise FileFormatError(f"{path} is damaged ({error}): delete it, and {then}") from error
+        return found
 
     def clear(self) -> None:
         """Remove the batches' files, which the finished result has taken the place of."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from vlmneurons.checks import JSON, JSONMapping, in_order, path_of
+from vlmneurons.checks import JSON, JSONMapping, few, in_order, path_of
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import completed, differences, manifest_in
 
@@ -53,12 +53,12 @@ class PartFolder:
         if lacking := sorted(asks - set(done)):
             raise MismatchError(
                 f"part {self.name} in {self.folder} is not finished: {len(lacking)} of its {len(asks)} questions are "
-                f"not there ({_some(lacking)}). The same call goes on with it"
+                f"not there ({few(lacking)}). The same call goes on with it"
             )
         if foreign := sorted(set(done) - asks):
             raise MismatchError(
                 f"part {self.name} in {self.folder} holds {len(foreign)} questions that are another part's "
-                f"({_some(foreign)}): its batches were cut otherwise when it was gone on with. Run it again elsewhere"
+                f"({few(foreign)}): its batches were cut otherwise when it was gone on with. Run it again elsewhere"
             )
 
 
@@ -102,7 +102,7 @@ def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list
     if sorted(asked) != sorted(_order(first)):
         twice, none = {name for name, n in Counter(asked).items() if n > 1}, set(_order(first)) - set(asked)
         raise MismatchError(
-            f"the parts do not ask each question once ({_some(sorted(twice | none))}): pictures that could not be read "
+            f"the parts do not ask each question once ({few(sorted(twice | none))}): pictures that could not be read "
             "when one of them was begun were dealt out otherwise. Run the parts again, in new folders"
         )
     content = dict(first.manifest["content"])
@@ -148,7 +148,3 @@ def _shared(part: PartFolder) -> JSON:
 
 def _order(part: PartFolder) -> list[str]:
     return list(part.about["ids"]) if "ids" in part.about else [item["id"] for item in part.about["items"]]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")

@@ -7,9 +7,8 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from vlmneurons.checks import JSON, path_of
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
+from vlmneurons.files.atomic import replacing
 
 VERSION = 1
 """Version of the file layout; a reader refuses files of a later one."""
@@ -97,7 +97,7 @@ def _seal(data: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _parts(thing: object) -> Any:
+def _parts(thing: object) -> Iterable[object]:
     return thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
 
 
@@ -148,25 +148,15 @@ def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tenso
         "data": text,
         "sha256": _digest(kind, str(VERSION), text, tensors),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # how it passes on what the system said
             raise OSError(f"{path} cannot be written: {error}") from error
         _order_header(temporary)
-        # mkstemp makes a private file; what the user gets should be as readable as any file that they write.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
-def _order_header(path: str) -> None:
+def _order_header(path: Path) -> None:
     """Sort a file's metadata, whose order safetensors draws anew in every process: same content, same bytes."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")

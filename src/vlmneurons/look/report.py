@@ -80,7 +80,6 @@ def write_report(
     permutations: int = 2000,
     seed: int = 0,
     title: str = "Knockout study",
-    resamples: int | None = None,
 ) -> Path:
     """Write the report of a study.
 
@@ -94,7 +93,6 @@ def write_report(
         permutations: number of sign flips; see `KnockoutResult.effects`.
         seed: of the sign flips.
         title: stands above the page.
-        resamples: changes nothing; see `KnockoutResult.summary`.
 
     Returns:
         the path of the page.

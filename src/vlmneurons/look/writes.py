@@ -5,6 +5,7 @@ norm, the unembedding, and what comes after it (soft-capping, a scale). Which mo
 forward of a short question, by the values that go from one to the next, and not told by their names.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -209,8 +210,9 @@ def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> d
         given = args[0] if args else next(iter(kwargs.values()), None)
         seen[module] = (given, output[0] if isinstance(output, tuple) else output)
 
-    hooks = [one.register_forward_hook(watch, with_kwargs=True) for one in dict.fromkeys([*needed, *further])]
-    try:
+    with contextlib.ExitStack() as stack:
+        for one in dict.fromkeys([*needed, *further]):
+            stack.callback(one.register_forward_hook(watch, with_kwargs=True).remove)
         for picture in (None, Image.new("RGB", (56, 56), (127, 127, 127))):
             seen.clear()
             try:
@@ -222,9 +224,6 @@ def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> d
             seen[model.hf] = (None, model.hf(**inputs).logits)
             if all(one in seen for one in needed):
                 return seen
-    finally:
-        for hook in hooks:
-            hook.remove()
     missing = next(one for one in needed if one not in seen)
     raise ArchitectureError(
         f"a {type(missing).__name__} on the path to the logits does not run on an ordinary question"

@@ -7,10 +7,11 @@ template, padding or special tokens decides what is counted, so it is worked out
 
 import hashlib
 import inspect
+import itertools
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from vlmneurons.checks import Keywords
+from vlmneurons.checks import Keywords, one_of
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.prompts import Prompts
 from vlmneurons.model.sound_rows import Heard, hears_alone, sound_rows
@@ -118,8 +119,14 @@ class TokenTable:
 TokenRule = str | Callable[[TokenTable], Bool[Tensor, "row token"]]
 
 
-Streams = tuple[Sequence[Any], Sequence[Any]]
-"""The sounds of a question, and its videos, opened."""
+def check_token_rule(rule: object) -> None:
+    """Refuse a name that is no token rule's, before anything is encoded.
+
+    Raises:
+        QuestionError: it is none.
+    """
+    if isinstance(rule, str) and rule not in TOKEN_RULES:
+        raise QuestionError(f"tokens={rule!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
 
 
 class Shown(NamedTuple):
@@ -181,7 +188,7 @@ class Encoder:
     def __init__(self, model: "VLM") -> None:
         self.model = model
         self.processor = model.processor
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.tokenizer = cast(PreTrainedTokenizerBase, getattr(self.processor, "tokenizer", self.processor))
         self.prompts: Prompts = model.prompts
 
     # -- text ----------------------------------------------------------------------------------------------------------
@@ -296,7 +303,7 @@ class Encoder:
             n_text = len(self.token_ids(self.prompt_of(asked, item)))
         try:
             sizes = [picture_size(source) for source in item.pictures]
-            n_image = sum(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+            n_image = sum(getattr(self.processor, _N_TOKENS)(image_sizes=sizes).num_image_tokens)
             return n_text - len(sizes) + n_image  # in the place of one placeholder each
         except Exception:  # only the order of the work depends on it; what cannot be asked is named when its turn comes
             return n_text
@@ -317,65 +324,36 @@ class Encoder:
         """
         if not items:
             raise QuestionError("there are no questions to encode")
-        if padding_side not in ("left", "right"):
-            raise QuestionError(f"padding_side={padding_side!r} does not exist; choose from left, right")
+        one_of("padding_side", padding_side, ("left", "right"), QuestionError)
         if self.model.is_encoder_decoder:
             padding_side = "right"  # its encoder may count positions from the first token; its answer begins elsewhere
         with TOKENIZING:
             return self._rows(asked, items, added, padding_side)
 
     def _rows(self, asked: QuestionSet, items: Sequence[Question], added: Sequence[str], padding_side: str) -> Batch:
-        texts = [asked.prompt(item, [item.options[index] for index in asked.order(item)]) for item in items]
-        for item, text in zip(items, texts, strict=True):
-            if not isinstance(text, str):
-                raise QuestionError(f"question {item.id!r}: the prompt function gave {type(text).__name__}, not a text")
-            for placeholder in self._placeholders:
-                if placeholder in text:
-                    raise QuestionError(f"question {item.id!r}: its text holds the image placeholder {placeholder!r}")
         bare = asked.prompt is bare_prompt
-        rendered = [self.render(text, *item.n_media, bare=bare) for item, text in zip(items, texts, strict=True)]
-        opened = {item.id: list(item.load_images()) for item in items}
-        pictures = [opened[item.id] for item in items]
-        with_picture = [bool(part) for part in pictures]
-        if any(with_picture) and not all(with_picture):
+        rendered = [self.render(self._text_of(asked, item), *item.n_media, bare=bare) for item in items]
+        opened = {item.id: self._opened(item) for item in items}
+        shown = [opened[item.id] for item in items]
+        if len({bool(row.pictures) for row in shown}) > 1:
             raise QuestionError("questions with and without a picture cannot share a batch: encode them apart")
         if len({tuple(map(bool, item.n_media)) for item in items}) > 1:
             raise QuestionError("questions with and without a sound or video cannot share a batch: encode them apart")
-        streams = {item.id: (self._sounds_of(item), list(item.load_videos())) for item in items}
-        heard = [streams[item.id] for item in items]
         texts = [text + more for text, more in zip(rendered, added, strict=True)]
         try:
-            data = self._process(texts, pictures, heard, padding_side)
+            data = self._process(texts, shown, padding_side)
         except Exception as error:
             if len(items) > 1:  # say whose fault it is, if it is one question's
                 for item, more in zip(items, added, strict=True):
                     self.rows(asked, [item], [more], padding_side=padding_side)
-            raise QuestionError(
-                f"question {items[0].id!r}: the processor refuses it ({type(error).__name__}: {error})"
-                if len(items) == 1
-                else f"the processor refuses these questions together ({type(error).__name__}: {error})"
-            ) from error
-        if any(with_picture) and not any(map(OF_PICTURES.search, data)):
-            raise QuestionError(
-                f"{type(self.processor).__name__} made nothing of the questions' pictures: it gave {', '.join(data)}"
-            )
-        if "aspect_ratio_mask" in data and len(set(map(len, pictures))) > 1:
-            # In Mllama what stands before a picture sees all of the row, the pictures that another row has more too.
-            raise QuestionError(
-                f"{type(self.model.hf).__name__} lets the padding of questions with fewer pictures through to their "
-                "words: encode questions with different numbers of pictures apart"
-            )
-        attention = data["attention_mask"].bool()
-        ids = data["input_ids"]
-        image = self._image_mask(data)
-        image, audio, video = self._stream_masks(data, items, image)
-        self._refuse_together(data, heard, video is not None)
-        shown = image.any(1).tolist()
-        blind = [item.id for item, there in zip(items, shown, strict=True) if item.n_images and not there]
-        if blind and any(shown):
-            raise QuestionError(
-                f"question {blind[0]!r}: its prompt has no placeholder for its pictures: see the template"
-            )
+            whose = f"question {items[0].id!r}: the processor refuses it"
+            together = "the processor refuses these questions together"
+            told = f"{whose if len(items) == 1 else together} ({type(error).__name__}: {error})"
+            raise QuestionError(told) from error
+        self._refuse_lost(data, shown)
+        attention, ids = data["attention_mask"].bool(), data["input_ids"]
+        image, audio, video = self._media_masks(data, items, shown)
+        self._refuse_together(data, shown, video is not None)
         special = torch.isin(ids, torch.tensor(sorted(self._special_ids), dtype=ids.dtype))
         template = torch.ones_like(attention)
         last = torch.zeros(len(ids), dtype=torch.int64)
@@ -384,35 +362,62 @@ class Encoder:
             own, n_added = self._content_tokens(ids[row, places].tolist(), text, more, item, bare)
             template[row, places[own]] = False
             last[row] = places[len(places) - n_added - 1]
-        shown = image if audio is None else image | audio
-        shown = shown if video is None else shown | video
-        tokens = TokenTable(ids, attention, image, special, template & ~shown, last, audio, video)
-        alone = lambda n: self._process([texts[n]], [pictures[n]], [heard[n]], padding_side)  # noqa: E731
-        shown_to_towers = self._shown(data, pictures, heard, tokens, alone)
-        digests = {name: _digest(part, streams[name]) for name, part in opened.items()}
+        tokens = TokenTable(ids, attention, image, special, template, last, audio, video)
+        tokens = replace(tokens, template=template & ~tokens.media)
+        alone = lambda n: self._process([texts[n]], [shown[n]], padding_side)  # noqa: E731
+        of_towers = self._shown_to_towers(data, shown, tokens, alone)
+        digests = {name: _digest(row) for name, row in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
-        made = Batch(dict(data), tokens, None, None, seen_as, shown_to_towers)
+        made = Batch(dict(data), tokens, None, None, seen_as, of_towers)
         return cast(Batch, made.to(self.model.device))
 
-    def _refuse_together(self, data: Inputs, heard: Sequence[Streams], has_videos: bool) -> None:
+    def _refuse_together(self, data: Inputs, shown: Sequence["_Shown"], has_videos: bool) -> None:
         """Refuse sounds and videos of different lengths in one batch, where what is asked would depend on the longest.
 
         Raises:
             QuestionError: it would.
         """
-        lengths = {tuple(map(len, videos)) for _, videos in heard}
+        lengths = {tuple(map(len, row.videos)) for row in shown}
         if has_videos and "pixel_values_videos" not in data and len(lengths) > 1:
             # SmolVLM's processor writes the number of frames of the longest video into every prompt.
             raise QuestionError(
                 f"{type(self.processor).__name__} makes other prompts of videos where it sees longer ones beside them: "
                 "encode videos with different numbers of frames apart (batch_size=1)"
             )
-        if hears_alone(self.model.hf.config) and len({len(sound) for sounds, _ in heard for sound in sounds}) > 1:
+        if hears_alone(self.model.hf.config) and len({len(sound) for row in shown for sound in row.sounds}) > 1:
             raise QuestionError(
                 f"{type(self.model.hf).__name__} hears in a sound what fills it up to the length of others beside it: "
                 "encode sounds of different lengths apart (batch_size=1)"
+            )
+
+    def _text_of(self, asked: QuestionSet, item: Question) -> str:
+        """A question's text as the set's prompt has it, which may hold no placeholder of its own."""
+        text = asked.prompt(item, [item.options[index] for index in asked.order(item)])
+        if not isinstance(text, str):
+            raise QuestionError(f"question {item.id!r}: the prompt function gave {type(text).__name__}, not a text")
+        for placeholder in self._placeholders:
+            if placeholder in text:
+                raise QuestionError(f"question {item.id!r}: its text holds the image placeholder {placeholder!r}")
+        return text
+
+    def _opened(self, item: Question) -> "_Shown":
+        """What a question shows; sounds at the rate that the processor expects."""
+        sounds = list(item.load_audio(self._sampling_rate)) if item.sounds else []
+        return _Shown(list(item.load_images()), sounds, list(item.load_videos()))
+
+    def _refuse_lost(self, data: Inputs, shown: Sequence["_Shown"]) -> None:
+        """Refuse pictures of which the processor made nothing, or that a row would not see alone."""
+        if any(row.pictures for row in shown) and not any(map(OF_PICTURES.search, data)):
+            raise QuestionError(
+                f"{type(self.processor).__name__} made nothing of the questions' pictures: it gave {', '.join(data)}"
+            )
+        if "aspect_ratio_mask" in data and len({len(row.pictures) for row in shown}) > 1:
+            # In Mllama what stands before a picture sees all of the row, the pictures that another row has more too.
+            raise QuestionError(
+                f"{type(self.model.hf).__name__} lets the padding of questions with fewer pictures through to their "
+                "words: encode questions with different numbers of pictures apart"
             )
 
     @cached_property
@@ -427,31 +432,26 @@ class Encoder:
         tables = (one for one in decoder.modules() if isinstance(one, nn.Embedding) and one is not words)
         return most is not None and any(one.num_embeddings >= most for one in tables)
 
-    def _sounds_of(self, item: Question) -> list[Any]:
-        """A question's sounds at the rate that the processor expects."""
-        return list(item.load_audio(self._sampling_rate)) if item.sounds else []
-
     @cached_property
     def _sampling_rate(self) -> int:
+        """The rate at which the processor expects sounds."""
         parts = (getattr(self.processor, name, None) for name in ("feature_extractor", "audio_processor"))
         rates = (getattr(part, "sampling_rate", None) or getattr(part, "sample_rate", None) for part in parts)
         return int(next((rate for rate in rates if rate), 16_000))
 
-    def _stream_masks(
-        self, data: Inputs, items: Sequence[Question], image: Tensor
+    def _media_masks(
+        self, data: Inputs, items: Sequence[Question], shown: Sequence["_Shown"]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Which tokens are placeholders of pictures, of sounds, and of videos; None where there are none.
 
         Raises:
-            QuestionError: a question has a sound or video, and its prompt no placeholder for it; or a model that takes
-                frames as pictures is shown both.
+            QuestionError: a question shows something, and its prompt has no placeholder for it; a model that takes
+                frames as pictures is shown both; or the processor writes one video's length into other prompts.
         """
-        masks: list[Tensor | None] = []
+        image, masks = self._image_mask(data), []
         for place, kind in ((1, "audio"), (2, "video")):
             has = [bool(item.n_media[place]) for item in items]
-            names = (f"{kind}_token_id", f"{kind}_token_index")
-            found = (getattr(one, name, None) for one in (self.model.hf.config, self.processor) for name in names)
-            number = next((one for one in found if isinstance(one, int)), None)
+            number = self._placeholder_id(kind)
             mask = None if number is None else data["input_ids"] == number
             if kind == "video" and any(has) and (mask is None or not mask.any()) and image.any():
                 if any(item.n_images for item in items):
@@ -463,18 +463,26 @@ class Encoder:
             if any(has) and (mask is None or not mask.any(1).all()):
                 raise QuestionError(f"question {items[0].id!r}: its prompt has no placeholder for its {kind}")
             masks.append(mask if any(has) else None)
+        frames = {tuple(map(len, row.videos)) for row in shown}
+        if masks[1] is not None and "pixel_values_videos" not in data and len(frames) > 1:
+            # SmolVLM's processor writes the number of frames of the longest video into every prompt.
+            raise QuestionError(
+                f"{type(self.processor).__name__} makes other prompts of videos where it sees longer ones beside them: "
+                "encode videos with different numbers of frames apart (batch_size=1)"
+            )
+        there = image.any(1).tolist()
+        blind = [item.id for item, placed in zip(items, there, strict=True) if item.n_images and not placed]
+        if blind and any(there):
+            raise QuestionError(
+                f"question {blind[0]!r}: its prompt has no placeholder for its pictures: see the template"
+            )
         return image, masks[0], masks[1]
 
-    def _process(
-        self,
-        texts: Sequence[str],
-        pictures: Sequence[Sequence[Any]],
-        heard: Sequence[Streams],
-        padding_side: str,
-    ) -> BatchFeature:
+    def _process(self, texts: Sequence[str], shown: Sequence["_Shown"], padding_side: str) -> BatchFeature:
         """What the processor makes of texts, their placeholders unexpanded, and of what each one shows."""
-        sounds = [sound for row, _ in heard for sound in row]
-        videos = [video for _, row in heard for video in row]
+        pictures = [row.pictures for row in shown]
+        sounds = [sound for row in shown for sound in row.sounds]
+        videos = [video for row in shown for video in row.videos]
         more: Keywords = {"audio": sounds, "sampling_rate": self._sampling_rate} if sounds else {}
         if videos:  # all frames: which of a file's are seen was decided when it was opened
             about = {len(one): {"fps": FRAMES_PER_SECOND, "total_num_frames": len(one)} for one in videos}
@@ -482,7 +490,7 @@ class Encoder:
             more |= {"videos": videos, "do_sample_frames": False, "video_metadata": known}
         if any(pictures) and self._asks_for_types:
             more["return_mm_token_type_ids"] = True
-        images: Any = list(pictures)
+        images: Any = pictures
         if self._by_default("images_kwargs", "multi_page") is False:
             # GOT-OCR: a list of lists would be pages of documents.
             images = [picture for row in pictures for picture in row]
@@ -554,8 +562,10 @@ class Encoder:
             ) from error
         theirs, offsets = list(plain["input_ids"]), plain["offset_mapping"]
         n_prompt = len(self.token_ids(prompt)) if more else len(theirs)
+        # The ends are compared first: what a placeholder grows to stands before the question's text in most templates.
+        # All that lies in the shared end or beginning is where it was; a token of the text between them was rewritten.
         tail = _common(reversed(theirs), reversed(ids))
-        head = _common(iter(theirs), iter(ids)) if tail < len(theirs) else 0
+        head = _common(theirs, ids) if tail < len(theirs) else 0
         if tail < len(theirs) - n_prompt:
             return None
         own = []
@@ -577,24 +587,17 @@ class Encoder:
 
     @property
     def _special_ids(self) -> set[int]:
-        ids = set(self.tokenizer.all_special_ids)
-        for number, token in getattr(self.tokenizer, "added_tokens_decoder", {}).items():
-            if token.special:
-                ids.add(number)
-        return ids
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {*self.tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+
+    def _placeholder_id(self, kind: str) -> int | None:
+        """The token that stands for images, sounds or videos, as the configuration or else the processor says."""
+        names = (f"{kind}_token_id", f"{kind}_token_index")
+        found = (getattr(one, name, None) for one in (self.model.hf.config, self.processor) for name in names)
+        return next((one for one in found if isinstance(one, int)), None)
 
     def _image_mask(self, data: Inputs) -> Bool[Tensor, "row token"]:
-        ids = data["input_ids"]
-        config = self.model.hf.config
-        numbers = (
-            getattr(source, name, None)
-            for source, name in (
-                (config, "image_token_id"),
-                (config, "image_token_index"),
-                (self.processor, "image_token_id"),
-            )
-        )
-        number = next((one for one in numbers if isinstance(one, int)), None)
+        ids, number = data["input_ids"], self._placeholder_id("image")
         if "mm_token_type_ids" in data:
             # A video may have the same placeholder; what stands around and between an image's counts as its own here.
             image = data["mm_token_type_ids"] == 1
@@ -602,22 +605,17 @@ class Encoder:
             return placeholder if placeholder.any() else image
         return torch.zeros_like(ids, dtype=torch.bool) if number is None else ids == number
 
-    def _shown(
-        self,
-        data: Inputs,
-        pictures: Sequence[Sequence[Image.Image]],
-        heard: Sequence[Streams],
-        tokens: TokenTable,
-        alone: Callable[[int], Inputs],
+    def _shown_to_towers(
+        self, data: Inputs, shown: Sequence["_Shown"], tokens: TokenTable, alone: Callable[[int], Inputs]
     ) -> Shown:
         """What of the rows of the towers that see and hear is each question's."""
-        config, n_images = self.model.hf.config, [len(row) for row in pictures]
+        config, pictures = self.model.hf.config, [row.pictures for row in shown]
         vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
-        seen, local = None if vision is None else (vision,), local_rows(data, n_images)
+        seen, local = None if vision is None else (vision,), local_rows(data, [len(row) for row in pictures])
         if vision is not None and local is not None:
             vision, seen = None, (vision, local)
         elif tokens.video is not None:
-            videos = video_rows(data, [[len(one) for one in row[1]] for row in heard], config)
+            videos = video_rows(data, [[len(one) for one in row.videos] for row in shown], config)
             seen = None if vision is None or patches is not None or videos is None else (vision, videos[0])
             vision, patches = None, None if seen is None or videos is None else videos[1]
         whole = len(pictures) == 1 and seen is None and tokens.video is None
@@ -628,7 +626,7 @@ class Encoder:
             except UnknownPadding:
                 whole = False
         n_tokens = None if tokens.audio is None else tokens.audio.sum(1).tolist()
-        sounds = sound_rows(data, [len(row[0]) for row in heard], n_tokens, config)
+        sounds = sound_rows(data, [len(row.sounds) for row in shown], n_tokens, config)
         return Shown(vision, patches, seen, sounds, whole)
 
     def _vision_rows(
@@ -637,7 +635,7 @@ class Encoder:
         """Which rows of the vision tower belong to each question; see `vision_rows`."""
 
         def tiles() -> Sequence[int] | None:
-            count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+            count = getattr(self.processor, _N_TOKENS, None)
             sizes = [(picture.height, picture.width) for row in pictures for picture in row]
             try:
                 return None if count is None else getattr(count(image_sizes=sizes), "num_image_patches", None)
@@ -646,6 +644,9 @@ class Encoder:
 
         return vision_rows(data, [len(row) for row in pictures], self.model.hf.config, alone, tiles)
 
+
+_N_TOKENS = "_get_num_multimodal_tokens"
+"""By which transformers' processors tell how many tokens and tiles a size of pictures takes; promised nowhere."""
 
 _TOKEN_NAMES = ("image_token", "video_token", "audio_token", "boi_token", "image_pad_token")
 
@@ -660,26 +661,29 @@ def _takes_pictures(processor: Any) -> bool:
     return "images" in arguments or any(one.kind is one.VAR_KEYWORD for one in arguments.values())
 
 
-def _digest(pictures: Sequence[Image.Image], heard: Streams) -> bytes:
-    """Of the pixels that some pictures show, and of what sounds and videos hold."""
+class _Shown(NamedTuple):
+    """What a question shows, opened."""
+
+    pictures: list[Image.Image]
+    sounds: list[Any]
+    videos: list[Any]
+
+
+def _digest(shown: _Shown) -> bytes:
+    """Of the pixels that pictures show, and of what sounds and videos hold."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (*heard[0], *heard[1]):
+    for part in (*shown.sounds, *shown.videos):
         digest.update(repr((part.dtype, part.shape)).encode())
         digest.update(part.tobytes())
-    for picture in pictures:
+    for picture in shown.pictures:
         digest.update(repr((picture.mode, picture.size)).encode())
         digest.update(picture.tobytes())
     return digest.digest()
 
 
-def _common(one: Any, other: Any) -> int:
+def _common(one: Iterable[int], other: Iterable[int]) -> int:
     """How many leading elements two iterables share."""
-    n = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        n += 1
-    return n
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def free_tokens(model: "VLM", arguments: Keywords, length: int) -> TokenTable | None:

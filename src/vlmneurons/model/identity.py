@@ -196,23 +196,17 @@ def processor_of(model: "VLM") -> JSON:
 def _describe_tokenizer(tokenizer: Any) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     special = {str(key): str(value) for key, value in getattr(tokenizer, "special_tokens_map", {}).items()}
-    if backend is not None:
-        rules = json.loads(backend.to_str())  # how it pads and cuts is set anew by every call
-        return [
-            type(tokenizer).__name__,
-            {name: rules[name] for name in rules if name not in ("padding", "truncation")},
-            special,
-        ]
-    return [type(tokenizer).__name__, sorted(map(str, tokenizer.get_vocab().items())), special]
+    if backend is None:
+        rules: object = sorted(map(str, tokenizer.get_vocab().items()))
+    else:  # how it pads and cuts is set anew by every call
+        told = json.loads(backend.to_str())
+        rules = {name: told[name] for name in told if name not in ("padding", "truncation")}
+    return [type(tokenizer).__name__, rules, special]
 
 
 def _short(settings: Mapping[str, object]) -> JSON:
     """Settings as JSON holds them; long ones by their digest."""
-    plain = {}
-    for name, value in settings.items():
-        text = digest_of(value)[:16] if len(str(value)) > 200 else value
-        plain[name] = text if isinstance(text, str | int | float | bool | None) else _json(text)
-    return plain
+    return {name: digest_of(one)[:16] if len(str(one)) > 200 else _json(one) for name, one in settings.items()}
 
 
 def _json(value: object) -> object:

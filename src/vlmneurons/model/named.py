@@ -1,7 +1,7 @@
 """The named sites of a model: what ``model.language.layers[3].mlp.gate`` is made of."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float
 from nnsight.intervention.envoy import Envoy
@@ -63,12 +63,26 @@ def _rows(mlp: "NamedMLP") -> tuple:
     return (batcher, rows) if batcher is not None and batcher.batching else (None, None)
 
 
-class NamedMLP:
+class _View:
+    """A part of a model under its name: a copy of it is a copy of the model, or no copy."""
+
+    _noun: ClassVar[str]
+    """What it is to the model."""
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Any:
+        raise SiteError(f"{self!r} is a view of its model: copy the model, and take the same {self._noun} of the copy")
+
+
+class NamedMLP(_View):
     """One MLP, or one expert, with its sites as values: ``.pre``, ``.gate``, ``.up`` and ``.post``.
 
     Every other attribute is that of nnsight's envoy of the same module (``.output``, ``.down_proj.input`` …).
     """
 
+    _noun = "site"
     pre = _Value("pre", "Input of the activation function")
     gate = _Value("gate", "Output of the activation function")
     up = _Value("up", "The other factor of a gated MLP")
@@ -153,12 +167,6 @@ class NamedMLP:
             return None, f"{name} has no module of its own that a remote trace could stop at; use 'pre' or 'post'"
         return self.location(place), place.columns
 
-    def __copy__(self) -> "NamedMLP":
-        return self
-
-    def __deepcopy__(self, memo: object) -> "NamedMLP":
-        raise SiteError(f"{self!r} is a view of its model: copy the model, and take the same site of the copy")
-
     def __repr__(self) -> str:
         where = f"{self.mlp.tower}.layers.{self.mlp.layer}.{self.mlp.name}"
         return f"<{where}: {', '.join(self.mlp.layout.kinds)} of {self.width:,} neurons>"
@@ -196,18 +204,22 @@ class _Branch:
     def __getitem__(self, index: int) -> Any:
         return self._layer._part(f"{self._prefix}.{index}")
 
-    def __len__(self) -> int:
+    @property
+    def _steps(self) -> list[str]:
+        """The next step of each path that leads through this one."""
         depth = self._prefix.count(".") + 1
-        return len({name.split(".")[depth] for name in self._layer.mlps if name.startswith(f"{self._prefix}.")})
+        inner = [name for name in self._layer.mlps if name.startswith(f"{self._prefix}.")]
+        return list(dict.fromkeys(name.split(".")[depth] for name in inner))
+
+    def __len__(self) -> int:
+        return len(self._steps)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.envoy(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        depth = self._prefix.count(".") + 1
-        inner = [name for name in self._layer.mlps if name.startswith(f"{self._prefix}.")]
-        steps = dict.fromkeys(name.split(".")[depth] for name in inner)
-        return PART, (self.envoy, {step: self._layer._part(f"{self._prefix}.{step}") for step in steps}, {})
+        parts = {step: self._layer._part(f"{self._prefix}.{step}") for step in self._steps}
+        return PART, (self.envoy, parts, {})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -226,8 +238,10 @@ class _Branch:
         return f"<{self._layer!r} {self._prefix}: {len(self)} parts>"
 
 
-class NamedLayer:
+class NamedLayer(_View):
     """One transformer block: its MLPs under their site names (``.mlp``), all else nnsight's envoy of the block."""
+
+    _noun = "layer"
 
     def __init__(self, tower: "NamedTower", index: int, envoy: Envoy, mlps: Mapping[str, NamedMLP]) -> None:
         self._tower, self._index, self.envoy, self.mlps = tower, index, envoy, dict(mlps)
@@ -272,18 +286,14 @@ class NamedLayer:
         steps = dict.fromkeys(name.split(".")[0] for name in self.mlps)
         return PART, (self.envoy, {step: self._part(step) for step in steps}, {})
 
-    def __copy__(self) -> "NamedLayer":
-        return self
-
-    def __deepcopy__(self, memo: object) -> "NamedLayer":
-        raise SiteError(f"{self!r} is a view of its model: copy the model, and take the same layer of the copy")
-
     def __repr__(self) -> str:
         return f"<{self._tower.name}.layers.{self._index}: {', '.join(self.mlps) or 'no MLP'}>"
 
 
-class NamedTower:
+class NamedTower(_View):
     """A stack of transformer blocks: ``tower.layers[i].mlp``."""
+
+    _noun = "tower"
 
     def __init__(self, model: "VLM", tower: Tower) -> None:
         self.name, self.tower, self.envoy = tower.name, tower, model.envoy
@@ -295,12 +305,6 @@ class NamedTower:
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         layers = PART(None, {str(number): layer for number, layer in enumerate(self.layers)}, {})
         return PART, (None, {"layers": layers}, {})
-
-    def __copy__(self) -> "NamedTower":
-        return self
-
-    def __deepcopy__(self, memo: object) -> "NamedTower":
-        raise SiteError(f"{self.name} is a view of its model: copy the model, and take the same tower of the copy")
 
     def __repr__(self) -> str:
         return describe(self.tower)

@@ -7,11 +7,12 @@ write out a list of parts as Python code; and those that open a thought where th
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from vlmneurons.checks import JSON, Keywords
 from vlmneurons.errors import ArchitectureError, QuestionError
@@ -31,6 +32,22 @@ _SWITCHES = ("enable_thinking", "thinking")
 _OURS = ("conversation", "messages", "chat_template", "add_generation_prompt", "tokenize", "continue_final_message")
 
 
+class Processor(Protocol):
+    """What is asked of a processor, or of the tokenizer of a text model: transformers has no type for both."""
+
+    def __call__(self, **inputs: Any) -> BatchFeature:
+        """Model inputs of texts, and of what they show."""
+        ...
+
+    def apply_chat_template(self, conversation: list[dict[str, object]], **how: Any) -> str:
+        """A conversation as the model expects it."""
+        ...
+
+    def save_pretrained(self, save_directory: "str | os.PathLike[str]") -> object:
+        """Keep it beside the model."""
+        ...
+
+
 Media = tuple[int, int, int]
 """How many pictures, sounds and videos a question shows."""
 
@@ -47,12 +64,14 @@ class Prompts:
         ArchitectureError: the template is none, or its arguments are not looked at.
     """
 
-    def __init__(self, processor: Any, template: Template | None, template_kwargs: Mapping[str, object] | None) -> None:
+    def __init__(
+        self, processor: object, template: Template | None, template_kwargs: Mapping[str, object] | None
+    ) -> None:
         if template is not None and not callable(template) and template != "plain":
             raise ArchitectureError(f"template is a function (text, n_images) -> prompt, or 'plain'; got {template!r}")
         if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
             raise ArchitectureError(f"template_kwargs are a mapping of names to values; got {template_kwargs!r}")
-        self.processor = processor
+        self.processor: Processor = cast(Processor, processor)
         self.template: Template | None = template
         self.arguments: Keywords = dict(template_kwargs or {})
         self._tokenizer = getattr(processor, "tokenizer", processor)

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vlmneurons.checks import Keywords, of_kind
+from vlmneurons.checks import Keywords, of_kind, one_of
 from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.hooks import ComputedGate
@@ -35,7 +35,7 @@ from vlmneurons.model.architectures.layout import MLP, Tower
 from vlmneurons.model.encoder import Batch, Encoder
 from vlmneurons.model.loading import HUB_ARGUMENTS, of_first_class, pipeline_of, refuse_copies, without_class_names
 from vlmneurons.model.named import NamedMLP, NamedTower, describe
-from vlmneurons.model.prompts import Prompts, Template
+from vlmneurons.model.prompts import Processor, Prompts, Template
 from vlmneurons.model.tracing import TracedModel
 from vlmneurons.model.travel import PART
 from vlmneurons.neurons.sites import KINDS, NeuronSpace, Site, site_of
@@ -111,7 +111,7 @@ class VLM:
             )
         refuse_copies(hf_model)
         self.hf = cast("HFModel", hf_model.eval())  # or has what it needs of one: that is checked below
-        self.processor: Any = processor  # of transformers there are several kinds, with no type in common
+        self.processor: Processor = cast(Processor, processor)
         self.towers: dict[str, Tower] = find_towers(hf_model)
         absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
         if absent:
@@ -187,8 +187,7 @@ class VLM:
         name_or_path = os.fspath(name_or_path)
         where = {name: hf_kwargs.pop(name) for name in HUB_ARGUMENTS if name in hf_kwargs}
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {}), **where}
-        if engine not in ("transformers", "vllm"):
-            raise ArchitectureError(f"engine={engine!r} does not exist; choose from transformers, vllm")
+        one_of("engine", engine, ("transformers", "vllm"), ArchitectureError)
         options = hf_kwargs if engine == "vllm" else {}
         if options is not hf_kwargs and hf_kwargs and not weights:
             raise ArchitectureError(f"weights=False loads nothing that {', '.join(hf_kwargs)} could apply to")

@@ -1,26 +1,36 @@
 """What a selector gives: a `NeuronSet` for each group."""
 
+import functools
 import operator
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from vlmneurons.checks import JSON
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.formats import from_lape, to_lape
-from vlmneurons.neurons.sets import NeuronSet, check_same_space, check_sorted, expected_jaccard, space_of_file
+from vlmneurons.neurons.sets import (
+    Immutable,
+    NeuronSet,
+    check_same_space,
+    check_sorted,
+    expected_jaccard,
+    space_of_file,
+)
 from vlmneurons.neurons.sites import NeuronSpace
 
 if TYPE_CHECKING:
     import pandas
 
 
-class Selection(_files.Shareable, Mapping[str, NeuronSet]):
+class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
     """What a selector chose: a `NeuronSet` for each group, over one space. Immutable, in the order of the groups.
 
     Selections combine group by group with ``& | - ^``.
@@ -86,14 +96,9 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         object.__setattr__(self, "_budget", budget)
         object.__setattr__(self, "_provenance", _files.plain(dict(provenance or {}), "provenance"))
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a Selection is immutable: {name!r} cannot be set")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a Selection is immutable: {name!r} cannot be deleted")
-
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_selection, (self._sets, self._selector, self._budget, self._provenance)
+        how = {"selector": self._selector, "budget": self._budget, "provenance": self._provenance}
+        return functools.partial(Selection, **how), (self._sets,)
 
     @property
     def selector(self) -> str:
@@ -135,7 +140,9 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
     def __len__(self) -> int:
         return len(self._sets)
 
-    def _combine(self, other: "Selection", symbol: str, combine: Callable[[NeuronSet, NeuronSet], NeuronSet]) -> Any:
+    def _combine(
+        self, other: "Selection", symbol: str, combine: Callable[[NeuronSet, NeuronSet], NeuronSet]
+    ) -> "Selection":
         if not isinstance(other, Selection):
             return NotImplemented
         if set(self._sets) != set(other._sets):
@@ -214,22 +221,14 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         ``chance`` is the mean Jaccard index of random sets of the same sizes (see `expected_jaccard`).
         """
         import pandas as pd
-        from scipy.sparse import csr_array
 
-        sets = list(self._sets.values())
-        # The product of groups by neurons with itself counts what they share; sparse, as sets are small and spaces not.
-        ends = np.cumsum([0, *map(len, sets)])
-        places = np.concatenate([one._indices.numpy() for one in sets])
-        table = csr_array((np.ones(len(places), dtype=np.int64), places, ends), shape=(len(sets), len(self.space)))
-        shared = (table @ table.T).toarray()
-        sizes = np.array([len(one) for one in sets])
-        union = sizes[:, None] + sizes - shared
-        jaccard = np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
-        pairs = {tuple(sorted((first, second))) for first in set(sizes.tolist()) for second in set(sizes.tolist())}
-        levels = {pair: expected_jaccard(*pair, len(self.space)) for pair in pairs}
-        chance = [[levels[min(first, second), max(first, second)] for second in sizes] for first in sizes]
+        level = functools.cache(lambda first, second: expected_jaccard(first, second, len(self.space)))
+        sizes = [len(one) for one in self._sets.values()]
+        chance = [[level(min(first, second), max(first, second)) for second in sizes] for first in sizes]
         index = pd.Index(self.groups, name="group")
-        tables = [pd.DataFrame(values, index=index, columns=list(self.groups)) for values in (jaccard, chance)]
+        tables = [
+            pd.DataFrame(values, index=index, columns=list(self.groups)) for values in (jaccards(self, self), chance)
+        ]
         return pd.concat(tables, axis=1, keys=["jaccard", "chance"], names=["measure", "other"])
 
     def to_lape(self, path: "str | os.PathLike[str] | None" = None) -> list[list[Tensor]]:
@@ -330,16 +329,34 @@ class Selection(_files.Shareable, Mapping[str, NeuronSet]):
         return "\n".join(lines)
 
 
+def jaccards(first: Selection, second: Selection) -> Float64[np.ndarray, "group other"]:
+    """The Jaccard index of each of one selection's sets with each of another's over the same space."""
+    from scipy.sparse import csr_array
+
+    def incidence(selection: Selection) -> csr_array:  # sparse, as sets are small and spaces not
+        places = np.concatenate([neurons._indices.numpy() for neurons in selection.values()])
+        ends = np.cumsum([0, *map(len, selection.values())])
+        return csr_array((np.ones(len(places)), places, ends), shape=(len(selection), len(selection.space)))
+
+    one, other = incidence(first), incidence(second)
+    shared = (one @ other.T).toarray()
+    union = np.add.outer(one.sum(1), other.sum(1)) - shared
+    return np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
+
+
 def in_parentheses(expression: str) -> str:
     """A selector's expression, in parentheses if it is made of several."""
+    signs = (" & ", " | ", " - ", " ^ ")
+    several = any(expression[place : place + 3] in signs for place in outer_places(expression))
+    return f"({expression})" if several else expression
+
+
+def outer_places(expression: str) -> Iterator[int]:
+    """Places of a selector's expression that stand in no brackets; a closing one's own is among them."""
     depth = 0
-    for place, character in enumerate(expression):
+    # ``LAP() > 0.1`` compares, where ``<5 neurons>`` is in brackets.
+    for place, character in enumerate(re.sub(" [<>]=? ", lambda sign: "." * len(sign[0]), expression)):
         depth += character in "([{<"
         depth -= character in ")]}>"
-        if depth == 0 and expression[place : place + 3] in (" & ", " | ", " - ", " ^ "):
-            return f"({expression})"
-    return expression
-
-
-def _rebuild_selection(sets: Mapping[str, NeuronSet], selector: str, budget: int | None, provenance: JSON) -> Selection:
-    return Selection(sets, selector=selector, budget=budget, provenance=provenance)
+        if depth == 0:
+            yield place

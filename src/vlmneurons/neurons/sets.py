@@ -7,7 +7,7 @@ import hashlib
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, cast
 
 import numpy as np
@@ -21,7 +21,19 @@ from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace, Site
 
 
-class NeuronSet(_files.Shareable):
+class Immutable:
+    """Refuses that attributes are set or deleted; ``object.__setattr__`` sets them once."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a {type(self).__name__} is immutable: {name!r} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a {type(self).__name__} is immutable: {name!r} cannot be deleted")
+
+
+class NeuronSet(Immutable, _files.Shareable):
     """An immutable set of neurons of one `NeuronSpace`.
 
     Two sets combine with ``& | - ^`` and compare with ``== <= < >= >`` if their spaces are equal; ``~`` gives the rest
@@ -58,12 +70,6 @@ class NeuronSet(_files.Shareable):
                 raise SiteError(f"neuron {bad} is not in this space (0–{len(space) - 1}): {space!r}")
         object.__setattr__(self, "_space", space)
         object.__setattr__(self, "_indices", torch.unique(flat))
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a NeuronSet is immutable: {name!r} cannot be set")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a NeuronSet is immutable: {name!r} cannot be deleted")
 
     def __reduce__(self) -> tuple[object, ...]:
         return NeuronSet, (self._space, self._indices)
@@ -241,31 +247,27 @@ class NeuronSet(_files.Shareable):
         of_kind("other", other, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
         check_same_space(self._space, other._space)
 
-    def __and__(self, other: "NeuronSet") -> "NeuronSet":
+    def _combined(self, other: object, combine: Callable[[Tensor, Tensor], Tensor]) -> "NeuronSet":
         if not isinstance(other, NeuronSet):
             return NotImplemented
         self._check_same_space(other)
-        return self._of(self._space, self._indices[torch.isin(self._indices, other._indices, assume_unique=True)])
+        return self._of(self._space, combine(self._indices, other._indices))
+
+    def __and__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._combined(other, lambda own, their: own[torch.isin(own, their, assume_unique=True)])
 
     def __or__(self, other: "NeuronSet") -> "NeuronSet":
-        if not isinstance(other, NeuronSet):
-            return NotImplemented
-        self._check_same_space(other)
-        return self._of(self._space, torch.unique(torch.cat([self._indices, other._indices])))
+        return self._combined(other, lambda own, their: torch.unique(torch.cat([own, their])))
 
     def __sub__(self, other: "NeuronSet") -> "NeuronSet":
-        if not isinstance(other, NeuronSet):
-            return NotImplemented
-        self._check_same_space(other)
-        shared = torch.isin(self._indices, other._indices, assume_unique=True)
-        return self._of(self._space, self._indices[~shared])
+        return self._combined(other, lambda own, their: own[torch.isin(own, their, assume_unique=True, invert=True)])
 
     def __xor__(self, other: "NeuronSet") -> "NeuronSet":
-        if not isinstance(other, NeuronSet):
-            return NotImplemented
-        self._check_same_space(other)
-        values, times = torch.unique(torch.cat([self._indices, other._indices]), return_counts=True)
-        return self._of(self._space, values[times == 1])
+        def in_one(own: Tensor, their: Tensor) -> Tensor:
+            values, times = torch.unique(torch.cat([own, their]), return_counts=True)
+            return values[times == 1]
+
+        return self._combined(other, in_one)
 
     def __invert__(self) -> "NeuronSet":
         return self._of(self._space, (~self.mask()).nonzero().flatten())
@@ -283,24 +285,16 @@ class NeuronSet(_files.Shareable):
         return not len(self & other)
 
     def __le__(self, other: "NeuronSet") -> bool:
-        if not isinstance(other, NeuronSet):
-            return NotImplemented
-        return len(self & other) == len(self)
+        return len(self & other) == len(self) if isinstance(other, NeuronSet) else NotImplemented
 
     def __lt__(self, other: "NeuronSet") -> bool:
-        if not isinstance(other, NeuronSet):
-            return NotImplemented
-        return self <= other and len(self) < len(other)
+        return self <= other and len(self) < len(other) if isinstance(other, NeuronSet) else NotImplemented
 
     def __ge__(self, other: "NeuronSet") -> bool:
-        if not isinstance(other, NeuronSet):
-            return NotImplemented
-        return len(self & other) == len(other)
+        return len(self & other) == len(other) if isinstance(other, NeuronSet) else NotImplemented
 
     def __gt__(self, other: "NeuronSet") -> bool:
-        if not isinstance(other, NeuronSet):
-            return NotImplemented
-        return self >= other and len(self) > len(other)
+        return self >= other and len(self) > len(other) if isinstance(other, NeuronSet) else NotImplemented
 
     def at(self, kind: str) -> "NeuronSet":
         """The same neurons, read at another point of their MLPs: ``"pre"``, ``"gate"``, ``"up"`` or ``"post"``.
@@ -331,7 +325,7 @@ class NeuronSet(_files.Shareable):
         check_space(space)
         parts = self.by_site()
         single = len(self._space.towers) == len(space.towers) == 1
-        for tower in {site.tower for site in parts}:
+        for tower in dict.fromkeys(site.tower for site in parts):
             there = space.towers[0] if single else tower
             ours, theirs = (
                 {(s.layer, s.mlp, s.kind): n for s, n in zip(one.sites, one.widths, strict=True) if s.tower == name}
@@ -350,7 +344,7 @@ class NeuronSet(_files.Shareable):
 
     def per_site(self) -> Int64[Tensor, " site"]:
         """Number of neurons in each site of the space, zeros included."""
-        return torch.bincount(_positions(self._space, self._indices), minlength=len(self._space.sites))
+        return torch.bincount(self._space.site_of[self._indices], minlength=len(self._space.sites))
 
     def per_layer(self, tower: str | None = None) -> dict[int, int]:
         """Number of neurons in each layer of a tower, zeros included; all MLPs of a layer together.
@@ -548,15 +542,13 @@ def layer_position(space: NeuronSpace, layer: object) -> int:
     found = [position for position, site in enumerate(space.sites) if site.layer == number]
     if not found:
         first = space.sites[0]
-        return space.position(Site(first.tower, number, first.mlp, first.kind)) if number >= 0 else _no_layer(number)
+        if number < 0:
+            raise SiteError(f"layer {number} does not exist; layers are numbered from 0")
+        return space.position(Site(first.tower, number, first.mlp, first.kind))
     if len(found) > 1:
         names = ", ".join(str(space.sites[position]) for position in found[:4])
         raise SiteError(f"layer {number} has {len(found)} sites ({names}, …): name the site instead of the layer")
     return found[0]
-
-
-def _no_layer(number: int) -> int:
-    raise SiteError(f"layer {number} does not exist; layers are numbered from 0")
 
 
 def _within(space: NeuronSpace, position: int, numbers: Tensor) -> Tensor:
@@ -569,12 +561,7 @@ def _within(space: NeuronSpace, position: int, numbers: Tensor) -> Tensor:
     return numbers + space.offsets[position]
 
 
-def _positions(space: NeuronSpace, indices: Tensor) -> Tensor:
-    """For each flat index the position of its site."""
-    return torch.searchsorted(torch.tensor(space.offsets[1:]), indices, right=True)
-
-
-def _difference(ours: Mapping[Any, int], theirs: Mapping[Any, int]) -> str:
+def _difference(ours: Mapping[tuple[int, str, str], int], theirs: Mapping[tuple[int, str, str], int]) -> str:
     """In what the sites of a tower differ, for an error."""
     if not theirs:
         return "no site there"

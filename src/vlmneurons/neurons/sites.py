@@ -11,6 +11,7 @@ vision towers, and experts need no special case anywhere: only the space knows w
 
 import bisect
 import hashlib
+import itertools
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import JSON, in_order, of_kind
+from vlmneurons.checks import JSON, in_order, listed, of_kind, whole
 from vlmneurons.errors import FileFormatError, SiteError
 
 KINDS = ("pre", "gate", "up", "post")
@@ -50,7 +51,7 @@ class Site:
 
     def __post_init__(self) -> None:
         # The text "3" would make the right name, but a site that is not equal to the real one.
-        object.__setattr__(self, "layer", _whole(self.layer, "layer"))
+        object.__setattr__(self, "layer", whole("a layer's number", self.layer, SiteError))
         if self.kind not in KINDS:
             raise SiteError(f"site kind {self.kind!r} does not exist; the kinds are {', '.join(KINDS)}")
         if not isinstance(self.tower, str) or not isinstance(self.mlp, str) or not _NAME.fullmatch(str(self)):
@@ -176,10 +177,7 @@ class NeuronSpace:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Flat index of each site's neuron 0, and the size of the space at the end: ``len(sites) + 1`` numbers."""
-        offsets = [0]
-        for width in self.widths:
-            offsets.append(offsets[-1] + width)
-        return tuple(offsets)
+        return tuple(itertools.accumulate(self.widths, initial=0))
 
     def __len__(self) -> int:
         return self.offsets[-1]
@@ -215,7 +213,7 @@ class NeuronSpace:
         if wanted.layer not in layers:
             raise SiteError(f"layer {wanted.layer} is not in tower {wanted.tower!r} ({ranges_of(layers)})")
         here = [str(other) for other in self.sites if (other.tower, other.layer) == (wanted.tower, wanted.layer)]
-        raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {_some(here)}")
+        raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {listed(here, 6)}")
 
     def slice(self, site: "Site | str") -> slice:
         """The flat indices of one site's neurons: ``table[..., space.slice(site)]`` is that site's part of a table.
@@ -237,7 +235,7 @@ class NeuronSpace:
             SiteError: no such site, or the site has no neuron of that number.
         """
         position = self.position(site)
-        number = _whole(neuron)
+        number = whole("a neuron's number", neuron, SiteError)
         if not 0 <= number < self.widths[position]:
             raise SiteError(f"neuron {number} is not in site {self.sites[position]} (0–{self.widths[position] - 1})")
         return self.offsets[position] + number
@@ -251,7 +249,7 @@ class NeuronSpace:
         Raises:
             SiteError: the index is not in the space.
         """
-        number = _whole(index)
+        number = whole("a neuron's number", index, SiteError)
         if not 0 <= number < len(self):
             raise SiteError(f"neuron {number} is not in this space (0–{len(self) - 1})")
         position = bisect.bisect_right(self.offsets, number) - 1
@@ -353,7 +351,7 @@ class NeuronSpace:
             kept &= torch.tensor([site.tower in wanted_towers for site in self.sites])[self.site_of]
         if layers is not None:
             of_kind("layers", layers, Iterable, SiteError, "a list of numbers")
-            wanted_layers = {_whole(layer, "layer") for layer in layers}
+            wanted_layers = {whole("a layer's number", layer, SiteError) for layer in layers}
             unknown = wanted_layers - set(self.layers)
             if unknown:
                 raise SiteError(f"layer {min(unknown)} is not in this space ({ranges_of(list(self.layers))})")
@@ -397,16 +395,6 @@ class NeuronSpace:
         return f"NeuronSpace({', '.join(towers)}: {parts} x {width} = {len(self):,} neurons)"
 
 
-def _whole(number: Any, noun: str = "neuron") -> int:
-    """The number as an int; fractions and booleans are refused rather than cut off."""
-    try:
-        if isinstance(number, bool):
-            raise TypeError("a boolean")
-        return operator.index(number)
-    except TypeError as error:
-        raise SiteError(f"a {noun}'s number is a whole number; got {number!r}") from error
-
-
 def ranges_of(numbers: Sequence[int]) -> str:
     """``0–3, 7`` for 0, 1, 2, 3, 7."""
     parts: list[list[int]] = []
@@ -416,9 +404,3 @@ def ranges_of(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts)
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -6,8 +6,7 @@ or arrow copy with labels, a TSV as VLMEvalKit converts it, or the public rows w
 picture's; nothing of the dataset is part of this library.
 """
 
-import ast
-import json
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vlmneurons.checks import JSON, of_kind, whole
+from vlmneurons.checks import JSON, listed, of_kind, one_of, whole
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions.media import Base64Picture
-from vlmneurons.questions.question import Question, listed, why_outside
+from vlmneurons.questions.question import Question, why_outside
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.questions.tables import inside, question_of_row, refuse_unasked, rows_of_dataset
+from vlmneurons.questions.tables import inside, literal_list, question_of_row, refuse_unasked, rows_of_dataset
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +31,6 @@ LANGUAGES = {
 """The columns of the question and its options in each language."""
 
 _METADATA = {"Category": "category", "Image Type": "image_type", "Image Source": "image_source", "License": "license"}
-_LONGEST = 20_000
-"""Characters of the longest text that is parsed as a list; a longer one is no list of options."""
-
 _RATIO, _UNPACKED = 50, 2**28
 """How many times its size, and always how many bytes, a parquet may unpack to."""
 
@@ -87,10 +83,8 @@ def load_cvqa(
     Example:
         ``load_cvqa("cvqa_labelled.parquet", group_by="country", min_items=100, per_group=100)``
     """
-    if language not in LANGUAGES:
-        raise QuestionError(f"language={language!r} does not exist; choose from {', '.join(LANGUAGES)}")
-    if on_error not in ("raise", "skip"):
-        raise QuestionError(f"on_error={on_error!r} does not exist; choose from raise, skip")
+    one_of("language", language, LANGUAGES, QuestionError)
+    one_of("on_error", on_error, ("raise", "skip"), QuestionError)
     min_items = whole("min_items", min_items, QuestionError)
     per_group = None if per_group is None else whole("per_group", per_group, QuestionError, least=1)
     name, rows = _rows(source, language, revision, split)
@@ -324,7 +318,7 @@ def parse_subset(subset: object, where: str = "Subset") -> tuple[str, str]:
         >>> parse_subset("('Telugu', 'India')")
         ('Telugu', 'India')
     """
-    pair = _literal(subset) if isinstance(subset, str) else subset
+    pair = _listed(subset)
     if (
         not isinstance(pair, Sequence)
         or isinstance(pair, str)
@@ -338,7 +332,7 @@ def parse_subset(subset: object, where: str = "Subset") -> tuple[str, str]:
 
 def _options(value: Any, where: str) -> list[str]:
     """The options of a cell: a list, or the text of one, as the dataset's oldest revisions have it."""
-    options = _literal(value) if isinstance(value, str) else value
+    options = _listed(value)
     if hasattr(options, "tolist"):
         options = options.tolist()
     if (
@@ -354,16 +348,10 @@ def _options(value: Any, where: str) -> list[str]:
     return list(options)
 
 
-def _literal(text: str) -> Any:
-    """The Python or JSON value that a text spells; None for anything else, such as code."""
-    if len(text) > _LONGEST:
-        return None
-    for parse in (ast.literal_eval, json.loads):
-        try:
-            return parse(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            continue
-    return None
+def _listed(value: Any) -> Any:
+    """What a text spells, if it is the text of a list; any other value as it is."""
+    with contextlib.suppress(QuestionError):
+        return literal_list(value, "no list") if isinstance(value, str) else value
 
 
 def _shown(value: object) -> str:

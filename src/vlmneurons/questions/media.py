@@ -113,22 +113,25 @@ def resolved(source: Any) -> Image.Image | bytes | str | Path:
 
 def picture_key(source: object) -> str:
     """A digest of a picture's path, or of its content where it has none; an encoded file is not decoded for it."""
-    source = resolved(source)
+    return key_of(resolved(source), _shown)
+
+
+def key_of(source: Any, content: Callable[[Any], bytes]) -> str:
+    """A digest of a path, of a file's bytes, or of the content of anything else."""
     if isinstance(source, str | Path):
-        content = str(Path(source)).encode()
-    elif isinstance(source, bytes):
-        content = source
+        data = str(Path(source)).encode()
     else:
-        source.load()
-        content = f"{source.mode} {source.size}".encode() + source.tobytes() + _shown_otherwise(source)
-    return hashlib.sha256(content).hexdigest()[:16]
+        data = source if isinstance(source, bytes) else content(source)
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _shown_otherwise(image: Image.Image) -> bytes:
-    """What makes two pictures with the same values look different: palettes, transparency, a turn to be made."""
+def _shown(image: Image.Image) -> bytes:
+    """A picture's values, and what makes equal ones look different: palettes, transparency, a turn to be made."""
+    image.load()
     palette = image.getpalette("RGBA" if image.palette and image.palette.mode == "RGBA" else "RGB")
     marks = {"palette": palette, "transparency": image.info.get("transparency"), "turn": image.getexif().get(0x0112)}
-    return "".join(f"{name} {value!r}" for name, value in marks.items() if value is not None).encode()
+    told = "".join(f"{name} {value!r}" for name, value in marks.items() if value is not None)
+    return f"{image.mode} {image.size}".encode() + image.tobytes() + told.encode()
 
 
 @cache

@@ -186,25 +186,18 @@ class Question:
     @property
     def pictures(self) -> tuple[PictureSource, ...]:
         """Where the question's pictures come from, in order."""
-        if self.image is None:
-            return ()
-        # Several are in a tuple since __post_init__, here and below.
-        return cast(tuple[PictureSource, ...], self.image if isinstance(self.image, tuple) else (self.image,))
+        return cast(tuple[PictureSource, ...], _several(self.image))
 
     @property
     def sounds(self) -> tuple[SoundSource, ...]:
         """Where the question's sounds come from, in order."""
-        if self.audio is None:
-            return ()
-        return cast(tuple[SoundSource, ...], self.audio if isinstance(self.audio, tuple) else (self.audio,))
+        return cast(tuple[SoundSource, ...], _several(self.audio))
 
     @property
     def videos(self) -> tuple[VideoSource, ...]:
         """Where the question's videos come from, in order; arrays are ``[frame, height, width, 3]``."""
-        if self.video is None:
-            return ()
-        several = isinstance(self.video, tuple) and not all(map(streams.is_frame, self.video))
-        return cast(tuple[VideoSource, ...], self.video if several else (self.video,))
+        of_frames = isinstance(self.video, tuple) and all(map(streams.is_frame, self.video))
+        return cast(tuple[VideoSource, ...], (self.video,) if of_frames else _several(self.video))
 
     @property
     def sources(self) -> tuple[PictureSource | SoundSource | VideoSource, ...]:
@@ -331,6 +324,11 @@ class Question:
     def _plain(self) -> tuple[object, ...]:
         fixed = (self.question, self.options, self.answer, self.group, self.id, self.answers)
         return (*fixed, self.metadata, self.n_media)
+
+
+def _several(given: object) -> tuple[object, ...]:
+    """What a field shows: nothing, one, or several, which are in a tuple since ``__post_init__``."""
+    return () if given is None else given if isinstance(given, tuple) else (given,)
 
 
 def _are_equal(a: Any, b: Any) -> bool:
@@ -476,12 +474,6 @@ def value_of(item: Question, key: str | Callable[[Question], object]) -> object:
     if key in item.metadata:
         return item.metadata[key]
     raise QuestionError(f"question {item.id!r} has no column {key!r}; it has {', '.join(item.metadata) or 'none'}")
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
 
 
 def normalize(text: str) -> str:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, overload
 
-from vlmneurons.checks import Keywords, is_missing, names, of_kind, share, whole
+from vlmneurons.checks import Keywords, is_missing, listed, names, of_kind, share, whole
 from vlmneurons.errors import GroupError, QuestionError
 from vlmneurons.questions import tables
-from vlmneurons.questions.question import LETTERS, Question, hash_of, listed, value_of
+from vlmneurons.questions.question import LETTERS, Question, hash_of, value_of
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +79,11 @@ class QuestionSet(Sequence[Question]):
     ) -> None:
         if isinstance(questions, str | Question | set | frozenset) or not isinstance(questions, Iterable):
             raise QuestionError(f"a QuestionSet is made of a list of Question objects; got {type(questions).__name__}")
-        if isinstance(answer, str) and answer not in ANSWERS:
-            raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}")
-        if not isinstance(answer, str) and (isinstance(answer, type) or not callable(getattr(answer, "read", None))):
+        reads = not isinstance(answer, type) and callable(getattr(answer, "read", None))
+        if answer not in ANSWERS if isinstance(answer, str) else not reads:
+            more = "" if isinstance(answer, str) else ", or give an AnswerReader, such as Generate()"
             raise QuestionError(
-                f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}, or give an "
-                "AnswerReader, such as Generate()"
+                f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}{more}"
             )
         if isinstance(prompt, str) and prompt not in _PROMPTS:
             raise QuestionError(f"prompt={prompt!r} is not a built-in prompt; choose from {', '.join(_PROMPTS)}")
@@ -108,8 +107,10 @@ class QuestionSet(Sequence[Question]):
                 *(len(kept), len(self), listed(kept)),
             )
 
-    def _fill(self, items: Iterable[Question], prompt: Prompt | str | None, answer: Any, shuffle: int | None) -> None:
-        items = tuple(items)
+    def _fill(
+        self, given: Iterable[Question], prompt: Prompt | str | None, answer: object, shuffle: int | None
+    ) -> None:
+        items = tuple(given)
         for item in items:
             if not isinstance(item, Question):
                 raise QuestionError(f"a QuestionSet holds Question objects; got {type(item).__name__}")
@@ -251,10 +252,8 @@ class QuestionSet(Sequence[Question]):
             )
 
         def wanted(item: Question) -> bool:
-            for key, allowed in of_key.items():
-                if value_of(item, key) not in allowed:
-                    return False
-            return keep is None or bool(keep(item))
+            fits = all(value_of(item, key) in allowed for key, allowed in of_key.items())
+            return fits and (keep is None or bool(keep(item)))
 
         return self.with_items(item for item in self._items if wanted(item))
 

@@ -3,7 +3,6 @@
 WAV files and moving pictures (GIF, WebP, PNG) are read without one; other sounds need `soundfile`, other videos `av`.
 """
 
-import hashlib
 import io
 import math
 import wave
@@ -15,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageSequence
 
-from vlmneurons.questions.media import SUFFIXES, encoded, is_function, open_picture, picture_key
+from vlmneurons.questions.media import SUFFIXES, encoded, is_function, key_of, open_picture, picture_key
 
 SoundSource = str | Path | bytes | Mapping[str, object] | Callable[[], object]
 """A sound: a file, an encoded file's bytes, ``{"array": …, "sampling_rate": …}``, or a function that yields one."""
@@ -120,13 +119,12 @@ def _by_soundfile(source: bytes | str | Path) -> tuple[np.ndarray, int]:
 
 def sound_key(source: Any) -> str:
     """A digest of a sound's path, or of its content where it has none."""
-    source = resolved_stream(source)
-    if isinstance(source, Mapping):
-        values = np.ascontiguousarray(source["array"])
-        content = f"{values.dtype} {values.shape} {source['sampling_rate']}".encode() + values.tobytes()
-    else:
-        content = source if isinstance(source, bytes) else str(Path(source)).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+    return key_of(resolved_stream(source), lambda sound: _values(sound["array"], f" {sound['sampling_rate']}"))
+
+
+def _values(array: Any, more: str = "") -> bytes:
+    values = np.ascontiguousarray(array)
+    return f"{values.dtype} {values.shape}{more}".encode() + values.tobytes()
 
 
 # -- video -------------------------------------------------------------------------------------------------------------
@@ -147,12 +145,9 @@ def check_video(source: object) -> str:
         return ""
     if hasattr(source, "__array__") and not isinstance(source, Image.Image):
         values = np.asarray(source)
-        is_one = values.ndim == 4 and values.shape[-1] == 3 and values.dtype == np.uint8 and len(values)
-        return (
-            ""
-            if is_one
-            else f"a video is an array [frame, height, width, 3] of uint8; got {values.dtype} {values.shape}"
-        )
+        if values.ndim == 4 and values.shape[-1] == 3 and values.dtype == np.uint8 and len(values):
+            return ""
+        return f"a video is an array [frame, height, width, 3] of uint8; got {values.dtype} {values.shape}"
     if isinstance(source, list | tuple) and source and all(map(is_frame, source)):
         return ""
     return f"a video is a path, bytes, an array, a list of its frames or a function; got {type(source).__name__}"
@@ -172,9 +167,7 @@ def open_video(source: object) -> UInt8[np.ndarray, "frame height width 3"]:
     if isinstance(source, str | Path | bytes):
         return _frames(source)
     if isinstance(source, list | tuple):
-        frames = [
-            np.asarray(open_picture(Image.fromarray(part) if isinstance(part, np.ndarray) else part)) for part in source
-        ]
+        frames = [np.asarray(open_picture(_as_picture(frame))) for frame in source]
         if len({frame.shape for frame in frames}) > 1:
             raise ValueError(
                 f"the frames of a video have one size; got {sorted({frame.shape[:2] for frame in frames})}"
@@ -222,16 +215,15 @@ def _seen(times: Sequence[float], end: float) -> list[int]:
 
 def video_key(source: object) -> str:
     """A digest of a video's path, or of its content where it has none."""
-    source = resolved_stream(source)
-    if isinstance(source, str | Path):
-        content = str(Path(source)).encode()
-    elif isinstance(source, bytes):
-        content = source
-    elif isinstance(source, list | tuple):
-        content = "+".join(
-            picture_key(Image.fromarray(part) if isinstance(part, np.ndarray) else part) for part in source
-        ).encode()
-    else:
-        values = np.ascontiguousarray(source)
-        content = f"{values.dtype} {values.shape}".encode() + values.tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
+
+    def content(video: Any) -> bytes:
+        if not isinstance(video, list | tuple):
+            return _values(video)
+        return "+".join(map(picture_key, map(_as_picture, video))).encode()
+
+    return key_of(resolved_stream(source), content)
+
+
+def _as_picture(frame: object) -> object:
+    """A frame of a list, which may be an array, as a picture."""
+    return Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmneurons.checks import JSON, JSONMapping, is_missing, of_kind
+from vlmneurons.checks import JSON, JSONMapping, is_missing, nearest, of_kind
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import media, streams
 from vlmneurons.questions.media import Base64Picture, DatasetPicture
@@ -308,9 +308,9 @@ def _columns(columns: JSONMapping | None, have: Sequence[object], *, needed: boo
     column_of: dict[str, tuple[str, ...]] = {name: (name,) for name in FIELDS}
     for field, name in (columns or {}).items():
         if field not in column_of:
-            raise QuestionError(
-                f"columns has no field {field!r}; a question has {', '.join(FIELDS)}{_close(str(field), FIELDS)}"
-            )
+            meant = nearest(str(field), FIELDS)
+            hint = f". Did you mean {meant!r}?" if meant else ""
+            raise QuestionError(f"columns has no field {field!r}; a question has {', '.join(FIELDS)}{hint}")
         if not isinstance(name, str) and not (isinstance(name, list | tuple) and name and field in _SEVERAL):
             raise QuestionError(
                 f"columns: {field!r} is the name of a column"
@@ -333,12 +333,6 @@ def _columns(columns: JSONMapping | None, have: Sequence[object], *, needed: boo
     taken = {name for field in columns or {} for name in column_of[field]} | {"answers"}
     column_of = {name: its for name, its in column_of.items() if name in (columns or {}) or not taken.intersection(its)}
     return {name: tuple(one for one in its if one in have) for name, its in column_of.items()}
-
-
-def _close(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.casefold(), [str(one).casefold() for one in names], 1)
-    found = [str(one) for one in names if near and str(one).casefold() == near[0]]
-    return f". Did you mean {found[0]!r}?" if found else ""
 
 
 def _advice(field: str, name: str, have: Sequence[object]) -> str:
@@ -713,10 +707,16 @@ def _names_picture(text: str, folder: Path | None, own: set[str], named: bool) -
         return False
 
 
-def _kind(value: object) -> str:
-    """The field that asks with what a cell holds, as its file's name has it; else that of pictures."""
+def _first(value: object) -> object:
+    """What a cell holds, or the first of several."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
+    return value
+
+
+def _kind(value: object) -> str:
+    """The field that asks with what a cell holds, as its file's name has it; else that of pictures."""
+    value = _first(value)
     if isinstance(value, DatasetPicture):
         cell = value()
         value = cell.get("path") if isinstance(cell, Mapping) else cell
@@ -725,8 +725,7 @@ def _kind(value: object) -> str:
 
 
 def _described(value: object) -> str:
-    while isinstance(value, list | tuple) and value:
-        value = value[0]
+    value = _first(value)
     if isinstance(value, DatasetPicture):
         return "an encoded file"
     return f"{value!r:.60}" if isinstance(value, str) else f"a {type(value).__name__}"

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmneurons.checks import Keywords, of_kind, real, whole
+from vlmneurons.checks import Keywords, of_kind, one_of, real, whole
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.model.architectures.hooks import Handle, write
-from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
+from vlmneurons.model.architectures.hooks import write
+from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
@@ -98,8 +98,7 @@ def attribute(
     """
     rules_of = (("method", method, METHODS), ("condition", condition, CONDITIONS), ("reduce", reduce, REDUCE))
     for name, given, allowed in rules_of:
-        if given not in allowed:
-            raise QuestionError(f"{name}={given!r} does not exist; choose from {', '.join(allowed)}")
+        one_of(name, given, allowed, QuestionError)
     check_model(model)
     of_kind("space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')")
     if reduce == "max" and method != "gradient":
@@ -108,8 +107,7 @@ def attribute(
         raise QuestionError(f"steps={steps} is less than 1")
     if not 0 < (threshold := real("threshold", threshold, QuestionError)) < 1:
         raise QuestionError(f"threshold={threshold} is not between 0 and 1")
-    if isinstance(tokens, str) and tokens not in TOKEN_RULES:
-        raise QuestionError(f"tokens={tokens!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
+    check_token_rule(tokens)
     options = Options(1, on_error=on_error, progress=progress, remote=remote, distributed=distributed)
     questions = to_ask(questions, answer, "to attribute")
     engine = engine_of(model, questions, remote)
@@ -147,7 +145,7 @@ class _AttributionJob(Job["Tensor | None"]):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """See `Job.running`."""
-        with self._factors:
+        with self._factors.attached():
             yield
 
     def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], object]) -> Tensor | None:
@@ -164,7 +162,7 @@ class _AttributionJob(Job["Tensor | None"]):
                 if rules["method"] == "gradient":
                     return factors.derivatives(margin, questions[0].id)
             result = torch.zeros(len(factors.space), dtype=torch.float64)
-            for layer in factors.layers():
+            for layer in factors.space.tower_layers.values():  # the places of its sites
                 for step in range(rules["steps"]):
                     with factors.at((step + 0.5) / rules["steps"], layer):
                         margin = self._margin(questions, encoded)[1]
@@ -208,51 +206,34 @@ class _Factors:
     def __init__(self, model: VLM, space: NeuronSpace, tokens: TokenRule | None, highest: bool = False) -> None:
         self.model, self.space, self.tokens, self.highest = model, space, tokens, highest
         model.check_space(space)
-        self._handles: list[Handle] = []
         self._active: dict[int, Tensor] = {}
         self._by_token: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         """Where the highest of all tokens is wanted: for each visit of a site a factor a token, and the number of each
         token that counts, -1 for others; None where all do and are different ones."""
         self._mask: Tensor | None = None
 
-    def __enter__(self) -> "_Factors":
-        try:
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within, the neurons have the factors that are active."""
+        with contextlib.ExitStack() as stack:
             for number, site in enumerate(self.space.sites):
                 kind = "pre" if site.kind == "pre" else "post"
                 mlp = self.model.mlp_of(site.at(kind))
-                self._handles.append(write(self.model.hf, mlp, kind, self._editor(number)))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        self._active, self._mask = {}, None
-
-    def layers(self) -> list[list[int]]:
-        """Positions of the sites of each layer of each tower."""
-        return [list(positions) for positions in self.space.tower_layers.values()]
+                stack.enter_context(write(self.model.hf, mlp, kind, self._editor(number)))
+            yield
 
     @contextlib.contextmanager
     def at(self, value: float, sites: Sequence[int]) -> Iterator[None]:
         """Within, the neurons of some sites have this factor, and others none."""
-        device = self.model.device
-        self._active = {
-            number: torch.full((self.space.widths[number],), value, dtype=self._dtype, device=device).requires_grad_()
-            for number in sites
-        }
+        # Derivatives are sums over tokens: half precision would lose them.
+        dtype = torch.float64 if self.model.hf.dtype == torch.float64 else torch.float32
+        how = {"dtype": dtype, "device": self.model.device, "requires_grad": True}
+        self._active = {number: torch.full((self.space.widths[number],), value, **how) for number in sites}
         self._by_token = {number: [] for number in sites if self.highest}
         try:
             yield
         finally:
             self._active, self._by_token = {}, {}
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        # Derivatives are sums over tokens: half precision would lose them.
-        return torch.float64 if self.model.hf.dtype == torch.float64 else torch.float32
 
     @contextlib.contextmanager
     def watch(self, batch: Batch, rows: list[int]) -> Iterator[None]:

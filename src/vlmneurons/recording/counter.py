@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vlmneurons.checks import Keywords, flag, of_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.model.architectures.hooks import Handle, read, see_number_of_tokens
+from vlmneurons.model.architectures.hooks import read, see_number_of_tokens
 from vlmneurons.model.architectures.inside import Hook
-from vlmneurons.model.encoder import TOKEN_RULES, Batch, TokenRule
+from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
 from vlmneurons.model.sound_rows import Heard
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace, Site
@@ -152,8 +152,7 @@ class Counter:
             for site, hears in zip(self.space.sites, self.hears, strict=True)
         ]
         for rule in self.rules:
-            if isinstance(rule, str) and rule not in TOKEN_RULES:
-                raise QuestionError(f"tokens={rule!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
+            check_token_rule(rule)
             if rule in ("text", "last") and any(self.senses):
                 tower, instead = ("an audio", "audio") if any(self.hears) else ("a vision", "image")
                 raise QuestionError(f"tokens={rule!r} counts words; {tower} tower has none. Record it with {instead!r}")
@@ -190,26 +189,20 @@ class Counter:
             begin: called before each forward of the model, to set the frame; by default that of `watch`.
             end: called after it.
         """
-        hf, handles = self.model.hf, []
-        OWNERS.take(hf, "recorded")
-        try:
+        hf = self.model.hf
+        with OWNERS.held(hf, "recorded"), contextlib.ExitStack() as stack:
+            stack.callback(self._scratch.clear)
+            stack.callback(self.forget)
             for number, site in enumerate(self.space.sites):
-                handles.append(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
+                stack.enter_context(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
             routers = {self.model.mlp_of(site).path.rpartition(".")[0]: site for site in self._routed()}
             for site in routers.values():
-                handles.append(see_number_of_tokens(hf, self.model.mlp_of(site), self._refuse_some(site)))
-            guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
-            begun = hf.register_forward_pre_hook(Hook(begin or self._begin_watched), with_kwargs=True)
-            handles.append(Handle([guard, begun]))
+                stack.enter_context(see_number_of_tokens(hf, self.model.mlp_of(site), self._refuse_some(site)))
+            stack.callback(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))).remove)
+            stack.callback(hf.register_forward_pre_hook(Hook(begin or self._begin), with_kwargs=True).remove)
             if end is not None:
-                handles.append(Handle([hf.register_forward_hook(Hook(end))]))
+                stack.callback(hf.register_forward_hook(Hook(end)).remove)
             yield
-        finally:
-            while handles:
-                handles.pop().remove()
-            OWNERS.give(hf)
-            self.forget()
-            self._scratch.clear()
 
     def _routed(self) -> list[Site]:
         """The sites of experts that tokens are routed to."""
@@ -229,7 +222,7 @@ class Counter:
 
         return check
 
-    def _begin_watched(self, *_: object) -> None:
+    def _begin(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.
         self.frame, self._watched = self._watched, None
 
@@ -453,7 +446,7 @@ class Counter:
 
     def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
         """Take over what was counted elsewhere in the watched run, as if it had been counted here."""
-        self.frame, self._watched = self._watched, None
+        self._begin()
         assert self.frame is not None
         for number, one in counts.items():
             self.sites[number].seen = seen.get(number, 0) if self.senses[number] else 0

@@ -212,9 +212,7 @@ class _ItemsJob(CountingJob):
         try:
             return super().run(questions, encoded, told)
         except BadStatistic as error:
-            rows = [] if self.counter.frame is None else self.counter.frame.rows
-            item = questions[rows.index(error.row)] if error.row in rows else questions[0]
-            raise ActivationError(f"question {item.id!r}: {error}") from error
+            raise ActivationError(f"question {self.question_in(questions, error.row).id!r}: {error}") from error
 
     def known(self, number: int, batch: QuestionSet) -> bool:
         """See `Job.known`."""

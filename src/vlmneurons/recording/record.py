@@ -5,6 +5,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from vlmneurons.checks import one_of
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TokenRule
 from vlmneurons.model.vlm import VLM
@@ -82,8 +83,7 @@ def record(
 
     Source: activation probabilities of correctly answered questions, Zhao et al. 2025 (arXiv 2510.24942).
     """
-    if condition not in CONDITIONS:
-        raise QuestionError(f"condition={condition!r} does not exist; choose from {', '.join(CONDITIONS)}")
+    one_of("condition", condition, CONDITIONS, QuestionError)
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed)
     questions = to_ask(questions, answer, "to record")
     engine = engine_of(model, questions, remote)
@@ -133,21 +133,24 @@ class CountingJob(Job[Reading]):
         """See `Job.forget`."""
         self.counter.forget()
 
+    def question_in(self, questions: QuestionSet, row: int) -> Question:
+        """The question that a row of the forward stands for; the first one, of a row that stands for none."""
+        rows = [] if self.counter.frame is None else self.counter.frame.rows
+        return questions[rows.index(row) if row in rows else 0]
+
     def _located(self, questions: QuestionSet, found: NotFinite) -> ActivationError:
         """Run a spoiled batch again, looking at every site, to name the first one that is not finite."""
         counter = self.counter
         counter.strict = True
-        rows: list[int] = []
+        item = questions[0]
         try:
             self.engine.count(questions, self.encode(questions), counter)
         except NotFinite as first:
-            found = first
-            rows = [] if counter.frame is None else counter.frame.rows
+            found, item = first, self.question_in(questions, first.row)
         finally:
             counter.strict = False
-        item = questions[rows.index(found.row)].id if found.row in rows else questions[0].id
         return ActivationError(
-            f"NaN or infinite activations at {found.site}, question {item!r}: no earlier site of the space has any. "
+            f"NaN or infinite activations at {found.site}, question {item.id!r}: no earlier site of the space has any. "
             "Half precision overflows in some models: try dtype=torch.float32 or bfloat16"
         )
 

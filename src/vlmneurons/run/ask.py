@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from vlmneurons.checks import Keywords, flag, whole
+from vlmneurons.checks import Keywords, flag, one_of, whole
 from vlmneurons.errors import MismatchError, OutOfMemoryError, QuestionError
 from vlmneurons.files.stopping import Stopped
 from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
@@ -69,8 +69,7 @@ class Options:
         flag("distributed", self.distributed, QuestionError)
         if self.prefetch is not None and whole("prefetch", self.prefetch, QuestionError) < 0:
             raise QuestionError(f"prefetch {self.prefetch} is less than 0; 0 encodes each batch when its turn comes")
-        if self.on_error not in ("raise", "skip"):
-            raise QuestionError(f"on_error={self.on_error!r} does not exist; choose from raise, skip")
+        one_of("on_error", self.on_error, ("raise", "skip"), QuestionError)
         alone = Processes() if self.part is None else part_of(self.part)
         if self.distributed and self.part is not None:
             raise QuestionError("part and distributed deal out the same batches: give one of the two")
@@ -202,7 +201,7 @@ def ask(job: Job[Any], questions: QuestionSet, options: Options) -> None:
     """
     model = job.engine.model
     mine = list(options.processes.mine(list(batches_of(job, questions, options))))
-    with held(model.hf), job.running(), undisturbed(model.hf), torch.inference_mode(not job.gradients):
+    with OWNERS.held(model.hf, "asked"), job.running(), undisturbed(model.hf), torch.inference_mode(not job.gradients):
         waiting = [(number, batch) for number, batch in mine if not job.known(number, batch)]
         for _, batch in waiting:
             job.engine.check_alone(batch)
@@ -256,16 +255,6 @@ def _ask_batch(
         job.forget()
     if postfix := job.postfix():
         bar.set_postfix(**postfix, refresh=False)
-
-
-@contextlib.contextmanager
-def held(hf: nn.Module) -> Iterator[None]:
-    """Within, no other thread can ask, record or ablate the model."""
-    OWNERS.take(hf, "asked")
-    try:
-        yield
-    finally:
-        OWNERS.give(hf)
 
 
 @contextlib.contextmanager

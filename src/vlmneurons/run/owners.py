@@ -1,8 +1,10 @@
 """Who has a model: one thread, and in it one task of asyncio, at a time."""
 
 import asyncio
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -48,6 +50,15 @@ class Owners:
             del tasks[place]
             if not tasks:
                 del self._held[module]
+
+    @contextlib.contextmanager
+    def held(self, module: nn.Module, doing: str) -> Iterator[None]:
+        """Within, no other thread or task has it; see `take`."""
+        self.take(module, doing)
+        try:
+            yield
+        finally:
+            self.give(module)
 
     def check(self, module: nn.Module) -> None:
         """Refuse a run of a model that somebody else has.

@@ -249,24 +249,23 @@ def _index_of(label: str, options: Sequence[str]) -> int | None:
 
 def _option_at(text: str, place: int, options: Sequence[str]) -> list[int] | None:
     """The options, if any, whose text is the longest that stands at a place as words of its own."""
-    return _longest(
-        options,
-        lambda option: (
-            text[place : place + len(option)].casefold() == option.casefold()
-            and not joined(option[-1], text[place + len(option) :][:1])
-        ),
-    )
+
+    def stands(option: str) -> bool:
+        end = place + len(option)
+        return text[place:end].casefold() == option.casefold() and not joined(option[-1], text[end : end + 1])
+
+    return _longest(options, stands)
 
 
 def _option_before(text: str, options: Sequence[str]) -> list[int] | None:
     """The options, if any, whose text is the longest that a text ends with."""
     text = text.rstrip(" ,:–—-")
-    return _longest(
-        options,
-        lambda option: (
-            text[-len(option) :].casefold() == option.casefold() and not joined(text[: -len(option)][-1:], option[0])
-        ),
-    )
+
+    def stands(option: str) -> bool:
+        rest = text[: -len(option)]
+        return text[-len(option) :].casefold() == option.casefold() and not joined(rest[-1:], option[0])
+
+    return _longest(options, stands)
 
 
 def _longest(options: Sequence[str], stands: Callable[[str], bool]) -> list[int] | None:
@@ -382,7 +381,8 @@ class _Reading:
             beside = (language, _languages()[0])
             doubted = any(one.opposes(part) for one in beside for part in (free, *unlabelled))
             # "…, which is wrong": what follows in a few words is about the answer
-            doubted |= any(one.opposes(part) for one in beside for part in later[:1] if _is_short(part))
+            few = [part for part in later[:1] if not re.search(_LABEL, part) and len(_spelt(part).split()) < 5]
+            doubted |= any(one.opposes(part) for one in beside for part in few)
             return None if doubted or _other_label([*earlier, *later], beside) else label.index
         return None
 
@@ -420,10 +420,6 @@ def _other_label(clauses: Sequence[str], languages: Sequence["_Language"]) -> bo
         if reason is not None:
             return False
     return False
-
-
-def _is_short(clause: str) -> bool:
-    return not re.search(_LABEL, clause) and len(_spelt(clause).split()) < 5
 
 
 def _spelt(text: str) -> str:

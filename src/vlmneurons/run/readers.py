@@ -225,7 +225,7 @@ def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
     Raises:
         QuestionError: the chat template opens a thought, or lets the model think.
     """
-    for n_media in set() if questions.prompt is bare_prompt else {item.n_media for item in questions}:
+    for n_media in () if questions.prompt is bare_prompt else sorted({item.n_media for item in questions}):
         model.prompts.refuse_thought(*n_media)
 
 
@@ -319,7 +319,10 @@ def logits_at(
         output = model.hf(**inputs)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise _without_logits(model, output)
+        raise QuestionError(
+            f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
+            "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
+        )
     place = places_of(model, batch, wanted, logits.shape[1])
     return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
 
@@ -382,13 +385,6 @@ def _elsewhere(model: "VLM", batch: Batch, given: int) -> QuestionError:
     return QuestionError(
         f"{type(model.hf).__name__} gives logits at {given} positions for a prompt of "
         f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
-    )
-
-
-def _without_logits(model: "VLM", output: object) -> QuestionError:
-    return QuestionError(
-        f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
-        "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
     )
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import AblationError, QuestionError
-from vlmneurons.model.architectures.hooks import write
+from vlmneurons.model.architectures.hooks import Handle, write
 from vlmneurons.model.architectures.inside import Removable, is_watched
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.model.down import is_plain
@@ -43,7 +43,7 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import Site
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.run.ablation import Ablation
+from vlmneurons.run.ablation import Ablation, _Edit
 from vlmneurons.run.editing import edit_columns
 from vlmneurons.run.memory import is_out_of_memory, release
 from vlmneurons.run.owners import OWNERS
@@ -271,8 +271,13 @@ class _Pass:
 
     def run(self) -> Iterator[list[Tensor]]:
         """The logits of each tile, in the order of the ablations."""
-        with self._hooked(), each_once(self.model.hf, self.wanted.batch):
-            logits = self.model.hf(**_inputs(self.model, self.wanted.batch, self.depth)).logits
+        try:
+            with self._hooked(), each_once(self.model.hf, self.wanted.batch):
+                logits = self.model.hf(**_inputs(self.model, self.wanted.batch, self.depth)).logits
+        finally:
+            self.calls = [None] * len(self.calls)  # and with them the tensors that they hold
+            self.tiled.clear()
+            self.packed.clear()
         sizes = [len(rows.wanted) for rows in (self.whole, *self.rows)]
         if logits.shape[:2] != (sum(sizes), self.depth):
             raise CannotReplay(f"the model gives logits of shape {tuple(logits.shape)} for {sum(sizes)} rows")
@@ -283,32 +288,30 @@ class _Pass:
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:
         hf, structure = self.model.hf, self.structure
-        OWNERS.take(hf, "asked")
-        handles: list[Removable] = []
-        try:
-            handles.append(hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module)))
+        with OWNERS.held(hf, "asked"), contextlib.ExitStack() as stack:
+
+            def hook(handle: Removable) -> None:
+                stack.callback(handle.remove)
+
+            hook(hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module)))
             for number, module in enumerate(structure.chain):
                 enter = functools.partial(self._enter, number)
-                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-                handles.append(module.register_forward_hook(functools.partial(self._leave, number)))
+                hook(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+                hook(module.register_forward_hook(functools.partial(self._leave, number)))
             for layer in self.behind:
-                mlp, residual = structure.branches[layer]
-                down = hf.get_submodule(mlp.path).get_submodule(mlp.layout.down)
                 keep = functools.partial(self._keep, layer)
-                handles.append(down.register_forward_pre_hook(functools.partial(keep, "post")))
-                handles.append(down.register_forward_hook(functools.partial(keep, "added")))
-                norm = structure.chain[layer].get_submodule(residual)
-                handles.append(norm.register_forward_pre_hook(functools.partial(keep, "residual")))
+                hook(self._down(layer).register_forward_pre_hook(functools.partial(keep, "post")))
+                hook(self._down(layer).register_forward_hook(functools.partial(keep, "added")))
+                norm = structure.chain[layer].get_submodule(structure.branches[layer][1])
+                hook(norm.register_forward_pre_hook(functools.partial(keep, "residual")))
             for module in structure.narrow:
-                handles += self.narrowing.hooks(module)
+                stack.enter_context(self.narrowing.on_module(module))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            OWNERS.give(hf)
-            self.calls = [None] * len(self.calls)
-            self.tiled.clear()
-            self.packed.clear()
+
+    def _down(self, layer: int) -> nn.Module:
+        """The down projection of a layer's one MLP."""
+        mlp = self.structure.branches[layer][0]
+        return self.model.hf.get_submodule(mlp.path).get_submodule(mlp.layout.down)
 
     # -- hooks of the model's own forward ------------------------------------------------------------------------------
 
@@ -383,16 +386,12 @@ class _Pass:
         for number, ablation in enumerate(self.ablations):
             for site, edit in ablation._edits.items():
                 edits.setdefault(site.at(ablation.at), {})[number] = ablation._in_place(site, edit)
-        handles: list[Removable] = []
-        try:
+        with contextlib.ExitStack() as stack:
             for site, by_ablation in edits.items():
                 # What a down projection is given is made for it, and nobody else looks on: no copy is needed.
                 edit_tiles = functools.partial(self._edit_tiles, by_ablation, site.kind == "post")
-                handles.append(write(self.model.hf, self.model.mlp_of(site), site.kind, edit_tiles))
+                stack.enter_context(write(self.model.hf, self.model.mlp_of(site), site.kind, edit_tiles))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _edit_tiles(
         self,
@@ -479,6 +478,8 @@ class _Pass:
         for place in range(self.starts[numbers[0]], len(self.calls)):
             module, call = self.structure.chain[place], self.calls[place]
             assert call is not None
+            # Tiles that begin here are copies of the plain run's rows. They join before the module is called, with what
+            # it was given; or, where it first differs at its down projection, after it, with its output made anew.
             joining = [number for number in numbers if self.starts[number] == place]
             behind = None
             if joining and place in self.behind:
@@ -525,20 +526,20 @@ class _Pass:
         assert call.post is not None
         assert call.residual is not None
         assert call.added is not None
-        mlp, _ = self.structure.branches[layer]
-        down = self.model.hf.get_submodule(mlp.path).get_submodule(mlp.layout.down)
-        edited = [self._edited_columns(layer, number) for number in joining]
+        down = self._down(layer)
+        edits = [self._edit_of(layer, number) for number in joining]
+        edited = [_columns_of(edit) for _, edit in edits]
         few = sum(map(len, edited)) * 4 < len(joining) * call.post.shape[-1]
         if few and type(down) is nn.Linear and is_plain(down.weight) and torch.finfo(down.weight.dtype).eps < 1e-5:
             # The down projection is linear: add what it makes of the difference. In half precision that would round
             # once more than a plain run does.
             parts = []
-            for number, columns in zip(joining, edited, strict=True):
+            for number, at, columns in zip(joining, edits, edited, strict=True):
                 columns, rows = columns.to(call.post.device), self.rows[number].computed
                 some = len(rows) < self.n_rows
                 post, plain = (self._copied(one, rows) if some else one for one in (call.post, call.added))
                 old = post.index_select(-1, columns)
-                new = self._edited_values(layer, number, old, columns, post)
+                new = self._edited_values(number, at, old, columns, post)
                 parts.append(plain + (new - old) @ down.weight[:, columns].T)
             added = torch.cat(parts)
         else:
@@ -548,19 +549,16 @@ class _Pass:
         residual = self._copied(call.residual, self._rows_in(joining))
         return residual + added.view(-1, *call.residual.shape[1:])
 
-    def _edited_columns(self, layer: int, number: int) -> Int64[Tensor, " neuron"]:
-        """The neurons of one layer that an ablation changes in any row."""
-        edits = [edit for site, edit in self.ablations[number]._edits.items() if site.layer == layer]
-        (edit,) = edits
-        if edit.columns is not None:
-            return edit.columns
-        assert edit.mask is not None
-        return edit.mask.any(0).nonzero().flatten()
+    def _edit_of(self, layer: int, number: int) -> tuple[Site, _Edit]:
+        """What an ablation does to the one MLP of a layer."""
+        (found,) = [(site, edit) for site, edit in self.ablations[number]._edits.items() if site.layer == layer]
+        return found
 
-    def _edited_values(self, layer: int, number: int, old: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    def _edited_values(
+        self, number: int, at: tuple[Site, _Edit], old: Tensor, columns: Tensor, values: Tensor
+    ) -> Tensor:
         """Some neurons of one layer as an ablation leaves them: ``old`` are these of ``values``."""
-        ablation = self.ablations[number]
-        ((site, edit),) = [(site, edit) for site, edit in ablation._edits.items() if site.layer == layer]
+        (site, edit), ablation = at, self.ablations[number]
         if edit.columns is None:
             values = values.clone()
             ablation._in_place(site, edit)(values)
@@ -600,6 +598,14 @@ class _Pass:
         return _changed(call.arguments, tiled)
 
 
+def _columns_of(edit: _Edit) -> Int64[Tensor, " neuron"]:
+    """The neurons that an edit changes in any row."""
+    if edit.columns is not None:
+        return edit.columns
+    assert edit.mask is not None
+    return edit.mask.any(0).nonzero().flatten()
+
+
 def _inputs(model: VLM, batch: Batch, depth: int) -> Keywords:
     """Arguments of a forward that projects the first positions to the vocabulary."""
     inputs: Keywords = {**batch, "use_cache": False}
@@ -618,9 +624,9 @@ class _Narrowing:
         self.rows: Tensor | None = None
         """Which of the rows the values' are copies of; None for each in its place."""
 
-    def hooks(self, module: nn.Module) -> list[Removable]:
-        """Handles of the hooks on a module, which act while `on` is set."""
-        return [module.register_forward_pre_hook(self._narrow), module.register_forward_hook(self._widen)]
+    def on_module(self, module: nn.Module) -> Handle:
+        """The hooks on a module, which act while `on` is set."""
+        return Handle([module.register_forward_pre_hook(self._narrow), module.register_forward_hook(self._widen)])
 
     def at_wanted(self, values: Float[Tensor, "row token width"]) -> Float[Tensor, "row position width"]:
         """Each row's values at its wanted positions."""
@@ -829,6 +835,7 @@ def _row_axes(place: int, two: dict[Path, object], three: dict[Path, object]) ->
             continue
         if not isinstance(other, Tensor) or leaf.ndim != other.ndim:
             raise CannotReplay(f"layer {place} is called differently for other numbers of rows")
+        # The rows' axis is as 2 to 3 in the two batches; it may have the tokens of all rows, one row after the other.
         grown = [axis for axis in range(leaf.ndim) if leaf.shape[axis] != other.shape[axis]]
         if len(grown) > 1 or (grown and 3 * leaf.shape[grown[0]] != 2 * other.shape[grown[0]]):
             raise CannotReplay(f"layer {place} is given {tuple(leaf.shape)} for 2 rows, {tuple(other.shape)} for 3")
@@ -842,29 +849,23 @@ def _branches(
     """For each layer whose output is ``x`` plus what its MLP gives, the module within it that is given ``x``."""
     found: dict[int, tuple[MLP, str]] = {}
     with contextlib.ExitStack() as stack:  # one forward: each layer is judged, and forgotten, as soon as it is done
-        for layer, mlp in alone.items():
-            inputs: dict[str, Tensor] = {}
-            calls = _Call(((), {}))
 
-            def before(name: str, module: nn.Module, args: tuple, inputs: dict[str, Tensor] = inputs) -> None:
+        def watch(layer: int, mlp: MLP) -> None:
+            inputs: dict[str, Tensor] = {}
+            call = _Call(((), {}))
+
+            def before(name: str, module: nn.Module, args: tuple) -> None:
                 if args and isinstance(args[0], Tensor):
                     inputs.setdefault(name, args[0])
 
-            def after_down(module: nn.Module, args: tuple, output: Tensor, call: _Call = calls) -> None:
+            def after_down(module: nn.Module, args: tuple, output: Tensor) -> None:
                 call.post, call.added = args[0] if args else None, output
 
-            def after(
-                module: nn.Module,
-                args: tuple,
-                output: object,
-                call: _Call = calls,
-                inputs: dict[str, Tensor] = inputs,
-                own: tuple[int, MLP] = (layer, mlp),
-            ) -> None:
+            def after(module: nn.Module, args: tuple, output: object) -> None:
                 call.output = _hidden(output)
                 for name, call.residual in inputs.items():
                     if _is_sum(call):
-                        found[own[0]] = (own[1], name)
+                        found[layer] = (mlp, name)
                         break
                 inputs.clear()
                 call.post = call.added = call.residual = call.output = None
@@ -875,6 +876,9 @@ def _branches(
             down = model.hf.get_submodule(mlp.path).get_submodule(mlp.layout.down)
             stack.callback(down.register_forward_hook(after_down).remove)
             stack.callback(chain[layer].register_forward_hook(after).remove)
+
+        for layer, mlp in alone.items():
+            watch(layer, mlp)
         model.hf(**batch, use_cache=False)
     return found
 
@@ -895,16 +899,11 @@ def _narrow_modules(model: VLM, layer: nn.Module, mlp: MLP | None, batch: Batch)
     narrowing.on = True
     found = []
     for name in names:
-        handles = narrowing.hooks(layer.get_submodule(name))
-        try:
-            narrow = logits_at(model, batch, wanted.positions)
-            if _distance(plain, narrow) <= allowed:
+        # What raises does not see the tokens one by one.
+        harmless = contextlib.suppress(RuntimeError, TypeError, IndexError, AttributeError, ValueError)
+        with harmless, narrowing.on_module(layer.get_submodule(name)):
+            if _distance(plain, logits_at(model, batch, wanted.positions)) <= allowed:
                 found.append(layer.get_submodule(name))
-        except (RuntimeError, TypeError, IndexError, AttributeError, ValueError):
-            pass  # it does not see the tokens one by one
-        finally:
-            for handle in handles:
-                handle.remove()
     return found
 
 
@@ -927,16 +926,18 @@ def _pack(model: VLM, structure: Structure, three: Batch, parting: Batch) -> Non
             other = second[path]
             if not isinstance(leaf, Tensor) or not isinstance(other, Tensor) or leaf.ndim != other.ndim:
                 continue
+            # The batches have as many rows and differ in length alone, so an axis that differs is one of tokens.
             grown = [n for n in range(leaf.ndim) if leaf.shape[n] != other.shape[n]]
             if any([leaf.shape[n], other.shape[n]] != lengths for n in grown):
                 return
-            if grown == [2, 3] and leaf.ndim == 4 and structure.mask in (None, path):
+            if grown == [2, 3] and leaf.ndim == 4 and structure.mask in (None, path):  # [row, head, token, token]
                 structure.mask, structure.mask_dtype = path, leaf.dtype
             elif len(grown) == 1 and grown[0] and axes.get(path, None) in (None, grown[0] - 1):
+                # Right behind the rows' axis; where rows share it, an axis of length 1 stands in the rows' place.
                 if axes.get(path) is None and leaf.shape[grown[0] - 1] != 1:
                     return
                 by_path[path] = grown[0]
-            elif grown:
+            elif grown:  # tokens in a form that packing cannot cut
                 return
         found.append(by_path)
     if structure.mask is None or any(structure.hidden not in by_path for by_path in found):

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from typing_extensions import TypedDict, TypeVar
 
-from vlmneurons.checks import JSON, plain, whole
+from vlmneurons.checks import JSON, flag, plain, whole
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
@@ -284,8 +284,7 @@ class Selector(ABC, Generic[Table]):
             raise SelectionError(f"{name}: fraction is in (0, 1]; got {self.fraction!r}")
         if self.exclude is not None and not isinstance(self.exclude, (NeuronSet, Selection)):
             raise SelectionError(f"{name}: exclude is a NeuronSet or a Selection; got {type(self.exclude).__name__}")
-        if not isinstance(self.per_layer, bool):
-            raise SelectionError(f"{name}: per_layer is True or False; got {self.per_layer!r}")
+        check_flags(self, per_layer=self.per_layer)
         for setting in {"fraction", "count"} & vars(self).keys():  # only what was given; see DerivedSelector
             # Its name, and so that of its selections and files, is that of a plain number.
             object.__setattr__(self, setting, plain(getattr(self, setting)))
@@ -543,8 +542,7 @@ def layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part"
 def check_flags(selector: Selector, **flags: bool) -> None:
     """Refuse what is neither True nor False when the selector is made."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise SelectionError(f"{type(selector).__name__}: {name} is True or False; got {value!r}")
+        flag(f"{type(selector).__name__}: {name}", value, SelectionError)
 
 
 def _given(name: str, fraction: object, count: object, layers: object, exclude: object, per_layer: object) -> JSON:

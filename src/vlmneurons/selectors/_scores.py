@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 
 from vlmneurons.errors import MismatchError, SelectionError
-from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.selection import Selection, outer_places
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
 from vlmneurons.selectors._base import Selector, _setting
 from vlmneurons.selectors._combine import CombinedSelector
@@ -121,13 +121,8 @@ def _left_out(changed: Tensor, scores: Tensor) -> Tensor:
 
 def _precedence(expression: str) -> int:
     """2 for a sum, 1 for a product or a sign, 0 for what can be followed by a dot."""
-    depth, found = 0, int(expression.startswith("-"))
-    for place, character in enumerate(expression):
-        depth += character in "([{"
-        depth -= character in ")]}"
-        if depth == 0 and expression[place : place + 3] in (" + ", " * ", " / "):
-            found = max(found, 2 if expression[place + 1] == "+" else 1)
-    return found
+    signs = {expression[place : place + 3] for place in outer_places(expression)}
+    return 2 if " + " in signs else int(expression.startswith("-") or bool(signs & {" * ", " / "}))
 
 
 def _wrapped(part: Selector, most: int) -> str:
@@ -193,10 +188,6 @@ class MappedSelector(DerivedSelector):
         return f"-{_wrapped(part, 0)}" if self.operation == "-" else f"{_wrapped(part, 0)}.{self.operation}()"
 
 
-def _zscore(scores: Tensor, _: float) -> Tensor:
-    return torch.from_numpy(np.stack([zscored(row) for row in scores.numpy()]))
-
-
 def zscored(scores: np.ndarray) -> np.ndarray:
     """Scores of one group less their mean over neurons, over their standard deviation; ``-inf`` stays."""
     known = None if scores.min() > -math.inf else scores > -math.inf
@@ -229,7 +220,7 @@ _OPERATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = MappingProxyType(
         "/": lambda scores, number: scores / number,
         "-": lambda scores, _: -scores,
         "abs": lambda scores, _: scores.abs(),
-        "zscore": _zscore,
+        "zscore": lambda scores, _: torch.from_numpy(np.stack([zscored(row) for row in scores.numpy()])),
         "rank": _rank,
     }
 )
@@ -373,16 +364,5 @@ class GatedSelector(DerivedSelector):
     def _expression(self) -> str:
         (part,) = self.parts
         gate = repr(self.gate)
-        inner = gate[1:-1] if gate.startswith("(") and _closes_last(gate) else gate
+        inner = gate[1:-1] if gate.startswith("(") and next(outer_places(gate), None) == len(gate) - 1 else gate
         return f"{_wrapped(part, 0)}.where({inner})"
-
-
-def _closes_last(text: str) -> bool:
-    """Whether the first parenthesis of a text is closed by its last character."""
-    depth = 0
-    for place, character in enumerate(text):
-        depth += character == "("
-        depth -= character == ")"
-        if depth == 0:
-            return place == len(text) - 1
-    return False

@@ -1,8 +1,7 @@
 """Random neurons: what any selection must be compared with."""
 
 import hashlib
-import operator
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import Unpack
 
+from vlmneurons.checks import whole
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
@@ -51,7 +51,7 @@ class RandomNeurons(Selector[ActivationStatistics]):
             SelectionError: a setting that is not allowed.
         """
         super().__init__(fraction, **shared)
-        self.seed = _seed("RandomNeurons", seed)
+        self.seed = whole("RandomNeurons: seed", seed, SelectionError)
 
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """Independent uniform numbers from 0 to 1."""
@@ -96,7 +96,7 @@ class LayerMatchedRandom(Selector[ActivationStatistics]):
         self.fraction = None
         super().__init__(exclude=exclude)
         self.like = like
-        self.seed = _seed("LayerMatchedRandom", seed)
+        self.seed = whole("LayerMatchedRandom: seed", seed, SelectionError)
 
     def _check_settings(self) -> None:
         super()._check_settings()
@@ -153,12 +153,3 @@ def uniform(size: int, *key: object) -> Float64[Tensor, " neuron"]:
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64)).mul_(2.0**-53)
-
-
-def _seed(name: str, seed: Any) -> int:
-    if isinstance(seed, bool):
-        raise SelectionError(f"{name}: seed is an integer; got {seed!r}")
-    try:
-        return operator.index(seed)
-    except TypeError as error:
-        raise SelectionError(f"{name}: seed is an integer; got {seed!r}") from error

@@ -1,7 +1,5 @@
 """How much neurons moved the answers of each group's questions: what selectors by gradients read."""
 
-import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,18 +7,15 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from vlmneurons.checks import JSONMapping
-from vlmneurons.errors import FileFormatError, MismatchError, SelectionError, VLMNeuronsError
-from vlmneurons.files import tables as _files
-from vlmneurons.neurons.sets import check_same_space, space_of_file
+from vlmneurons.errors import MismatchError, SelectionError
+from vlmneurons.neurons.sets import check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.statistics.counts import _merged_provenance
-from vlmneurons.statistics.evidence import checked_groups, refuse_uncounted, rows_of
-
-_TABLES = ("total", "strong", "items")
+from vlmneurons.statistics.evidence import refuse_uncounted
+from vlmneurons.statistics.tables import TableEvidence, merged_provenance
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttributionStatistics:
+class AttributionStatistics(TableEvidence):
     """How much neurons moved the answers of each group's questions, by gradients; made by `vlmneurons.attribute`.
 
     A question's attribution to a neuron is in the unit of the margin that was differentiated: nats. It says by how much
@@ -43,10 +38,11 @@ class AttributionStatistics:
     strong: Int64[Tensor, "group neuron"]
     items: Int64[Tensor, " group"]
     provenance: JSONMapping = field(default_factory=dict)
+    _kind, _noun = "AttributionStatistics", "attributions"
+    _required = ("total", "strong", "items")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", checked_groups(self.groups))
-        object.__setattr__(self, "provenance", _files.plain(dict(self.provenance), "provenance"))
+        self._check_head()
         shape = (len(self.groups), len(self.space))
         for name in ("total", "strong"):
             if tuple(getattr(self, name).shape) != shape:
@@ -95,21 +91,6 @@ class AttributionStatistics:
         """
         refuse_uncounted(self.groups, self.items, "with select_groups, or attribute more", "question was attributed")
 
-    def select_groups(self, groups: Iterable[str]) -> "AttributionStatistics":
-        """The attributions of some groups, in the given order.
-
-        Args:
-            groups: names of groups.
-
-        Raises:
-            GroupError: no such group.
-        """
-        rows = torch.tensor(rows_of(groups, self.groups, "in these attributions"))
-        return self._with_tables(tuple(self.groups[row] for row in rows), lambda name: getattr(self, name)[rows])
-
-    def _with_tables(self, groups: tuple[str, ...], table: Callable[[str], Tensor]) -> "AttributionStatistics":
-        return replace(self, groups=groups, **{name: table(name) for name in _TABLES})
-
     def __add__(self, other: "AttributionStatistics") -> "AttributionStatistics":
         """Attributions of both sets of questions together; groups of either.
 
@@ -120,23 +101,13 @@ class AttributionStatistics:
         if not isinstance(other, AttributionStatistics):
             return NotImplemented
         check_same_space(self.space, other.space)
-        for key in {*self.provenance, *other.provenance} - {"versions", "skipped", "device", "setting"}:
+        for key in sorted({*self.provenance, *other.provenance} - {"versions", "skipped", "device", "setting"}):
             if self.provenance.get(key) != other.provenance.get(key):
                 raise MismatchError(
                     f"attributions with different {key!r} cannot be added: {self.provenance.get(key)!r} and "
                     f"{other.provenance.get(key)!r}"
                 )
-        groups = tuple(dict.fromkeys(self.groups + other.groups))
-
-        def added(name: str) -> Tensor:
-            table = getattr(self, name).new_zeros((len(groups), *getattr(self, name).shape[1:]))
-            for part in (self, other):
-                rows = torch.tensor([groups.index(group) for group in part.groups])
-                table.index_add_(0, rows, getattr(part, name))
-            return table
-
-        merged = replace(self, provenance=_merged_provenance(self.provenance, other.provenance))
-        return merged._with_tables(groups, added)
+        return self._added(other, merged_provenance(self.provenance, other.provenance))
 
     def __sub__(self, other: "AttributionStatistics") -> "AttributionStatistics":
         """Mean attributions less those of other questions: a country's less those of a control data set.
@@ -166,45 +137,6 @@ class AttributionStatistics:
         total = (self.mean - less.mean) * self.items[:, None]
         provenance = {**self.provenance, "less": dict(other.provenance)}
         return replace(self, total=total, strong=torch.zeros_like(self.strong), provenance=provenance)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether space, groups (in order) and all tables are equal; provenance is not compared."""
-        if not isinstance(other, AttributionStatistics):
-            return NotImplemented
-        return (self.space, self.groups) == (other.space, other.groups) and all(
-            torch.equal(getattr(self, name), getattr(other, name)) for name in _TABLES
-        )
-
-    def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write everything to a safetensors file.
-
-        Args:
-            path: the file, such as ``"attributions.safetensors"``.
-
-        Raises:
-            OSError: the file cannot be written; what was there before stays.
-        """
-        data = {"space": self.space.to_json(), "groups": list(self.groups), "provenance": self.provenance}
-        tensors = {name: getattr(self, name) for name in _TABLES}
-        _files.write(path, "AttributionStatistics", tensors, data)
-
-    @classmethod
-    def load(cls, path: "str | os.PathLike[str]") -> "AttributionStatistics":
-        """The attributions that `save` wrote.
-
-        Args:
-            path: the file.
-
-        Raises:
-            FileFormatError: the file is damaged, of another kind, or from a newer version.
-        """
-        required = {"total": "F64", "strong": "I64", "items": "I64"}
-        tensors, data = _files.read(path, "AttributionStatistics", required)
-        space = space_of_file(path, data)
-        try:
-            return cls(space, tuple(data["groups"]), **tensors, provenance=data["provenance"])
-        except (VLMNeuronsError, KeyError, TypeError) as error:
-            raise FileFormatError(f"{path}: {error}") from error
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))

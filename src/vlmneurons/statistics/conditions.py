@@ -12,7 +12,7 @@ from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.sets import check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.statistics.counts import ActivationStatistics
-from vlmneurons.statistics.items import GroupedItems, ItemStatistics
+from vlmneurons.statistics.items import GroupedItems, ItemStatistics, added_up
 
 Countable = ActivationStatistics | ItemStatistics | GroupedItems
 """What has counts of groups, or can be added up to them."""
@@ -42,8 +42,7 @@ class Conditions:
         for name, given in statistics.items():
             if not isinstance(name, str) or not name:
                 raise SelectionError(f"a condition's name is a text that is not empty; got {name!r}")
-            stats = given.group_by() if isinstance(given, ItemStatistics) else given
-            stats = stats.statistics if isinstance(stats, GroupedItems) else stats
+            stats = added_up(given)
             if not isinstance(stats, ActivationStatistics):
                 raise SelectionError(f"condition {name!r} must be ActivationStatistics; got {type(given).__name__}")
             first = next(iter(made.values()), stats)

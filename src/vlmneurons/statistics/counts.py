@@ -4,8 +4,7 @@ Counts are kept, not probabilities, because counts merge exactly: recording two 
 recording the whole. 28 layers x 18,944 neurons x 25 groups are 13.3 million counts, 101 MiB as int64.
 """
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, SupportsFloat
 
@@ -14,36 +13,23 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from vlmneurons.checks import JSON, JSONMapping, names, of_kind
-from vlmneurons.errors import FileFormatError, MismatchError, SelectionError, VLMNeuronsError
+from vlmneurons.checks import JSONMapping, names, of_kind
+from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.files import tables as _files
-from vlmneurons.neurons.sets import check_same_space, space_of_file
+from vlmneurons.neurons.sets import check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.statistics.evidence import checked_groups, refuse_uncounted, rows_of
-from vlmneurons.statistics.identity import check_addable
+from vlmneurons.statistics.evidence import refuse_uncounted, rows_of
+from vlmneurons.statistics.tables import TableEvidence, merged_provenance
 
 if TYPE_CHECKING:
     import pandas
-
-MUST_AGREE = (
-    "model",
-    "revision",
-    "kind",
-    "tokens",
-    "token_rule",
-    "condition",
-    "prompt",
-    "answer",
-    "dtype",
-)
-"""Provenance entries that statistics must share to be added, beside the setting: other rules count other things."""
 
 Numbers = Iterable[SupportsFloat | Iterable[SupportsFloat]]
 """A table in any form: tensors, NumPy arrays, lists."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ActivationStatistics(_files.Shareable):
+class ActivationStatistics(TableEvidence, _files.Shareable):
     """Counts of firing neurons per group, over a space.
 
     The tables belong to the object: do not write to them. Use `from_counts` for tables of your own, which copies.
@@ -78,13 +64,12 @@ class ActivationStatistics(_files.Shareable):
     routed: Int64[Tensor, "group site"] | None = None
     total: Float64[Tensor, "group neuron"] | None = None
     provenance: JSONMapping = field(default_factory=dict)
+    _kind, _noun = "ActivationStatistics", "statistics"
+    _required, _optional = ("positive", "tokens", "items"), ("routed", "total")
 
     def __post_init__(self) -> None:
         of_kind("space", self.space, NeuronSpace, MismatchError)
-        object.__setattr__(self, "groups", checked_groups(self.groups))
-        if not isinstance(self.provenance, Mapping):
-            raise MismatchError(f"provenance is a dictionary; got {type(self.provenance).__name__}")
-        object.__setattr__(self, "provenance", _files.plain(dict(self.provenance), "provenance"))
+        self._check_head()
         groups, neurons, sites = len(self.groups), len(self.space), len(self.space.sites)
         shapes = {
             "positive": ("[group, neuron]", (groups, neurons)),
@@ -95,7 +80,7 @@ class ActivationStatistics(_files.Shareable):
         }
         for name, (axes, shape) in shapes.items():
             table = getattr(self, name)
-            if table is None and name in ("routed", "total"):
+            if table is None and name in self._optional:
                 continue
             dtype = torch.float64 if name == "total" else torch.int64
             if not isinstance(table, Tensor) or table.dtype != dtype or table.device.type != "cpu":
@@ -236,29 +221,13 @@ class ActivationStatistics(_files.Shareable):
         if not isinstance(other, ActivationStatistics):
             return NotImplemented
         check_same_space(self.space, other.space)
-        provenance = _merged_provenance(self.provenance, other.provenance)
+        provenance = merged_provenance(self.provenance, other.provenance)
         if (self.total is None) != (other.total is None):
             raise MismatchError("only one of the statistics holds sums of activations (total); they cannot be added")
-        groups = tuple(dict.fromkeys(self.groups + other.groups))
-        rows = [torch.tensor([groups.index(group) for group in part.groups]) for part in (self, other)]
-
-        def added(first: Tensor, second: Tensor) -> Tensor:
-            table = first.new_zeros((len(groups), *first.shape[1:]))
-            return table.index_add_(0, rows[0], first).index_add_(0, rows[1], second)
-
-        routed = None
+        parts = [self, other]
         if self.routed is not None or other.routed is not None:
-            routed = added(self.reached, other.reached)
-        return ActivationStatistics(
-            self.space,
-            groups,
-            added(self.positive, other.positive),
-            added(self.tokens, other.tokens),
-            added(self.items, other.items),
-            routed,
-            None if self.total is None or other.total is None else added(self.total, other.total),
-            provenance,
-        )
+            parts = [replace(part, routed=part.reached) if part.routed is None else part for part in parts]
+        return parts[0]._added(parts[1], provenance)
 
     def __radd__(self, other: object) -> "ActivationStatistics":
         # sum() starts from 0.
@@ -269,18 +238,6 @@ class ActivationStatistics(_files.Shareable):
         """Number of counted tokens that reached each site: ``routed``, or, where that is None, all of them."""
         return self.tokens[:, None].expand(-1, len(self.space.sites)) if self.routed is None else self.routed
 
-    def __eq__(self, other: object) -> bool:
-        """Whether space, groups (in order) and all tables are equal; provenance is not compared."""
-        if not isinstance(other, ActivationStatistics):
-            return NotImplemented
-        if self.space != other.space or self.groups != other.groups:
-            return False
-        for name in ("positive", "tokens", "items", "routed", "total"):
-            first, second = getattr(self, name), getattr(other, name)
-            if (first is None) != (second is None) or (first is not None and not torch.equal(first, second)):
-                return False
-        return True
-
     def with_provenance(self, provenance: Mapping[str, object]) -> "ActivationStatistics":
         """The same counts, with another note of where they come from.
 
@@ -288,19 +245,6 @@ class ActivationStatistics(_files.Shareable):
             provenance: plain values.
         """
         return replace(self, provenance=provenance)
-
-    def select_groups(self, groups: Iterable[str]) -> "ActivationStatistics":
-        """The statistics of some groups, in the given order.
-
-        Args:
-            groups: names of groups.
-
-        Raises:
-            GroupError: no such group.
-            MismatchError: a group twice, or none.
-        """
-        rows = torch.tensor(rows_of(groups, self.groups, "in these statistics"))
-        return self._with_rows(tuple(self.groups[row] for row in rows), lambda table: table.index_select(0, rows))
 
     def merge_groups(self, merged: Mapping[str, Iterable[str]]) -> "ActivationStatistics":
         """The statistics with some groups pooled: ``merge_groups({"Asia": ["Japan", "China"]})``.
@@ -338,17 +282,6 @@ class ActivationStatistics(_files.Shareable):
             kept, lambda table: table.new_zeros((len(kept), *table.shape[1:])).index_add_(0, rows, table)
         )
 
-    def _with_rows(self, groups: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> "ActivationStatistics":
-        return replace(
-            self,
-            groups=groups,
-            positive=change(self.positive),
-            tokens=change(self.tokens),
-            items=change(self.items),
-            routed=None if self.routed is None else change(self.routed),
-            total=None if self.total is None else change(self.total),
-        )
-
     def table(self) -> "pandas.DataFrame":
         """One row for each ``group``.
 
@@ -373,44 +306,6 @@ class ActivationStatistics(_files.Shareable):
             },
             index=index,
         )
-
-    def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write everything to a safetensors file.
-
-        Args:
-            path: the file, such as ``"statistics.safetensors"``.
-
-        Raises:
-            OSError: the file cannot be written; what was there before stays.
-        """
-        tensors = {"positive": self.positive, "tokens": self.tokens, "items": self.items}
-        if self.routed is not None:
-            tensors["routed"] = self.routed
-        if self.total is not None:
-            tensors["total"] = self.total
-        data = {"space": self.space.to_json(), "groups": list(self.groups), "provenance": self.provenance}
-        _files.write(path, "ActivationStatistics", tensors, data)
-
-    @classmethod
-    def load(cls, path: "str | os.PathLike[str]") -> "ActivationStatistics":
-        """The statistics that `save` wrote.
-
-        Args:
-            path: the file.
-
-        Raises:
-            FileFormatError: the file is damaged, of another kind, or from a newer version.
-        """
-        required = {"positive": "I64", "tokens": "I64", "items": "I64"}
-        tensors, data = _files.read(path, "ActivationStatistics", required, {"routed": "I64", "total": "F64"})
-        space = space_of_file(path, data)
-        groups, provenance = data.get("groups"), data.get("provenance")
-        if not isinstance(groups, list) or not isinstance(provenance, dict):
-            raise FileFormatError(f"{path}: the groups or the provenance are not what statistics have")
-        try:
-            return cls(space, tuple(groups), **tensors, provenance=provenance)
-        except VLMNeuronsError as error:
-            raise FileFormatError(f"{path}: {error}") from error
 
     def __repr__(self) -> str:
         width = max(map(len, self.groups))
@@ -459,23 +354,3 @@ def _counts(name: str, values: object) -> Tensor:
         if table.numel() and float(table.abs().max()) >= exact:
             raise MismatchError(f"{name} has floats of {exact} or more, which do not count exactly; count in int64")
     return table.to(torch.int64, copy=True)
-
-
-def _merged_provenance(first: Mapping[str, object], second: Mapping[str, object]) -> JSON:
-    """What both say; where they differ in a side matter, ``{"several": [...]}`` lists the values in order."""
-    check_addable(first, second)
-    for key in MUST_AGREE:
-        if first.get(key) != second.get(key):
-            raise MismatchError(
-                f"statistics with different {key!r} cannot be added: {first.get(key)!r} and {second.get(key)!r}"
-            )
-    merged: JSON = {}
-    for key in [*first, *(key for key in second if key not in first)]:
-        values: list[object] = []
-        for part in (first, second):
-            if key in part:
-                value = part[key]
-                several = value["several"] if isinstance(value, dict) and set(value) == {"several"} else [value]
-                values += [entry for entry in several if entry not in values]
-        merged[key] = values[0] if len(values) == 1 else {"several": values}
-    return merged

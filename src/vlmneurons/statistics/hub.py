@@ -8,7 +8,9 @@ the object and its provenance. What is fetched is checked like any other file; n
 import json
 import tempfile
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
+from string import Template
 
 from vlmneurons._version import __version__
 from vlmneurons.checks import of_kind
@@ -127,39 +129,20 @@ def card(thing: Shared, repo_id: str, *, license: str | None = None, notes: str 
     head = ["library_name: vlmneurons", "tags: [vlmneurons, interpretability, neurons]"]
     if license:
         head.insert(0, f"license: {json.dumps(license)}")
-    title = repo_id.rsplit("/", 1)[-1]
-    rows = [(_text(key), _text(value)) for key, value in provenance.items()]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
-    parts = [
-        "---",
-        *head,
-        "---",
-        f"# {title}",
-        "",
-        f"A `{kind}` of [vlmneurons](https://arxiv.org/abs/2510.24942).",
-        "",
-        *(f"    {line}" for line in repr(thing).splitlines()),
-        "",
-        *([notes, ""] if notes else []),
-        "## Where it comes from",
-        "",
-        table if rows else "Nothing is known: it carries no provenance.",
-        "",
-        f"Numbering `{thing.space.fingerprint}`: {_text(repr(thing.space))}.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import vlmneurons as vn",
-        "",
-        f"thing = vn.from_hub({json.dumps(repo_id)})",
-        "```",
-        "",
-        "Neurons that were selected for a group are those that a rule picked on some questions, not neurons that *are*",
-        "the group; see *Reading results* in the documentation.",
-        "",
-    ]
-    return "\n".join(parts)
+    rows = [f"| {_text(key)} | {_text(value)} |" for key, value in provenance.items()]
+    return Template(
+        resources.files("vlmneurons.statistics").joinpath("card.md").read_text(encoding="utf-8")
+    ).substitute(
+        head="\n".join(head),
+        title=repo_id.rsplit("/", 1)[-1],
+        kind=kind,
+        shown="\n".join(f"    {line}" for line in repr(thing).splitlines()),
+        notes=f"\n{notes}\n" if notes else "",
+        provenance="\n".join(["| | |", "|---|---|", *rows]) if rows else "Nothing is known: it carries no provenance.",
+        fingerprint=thing.space.fingerprint,
+        space=_text(repr(thing.space)),
+        repo=json.dumps(repo_id),
+    )
 
 
 def _kind_of(thing: object) -> str:

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vlmneurons.checks import JSON, JSONMapping, in_order, is_missing, names, path_of, whole
+from vlmneurons.checks import JSON, JSONMapping, in_order, is_missing, names, one_of, path_of, whole
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, QuestionError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import write_json
@@ -39,15 +39,7 @@ from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.evidence import refuse_uncounted
 
 _KIND = "vlmneurons items"
-_RECORD = np.dtype(
-    [
-        ("done", "u1"),
-        ("chosen", "<i4"),
-        ("tokens", "<i8"),
-        ("margin", "<f8"),
-        ("checksum", "<u4"),
-    ]
-)
+_RECORD = np.dtype([("done", "u1"), ("chosen", "<i4"), ("tokens", "<i8"), ("margin", "<f8"), ("checksum", "<u4")])
 _FILES = {"positive": np.dtype("<u2"), "reached": np.dtype("<u4"), "total": np.dtype("<f4"), "maximum": np.dtype("<f4")}
 _MOST = np.iinfo(np.uint16).max
 
@@ -339,22 +331,20 @@ class ItemStatistics:
             if name == "positive" and values.size and values.max() > _MOST:
                 raise MismatchError(f"a question has more than {_MOST:,} counted tokens; item statistics hold no more")
             blocks[name] = np.ascontiguousarray(values.astype(_dtype(name)))
-            with open(self.folder / f"{name}.bin", "r+b") as file:
-                width = self._columns(name) * _dtype(name).itemsize
-                for place, row in zip(places.tolist(), blocks[name], strict=True):
-                    file.seek(place * width)
-                    file.write(row.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+            self._put(name, places, blocks[name])
         records = np.zeros(len(places), dtype=_RECORD)
         records["done"], records["chosen"] = 1, np.asarray(chosen)
         records["tokens"], records["margin"] = np.asarray(tokens), np.asarray(margins)
         for n in range(len(places)):
             records["checksum"][n] = _checksum(records[n], [blocks[name][n] for name in self.tables])
-        with open(self.folder / "items.bin", "r+b") as file:
-            for place, entry in zip(places.tolist(), records, strict=True):
-                file.seek(place * _RECORD.itemsize)
-                file.write(entry.tobytes())
+        self._put("items", places, records)
+
+    def _put(self, name: str, places: np.ndarray, rows: np.ndarray) -> None:
+        """Write rows of a file at their places, and have them on disk."""
+        with open(self.folder / f"{name}.bin", "r+b") as file:
+            for place, row in zip(places.tolist(), rows, strict=True):
+                file.seek(place * row.nbytes)
+                file.write(row.tobytes())
             file.flush()
             os.fsync(file.fileno())
 
@@ -497,8 +487,7 @@ class ItemStatistics:
         Raises:
             MismatchError: no such condition.
         """
-        if condition not in ("correct", "wrong", "all"):
-            raise MismatchError(f"condition={condition!r} does not exist; choose from correct, wrong, all")
+        one_of("condition", condition, ("correct", "wrong", "all"), MismatchError)
         if condition == "all":
             return self.done
         return self.done & (self.correct == (condition == "correct"))
@@ -655,15 +644,12 @@ class GroupedItems:
         minimum = whole("minimum", minimum, SelectionError)
         thin = [f"{group} ({n})" for group, n in zip(self.groups, self.items.tolist(), strict=True) if n < minimum]
         if thin:
-            condition = "" if self.condition == "all" else f" that were answered {self._answered}"
+            answered = {"correct": "right"}.get(self.condition, self.condition)
+            condition = "" if self.condition == "all" else f" that were answered {answered}"
             raise SelectionError(
                 f"at least {minimum} questions a group{condition} are needed; fewer are in {', '.join(thin)}: leave "
                 "them out, or record more"
             )
-
-    @property
-    def _answered(self) -> str:
-        return {"correct": "right", "wrong": "wrong"}.get(self.condition, self.condition)
 
     def check_counted(self) -> None:
         """Make sure that every group has counted tokens.
@@ -764,9 +750,8 @@ class GroupedItems:
         """
         recording = self.recording
         table = {"mean": "total", "probability": "positive", "maximum": "maximum"}.get(on)
-        if table is None and on not in recording.statistics:
-            known = ", ".join((*VALUES, *recording.statistics))
-            raise SelectionError(f"on={on!r} does not exist; choose from {known}")
+        if table is None:
+            one_of("on", on, (*VALUES, *recording.statistics), SelectionError)
         table = table or on
         if table not in recording.tables:
             how = "magnitudes" if on == "mean" else "maxima"
@@ -784,6 +769,12 @@ class GroupedItems:
     def __repr__(self) -> str:
         counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
         return f"GroupedItems({len(self.rows)} questions: {counts}; {self.condition}, over {self.space!r})"
+
+
+def added_up(evidence: object) -> object:
+    """Counts of groups of what is of single questions; anything else as it is."""
+    grouped = evidence.grouped() if isinstance(evidence, ItemStatistics) else evidence
+    return grouped.statistics if isinstance(grouped, GroupedItems) else grouped
 
 
 def _dtype(name: str) -> np.dtype:

@@ -79,7 +79,7 @@ def crossing(
         )
     units = _units(questions)
     for group in sorted(set(questions.groups) - set(controls)):
-        for deck in set(decks.values()):
+        for deck in sorted(set(decks.values())):
             n_others, n_units = len(set(deck) - {group}), len(units[group])
             if others < n_others and n_units * others < n_others:
                 raise MismatchError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import JSONMapping, path_of
+from vlmneurons.checks import JSONMapping, one_of, path_of
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import read_parquet, write_parquet, write_text
@@ -190,8 +190,7 @@ class KnockoutResult:
         Raises:
             MismatchError: no such condition.
         """
-        if condition not in CONDITIONS:
-            raise MismatchError(f"condition={condition!r} does not exist; choose from {', '.join(CONDITIONS)}")
+        one_of("condition", condition, CONDITIONS, MismatchError)
         if condition == "all":
             return self
         return self.at(np.flatnonzero(self.correct[0] == (condition == "correct")))
@@ -335,7 +334,6 @@ class KnockoutResult:
         seed: int = 0,
         condition: str = "all",
         cluster: str = "picture",
-        resamples: int | None = None,
     ) -> pd.DataFrame:
         """Self effect, cross effects and gap of each selector, per group and over all groups (``group == "all"``).
 
@@ -366,7 +364,6 @@ class KnockoutResult:
             condition: which questions enter; see `table`.
             cluster: ``"picture"`` takes pictures with all their questions, which are not independent of each other, as
                 units; ``"question"`` takes every question for itself.
-            resamples: changes nothing: intervals are closed forms. Kept for scripts of when they were bootstrapped.
 
         Raises:
             MismatchError: no such value or condition, or a confidence outside (0, 1).
@@ -384,7 +381,6 @@ class KnockoutResult:
         seed: int = 0,
         condition: str = "all",
         cluster: str = "picture",
-        resamples: int | None = None,
     ) -> pd.DataFrame:
         """Whose mask harms whom: the `effects` of every mask on every group of questions, and what is particular to it.
 
@@ -402,7 +398,6 @@ class KnockoutResult:
             condition: which questions enter; see `table`.
             cluster: ``"picture"`` takes pictures with all their questions, which are not independent of each other, as
                 units; ``"question"`` takes every question for itself.
-            resamples: changes nothing: intervals are closed forms. Kept for scripts of when they were bootstrapped.
 
         Raises:
             MismatchError: no such selector, value or condition.
@@ -497,7 +492,6 @@ class KnockoutResult:
                 f"there is no sweep of {selector!r} over {axis!r} here; there are {', '.join(self.selectors)}"
             )
         ordered = sorted(values, key=lambda name: values[name])
-        how.pop("resamples", None)  # as in `summary`
         table = tables.summary_table(self.where(condition), ordered, Inference(**{"value": self.measure, **how}))
         table.insert(0, axis, [values[name] for name in table["selector"]])
         return table.assign(selector=selector)

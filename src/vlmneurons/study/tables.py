@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import JSON, share, whole
+from vlmneurons.checks import JSON, one_of, share, whole
 from vlmneurons.errors import MismatchError
 from vlmneurons.study.effects import (
     LEAST_UNITS,
@@ -48,8 +48,7 @@ class Inference:
         whole("permutations", self.permutations, MismatchError, least=0)
         whole("seed", self.seed, MismatchError, least=0)
         share("confidence", self.confidence, MismatchError)
-        if self.cluster not in CLUSTERS:
-            raise MismatchError(f"cluster={self.cluster!r} does not exist; choose from {', '.join(CLUSTERS)}")
+        one_of("cluster", self.cluster, CLUSTERS, MismatchError)
 
     def flips(self, tests: int) -> int:
         """Number of sign flips: enough that a p corrected over so many tests can be below 0.05 at all."""

@@ -133,7 +133,7 @@ def _tables_for(selector: Selector) -> dict[str, Evidence]:
         kinds = {part.reads for part in _leaves(selector)}
         if kinds <= {ActivationStatistics}:
             return dict(selector_tables())
-        of_each = [_tables_of(one) for one in kinds]
+        of_each = [_tables_of(one) for one in sorted(kinds, key=lambda one: one.__name__)]
         return {title: Bundle([tables[title] for tables in of_each]) for title in of_each[0]}
     return _tables_of(kind)
 

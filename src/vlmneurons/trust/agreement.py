@@ -12,7 +12,7 @@ from vlmneurons.errors import MismatchError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import CombinedSelector, Readable, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
-from vlmneurons.statistics.items import GroupedItems, ItemStatistics
+from vlmneurons.statistics.items import added_up
 from vlmneurons.trust.resampling import check_selector
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def relatedness(evidence: Readable, selector: Selector) -> "pd.DataFrame":
     check_selector(selector)
     selection = selector.select(evidence)
     ranks = score_ranks(selector, evidence)
-    stats = evidence.grouped() if isinstance(evidence, ItemStatistics) else evidence
-    stats = stats.statistics if isinstance(stats, GroupedItems) else stats
+    stats = added_up(evidence)
     profile = None
     if isinstance(stats, ActivationStatistics):
         profile = stats.probability.numpy()

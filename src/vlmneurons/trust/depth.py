@@ -1,5 +1,6 @@
 """In which layers the neurons of a selection lie, against a uniform choice of as many."""
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -113,7 +114,7 @@ def layer_profile(
         if size:
             if size not in known:
                 known[size] = generator.multivariate_hypergeometric(sizes, size, uniform, method="marginals")
-            for name, measure in (("gini", _gini), ("entropy", _entropy)):
+            for name, measure in (("gini", _gini), ("entropy", functools.partial(scipy_stats.entropy, axis=-1))):
                 row[name] = float(measure(counts))
                 row[f"{name}_uniform_low"], row[f"{name}_uniform_high"] = np.percentile(measure(known[size]), tails)
                 if again[group]:
@@ -135,11 +136,6 @@ def _gini(counts: np.ndarray) -> np.ndarray | np.number:
     n = ordered.shape[-1]
     weight = 2 * np.arange(1, n + 1) - n - 1
     return (ordered * weight).sum(-1) / (n * ordered.sum(-1))
-
-
-def _entropy(counts: np.ndarray) -> np.ndarray | np.number:
-    """Entropy, in nats, of the shares along the last axis."""
-    return scipy_stats.entropy(counts, axis=-1)
 
 
 def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> "pd.DataFrame":

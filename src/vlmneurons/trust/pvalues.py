@@ -1,6 +1,6 @@
 """Tests of changes, and corrections for several of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -98,13 +98,15 @@ def holm(pvalues: Sequence[float]) -> np.ndarray:
     Args:
         pvalues: ``[test]``; NaN where there is no test.
     """
-    values = np.asarray(pvalues, dtype=float)
-    corrected = np.full(values.shape, np.nan)
-    known = np.flatnonzero(~np.isnan(values))
-    ordered = known[np.argsort(values[known], kind="stable")]
-    steps = values[ordered] * np.arange(len(ordered), 0, -1)
-    corrected[ordered] = np.minimum(np.maximum.accumulate(steps), 1.0)
-    return corrected
+
+    def stepped(values: np.ndarray) -> np.ndarray:
+        order = np.argsort(values, kind="stable")
+        steps = values[order] * np.arange(len(order), 0, -1)
+        corrected = np.empty_like(values)
+        corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+        return corrected
+
+    return _corrected(pvalues, stepped)
 
 
 def benjamini_hochberg(pvalues: Sequence[float]) -> np.ndarray:
@@ -113,9 +115,13 @@ def benjamini_hochberg(pvalues: Sequence[float]) -> np.ndarray:
     Args:
         pvalues: ``[test]``; NaN where there is no test.
     """
-    values = np.asarray(pvalues, dtype=float)
-    corrected = np.full(values.shape, np.nan)
-    known = ~np.isnan(values)
+    return _corrected(pvalues, scipy_stats.false_discovery_control)
+
+
+def _corrected(pvalues: Sequence[float], correct: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """P-values with those that are known corrected together."""
+    corrected = np.array(pvalues, dtype=float)
+    known = ~np.isnan(corrected)
     if known.any():
-        corrected[known] = scipy_stats.false_discovery_control(values[known])
+        corrected[known] = correct(corrected[known])
     return corrected

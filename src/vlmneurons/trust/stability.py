@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_array
 
-from vlmneurons.checks import of_kind, share, whole
+from vlmneurons.checks import of_kind, one_of, share, whole
 from vlmneurons.errors import SelectionError
-from vlmneurons.neurons.selection import Selection
+from vlmneurons.neurons.selection import Selection, jaccards
 from vlmneurons.selectors import Selector
 from vlmneurons.statistics.items import GroupedItems, Grouping, ItemStatistics
 from vlmneurons.trust.agreement import score_ranks
@@ -82,8 +81,7 @@ def stability(
         SelectionError: a group has fewer questions than are needed, or fewer than two pictures (the message names it);
             no such method; or a recording of an earlier release, which keeps no pictures.
     """
-    if method not in METHODS:
-        raise SelectionError(f"method={method!r} does not exist; choose from {', '.join(METHODS)}")
+    one_of("method", method, METHODS, SelectionError)
     if size is not None and method != "pools":
         raise SelectionError(f"size belongs to method='pools'; {method!r} takes none")
     check_selector(selector)
@@ -102,11 +100,12 @@ def _table(units: Units, compared: Sequence[tuple["_Chosen", "_Chosen"]], tail: 
     """What `stability` returns, of the pairs of selections that are compared."""
     import pandas as pd
 
-    overlap = np.stack([_overlaps(one.selection, other.selection) for one, other in compared])
+    overlap = np.stack([jaccards(one.selection, other.selection) for one, other in compared])
     chance = np.array(
         [[one.selection[g].expected_jaccard(other.selection[g]) for g in one.selection] for one, other in compared]
     )
-    spearman = np.stack([_correlations(one.ranks, other.ranks, len(units.pool.groups)) for one, other in compared])
+    ranks, unknown = [(one.ranks, other.ranks) for one, other in compared], np.full(overlap.shape[1:], np.nan)
+    spearman = np.stack([unknown if a is None or b is None else a @ b.T for a, b in ranks])
     groups = range(len(units.pool.groups))
     rows = []
     for name, own in [*zip(units.pool.groups, ([n] for n in groups), strict=True), ("all", list(groups))]:
@@ -148,24 +147,6 @@ def _compared(
         assert size is not None
         first, second = (units.first(size, resamples, generator) for _ in range(2))
     return zip(chosen(first), chosen(second), strict=True)
-
-
-def _overlaps(first: Selection, second: Selection) -> np.ndarray:
-    """``[group, group]`` Jaccard overlap of each of the first's sets with each of the second's."""
-
-    def incidence(selection: Selection) -> csr_array:  # sparse, as sets are small and spaces not
-        places = np.concatenate([neurons.indices.numpy() for neurons in selection.values()])
-        ends = np.cumsum([0, *map(len, selection.values())])
-        return csr_array((np.ones(len(places)), places, ends), shape=(len(selection), len(selection.space)))
-
-    one, other = incidence(first), incidence(second)
-    shared = (one @ other.T).toarray()
-    union = np.add.outer(one.sum(1), other.sum(1)) - shared
-    return np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
-
-
-def _correlations(first: np.ndarray | None, second: np.ndarray | None, n_groups: int) -> np.ndarray:
-    return np.full((n_groups, n_groups), np.nan) if first is None or second is None else first @ second.T
 
 
 def _mean(tables: np.ndarray, places: Sequence[tuple[int, int]]) -> float:

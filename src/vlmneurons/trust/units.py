@@ -15,7 +15,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vlmneurons.checks import whole
+from vlmneurons.checks import one_of, whole
 from vlmneurons.errors import SelectionError
 from vlmneurons.statistics.items import GroupedItems, Grouping, Item, ItemStatistics
 
@@ -51,8 +51,7 @@ def units_of(
     """
     whole("seed", seed, SelectionError, least=0)
     minimum = whole("minimum", minimum, SelectionError)
-    if unit not in UNITS:
-        raise SelectionError(f"unit={unit!r} does not exist; choose from {', '.join(UNITS)}")
+    one_of("unit", unit, UNITS, SelectionError)
     if isinstance(items, ItemStatistics):
         pool = items.grouped(by, condition=condition, balanced=balanced, minimum=minimum, seed=seed)
     elif not isinstance(items, GroupedItems):
