@@ -81,10 +81,25 @@ towers with {neurons:,} neurons, {heads}. For each tower:
   do not reach the tower.
 - *counted*: how many firings were counted, row by row, in batches of five padded on the left and on the right and in
   batches of one; and by how many they *differ* from what plain hooks see of single rows: neurons within rounding of 0.
+- *study*: `record`, `CAS`, `knockout` of five questions under two masks of the tower's neurons: the largest difference
+  of the options' margins, in nats, from those of deep copies with zeroed columns that are shown each question alone;
+  "generated" where answers are, which were compared between batches of five and of one.
 
-| small model | class | tower | MLPs run | moved | half off: logits | tokens | counted | differ |
-|---|---|---|--:|--:|--:|--:|--:|--:|
+| small model | class | tower | MLPs run | moved | half off: logits | tokens | counted | differ | study |
+|---|---|---|--:|--:|--:|--:|--:|--:|--:|
 {rows}
+
+## Whose processor asked, and what was not
+
+Of the {classes} classes of the mapping {own} were asked questions through a processor of their own class or a
+tokenizer, {made_up} through one made up in the tests, which makes of each picture what the model takes, and {unasked}
+were asked none. {studied} went through record, select and knockout with at least one tower. *Together*: on which sides
+questions of different lengths may be padded in one batch. Where a model's own code, in transformers {transformers},
+does not keep rows apart, `record` and `knockout` refuse the batch and say so, and it was asked one question at a time.
+
+| small model | processor | together | not counted or studied |
+|---|---|---|---|
+{asked}
 """
 NOTES = """
 ## Questions, through each family's own processor
@@ -115,7 +130,18 @@ What the processor draws into a picture, such as the border of a LLaVA-NeXT crop
   switched off as any other. Those that a default configuration gives vectors of another size than the decoder's are
   not in the table. BLIP-2's and InstructBLIP's `qformer`, Idefics2's `connector`, Idefics' `gated_cross_attn_layers`,
   Evolla's `protein_encoder` and Granite Vision's projectors are stacks of blocks, and towers of their own under these
-  names: they are ablated, but what they see is no question's tokens for certain, so a `Recorder` refuses them.
+  names. A `qformer`'s and a `connector`'s queries, and DeepSeek-VL's `high_res_vision_model`, are counted by the
+  pictures that they are of (beside words, as InstructBLIP's, one question at a time). The others are ablated, but what
+  they see is no question's tokens for certain, so counting refuses them.
+- Sounds: the towers `audio` and `audio_projector` are counted by question in Qwen2-Audio, Qwen2.5-Omni, Qwen3-Omni,
+  Voxtral, Granite Speech, Gemma 3n and Gemma 4, without the silence that fills a sound up to the length that the tower
+  wants. Others (Nemotron, Muse Spark, Dots 3) are refused, for it is not known what of it fills up. Granite Speech's
+  conformer, and Gemma 3n's and Gemma 4's features, take what fills a sound up to its batch's longest for a part of it:
+  sounds of different lengths are refused in one batch.
+- Routed experts that are shown some of a batch's tokens only, as Ernie 4.5 VL's for words and for pictures, cannot be
+  counted where there are pictures, nor can experts in a tower that sees (Dots 3). They are read and switched off.
+- GIT puts a picture's vectors before the words itself: its decoder's tokens cannot be told, and its answers are read by
+  generation only.
 - Class names decide nothing: an attention is told by its sums over tokens. Only of a module whose `forward` cannot be
   followed is it believed that it attends, if its code calls something of the kind; and any two layers in it that fit
   together like an MLP's, and are not called like attention's, are an error.
@@ -142,6 +168,9 @@ What the processor draws into a picture, such as the border of a LLaVA-NeXT crop
   `Recorder` counts the tower `encoder` over the question and `language` over the decoder's own tokens, each in a run of
   your own; `record`, and answers read by letters or text, refuse them. `Ablation` and a `knockout` with
   `answer="generate"` work as elsewhere.
+- HunYuan-VL, MiniCPM-V 4.6 and 4.7 and Emu3 let questions of a batch reach each other in transformers 5.24.0, BLIP
+  counts positions of padding on the left, and small models with sparse attention break ties by what is beside: the
+  first batch of a model that is not known to keep rows apart is tried out, and refused if the answers are others.
 - In your own runs of a video's inputs a `Recorder` does not take its placeholders for `"content"`: count them with a
   rule of your own, such as `tokens=lambda table: table.attention`. Of questions with videos `record` counts them
   ([sounds and videos](guides/sound-and-video.md)).
@@ -202,6 +231,28 @@ def _off(value: Any) -> str:
     return "–" if isinstance(value, str) else "=" if value == 0 else f"{value:.0e}"
 
 
+def _study(study: Mapping[str, Any]) -> str:
+    """How a study of one tower went."""
+    return "–" if "masks" not in study else study.get("answers") or f"{study['off']:.0e}"
+
+
+def _asked(result: Mapping[str, Any]) -> str:
+    """A row of how a small model was asked, and what was not counted, and why."""
+    if result["unasked"]:
+        return f"| `{result['name']}` | none: {result['unasked']} | – | all |"
+    processor = f"made up: {result['made_up']}" if result["made_up"] else "its own" if result["sees"] else "a tokenizer"
+    sides = " and ".join(result.get("together", [])) or "one by one"
+    reasons: dict[str, list[str]] = {}
+    for tower, of in result["towers"].items():
+        refused = next((of[part]["refused"] for part in ("study", "counts") if "refused" in of.get(part, {})), None)
+        if refused is not None:
+            text = refused.partition(": ")[2].replace("|", "/")
+            text = text.removeprefix(f"{tower}.").partition(": ")[2] if text.startswith(f"{tower}.") else text
+            reasons.setdefault(text or refused, []).append(tower)
+    told = "<br>".join(f"{', '.join(towers)}: {text}" for text, towers in reasons.items())
+    return f"| `{result['name']}` | {processor} | {sides} | {told or '–'} |"
+
+
 def _figures(results: Sequence[Mapping[str, Any]]) -> str:
     """The table of what each small model went through."""
     rows, exact = [], 0
@@ -213,9 +264,20 @@ def _figures(results: Sequence[Mapping[str, Any]]) -> str:
             counted = f"{counts['counts']:,} | {counts['off']}" if "counts" in counts else "– | –"
             rows.append(
                 f"| `{result['name']}` | {result['class']} | {tower} | {of['ran']} of {of['mlps']} "
-                f"| {of['moved']} of {of['tried']} | {off} | {tokens} | {counted} |"
+                f"| {of['moved']} of {of['tried']} | {off} | {tokens} | {counted} | {_study(of.get('study', {}))} |"
             )
+    mapped = [result for result in results if not result["name"].startswith("text/")]
+    own = {r["class"] for r in mapped if not r["made_up"] and not r["unasked"]}
+    made_up = {r["class"] for r in mapped if r["made_up"]} - own
+    studied = {r["class"] for r in mapped if any("masks" in of.get("study", {}) for of in r["towers"].values())}
     return FIGURES.format(
+        classes=len({result["class"] for result in mapped}),
+        own=len(own),
+        made_up=len(made_up),
+        unasked=len({r["class"] for r in mapped if r["unasked"]} - own - made_up),
+        studied=len(studied),
+        transformers=transformers.__version__,
+        asked="\n".join(map(_asked, mapped)),
         models=len(results),
         of_text=sum(result["name"].startswith("text/") for result in results),
         towers=len(rows),

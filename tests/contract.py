@@ -3,7 +3,8 @@
 *Half off*: half of a tower's neurons, drawn at random, are switched off; logits, and three generated tokens with their
 logits, are those of a deep copy in which the columns of the down projections are zero. *Counts*: how often each neuron
 is above zero, row by row, in a batch of five padded on the left, on the right, and in batches of one, is what forward
-hooks see of each row alone.
+hooks see of each row alone. *Study*: questions are recorded, neurons selected, and switched off; the log-probabilities
+of the letters are those of a deep copy with zeroed columns that is shown each question alone.
 
 As a script it runs models by name, or the n-th part of all, and writes a shard that `docs/generate_architectures.py`
 reads: ``python tests/contract.py --part 1/8 --output contract``. ``.ci/nightly`` runs all.
@@ -21,18 +22,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmneurons as vn
 from small_models import SMALL, Small
+from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.testing import check_architecture, tiny_image
 
 N_ROWS = 5
 ROUNDING = 4
 """How many counts of a row may differ between batches of other sizes: neurons within rounding of 0."""
+NEAR = 1e-6
+"""A value is within rounding of 0 if it is this small beside the largest of its site."""
 STEPS = 3
 
 
@@ -130,14 +135,20 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def plain_counts(bare: nn.Module, mlps: Sequence[MLP]) -> Iterator[dict[int, Tensor]]:
-    """How often each neuron of ``post`` is above zero in the forwards within, by the MLP's place."""
+def plain_counts(bare: nn.Module, mlps: Sequence[MLP], real: Tensor | None = None) -> Iterator[dict[int, Tensor]]:
+    """How often each neuron of ``post`` is above zero, and near it, in the forwards within, by the MLP's place.
+
+    ``real`` says which patches of each picture are not padding, where some are even alone.
+    """
     counts: dict[int, Tensor] = {}
     handles = []
 
     def add(place: int, values: Tensor) -> None:
-        positive = (values.detach().reshape(-1, values.shape[-1]) > 0).sum(0)
-        counts[place] = counts[place] + positive if place in counts else positive
+        values = values if real is None or values.shape[:2] != real.shape else values[real]
+        values = values.detach().reshape(-1, values.shape[-1])
+        near = values.abs() <= NEAR * values.abs().max() if values.numel() else values > 0
+        of = torch.stack([(values > 0).sum(0), near.sum(0)])
+        counts[place] = counts[place] + of if place in counts else of
 
     tensors: dict[str, list[tuple[int, MLP]]] = {}
     for place, mlp in enumerate(mlps):
@@ -153,6 +164,8 @@ def plain_counts(bare: nn.Module, mlps: Sequence[MLP]) -> Iterator[dict[int, Ten
             hidden = given[0].reshape(-1, given[0].shape[-1])
             chosen = next((value for value in given[1:] if value.dtype == torch.int64), None)
             for place, mlp in experts:
+                if "shared" in mlp.path:  # which see every token, and are weighted by more than their own parameters
+                    continue
                 if chosen is None:  # one slice an expert, what is not routed to it being zero
                     slices = hidden.reshape(len(experts), -1, hidden.shape[-1])[mlp.expert]
                     rows = slices[slices.ne(0).any(-1)]
@@ -187,22 +200,38 @@ def expert_post(module: nn.Module, mlp: MLP, rows: Tensor) -> Tensor:
 
 
 def compare(found: Tensor, expected: Mapping[int, Tensor], space: vn.NeuronSpace, what: str) -> int:
-    """How many counts ``[neuron]`` differ; every one of an MLP that plain hooks saw is compared."""
+    """How many counts ``[neuron]`` differ; every one of an MLP that plain hooks saw is compared.
+
+    A neuron's may differ by no more than it has values within rounding of 0 in the row alone.
+    """
     off = 0
-    for place, counts in expected.items():
+    for place, (counts, near) in expected.items():
         start = space.offsets[place]
-        here = found[start : start + space.widths[place]]
-        off += int((here - counts).abs().sum())
+        differ = (found[start : start + space.widths[place]] - counts).abs()
+        assert (differ <= near).all(), f"{what}: {int(differ.sum())} counts differ from plain hooks'"
+        off += int(differ.sum())
     assert off <= ROUNDING, f"{what}: {off} counts differ from plain hooks'"
     return off
+
+
+def real_patches(kind: str, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which patches of a question's pictures ``[picture, patch]`` are not padding, by hand; None where all are."""
+    if kind == "lfm2_vl":
+        return inputs["pixel_attention_mask"].bool()
+    if kind == "gemma4" and "image_position_ids" in inputs:
+        return (inputs["image_position_ids"] >= 0).all(-1)
+    if kind == "aria":
+        return inputs["pixel_mask"].unfold(1, 70, 70).unfold(2, 70, 70).flatten(3).any(-1).flatten(1)
+    return None
 
 
 def counts_alone(bare: nn.Module, rows: "Rows", mlps: Sequence[MLP]) -> list[dict[int, Tensor]]:
     """What plain hooks see of each row alone."""
     expected = []
     for row in range(N_ROWS):
-        with plain_counts(bare, mlps) as counts:
-            bare(**rows.alone(row))
+        inputs = rows.alone(row)
+        with plain_counts(bare, mlps, real_patches(bare.config.model_type, inputs)) as counts:
+            bare(**inputs)
         expected.append(counts)
     return expected
 
@@ -216,7 +245,7 @@ def counts_by_row(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> d
     """
     mlps, space = model.towers[tower].mlps, model.space(tower, "post")
     expected = counts_alone(bare, rows, mlps)
-    off, ways = 0, {side: rows.together(side) for side in rows.sides}
+    off, ways = 0, {side: rows.together(side) for side in rows.sides if rows.apart[side]}
     for side, batch in ways.items():
         recorder = vn.Recorder(model, space, tokens=lambda table: table.attention)
         with recorder, recorder.group([f"row {row}" for row in range(N_ROWS)]):
@@ -227,7 +256,7 @@ def counts_by_row(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> d
         with vn.Recorder(model, space, tokens=lambda table: table.attention) as recorder:
             model.hf(**rows.alone(row))
         off += compare(recorder.statistics.positive[0], expected[row], space, f"{tower}, row {row} alone")
-    total = sum(int(counts.sum()) for row in expected for counts in row.values())
+    total = sum(int(counts.sum()) for row in expected for counts, _ in row.values())
     return {"rows": N_ROWS, "sides": list(ways), "counts": total, "off": off}
 
 
@@ -237,13 +266,95 @@ def counts_by_question(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str)
     mlps, space = model.towers[tower].mlps, model.space(tower, "post")
     expected = counts_alone(bare, rows, mlps)
     off = 0
-    for size in (N_ROWS, 1):
+    for size in (N_ROWS, 1) if rows.apart["right"] else (1,):
         found = vn.record(model, rows.questions, space, condition="all", batch_size=size, progress=False)
         for row in range(N_ROWS):  # each question is a group of its own
             own = found.positive[found.groups.index(f"q{row}")]
             off += compare(own, expected[row], space, f"{tower}, question {row}, batches of {size}")
-    total = sum(int(counts.sum()) for row in expected for counts in row.values())
+    total = sum(int(counts.sum()) for row in expected for counts, _ in row.values())
     return {"rows": N_ROWS, "sides": ["left"], "counts": total, "off": off}
+
+
+@torch.no_grad()
+def keeps_apart(model: vn.VLM, bare: nn.Module, rows: "Rows", side: str) -> bool:
+    """Whether a model that nobody wrapped gives rows of a batch, padded on a side, the logits that each has alone."""
+    batch = rows.together(side)
+    logits = bare(**batch).logits
+    for row in range(N_ROWS):
+        expected = bare(**rows.alone(row)).logits[0, -1].log_softmax(-1)
+        if model.is_encoder_decoder:
+            last = -1
+        else:
+            last = int(batch["attention_mask"][row].nonzero().max()) - batch["attention_mask"].shape[1]
+        off = float((logits[row, last].log_softmax(-1) - expected).abs().max())
+        if off > 2e-3 * max(1.0, float(expected.abs().max())):
+            return False
+    return True
+
+
+# -- record, select, knockout ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def study(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> dict[str, Any]:
+    """Neurons of a tower selected by recorded counts, and switched off while questions are asked.
+
+    Returns:
+        ``masks`` that were asked under, ``off`` by how much letters' margins differ from those of copies with zeroed
+        columns, ``moved`` how far they went, or ``refused``, what the library says it does not do.
+    """
+    space, questions, size = model.space(tower, "post"), rows.questions, N_ROWS
+    if model.is_encoder_decoder:  # counts of its questions are those of a Recorder, which `counts_by_row` compares
+        selection = {"q0": half_of(model, tower), "q1": half_of(model, tower)}
+        questions = questions.asked(answer="generate")
+        model.hf.generation_config.use_cache = False  # T5's cache is as long as its encoder, and its decoder longer
+    else:
+        try:
+            recorded = vn.record(model, questions, space, condition="all", batch_size=size, progress=False)
+        except QuestionError as error:
+            if "read answers by generation" not in str(error):
+                raise
+            questions = questions.asked(answer="generate")
+            recorded = vn.record(model, questions, space, condition="all", batch_size=size, progress=False)
+        except MismatchError as error:
+            if rows.apart["right"] or "otherwise in a batch than alone" not in str(error):
+                raise
+            size = 1  # as it says
+            recorded = vn.record(model, questions, space, condition="all", batch_size=size, progress=False)
+        single = vn.record(model, questions, space, condition="all", batch_size=1, progress=False)
+        apart = int((recorded.positive - single.positive).abs().sum())
+        assert apart <= ROUNDING, f"{tower}: {apart} counts differ between batches of {N_ROWS} and of 1"
+        assert torch.equal(recorded.tokens, single.tokens)
+        selection = vn.CAS(0.1).select(recorded)
+    masks = {name: selection[name] for name in ("q0", "q1")}
+    whole = {"CAS": vn.Selection(masks)}
+    result = vn.knockout(model, questions, whole, batch_size=size, progress=False)
+    alone = vn.knockout(model, questions, whole, batch_size=1, progress=False)
+    assert (result.chosen == alone.chosen).all(), f"{tower}: other answers in batches of {N_ROWS} and of 1"
+    told: dict[str, Any] = {"masks": len(masks), "neurons": len(masks["q0"]), "batches": size}
+    if model.is_encoder_decoder or not isinstance(questions.answer, str) or questions.answer != "letters":
+        return told | {"answers": "generated"}
+    off = 0.0
+    for number, neurons in enumerate((None, *masks.values())):
+        twin = bare if neurons is None else without_columns(bare, model.towers[tower].mlps, neurons)
+        expected = [letters(model, twin, rows, row) for row in range(N_ROWS)]
+        margins = [
+            scores[item.answer] - scores[np.arange(4) != item.answer].max() for scores, item in zip(expected, questions)
+        ]
+        off = max(off, float(np.abs(result.values("margin")[number] - margins).max()))
+    assert off <= 1e-3, f"{tower}: letters' margins are {off:g} off those of zeroed columns"
+    return told | {"off": off, "moved": float(np.ptp(result.values("margin"), axis=0).max())}
+
+
+def letters(model: vn.VLM, bare: nn.Module, rows: "Rows", row: int) -> np.ndarray:
+    """Log-probabilities of the options' letters after a question alone, in the question's own order."""
+    vocabulary, item = model.tokenizer.get_vocab(), rows.questions[row]
+    forms = torch.tensor([[vocabulary[letter], vocabulary["Ġ" + letter]] for letter in "ABCD"])
+    inputs = model.prepare(rows.questions[row : row + 1], padding_side="right")
+    shown = bare(**inputs).logits[0, -1].double().log_softmax(-1)[forms].logsumexp(-1)
+    scores = np.empty(4)
+    scores[list(rows.questions.order(item))] = shown.numpy()
+    return scores
 
 
 class Rows:
@@ -252,6 +363,7 @@ class Rows:
     def __init__(self, model: vn.VLM, small: Small) -> None:
         self.model, self.small = model, small
         decodes = model.is_encoder_decoder
+        self.apart: dict[str, bool] = {}
         self.sides = ("right",) if decodes else ("left", "right")
         self.questions = vn.QuestionSet(
             vn.Question(
@@ -294,10 +406,10 @@ class Rows:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 OF_TEXT = ("language", "encoder")
-OF_PICTURES = ("vision", "projector")
+OF_PICTURES = ("vision", "projector", "qformer", "connector", "high_res_vision_model")
 
 
-def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts")) -> dict[str, Any]:
+def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts", "study")) -> dict[str, Any]:
     """Everything about one small model.
 
     Args:
@@ -314,12 +426,16 @@ def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts")) -> di
     bare = small.model
     model = vn.VLM(copy.deepcopy(bare), small.processor or small.tokenizer, template=small.template)
     result: dict[str, Any] = {"name": name, "type": small.type, "class": type(bare).__name__, "towers": {}}
+    result |= {"made_up": small.made_up, "unasked": small.unasked, "sees": small.sees}
     reports: Mapping[str, Any] = {}
     if "contract" in wanted:
         report = check_architecture(bare, inputs=small.inputs)
         reports = {tower.name: tower for tower in report.towers}
         result["notes"] = list(report.notes)
     rows = Rows(model, small)
+    if {"counts", "study"} & set(wanted) and not small.unasked and small.rows:
+        rows.apart = {side: keeps_apart(model, bare, rows, side) for side in rows.sides}
+        result["together"] = [side for side, apart in rows.apart.items() if apart]
     for tower in model.towers:
         of = result["towers"].setdefault(tower, {})
         if tower in reports:
@@ -334,6 +450,11 @@ def run(name: str, wanted: Sequence[str] = ("contract", "half", "counts")) -> di
                 of["counts"] = count(model, bare, rows, tower)
             except vn.VLMNeuronsError as error:  # what is not counted is said
                 of["counts"] = {"refused": f"{type(error).__name__}: {error}"}
+        if "study" in wanted and not small.unasked and not (model.is_encoder_decoder and small.processor is None):
+            try:
+                of["study"] = study(model, bare, rows, tower)
+            except vn.VLMNeuronsError as error:
+                of["study"] = {"refused": f"{type(error).__name__}: {error}"}
     return result | {"seconds": round(time.process_time() - start, 1)}
 
 

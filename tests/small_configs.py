@@ -74,7 +74,7 @@ TOWER = {
 }  # fmt: skip
 QUERIES = {
     "hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
-    "encoder_hidden_size": 32, "vocab_size": 640, "max_position_embeddings": 64,
+    "encoder_hidden_size": 32, "vocab_size": 640, "max_position_embeddings": 512,
 }  # fmt: skip
 LISTS = ("layer_types", "mlp_layer_types", "decoder_layer_types", "ffn_layer_types")
 """What kind each layer is of: every kind is kept once, and there are at least two layers."""
@@ -109,7 +109,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "audio_config": {"codebook_dim": 32, "decoder_attention_num_groups": 4},
         "vision_config": {"embed_dim": 32, "latent_channels": 32},
     },
-    "aria": {"projector_patch_to_query_dict": {"16": 4}, "max_value_projector_patch_to_query_dict": 4},
+    "aria": {  # its image processor makes pictures of 490 or 980 pixels a side, and no smaller ones
+        "vision_config": {"patch_size": 70, "image_size": 490},
+        "projector_patch_to_query_dict": {"49": 4},
+        "max_value_projector_patch_to_query_dict": 4,
+    },
     "blip-2": {"num_query_tokens": 4, "image_token_index": IMAGE},
     "deepseek_ocr2": {
         "vision_config": {"sam_config": {"downsample_channels": [24, 32]}},
@@ -144,8 +148,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "instructblip": {"num_query_tokens": 4, "image_token_index": IMAGE},
     "instructblipvideo": {"num_query_tokens": 4, "video_token_index": 11},
     "kimi_k25": {"projection_hidden_size": 32, "text_config": {"head_dim": 4}},
-    "kosmos-2": {"latent_query_num": 4},
-    "kosmos-2.5": {"latent_query_num": 4},
+    "kosmos-2": {"latent_query_num": 4, "text_config": {"pad_token_id": 0, "bos_token_id": 1}},
+    "kosmos-2.5": {"latent_query_num": 4, "text_config": {"pad_token_id": 0, "bos_token_id": 1}},
     "llava_next_video": {"image_grid_pinpoints": [[16, 32], [32, 16]]},
     "mistral4": {"qk_rope_head_dim": 6, "qk_nope_head_dim": 6},
     "muse_glimmer": {"out_hidden_size": 128},
@@ -310,7 +314,7 @@ def _forms(names: set[str]) -> Iterator[dict[str, Tensor]]:
             yield {"pixel_values": _random(*shape), "target_sizes": torch.tensor([[4, 4]])}
     for shape in ((1, 2, 4, 4, 3), (4, 2, 4, 4, 3), (1, 16, 2700)):
         yield {"pixel_values": _random(*shape)}
-    for side in (16, 32, 56, 64, 256):
+    for side in (16, 32, 56, 64, 256, 490):
         for shape in ((1, 3, side, side), (1, 1, 3, side, side), (1, 3, 3, side, side)):
             more: dict[str, Tensor] = {}
             if "image_sizes" in names:

@@ -31,6 +31,8 @@ class Small(NamedTuple):
         sees: whether its processor takes pictures.
         rows: whether rows of words can share a batch.
         padded_alone: whether what the vision tower sees of one picture is padded, even alone.
+        made_up: why its processor is not of its own class; empty where it is, or where there is none.
+        unasked: why it is asked no questions; empty where it is.
     """
 
     type: str
@@ -41,6 +43,8 @@ class Small(NamedTuple):
     sees: bool = False
     rows: bool = True
     padded_alone: bool = False
+    made_up: str = ""
+    unasked: str = ""
 
     @property
     def tokenizer(self) -> Any:
@@ -57,7 +61,7 @@ def _tiny(name: str) -> Small:
         processor,
         tiny_template(name) if name != "paligemma" else None,
         sees=True,
-        padded_alone=name in ("gemma4", "mllama"),
+        padded_alone=name == "mllama",
     )
 
 
@@ -65,6 +69,9 @@ def _text(name: str) -> Small:
     from test_text_models import MODELS
 
     settings, widths = MODELS[name]
+    settings = {**settings, "vocab_size": 640}  # as many as the tokenizer's
+    if "max_position_embeddings" in settings:
+        settings["max_position_embeddings"] = 512  # for questions of some length
     auto = transformers.AutoModelForSeq2SeqLM if "encoder" in widths else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
     model = auto.from_config(transformers.AutoConfig.for_model(name, **settings)).float().eval()
@@ -77,13 +84,41 @@ def _text(name: str) -> Small:
     return Small(name, model, inputs, template="plain")
 
 
+UNASKED = {
+    "diffusion_gemma": "gives its answer's words all at once, in the place of noise",
+    "pi0": "gives movements, and no words",
+    "pix2struct": "its question is drawn into the picture: no tokens of it are seen",
+    "pp_formulanet": "takes a picture alone, and no question",
+    "vision-encoder-decoder": "takes a picture alone, and no question",
+}
+"""The classes that are asked no questions, and why."""
+MADE_UP = {
+    "evolla": "its processor takes proteins, and no pictures",
+    "idefics": "its processor writes words of its own into the question's",
+    "fuyu": "its processor counts the tokens of another tokenizer",
+    "instructblipvideo": "its processor takes videos as pictures",
+    "udop": "its processor needs pytesseract",
+}
+"""The classes whose processor is made up, and why."""
+TEXT = ("gemma4_unified", "mistral4")
+"""The classes whose default configurations see nothing."""
+BLIND = (*TEXT, "evolla")
+
+
 def _mapped(name: str, every_tower: bool = False) -> Small:
     from small_configs import small_inputs, small_model
+    from small_processors import MadeUp, small_processor
 
     model = small_model(name, every_tower=every_tower)
-    # A model that does not generate is no model of text; PI0 gives actions.
-    processor = tiny_model("paligemma")[1] if name == "pi0" else None
-    return Small(name, model, small_inputs(name, model), processor, "plain", rows=False)
+    inputs = small_inputs(name, model)
+    if name in UNASKED:
+        # A model that does not generate is no model of text; PI0 gives actions.
+        processor = tiny_model("paligemma")[1] if name == "pi0" else None
+        return Small(name, model, inputs, processor, "plain", rows=False, unasked=UNASKED[name])
+    sees = name not in BLIND
+    processor = MadeUp(inputs, sees=sees) if name in MADE_UP else None if name in TEXT else small_processor(name, model)
+    how = {"template": "plain"} if name in TEXT else {}
+    return Small(name, model, inputs, processor, **how, sees=sees, made_up=MADE_UP.get(name, ""))
 
 
 def _texts() -> list[str]:

@@ -24,7 +24,17 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from vlmneurons.checks import Keywords, one_of
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.prompts import Prompts
-from vlmneurons.model.vision_rows import OF_PICTURES, Inputs, Rows, vision_rows
+from vlmneurons.model.sound_rows import Heard, hears_alone, sound_rows
+from vlmneurons.model.vision_rows import (
+    OF_PICTURES,
+    Inputs,
+    Rows,
+    UnknownPadding,
+    local_rows,
+    real_patches,
+    video_rows,
+    vision_rows,
+)
 from vlmneurons.questions.media import picture_size
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet, bare_prompt
@@ -119,6 +129,16 @@ def check_token_rule(rule: object) -> None:
         raise QuestionError(f"tokens={rule!r} is not a token rule; choose from {', '.join(TOKEN_RULES)}")
 
 
+class Shown(NamedTuple):
+    """What towers are shown of a batch; see the attributes of `Batch`."""
+
+    vision: tuple[int, ...] | None
+    patches: Bool[Tensor, "row patch"] | None
+    seen: tuple[tuple[int, ...], ...] | None
+    heard: Heard | None
+    is_whole: bool
+
+
 class Batch(BatchFeature):
     """Model inputs that know what they are: ``model.hf(**batch)`` runs them.
 
@@ -129,12 +149,19 @@ class Batch(BatchFeature):
         patches: which patches of each of the vision tower's rows are real; None where none is padding.
         pictures: for each row a digest of its pictures' pixels, in order, and of its sounds and videos: rows with the
             same one show the same; None where that is not known.
+        seen: the numbers of `vision`, and after them those of videos, whose rows come after all pictures' (`vision` is
+            None where there are videos); None where they cannot be told.
+        heard: what of the audio tower's rows is whose; None where that cannot be told.
+        is_whole: whether all that the vision tower sees is one question's, however many rows it is.
     """
 
     tokens: TokenTable
     vision: tuple[int, ...] | None
     patches: Bool[Tensor, "row patch"] | None
     pictures: tuple[bytes, ...] | None
+    seen: tuple[tuple[int, ...], ...] | None
+    heard: Heard | None
+    is_whole: bool
 
     def __init__(
         self,
@@ -143,12 +170,12 @@ class Batch(BatchFeature):
         vision: tuple[int, ...] | None,
         patches: Bool[Tensor, "row patch"] | None = None,
         pictures: tuple[bytes, ...] | None = None,
+        shown: Shown | None = None,
     ) -> None:
         super().__init__(data)
-        self.tokens = tokens
-        self.vision = vision
-        self.patches = patches
-        self.pictures = pictures
+        self.tokens, self.pictures = tokens, pictures
+        shown = shown or Shown(vision, patches, None if vision is None else (vision,), None, False)
+        self.vision, self.patches, self.seen, self.heard, self.is_whole = shown
 
 
 class Encoder:
@@ -349,6 +376,7 @@ class Encoder:
         self._refuse_lost(data, shown)
         attention, ids = data["attention_mask"].bool(), data["input_ids"]
         image, audio, video = self._media_masks(data, items, shown)
+        self._refuse_together(data, shown, video is not None)
         special = torch.isin(ids, torch.tensor(sorted(self._special_ids), dtype=ids.dtype))
         template = torch.ones_like(attention)
         last = torch.zeros(len(ids), dtype=torch.int64)
@@ -359,15 +387,33 @@ class Encoder:
             last[row] = places[len(places) - n_added - 1]
         tokens = TokenTable(ids, attention, image, special, template, last, audio, video)
         tokens = replace(tokens, template=template & ~tokens.media)
-        vision, patches = None, None  # a video is more rows of the vision tower, which are not told apart yet
-        if video is None:
-            alone = lambda n: self._process([texts[n]], [shown[n]], padding_side)  # noqa: E731
-            vision, patches = self._vision_rows(data, [row.pictures for row in shown], alone) or (None, None)
+        alone = lambda n: self._process([texts[n]], [shown[n]], padding_side)  # noqa: E731
+        of_towers = self._shown_to_towers(data, shown, tokens, alone)
         digests = {name: _digest(row) for name, row in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
         if padding_side == "left" and self._learns_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
-        return cast(Batch, Batch(dict(data), tokens, vision, patches, seen_as).to(self.model.device))
+        made = Batch(dict(data), tokens, None, None, seen_as, of_towers)
+        return cast(Batch, made.to(self.model.device))
+
+    def _refuse_together(self, data: Inputs, shown: Sequence["_Shown"], has_videos: bool) -> None:
+        """Refuse sounds and videos of different lengths in one batch, where what is asked would depend on the longest.
+
+        Raises:
+            QuestionError: it would.
+        """
+        lengths = {tuple(map(len, row.videos)) for row in shown}
+        if has_videos and "pixel_values_videos" not in data and len(lengths) > 1:
+            # SmolVLM's processor writes the number of frames of the longest video into every prompt.
+            raise QuestionError(
+                f"{type(self.processor).__name__} makes other prompts of videos where it sees longer ones beside them: "
+                "encode videos with different numbers of frames apart (batch_size=1)"
+            )
+        if hears_alone(self.model.hf.config) and len({len(sound) for row in shown for sound in row.sounds}) > 1:
+            raise QuestionError(
+                f"{type(self.model.hf).__name__} hears in a sound what fills it up to the length of others beside it: "
+                "encode sounds of different lengths apart (batch_size=1)"
+            )
 
     def _text_of(self, asked: QuestionSet, item: Question) -> str:
         """A question's text as the set's prompt has it, which may hold no placeholder of its own."""
@@ -465,6 +511,8 @@ class Encoder:
             about = {len(one): {"fps": FRAMES_PER_SECOND, "total_num_frames": len(one)} for one in videos}
             known = [{**about[len(one)], "frames_indices": list(range(len(one)))} for one in videos]
             more |= {"videos": videos, "do_sample_frames": False, "video_metadata": known}
+        if any(pictures) and self._asks_for_types:
+            more["return_mm_token_type_ids"] = True
         images: Any = pictures
         if self._by_default("images_kwargs", "multi_page") is False:
             # GOT-OCR: a list of lists would be pages of documents.
@@ -478,12 +526,24 @@ class Encoder:
             add_special_tokens=self._adds_special(texts[0]),
             return_tensors="pt",
         )
+        if padding_side == "left" and isinstance(mask := data.get("qformer_attention_mask"), Tensor):
+            # A Q-Former counts positions from the first column, padding and all: its words begin there (InstructBLIP).
+            order = mask.argsort(dim=1, descending=True, stable=True)
+            for name in ("qformer_input_ids", "qformer_attention_mask"):
+                data[name] = data[name].gather(1, order)
         data.pop("labels", None)  # PaliGemma's are for training: with them a forward computes a loss
         wanted = self.model.hf.dtype
         for name, value in data.items():  # Llama 4's pixels are bfloat16, whatever the model is
             if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) and value.dtype != wanted:
                 data[name] = value.to(wanted)
         return data if isinstance(data, BatchFeature) else BatchFeature(dict(data))  # a tokenizer's are of a third kind
+
+    @cached_property
+    def _asks_for_types(self) -> bool:
+        """Whether the model wants to know which tokens are pictures', and its processor says so only when asked."""
+        arguments = inspect.signature(self.model.hf.forward).parameters
+        silent = self._by_default("text_kwargs", "return_mm_token_type_ids") is False
+        return silent and "mm_token_type_ids" in arguments and isinstance(self.processor, ProcessorMixin)
 
     def _content_tokens(
         self, ids: list[int], rendered: str, more: str, item: Question, bare: bool
@@ -567,6 +627,30 @@ class Encoder:
             placeholder = image & (ids == number)
             return placeholder if placeholder.any() else image
         return torch.zeros_like(ids, dtype=torch.bool) if number is None else ids == number
+
+    def _shown_to_towers(
+        self, data: Inputs, shown: Sequence["_Shown"], tokens: TokenTable, alone: Callable[[int], Inputs]
+    ) -> Shown:
+        """What of the rows of the towers that see and hear is each question's."""
+        config, pictures = self.model.hf.config, [row.pictures for row in shown]
+        vision, patches = self._vision_rows(data, pictures, alone) or (None, None)
+        seen, local = None if vision is None else (vision,), local_rows(data, [len(row) for row in pictures])
+        if vision is not None and local is not None:
+            vision, seen = None, (vision, local)
+        elif tokens.video is not None:
+            videos = video_rows(data, [[len(one) for one in row.videos] for row in shown], config)
+            seen = None if vision is None or patches is not None or videos is None else (vision, videos[0])
+            vision, patches = None, None if seen is None or videos is None else videos[1]
+        whole = len(pictures) == 1 and seen is None and tokens.video is None
+        whole = whole and isinstance(data.get("pixel_values"), Tensor)
+        if whole:  # whatever the tower sees is this question's, if only its padding is known
+            try:
+                patches = real_patches(data, config)
+            except UnknownPadding:
+                whole = False
+        n_tokens = None if tokens.audio is None else tokens.audio.sum(1).tolist()
+        sounds = sound_rows(data, [len(row.sounds) for row in shown], n_tokens, config)
+        return Shown(vision, patches, seen, sounds, whole)
 
     def _vision_rows(
         self, data: Inputs, pictures: Sequence[Sequence[Image.Image]], alone: Callable[[int], Inputs]

@@ -61,9 +61,10 @@ def vision_rows(
     """
     if sum(n_images) == 0:
         return (0,) * len(n_images), None
-    pixels = data.get("pixel_values")
+    pixels = data.get("pixel_values", data.get("pixel_values_images"))  # Video-LLaVA's processor
     if not isinstance(pixels, Tensor):
         return None
+    data = {**data, "pixel_values": pixels}
     try:
         real = real_patches(data, config)
     except UnknownPadding:
@@ -71,6 +72,10 @@ def vision_rows(
     rows: Sequence[int] | None = None
     if "image_grid_thw" in data:  # one long row of patches: Qwen-VL, GLM-4V
         rows = _by_question(data["image_grid_thw"].prod(-1).tolist(), n_images)
+    elif pixels.ndim == 5 and not _says_more(data) and [pixels.shape[1]] * len(pixels) == list(n_images):  # Idefics
+        rows = n_images
+    elif pixels.ndim == 5 and getattr(config, "model_type", "") == "perception_lm":  # as many tiles a picture
+        rows = _by_question([pixels.shape[1]] * len(pixels), n_images)
     elif "aspect_ratio_mask" in data:  # Mllama: as many pictures as the question with the most has
         rows = [pixels.shape[1]] * len(pixels)
     elif pixels.ndim == 5 and "image_sizes" in data:
@@ -89,6 +94,50 @@ def vision_rows(
     if rows is None or len(rows) != len(n_images) or (real is not None and len(real) != sum(rows)):
         return None
     return tuple(rows), real
+
+
+def local_rows(data: Inputs, n_images: Sequence[int]) -> tuple[int, ...] | None:
+    """The crops of each question's pictures that a vision tower sees after all whole pictures; None without any.
+
+    Args:
+        data: the model's inputs: DeepSeek-OCR 2, Unlimited-OCR and Step 3.7 have crops in a tensor of their own.
+        n_images: how many pictures each question has.
+    """
+    counts, crops = data.get("num_local_patches"), data.get("pixel_values_local")
+    rows = None if counts is None or crops is None else _by_question(list(map(int, counts)), n_images)
+    return None if rows is None or crops is None or sum(rows) != len(crops) else tuple(rows)
+
+
+def video_rows(
+    data: Inputs, n_frames: Sequence[Sequence[int]], config: Any
+) -> tuple[tuple[int, ...], Bool[Tensor, "row patch"] | None] | None:
+    """The rows of the vision tower that are each question's videos', which it sees after all pictures.
+
+    Args:
+        data: the model's inputs.
+        n_frames: for each question the number of frames of each of its videos.
+        config: the model's configuration.
+
+    Returns:
+        The rows, and which patches of each are real where some are padding; or None where they cannot be told.
+    """
+    per_video, pixels, real = [n for row in n_frames for n in row], data.get("pixel_values_videos"), None
+    rows: Sequence[int] | None = None
+    if isinstance(grids := data.get("video_grid_thw"), Tensor):  # one long row of patches: Qwen-VL, GLM-4V
+        rows = grids.prod(-1).tolist()
+    elif isinstance(pixels, Tensor) and pixels.ndim == 5:  # LLaVA-OneVision: [video, frame, …], all of one length
+        rows = [pixels.shape[1]] * len(pixels) if set(per_video) == {pixels.shape[1]} else None
+    elif pixels is None and isinstance(pixels := data.get("pixel_values"), Tensor):  # frames are shown as pictures
+        try:
+            real = real_patches(data, config)
+        except UnknownPadding:
+            return None
+        shown = pixels.shape[0] if pixels.ndim == 4 else int(_pictures(data).sum()) if pixels.ndim == 5 else 0
+        rows = per_video if shown == sum(per_video) else None
+    of_questions = _by_question(rows, list(map(len, n_frames)))
+    if of_questions is None or (real is not None and len(real) != sum(of_questions)):
+        return None
+    return tuple(of_questions), real
 
 
 def real_patches(data: Inputs, config: Any) -> Bool[Tensor, "row patch"] | None:
@@ -119,12 +168,21 @@ def real_patches(data: Inputs, config: Any) -> Bool[Tensor, "row patch"] | None:
     elif "pixel_mask" in data and pixels.ndim == 4:
         real = _covered(data["pixel_mask"], config)
     else:
-        unknown = [name for name in data if "mask" in name and OF_PICTURES.search(name) and name not in _OF_TEXT]
+        masks = [name for name in data if "mask" in name and OF_PICTURES.search(name) and name not in _OF_TEXT]
+        ids = data.get("input_ids")  # Idefics: which of its pictures each token sees
+        unknown = [name for name in masks if ids is None or data[name].shape[:2] != ids.shape or data[name].ndim != 3]
         if pixels.ndim == 4 and "image_sizes" in data and not _is_one_row(data, config):
             unknown.append("image_sizes")
         if unknown:
             raise UnknownPadding(", ".join(unknown))
     return None if real is None or real.all() else real
+
+
+def _says_more(data: Inputs) -> bool:
+    """Whether a processor says more of pictures than their pixels: then it says in its way how many rows they are."""
+    return any(
+        OF_PICTURES.search(name) for name in data if not name.startswith("pixel_values") and "attention" not in name
+    )
 
 
 def _masks_tiles(data: Inputs) -> bool:

@@ -12,15 +12,25 @@ from torch import Tensor
 
 from vlmneurons.checks import Keywords, flag, of_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.model.architectures.hooks import read
+from vlmneurons.model.architectures.hooks import read, see_number_of_tokens
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
+from vlmneurons.model.sound_rows import Heard
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.run.engine import Counts
 from vlmneurons.run.owners import OWNERS
 from vlmneurons.statistics.counting import count_patches, count_routed, count_tokens
 from vlmneurons.statistics.items import ItemStatistic
+
+OF_QUERIES = ("qformer", "connector", "high_res_vision_model")
+"""Towers that take a picture a row, as it is or by queries; none of what they see of it fills it up."""
+
+
+def is_filled(inputs: Mapping[str, object]) -> bool:
+    """Whether a Q-Former's words are filled up to the longest question's."""
+    mask = inputs.get("qformer_attention_mask")
+    return isinstance(mask, Tensor) and not bool(mask.all())
 
 
 class NotFinite(ActivationError):
@@ -46,15 +56,20 @@ class Frame:
     Attributes:
         mask: ``[row, token]`` which tokens count.
         rows: the rows that stand for questions.
-        vision: for each row the number of rows of the vision tower that are its pictures'; None where that is unknown.
+        seen: for each row the number of rows of the vision tower that are its pictures', and after those of all rows
+            the numbers of its videos'; None where that is unknown.
         patches: which patches of these are no padding; None where all are.
+        heard: what of the audio tower's rows is whose; None where that is unknown.
+        filled: whether the words that a Q-Former sees beside pictures are filled up to the longest question's.
         prepared: whether the library prepared the batch, so that every row of pictures must be somebody's.
     """
 
     mask: Tensor
     rows: list[int]
-    vision: tuple[int, ...] | None = None
+    seen: tuple[tuple[int, ...], ...] | None = None
     patches: Tensor | None = None
+    heard: Heard | None = None
+    filled: bool = False
     prepared: bool = True
 
 
@@ -66,7 +81,7 @@ class SiteState:
     width: int
     counts: dict[str, Tensor | None] = field(default_factory=dict)
     seen: int = 0
-    """Rows of the vision tower that have passed."""
+    """Rows of the vision or audio tower that have passed."""
 
     def add(self, counts: Counts) -> None:
         """Add what one visit counted."""
@@ -131,13 +146,19 @@ class Counter:
                 "towers. Record model.space('language') in a Recorder of its own"
             )
         self.rules: tuple[TokenRule, ...] = tuple(tokens.values()) if isinstance(tokens, Mapping) else (tokens,)
-        self.in_vision = [site.tower in ("vision", "projector") for site in self.space.sites]
+        self.hears = [site.tower in ("audio", "audio_projector") for site in self.space.sites]
+        self.senses = [
+            hears or site.tower in ("vision", "projector", *OF_QUERIES)
+            for site, hears in zip(self.space.sites, self.hears, strict=True)
+        ]
         for rule in self.rules:
             check_token_rule(rule)
-            if rule in ("text", "last") and any(self.in_vision):
-                raise QuestionError(f"tokens={rule!r} counts words; a vision tower has none. Record it with 'image'")
-        if isinstance(tokens, Mapping) and (not tokens or any(self.in_vision)):
-            what = "no rule was given" if not tokens else "a vision tower sees pictures alone: record it by itself"
+            if rule in ("text", "last") and any(self.senses):
+                tower, instead = ("an audio", "audio") if any(self.hears) else ("a vision", "image")
+                raise QuestionError(f"tokens={rule!r} counts words; {tower} tower has none. Record it with {instead!r}")
+        if isinstance(tokens, Mapping) and (not tokens or any(self.senses)):
+            tower = "an audio tower hears sounds" if any(self.hears) else "a vision tower sees pictures"
+            what = "no rule was given" if not tokens else f"{tower} alone: record it by itself"
             raise QuestionError(f"tokens by name are groups of the decoder's tokens, and {what}")
         self.tokens: TokenRule | Mapping[str, TokenRule] = tokens
         self.statistics: Mapping[str, ItemStatistic] = dict(statistics or {})
@@ -174,24 +195,50 @@ class Counter:
             stack.callback(self.forget)
             for number, site in enumerate(self.space.sites):
                 stack.enter_context(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
+            routers = {self.model.mlp_of(site).path.rpartition(".")[0]: site for site in self._routed()}
+            for site in routers.values():
+                stack.enter_context(see_number_of_tokens(hf, self.model.mlp_of(site), self._refuse_some(site)))
             stack.callback(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))).remove)
             stack.callback(hf.register_forward_pre_hook(Hook(begin or self._begin), with_kwargs=True).remove)
             if end is not None:
                 stack.callback(hf.register_forward_hook(Hook(end)).remove)
             yield
 
+    def _routed(self) -> list[Site]:
+        """The sites of experts that tokens are routed to."""
+        sites = (site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses)
+        return [site for site in sites if (mlp := self.model.mlp_of(site)).routed or mlp.expert is not None]
+
+    def _refuse_some(self, site: Site) -> Callable[[int], None]:
+        """Refuses experts that are shown some of a batch's tokens: it is not known which."""
+
+        def check(n: int) -> None:
+            whole = 0 if self.frame is None else self._masks(self.frame)[0].numel()
+            if whole and n % whole:  # some show every expert every token, one expert after the other
+                raise MismatchError(
+                    f"{site}: its experts choose from {n} of the batch's {whole} tokens, and it cannot be told which; "
+                    "record neurons that see all of them, or questions without pictures"
+                )
+
+        return check
+
     def _begin(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.
         self.frame, self._watched = self._watched, None
 
     def _callback(self, number: int) -> Callable[..., object]:
-        count = self._count_patches if self.in_vision[number] else self._count_tokens
+        count = self._count_media if self.senses[number] else self._count_tokens
 
         def see(values: Tensor, tokens: Tensor | None = None) -> None:
             if self.frame is None:
                 return
+            if tokens is not None and self.senses[number]:
+                raise MismatchError(
+                    f"{self.space.sites[number]}: what a router sends to an expert of a tower that sees or hears "
+                    "cannot be told apart by question; record the tower's other neurons"
+                )
             with torch.no_grad():
-                if tokens is not None and not self.in_vision[number]:
+                if tokens is not None:
                     strict = self.strict or number == self._sentinel
                     how = (self.magnitudes, self.maxima, strict)
                     parts = [count_routed(values, tokens, mask, *how) for mask in self._masks(self.frame)]
@@ -273,22 +320,20 @@ class Counter:
             found[name] = made.to(torch.float32)
         return found
 
-    def _count_patches(self, number: int, values: Float[Tensor, "*any neuron"], frame: Frame) -> None:
-        """Vision towers run on patches, tiles or pictures; the leading dimension is cut into the questions' shares."""
+    def _count_media(self, number: int, values: Float[Tensor, "*any neuron"], frame: Frame) -> None:
+        """Towers that see or hear run on patches, tiles, pictures or sounds: the questions' shares, one by one."""
         state = self.sites[number]
         parts = values.reshape(values.shape[0], -1, values.shape[-1])
-        if values.ndim == 3 and values.shape[0] == 1 and frame.vision is not None and sum(frame.vision) != 1:
+        hears = self.hears[number]
+        if values.ndim == 3 and values.shape[0] == 1 and self._left(state, frame, hears) not in (None, 1):
             parts = values.reshape(values.shape[1], 1, values.shape[-1])  # one long row of patches
-        owner = self._owner_of(state, len(parts), frame)
-        real = torch.ones(parts.shape[:2], dtype=torch.bool)
-        if frame.patches is not None:
-            real = frame.patches[state.seen : state.seen + len(parts)]
-            if real.shape != parts.shape[:2]:
-                raise MismatchError(
-                    f"{state.site} has {parts.shape[1]} patches in a row where the pictures have "
-                    f"{frame.patches.shape[1]}: its padding cannot be told from its patches"
-                )
-        state.seen += len(parts)
+        owner, real = (self._heard if hears else self._seen)(state, parts, frame)
+        if real.shape != parts.shape[:2]:
+            what = ("frames", "sounds", "what fills up a sound") if hears else ("patches", "pictures", "its padding")
+            raise MismatchError(
+                f"{state.site} has {parts.shape[1]} {what[0]} in a row where the {what[1]} have {real.shape[1]}: "
+                f"{what[2]} cannot be told from its {what[0]}"
+            )
         counts = count_patches(parts, real, owner, len(frame.mask), **self._how(number))
         if self.statistics:
             here = real.to(parts.device)
@@ -300,26 +345,76 @@ class Counter:
                     counts.setdefault(name, empty)[row] = made[0]
         self._add(number, counts)
 
-    def _owner_of(self, state: SiteState, n: int, frame: Frame) -> Int64[Tensor, " part"]:
-        """Which row of the batch each of the next rows of a vision tower belongs to."""
-        if frame.vision is None:
+    def _left(self, state: SiteState, frame: Frame, hears: bool) -> int | None:
+        """How many rows a tower is still shown of what it is at: all sounds, all pictures, or all videos."""
+        n = self._n_parts(frame, hears)
+        ends = itertools.accumulate(map(sum, frame.seen or ())) if not hears else [n or 0]
+        return None if n is None else next((end - state.seen for end in ends if end > state.seen), 0)
+
+    @staticmethod
+    def _n_parts(frame: Frame, hears: bool) -> int | None:
+        """How many rows of a tower that sees, or hears, the questions have; None where that is unknown."""
+        if hears:
+            return None if frame.heard is None else len(frame.heard.owner)
+        return None if frame.seen is None else sum(map(sum, frame.seen))
+
+    def _seen(self, state: SiteState, parts: Tensor, frame: Frame) -> tuple[Int64[Tensor, " part"], Tensor]:
+        """Which row of the batch each of the next rows of a vision tower belongs to, and which of its patches count."""
+        n, start = len(parts), state.seen
+        real = torch.ones(parts.shape[:2], dtype=torch.bool)
+        if frame.seen is None:
             if frame.prepared:
                 raise MismatchError(
-                    f"{state.site}: the rows of this vision tower cannot be told apart by question; record one "
-                    "question at a time, in a Recorder of your own"
+                    f"{state.site}: the rows of this vision tower cannot be told apart by question; ask one question "
+                    "at a time (batch_size=1)"
                 )
-            return torch.zeros(n, dtype=torch.int64)  # one group: any row will do
-        shares = torch.tensor(frame.vision)
-        # A projector may take several patches for one: then each question has so many rows fewer, all in one call.
-        together = 1 if state.site.tower == "vision" or state.seen else max(1, int(shares.sum()) // max(1, n))
-        if bool((shares % together).any()):
-            raise MismatchError(f"{state.site} has {n} rows where the pictures have {int(shares.sum())}")
-        owners = torch.repeat_interleave(torch.arange(len(frame.mask)), shares // together)
-        owner = owners[state.seen : state.seen + n]
-        if len(owner) != n:
-            raise MismatchError(f"{state.site} has {state.seen + n} rows where the pictures have {len(owners)}")
-        state.seen += n * (together - 1)  # in patches, as the pictures are counted
-        return owner
+            owner = torch.zeros(n, dtype=torch.int64)  # one group: any row will do
+        else:
+            ends = list(itertools.accumulate(map(sum, frame.seen)))
+            shares = torch.tensor([share for of in frame.seen for share in of])
+            rows = torch.arange(len(frame.mask)).repeat(len(frame.seen))
+            # A projector may take several patches for one: then each question has so many rows fewer, all in one call
+            # for pictures, and in one for videos.
+            whole = next((size for size, end in zip(map(sum, frame.seen), ends) if size and end - size == start), 0)
+            together = 1 if state.site.tower == "vision" else max(1, whole // max(1, n))
+            if bool((shares % together).any()):
+                raise MismatchError(f"{state.site} has {n} rows where the pictures have {ends[-1]}")
+            owner = torch.repeat_interleave(rows, shares // together)[start // together :][:n]
+            if len(owner) != n:
+                raise MismatchError(f"{state.site} has {start + n} rows where the pictures have {ends[-1]}")
+            state.seen += n * (together - 1)  # in patches, as the pictures are counted
+        if state.site.tower in OF_QUERIES:
+            if frame.filled:
+                raise MismatchError(
+                    f"{state.site} sees words beside pictures, some of which fill up shorter questions: ask one "
+                    "question at a time (batch_size=1)"
+                )
+        elif frame.patches is not None:
+            real = frame.patches[start : start + n * (state.seen == start)]  # a projector's patches are not these
+        state.seen += n
+        return owner, real
+
+    def _heard(self, state: SiteState, parts: Tensor, frame: Frame) -> tuple[Int64[Tensor, " part"], Tensor]:
+        """Which row of the batch each row of an audio tower belongs to, and which of its frames are of a sound."""
+        if frame.heard is None:
+            raise MismatchError(
+                f"{state.site}: what this audio tower hears cannot be told apart by question, nor from the silence "
+                "that fills it up: the form of its inputs is not known. Traces read it, and ablations switch it off"
+            )
+        owner, real = frame.heard
+        state.seen += len(parts)
+        if tuple(real.shape) == tuple(parts.shape[:2]):
+            return owner, real
+        # A projector may take several frames for one.
+        together, rest = divmod(real.numel(), max(1, parts.shape[0] * parts.shape[1]))
+        if state.site.tower != "audio_projector" or rest or together < 1 or real.shape[1] % together:
+            return owner, real  # which does not fit, as the caller says
+        some = real.unflatten(1, (-1, together))
+        if bool((some.any(-1) != some.all(-1)).any()):
+            raise MismatchError(f"{state.site} takes frames of a sound together with what fills it up")
+        state.seen = len(owner)
+        own = owner[:, None].expand(-1, some.shape[1])
+        return own.reshape(parts.shape[:2])[:, 0], some.all(-1).reshape(parts.shape[:2])
 
     # -- one batch of questions ----------------------------------------------------------------------------------------
 
@@ -335,7 +430,8 @@ class Counter:
         self.forget()
         masks = [batch.tokens.counted(rule) for rule in self.rules]
         stand = [row + number * len(mask) for number, mask in enumerate(masks) for row in rows]
-        frame = Frame(torch.cat(masks), stand, batch.vision, batch.patches)
+        prepared = not batch.is_whole
+        frame = Frame(torch.cat(masks), stand, batch.seen, batch.patches, batch.heard, is_filled(batch), prepared)
         self._watched = frame
         try:
             yield
@@ -353,7 +449,7 @@ class Counter:
         self._begin()
         assert self.frame is not None
         for number, one in counts.items():
-            self.sites[number].seen = seen.get(number, 0) if self.in_vision[number] else 0
+            self.sites[number].seen = seen.get(number, 0) if self.senses[number] else 0
             self._add(number, one)
         self.check_finite()
 
@@ -368,20 +464,21 @@ class Counter:
                 del scratch[name]
 
     def check_whole(self) -> None:
-        """Refuse a forward in which a vision tower saw other rows than the pictures have.
+        """Refuse a forward in which a tower saw or heard other rows than the pictures, videos or sounds have.
 
         Raises:
             MismatchError: it did, so its rows are not the questions'.
         """
         frame = self.frame
         assert frame is not None
-        n_rows = sum(frame.vision) if frame.vision is not None else None
-        if n_rows is None and frame.patches is not None:
-            n_rows = len(frame.patches)
-        for state, in_vision in zip(self.sites, self.in_vision, strict=True):
-            if in_vision and state.counts and n_rows is not None and state.seen != n_rows:
+        seen = self._n_parts(frame, hears=False)
+        if seen is None and frame.patches is not None:
+            seen = len(frame.patches)
+        for state, senses, hears in zip(self.sites, self.senses, self.hears, strict=True):
+            n_rows, what = (self._n_parts(frame, hears=True), "sounds") if hears else (seen, "pictures")
+            if senses and state.counts and n_rows is not None and state.seen != n_rows:
                 raise MismatchError(
-                    f"{state.site} had {state.seen} rows where the pictures have {n_rows}: its rows cannot be told "
+                    f"{state.site} had {state.seen} rows where the {what} have {n_rows}: its rows cannot be told "
                     "apart by question"
                 )
 
@@ -411,7 +508,7 @@ class Counter:
             none = torch.zeros(len(rows), dtype=torch.int64)
             tables["reached"].append((none if tokens is None else of_questions(tokens))[:, None])
         joined = {name: _on_host(parts) for name, parts in tables.items()}
-        counted = joined["reached"].amax(1) if all(self.in_vision) else self.frame.mask.sum(1).cpu()[rows]
+        counted = joined["reached"].amax(1) if all(self.senses) else self.frame.mask.sum(1).cpu()[rows]
         joined["positive"] = joined.pop("fired")
         return joined, counted
 

@@ -95,7 +95,7 @@ class GroupTables:
             self._reached[:, number].index_add_(0, group, on_host[id(tokens)])
         if count_items:
             self._items.index_add_(0, group, torch.ones_like(group))
-        if all(counter.in_vision):
+        if all(counter.senses):
             self._tokens = self._reached.amax(1)
         else:
             self._tokens.index_add_(0, group, frame.mask.sum(1).cpu()[row])

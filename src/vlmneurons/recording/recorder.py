@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from vlmneurons.checks import Keywords, names
 from vlmneurons.errors import MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.model.encoder import TokenRule, free_tokens
+from vlmneurons.model.sound_rows import Heard, sound_rows
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.recording.counter import Counter, Frame
+from vlmneurons.recording.counter import Counter, Frame, is_filled
 from vlmneurons.recording.groups import GroupTables
 from vlmneurons.run.identity import run_provenance, setting_of_run
 from vlmneurons.statistics.counts import ActivationStatistics
@@ -149,12 +150,24 @@ class Recorder:
         if generation is not None and not self._counter.second:
             mask = mask & generation.new(ids.shape[1], mask.device)
         self._counter.frame = Frame(
-            mask, list(range(len(mask))), None, self._patches_of(arguments), not isinstance(self._labels, str)
+            mask,
+            list(range(len(mask))),
+            None,
+            self._patches_of(arguments),
+            self._heard_of(arguments),
+            is_filled(arguments),
+            not isinstance(self._labels, str),
         )
+
+    def _heard_of(self, arguments: Mapping[str, object]) -> Heard | None:
+        """What an audio tower hears in a run of the user's own, all of it of one group; None where that is not told."""
+        if not any(self._counter.hears) or not isinstance(self._labels, str):
+            return None
+        return sound_rows(arguments, None, None, self.model.hf.config)
 
     def _patches_of(self, arguments: Mapping[str, object]) -> Tensor | None:
         """Which patches of the vision tower's rows are no padding, in a run of the user's own; None where none is."""
-        if not any(self._counter.in_vision):
+        if self._counter.senses == self._counter.hears:
             return None
         try:
             return real_patches(arguments, self.model.hf.config)

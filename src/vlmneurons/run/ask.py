@@ -203,6 +203,8 @@ def ask(job: Job[Any], questions: QuestionSet, options: Options) -> None:
     mine = list(options.processes.mine(list(batches_of(job, questions, options))))
     with OWNERS.held(model.hf, "asked"), job.running(), undisturbed(model.hf), torch.inference_mode(not job.gradients):
         waiting = [(number, batch) for number, batch in mine if not job.known(number, batch)]
+        for _, batch in waiting:
+            job.engine.check_alone(batch)
         total = sum(job.weight(batch) for _, batch in mine)
         left = sum(job.weight(batch) for _, batch in waiting)
         bar = progress_bar(

@@ -102,6 +102,16 @@ class Engine(ABC):
             AblationError: interventions that it cannot make.
         """
 
+    def check_alone(self, batch: QuestionSet) -> None:  # noqa: B027 (an engine of its own keeps rows apart)
+        """Refuse to ask together what the model answers otherwise alone.
+
+        Args:
+            batch: questions that are about to share a batch.
+
+        Raises:
+            MismatchError: the model's own code does not keep them apart.
+        """
+
     def attached(self, counting: Counting) -> contextlib.AbstractContextManager[object]:
         """Within, batches can be counted."""
         return contextlib.nullcontext()

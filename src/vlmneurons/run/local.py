@@ -9,6 +9,7 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
+from vlmneurons.run.alone import check_alone
 from vlmneurons.run.engine import Counting, Engine, Run
 from vlmneurons.run.masked import read_masked, read_some
 from vlmneurons.run.readers import AnswerReader, Reading
@@ -24,6 +25,10 @@ class LocalEngine(Engine):
     def __init__(self, model: VLM, reader: AnswerReader) -> None:
         super().__init__(model, reader)
         self._untouched = Ablation(model, NeuronSet.empty(model.space()))
+
+    def check_alone(self, batch: QuestionSet) -> None:
+        """See `Engine.check_alone`."""
+        check_alone(self.model, batch, self.reader.padding_side)
 
     def attached(self, counting: Counting) -> contextlib.AbstractContextManager[object]:
         """See `Engine.attached`."""

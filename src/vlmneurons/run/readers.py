@@ -8,18 +8,19 @@ import contextlib
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeGuard, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from vlmneurons.checks import JSON, Keywords, of_kind, real, whole
 from vlmneurons.errors import ActivationError, QuestionError
+from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
 from vlmneurons.questions.question import LETTERS, Question
@@ -314,7 +315,7 @@ def logits_at(
         QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
     """
     inputs, wanted = forward_inputs(model, batch, positions)
-    with each_once(model.hf, batch):
+    with each_once(model.hf, batch), _one_to_one(model, batch, "logits_to_keep" in inputs):
         output = model.hf(**inputs)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -324,6 +325,34 @@ def logits_at(
         )
     place = places_of(model, batch, wanted, logits.shape[1])
     return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
+
+
+_ONE_TO_ONE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models whose decoder was seen to run on the tokens of its input, and no others."""
+
+
+@contextlib.contextmanager
+def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
+    """Within, a decoder that sees more than the input's tokens is refused: positions that are chosen are not theirs.
+
+    GIT, for one, puts a picture's vectors before the words itself.
+    """
+    if not chosen or model.hf in _ONE_TO_ONE or "language" not in model.towers:
+        yield
+        return
+
+    def check(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        hidden = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        if hidden is not None and hidden.ndim == 3 and hidden.shape[1] != batch["input_ids"].shape[1]:
+            raise _elsewhere(model, batch, hidden.shape[1])
+
+    first = model.hf.get_submodule(model.towers["language"].layer_paths[0])
+    handle = first.register_forward_pre_hook(Hook(check), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    _ONE_TO_ONE.add(model.hf)
 
 
 def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[Keywords, list[int]]:
@@ -349,7 +378,11 @@ def places_of(model: "VLM", batch: Batch, wanted: list[int], given: int) -> dict
         return {position: index for index, position in enumerate(wanted)}
     if given == batch["input_ids"].shape[1]:
         return {position: position for position in wanted}
-    raise QuestionError(
+    raise _elsewhere(model, batch, given)
+
+
+def _elsewhere(model: "VLM", batch: Batch, given: int) -> QuestionError:
+    return QuestionError(
         f"{type(model.hf).__name__} gives logits at {given} positions for a prompt of "
         f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
     )

@@ -161,6 +161,25 @@ def write_experts(
     return Handle([Removal(experts.add(Visitor(kind, None, edit, True)))])
 
 
+def see_number_of_tokens(hf_model: nn.Module, mlp: MLP, callback: Callable[[int], object]) -> Handle:
+    """Calls ``callback(n)`` before tokens are routed to an expert, with how many there are to choose from.
+
+    A block may route some of a batch's tokens only, as Ernie's does, whose pictures have experts of their own: then the
+    numbers that `read` gives are not of the batch's tokens.
+
+    Args:
+        hf_model: the model in which the MLP was found.
+        mlp: one of its experts.
+        callback: what it raises stops the forward.
+    """
+    path = mlp.path if mlp.layout.parameters else ".".join(mlp.path.split(".")[:-2])
+
+    def count(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        callback(_first(args, kwargs).shape[:-1].numel())
+
+    return Handle([see_input(hf_model.get_submodule(path), count)])
+
+
 def _refuse_compiled(hf_model: nn.Module, path: str) -> None:
     """Compiled code does not look for hooks that come after it was made: they would do nothing, without a word."""
     at, parts = hf_model, path.split(".")
