@@ -376,9 +376,8 @@ class _AnswersJob(Job[pd.DataFrame]):
         skipped = [item.id for item in batch if item.id not in asked]
         if skipped:
             nothing = {"run": -1, "id": skipped, "chosen": -1, "margin": np.nan, "text": None, "score": np.nan}
-            self._batch.append(pd.DataFrame(nothing, columns=_COLUMNS))
-        one = len(self._batch) == 1
-        table = self._batch[0] if one else pd.concat([part.astype(_DTYPES) for part in self._batch])
+            self._batch.append(pd.DataFrame(nothing, columns=_COLUMNS).astype(_DTYPES))
+        table = pd.concat(self._batch)
         name = _name(number)
         if halved := self.limit.halved[self._noted :]:
             self._halved.setdefault(name, []).extend(halved)
