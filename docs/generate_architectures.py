@@ -168,9 +168,10 @@ What the processor draws into a picture, such as the border of a LLaVA-NeXT crop
   `Recorder` counts the tower `encoder` over the question and `language` over the decoder's own tokens, each in a run of
   your own; `record`, and answers read by letters or text, refuse them. `Ablation` and a `knockout` with
   `answer="generate"` work as elsewhere.
-- HunYuan-VL, MiniCPM-V 4.6 and 4.7 and Emu3 let questions of a batch reach each other in transformers 5.24.0, BLIP
-  counts positions of padding on the left, and small models with sparse attention break ties by what is beside: the
-  first batch of a model that is not known to keep rows apart is tried out, and refused if the answers are others.
+- HunYuan-VL, MiniCPM-V 4.6 and 4.7 and Emu3 let questions of a batch reach each other in transformers 5.24.0, and BLIP
+  counts positions of padding on the left; the small models of dots3, GLM-5, HY-V4 and Mistral Large 4 answer otherwise
+  in a batch, too (perhaps as ties in their sparse attention are broken by what is beside: not shown). The first batch
+  of a model that is not known to keep rows apart is tried out, and refused if the answers are others.
 - In your own runs of a video's inputs a `Recorder` does not take its placeholders for `"content"`: count them with a
   rule of your own, such as `tokens=lambda table: table.attention`. Of questions with videos `record` counts them
   ([sounds and videos](guides/sound-and-video.md)).

@@ -247,7 +247,7 @@ def _seen(
 def _written(model: VLM, selections: Mapping[str, Selection]) -> pd.DataFrame | None:
     """Tokens of every neuron; None for models whose path to the logits is another."""
     tables = []
-    for space in {selection.space for selection in selections.values()}:
+    for space in dict.fromkeys(selection.space for selection in selections.values()):
         own = [neurons for one in selections.values() if one.space == space for neurons in one.values()]
         indices = sorted({n for neurons in own for n in neurons if space.locate(n)[0].tower == "language"})
         try:
