@@ -87,7 +87,7 @@ def _parts(comparison: Comparison, main: str) -> list[_Part]:
             "effects",
             "Effects by selector and model",
             f"In {unit}, mean over groups. Self: of a group's mask on its own questions; cross: of the other groups' "
-            "masks on them; cross caused: of its mask on theirs; gap: self less cross. few: too few pictures or changed "
+            "masks on them; cross caused: of its mask on theirs; gap: self less cross. few: few pictures or changed "
             "answers.",
             _effects_of(table, value),
         ),
