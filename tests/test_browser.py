@@ -45,12 +45,16 @@ def test_the_best_of_each_group_are_those_of_plain_hooks(paper_model, bare_model
         assert [name for _, name in shown] == [name for _, name in expected]
         assert [value for value, _ in shown] == pytest.approx([value for value, _ in expected], abs=2e-5)
         assert view.mean[group] == pytest.approx(np.mean([value for value, _ in found]), abs=2e-5)
+        assert view.values[group].tolist() == pytest.approx([value for value, _ in found], abs=2e-5)
     item = view.items[0]
     assert paper_model.tokenizer.decode(paper_model.prepare(item.question)["input_ids"][0]).count("What is this") == 1
     assert "What is this" in "".join(text for text, _, counted in item.words() if counted)
     assert view.table()["id"].tolist() == [one.question.id for one in view.items]
     assert repr(view) == f"NeuronView({SITE}[5]: 4 questions of 2 groups)"
     assert view.note == ""
+    drawn = [one.get_offsets()[:, 0] for one in vn.plot_values(view).axes[0].collections if one.get_alpha() == 0.6]
+    for group, values in zip(sorted(best), drawn, strict=True):
+        assert np.asarray(values).tolist() == pytest.approx([value for value, _ in best[group]], abs=2e-5)
 
 
 # -- maps --------------------------------------------------------------------------------------------------------------

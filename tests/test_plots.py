@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.t2CharStringPen import T2CharStringPen
@@ -20,6 +21,7 @@ from matplotlib.text import Text
 
 import vlmneurons as vn
 from test_effects import random_result
+from test_trust import made_items
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import BLUE, ORANGE, natural, ordered, shortened
 from vlmneurons.look.plots import plot_effects, plot_flips
@@ -325,3 +327,259 @@ def test_a_cell_without_questions_is_not_white_like_an_effect_of_zero():
     columns, rows = ticks(axis)
     assert np.isnan(np.ma.filled(axis.images[0].get_array(), np.nan)[rows.index("BRA"), columns.index("EGY")])
     assert max(axis.get_facecolor()[:3]) < 0.9
+
+
+# -- neurons before they are switched off ------------------------------------------------------------------------------
+
+
+def marks(axis, label):
+    """A figure's marks with this name in its legend: across, up, and how far the intervals there are reach."""
+    (drawn,) = [one for one in axis.containers if one.get_label() == label]
+    line, _, bars = drawn
+    reach = [part for part in bars[0].get_segments() if len(part)]
+    return np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), np.array(reach)
+
+
+def shared_sets():
+    space = vn.NeuronSpace.from_widths("language", "gate", [10, 10])
+    sets = {"G10": [0, 1, 2, 3], "G2": [2, 3, 4, 5, 6, 7], "G1": [12], "G33": [0, 1, 2]}
+    return vn.Selection({group: vn.NeuronSet(space, one) for group, one in sets.items()}, selector="by hand")
+
+
+@pytest.mark.parametrize("order", [None, ["G33", "G1", "G2", "G10"], "clustered"])
+def test_the_overlap_drawn_is_that_of_the_sets_and_the_diagonal_is_left_out(order):
+    selection = shared_sets()
+    for value, of in (("jaccard", lambda a, b: 100 * len(a & b) / len(a | b)), ("shared", lambda a, b: len(a & b))):
+        axis = vn.plot_overlap(selection, value=value, order=order).axes[0]
+        columns, rows = ticks(axis)
+        assert columns == rows
+        assert sorted(rows) == sorted(selection)
+        assert order == "clustered" or rows == (order or ["G1", "G2", "G10", "G33"])
+        sets = {group: set(selection[group].indices.tolist()) for group in selection}
+        wanted = [[of(sets[row], sets[column]) if row != column else np.nan for column in columns] for row in rows]
+        np.testing.assert_allclose(np.ma.filled(axis.images[0].get_array(), np.nan), wanted)
+        assert axis.get_title() == "by hand"
+        numbers = {text.get_text() for text in axis.texts if text.get_text()}
+        assert numbers == ({"0", "25", "75", "12"} if value == "jaccard" else {"0", "2", "3", "1"})
+
+
+def test_overlaps_of_several_selections_stand_beside_each_other_on_one_scale():
+    one, other = shared_sets(), a_selection(["G1", "G2", "G33", "G10"])
+    figure = vn.plot_overlap({"MAD": one, "LAP": other}, value="shared", width=6.75)
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["MAD", "LAP"]
+    (scale,) = {axis.images[0].get_clim() for axis in figure.axes[:2]}
+    off = ~np.eye(4, dtype=bool)
+    drawn = [np.asarray(axis.images[0].get_array())[off] for axis in figure.axes[:2]]
+    assert scale == (0, max(one.max() for one in drawn))
+    assert vn.plot_overlap(vn.Selection({"A": one["G1"]}, selector="")).axes[0].images[0].get_clim() == (0, 1)
+
+
+def a_null():
+    return pd.DataFrame(
+        {
+            "group": ["G10", "G2", "G1", "G33"],
+            "strength": [0.5, 0.2, -np.inf, 0.4],
+            "null_mean": [0.1, 0.15, -np.inf, -np.inf],
+            "null_high": [0.2, 0.25, -np.inf, 0.3],
+            "p_holm": [0.01, 0.6, 1.0, 0.05],
+        }
+    )
+
+
+def test_strength_and_null_are_drawn_as_in_the_table_and_only_what_holds_is_filled():
+    axis = vn.plot_null(a_null()).axes[0]
+    assert ticks(axis)[1] == ["G1", "G2", "G10", "G33"]
+    mean, rows, reach = marks(axis, "Shuffled labels: mean, and up to the 95th percentile")
+    assert rows.tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(mean, [np.nan, 0.15, 0.1, 0.3])  # where shuffles select nothing, the percentile
+    np.testing.assert_allclose(reach[:, :, 0], [[0.15, 0.25], [0.1, 0.2], [0.3, 0.3]])
+    lines = {line.get_label(): line for line in axis.lines}
+    held, open_ = lines["Strength, Holm’s p at most 0.05"], lines["Strength, Holm’s p above it"]
+    assert list(zip(held.get_xdata(), held.get_ydata(), strict=True)) == [(0.5, 2), (0.4, 3)]
+    assert list(zip(open_.get_xdata(), open_.get_ydata(), strict=True)) == [(0.2, 1)]
+    assert (held.get_fillstyle(), open_.get_fillstyle()) == ("full", "none")
+    assert [(text.get_text(), text.get_position()[1]) for text in axis.texts] == [("nothing selected", 0)]
+
+
+FIRST = vn.MAD(count=3)
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """Counts of 36 questions of three groups, some of whose neurons fire more at their own."""
+    rate = np.full((3, 20), 0.2)
+    for n in range(3):
+        rate[n, 3 * n : 3 * n + 3] = 0.35
+    counts = np.random.default_rng(0).binomial(50, np.repeat(rate, 12, 0))
+    return made_items(tmp_path / "items", counts, [group for group in "ABC" for _ in range(12)])
+
+
+def test_a_null_and_stabilities_of_items_are_drawn_as_they_come(counted):
+    null = vn.null_distribution(counted, FIRST, permutations=100)
+    lines = [line for line in vn.plot_null(null).axes[0].lines if str(line.get_label()).startswith("Strength")]
+    drawn = sorted(float(x) for line in lines for x in line.get_xdata())
+    assert drawn == pytest.approx(sorted(null["strength"]))
+    table = vn.stability(counted, FIRST, method="halves", resamples=5)
+    axis = vn.plot_stability(table, order=None).axes[0]
+    assert ticks(axis)[1] == list(table["group"])
+    for label, column in (("The group’s own", "jaccard"), ("Other groups’", "between_groups"), ("Chance", "chance")):
+        x, _, reach = marks(axis, label)
+        np.testing.assert_allclose(x, 100 * table[column])
+        if column == "jaccard":
+            np.testing.assert_allclose(reach[:, :, 0], 100 * table[["jaccard_low", "jaccard_high"]])
+    wanted = ["all", *table["group"][:-1][::-1]]
+    assert ticks(vn.plot_stability(table, order=wanted).axes[0])[1] == wanted
+
+
+def test_overlaps_along_sizes_are_the_means_of_the_groups_or_those_of_all(counted):
+    table = vn.sample_sizes(counted, FIRST, [8, 2, 4], repeats=3)
+    axis = vn.plot_stability(table, width=3.3).axes[0]
+    for label, column in (
+        ("Mean of the groups’ own", "jaccard"),
+        ("Two draws of this size", "between"),
+        ("Chance", "chance"),
+    ):
+        x, y, _ = marks(axis, label)
+        assert x.tolist() == [2, 4, 8]
+        np.testing.assert_allclose(y, [100 * table[table["size"] == size][column].mean() for size in (2, 4, 8)])
+    thin = [line for line in axis.lines if line.get_linewidth() == 0.8]
+    first = table[table["group"] == table["group"].iloc[0]].sort_values("size")
+    assert len(thin) == 3
+    np.testing.assert_allclose(thin[0].get_ydata(), 100 * first["jaccard"])
+    pools = [vn.stability(counted, FIRST, method="pools", size=n, resamples=4).assign(size=n) for n in (2, 6)]
+    axis = vn.plot_stability(pd.concat(pools)).axes[0]
+    whole = pd.concat(pools).query("group == 'all'")
+    _, y, reach = marks(axis, "Mean of the groups’ own")
+    np.testing.assert_allclose(y, 100 * whole["jaccard"])
+    np.testing.assert_allclose(reach[:, :, 1], 100 * whole[["jaccard_low", "jaccard_high"]])
+    np.testing.assert_allclose(marks(axis, "Other groups’")[1], 100 * whole["between_groups"])
+
+
+def test_each_selector_is_a_mark_of_its_own_at_its_effects():
+    summary = RESULT.summary(permutations=20)
+    axis = vn.plot_selectors(summary).axes[0]
+    whole = summary[summary["group"] == "all"].dropna(subset=["self_effect", "cross_effect"])
+    looks = set()
+    for row in whole.itertuples():
+        (drawn,) = [one for one in axis.containers if one.get_label() == row.selector]
+        assert (float(drawn[0].get_xdata()[0]), float(drawn[0].get_ydata()[0])) == pytest.approx(
+            (100 * row.cross_effect, 100 * row.self_effect)
+        )
+        across, up = (bar.get_segments()[0] for bar in drawn[2])
+        if np.isfinite(row.cross_effect_low):
+            np.testing.assert_allclose(across[:, 0], [100 * row.cross_effect_low, 100 * row.cross_effect_high])
+        if np.isfinite(row.self_effect_low):
+            np.testing.assert_allclose(up[:, 1], [100 * row.self_effect_low, 100 * row.self_effect_high])
+        looks.add((drawn[0].get_color(), drawn[0].get_marker()))
+    assert len(looks) == len(whole) == len(axis.containers) > 3
+    assert "Self = cross" in {line.get_label() for line in axis.lines}
+    assert axis.get_xlim() == axis.get_ylim()  # else a small cross effect would look large
+    margins = vn.plot_selectors(RESULT.summary(value="margin", permutations=20), value="margin").axes[0]
+    assert margins.get_xlabel() == "Cross effect: change of log-probability margin (nats)"
+
+
+def test_twenty_selectors_have_twenty_looks():
+    columns = [f"{effect}{end}" for effect in ("self_effect", "cross_effect") for end in ("", "_low", "_high")]
+    summary = pd.DataFrame({"selector": [f"S{n}" for n in range(20)], "group": "all", **dict.fromkeys(columns, 0.1)})
+    drawn = [one[0] for one in vn.plot_selectors(summary).axes[0].containers]
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == 20
+
+
+def test_every_value_of_a_neuron_and_its_quartiles_are_drawn():
+    values = {"G10": [1.0, 2, 3, 10], "G2": [0.5], "G1": [-1.0, 4]}
+    axis = vn.plot_values(values, width=3.3).axes[0]
+    groups = ticks(axis)[1]
+    assert groups == ["G1", "G2", "G10"]
+    lines = [one.get_offsets() for one in axis.collections if one.get_alpha() == 0.6]
+    assert [np.asarray(one)[:, 0].tolist() for one in lines] == [values[group] for group in groups]
+    assert [set(np.asarray(one)[:, 1].round()) for one in lines] == [{0}, {1}, {2}]
+    x, _, reach = marks(axis, "Median, and the middle half")
+    np.testing.assert_allclose(x, [np.median(values[group]) for group in groups])
+    np.testing.assert_allclose(reach[:, :, 0], [np.percentile(values[group], (25, 75)) for group in groups])
+
+
+SUMMARY = RESULT.summary(permutations=20)
+SIZES = pd.DataFrame({"group": ["a"], "size": [5], "jaccard": [0.5], "jaccard_low": [0.4], "jaccard_high": [0.6]})
+REFUSED = {
+    "no selection": (lambda: vn.plot_overlap(3), "selections is a Selection, or a dictionary of selections by name"),
+    "a set": (lambda: vn.plot_overlap({"A": 3}), "selections['A'] is a Selection; got 3"),
+    "none": (lambda: vn.plot_overlap({}), "there is no selection to draw: selections is empty"),
+    "other groups": (
+        lambda: vn.plot_overlap({"A": shared_sets(), "B": a_selection("xy")}),
+        "selections are drawn in one order, and 'B' has other groups than the first",
+    ),
+    "no such overlap": (
+        lambda: vn.plot_overlap(shared_sets(), value="dice"),
+        "value='dice' does not exist; choose from jaccard, shared",
+    ),
+    "two panels": (
+        lambda: vn.plot_overlap({"A": shared_sets(), "B": shared_sets()}, ax=Figure().subplots()),
+        "ax takes one panel, and there are 2",
+    ),
+    "a null of 3": (lambda: vn.plot_null(3), "table is the table that null_distribution gives; got 3"),
+    "a null of others": (
+        lambda: vn.plot_null(SUMMARY),
+        "the table has no column strength, null_mean, null_high: give the table of null_distribution",
+    ),
+    "an empty null": (lambda: vn.plot_null(a_null()[:0]), "the table has no row to draw: give the table of null_dist"),
+    "two nulls": (
+        lambda: vn.plot_null(pd.concat([a_null(), a_null()])),
+        "the table has several rows for G10: draw one selector's alone",
+    ),
+    "an order of others": (lambda: vn.plot_null(a_null(), order=["G1"]), "order has each group once; it lacks G10"),
+    "two sizes": (
+        lambda: vn.plot_stability(pd.concat([SIZES, SIZES])),
+        "the table has several rows for a, 5: draw one selector's alone",
+    ),
+    "an order of sizes": (
+        lambda: vn.plot_stability(SIZES, order=["a"]),
+        "order is that of rows, and a table with sizes is drawn along them: leave it out",
+    ),
+    "no overlap": (lambda: vn.plot_stability(SUMMARY), "the table has no column jaccard, jaccard_low, jaccard_high"),
+    "no summary": (lambda: vn.plot_selectors(RESULT), "summary is the table that KnockoutResult.summary gives; got"),
+    "a value of no summary": (
+        lambda: vn.plot_selectors(SUMMARY, value="flips"),
+        "value='flips' does not exist; choose from correct, margin, score",
+    ),
+    "groups alone": (
+        lambda: vn.plot_selectors(SUMMARY[SUMMARY["group"] != "all"]),
+        "no selector has a self and a cross effect over all groups: there is nothing to draw",
+    ),
+    "no values": (
+        lambda: vn.plot_values(3),
+        "values is what inspect_neuron gives, or a dictionary of numbers by group",
+    ),
+    "not a number": (
+        lambda: vn.plot_values({"a": [1.0], "b": [float("nan")], "c": []}),
+        "values are finite numbers of each group, at least one; not so: b, c",
+    ),
+    "no group": (lambda: vn.plot_values({}), "at least one; not so: no group"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.usefixtures("unchecked")
+def test_tables_and_sets_that_cannot_be_drawn_are_refused(case):
+    draw, message = REFUSED[case]
+    with pytest.raises(MismatchError, match=re.escape(message)):
+        draw()
+
+
+def test_figures_of_selections_are_drawn_into_given_axes_and_have_the_width_that_is_wanted():
+    for draw in (
+        lambda **how: vn.plot_overlap(shared_sets(), **how),
+        lambda **how: vn.plot_null(a_null(), **how),
+        lambda **how: vn.plot_stability(SIZES.drop(columns="size"), **how),
+        lambda **how: vn.plot_stability(SIZES, **how),
+        lambda **how: vn.plot_selectors(SUMMARY, **how),
+        lambda **how: vn.plot_values({"a": [1.0, 2], "b": [3.0]}, **how),
+    ):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        assert draw(ax=right) is figure
+        assert len(right.containers) + len(right.images) > 0
+        assert not left.lines
+        for width in (3.3, 6.75):
+            assert draw(width=width).get_size_inches()[0] == width
+        with pytest.raises(MismatchError, match="width is that of a new figure, and ax has a figure"):
+            draw(ax=Figure().subplots(), width=3.3)

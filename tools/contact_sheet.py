@@ -84,6 +84,25 @@ def a_curve(groups: list[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def a_null(groups: list[str]) -> pd.DataFrame:
+    """Made-up strengths against shuffled labels; nothing is selected for the last group."""
+    generator = np.random.default_rng(3)
+    null = 0.1 + 0.02 * generator.random(len(groups))
+    strength = np.where(np.arange(len(groups)) == len(groups) - 1, -np.inf, null + 0.2 * generator.random(len(groups)))
+    p = np.where(strength > null + 0.05, 0.01, 0.4)
+    return pd.DataFrame(
+        {"group": groups, "strength": strength, "null_mean": null, "null_high": null + 0.03, "p_holm": p}
+    )
+
+
+def overlaps(groups: list[str], level: float = 0.6) -> pd.DataFrame:
+    """Made-up overlaps of sets from other questions, and those of all groups together."""
+    generator = np.random.default_rng(4)
+    own = level * (0.7 + 0.6 * generator.random(len(groups) + 1))
+    table = pd.DataFrame({"group": [*groups, "all"], "jaccard": own, "between_groups": 0.3 * own, "chance": 0.01})
+    return table.assign(jaccard_low=0.8 * own, jaccard_high=np.minimum(1, 1.1 * own))
+
+
 def figures(groups: list[str], width: float | None = None) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Every figure of the library by its name, as a function that draws it."""
     result = a_result(groups)
@@ -103,6 +122,19 @@ def figures(groups: list[str], width: float | None = None) -> Iterator[tuple[str
     yield "depth", lambda: vn.plot_depth(result, **how)
     yield "random", lambda: vn.plot_random(result, "CAS", ["random"], **how)
     yield "accuracy", lambda: vn.plot_accuracy(accuracy, chance=0.25, **how)
+    alike = vn.Selection(
+        {one: vn.NeuronSet(space, np.sort(generator.choice(400, 160, replace=False))) for one in groups}, selector="MAD"
+    )
+    yield "overlap", lambda: vn.plot_overlap(alike, **how)
+    yield "overlaps", lambda: vn.plot_overlap({"MAD": alike, "LAP": alike}, value="shared", order="clustered", **how)
+    yield "null", lambda: vn.plot_null(a_null(groups), **how)
+    yield "stability", lambda: vn.plot_stability(overlaps(groups), **how)
+    sizes = pd.concat([overlaps(groups, size / (size + 40)).assign(size=size) for size in (5, 10, 20, 40, 80, 100)])
+    yield "sizes", lambda: vn.plot_stability(sizes, **how)
+    of_all = a_summary(groups, "selector").assign(group="all")
+    yield "selectors", lambda: vn.plot_selectors(of_all, **how)
+    values = {one: generator.gamma(1 + n % 3, 1, 60) for n, one in enumerate(groups)}
+    yield "values", lambda: vn.plot_values(values, **how)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -80,6 +80,11 @@ from .look.plots import plot_flips as plot_flips
 from .look.plots import plot_depth as plot_depth
 from .look.plots import plot_random as plot_random
 from .look.plots import plot_accuracy as plot_accuracy
+from .look.plots import plot_overlap as plot_overlap
+from .look.plots import plot_null as plot_null
+from .look.plots import plot_stability as plot_stability
+from .look.plots import plot_selectors as plot_selectors
+from .look.plots import plot_values as plot_values
 from .look.neuron_pages import inspect_neuron as inspect_neuron
 from .look.neuron_pages import inspect_neurons as inspect_neurons
 from .look.writes import neuron_writes as neuron_writes

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,6 +132,8 @@ class NeuronView:
         items: the questions, by group, highest first.
         mean: for each group, the mean over its questions of the highest value at a counted token.
         note: why there is no map over pictures, if there is none.
+        values: for each group ``[question]``, the highest value at a counted token of every question, those that are
+            not shown too, in the unit of the site: the activation itself.
     """
 
     model: str
@@ -140,6 +142,7 @@ class NeuronView:
     items: tuple[InspectedItem, ...]
     mean: dict[str, float]
     note: str = ""
+    values: dict[str, Float[Tensor, " question"]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -245,7 +248,7 @@ def inspect_neuron(
 
     Args:
         model: the model.
-        questions: where to look; they are run once, and nothing is kept of those that are not shown.
+        questions: where to look; they are run once, and of those that are not shown only the value is kept.
         neuron: a site (or its name) and the neuron's number in it; or its number in ``model.space()``.
         k: questions shown of each group.
         tokens: which tokens make a question's value, its maximum over them; see `vlmneurons.record`.
@@ -296,8 +299,8 @@ def inspect_neurons(
 ) -> list[NeuronView]:
     """What `inspect_neuron` gives, of many neurons in one pass over the questions.
 
-    In memory are the values of all neurons at every token of a batch, and for each neuron of the questions that are
-    shown.
+    In memory are the values of all neurons at every token of a batch, for each neuron of the questions that are shown,
+    and its highest value in every question.
 
     Args:
         model: the model.
@@ -364,6 +367,7 @@ def _looked(
         else f"Where in the picture an image token of {type(model.hf).__name__} lies is not known: no map is drawn."
     )
     means = {group: (job.sums[group] / n).tolist() for group, n in job.number.items() if n}
+    values = {group: torch.stack(job.values[group], 1) for group in means}
     return [
         NeuronView(
             model.name,
@@ -372,6 +376,7 @@ def _looked(
             tuple(item for group in job.best.values() for item in group[place]),
             {group: mean[place] for group, mean in means.items()},
             note,
+            {group: one[place] for group, one in values.items()},
         )
         for place, (site, number) in enumerate(neurons)
     ]
@@ -387,6 +392,7 @@ class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
         self._neurons, self._k, self._tokens = neurons, k, tokens
         self.best: dict[str, list[list[InspectedItem]]] = {group: [[] for _ in neurons] for group in groups}
         self.sums = {group: torch.zeros(len(neurons), dtype=torch.float64) for group in groups}
+        self.values: dict[str, list[Float[Tensor, " neuron"]]] = {group: [] for group in groups}
         self.number = dict.fromkeys(groups, 0)
         self._least = {group: torch.full((len(neurons),), -math.inf) for group in groups}
         self.known_places = True
@@ -413,6 +419,7 @@ class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
         for row, item in enumerate(questions):
             best, least = self.best[item.group], self._least[item.group]
             self.sums[item.group] += high[:, row].double()
+            self.values[item.group].append(high[:, row].clone())
             enough = self.number[item.group] >= self._k
             self.number[item.group] += 1
             enters = torch.nonzero(high[:, row] > least).flatten().tolist() if enough else range(len(best))

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 
-from vlmneurons.checks import Keywords, of_kind, real
+from vlmneurons.checks import Keywords, of_kind, one_of, real
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import (
     BLUE,
@@ -38,8 +38,10 @@ from vlmneurons.look.figures import (
     with_fonts,
 )
 from vlmneurons.neurons.selection import Selection
+from vlmneurons.trust.nulls import LEVEL
 
 if TYPE_CHECKING:
+    from vlmneurons.look.neuron_pages import NeuronView
     from vlmneurons.study.result import KnockoutResult
 
 _VALUES = {
@@ -112,33 +114,71 @@ def plot_matrix(
     value = value or result.measure
     title, scale, meaning = _VALUES.get(value, (value, 1.0, "effect"))
     matrices = _in_order(result, {name: result.matrix(name, value=value) * scale for name in names}, order)
-    figure, axes, (size, cell, letters, below) = _panels(matrices, width, ax)
-    most = limit or max(float(np.nanmax(np.abs(matrix.to_numpy(dtype=float)))) for matrix in matrices.values()) or 1.0
-    least = -most if meaning == "effect" else 0.0
+    most = limit or _most(matrices)
+    words = _Words(title, "Questions about", "Neurons switched off: those of", "Masks of")
     digits = max(0, 1 - math.floor(math.log10(most)))
+    return _heat_maps(matrices, words, (meaning, most, digits), width, ax, len(result.control_names))
+
+
+class _Words(NamedTuple):
+    """What stands beside a heat map: at its bar, below it, and at its left, where a short form may have to do."""
+
+    bar: str
+    across: str
+    up: str
+    short: str
+
+
+def _most(matrices: Mapping[str, pd.DataFrame]) -> float:
+    """The largest that is drawn; 1 where nothing is above 0."""
+    values = [np.abs(one.to_numpy(dtype=float)).ravel() for one in matrices.values()]
+    return float(np.nan_to_num(np.concatenate(values)).max()) or 1.0
+
+
+def _heat_maps(
+    matrices: Mapping[str, pd.DataFrame],
+    words: _Words,
+    colours: tuple[str, float, int],
+    width: float | None,
+    ax: Axes | None,
+    controls: int = 0,
+) -> Figure:
+    """Tables as heat maps beside each other, on one scale, with one bar.
+
+    Args:
+        matrices: rows by columns; NaN is a grey cell.
+        words: what stands beside them.
+        colours: what values mean (see `COLOURS`), the value at which colours end, and digits of the numbers in cells.
+        width: of the figure in inches.
+        ax: axes to draw into.
+        controls: how many of the last columns a line sets apart.
+    """
+    figure, axes, (size, cell, letters, below) = _panels(matrices, width, ax)
+    meaning, most, digits = colours
+    least = -most if meaning == "effect" else 0.0
     longest = max((_shown(one, digits) for matrix in matrices.values() for one in matrix.to_numpy().flat), key=ems)
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.to_numpy(dtype=float)
         image = axis.imshow(values, cmap=COLOURS[meaning], vmin=least, vmax=most)
         axis.set_facecolor(NOT_DRAWN)
-        if result.control_names and len(result.control_names) < matrix.shape[1]:
-            axis.axvline(matrix.shape[1] - len(result.control_names) - 0.5, color="black", linewidth=1)
+        if controls and controls < matrix.shape[1]:
+            axis.axvline(matrix.shape[1] - controls - 0.5, color="black", linewidth=1)
         _ticks(axis, matrix, size, cell, letters)
         room = int(72 * cell * matrix.shape[1] / (0.62 * size)) if width else 10**6
         axis.set_title(_plain(shortened([name], room))[0], fontsize=size if width else None)
-        axis.set_xlabel("Questions about", fontsize=size)
+        axis.set_xlabel(words.across, fontsize=size)
         if _readable(longest, size, cell):
             _numbers(axis, image, min(7, size), digits)
         if (spec := axis.get_subplotspec()) is None or spec.is_first_col():
-            long = "Neurons switched off: those of"
-            axis.set_ylabel(long if ems(long) * size < 72 * cell * len(values) + 40 else "Masks of", fontsize=size)
+            fits = ems(words.up) * size < 72 * cell * len(values) + 40
+            axis.set_ylabel(words.up if fits else words.short, fontsize=size)
     where: Keywords = (
         {"location": "bottom", "shrink": 0.9 if width and width < 5 else 0.6, "aspect": 30}
         if below
         else {"shrink": 0.85}
     )
     bar = figure.colorbar(axes[0].images[0], ax=ax or list(axes), **where)
-    bar.set_label(title, fontsize=size)
+    bar.set_label(words.bar, fontsize=size)
     bar.ax.tick_params(labelsize=size)
     with_fonts(ax or figure)
     return figure
@@ -422,6 +462,16 @@ class _Canvas:
         self.axis.set_yticks(range(number) if at is None else at, shown, fontsize=self.size)
         self.axis.set_ylim(number - 0.5, -0.5)
 
+    def settings(self, at: np.ndarray, log: bool) -> None:
+        """Label places along the axis, on a log scale where that is wanted and can be."""
+        log = log and len(at) > 1 and float(at.min()) > 0
+        if log:
+            self.axis.set_xscale("log")
+            self.axis.minorticks_off()
+        labels = [f"{value:g}".replace("-", "−") for value in at]
+        room = 0.8 * self.points - 4 * self.size
+        self.axis.set_xticks(at, _spaced(np.log(at) if log else at, labels, room, self.size))
+
     def label(self, across: str, up: str = "") -> None:
         """Name the axes, in as many lines as it takes."""
         room = self.points - (0 if up else self.size * max((ems(one) for one in self._row_names()), default=0))
@@ -596,7 +646,7 @@ def plot_curve(
     thin = ["Self effect of each group"] if len(single) else []
     shown = ("self_effect", "cross_effect")
     canvas = _Canvas(width, ax, [*thin, *(_EFFECTS[effect][0] for effect in shown)], usual=(5.2, 3.6))
-    axis, size = canvas.axis, canvas.size
+    axis = canvas.axis
     axis.axhline(0, color="black", linewidth=0.8)
     for n, (_, rows) in enumerate(single.groupby("group")):
         how = {"color": ORANGE, "alpha": 0.25, "linewidth": 0.8, "label": thin[0] if n == 0 else None}
@@ -608,12 +658,7 @@ def plot_curve(
         drawn = [factor * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         axis.plot(at, drawn[0], color=colour, linewidth=1.2)
         _points(axis, drawn, at, colour, marker, name, upright=True)
-    log = axis_name in ("r", "items") and len(at) > 1 and at.min() > 0
-    if log:
-        axis.set_xscale("log")
-        axis.minorticks_off()
-    labels = [f"{value:g}".replace("-", "−") for value in at]
-    axis.set_xticks(at, _spaced(np.log(at) if log else at, labels, 0.8 * canvas.points - 4 * size, size))
+    canvas.settings(at, axis_name in ("r", "items"))
     canvas.label(titles.get(axis_name, axis_name), unit)
     _frame(axis, "both")
     return canvas.done()
@@ -823,4 +868,339 @@ def plot_accuracy(
     axis.set_xlim(-2, 102)
     canvas.label("Accuracy (%)")
     _frame(axis, "both")
+    return canvas.done()
+
+
+# -- neurons before they are switched off ------------------------------------------------------------------------------
+
+
+def plot_overlap(
+    selections: Selection | Mapping[str, Selection],
+    *,
+    value: str = "jaccard",
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Heat map of how far the groups' neurons are the same: groups by groups, of one selection or of several.
+
+    The diagonal, a set with itself, is grey. Two sets without a neuron overlap wholly, as in `Selection.overlap`.
+
+    Args:
+        selections: a selection, or several of the same groups by name, side by side on one scale.
+        value: ``"jaccard"`` (neurons shared, of those in either set, drawn in %) or ``"shared"`` (number of neurons).
+        order: of the groups: all of them in the order wanted, or ``"clustered"``: groups of alike overlaps beside each
+            other. By default sorted, G2 before G10.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw one selection into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: no selection, selections of different groups, no such value, another order than of these groups,
+            a width that is too narrow, or several selections for one ``ax``.
+
+    Example:
+        ``vn.plot_overlap({"MAD": mad, "LAP": lap}, order="clustered", width=6.75)``
+    """
+    given = {selections.selector: selections} if isinstance(selections, Selection) else selections
+    of_kind("selections", given, Mapping, MismatchError, "a Selection, or a dictionary of selections by name")
+    for name, one in given.items():
+        of_kind(f"selections[{name!r}]", one, Selection, MismatchError)
+        if set(one) != set(next(iter(given.values()))):
+            raise MismatchError(f"selections are drawn in one order, and {name!r} has other groups than the first")
+    if not given:
+        raise MismatchError("there is no selection to draw: selections is empty")
+    one_of("value", value, ("jaccard", "shared"), MismatchError)
+    _drawn_into(ax, width, len(given))
+    tables = {str(name): _overlaps(one, value) for name, one in given.items()}
+    first = next(iter(tables.values()))
+    groups = ordered([*first.index], order, np.hstack([one.loc[first.index, first.index] for one in tables.values()]))
+    itself = np.eye(len(groups), dtype=bool)
+    tables = {name: one.loc[groups, groups].mask(itself) for name, one in tables.items()}
+    most = _most(tables)
+    digits = max(0, 1 - math.floor(math.log10(most))) if value == "jaccard" else 0
+    title = "Overlap of the sets (Jaccard, %)" if value == "jaccard" else "Neurons shared"
+    return _heat_maps(
+        tables, _Words(title, "Neurons of", "Neurons of", "Neurons of"), ("neutral", most, digits), width, ax
+    )
+
+
+def _overlaps(selection: Selection, value: str) -> pd.DataFrame:
+    """Groups by groups, in the unit that is drawn."""
+    if value == "jaccard":
+        return 100 * selection.overlap()["jaccard"]
+    shared = [[float(len(one & other)) for other in selection.values()] for one in selection.values()]
+    return pd.DataFrame(shared, index=list(selection), columns=list(selection))
+
+
+def _rows_of(table: pd.DataFrame, columns: Sequence[str], keys: Sequence[str], source: str) -> None:
+    """Make sure that a table is one that can be drawn: it has the columns, and one row for each of its keys."""
+    name = "summary" if source.endswith("summary") else "table"
+    of_kind(name, table, pd.DataFrame, MismatchError, f"the table that {source} gives")
+    if lacking := [one for one in columns if one not in table]:
+        raise MismatchError(f"the table has no column {', '.join(lacking)}: give the table of {source}")
+    if not len(table):
+        raise MismatchError(f"the table has no row to draw: give the table of {source}")
+    twice = table.loc[table.duplicated([*keys]), [*keys]].astype(str)
+    if len(twice):
+        raise MismatchError(f"the table has several rows for {', '.join(twice.iloc[0])}: draw one selector's alone")
+
+
+def plot_null(
+    table: pd.DataFrame,
+    *,
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """The strength of each group's neurons against what shuffled labels gave: their mean, and 95 % of them.
+
+    A strength is drawn filled where Holm's p is at most 0.05, so that all that are filled hold together. It has the
+    unit of the selector's score, or of the measure that was given. A group for which nothing is selected says so.
+
+    Args:
+        table: what `null_distribution` gave.
+        order: of the groups: all of them in the order wanted, or ``"clustered"``: alike strengths beside each other. By
+            default sorted, G2 before G10.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: a table of another kind, another order than of its groups, or a width that is too narrow.
+
+    Example:
+        ``vn.plot_null(vn.null_distribution(items, vn.CAS(count=12)), width=6.75)``
+    """
+    columns = ["strength", "null_mean", "null_high"]
+    _rows_of(table, ["group", *columns, "p_holm"], ["group"], "null_distribution")
+    rows = table.set_index(table["group"].astype(str))
+    groups = ordered([*rows.index], order, rows[columns].to_numpy(dtype=float))
+    strength, mean, high, p = rows.loc[groups, [*columns, "p_holm"]].to_numpy(dtype=float).T
+    null = "Shuffled labels: mean, and up to the 95th percentile"
+    kinds = {f"Strength, Holm’s p at most {LEVEL:g}": "full", "Strength, Holm’s p above it": "none"}
+    canvas = _Canvas(width, ax, [null, *kinds], len(groups))
+    axis, at = canvas.axis, np.arange(len(groups))
+    high = np.where(np.isfinite(high), high, np.nan)  # a shuffle that selects nothing has -inf
+    mean = np.where(np.isfinite(mean), mean, high)
+    _points(axis, [mean, mean, high], at, GREY, "|", null)
+    for held, (label, fill) in zip((p <= LEVEL, p > LEVEL), kinds.items(), strict=True):
+        seen = held & np.isfinite(strength)
+        how: Keywords = {"marker": "D", "markersize": 5, "linestyle": "", "fillstyle": fill}
+        axis.plot(strength[seen], at[seen], color=GREEN, label=label, **how)
+    for place in at[~np.isfinite(strength)].tolist():
+        how = {"transform": axis.get_yaxis_transform(), "fontsize": canvas.size, "va": "center", "ha": "right"}
+        how["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.text(0.98, place, "nothing selected", **how)
+    canvas.rows(groups)
+    canvas.label("Strength of the selection")
+    _frame(axis, "x")
+    return canvas.done()
+
+
+_OVERLAPS = {
+    "jaccard": ("The group’s own", GREEN, "o"),
+    "between": ("Two draws of this size", PURPLE, "^"),
+    "between_groups": ("Other groups’", GREY, "s"),
+    "chance": ("Chance", "black", "v"),
+}
+
+
+def plot_stability(
+    table: pd.DataFrame,
+    *,
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """How far other questions give the same neurons: over the number of questions, or group by group.
+
+    A table with a column ``size`` is drawn along it: the mean over groups, or the row ``"all"`` with its interval, and
+    each group thinly. That is what `sample_sizes` gives, or tables of `stability` with ``method="pools"``, each with
+    its ``size`` as a column, which have the overlap with other groups' sets too. Without that column every group has a
+    row, with its interval. What a selection says about its group is what its own overlap has above the others'.
+
+    Args:
+        table: what `stability` or `sample_sizes` gave: overlaps are Jaccard indices, drawn in %.
+        order: of the rows, where groups have rows: all groups, and ``"all"`` if it is there, in the order wanted, or
+            ``"clustered"``: alike overlaps beside each other. By default sorted, G2 before G10, with ``"all"`` last.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: a table of another kind, several rows for one group and size, another order than of its rows, or
+            any along sizes, or a width that is too narrow.
+
+    Example:
+        ``vn.plot_stability(vn.sample_sizes(items, vn.CAS(count=12), [5, 10, 20]), width=3.3)``
+    """
+    sized = isinstance(table, pd.DataFrame) and "size" in table
+    source, ends = "stability or sample_sizes", ["jaccard_low", "jaccard_high"]
+    _rows_of(table, ["group", "jaccard", *ends], ["group", "size"] if sized else ["group"], source)
+    shown = {name: style for name, style in _OVERLAPS.items() if name in table and table[name].notna().any()}
+    if sized and order is not None:
+        raise MismatchError("order is that of rows, and a table with sizes is drawn along them: leave it out")
+    if sized:
+        return _along_sizes(table, shown, width, ax)
+    rows = table.set_index(table["group"].astype(str))
+    whole = ["all"] if order is None and "all" in rows.index else []
+    groups = [*ordered([one for one in rows.index if one not in whole], order, rows[[*shown]].to_numpy(float)), *whole]
+    drawn = 100 * rows.loc[groups, [*shown, *ends]]
+    canvas = _Canvas(width, ax, [label for label, _, _ in shown.values()], len(groups))
+    for n, (name, (label, colour, marker)) in enumerate(shown.items()):
+        at = np.arange(len(groups)) + 0.18 * (n - (len(shown) - 1) / 2)
+        values = [drawn[one].to_numpy(float) for one in ([name, *ends] if name == "jaccard" else [name] * 3)]
+        _points(canvas.axis, values, at, colour, marker, label)
+    canvas.rows(groups)
+    canvas.axis.set_xlim(left=0)
+    canvas.label("Overlap of the sets (Jaccard, %)")
+    _frame(canvas.axis, "x")
+    return canvas.done()
+
+
+def _along_sizes(
+    table: pd.DataFrame, shown: Mapping[str, tuple[str, str, str]], width: float | None, ax: Axes | None
+) -> Figure:
+    table = table.sort_values("size")
+    single, whole = table.loc[table["group"] != "all"], table.loc[table["group"] == "all"]
+    interval = len(whole) > 0
+    if not interval:
+        whole = single.groupby("size", as_index=False)[[*shown]].mean()
+    thin, shown = "Each group’s own", {**shown, "jaccard": ("Mean of the groups’ own", GREEN, "o")}
+    legend = [*([thin] if len(single) else []), *(label for label, _, _ in shown.values())]
+    canvas = _Canvas(width, ax, legend, usual=(5.2, 3.6))
+    for n, (_, rows) in enumerate(single.groupby("group")):
+        how: Keywords = {"color": GREEN, "alpha": 0.25, "linewidth": 0.8, "label": thin if n == 0 else None}
+        canvas.axis.plot(rows["size"], 100 * rows["jaccard"], **how)
+    at = whole["size"].to_numpy(dtype=float)
+    for name, (label, colour, marker) in shown.items():
+        ends = ["jaccard_low", "jaccard_high"] if name == "jaccard" and interval else [name] * 2
+        drawn = [100 * whole[one].to_numpy(dtype=float) for one in (name, *ends)]
+        canvas.axis.plot(at, drawn[0], color=colour, linewidth=1.2)
+        _points(canvas.axis, drawn, at, colour, marker, label, upright=True)
+    canvas.settings(at, True)
+    canvas.axis.set_ylim(bottom=0)
+    canvas.label("Questions a group", "Overlap (Jaccard, %)")
+    _frame(canvas.axis, "both")
+    return canvas.done()
+
+
+def plot_selectors(
+    summary: pd.DataFrame,
+    *,
+    value: str = "correct",
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Self against cross effect, one mark a selector: below the diagonal a mask harms its own group more.
+
+    Both axes have one scale. Intervals are those of the summary; an effect without one has none.
+
+    Args:
+        summary: what `KnockoutResult.summary` gave: its rows of all groups together are drawn. Selectors without a self
+            effect, whose masks are of no group, are left out.
+        value: what the summary is of: ``"correct"`` (drawn in points), ``"margin"`` (nats) or ``"score"``.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: a table of another kind, no selector with both effects, no such value, or a width that is too
+            narrow.
+
+    Example:
+        ``vn.plot_selectors(result.summary(), width=3.3)``
+    """
+    one_of("value", value, ("correct", "margin", "score"), MismatchError)
+    columns = [f"{effect}{end}" for effect in ("cross_effect", "self_effect") for end in ("", "_low", "_high")]
+    _rows_of(summary, ["selector", "group", *columns], ["selector", "group"], "KnockoutResult.summary")
+    rows = summary.loc[summary["group"] == "all"].dropna(subset=["self_effect", "cross_effect"])
+    if not len(rows):
+        raise MismatchError("no selector has a self and a cross effect over all groups: there is nothing to draw")
+    unit, scale, _ = _VALUES[value]
+    names = [str(name) for name in rows["selector"]]
+    equal = "Self = cross"
+    canvas = _Canvas(width, ax, [*names, equal], usual=(5.2, 4.2))
+    axis, styles = canvas.axis, len(_STYLES)
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.axvline(0, color="black", linewidth=0.6)
+    drawn = scale * rows[columns].to_numpy(dtype=float)
+    for n, (label, (x, x_low, x_high, y, y_low, y_high)) in enumerate(zip(canvas.names(names), drawn, strict=True)):
+        reach = [
+            np.maximum([[middle - low], [high - middle]], 0)
+            for middle, low, high in ((x, x_low, x_high), (y, y_low, y_high))
+        ]
+        # Where there are more selectors than colours, each colour has another mark from then on.
+        how: Keywords = {"color": _STYLES[n % styles][0], "fmt": _STYLES[(n + n // styles) % styles][1], "label": label}
+        axis.errorbar([x], [y], xerr=reach[0], yerr=reach[1], mfc="none", markersize=6, linewidth=1, capsize=2, **how)
+    ends = np.array([min(0.0, float(np.nanmin(drawn))), max(0.0, float(np.nanmax(drawn)))])
+    limits = ends + (np.ptp(ends) or 1.0) * np.array([-0.06, 0.06])
+    axis.set(xlim=limits, ylim=limits)
+    axis.axline((0, 0), slope=1, color=GREY, linewidth=1, linestyle="--", label=equal)
+    canvas.label(f"Cross effect: {unit[0].lower()}{unit[1:]}", "Self effect")
+    _frame(axis, "both")
+    return canvas.done()
+
+
+def plot_values(
+    values: "NeuronView | Mapping[str, Sequence[float]]",
+    *,
+    order: str | Sequence[str] | None = None,
+    width: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """A neuron's values by group: every question a line, with the median and the middle half of them.
+
+    Args:
+        values: what `inspect_neuron` gave, or numbers by group. A question's value is the neuron's highest at a counted
+            token, in the unit of the site: the activation itself.
+        order: of the groups: all of them in the order wanted, or ``"clustered"``: alike quartiles beside each other. By
+            default sorted, G2 before G10.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: no values, some that are not finite, another order than of these groups, or a width that is too
+            narrow.
+
+    Example:
+        ``vn.plot_values(vn.inspect_neuron(model, questions, neuron), width=3.3)``
+    """
+    from vlmneurons.look.neuron_pages import NeuronView
+
+    kind = "what inspect_neuron gives, or a dictionary of numbers by group"
+    by_group = values.values if isinstance(values, NeuronView) else values
+    of_kind("values", by_group, Mapping, MismatchError, kind)
+    numbers = {str(group): np.asarray(one, dtype=float).ravel() for group, one in by_group.items()}
+    wrong = [group for group, one in numbers.items() if not len(one) or not np.isfinite(one).all()]
+    if wrong or not numbers:
+        raise MismatchError(
+            f"values are finite numbers of each group, at least one; not so: {', '.join(wrong) or 'no group'}"
+        )
+    quartiles = np.array([np.quantile(one, (0.5, 0.25, 0.75)) for one in numbers.values()])
+    groups = ordered([*numbers], order, quartiles)
+    labels = ("A question", "Median, and the middle half")
+    canvas = _Canvas(width, ax, labels, len(groups))
+    axis, at = canvas.axis, np.arange(len(groups))
+    for place, group in enumerate(groups):
+        how: Keywords = {"marker": "|", "color": GREY, "s": 22, "linewidths": 0.7, "alpha": 0.6}
+        own = numbers[group]
+        axis.scatter(own, np.full(len(own), place + 0.16), label=labels[0] if place == 0 else None, **how)
+    drawn = quartiles[[[*numbers].index(group) for group in groups]].T
+    _points(axis, [*drawn], at - 0.16, GREEN, "D", labels[1])
+    canvas.rows(groups)
+    canvas.label(f"Highest value of {values.name}" if isinstance(values, NeuronView) else "Highest value in a question")
+    _frame(axis, "x")
     return canvas.done()
