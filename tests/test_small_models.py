@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from contract import ROUNDING, run, run_all
+import vlmneurons as vn
+from contract import ROUNDING, Rows, run, run_all
 from small_models import SMALL
+from vlmneurons.errors import MismatchError
 from vlmneurons.testing.architectures import mapped_types
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code, at its default settings
@@ -67,3 +69,42 @@ def test_every_class_of_the_mapping_has_a_small_model_and_the_page_says_which_ar
     assert said is not None
     assert len(rows) == len(dict(rows)) >= 95
     assert int(said[1]) == sum(how == "run" for _, how in rows)
+
+
+def asked(name: str) -> tuple[vn.VLM, vn.QuestionSet]:
+    small = SMALL[name]()
+    model = vn.VLM(small.model, small.processor or small.tokenizer, template=small.template)
+    return model, Rows(model, small).questions
+
+
+def test_a_model_whose_rows_reach_each_other_is_refused_in_a_batch_and_asked_one_by_one() -> None:
+    model, questions = asked("small/hunyuan_vl")
+    masks = {"x": vn.NeuronSet(model.space(), range(0, len(model.space()), 3))}
+    refusals = {
+        "record": lambda: vn.record(model, questions, condition="all", progress=False),
+        "knockout": lambda: vn.knockout(model, questions, masks, progress=False),
+        "screen": lambda: vn.screen(model, questions, masks, progress=False),
+    }
+    for refused in refusals.values():
+        with pytest.raises(MismatchError, match=r"otherwise in a batch than alone: .* \(batch_size=1\)"):
+            refused()
+    together = vn.record(model, questions, condition="all", batch_size=1, progress=False)
+    parts = [vn.record(model, questions[n : n + 1], condition="all", progress=False) for n in range(len(questions))]
+    assert torch.equal(together.positive, torch.cat([part.positive for part in parts]))
+
+
+def test_experts_that_choose_from_some_of_the_tokens_are_refused_wherever_tokens_are_told_apart() -> None:
+    model, questions = asked("small/ernie4_5_vl_moe")
+    space = model.space()
+    expert = next(n for n in range(len(space)) if model.mlp_of(space.locate(n)[0]).expert is not None)
+    told = "its experts choose from .* of the batch's .* tokens, and it cannot be told which"
+    how = {"condition": "all", "progress": False}
+    with pytest.raises(MismatchError, match=told):
+        vn.record(model, questions, **how)
+    with pytest.raises(MismatchError, match=told):
+        vn.inspect_neurons(model, questions, vn.NeuronSet(space, [expert]))
+    with pytest.raises(MismatchError, match=told):
+        vn.attribute(model, questions, space, tokens="content", **how)
+    with pytest.raises(MismatchError, match=told):
+        vn.attribute(model, questions, space, reduce="max", **how)
+    assert vn.attribute(model, questions, space, **how).total.abs().sum() > 0  # of all tokens: none need be told apart

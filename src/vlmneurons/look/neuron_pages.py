@@ -33,6 +33,7 @@ from vlmneurons.neurons.sites import Site, site_of
 from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.recording.counter import all_tokens
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.ask import Job, Options, ask, to_ask
 from vlmneurons.run.engine import Engine
@@ -468,7 +469,8 @@ def _values(model: VLM, neurons: Sequence[tuple[Site, int]], batch: Batch) -> Fl
 
     with contextlib.ExitStack() as hooks:
         for site, own in places.items():
-            hooks.callback(read(model.hf, model.mlp_of(site), site.kind, keeper(own)).remove)
+            hooks.enter_context(read(model.hf, model.mlp_of(site), site.kind, keeper(own)))
+        hooks.enter_context(all_tokens(model, places, lambda: flat.shape[1]))
         with torch.inference_mode():
             model.hf(**batch)
     return kept

@@ -24,6 +24,7 @@ from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
+from vlmneurons.recording.counter import all_tokens
 from vlmneurons.recording.record import CONDITIONS
 from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
 from vlmneurons.run.engine import Engine, need_gradients
@@ -220,6 +221,8 @@ class _Factors:
                 kind = "pre" if site.kind == "pre" else "post"
                 mlp = self.model.mlp_of(site.at(kind))
                 stack.enter_context(write(self.model.hf, mlp, kind, self._editor(number)))
+            words = [site for site in self.space.sites if site.tower == "language"]
+            stack.enter_context(all_tokens(self.model, words, lambda: 0 if self._mask is None else self._mask.numel()))
             yield
 
     @contextlib.contextmanager

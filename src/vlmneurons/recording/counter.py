@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,35 @@ class BadStatistic(ActivationError):
     def __init__(self, what: str, name: str, site: Site, row: int) -> None:
         super().__init__(f"the statistic {name!r} {what}, at {site}")
         self.row = row
+
+
+@contextlib.contextmanager
+def all_tokens(model: VLM, sites: Iterable[Site], number: Callable[[], int]) -> Iterator[None]:
+    """Within, experts that are shown some of a batch's tokens are refused: it is not known which.
+
+    Args:
+        model: the model.
+        sites: of the language tower; those of experts are looked at.
+        number: how many tokens the batch has, padding included; 0 where nothing is asked of tokens.
+    """
+
+    def checked(site: Site) -> Callable[[int], None]:
+        def check(n: int) -> None:
+            whole = number()
+            if whole and n % whole:  # some show every expert every token, one expert after the other
+                raise MismatchError(
+                    f"{site}: its experts choose from {n} of the batch's {whole} tokens, and it cannot be told which; "
+                    "take neurons that see all of them, or questions without pictures"
+                )
+
+        return check
+
+    routed = [(mlp, site) for site in sites if (mlp := model.mlp_of(site)).routed or mlp.expert is not None]
+    routers = {mlp.path.rpartition(".")[0]: (mlp, site) for mlp, site in routed}
+    with contextlib.ExitStack() as stack:
+        for mlp, site in routers.values():
+            stack.enter_context(see_number_of_tokens(model.hf, mlp, checked(site)))
+        yield
 
 
 @dataclass
@@ -195,32 +224,15 @@ class Counter:
             stack.callback(self.forget)
             for number, site in enumerate(self.space.sites):
                 stack.enter_context(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
-            routers = {self.model.mlp_of(site).path.rpartition(".")[0]: site for site in self._routed()}
-            for site in routers.values():
-                stack.enter_context(see_number_of_tokens(hf, self.model.mlp_of(site), self._refuse_some(site)))
+            heard = [site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses]
+            stack.enter_context(
+                all_tokens(self.model, heard, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
+            )
             stack.callback(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))).remove)
             stack.callback(hf.register_forward_pre_hook(Hook(begin or self._begin), with_kwargs=True).remove)
             if end is not None:
                 stack.callback(hf.register_forward_hook(Hook(end)).remove)
             yield
-
-    def _routed(self) -> list[Site]:
-        """The sites of experts that tokens are routed to."""
-        sites = (site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses)
-        return [site for site in sites if (mlp := self.model.mlp_of(site)).routed or mlp.expert is not None]
-
-    def _refuse_some(self, site: Site) -> Callable[[int], None]:
-        """Refuses experts that are shown some of a batch's tokens: it is not known which."""
-
-        def check(n: int) -> None:
-            whole = 0 if self.frame is None else self._masks(self.frame)[0].numel()
-            if whole and n % whole:  # some show every expert every token, one expert after the other
-                raise MismatchError(
-                    f"{site}: its experts choose from {n} of the batch's {whole} tokens, and it cannot be told which; "
-                    "record neurons that see all of them, or questions without pictures"
-                )
-
-        return check
 
     def _begin(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.
