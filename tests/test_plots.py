@@ -399,6 +399,9 @@ def test_strength_and_null_are_drawn_as_in_the_table_and_only_what_holds_is_fill
     assert list(zip(open_.get_xdata(), open_.get_ydata(), strict=True)) == [(0.2, 1)]
     assert (held.get_fillstyle(), open_.get_fillstyle()) == ("full", "none")
     assert [(text.get_text(), text.get_position()[1]) for text in axis.texts] == [("nothing selected", 0)]
+    clustered = vn.plot_null(a_null(), order="clustered").axes[0]
+    place = ticks(clustered)[1].index("G1")
+    assert [(text.get_text(), text.get_position()[1]) for text in clustered.texts] == [("nothing selected", place)]
 
 
 FIRST = vn.MAD(count=3)
@@ -435,7 +438,7 @@ def test_overlaps_along_sizes_are_the_means_of_the_groups_or_those_of_all(counte
     table = vn.sample_sizes(counted, FIRST, [8, 2, 4], repeats=3)
     axis = vn.plot_stability(table, width=3.3).axes[0]
     for label, column in (
-        ("Mean of the groups’ own", "jaccard"),
+        ("Their mean", "jaccard"),
         ("Two draws of this size", "between"),
         ("Chance", "chance"),
     ):
@@ -449,7 +452,7 @@ def test_overlaps_along_sizes_are_the_means_of_the_groups_or_those_of_all(counte
     pools = [vn.stability(counted, FIRST, method="pools", size=n, resamples=4).assign(size=n) for n in (2, 6)]
     axis = vn.plot_stability(pd.concat(pools)).axes[0]
     whole = pd.concat(pools).query("group == 'all'")
-    _, y, reach = marks(axis, "Mean of the groups’ own")
+    _, y, reach = marks(axis, "Their mean")
     np.testing.assert_allclose(y, 100 * whole["jaccard"])
     np.testing.assert_allclose(reach[:, :, 1], 100 * whole[["jaccard_low", "jaccard_high"]])
     np.testing.assert_allclose(marks(axis, "Other groups’")[1], 100 * whole["between_groups"])

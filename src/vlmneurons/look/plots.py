@@ -979,7 +979,8 @@ def plot_null(
     columns = ["strength", "null_mean", "null_high"]
     _rows_of(table, ["group", *columns, "p_holm"], ["group"], "null_distribution")
     rows = table.set_index(table["group"].astype(str))
-    groups = ordered([*rows.index], order, rows[columns].to_numpy(dtype=float))
+    known = rows[columns].to_numpy(dtype=float)  # -inf where nothing is selected
+    groups = ordered([*rows.index], order, np.where(np.isfinite(known), known, np.nan))
     strength, mean, high, p = rows.loc[groups, [*columns, "p_holm"]].to_numpy(dtype=float).T
     null = "Shuffled labels: mean, and up to the 95th percentile"
     kinds = {f"Strength, Holm’s p at most {LEVEL:g}": "full", "Strength, Holm’s p above it": "none"}
@@ -997,6 +998,7 @@ def plot_null(
         how["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axis.text(0.98, place, "nothing selected", **how)
     canvas.rows(groups)
+    axis.locator_params(axis="x", nbins=5 if canvas.points < 300 else 9)  # numbers of five letters
     canvas.label("Strength of the selection")
     _frame(axis, "x")
     return canvas.done()
@@ -1073,7 +1075,7 @@ def _along_sizes(
     interval = len(whole) > 0
     if not interval:
         whole = single.groupby("size", as_index=False)[[*shown]].mean()
-    thin, shown = "Each group’s own", {**shown, "jaccard": ("Mean of the groups’ own", GREEN, "o")}
+    thin, shown = "Each group’s own", {**shown, "jaccard": ("Their mean", GREEN, "o")}
     legend = [*([thin] if len(single) else []), *(label for label, _, _ in shown.values())]
     canvas = _Canvas(width, ax, legend, usual=(5.2, 3.6))
     for n, (_, rows) in enumerate(single.groupby("group")):
