@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 import vlmneurons as vn
 from abuse import damaged, largest_file, limits
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
+from vlmneurons.files import atomic
 from vlmneurons.files import tables as _files
 from vlmneurons.statistics.items import Item
 from vlmneurons.study.masks import Mask
@@ -472,7 +473,7 @@ def test_a_folder_that_cannot_be_written_is_named(kind, tmp_path, monkeypatch):
     def refuse(*_, **how):
         raise PermissionError(errno.EACCES, "Permission denied", str(how.get("dir", "")))
 
-    monkeypatch.setattr(_files.tempfile, "mkstemp", refuse)  # root may write anywhere: the system cannot be asked
+    monkeypatch.setattr(atomic.tempfile, "mkstemp", refuse)  # root may write anywhere: the system cannot be asked
     with pytest.raises(PermissionError, match=str(tmp_path)):
         FILES[kind]().save(tmp_path / "file")
     assert not list(tmp_path.iterdir())
