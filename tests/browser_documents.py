@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from chromium import SIZES, chromium
+from chromium import SIZES
 
 ROOT = Path(__file__).parent.parent
 
 # Said by Chromium of any page opened from disk, and of nothing on it.
 HARMLESS = ("search_index.json", "from origin 'null'", "web worker", "Worker", "net::ERR_FAILED")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,12 @@ import torch
 from PIL import Image
 
 import vlmneurons as vn
-from chromium import SIZES, Chromium, chromium
+from chromium import SIZES, Chromium
 from vlmneurons.cli import main
 from vlmneurons.look.explorer import write_explorer
 from vlmneurons.look.neuron_pages import InspectedItem, NeuronView, Patch
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

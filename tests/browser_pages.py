@@ -7,14 +7,8 @@ import pytest
 import torch
 
 import vlmneurons as vn
-from chromium import SIZES, chromium
+from chromium import SIZES
 from test_effects import random_result
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

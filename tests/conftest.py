@@ -141,3 +141,12 @@ def unchecked() -> Any:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    """A headless Chromium; asked for by what ``.ci/browser`` runs alone."""
+    from chromium import chromium
+
+    with chromium() as one:
+        yield one

@@ -63,15 +63,12 @@ class HearsMadeUp:
         return {**self.tokenizer(texts, add_special_tokens=False, **how), **inputs}
 
 
+WORDS = {"hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 2, "vocab_size": 640}
+
+
 def voxtral() -> tuple[nn.Module, Any]:
     """A Voxtral, whose sounds are filled up to whole pieces of 96 frames."""
-    text = {
-        "model_type": "llama",
-        "hidden_size": 48,
-        "intermediate_size": 88,
-        "num_hidden_layers": 2,
-        "vocab_size": 640,
-    }
+    text = {"model_type": "llama", **WORDS}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 512}
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tower |= {"num_mel_bins": 16, "max_source_positions": 48}
@@ -87,13 +84,7 @@ def voxtral() -> tuple[nn.Module, Any]:
 
 def granite_speech() -> tuple[nn.Module, Any]:
     """A Granite Speech: sounds of a batch are filled up to the longest, which its conformer hears."""
-    text = {
-        "model_type": "granite",
-        "hidden_size": 48,
-        "intermediate_size": 88,
-        "num_hidden_layers": 2,
-        "vocab_size": 640,
-    }
+    text = {"model_type": "granite", **WORDS}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     tower = {
         "input_dim": 16,

@@ -224,9 +224,9 @@ class Counter:
             stack.callback(self.forget)
             for number, site in enumerate(self.space.sites):
                 stack.enter_context(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
-            heard = [site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses]
+            words = [site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses]
             stack.enter_context(
-                all_tokens(self.model, heard, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
+                all_tokens(self.model, words, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
             )
             stack.callback(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))).remove)
             stack.callback(hf.register_forward_pre_hook(Hook(begin or self._begin), with_kwargs=True).remove)
