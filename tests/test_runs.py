@@ -83,6 +83,23 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_answers(model, tm
     )
 
 
+def test_a_run_killed_once_its_result_was_written_is_cleared_by_the_next(model, tmp_path, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "clear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path)
+    assert (tmp_path / "knockout.json").exists()
+    assert list((tmp_path / "parts").glob("*.parquet"))
+    with locked(tmp_path):  # another process is about to do it
+        finished = run(model, tmp_path)
+    assert (tmp_path / "parts").exists()
+    same(run(model, tmp_path), finished)
+    assert not (tmp_path / "parts").exists()
+
+
 def test_a_run_that_is_resumed_asks_only_what_is_left(model, tmp_path):
     run(model, None)  # the first run of a model looks at how it is built
     forwards = []

@@ -238,6 +238,14 @@ class RunFolder:
         with contextlib.suppress(OSError):
             (self.folder / "parts").rmdir()
 
+    def tidy(self) -> None:
+        """`clear` a finished run that was killed before it could; not one that another process is just clearing, nor
+        one that can only be read.
+        """
+        if (self.folder / "parts").exists():
+            with contextlib.suppress(MismatchError, OSError), locked(self.folder):
+                self.clear()
+
 
 # -- when, where, and from which state of the code ---------------------------------------------------------------------
 

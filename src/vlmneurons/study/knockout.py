@@ -197,7 +197,9 @@ class _Study:
         run = RunFolder(folder, {**self._manifest(content), **part}, about)
         self._refuse_saved(run)
         if (folder / "knockout.json").exists():
-            return KnockoutResult.load(folder)
+            result = KnockoutResult.load(folder)
+            run.tidy()
+            return result
         known = run.known()
         if known is not None:  # batches are cut from the order in which the questions stood when it began
             self.questions = in_order_of(known["about"]["ids"], self.questions)
