@@ -88,12 +88,13 @@ def test_the_page_opens_with_the_result_in_a_sentence(report):
         )
 
 
-def test_every_figure_is_there_as_png_and_svg_and_every_table_as_csv_and_latex(report):
+def test_every_figure_is_there_as_png_svg_and_pdf_and_every_table_as_csv_and_latex(report):
     result, folder, _ = report
     figures = {path.name for path in (folder / "figures").iterdir()}
     names = ["effects", "effects-by-group", "matrix-cas", "matrix-mad", "matrix-random", "flips", "random", "accuracy"]
     for name in [*names, "curve-cas-r"]:
-        assert {f"{name}.png", f"{name}.svg"} <= figures
+        assert {f"{name}.png", f"{name}.svg", f"{name}.pdf"} <= figures
+        assert b"/Type3" not in (folder / "figures" / f"{name}.pdf").read_bytes()
     for name in ("effects-overall", "effects-cas", "tests-cas", "pairs", "random", "conditions", "accuracy"):
         for ending in ("csv", "tex"):
             assert (folder / "tables" / f"{name}.{ending}").stat().st_size
@@ -157,11 +158,13 @@ def test_names_that_are_alike_keep_their_own_files(tmp_path, first, second, shar
     assert len(ids) == len(set(ids))
     files = re.findall(r'href="((?:figures|tables)/[^"]+)"', page)
     assert len(files) == len({file.lower() for file in files})
-    assert {file for file in files if file.endswith((".png", ".svg"))} == {
+    assert {file for file in files if file.endswith((".png", ".svg", ".pdf"))} == {
         f"figures/{path.name}" for path in (tmp_path / "figures").iterdir()
     }
     matrices = sorted(path.name for path in (tmp_path / "figures").glob("matrix-*.svg"))
     assert len(matrices) == 3
+    tables_of = sorted(path.stem for path in (tmp_path / "tables").glob("matrix-*.tex"))
+    assert tables_of == [name.removesuffix(".svg") for name in matrices]
     assert sum(name.startswith(shared) for name in matrices) == 2
     values = [pd.read_csv(path)["x"].tolist() for path in (tmp_path / "tables").glob("a-b-*.csv")]
     assert sorted(values) == [[1], [2]]
@@ -234,6 +237,41 @@ def test_every_number_of_the_effects_can_be_read_back(report):
     shown = pd.read_csv(folder / "tables" / "pairs.csv", dtype=str)
     for row in shown.itertuples(index=False):
         assert parsed(row.delta) == pytest.approx(100 * pairs.loc[(row.mask, row.group), "delta"], abs=0.0501)
+
+
+def test_a_matrix_is_a_table_too_with_the_numbers_of_its_figure(report):
+    result, folder, page = report
+    matrix = 100 * result.matrix("CAS")
+    printed = pd.read_csv(folder / "tables" / "matrix-cas.csv", dtype=str).set_index("neurons of")
+    assert printed.columns.tolist() == [*result.group_names, *result.control_names]
+    for mask, row in printed.iterrows():
+        for group, text in row.items():
+            assert parsed(text) == pytest.approx(matrix.loc[mask, group], abs=0.501)
+    assert 'href="tables/matrix-cas.tex"' in page
+    text = (folder / "tables" / "matrix-cas.tex").read_text("utf-8")
+    assert text.startswith("% \\usepackage{booktabs,graphicx}\n\\begin{table}\n")
+    assert rf"neurons of & \rotatebox{{90}}{{{printed.columns[0]}}}" in text
+    assert "Change, in points of accuracy; rows are masks, columns the questions' groups.}" in text
+
+
+def test_tables_of_latex_have_captions_and_no_name_of_a_column_of_python(report):
+    _, folder, _ = report
+    texts = {path.stem: path.read_text("utf-8") for path in (folder / "tables").glob("*.tex")}
+    assert not {name for name in texts if name.startswith(("every-", "summary"))}  # to be read on, as CSV
+    for name, text in texts.items():
+        assert text.startswith(r"% \usepackage{booktabs"), name
+        assert rf"\label{{tab:{name}}}" in text
+        assert r"\caption{" in text, name
+        assert r"\_" not in text.partition(r"\midrule")[0], name
+        assert ("(few)" in text) <= ("Few: too few pictures or changed answers for an interval." in text), name
+
+
+@pytest.mark.parametrize(("letters", "begin", "scaled"), [(5, "{table}", 0), (40, "{table*}", 0), (200, "{table*}", 1)])
+def test_a_table_of_latex_is_as_wide_as_a_column_or_a_page_and_scaled_above(letters, begin, scaled):
+    text = latex(pd.DataFrame({"group": ["A"], "told": ["x" * letters], "more": ["y" * letters]}), "What.", "tab:w")
+    assert text.count(rf"\begin{begin}") == text.count(rf"\end{begin}") == 1
+    assert text.count(r"\resizebox{\textwidth}{!}{%") == text.count(r"\end{tabular}}") == scaled
+    assert text.startswith("% \\usepackage{booktabs,graphicx}" if scaled else "% \\usepackage{booktabs}")
 
 
 def test_latex_escapes_every_character():

@@ -1,12 +1,13 @@
 """A study's report: one page that needs nothing else, and every figure and table of it as a file.
 
 The page holds its figures inside (SVG) and loads nothing, so it can be mailed or put beside a paper. Figures are
-written as PNG (300 dpi) and SVG, tables as CSV and LaTeX (booktabs).
+written as PNG (300 dpi), SVG and PDF, tables as CSV and LaTeX (booktabs), as wide as a column or a page of two.
 """
 
 import hashlib
 import io
 import json
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -47,6 +48,8 @@ _UNITS = {
 }
 """How a value's effects are printed: their unit, what they are multiplied by, and how many decimals they have."""
 
+_FEW = "Few: too few pictures or changed answers for an interval."
+
 _POINTS = ["delta", "delta_low", "delta_high", "excess"]
 
 _AXES = {"r": "share of neurons", "alpha": "strength", "items": "identification questions"}
@@ -62,6 +65,8 @@ class _Part:
     content: Figure | pd.DataFrame
     of: str = ""
     """The name, given by a user, that is part of this one's."""
+    numbers: tuple[str, pd.DataFrame] | None = None
+    """What a figure shows, where a paper may print it as a table, with the table's caption."""
 
     @property
     def kind(self) -> str:
@@ -163,7 +168,12 @@ def _effects(
             "and a cross effect near zero; random masks are averaged over their repeats.",
             plot_effects(overall, effects=shown, value=value),
         ),
-        _Part("effects-overall", "Effects over all groups", f"In {unit}.", _effect_table(overall, "selector", value)),
+        _Part(
+            "effects-overall",
+            "Effects over all groups",
+            f"In {unit}. {_FEW}",
+            _effect_table(overall, "selector", value),
+        ),
         *_second_value(result, plain, how),
         _Part(
             "effects-by-group",
@@ -174,7 +184,7 @@ def _effects(
         _Part(
             f"effects-{_slug(main)}",
             f"Effects of {main} by group",
-            f"In {unit}.",
+            f"In {unit}. {_FEW}",
             _effect_table(own, "group", value),
             main,
         ),
@@ -202,22 +212,23 @@ def _second_value(result: KnockoutResult, plain: Sequence[str], how: Keywords) -
         caption = "Change of the log-probability margin (right option less the best other one), in nats; it moves "
         caption += "before an answer flips."
     table = _overall(result.summary(value=name, **how), plain)
-    return [_Part(f"effects-{name}", title, caption, _effect_table(table, "selector", name))]
+    return [_Part(f"effects-{name}", title, f"{caption} {_FEW}", _effect_table(table, "selector", name))]
 
 
 def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keywords) -> list[_Part]:
     unit, scale, digits = _UNITS[result.measure]
-    matrices = {name: scale * result.matrix(name).to_numpy(dtype=float) for name in plain}
-    limit = max(float(np.nanmax(np.abs(values))) for values in matrices.values()) or 1.0
+    matrices = {name: scale * result.matrix(name) for name in plain}
+    limit = max(float(np.nanmax(np.abs(one.to_numpy(dtype=float)))) for one in matrices.values()) or 1.0
+    title, told = "Whose neurons, whose questions", f"Change, in {unit}; rows are masks, columns the questions' groups"
     parts = [
         _Part(
             f"matrix-{_slug(name)}",
-            f"Whose neurons, whose questions: {name}",
-            f"Change, in {unit}; rows are masks, columns the groups of the questions. Orange is harm. All "
-            "matrices of this page share their colours"
+            f"{title}: {name}",
+            f"{told}. Orange is harm. All matrices of this page share their colours"
             + ("; repeats are averaged." if name in _repeated(result, plain) else "."),
             plot_matrix(result, name, limit=limit),
             name,
+            (f"{title}: {name}. {told}.", _matrix_table(matrices[name], limit)),
         )
         for name in plain
     ]
@@ -234,6 +245,15 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
             )
         )
     return parts
+
+
+def _matrix_table(matrix: pd.DataFrame, limit: float) -> pd.DataFrame:
+    """A matrix with as many decimals as its figure has, groups in the order of the figure."""
+    groups = sorted(matrix.index, key=natural)
+    columns = sorted(matrix.columns, key=lambda name: (name not in matrix.index, natural(name)))
+    digits = max(0, 1 - math.floor(math.log10(limit)))
+    shown = {str(name): [_number(value, digits) for value in matrix.loc[groups, name]] for name in columns}
+    return pd.DataFrame({"neurons of": groups, **shown})
 
 
 def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part]:
@@ -329,7 +349,7 @@ def _sweeps(result: KnockoutResult, how: Keywords) -> list[_Part]:
             _Part(
                 f"curve-{_slug(base)}-{_slug(axis)}",
                 f"{base} by {what}",
-                f"Over all groups. Exploratory: {number} settings were tried.",
+                f"Over all groups. Exploratory: {number} settings were tried. {_FEW}",
                 _effect_table(overall, axis, result.measure),
                 f"{base} [{axis}]",
             )
@@ -351,7 +371,7 @@ def _conditions(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> 
             "conditions",
             "By what the clean model answers",
             "Effects on all questions, and on those that the clean model answers right or wrong. On right ones "
-            "accuracy can only fall, on wrong ones only rise.",
+            f"accuracy can only fall, on wrong ones only rise. {_FEW}",
             _effect_table(table, "selector", result.measure),
         )
     ]
@@ -498,32 +518,53 @@ _LATEX = {
 }
 
 
-def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
+_COLUMN, _PAGE = 3.3 * 72.27, 6.75 * 72.27
+"""Points of TeX: the width of a column, and of a page of two."""
+
+
+def latex(table: pd.DataFrame, caption: str = "", label: str = "", turned: bool = False) -> str:
     """A table in LaTeX with booktabs, every character of the cells escaped.
+
+    What is too wide for a column of 3.3 inches goes over both (``table*``), and what is too wide for these is scaled.
 
     Args:
         table: any table; numbers are aligned right.
         caption: of the table.
         label: what the text refers to it by.
+        turned: write the names of the columns upwards, but for the first.
     """
 
     def cell(value: object) -> str:
         return "".join(_LATEX.get(letter, letter) for letter in _cell(value))
 
+    rows = [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    head = [cell(name) for name in table.columns]
+    space = 2 if turned else 3
+    lengths = [
+        max(len(one) for one in (*column, *(() if turned and n else (str(name),))))
+        for n, (name, *column) in enumerate(zip(table.columns, *rows, strict=True))
+    ]
+    width = sum(4.2 * length + 2 * space for length in lengths)  # of Computer Modern, in 8 pt
+    wide, scaled = width > _COLUMN, width > _PAGE
+    if turned:
+        head[1:] = [rf"\rotatebox{{90}}{{{name}}}" for name in head[1:]]
     align = "".join("r" if n and not _is_text(table[name]) else "l" for n, name in enumerate(table.columns))
     lines = [
-        r"\begin{table}",
+        rf"% \usepackage{{booktabs{',graphicx' if turned or scaled else ''}}}",
+        rf"\begin{{table{'*' * wide}}}",
         r"\centering",
         *([rf"\caption{{{cell(caption)}}}"] if caption else []),
         *([rf"\label{{{label}}}"] if label else []),
+        rf"\footnotesize\setlength{{\tabcolsep}}{{{space}pt}}",
+        *([r"\resizebox{\textwidth}{!}{%"] if scaled else []),
         rf"\begin{{tabular}}{{{align}}}",
         r"\toprule",
-        " & ".join(cell(name) for name in table.columns) + r" \\",
+        " & ".join(head) + r" \\",
         r"\midrule",
-        *(" & ".join(cell(value) for value in row) + r" \\" for row in table.itertuples(index=False)),
+        *(" & ".join(map(cell, row)) + r" \\" for row in rows),
         r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
+        r"\end{tabular}" + "}" * scaled,
+        rf"\end{{table{'*' * wide}}}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -557,6 +598,7 @@ def _told_apart(parts: Sequence[_Part], taken: Iterable[str]) -> list[_Part]:
         parts: of the report.
         taken: names of further tables.
     """
+    taken = [*taken, *(part.name for part in parts if part.numbers is not None)]
     number = Counter([*((part.kind, part.name) for part in parts), *(("table", name) for name in taken)])
     return [
         replace(part, name=f"{part.name}-{_digest(part.of)}") if part.of and number[part.kind, part.name] > 1 else part
@@ -569,26 +611,34 @@ def _written(part: _Part, folder: Path) -> Keywords:
     shown: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": part.caption}
     if isinstance(part.content, pd.DataFrame):
         table = part.content
-        _write_table(folder, part.name, table, part.title)
+        files = _write_table(folder, part.name, table, f"{part.title}. {part.caption}")
         rows = [[_cell(value) for value in row] for row in table.itertuples(index=False)]
         shown |= {
             "columns": list(table.columns),
             "text": [_is_text(table[name]) for name in table.columns],
             "rows": rows,
         }
-        return shown | {"files": {"CSV": f"tables/{part.name}.csv", "LaTeX": f"tables/{part.name}.tex"}}
-    files = {kind: f"figures/{part.name}.{kind.lower()}" for kind in ("PNG", "SVG")}
+        return shown | {"files": files}
+    files = {kind: f"figures/{part.name}.{kind.lower()}" for kind in ("PNG", "SVG", "PDF")}
     part.content.savefig(folder / files["PNG"], dpi=300, bbox_inches="tight")
+    part.content.savefig(folder / files["PDF"], bbox_inches="tight", metadata={"CreationDate": None})
     buffer = io.BytesIO()
     part.content.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     (folder / files["SVG"]).write_bytes(buffer.getvalue())
+    if part.numbers is not None:
+        files |= _write_table(folder, part.name, part.numbers[1], part.numbers[0], turned=True)
     return shown | {"files": files, "picture": inside(buffer.getvalue(), "image/svg+xml")}
 
 
-def _write_table(folder: Path, name: str, table: pd.DataFrame, caption: str = "") -> None:
-    write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
-    if len(table) <= 500:
-        write_text(folder / "tables" / f"{name}.tex", latex(table, caption, f"tab:{name}"))
+def _write_table(
+    folder: Path, name: str, table: pd.DataFrame, caption: str = "", turned: bool = False
+) -> dict[str, str]:
+    """Write a table's files, and give them by kind. One without a caption is for reading on, and no table of LaTeX."""
+    files = {"CSV": f"tables/{name}.csv", **({"LaTeX": f"tables/{name}.tex"} if caption and len(table) <= 500 else {})}
+    write_text(folder / files["CSV"], table.to_csv(index=False))
+    if "LaTeX" in files:
+        write_text(folder / files["LaTeX"], latex(table, caption, f"tab:{name}", turned))
+    return files
 
 
 def _page_of(
