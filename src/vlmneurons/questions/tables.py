@@ -440,9 +440,7 @@ def _fault(path: Path) -> str:
 
 def _options(options: Any, rest: JSON, where: str) -> list[Any]:
     if isinstance(options, str):
-        advice = (
-            ': write ["tea", "rice"], or give each option a column: A, B, C, D, or columns={"options": [its columns]}'
-        )
+        advice = ': write ["tea", "rice"], or give each a column: A, B, C, D, or columns={"options": [columns]}'
         options = literal_list(options, f"{where}: options must be a JSON list", advice)
     if hasattr(options, "tolist"):
         options = options.tolist()
