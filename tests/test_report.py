@@ -12,8 +12,9 @@ from test_effects import random_result
 from test_plots import only_these_fonts
 from vlmneurons.cli import main
 from vlmneurons.errors import MismatchError
+from vlmneurons.look.latex import latex
 from vlmneurons.look.plots import plot_effects
-from vlmneurons.look.report import _finding, latex
+from vlmneurons.look.report import _finding
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
 
