@@ -25,7 +25,7 @@ from vlmneurons.run.engine import Engine, Run
 from vlmneurons.run.identity import run_provenance, setting_of_run, versions
 from vlmneurons.run.intervention import Intervention, Values
 from vlmneurons.run.memory import MemoryLimit
-from vlmneurons.run.readers import AnswerReader, Reading
+from vlmneurons.run.readers import AnswerReader, Reading, checked
 from vlmneurons.run.remote import Remote
 from vlmneurons.study.design import Design, crossing
 from vlmneurons.study.masks import Mask, Masks, listed_masks, per_layer
@@ -360,7 +360,8 @@ class _AnswersJob(Job[pd.DataFrame]):
         runs = [Run(self._ablations[number], None if whole else tuple(meeting[number])) for number in numbers]
         try:
             for number, reading in zip(numbers, self.engine.answers(questions, encoded, runs), strict=True):
-                readings[number] = reading
+                asked = [questions[place] for place in meeting[number]]
+                readings[number] = checked(reading, self.engine.reader, asked)
                 told(len(meeting[number]))
             return _table(questions, meeting, readings)
         except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
@@ -458,4 +459,4 @@ def _describe(given: Any) -> object:
 
 def _scores(reading: Reading, n: int) -> np.ndarray:
     """The grades of a reading; NaN where it has none."""
-    return np.full(n, np.nan) if reading.graded is None else reading.graded.numpy()
+    return np.full(n, np.nan) if reading.graded is None else np.asarray(reading.graded, dtype=np.float64)
