@@ -304,7 +304,7 @@ class _Pass:
         assert structure.tokens is not None
         tokens, axes = structure.tokens[number], structure.axes[number]
 
-        def packed(path: Path, leaf: Any) -> Any:
+        def packed(path: Path, leaf: Any) -> object:
             if path == structure.mask:
                 made = packing.mask(leaf, structure.mask_dtype)
                 if made is None:
@@ -317,7 +317,7 @@ class _Pass:
                 raise CannotReplay("tokens that should be shared are at other positions")
             return packing.tokens(leaf, row_axis, tokens[path])
 
-        def once(path: Path, leaf: object) -> Any:  # every layer is given the same mask and positions
+        def once(path: Path, leaf: object) -> object:  # every layer is given the same mask and positions
             known = self.packed.get((id(leaf), path))
             if known is None or known[0] is not leaf:
                 known = self.packed[id(leaf), path] = (leaf, packed(path, leaf))
@@ -325,7 +325,7 @@ class _Pass:
 
         return changed(given, lambda path, leaf: packed(path, leaf) if path == structure.hidden else once(path, leaf))
 
-    def _leave(self, number: int, module: nn.Module, args: tuple, output: object) -> Any:
+    def _leave(self, number: int, module: nn.Module, args: tuple, output: object) -> object:
         call = self.calls[number]
         if self.replaying or call is None:
             return None
@@ -537,7 +537,7 @@ class _Pass:
         if self.packing is not None and self.structure.tokens is not None and self.structure.mask is not None:
             tokens = {**self.structure.tokens[place], self.structure.mask: 1}
 
-        def tiled(path: Path, leaf: object) -> Any:
+        def tiled(path: Path, leaf: object) -> object:
             if path == self.structure.hidden:
                 return hidden
             if not isinstance(leaf, Tensor):
