@@ -1,7 +1,7 @@
 """Tables in LaTeX, as wide as a column of a two-column paper: what does not fit beside stands below.
 
 An interval stands below its number, columns that have no room go into a further block of the same rows, and rows that
-have none into a further float. The widths are estimated from above, so that whatever the document's font is, they hold.
+have none into a further float. The widths are estimated from above, for Computer Modern and narrower fonts.
 """
 
 import math
@@ -11,12 +11,13 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from vlmneurons.look.figures import ems
+_COLUMN, _LETTERS, _SMALL, _GAP = 238.0, 8.0, 6.4, 4.0
+r"""Points: of 3.3 inches, of ``\footnotesize``, of ``\tiny`` (whose letters are wide), and between columns."""
 
-_COLUMN, _LETTERS, _SMALL, _GAP = 238.0, 8.0, 6.0, 6.0
-r"""Points: of 3.3 inches, of ``\footnotesize``, of intervals, and between two columns of a table."""
+_WIDTHS = {**dict.fromkeys("fijlrt.,:;!'|[]() -", 0.41), **dict.fromkeys("mwMW%@&−<>–…", 0.9)}
+"""Of letters, in units of their size, where it is not that of most."""
 
-_LABEL, _LINES = 92.0, 56
+_LABEL, _LINES = 92.0, 60
 """Points of a text that is set in several lines, and lines of a float."""
 
 _ESCAPED = {
@@ -52,7 +53,7 @@ def cell_text(value: object) -> str:
         value: of a table.
     """
     if not isinstance(value, float | np.floating):
-        return str(value)
+        return re.sub(r"^-(?=[\d.]+(e-?\d+)?$)", "−", str(value))
     if not np.isfinite(value):
         return "–"
     return (f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}").replace("-", "−")
@@ -99,29 +100,37 @@ class _Column:
         self.name, self.cells = name, [cell_text(value) for value in values]
         self.left = first or is_text(values)
         found = [re.fullmatch(r"(−?[\d.]+) (\[.+\]|\(few\))", cell) for cell in self.cells]
-        several = any(found)
+        several = any(one and one[2][0] == "[" for one in found)
+        found = found if several else [None] * len(found)
         self.numbers = [one[1] if one else cell for one, cell in zip(found, self.cells, strict=True)]
         self.intervals = [one[2] if one else "" for one in found] if several else []
-        widest = max((_LETTERS * ems(text) for text in self.numbers), default=0.0)
-        widest = max(widest, max((_SMALL * ems(text) for text in self.intervals), default=0.0))
-        self.head = name.split(" ", 1) if " " in name and _LETTERS * ems(name) > widest else [name]
-        widest = max(widest, *(_LETTERS * ems(word) for word in self.head))
+        widest = max((_LETTERS * _ems(text) for text in self.numbers), default=0.0)
+        widest = max(widest, max((_SMALL * _ems(text) for text in self.intervals), default=0.0))
+        self.head = name.split(" ", 1) if " " in name and _LETTERS * _ems(name) > widest else [name]
+        widest = max(widest, *(_LETTERS * _ems(word) for word in self.head))
         self.width, self.boxed = min(widest, _LABEL), widest > _LABEL
-        within = _LETTERS * max(map(ems, [*self.numbers, self.name]), default=0.0) / (0.8 * _LABEL)
+        within = _LETTERS * max(map(_ems, [*self.numbers, self.name]), default=0.0) / (0.8 * _LABEL)
         self.lines = math.ceil(within) if self.boxed else 2 if several else 1
 
     def set(self, text: str) -> str:
         """A cell's text."""
-        if not self.boxed or _LETTERS * ems(text) <= _LABEL:
+        if not self.boxed or _LETTERS * _ems(text) <= _LABEL:
             return _escaped(text)
         return rf"\parbox[t]{{{_LABEL:g}pt}}{{\raggedright {_broken(text)}\strut}}"
 
 
+def _ems(text: str) -> float:
+    """How wide a text is at most, in units of its size."""
+    wide = (_WIDTHS.get(one, 1.0 if ord(one) > 0x2E80 else 0.8 if one.isupper() else 0.55) for one in text)
+    return sum(wide)
+
+
 def _float(blocks: list[list[_Column]], rows: range, caption: str, label: str, number: int, of: int) -> str:
+    caption = caption if number == 1 else caption.partition(". ")[0]
     more = f"{caption} ({number} of {of})" if of > 1 else caption
     lines = [
         r"\begin{table}",
-        r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+        r"\centering\footnotesize\setlength{\tabcolsep}{2pt}",
         *([rf"\caption{{{_broken(more)}}}"] if caption else []),
         *([rf"\label{{{label}{f'-{number}' if number > 1 else ''}}}"] if label else []),
     ]
@@ -134,8 +143,8 @@ def _float(blocks: list[list[_Column]], rows: range, caption: str, label: str, n
         lines.append(r"\midrule")
         for row in rows:
             lines.append(_row(one.set(one.numbers[row]) for one in block))
-            if any(one.intervals for one in block):
-                small = (one.intervals[row] if one.intervals else "" for one in block)
+            small = [one.intervals[row] if one.intervals else "" for one in block]
+            if any(small):
                 lines.append(_row(rf"\tiny {_escaped(text)}" if text else "" for text in small))
         lines += [r"\bottomrule", r"\end{tabular}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"

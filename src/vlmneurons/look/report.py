@@ -158,7 +158,8 @@ def _effects(
 ) -> list[Part]:
     overall = _overall(summary, plain)
     own, value, unit = _own(summary, main), result.measure, UNITS[result.measure][0]
-    shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
+    shown = [name for name in ("self_effect", "cross_effect", "control_effect") if name in summary]
+    shown = [name for name in shown if overall[name].notna().any()] or shown
     level = f"{100 * how['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
     return [
         Part(
@@ -250,7 +251,7 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
             told,
             plot_matrix(result, name, limit=limit),
             name,
-            under="matrices" if several else "",
+            under="matrices" if several and name != main else "",
         )
         for name in plain
     ]
@@ -258,7 +259,7 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
         told += " One scale of colours; of random masks the mean over their repeats."
         figure = _wrapped(lambda width: plot_matrix(result, plain, limit=limit, width=width))
         parts.insert(0, Part("matrices", "Whose neurons, whose questions", told, figure))
-    if len(result.group_names) > 2:
+    if len(result.group_names) > 2 and _has_groups(result, main):
         pairs = result.pairs(main, **how)
         cross = pairs.loc[pairs["mask"] != pairs["group"]].sort_values("excess", kind="stable").head(15)
         table = cross[["mask", "group", "n"]].assign(
@@ -278,45 +279,43 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
 
 def _overlaps(result: KnockoutResult, selections: Mapping[str, Selection], main: str) -> list[Part]:
     """How far the groups' neurons are the same, and whether groups that share neurons harm each other."""
-    given = {main: selections[main], **selections} if main in selections else dict(selections)
-    groups = sorted(next(iter(given.values()), {}))
-    given = {name: selections[name] for name in selections if sorted(selections[name]) == groups}
+    groups = sorted(selections.get(main, next(iter(selections.values()), {})))
+    given = {name: selections[name] for name in result.selectors if sorted(selections.get(name, ())) == groups != []}
     if len(groups) < 2:
         return []
     overlaps = {name: one.overlap().loc[groups] for name, one in given.items()}
-    order = ordered(groups, "clustered", np.hstack([one["jaccard"][groups] for one in overlaps.values()]))
-    parts = [
-        Part(
-            "overlap",
-            "How far the groups' neurons are the same",
-            "Neurons in both sets, of those in either (Jaccard index, %); groups of alike overlaps stand beside each "
-            "other. A rule that gives a neuron to one group only, as CAS and LAPE do, has none.",
-            _wrapped(lambda width: plot_overlap(given, order=order, width=width)),
-        )
-    ]
-    rows, pairs = [], np.triu_indices(len(groups), 1)
     related = set(groups) == set(result.group_names) and len(groups) > 2
+    told = "Jaccard index in %, mean over pairs of groups; what random sets of these sizes would have; and the highest."
+    if related:
+        told += " With effects: rank correlation (Spearman), over pairs, of the overlap with the mean effect that the "
+        told += "two masks have on each other's groups; below 0, groups that share neurons harm each other."
+    rows, pairs = [], np.triu_indices(len(groups), 1)
     for name, table in overlaps.items():
         shared, chance = (table[kind][groups].to_numpy()[pairs] for kind in ("jaccard", "chance"))
         most = int(np.argmax(shared))
-        alike = f"{groups[pairs[0][most]]}, {groups[pairs[1][most]]}" if shared[most] else "–"
         row = {"selector": name, "overlap": printed(100 * shared.mean()), "chance": printed(100 * chance.mean())}
-        row |= {"highest": printed(100 * shared[most]), "most alike": alike}
+        row["highest"] = printed(100 * shared[most])
+        row["most alike"] = f"{groups[pairs[0][most]]}, {groups[pairs[1][most]]}" if shared[most] else "–"
         if related:
             matrix = result.matrix(name).reindex(index=groups, columns=groups).to_numpy(dtype=float)
-            each = pd.DataFrame({"shared": shared, "effect": ((matrix + matrix.T) / 2)[pairs]})
-            alone = each["shared"].nunique() < 2 or each["effect"].nunique() < 2
+            each = pd.DataFrame({"shared": shared, "effect": ((matrix + matrix.T) / 2)[pairs]}).dropna()
+            alone = (each.nunique() < 2).any()
             row["with effects"] = "–" if alone else printed(each.corr(method="spearman").iloc[0, 1], 2)
         rows.append(row)
-    told = "Jaccard index in %, mean over pairs of groups; what random sets of these sizes would have; and the highest."
+    parts = [Part("overlap", "Overlap and relatedness", told, pd.DataFrame(rows))]
+    if all(row["most alike"] == "–" for row in rows):  # nothing to draw
+        return parts
+    order = ordered(groups, "clustered", np.hstack([one["jaccard"][groups] for one in overlaps.values()]))
+    figure = _wrapped(lambda width: plot_overlap(given, order=order, width=width))
+    drawn = "Neurons in both sets, of those in either (Jaccard index, %); groups of alike overlaps stand beside each "
+    drawn += "other. Rules that give a neuron to one group only, as CAS and LAPE do, have none."
+    parts.insert(0, Part("overlap", "How far the groups' neurons are the same", drawn, figure))
     if related:
-        caption = "The effects again, groups in the order of the overlaps: where groups that share neurons harm each "
-        caption += "other, blocks stand along the diagonal."
-        draw = _wrapped(lambda width: plot_matrix(result, [*given], order=order, width=width))
-        parts.append(Part("related", "Effects, in the order of the overlap", caption, draw))
-        told += " With effects: rank correlation (Spearman), over pairs, of the overlap with the mean effect that the "
-        told += "two masks have on each other's groups; below 0, groups that share neurons harm each other."
-    return [*parts, Part("overlap", "Overlap and relatedness", told, pd.DataFrame(rows))]
+        figure = _wrapped(lambda width: plot_matrix(result, [*given], order=order, width=width))
+        drawn = "The effects, groups in the order of the overlaps: where groups that share neurons harm each other, "
+        drawn += "blocks stand along the diagonal."
+        parts.insert(1, Part("related", "Effects, in the order of the overlaps", drawn, figure))
+    return parts
 
 
 def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[Part]:
@@ -417,14 +416,15 @@ def _sweeps(result: KnockoutResult, how: Keywords) -> list[Part]:
                     f"{base} [{axis}]",
                 )
             )
-        overall = curve.loc[curve["group"] == "all"]
+        table = _effect_table(curve.loc[curve["group"] == "all"], axis, result.measure)
         parts.append(
             Part(
                 f"curve-{file_name(base)}-{file_name(axis)}",
                 f"{base} by {what}",
-                f"Over all groups. Exploratory: {number} settings were tried.",
-                _effect_table(overall, axis, result.measure),
+                f"Over all groups, in {UNITS[result.measure][0]}. Exploratory: {number} settings were tried.",
+                table.rename(columns={axis: what}),
                 f"{base} [{axis}]",
+                table,
             )
         )
     return parts
@@ -436,7 +436,7 @@ def _conditions(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> 
         part = result.select(*plain).where(condition)
         if part.ids:
             summary = part.summary(**how)
-            rows.append(summary[summary["group"] == "all"].assign(questions=condition))
+            rows.append(summary[summary["group"] == "all"].assign(questions=condition.replace("correct", "right")))
     table = pd.concat(rows)
     table["selector"] = table["selector"] + ", " + table["questions"]
     return [
@@ -603,6 +603,7 @@ def _facts(
     """The head of the page: what a reader has to know beside the finding."""
     about, told = result.provenance, _chosen(result, main, selections)
     sizes = [mask.size for mask in result.masks]
+    bare = list(dict.fromkeys(split_setting(name)[0] for name in result.selectors))
     what = about.get("intervention", {})
     mode = {"zero": "set to 0", "scale": f"scaled by {what.get('factor')}"}.get(what.get("mode"), what.get("mode"))
     shuffle = f"; options in the order of seed {about['shuffle']}" if about.get("shuffle") is not None else ""
@@ -622,7 +623,7 @@ def _facts(
         + (f", control groups {', '.join(result.control_names)}" if result.control_names else ""),
         "Clean accuracy": f"{100 * float(np.mean(result.correct[0])):.1f} %",
         **({} if result.scores is None else {"Clean score": f"{float(np.mean(result.scores[0])):.3f}"}),
-        "Masks": f"{len(result.masks):,} of {len(result.selectors)} kinds, of {min(sizes):,} to {max(sizes):,} neurons",
+        "Masks": f"{len(result.masks):,}, named {', '.join(bare)}; of {_range(sizes)} neurons",
         "Answers kept": f"{int((result.chosen > NOT_ASKED).sum()):,}",
         "Could not be parsed": f"{int((result.chosen == -1).sum()):,}",
         "Questions skipped": f"{len(about.get('skipped', [])):,}",
@@ -636,8 +637,7 @@ def _facts(
 
 def _chosen(result: KnockoutResult, main: str, selections: Mapping[str, Selection]) -> dict[str, str]:
     """How many neurons the main selector's masks have, of how many, where, and what they were chosen by."""
-    sizes = sorted({mask.size for mask in result.masks if mask.selector == main})
-    number = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
+    sizes = [mask.size for mask in result.masks if mask.selector == main]
     described = repr(selections[main]) if main in selections else str(result.provenance.get("selections", {}).get(main))
     found = re.search(r"NeuronSpace\((.+?): (.*) = ([\d,]+) neurons\)", described)
     site, of, rule, by = "not known", "", "not known", {}
@@ -648,16 +648,20 @@ def _chosen(result: KnockoutResult, main: str, selections: Mapping[str, Selectio
     if main in selections:
         about = selections[main].provenance
         by = dict(about.get("statistics") or {})
-        used = sorted({int(n) for n in (about.get("items") or {}).values()})
-        rule += f", on {used[0]:,}{f' to {used[-1]:,}' if len(used) > 1 else ''} questions a group" if used else ""
+        used = [int(n) for n in (about.get("items") or {}).values()]
+        rule += f", on {_range(used)} questions a group" if used else ""
         rule += {"correct": ", answered right", "wrong": ", answered wrong"}.get(str(by.get("condition")), "")
-    share = f" of {of} ({printed(100 * sizes[-1] / int(of.replace(',', '')), 2)} %)" if of else ""
+    share = f" of {of} ({printed(100 * max(sizes) / int(of.replace(',', '')), 2)} %)" if of else ""
     return {
-        "Neurons a mask": number + share,
+        "Neurons a mask": _range(sizes) + share,
         "Site": site,
         "Chosen by": rule,
         "Tokens counted": str(by.get("tokens") or "not known"),
     }
+
+
+def _range(sizes: Sequence[int]) -> str:
+    return f"{min(sizes):,}" + (f" to {max(sizes):,}" if len(set(sizes)) > 1 else "")
 
 
 def _finding(result: KnockoutResult, summary: pd.DataFrame, main: str) -> str:
@@ -671,9 +675,10 @@ def _finding(result: KnockoutResult, summary: pd.DataFrame, main: str) -> str:
         told.append(f"{mean} {unit} " + (f"[{low}, {high}]" if np.isfinite(one[f"{effect}_low"]) else f"({few})"))
     told_so = f"Switching off the neurons of {main} moves questions by {told[1]}"
     if np.isfinite(one["self_effect"]):
-        told_so = f"Switching off the neurons that {main} chose for a group moves its own questions by {told[0]}, and "
-        told_so += f"those of other groups by {told[1]}"
-    told_so += f": {one['n']:,} questions about {one['pictures']:,} pictures, of {len(result.group_names)} groups."
+        told_so = f"Switching off the neurons that {main} chose for a group moves its own questions by {told[0]}"
+        told_so += f", and those of other groups by {told[1]}" if np.isfinite(one["cross_effect"]) else ""
+    groups = "1 group" if len(result.group_names) == 1 else f"{len(result.group_names)} groups"
+    told_so += f": {one['n']:,} questions about {one['pictures']:,} pictures, of {groups}."
     clean, chance = float(np.mean(result.correct[0])), result.provenance.get("chance")
     if chance is None or clean - 1.645 * np.sqrt(clean * (1 - clean) / len(result.ids)) > chance:
         return told_so
