@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -259,6 +260,7 @@ def test_a_result_without_effects_has_no_report(tmp_path):
 
 def test_groups_and_selectors_of_any_name_are_reported(tmp_path, monkeypatch):
     only_these_fonts(monkeypatch)
+    monkeypatch.setattr(matplotlib, "__version__", "3.11.0")  # else it is said that letters are not joined
     result = random_result(n=12, controls=0)
     names = {"BRA": "<b>&amp;", "EGY": "مصر", "JPN": "日本 $x_1$ \\", "SGP": "a name that is far longer than any code"}
     masks = tuple(Mask(f"{m.selector} <i>/..", m.repeat, names[m.group], m.size) for m in result.masks[:8])

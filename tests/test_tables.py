@@ -606,7 +606,7 @@ def deep(n: int) -> list:
     ("given", "kept"),
     [
         (float("nan"), None), (np.float64("nan"), None), (pd.NA, None), (pd.NaT, None), (None, None),
-        (np.datetime64("NaT"), None), (np.int64(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5),
+        (np.datetime64("NaT", "s"), None), (np.int64(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5),
         (np.str_("x"), "x"),
         ([1, float("nan"), {"a": np.nan}], [1, None, {"a": None}]), ((1, np.int8(2)), (1, 2)), ({"b", "a"}, ["a", "b"]),
         ({1: {2: np.nan}}, {"1": {"2": None}}), (np.array([1.5, np.nan]), [1.5, None]), ("text", "text"), (True, True),
