@@ -360,6 +360,8 @@ def test_texts_are_named_refused_and_told_apart(model):
         vn.QuestionSet.from_texts({"en": "All are born free."})
     with pytest.raises(QuestionError, match="ids must be unique"):
         vn.QuestionSet.from_texts({"en": ["All.", "All."]})
+    with pytest.raises(QuestionError, match=r"texts\['de'\] is empty, and the group would be missing: leave it out"):
+        vn.QuestionSet.from_texts({"en": ["All are born free."], "de": []})
     with pytest.raises(QuestionError, match="one of its answers is empty"):
         vn.QuestionSet.from_texts({"en": [""]})
     with pytest.raises(QuestionError, match="has options, and RunningText"):

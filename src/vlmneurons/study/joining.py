@@ -1,7 +1,7 @@
 """Putting the parts of a run together: `KnockoutResult.join`, and results that are whole: their sum."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult, chance_of
 
 def join_results(folders: Sequence[str | Path], out: Path) -> KnockoutResult:
     """See `KnockoutResult.join`."""
+    folders = list(folders) if isinstance(folders, Iterator) else folders  # they are gone through twice
     whole = _undivided(folders)
     told = None if whole else parts_of(folders, RUN)
     result = functools.reduce(added, whole) if told is None else _joined(told[0], told[2]["ids"])

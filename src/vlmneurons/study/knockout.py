@@ -65,7 +65,7 @@ def knockout(
         masks: what to switch off, by name: a `Selection` (one mask for each of its groups), a list of selections
             (repeats of one control, such as random seeds), a single `NeuronSet`, or any of these as an `Intervention`.
             Equal sets are run once.
-        controls: further questions, whose groups no mask is of, that measure general ability.
+        controls: further questions, whose groups no mask is of, that measure general ability, asked as the others are.
         others: masks of other groups that each question meets, besides its own group's; None for all of them. With
             k = 2 a study of 25 groups asks 4 runs a question and selector instead of 26; self effects are those of the
             full crossing, cross effects and gaps unbiased estimates of theirs. What is not asked is missing in the
@@ -107,7 +107,7 @@ def knockout(
     if part is not None and folder is None:
         raise QuestionError("a part needs a folder, from which it is joined with the others")
     questions = to_ask(questions, answer)
-    controls = QuestionSet(controls) if controls is not None and not isinstance(controls, QuestionSet) else controls
+    controls = None if controls is None else to_ask(controls, answer)
     asked = _asked(questions, controls)
     engine = engine_of(model, asked, remote)
     given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
