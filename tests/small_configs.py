@@ -37,7 +37,7 @@ TEXT = {
     "q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 10,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "word_embed_proj_dim": 48, "index_topk": 8, "index_head_dim": 8,
-    "index_n_heads": 2, "indexer_head_dim": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+    "index_n_heads": 24, "indexer_head_dim": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
     "indexer_budget": 8, "sliding_window": 16, "seq_length": 512, "vocab_size_per_layer_input": 640,
     "hidden_size_per_layer_input": 8, "hc_lowrank": 6, "ple_embed_dim": 16, "ngram_vocab_size_base": 64,
     "max_2d_position_embeddings": 64, "layers": 2, "embed_dim": 48, "swa_num_attention_heads": 4,

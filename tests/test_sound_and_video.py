@@ -155,6 +155,23 @@ def test_other_sounds_are_read_by_soundfile_where_it_is_installed(monkeypatch):
     assert np.array_equal(heard, np.zeros_like(tone()))
 
 
+def test_a_wav_of_floats_is_not_read_as_integers_by_a_python_that_opens_it(monkeypatch):
+    class Soundfile:
+        @staticmethod
+        def read(file, dtype, always_2d):
+            return np.frombuffer(file.read()[-4 * len(tone()) :], "<f4").astype(float)[:, None], RATE
+
+    with io.BytesIO() as file, wave.open(file, "wb") as writer:
+        writer.setparams((1, 4, RATE, 0, "NONE", ""))
+        writer.writeframes(tone().astype("<f4").tobytes())
+        floats = file.getvalue()
+    # Python before 3.15 opens no file that says it holds floats; from then on getformat tells them.
+    monkeypatch.setattr(wave.Wave_read, "getformat", lambda sound: 3, raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "soundfile", Soundfile)
+    (heard,) = ask(audio=floats).load_audio(RATE)
+    assert np.array_equal(heard, tone().astype(np.float32))
+
+
 # -- videos ------------------------------------------------------------------------------------------------------------
 
 

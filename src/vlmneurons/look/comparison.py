@@ -13,23 +13,21 @@ from vlmneurons.checks import Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
+from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, told_apart, write_table, written_parts
 from vlmneurons.look.plots import _VALUES, _frame, _plain, _points, plot_profiles
-from vlmneurons.look.report import (
-    _UNITS,
-    _effect_table,
-    _number,
-    _Part,
-    _probability,
-    _slug,
-    _told_apart,
-    _write_table,
-    _written,
-    page_of,
-)
+from vlmneurons.look.report import _effect_table, page_of
 from vlmneurons.study.compare import Comparison
 
 _STYLES = tuple(zip((ORANGE, BLUE, GREEN, PURPLE, "black", GREY), "osD^vP", strict=True))
 """Colour and marker of each model; more models than these begin again."""
+
+
+_EVERY = {
+    "models": "each selector in each model, over all groups: Comparison.table",
+    "every-group": "each selector in each model, group by group: Comparison.groups",
+    "profiles": "where each selector's neurons lie in each model: Comparison.profiles",
+}
+"""The tables that programs read, and what they hold."""
 
 
 def write_comparison(
@@ -53,9 +51,9 @@ def write_comparison(
     every = {"models": comparison.table(), "every-group": comparison.groups(), "profiles": comparison.profiles()}
     for place in ("figures", "tables"):
         (folder / place).mkdir(parents=True, exist_ok=True)
-    shown = [_written(part, folder) for part in _told_apart(_parts(comparison, main), every)]
+    shown = written_parts(told_apart(_parts(comparison, main), every), folder)
     for name, table in every.items():
-        _write_table(folder, name, table)
+        write_table(folder, name, table)
     facts = {
         name: f"{one.provenance.get('model', 'not known')}, {len(one.ids):,} questions of {len(one.group_names)} groups"
         for name, one in comparison.results.items()
@@ -63,35 +61,35 @@ def write_comparison(
     if comparison.notes:
         facts["What differs"] = " ".join(comparison.notes)
     facts["Made with"] = f"vlmneurons {__version__}"
-    lead = f"Effects in {_UNITS[comparison.value][0]}; intervals at {100 * comparison.confidence:g} %."
+    lead = f"Effects in {UNITS[comparison.value][0]}; intervals at {100 * comparison.confidence:g} %."
     provenance = {name: dict(one.provenance) for name, one in comparison.results.items()}
     page = folder / "index.html"
-    write_text(page, page_of(title, lead, facts, shown, list(every), provenance))
+    write_text(page, page_of(title, lead, facts, shown, _EVERY, provenance))
     return page
 
 
-def _parts(comparison: Comparison, main: str) -> list[_Part]:
+def _parts(comparison: Comparison, main: str) -> list[Part]:
     table, groups, value = comparison.table(), comparison.groups(), comparison.value
-    unit = _UNITS[value][0]
+    unit = UNITS[value][0]
     own = groups.loc[groups["selector"] == main]
     tests = {"p": "p", "p_holm": "Holm", "cross_p": "cross p", "gap_p": "gap p", "gap_p_holm": "gap Holm"}
     tested = pd.DataFrame({"selector": table["selector"], "model": table["model"]})
-    tested = tested.assign(**{short: [_probability(p) for p in table[name]] for name, short in tests.items()})
+    tested = tested.assign(**{short: [printed_p(p) for p in table[name]] for name, short in tests.items()})
     agreement = comparison.agreement()
     for name in ("spearman", "cells"):
-        agreement[name] = [_number(number, 2) for number in agreement[name]]
+        agreement[name] = [printed(value, 2) for value in agreement[name]]
     for name in ("p", "cells_p"):
-        agreement[name] = [_probability(number) for number in agreement[name]]
+        agreement[name] = [printed_p(value) for value in agreement[name]]
     agreement = agreement.rename(columns={"spearman": "self effects", "cells": "other cells", "cells_p": "cells p"})
     return [
-        _Part(
+        Part(
             "effects",
             "Self against cross effect",
             "Mean over each model's groups, with intervals by picture; where there is none, there are too few pictures "
             "or changed answers.",
             _effects_figure(comparison, table),
         ),
-        _Part(
+        Part(
             "effects",
             "Effects by selector and model",
             f"In {unit}, mean over groups. Self: of a group's mask on its own questions; cross: of the other groups' "
@@ -99,26 +97,26 @@ def _parts(comparison: Comparison, main: str) -> list[_Part]:
             "answers.",
             _effects_of(table, value),
         ),
-        _Part(
+        Part(
             "tests",
             "Tests",
             "Sign flips of pictures with all their questions; Holm: corrected over the models.",
             tested,
         ),
         *_profiles(comparison),
-        _Part(
+        Part(
             "groups",
             f"Which groups agree: self effects of {main}",
             "Each group's self effect in each model, with intervals by picture.",
             _groups_figure(comparison, own),
         ),
-        _Part(
+        Part(
             "groups",
             f"Self effects of {main} by group and model",
             f"In {unit}; harmed: in how many models the effect is below zero with a p below .05, corrected over them.",
             _groups_table(comparison, own),
         ),
-        _Part(
+        Part(
             "agreement",
             "How alike two models are",
             "Rank correlation over the groups that both have, of self effects and of masks on other groups' questions; "
@@ -135,7 +133,7 @@ def _effects_of(table: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 def _groups_table(comparison: Comparison, own: pd.DataFrame) -> pd.DataFrame:
-    _, scale, digits = _UNITS[comparison.value]
+    _, scale, digits = UNITS[comparison.value]
     rows: list[dict[str, object]] = []
     for group in sorted(set(own["group"]), key=natural):
         part = own[own["group"] == group].set_index("model")
@@ -145,7 +143,7 @@ def _groups_table(comparison: Comparison, own: pd.DataFrame) -> pd.DataFrame:
             row[model] = "–"
             if known:
                 effect, p = part.loc[model, "self_effect"], part.loc[model, "p_holm"]
-                row[model] = f"{_number(scale * effect, digits)} (p {_probability(p)})"
+                row[model] = f"{printed(scale * effect, digits)} (p {printed_p(p)})"
         rows.append({**row, "models": int(part["models"].iloc[0]), "harmed": int(part["harmed"].iloc[0])})
     return pd.DataFrame(rows)
 
@@ -189,12 +187,12 @@ def _groups_figure(comparison: Comparison, own: pd.DataFrame) -> Figure:
     return _with_legend(figure, [axis])
 
 
-def _profiles(comparison: Comparison) -> list[_Part]:
+def _profiles(comparison: Comparison) -> list[Part]:
     """Where the neurons of each selector lie, in all models."""
     profiles = comparison.profiles()
     return [
-        _Part(
-            f"profiles-{_slug(name)}",
+        Part(
+            f"profiles-{file_name(name)}",
             f"Where the neurons lie: {name}",
             "Share of a mask's neurons in each layer, mean over masks, times the number of layers: 1 (dotted) is as "
             "many as among layers chosen evenly. Depth is relative, so that models of other numbers of layers compare.",

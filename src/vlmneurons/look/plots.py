@@ -795,11 +795,12 @@ def plot_profiles(
     there = list(dict.fromkeys(profiles["selector"]))
     if (selector or "") not in there and (selector is not None or not there):
         raise MismatchError(f"no profile of {selector!r}; there are those of {', '.join(there) or 'no selector'}")
-    part = profiles[profiles["selector"] == (selector or there[0])]
+    part = profiles.loc[profiles["selector"] == (selector or there[0])]
     towers, models = part["tower"].nunique(), list(dict.fromkeys(part["model"]))
     lines = {
         model if towers == 1 else f"{model}, {tower}": (models.index(model), own)
-        for (model, tower), own in part.groupby(["model", "tower"], sort=False)
+        for model, whole in part.groupby("model", sort=False)
+        for tower, own in whole.groupby("tower", sort=False)
     }
     canvas = _Canvas(width, ax, [*lines, "evenly"], usual=(6.4, 3.2))
     shown = canvas.names(lines)

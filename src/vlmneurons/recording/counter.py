@@ -319,13 +319,15 @@ class Counter:
             of_site = {"site": site} if "site" in inspect.signature(function).parameters else {}
             frame, self.frame = self.frame, None  # whatever part of the model it calls is not counted again
             try:
-                made = function(values, counted, **of_site)
+                made = function(values.clone(), counted.clone(), **of_site)  # it may write there; the model goes on
             finally:
                 self.frame = frame
             shape = (values.shape[0], values.shape[2])
             if not isinstance(made, Tensor) or tuple(made.shape) != shape:
                 got = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
                 raise BadStatistic(f"gave {got}, not [row, neuron] = {list(shape)}", name, site, 0)
+            if made.is_complex():
+                raise BadStatistic("gave complex numbers", name, site, 0)
             bad = torch.isnan(made).any(1)
             if bool(bad.any()):
                 raise BadStatistic("gave NaN", name, site, int(bad.nonzero()[0]))
