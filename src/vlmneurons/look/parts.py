@@ -42,6 +42,8 @@ class Part:
     """The figure whose section links to this one's files: it is not shown by itself."""
     numbers: pd.DataFrame | None = None
     """What a figure shows, as a table that a paper may print in its place."""
+    colours: str = ""
+    """What the caption says of a figure's colours, and not of its numbers."""
 
     @property
     def kind(self) -> str:
@@ -136,6 +138,7 @@ def written(part: Part, folder: Path) -> Keywords:
         folder: of the page.
     """
     shown: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": part.caption, "files": {}}
+    shown["caption"] += f" {part.colours}" * bool(part.colours)
     if isinstance(part.content, list):
         return shown | {"examples": part.content}
     if isinstance(part.content, pd.DataFrame):

@@ -243,7 +243,8 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
     unit, scale, digits = UNITS[result.measure]
     matrices = {name: scale * result.matrix(name) for name in plain}
     limit = float(np.nanmax(np.abs(np.hstack([one.to_numpy(dtype=float).ravel() for one in matrices.values()])))) or 1.0
-    told = f"Change, in {unit}; rows are masks, columns the questions' groups. Orange is harm, grey was not asked."
+    told = f"Change, in {unit}; rows are masks, columns the questions' groups."
+    colours = "Orange is harm, grey was not asked."
     several = len(plain) > 1
     parts = [
         Part(
@@ -254,11 +255,12 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
             name,
             under="matrices" if several and name != main else "",
             numbers=_matrix_table(matrices[name], limit),
+            colours=colours,
         )
         for name in plain
     ]
     if several:
-        told += " One scale of colours; of random masks the mean over their repeats."
+        told += f" {colours} One scale of colours; of random masks the mean over their repeats."
         figure = _wrapped(lambda width: plot_matrix(result, plain, limit=limit, width=width))
         parts.insert(0, Part("matrices", "Whose neurons, whose questions", told, figure))
     if len(result.group_names) > 2 and _has_groups(result, main):
