@@ -237,7 +237,7 @@ def _seen(
     views: list[NeuronView] = []
     for space, indices in wanted.items():
         language = [n for n in sorted(indices) if space.locate(n)[0].tower == "language"]
-        how: Keywords = {"k": 4 * _EACH, "batch_size": batch_size, "progress": progress}
+        how: Keywords = {"k": 4 * _EACH, "answers": False, "batch_size": batch_size, "progress": progress}
         views += inspect_neurons(model, questions, NeuronSet(space, language), **how)
     return views
 

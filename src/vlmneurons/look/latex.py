@@ -77,10 +77,13 @@ def latex(table: pd.DataFrame, caption: str = "", label: str = "", turned: bool 
         label: what the text refers to it by.
         turned: write the names of the columns upwards, but for the first.
     """
-    columns = [
-        _Column(str(name), table.iloc[:, n], first=n == 0, turned=turned and n > 0)
-        for n, name in enumerate(table.columns)
-    ]
+    for label_width in (_COLUMN, _LABEL):  # a long text is broken only where it has to be
+        columns = [
+            _Column(str(name), table.iloc[:, n], n == 0, label_width, turned and n > 0)
+            for n, name in enumerate(table.columns)
+        ]
+        if sum(one.width + _GAP for one in columns) <= _COLUMN:
+            break
     blocks: list[list[_Column]] = [columns[:1]]
     for column in columns[1:]:
         if sum(one.width + _GAP for one in (*blocks[-1], column)) > _COLUMN and len(blocks[-1]) > 1:
@@ -100,7 +103,7 @@ def latex(table: pd.DataFrame, caption: str = "", label: str = "", turned: bool 
 class _Column:
     """A column as it is set: its texts, their width in points, and in how many lines they stand."""
 
-    def __init__(self, name: str, values: pd.Series, first: bool, turned: bool = False) -> None:
+    def __init__(self, name: str, values: pd.Series, first: bool, most: float, turned: bool) -> None:
         self.name, self.cells = name, [cell_text(value) for value in values]
         self.left = first or is_text(values)
         found = [re.fullmatch(r"(−?[\d.]+) (\[.+\]|\(few\))", cell) for cell in self.cells]
@@ -113,9 +116,9 @@ class _Column:
         self.head = name.split(" ", 1) if " " in name and _LETTERS * _ems(name) > widest and not turned else [name]
         self.turned = turned
         widest = max(widest, *(_LETTERS if turned else _LETTERS * _ems(word) for word in self.head))
-        self.width, self.boxed = min(widest, _LABEL), widest > _LABEL
+        self.most, self.width, self.boxed = most, min(widest, most), widest > most
         texts = self.numbers if turned else [*self.numbers, self.name]
-        within = _LETTERS * max(map(_ems, texts), default=0.0) / (0.8 * _LABEL)
+        within = _LETTERS * max(map(_ems, texts), default=0.0) / (0.8 * most)
         self.lines = math.ceil(within) if self.boxed else 2 if several else 1
 
     def set_head(self, line: int) -> str:
@@ -126,9 +129,9 @@ class _Column:
 
     def set(self, text: str) -> str:
         """A cell's text."""
-        if not self.boxed or _LETTERS * _ems(text) <= _LABEL:
+        if not self.boxed or _LETTERS * _ems(text) <= self.most:
             return _escaped(text)
-        return rf"\parbox[t]{{{_LABEL:g}pt}}{{\raggedright {_broken(text)}\strut}}"
+        return rf"\parbox[t]{{{self.most:g}pt}}{{\raggedright {_broken(text)}\strut}}"
 
 
 def _ems(text: str) -> float:
