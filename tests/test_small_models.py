@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import small_configs
 import vlmneurons as vn
 from contract import ROUNDING, Rows, keeps_apart, run, run_all
+from helpers import often
 from small_models import SMALL
 from vlmneurons.errors import MismatchError
+from vlmneurons.model.architectures.find import find_towers
+from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.run.alone import check_alone
 from vlmneurons.testing.architectures import mapped_types
 
@@ -72,6 +76,59 @@ def test_every_class_of_the_mapping_has_a_small_model_and_the_page_says_which_ar
     assert said is not None
     assert len(rows) == len(dict(rows)) >= 95
     assert int(said[1]) == sum(how == "run" for _, how in rows)
+
+
+OF_THE_CLASS: dict[str, tuple[str, ...]] = {
+    "its projector is as wide as the words' vectors": (
+        "aria", "deepseek_vl", "dots3_note", "granite_docling", "internvl", "janus", "lighton_ocr", "llama4", "llava",
+        "llava_next_mistral", "llava_next_qwen2", "llava_next_video", "llava_onevision", "mistral3", "mistral_large4",
+        "perception_lm", "qianfan_ocr", "video_llama_3", "video_llava", "vipllava",
+    ),
+    "its projector is as wide as the decoder's MLPs, and its connector's vectors are words'": ("idefics2",),
+    "its vision MLPs are as wide as the words' vectors": ("glm4v", "glm4v_moe", "glm46v", "glmga"),
+    "experts, the shared one and dense MLPs have one width": ("llama4", "jamba"),
+    "its encoder's vectors, or all its sizes, are its decoder's": (
+        "bart", "diffusion_gemma", "florence2", "switch_transformers", "t5", "t5gemma2", "udop",
+    ),
+    "its decoder looks at the encoder's vectors as they are": ("pix2struct",),
+    "two of its stacks have one configuration": ("granite4_vision", "idefics", "video_llava"),
+}  # fmt: skip
+"""Why sizes of a small model are the same: its class makes one of the other."""
+
+
+def sizes_of(model: nn.Module) -> dict[int, set[str]]:
+    """What is of each size: vectors between layers, and widths of MLPs, routed and shared experts, by tower."""
+    found: dict[int, set[str]] = {}
+    for tower in find_towers(model).values():
+        for mlp in tower.mlps:
+            kind = "expert" if mlp.expert is not None else "shared" if "shared" in mlp.path else "MLP"
+            found.setdefault(mlp.width, set()).add(f"{tower.name} {kind}")
+            shape = weight_of(model, mlp)
+            if "projector" not in tower.name:  # its results are words' vectors
+                hidden = shape[0] if shape[1] == mlp.width else shape[1]
+                found.setdefault(hidden, set()).add(f"{tower.name} vectors")
+    return found
+
+
+def weight_of(model: nn.Module, mlp: MLP) -> tuple[int, ...]:
+    """The shape of a down projection, of one expert where these lie in one tensor."""
+    holder = model.get_submodule(mlp.path)
+    if mlp.layout.parameters:
+        return tuple(getattr(holder, mlp.layout.down)[mlp.expert].shape)
+    down = holder.get_submodule(mlp.layout.down)
+    return next(one.weight.shape for one in down.modules() if getattr(getattr(one, "weight", None), "ndim", 0) >= 2)
+
+
+SOME = ("llava_next_mistral", "qwen2_5_vl", "glm4v_moe", "llama4", "florence2", "molmo2", "text/llama", "small/pi0")
+
+
+@pytest.mark.parametrize("name", often(SOME, SMALL))
+def test_no_two_sizes_of_a_small_model_are_the_same_unless_its_class_has_it_so(name: str) -> None:
+    """So that none can be taken for another: a width for a model's, or a tower's for another's."""
+    with torch.random.fork_rng(devices=[]):
+        same = [what for what in sizes_of(SMALL[name]().model).values() if len(what) > 1]
+    why = [reason for reason, names in OF_THE_CLASS.items() if name.rpartition("/")[2] in names]
+    assert bool(same) == bool(why), f"{name}: {same}, though {why}"
 
 
 def asked(name: str) -> tuple[vn.VLM, vn.QuestionSet]:

@@ -233,6 +233,12 @@ class Encoder:
         processor, hf = self.processor, self.model.hf
         if not any(callable(part) and pattern.search(found) for found, part in vars(processor).items()):
             return f"the questions have {name}, and {type(processor).__name__}, the VLM's processor, takes no {kind}s"
+        if kind == "sound" and not any(map(pattern.search, inspect.signature(processor.__call__).parameters)):
+            return (
+                f"the questions have audio, and {type(processor).__name__} takes sounds in its own apply_chat_template "
+                "alone, where no tokens of a question can be told: give the VLM a processor that is called with text= "
+                "and audio="
+            )
         arguments = inspect.signature(hf.forward).parameters
         taken = pattern if kind == "sound" else re.compile("video|pixel|image")  # some take frames as pictures
         if "input_ids" in arguments and not any(map(taken.search, arguments)):
