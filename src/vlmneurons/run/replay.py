@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import AblationError, QuestionError
+from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.model.architectures.hooks import Handle, write
 from vlmneurons.model.architectures.inside import Removable, is_watched
 from vlmneurons.model.architectures.layout import MLP
@@ -288,25 +289,30 @@ class _Pass:
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:
         hf, structure = self.model.hf, self.structure
-        with OWNERS.held(hf, "asked"), contextlib.ExitStack() as stack:
+        with OWNERS.held(hf, "asked"), UndividedStack() as stack:
 
             def hook(handle: Removable) -> None:
                 stack.callback(handle.remove)
 
-            hook(hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module)))
-            for number, module in enumerate(structure.chain):
-                enter = functools.partial(self._enter, number)
-                hook(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-                hook(module.register_forward_hook(functools.partial(self._leave, number)))
-            for layer in self.behind:
-                keep = functools.partial(self._keep, layer)
-                hook(self._down(layer).register_forward_pre_hook(functools.partial(keep, "post")))
-                hook(self._down(layer).register_forward_hook(functools.partial(keep, "added")))
-                norm = structure.chain[layer].get_submodule(structure.branches[layer][1])
-                hook(norm.register_forward_pre_hook(functools.partial(keep, "residual")))
-            for module in structure.narrow:
-                stack.enter_context(self.narrowing.on_module(module))
+            with Undivided():
+                self._hook_all(hook)
+                for module in structure.narrow:
+                    stack.enter_context(self.narrowing.on_module(module))
             yield
+
+    def _hook_all(self, hook: Callable[[Removable], None]) -> None:
+        hf, structure = self.model.hf, self.structure
+        hook(hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module)))
+        for number, module in enumerate(structure.chain):
+            enter = functools.partial(self._enter, number)
+            hook(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            hook(module.register_forward_hook(functools.partial(self._leave, number)))
+        for layer in self.behind:
+            keep = functools.partial(self._keep, layer)
+            hook(self._down(layer).register_forward_pre_hook(functools.partial(keep, "post")))
+            hook(self._down(layer).register_forward_hook(functools.partial(keep, "added")))
+            norm = structure.chain[layer].get_submodule(structure.branches[layer][1])
+            hook(norm.register_forward_pre_hook(functools.partial(keep, "residual")))
 
     def _down(self, layer: int) -> nn.Module:
         """The down projection of a layer's one MLP."""
@@ -386,11 +392,12 @@ class _Pass:
         for number, ablation in enumerate(self.ablations):
             for site, edit in ablation._edits.items():
                 edits.setdefault(site.at(ablation.at), {})[number] = ablation._in_place(site, edit)
-        with contextlib.ExitStack() as stack:
-            for site, by_ablation in edits.items():
-                # What a down projection is given is made for it, and nobody else looks on: no copy is needed.
-                edit_tiles = functools.partial(self._edit_tiles, by_ablation, site.kind == "post")
-                stack.enter_context(write(self.model.hf, self.model.mlp_of(site), site.kind, edit_tiles))
+        with UndividedStack() as stack:
+            with Undivided():
+                for site, by_ablation in edits.items():
+                    # What a down projection is given is made for it, and nobody else looks on: no copy is needed.
+                    edit_tiles = functools.partial(self._edit_tiles, by_ablation, site.kind == "post")
+                    stack.enter_context(write(self.model.hf, self.model.mlp_of(site), site.kind, edit_tiles))
             yield
 
     def _edit_tiles(
@@ -812,11 +819,12 @@ def _observed(model: VLM, chain: Sequence[nn.Module], batch: Batch) -> list[tupl
     def leave(place: int, module: nn.Module, args: tuple, output: object) -> None:
         gave[place] = _hidden(output)
 
-    with contextlib.ExitStack() as stack:
-        for place, module in enumerate(chain):
-            hook = functools.partial(enter, place)
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(functools.partial(leave, place)).remove)
+    with UndividedStack() as stack:
+        with Undivided():
+            for place, module in enumerate(chain):
+                hook = functools.partial(enter, place)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(functools.partial(leave, place)).remove)
         model.hf(**_inputs(model, batch, 2))
     if list(gave) != list(range(len(chain))):
         raise CannotReplay("the layers do not run one after the other, each once")
@@ -848,7 +856,7 @@ def _branches(
 ) -> dict[int, tuple[MLP, str]]:
     """For each layer whose output is ``x`` plus what its MLP gives, the module within it that is given ``x``."""
     found: dict[int, tuple[MLP, str]] = {}
-    with contextlib.ExitStack() as stack:  # one forward: each layer is judged, and forgotten, as soon as it is done
+    with UndividedStack() as stack:  # one forward: each layer is judged, and forgotten, as soon as it is done
 
         def watch(layer: int, mlp: MLP) -> None:
             inputs: dict[str, Tensor] = {}
@@ -877,8 +885,9 @@ def _branches(
             stack.callback(down.register_forward_hook(after_down).remove)
             stack.callback(chain[layer].register_forward_hook(after).remove)
 
-        for layer, mlp in alone.items():
-            watch(layer, mlp)
+        with Undivided():
+            for layer, mlp in alone.items():
+                watch(layer, mlp)
         model.hf(**batch, use_cache=False)
     return found
 
