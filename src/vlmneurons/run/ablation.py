@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import real
 from vlmneurons.errors import AblationError, MismatchError
+from vlmneurons.files.stopping import Undivided
 from vlmneurons.model.architectures.hooks import Handle, write
 from vlmneurons.model.architectures.inside import Hook, Removal
 from vlmneurons.model.vlm import VLM, check_model
@@ -164,6 +165,7 @@ class Ablation:
         self.edits = self._plan(sets, self._values(values, sets))
         """What is done at each site that has something to do: an engine may do it to other rows than a forward's."""
         self._handles: list[Handle] = []
+        self._held = False
         self._what: Intervention | None = None
         self._given_values = values
 
@@ -249,27 +251,37 @@ class Ablation:
         if self._handles:
             raise AblationError("this ablation is already in force; make another one to apply it twice")
         hf = self.model.hf
-        OWNERS.take(hf, "ablated")
-        _IN_FORCE.setdefault(hf, []).append(self)
         try:
-            # Entered first and removed last, so that an empty set is guarded against other threads as well.
-            guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
-            self._handles.append(Handle([guard, _refuse_saving(hf)]))
-            for site in self.edits:
-                mlp = self.model.mlp_of(site.at(self.at))
-                self._handles.append(write(hf, mlp, self.at, self._editor(site)))
+            with Undivided():
+                OWNERS.take(hf, "ablated")
+                self._held = True
+                _IN_FORCE.setdefault(hf, []).append(self)
+                # Entered first and removed last, so that an empty set is guarded against other threads as well.
+                guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
+                self._handles.append(Handle([guard, _refuse_saving(hf)]))
+                for site in self.edits:
+                    mlp = self.model.mlp_of(site.at(self.at))
+                    self._handles.append(write(hf, mlp, self.at, self._editor(site)))
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._handles:
-            return
-        while self._handles:
-            self._handles.pop().remove()
-        _IN_FORCE[self.model.hf].remove(self)
-        OWNERS.give(self.model.hf)
+        try:
+            self._leave()
+        except KeyboardInterrupt:  # as it began
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        with Undivided():
+            while self._handles:
+                self._handles.pop().remove()
+            if self._held:
+                self._held = False
+                _IN_FORCE[self.model.hf].remove(self)
+                OWNERS.give(self.model.hf)
 
     def _editor(self, site: Site) -> Callable[..., Tensor | None]:
         """The function that gives one site's edited values."""

@@ -20,6 +20,7 @@ from typing_extensions import TypeVar
 
 from vlmneurons.checks import JSON, Keywords, of_kind, real, whole
 from vlmneurons.errors import ActivationError, QuestionError
+from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
@@ -385,11 +386,10 @@ def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
             raise _elsewhere(model, batch, hidden.shape[1])
 
     first = model.hf.get_submodule(model.towers["language"].layer_paths[0])
-    handle = first.register_forward_pre_hook(Hook(check), with_kwargs=True)
-    try:
+    with UndividedStack() as stack:
+        with Undivided():
+            stack.callback(first.register_forward_pre_hook(Hook(check), with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
     _ONE_TO_ONE.add(model.hf)
 
 

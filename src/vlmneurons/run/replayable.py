@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import AblationError, QuestionError
+from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.model.encoder import Batch
 from vlmneurons.model.vlm import VLM
@@ -163,11 +164,12 @@ def _observed(model: VLM, chain: Sequence[nn.Module], batch: Batch) -> list[tupl
     def leave(place: int, module: nn.Module, args: tuple, output: object) -> None:
         gave[place] = hidden_of(output)
 
-    with contextlib.ExitStack() as stack:
-        for place, module in enumerate(chain):
-            hook = functools.partial(enter, place)
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(functools.partial(leave, place)).remove)
+    with UndividedStack() as stack:
+        with Undivided():
+            for place, module in enumerate(chain):
+                hook = functools.partial(enter, place)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(functools.partial(leave, place)).remove)
         model.hf(**inputs_of(model, batch, 2))
     if list(gave) != list(range(len(chain))):
         raise CannotReplay("the layers do not run one after the other, each once")
@@ -199,7 +201,7 @@ def _branches(
 ) -> dict[int, tuple[MLP, str]]:
     """For each layer whose output is ``x`` plus what its MLP gives, the module within it that is given ``x``."""
     found: dict[int, tuple[MLP, str]] = {}
-    with contextlib.ExitStack() as stack:  # one forward: each layer is judged, and forgotten, as soon as it is done
+    with UndividedStack() as stack:  # one forward: each layer is judged, and forgotten, as soon as it is done
 
         def watch(layer: int, mlp: MLP) -> None:
             inputs: dict[str, Tensor] = {}
@@ -228,8 +230,9 @@ def _branches(
             stack.callback(down.register_forward_hook(after_down).remove)
             stack.callback(chain[layer].register_forward_hook(after).remove)
 
-        for layer, mlp in alone.items():
-            watch(layer, mlp)
+        with Undivided():
+            for layer, mlp in alone.items():
+                watch(layer, mlp)
         model.hf(**batch, use_cache=False)
     return found
 
