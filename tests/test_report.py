@@ -306,7 +306,7 @@ def test_results_of_one_group_of_a_set_of_no_group_and_with_gaps_are_reported(tm
 def compiled(folder, tables, engine="pdflatex"):
     """Compile tables in a column of 3.3 inches; gives what LaTeX complains of."""
     page = r"\documentclass[twocolumn]{article}\usepackage[textwidth=6.75in,textheight=9in,columnsep=.15in]{geometry}"
-    page += r"\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}"
+    page += r"\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx}\begin{document}"
     page += "".join(rf"\input{{{path}}}\clearpage " for path in tables) + r"\end{document}"
     (folder / "page.tex").write_text(page, encoding="utf-8")
     run = subprocess.run([engine, "-interaction=nonstopmode", "page.tex"], cwd=folder, capture_output=True, check=False)
@@ -333,7 +333,9 @@ def test_every_table_compiles_and_fits_a_column_of_a_paper(report, tmp_path):
     (tmp_path / "odd.tex").write_text(latex(odd, "100 % odd_ones. More", "tab:odd"), encoding="utf-8")
     long = pd.DataFrame({"group": [f"Country {n}" for n in range(90)], "effect": "−51.8 [−57.8, −45.9]"})
     (tmp_path / "long.tex").write_text(latex(long, "Long", "tab:long"), encoding="utf-8")
-    tables = [*sorted((folder / "tables").glob("*.tex")), tmp_path / "odd.tex", tmp_path / "long.tex"]
+    many = pd.DataFrame({"neurons of": ["G1"], **{f"a_long & odd name of {n}": ["−12.3"] for n in range(25)}})
+    (tmp_path / "many.tex").write_text(latex(many, "Turned", "tab:many", turned=True), encoding="utf-8")
+    tables = [*sorted((folder / "tables").glob("*.tex")), *sorted(tmp_path.glob("*.tex"))]
     assert len(tables) > 10
     assert compiled(tmp_path, tables) == [0]
 
