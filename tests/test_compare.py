@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 import vlmneurons as vn
@@ -97,6 +98,35 @@ def test_profiles_are_over_relative_depth(three):
         np.testing.assert_allclose(rows["density"].mean(), 1)
         np.testing.assert_allclose(rows["depth"], (np.arange(len(rows)) + 0.5) / len(rows))
     assert set(profiles["selector"]) == {"CAS", "MAD"}
+
+
+def test_profiles_are_drawn_as_a_line_a_model_over_relative_depth(three):
+    profiles = three.profiles()
+    for name, models in (("CAS", ["LLaVA", "Qwen", "Pangea"]), ("MAD", ["LLaVA", "Qwen"])):
+        figure = vn.plot_profiles(profiles, name, width=3.3)
+        *lines, even = figure.axes[0].lines
+        assert [line.get_label() for line in lines] == models
+        assert list(even.get_ydata()) == [1, 1]
+        for model, line in zip(models, lines, strict=True):
+            masks = [mask for mask in three.results[model].masks if mask.selector == name]
+            share = np.mean([np.array(mask.layers) / sum(mask.layers) for mask in masks], axis=0)
+            np.testing.assert_allclose(line.get_ydata(), share * len(share))
+            np.testing.assert_allclose(line.get_xdata(), (np.arange(len(share)) + 0.5) / len(share))
+        assert figure.axes[0].get_ylabel().replace("\n", " ") == f"Neurons of {name}, times even"
+    axis = Figure().subplots()
+    assert vn.plot_profiles(profiles, ax=axis) is axis.figure  # of the first selector
+    assert len(axis.lines) == 4
+    with pytest.raises(MismatchError, match="no profile of 'LAP'; there are those of CAS, MAD"):
+        vn.plot_profiles(profiles, "LAP")
+    with pytest.raises(MismatchError, match="no profile of None; there are those of no selector"):
+        vn.plot_profiles(profiles[:0])
+
+
+def test_models_with_several_towers_have_a_line_for_each(three):
+    profiles = three.profiles()
+    both = pd.concat([profiles, profiles.assign(tower="vision")])
+    labels = [line.get_label() for line in vn.plot_profiles(both, "MAD").axes[0].lines]
+    assert labels == ["LLaVA, language", "LLaVA, vision", "Qwen, language", "Qwen, vision", "evenly"]
 
 
 def test_what_differs_is_said(three):

@@ -33,7 +33,9 @@ class Recorder:
 
     Works in plain calls (``model.hf(**inputs)``), in traces and in ``generate`` (whose every token is counted once).
     Rows belong to the group that `group` names, or to ``"all"``. A run that does not end, because it raised or was
-    stopped, is not counted at all.
+    stopped, is not counted at all. What it counts is what the model computes: whether the model's own code keeps the
+    rows of your batch apart, and from their padding, is not tried here as it is where the library asks questions. With
+    a model that is not known to do so, compare a batch with its rows alone.
 
     Args:
         model: the model.

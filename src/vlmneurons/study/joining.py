@@ -3,9 +3,9 @@
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from vlmneurons.checks import JSON, few
 from vlmneurons.errors import FileFormatError, MismatchError
@@ -44,7 +44,7 @@ def _joined(parts: Sequence[PartFolder], order: Sequence[str]) -> KnockoutResult
     place = {name: number for number, name in enumerate(ids)}
     columns = [np.array([place[name] for name in one.ids], dtype=np.int64) for one in results]
 
-    def whole(name: str, missing: object, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    def whole(name: str, missing: object, dtype: DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
         values = [getattr(one, name) for one in results]
         table = np.full((*shape, len(ids)), missing, dtype=dtype)
         for where, value in zip(columns, values, strict=True):
@@ -144,7 +144,7 @@ def added(one: KnockoutResult, other: KnockoutResult) -> KnockoutResult:
 
         ids, groups, pictures, answers, masks = one.ids, one.groups, one.pictures, one.answers, one.masks + other.masks
 
-    def table(name: str, missing: object, dtype: Any) -> np.ndarray | None:
+    def table(name: str, missing: object, dtype: DTypeLike) -> np.ndarray | None:
         found = [getattr(result, name) for result in (one, other)]
         if all(values is None for values in found):
             return None

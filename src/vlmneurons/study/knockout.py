@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import DTypeLike
 
 from vlmneurons.checks import JSON, JSONMapping, path_of
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
@@ -266,7 +267,7 @@ class _Study:
         where = (answers["run"].to_numpy(np.int64), np.array([place[name] for name in answers["id"]], dtype=np.int64))
         rows = [0, *self.run_of]
 
-        def stacked(name: str, dtype: Any) -> np.ndarray:
+        def stacked(name: str, dtype: DTypeLike) -> np.ndarray:
             table = np.full((1 + len(self.ablations), len(kept)), _NOTHING[name], dtype=dtype)
             table[where] = answers[name].to_numpy(dtype)
             return table[rows]
