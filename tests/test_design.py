@@ -14,7 +14,7 @@ import vlmneurons as vn
 from helpers import some_questions
 from test_effects import random_result, shared
 from test_knockout import selection
-from vlmneurons.errors import FileFormatError, MismatchError
+from vlmneurons.errors import FileFormatError, MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.run.intervention import Intervention
 from vlmneurons.study import result as result_module
@@ -415,6 +415,30 @@ def test_one_uniform_set_a_seed_serves_all_groups_and_layer_matched_ones_are_eac
     fewer = vn.ActivationStatistics.from_counts(space, ["B", "C"], counts[1:], [9] * 2)
     again = random_controls(fewer, {"CAS": vn.CAS(count=10).select(fewer)}, repeats=3)
     assert again["random"][1]["B"] == controls["random"][1]["A"]  # whatever groups there are
+
+
+@pytest.mark.parametrize(
+    ("like", "repeats", "told"),
+    [
+        (lambda one: {}, 2, "like is a dictionary of one selection or more by name, such as {"),
+        (lambda one: one, 2, "like is a dictionary of one selection or more by name"),
+        (lambda one: {"CAS": one["A"]}, 2, r"like\['CAS'\] is a Selection; got NeuronSet"),
+        (
+            lambda one: {"random": one},
+            2,
+            "a selection is called 'random', as its control would be: give it an",
+        ),
+        (lambda one: {"layer-matched CAS": one}, 2, "a selection is called 'layer-matched CAS', as its control"),
+        (lambda one: {"CAS": one}, 0, "repeats 0 is less than 1"),
+        (lambda one: {"CAS": one}, 1.5, "repeats is a whole number; got 1.5"),
+    ],
+)
+def test_controls_that_cannot_be_or_would_take_a_selections_name_are_refused(unchecked, like, repeats, told):
+    space = vn.NeuronSpace.from_widths("language", "gate", [50])
+    stats = vn.ActivationStatistics.from_counts(space, ["A", "B"], np.arange(100).reshape(2, 50) % 7, [9] * 2)
+    one = vn.Selection({name: vn.NeuronSet(space, [1, 2]) for name in "AB"})
+    with pytest.raises(SelectionError, match=told):
+        random_controls(stats, like(one), repeats=repeats)
 
 
 # -- what was looked at ------------------------------------------------------------------------------------------------

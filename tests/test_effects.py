@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
+import torch
 from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -19,7 +20,7 @@ from helpers import picture
 from recompute_study import generator_for
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
-from vlmneurons.study.controls import random_controls
+from vlmneurons.study.controls import random_controls, strength_sweep
 from vlmneurons.study.effects import estimates, excess, question_effects
 from vlmneurons.study.masks import Mask, setting_name, split_setting
 from vlmneurons.study.result import KnockoutResult
@@ -275,6 +276,14 @@ def test_names_of_settings_are_read_back(name, parts):
     assert split_setting(name) == parts
     if parts[1] is not None:
         assert split_setting(setting_name(parts[0], *parts[1])) == parts
+
+
+def test_settings_may_be_numpys_numbers_and_are_a_sweep_all_the_same(unchecked):
+    for number in (np.float64(0.1), np.float32(0.5), np.int64(3), torch.tensor(0.5)):
+        assert split_setting(setting_name("CAS", "r", number)) == ("CAS", ("r", number.item()))
+    space = vn.NeuronSpace.from_widths("language", "gate", [9])
+    one = vn.Selection({"A": vn.NeuronSet(space, [1])})
+    assert list(strength_sweep("CAS", one, np.array([-1, 0.5]))) == ["CAS [alpha=-1.0]", "CAS [alpha=0.5]"]
 
 
 def test_excess_takes_out_what_a_mask_does_to_all_and_what_harms_a_group_always():

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from vlmneurons.checks import of_kind, whole
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.questions.sets import QuestionSet
@@ -75,9 +76,19 @@ def random_controls(
 
     Returns:
         ``"random"`` and ``"layer-matched NAME"``, each a list of ``repeats`` selections.
+
+    Raises:
+        SelectionError: no selection by name, one that is called as a control is, or fewer than one repeat.
     """
+    if isinstance(like, Selection) or not isinstance(like, Mapping) or not like:
+        raise SelectionError('like is a dictionary of one selection or more by name, such as {"CAS": selection}')
+    for name, selection in like.items():
+        of_kind(f"like[{name!r}]", selection, Selection, SelectionError)
+        if name == "random" or str(name).startswith("layer-matched "):
+            raise SelectionError(f"a selection is called {name!r}, as its control would be: give it another name")
     size = max(len(neurons) for selection in like.values() for neurons in selection.values())
-    seeds = range(seed, seed + repeats)
+    seed = whole("seed", seed, SelectionError)
+    seeds = range(seed, seed + whole("repeats", repeats, SelectionError, least=1))
     blank = torch.zeros((1, len(stats.space)), dtype=torch.int64)  # a uniform rule reads no counts
     nobody = ActivationStatistics.from_counts(stats.space, ["all"], blank, [1])
     uniform = [RandomNeurons(count=size, seed=number).select(nobody) for number in seeds]

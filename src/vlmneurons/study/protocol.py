@@ -359,7 +359,7 @@ def study_masks(items: ItemStatistics, protocol: Protocol) -> tuple[dict[str, Se
     fractions = [r for r in protocol.fractions if int(r * len(items.space) + 1e-6) >= 1]
     masks: Keywords = {
         **selections,
-        **random_controls(stats, {main: selections[main]}, repeats=protocol.repeats, seed=seed),
+        **(random_controls(stats, {main: selections[main]}, repeats=n, seed=seed) if (n := protocol.repeats) else {}),
         **fraction_sweep(main, selector, stats, fractions),
         **strength_sweep(main, selections[main], protocol.alphas),
         **item_sweep(main, selector, items, sizes, seed=seed),
