@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -96,12 +97,13 @@ def test_the_page_opens_with_the_result_in_a_sentence(report):
         )
 
 
-def test_every_figure_is_there_as_png_and_svg_and_every_table_as_csv_and_latex(report):
+def test_every_figure_is_there_as_png_svg_and_pdf_and_every_table_as_csv_and_latex(report):
     result, folder, _ = report
     figures = {path.name for path in (folder / "figures").iterdir()}
     names = ["effects", "effects-by-group", "matrix-cas", "matrix-mad", "matrix-random", "flips", "random", "accuracy"]
     for name in [*names, "curve-cas-r"]:
-        assert {f"{name}.png", f"{name}.svg"} <= figures
+        assert {f"{name}.png", f"{name}.svg", f"{name}.pdf"} <= figures
+        assert b"/Type3" not in (folder / "figures" / f"{name}.pdf").read_bytes()
     for name in ("effects-overall", "effects-cas", "tests-cas", "pairs", "random", "conditions", "accuracy"):
         for ending in ("csv", "tex"):
             assert (folder / "tables" / f"{name}.{ending}").stat().st_size
@@ -373,7 +375,7 @@ def test_names_that_are_alike_keep_their_own_files(tmp_path, first, second, shar
     assert len(ids) == len(set(ids))
     files = re.findall(r'href="((?:figures|tables)/[^"]+)"', page)
     assert len(files) == len({file.lower() for file in files})
-    assert {file for file in files if file.endswith((".png", ".svg"))} == {
+    assert {file for file in files if file.endswith((".png", ".svg", ".pdf"))} == {
         f"figures/{path.name}" for path in (tmp_path / "figures").iterdir()
     }
     matrices = sorted(path.name for path in (tmp_path / "figures").glob("matrix-*.svg"))
@@ -475,6 +477,7 @@ def test_a_result_without_effects_has_no_report(tmp_path):
 
 def test_groups_and_selectors_of_any_name_are_reported(tmp_path, monkeypatch):
     only_these_fonts(monkeypatch)
+    monkeypatch.setattr(matplotlib, "__version__", "3.11.0")  # else it is said that letters are not joined
     result = random_result(n=12, controls=0)
     names = {"BRA": "<b>&amp;", "EGY": "مصر", "JPN": "日本 $x_1$ \\", "SGP": "a name that is far longer than any code"}
     masks = tuple(Mask(f"{m.selector} <i>/..", m.repeat, names[m.group], m.size) for m in result.masks[:8])
@@ -502,3 +505,18 @@ def test_the_command_line_writes_a_report_again(tmp_path, capsys):
     assert main(["report", "--run", str(tmp_path / "run"), "--main", "MAD", "--out", str(tmp_path / "page")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'page' / 'index.html'}\n"
     assert (tmp_path / "page" / "figures" / "effects.svg").exists()
+
+
+def test_a_matrix_is_a_table_too_with_the_numbers_of_its_figure(report):
+    result, folder, page = report
+    matrix = 100 * result.matrix("CAS")
+    printed = pd.read_csv(folder / "tables" / "matrix-cas.csv", dtype=str).set_index("neurons of")
+    assert printed.columns.tolist() == [*result.group_names, *result.control_names]
+    for mask, row in printed.iterrows():
+        for group, text in row.items():
+            assert parsed(text) == pytest.approx(matrix.loc[mask, group], abs=0.501)
+    assert 'href="tables/matrix-cas.tex"' in page
+    text = (folder / "tables" / "matrix-cas.tex").read_text("utf-8")
+    assert text.startswith("% \\usepackage{booktabs,graphicx}")
+    assert rf"\rotatebox{{90}}{{{printed.columns[0]}}} & \rotatebox" in text
+    assert "Change, in points of accuracy; rows are masks, columns the questions' groups." in text

@@ -13,15 +13,13 @@ from vlmneurons.checks import Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
-from vlmneurons.look.parts import UNITS, Part, printed, printed_p, write_table, written
-from vlmneurons.look.plots import _VALUES, _frame, _plain, _points
+from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, told_apart, write_table, written_parts
+from vlmneurons.look.plots import _VALUES, _frame, _plain, _points, plot_profiles
 from vlmneurons.look.report import _effect_table, page_of
 from vlmneurons.study.compare import Comparison
 
-_STYLES = tuple(
-    zip((ORANGE, BLUE, GREEN, PURPLE, "black", GREY), "osD^vP", ("-", "--", "-.", ":", "-", "--"), strict=True)
-)
-"""Colour, marker and line of each model; more models than these begin again."""
+_STYLES = tuple(zip((ORANGE, BLUE, GREEN, PURPLE, "black", GREY), "osD^vP", strict=True))
+"""Colour and marker of each model; more models than these begin again."""
 
 
 _EVERY = {
@@ -50,11 +48,10 @@ def write_comparison(
     main = main or next(name for name in ("CAS", *comparison.selectors) if name in comparison.selectors)
     if main not in comparison.selectors:
         raise MismatchError(f"main={main!r} has no masks here; there are {', '.join(comparison.selectors)}")
-    parts = _parts(comparison, main)
     every = {"models": comparison.table(), "every-group": comparison.groups(), "profiles": comparison.profiles()}
     for place in ("figures", "tables"):
         (folder / place).mkdir(parents=True, exist_ok=True)
-    shown = [written(part, folder) for part in parts]
+    shown = written_parts(told_apart(_parts(comparison, main), every), folder)
     for name, table in every.items():
         write_table(folder, name, table)
     facts = {
@@ -73,7 +70,7 @@ def write_comparison(
 
 def _parts(comparison: Comparison, main: str) -> list[Part]:
     table, groups, value = comparison.table(), comparison.groups(), comparison.value
-    unit, profiles = UNITS[value][0], comparison.profiles()
+    unit = UNITS[value][0]
     own = groups.loc[groups["selector"] == main]
     tests = {"p": "p", "p_holm": "Holm", "cross_p": "cross p", "gap_p": "gap p", "gap_p_holm": "gap Holm"}
     tested = pd.DataFrame({"selector": table["selector"], "model": table["model"]})
@@ -106,7 +103,7 @@ def _parts(comparison: Comparison, main: str) -> list[Part]:
             "Sign flips of pictures with all their questions; Holm: corrected over the models.",
             tested,
         ),
-        *([] if profiles.empty else [_profile_part(comparison, profiles)]),
+        *_profiles(comparison),
         Part(
             "groups",
             f"Which groups agree: self effects of {main}",
@@ -190,47 +187,24 @@ def _groups_figure(comparison: Comparison, own: pd.DataFrame) -> Figure:
     return _with_legend(figure, [axis])
 
 
-def _profile_part(comparison: Comparison, profiles: pd.DataFrame) -> Part:
-    """Where the neurons lie, over relative depth: a panel for each selector."""
-    names = list(dict.fromkeys(profiles["selector"]))[:6]
-    columns = min(2, len(names))
-    rows = -(-len(names) // columns)
-    figure = PrintFigure(figsize=(6.4, 2.1 * rows + 0.8), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis, name in zip(panels, names, strict=False):
-        for n, model in enumerate(comparison.models):
-            part = profiles.loc[(profiles["selector"] == name) & (profiles["model"] == model)]
-            colour, marker, line = _STYLES[n % len(_STYLES)]
-            for tower, own in part.groupby("tower", sort=False):
-                label = model if part["tower"].nunique() == 1 else f"{model}, {tower}"
-                how: Keywords = {
-                    "color": colour,
-                    "marker": marker,
-                    "linestyle": line,
-                    "label": _plain([label])[0],
-                }
-                axis.plot(own["depth"], own["density"], markersize=3.5, linewidth=1.2, **how)
-        axis.axhline(1, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
-        axis.set_title(_plain([name])[0], fontsize=9)
-        axis.set_xlim(0, 1)
-        _frame(axis, "y")
-    panels[0].set_ylim(bottom=0)
-    for axis in panels[len(names) :]:
-        axis.set_visible(False)
-    for axis in panels[: len(names)][-columns:]:  # below which there is none
-        axis.tick_params(labelbottom=True)
-        axis.set_xlabel("Relative depth", fontsize=8)
-    for axis in panels[::columns]:
-        axis.set_ylabel("Neurons, times even", fontsize=8)
-    caption = (
-        "Share of a mask's neurons in each layer, mean over masks, times the number of layers: 1 (dotted) is as many "
-    )
-    caption += "as among layers chosen evenly. Depth is relative, so that models of other numbers of layers compare."
-    return Part("profiles", "Where the neurons lie", caption, _with_legend(figure, panels))
+def _profiles(comparison: Comparison) -> list[Part]:
+    """Where the neurons of each selector lie, in all models."""
+    profiles = comparison.profiles()
+    return [
+        Part(
+            f"profiles-{file_name(name)}",
+            f"Where the neurons lie: {name}",
+            "Share of a mask's neurons in each layer, mean over masks, times the number of layers: 1 (dotted) is as "
+            "many as among layers chosen evenly. Depth is relative, so that models of other numbers of layers compare.",
+            plot_profiles(profiles, name),
+            name,
+        )
+        for name in list(dict.fromkeys(profiles["selector"]))[:6]
+    ]
 
 
 def _drawn(axis: Axes, rows: pd.DataFrame, effect: str, scale: float, at: np.ndarray, n: int, model: str) -> None:
-    colour, marker, _ = _STYLES[n % len(_STYLES)]
+    colour, marker = _STYLES[n % len(_STYLES)]
     ends = [scale * rows[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
     _points(axis, ends, at, colour, marker, _plain([model])[0])
 

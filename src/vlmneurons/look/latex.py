@@ -68,16 +68,20 @@ def is_text(column: pd.Series) -> bool:
     return not pd.api.types.is_numeric_dtype(column) and not all(str(value)[:1] in "−–<0123456789" for value in column)
 
 
-def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
+def latex(table: pd.DataFrame, caption: str = "", label: str = "", turned: bool = False) -> str:
     """A table in LaTeX with booktabs, every character of the cells escaped, at most 3.3 inches wide.
 
     Args:
         table: any table; numbers are aligned right.
         caption: of the table.
         label: what the text refers to it by.
+        turned: write the names of the columns upwards, but for the first.
     """
     for label_width in (_COLUMN, _LABEL):  # a long text is broken only where it has to be
-        columns = [_Column(str(name), table.iloc[:, n], n == 0, label_width) for n, name in enumerate(table.columns)]
+        columns = [
+            _Column(str(name), table.iloc[:, n], n == 0, label_width, turned and n > 0)
+            for n, name in enumerate(table.columns)
+        ]
         if sum(one.width + _GAP for one in columns) <= _COLUMN:
             break
     blocks: list[list[_Column]] = [columns[:1]]
@@ -93,13 +97,13 @@ def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
     told = [(of, part) for part in parts for of in floats]
     text = [_float(of, part, caption, label, n, len(told)) for n, (of, part) in enumerate(told, start=1)]
     letters = "".join([caption, *(text for one in columns for text in (one.name, *one.cells))])
-    return _needs(letters) + "\n".join(text)
+    return _needs(letters, turned) + "\n".join(text)
 
 
 class _Column:
     """A column as it is set: its texts, their width in points, and in how many lines they stand."""
 
-    def __init__(self, name: str, values: pd.Series, first: bool, most: float) -> None:
+    def __init__(self, name: str, values: pd.Series, first: bool, most: float, turned: bool) -> None:
         self.name, self.cells = name, [cell_text(value) for value in values]
         self.left = first or is_text(values)
         found = [re.fullmatch(r"(−?[\d.]+) (\[.+\]|\(few\))", cell) for cell in self.cells]
@@ -109,11 +113,19 @@ class _Column:
         self.intervals = [one[2] if one else "" for one in found] if several else []
         widest = max((_LETTERS * _ems(text) for text in self.numbers), default=0.0)
         widest = max(widest, max((_SMALL * _ems(text) for text in self.intervals), default=0.0))
-        self.head = name.split(" ", 1) if " " in name and _LETTERS * _ems(name) > widest else [name]
-        widest = max(widest, *(_LETTERS * _ems(word) for word in self.head))
+        self.head = name.split(" ", 1) if " " in name and _LETTERS * _ems(name) > widest and not turned else [name]
+        self.turned = turned
+        widest = max(widest, *(_LETTERS if turned else _LETTERS * _ems(word) for word in self.head))
         self.most, self.width, self.boxed = most, min(widest, most), widest > most
-        within = _LETTERS * max(map(_ems, [*self.numbers, self.name]), default=0.0) / (0.8 * most)
+        texts = self.numbers if turned else [*self.numbers, self.name]
+        within = _LETTERS * max(map(_ems, texts), default=0.0) / (0.8 * most)
         self.lines = math.ceil(within) if self.boxed else 2 if several else 1
+
+    def set_head(self, line: int) -> str:
+        """One line of the column's name; all of it, upwards, where it is turned."""
+        if line >= len(self.head):
+            return ""
+        return rf"\rotatebox{{90}}{{{_escaped(self.name)}}}" if self.turned else self.set(self.head[line])
 
     def set(self, text: str) -> str:
         """A cell's text."""
@@ -141,8 +153,7 @@ def _float(blocks: list[list[_Column]], rows: range, caption: str, label: str, n
         align = "".join("l" if one.left else "r" for one in block)
         lines += [*([r"\\[4pt]"] if place else []), rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
         for line in range(max(len(one.head) for one in block)):
-            heads = (one.set(one.head[line]) if line < len(one.head) else "" for one in block)
-            lines.append(_row(heads))
+            lines.append(_row(one.set_head(line) for one in block))
         lines.append(r"\midrule")
         for row in rows:
             lines.append(_row(one.set(one.numbers[row]) for one in block))
@@ -170,12 +181,12 @@ def _broken(text: str) -> str:
     return " ".join(r"\hspace{0pt}".join(map(_escaped, pieces)) for pieces in words)
 
 
-def _needs(text: str) -> str:
+def _needs(text: str, turned: bool) -> str:
     """What a document that holds the table needs."""
     other = sorted(
         {letter for letter in text if letter not in _ESCAPED and not (letter.isspace() or ord(letter) < 0x180)}
     )
-    told = r"% \usepackage{booktabs} and \usepackage[T1]{fontenc}"
+    told = rf"% \usepackage{{booktabs{',graphicx' if turned else ''}}} and \usepackage[T1]{{fontenc}}"
     if other:
         told += f"; XeLaTeX or LuaLaTeX, with a font that has {''.join(other[:20])}{'…' if len(other) > 20 else ''}"
     return told + "\n"

@@ -196,12 +196,12 @@ class NeuronView:
         highest = max((item.value for item in self.items), default=1.0)
         groups: dict[str, list[Keywords]] = {}
         places: dict[object, str] = {}
-        for number, item in enumerate(self.items):
+        for number, item in enumerate(self._shown()):
             group = item.question.group
             card = _card(item, highest, number, places) | {"mean": _digits(self.mean[group], 3)}
             groups.setdefault(group, []).append(card)
         most = max([*self.mean.values(), 1e-9])
-        means = [(name, _digits(mean, 3), round(100 * max(mean, 0) / most)) for name, mean in self.mean.items()]
+        means = [(name, _digits(mean, 3), round(100 * max(mean, 0) / most)) for name, mean in self._by_mean()]
         how: Keywords = {"title": f"Neuron {self.name}", "view": self, "highest": _digits(highest, 3), "groups": groups}
         return page_from("neuron.html", **how, means=means)
 
@@ -221,7 +221,7 @@ class NeuronView:
         for row in axes:
             for axis in row:
                 axis.set_axis_off()
-        for row, item in zip(axes, self.items, strict=False):
+        for row, item in zip(axes, self._shown(), strict=False):
             for axis, (title, picture) in zip(row, _pictures(item, highest), strict=False):
                 axis.imshow(np.asarray(picture))
                 axis.set_title(title, fontsize=8)
@@ -231,6 +231,14 @@ class NeuronView:
             text = f"{item.question.group}: {asked}\nright: {item.question.right[:40]}\n\n{words}"
             row[-1].text(0, 0.95, text, va="top", fontsize=8, parse_math=False, wrap=True)
         return figure
+
+    def _by_mean(self) -> list[tuple[str, float]]:
+        return sorted(self.mean.items(), key=lambda one: (math.isnan(one[1]), -one[1]))
+
+    def _shown(self) -> list[InspectedItem]:
+        """The questions, those of the group for which the neuron is highest first."""
+        rank = {group: place for place, (group, _) in enumerate(self._by_mean())}
+        return sorted(self.items, key=lambda item: rank[item.question.group])
 
     def __repr__(self) -> str:
         return f"NeuronView({self.name}: {len(self.items)} questions of {len(self.mean)} groups)"

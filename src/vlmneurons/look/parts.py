@@ -40,6 +40,10 @@ class Part:
     """What the CSV holds, if it is not what is printed."""
     under: str = ""
     """The figure whose section links to this one's files: it is not shown by itself."""
+    numbers: pd.DataFrame | None = None
+    """What a figure shows, as a table that a paper may print in its place."""
+    colours: str = ""
+    """What the caption says of a figure's colours, and not of its numbers."""
 
     @property
     def kind(self) -> str:
@@ -101,6 +105,7 @@ def told_apart(parts: Sequence[Part], taken: Iterable[str]) -> list[Part]:
         parts: of the report.
         taken: names of further tables.
     """
+    taken = [*taken, *(part.name for part in parts if part.numbers is not None)]
     number = Counter([*((part.kind, part.name) for part in parts), *(("table", name) for name in taken)])
     return [
         replace(part, name=f"{part.name}-{_digest(part.of)}") if part.of and number[part.kind, part.name] > 1 else part
@@ -133,26 +138,38 @@ def written(part: Part, folder: Path) -> Keywords:
         folder: of the page.
     """
     shown: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": part.caption, "files": {}}
+    shown["caption"] += f" {part.colours}" * bool(part.colours)
     if isinstance(part.content, list):
         return shown | {"examples": part.content}
     if isinstance(part.content, pd.DataFrame):
         table = part.content
-        write_table(folder, part.name, table if part.data is None else part.data)
-        told = f"{part.title}. {part.caption}" if part.caption else part.title
-        write_text(folder / "tables" / f"{part.name}.tex", latex(table, told, f"tab:{part.name}"))
+        files = _printed_table(part, table, table if part.data is None else part.data, folder)
         rows = [[cell_text(value) for value in row] for row in table.itertuples(index=False)]
         shown |= {
             "columns": list(table.columns),
             "text": [is_text(table[name]) for name in table.columns],
             "rows": rows,
         }
-        return shown | {"files": {"CSV": f"tables/{part.name}.csv", "LaTeX": f"tables/{part.name}.tex"}}
-    files = {kind: f"figures/{part.name}.{kind.lower()}" for kind in ("PNG", "SVG")}
+        return shown | {"files": files}
+    files = {kind: f"figures/{part.name}.{kind.lower()}" for kind in ("PNG", "SVG", "PDF")}
     part.content.savefig(folder / files["PNG"], dpi=300, bbox_inches="tight")
+    part.content.savefig(folder / files["PDF"], bbox_inches="tight", metadata={"CreationDate": None})
     buffer = io.BytesIO()
     part.content.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     (folder / files["SVG"]).write_bytes(buffer.getvalue())
+    if part.numbers is not None:
+        files |= _printed_table(part, part.numbers, part.numbers, folder, turned=True)
     return shown | {"files": files, "picture": inside(buffer.getvalue(), "image/svg+xml")}
+
+
+def _printed_table(
+    part: Part, table: pd.DataFrame, data: pd.DataFrame, folder: Path, turned: bool = False
+) -> dict[str, str]:
+    """Write a table of a part as CSV and LaTeX, and give its files by kind."""
+    write_table(folder, part.name, data)
+    told = f"{part.title}. {part.caption}" if part.caption else part.title
+    write_text(folder / "tables" / f"{part.name}.tex", latex(table, told, f"tab:{part.name}", turned))
+    return {"CSV": f"tables/{part.name}.csv", "LaTeX": f"tables/{part.name}.tex"}
 
 
 def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:

@@ -1,10 +1,11 @@
 """A study's report: one page that needs nothing else, and every figure and table of it as a file.
 
 The page holds its figures inside (SVG) and loads nothing, so it can be mailed or put beside a paper. Figures are
-written as PNG (300 dpi) and SVG, tables as CSV and LaTeX (booktabs, as wide as a column).
+written as PNG (300 dpi), SVG and PDF, tables as CSV and LaTeX (booktabs, as wide as a column).
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -240,9 +241,10 @@ def _wrapped(draw: Callable[[float | None], Figure]) -> Figure:
 
 def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keywords) -> list[Part]:
     unit, scale, digits = UNITS[result.measure]
-    matrices = {name: scale * result.matrix(name).to_numpy(dtype=float) for name in plain}
-    limit = float(np.nanmax(np.abs(np.hstack([values.ravel() for values in matrices.values()])))) or 1.0
-    told = f"Change, in {unit}; rows are masks, columns the questions' groups. Orange is harm, grey was not asked."
+    matrices = {name: scale * result.matrix(name) for name in plain}
+    limit = float(np.nanmax(np.abs(np.hstack([one.to_numpy(dtype=float).ravel() for one in matrices.values()])))) or 1.0
+    told = f"Change, in {unit}; rows are masks, columns the questions' groups."
+    colours = "Orange is harm, grey was not asked."
     several = len(plain) > 1
     parts = [
         Part(
@@ -252,11 +254,13 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
             plot_matrix(result, name, limit=limit),
             name,
             under="matrices" if several and name != main else "",
+            numbers=_matrix_table(matrices[name], limit),
+            colours=colours,
         )
         for name in plain
     ]
     if several:
-        told += " One scale of colours; of random masks the mean over their repeats."
+        told += f" {colours} One scale of colours; of random masks the mean over their repeats."
         figure = _wrapped(lambda width: plot_matrix(result, plain, limit=limit, width=width))
         parts.insert(0, Part("matrices", "Whose neurons, whose questions", told, figure))
     if len(result.group_names) > 2 and _has_groups(result, main):
@@ -275,6 +279,19 @@ def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keyw
         )
         parts.append(Part("pairs", f"Whose mask harms whom: {main}", caption, table))
     return parts
+
+
+def _matrix_table(matrix: pd.DataFrame, limit: float) -> pd.DataFrame:
+    """A matrix with as many decimals as its figure has, groups in the order of the figure."""
+    groups = sorted(matrix.index, key=natural)
+    columns = sorted(matrix.columns, key=lambda name: (name not in matrix.index, natural(name)))
+    digits = max(0, 1 - math.floor(math.log10(limit)))
+    return pd.DataFrame(
+        {
+            "neurons of": groups,
+            **{str(name): [printed(value, digits) for value in matrix.loc[groups, name]] for name in columns},
+        }
+    )
 
 
 def _overlaps(result: KnockoutResult, selections: Mapping[str, Selection], main: str) -> list[Part]:
