@@ -524,8 +524,8 @@ def report(
     null = run / "report" / "tables" / f"{NULL.replace(' ', '-')}.csv"
     how["tables"] = {NULL: pd.read_csv(null, float_precision="round_trip")} if null.exists() else {}
     if (run / "protocol.json").exists():
-        settings = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
-        settings = {name: tuple(one) if isinstance(one, list) else one for name, one in settings.items()}
+        kept = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
+        settings: Keywords = {name: tuple(one) if isinstance(one, list) else one for name, one in kept.items()}
         how["settings"], main = told_of(vn.Protocol(**settings)), main or settings["main"]
     try:
         how["questions"] = _asked_in(run)
