@@ -17,7 +17,8 @@ from helpers import picture
 from vlmneurons.errors import QuestionError
 
 FOUR = ["Tea", "Rice", "Bread", "Soup"]
-IMAGE, TEXT, MANY = datasets.Image(), datasets.Value("string"), datasets.List(datasets.Image())
+List = getattr(datasets, "List", datasets.Sequence)  # called so before datasets 4
+IMAGE, TEXT, MANY = datasets.Image(), datasets.Value("string"), List(datasets.Image())
 STRUCT = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
 
@@ -40,7 +41,7 @@ def made(columns: dict, features: dict) -> datasets.Dataset:
     n = len(next(iter(columns.values())))
     plain = {"question": [f"What is {i}?" for i in range(n)], "options": [FOUR] * n, "answer": [1] * n}
     plain["group"] = ["A"] * n
-    forms = {"question": TEXT, "options": datasets.List(TEXT), "answer": datasets.Value("int64"), "group": TEXT}
+    forms = {"question": TEXT, "options": List(TEXT), "answer": datasets.Value("int64"), "group": TEXT}
     given = datasets.Features({**{name: form for name, form in forms.items() if name not in features}, **features})
     return datasets.Dataset.from_dict({**plain, **columns}, features=given)
 
@@ -89,7 +90,7 @@ ASKED = {
         {"image": [base64.urlsafe_b64encode(png(5)).decode()]}, {"image": TEXT}, None, [[5]],
     ),
     "a data URL": ({"image": ["data:image/png;base64," + text_of(6)]}, {"image": TEXT}, None, [[6]]),
-    "lists of base64": ({"image": [[text_of(1), text_of(2)]]}, {"image": datasets.List(TEXT)}, None, [[1, 2]]),
+    "lists of base64": ({"image": [[text_of(1), text_of(2)]]}, {"image": List(TEXT)}, None, [[1, 2]]),
     "the text of a list of base64": (
         {"image": [json.dumps([text_of(1), text_of(2)])]}, {"image": TEXT}, None, [[1, 2]],
     ),
@@ -180,7 +181,7 @@ HELD = {
     "base64": ({"photo": [text_of()]}, {"photo": TEXT}, "row 0, column 'photo'", "'photo'"),
     "a data URL": ({"photo": ["data:image/jpeg;base64,AAAA"]}, {"photo": TEXT}, "row 0, column 'photo'", "'photo'"),
     "lists of base64": (
-        {"photo": [[text_of(), text_of()]]}, {"photo": datasets.List(TEXT)}, "row 0, column 'photo'", "'photo'",
+        {"photo": [[text_of(), text_of()]]}, {"photo": List(TEXT)}, "row 0, column 'photo'", "'photo'",
     ),
     "an address": (
         {"link": ["https://example.org/a.jpg?size=2"]}, {"link": TEXT}, "row 0, column 'link'", "'link'",
@@ -605,7 +606,7 @@ def deep(n: int) -> list:
     ("given", "kept"),
     [
         (float("nan"), None), (np.float64("nan"), None), (pd.NA, None), (pd.NaT, None), (None, None),
-        (np.datetime64("NaT"), None), (np.int64(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5),
+        (np.datetime64("NaT", "s"), None), (np.int64(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5),
         (np.str_("x"), "x"),
         ([1, float("nan"), {"a": np.nan}], [1, None, {"a": None}]), ((1, np.int8(2)), (1, 2)), ({"b", "a"}, ["a", "b"]),
         ({1: {2: np.nan}}, {"1": {"2": None}}), (np.array([1.5, np.nan]), [1.5, None]), ("text", "text"), (True, True),

@@ -1,5 +1,7 @@
 """What neurons write: against formulas by hand in double precision, and against the model's own forward."""
 
+import inspect
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -115,6 +117,9 @@ def test_soft_capping_is_that_of_the_model(name):
     model = vlm(name)
     model.hf.config.get_text_config().final_logit_softcapping = 2.0
     table = vn.neuron_writes(model, some(model), k=3)
+    if "final_logit_softcapping" not in inspect.getsource(type(model.hf).forward):  # PaliGemma of transformers 5.20
+        agree(model, table, lambda *where: by_hand(model, name, *where), 3)
+        return
     agree(model, table, lambda *where: 2 * np.tanh(by_hand(model, name, *where) / 2), 3)
     assert table["logit"].abs().max() < 2
 

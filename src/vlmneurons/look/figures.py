@@ -60,7 +60,8 @@ class PrintFigure(Figure):
         with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}), warnings.catch_warnings():
             if self.boxes:  # said once, when the figure was made, with what to install
                 which = "|".join(str(ord(letter)) for letter in self.boxes)
-                warnings.filterwarnings("ignore", rf"Glyph ({which}) ", UserWarning)
+                more = "Matplotlib currently does not support"  # with every glyph of India's scripts before 3.11
+                warnings.filterwarnings("ignore", rf"Glyph ({which}) |{more}", UserWarning)
             super().savefig(fname, **how)
 
 

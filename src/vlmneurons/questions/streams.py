@@ -91,6 +91,8 @@ def _decoded(source: bytes | str | Path) -> tuple[np.ndarray, int]:
     file = encoded(source)
     try:
         with wave.open(file, "rb") as sound:
+            if getattr(sound, "getformat", int)() == 3:  # floats, which Python reads from 3.15 on: no integers
+                return _by_soundfile(source)
             width, channels, rate = sound.getsampwidth(), sound.getnchannels(), sound.getframerate()
             data = sound.readframes(sound.getnframes())
     except (wave.Error, EOFError):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords, names
 from vlmneurons.errors import MismatchError, QuestionError, VLMNeuronsError
+from vlmneurons.files.stopping import Undivided
 from vlmneurons.model.encoder import TokenRule, free_tokens
 from vlmneurons.model.sound_rows import Heard, sound_rows
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
@@ -78,16 +79,21 @@ class Recorder:
                 f"this recorder has counted under another setting: {'; '.join(differs[:3])}. Make another one"
             )
         self._setting = setting
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._counter.attached(self._begin, self._end))
-            stack.enter_context(self._generations())
-            self._entered = stack.pop_all()
+        try:
+            with Undivided(), contextlib.ExitStack() as stack:
+                stack.enter_context(self._counter.attached(self._begin, self._end))
+                stack.enter_context(self._generations())
+                self._entered = stack.pop_all()
+        except KeyboardInterrupt:  # as it was entered
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._entered is not None:
-            stack, self._entered = self._entered, None
-            stack.close()
+        with Undivided():
+            if self._entered is not None:
+                stack, self._entered = self._entered, None
+                stack.close()
 
     @contextlib.contextmanager
     def group(self, label: str | Sequence[str]) -> Iterator[None]:
