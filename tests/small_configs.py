@@ -89,7 +89,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minicpm_ocr": {"image_token_id": IMAGE},
     "minicpmv4_7": {"image_token_id": IMAGE},
     "minicpmv4_6": {"image_token_id": IMAGE},
-    "pi0": {"vlm_config": {"image_token_index": IMAGE}, "dit_config": {"hidden_size": 40, "intermediate_size": 72}},
+    "pi0": {"vlm_config": {"image_token_index": IMAGE}, "dit_config": {"intermediate_size": 72}},
     "nemotron_h_omni": {"image_token_id": IMAGE, "audio_token_id": 11},
     "qwen3_omni_moe_thinker": {
         "vision_start_token_id": 18,

@@ -91,6 +91,7 @@ OF_THE_CLASS: dict[str, tuple[str, ...]] = {
         "bart", "diffusion_gemma", "florence2", "switch_transformers", "t5", "t5gemma2", "udop",
     ),
     "its decoder looks at the encoder's vectors as they are": ("pix2struct",),
+    "its projector would be none if actions' vectors were not as wide as words'": ("pi0",),
     "two of its stacks have one configuration": ("granite4_vision", "idefics", "video_llava"),
 }  # fmt: skip
 """Why sizes of a small model are the same: its class makes one of the other."""
