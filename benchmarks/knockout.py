@@ -30,7 +30,7 @@ from vlmneurons.run.batching import batches
 from vlmneurons.run.masked import read_masked
 from vlmneurons.run.packing import Packing
 from vlmneurons.run.readers import reader_of
-from vlmneurons.run.replay import Structure
+from vlmneurons.run.replayable import structure_for
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,9 @@ def compare(
     faster = [one / other for one, other in times["shared"]]
     packing = Packing.of(wanted.batch, wanted.positions)
     packed = 1.0 if packing is None else packing.row.numel() / wanted.batch["input_ids"].numel()
-    structure, (tower, shown) = Structure.of(model, asked), (model.towers["language"], wanted.batch.pictures)
+    structure, (tower, shown) = structure_for(model, asked), (model.towers["language"], wanted.batch.pictures)
     n_layers = len(tower.layer_paths)
-    starts = [min((site.layer for site in one._edits), default=n_layers) for one in ablations]
+    starts = [min((site.layer for site in one.edits), default=n_layers) for one in ablations]
     weights = [
         sum(value.numel() for module in modules for value in module.parameters())
         for modules in ([structure.chain[-1]], structure.narrow)

@@ -168,10 +168,15 @@ What the processor draws into a picture, such as the border of a LLaVA-NeXT crop
   `Recorder` counts the tower `encoder` over the question and `language` over the decoder's own tokens, each in a run of
   your own; `record`, and answers read by letters or text, refuse them. `Ablation` and a `knockout` with
   `answer="generate"` work as elsewhere.
-- HunYuan-VL, MiniCPM-V 4.6 and 4.7 and Emu3 let questions of a batch reach each other in transformers 5.24.0, and BLIP
-  counts positions of padding on the left; the small models of dots3, GLM-5, HY-V4 and Mistral Large 4 answer otherwise
-  in a batch, too (perhaps as ties in their sparse attention are broken by what is beside: not shown). The first batch
-  of a model that is not known to keep rows apart is tried out, and refused if the answers are others.
+- HunYuan-VL, MiniCPM-V 4.6 and 4.7, Emu3 and UDOP let questions of a batch, or their padding, reach each other in
+  transformers 5.24.0, and BLIP counts positions of padding on the left. The first batch of a model that is not
+  known to keep rows apart is tried out, and refused if the answers are others than alone. In runs of your own that a
+  `Recorder` sees nothing is tried: compare a batch with its rows alone.
+- Sparse attention (DeepSeek's, of GLM-5, HY-V4, dots3 and Mistral Large 4) takes the keys of the highest scores, sums
+  of a ReLU a head. Scores that are equal (zero, where no head looks) are taken in an order that hangs on a row's
+  length, so a model with few and small such heads answers otherwise in a batch. With 24 of them nothing ties.
+- Mistral Large 4 (and Llama 4, Ministral 3 and Mistral 4, in long texts) weighs attention by positions, and counts them
+  from the first column, padding or not, unless told; `model.prepare` tells it, as `generate` does.
 - In your own runs of a video's inputs a `Recorder` does not take its placeholders for `"content"`: count them with a
   rule of your own, such as `tokens=lambda table: table.attention`. Of questions with videos `record` counts them
   ([sounds and videos](guides/sound-and-video.md)).

@@ -58,6 +58,27 @@ def test_every_page_fits_the_window_shows_its_pictures_and_is_read(browser, site
     assert not wrong, "\n".join(wrong)
 
 
+def test_a_long_table_is_searched_by_words_and_a_short_one_is_not(browser, site):
+    browser.size(1280)
+    browser.open(site / "architectures.html")
+    field, told = browser.all(".search-table input")[0], browser.all(".search-table output")[0]
+    seen = "return [...document.querySelector('.search-table + *').querySelectorAll('tbody tr')]"
+    seen += ".filter(row => row.offsetHeight).map(row => row.cells[0].textContent)"
+    every = browser.run(seen)
+    assert len(every) >= 100
+    field.send_keys("Qwen vision")
+    found = browser.run(seen)
+    assert found
+    assert all("qwen" in name for name in found)
+    assert told.text == f"{len(found)} of {len(every)} rows"
+    field.clear()
+    field.send_keys(" ")  # a space is no word
+    assert browser.run(seen) == every
+    assert told.text == ""
+    browser.open(site / "errors.html")
+    assert not browser.all(".search-table")
+
+
 BROKEN = """
 return [...document.images].filter(i => i.loading !== "lazy" && !(i.complete && i.naturalWidth)).map(i => i.src);
 """

@@ -9,6 +9,7 @@ import torch
 import vlmneurons as vn
 from chromium import SIZES
 from test_effects import random_result
+from test_report import asked_in, chosen
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,10 @@ def pages(tmp_path_factory):
     vn.inspect_neuron(model, some, neuron, k=3, batch_size=16).save(folder / "neuron.html")
     one, other = random_result(n=15), random_result(1, n=15)
     quick = {"permutations": 20}
+    shown = {"questions": asked_in(one), "selections": {"MAD": chosen(one.group_names, shared=4)}}
     return {
         "neuron": folder / "neuron.html",
-        "report": one.report(folder / "report", others={"blind": other}, **quick),
+        "report": one.report(folder / "report", others={"blind": other}, **shown, **quick),
         "compared": vn.compare({"one": one, "other": other}, **quick).report(folder / "compared"),
     }
 
@@ -57,3 +59,40 @@ def test_a_map_lies_on_its_picture_which_is_in_the_page_once(browser, pages):
     assert len(boxes) >= 6
     assert all(picture == heat and picture[2] > 100 for picture, heat in boxes)
     assert browser.run("return document.querySelectorAll('image:not(.map)').length") <= 6
+
+
+@pytest.mark.parametrize("width", SIZES)
+def test_the_value_of_each_word_is_seen_without_pointing_at_it(browser, pages, width):
+    browser.size(width)
+    browser.open(pages["neuron"])
+    shown = browser.run(
+        "return [...document.querySelectorAll('ruby')].map(r => { const v = r.querySelector('rt'), a = "
+        "r.getBoundingClientRect(), b = v.getBoundingClientRect(), s = getComputedStyle(v); return [v.textContent, "
+        "b.width > 0 && s.visibility === 'visible', b.top >= a.top, parseFloat(s.fontSize)]; })"
+    )
+    assert len(shown) > 30
+    assert all(seen and below and size >= 9 for _, seen, below, size in shown)
+    assert all(float(value.replace("−", "-")) < 100 for value, *_ in shown)
+    assert not browser.all(".words [title]")
+
+
+def test_the_models_answer_stands_at_one_option_of_each_question(browser, pages):
+    browser.open(pages["neuron"])
+    cards = browser.run(
+        "return [...document.querySelectorAll('article')].map(a => [...a.querySelectorAll('.options li')].map(l => "
+        "l.textContent))"
+    )
+    assert len(cards) == 6
+    assert [sum("the model’s answer" in one for one in options) for options in cards] == [1] * 6
+
+
+def test_examples_of_changed_answers_stand_beside_each_other_where_there_is_room(browser, pages):
+    for width, beside in ((1280, True), (420, False)):
+        browser.size(width)
+        browser.open(pages["report"])
+        boxes = browser.run(
+            "return [...document.querySelectorAll('.examples .card')].map(c => c.getBoundingClientRect()).map(r => "
+            "[Math.round(r.left), r.right])"
+        )
+        assert (len({left for left, _ in boxes}) > 1) == beside
+        assert max(right for _, right in boxes) <= width

@@ -306,7 +306,7 @@ def study(model: vn.VLM, bare: nn.Module, rows: "Rows", tower: str) -> dict[str,
     space, questions, size = model.space(tower, "post"), rows.questions, N_ROWS
     if model.is_encoder_decoder:  # counts of its questions are those of a Recorder, which `counts_by_row` compares
         selection = {"q0": half_of(model, tower), "q1": half_of(model, tower)}
-        questions = questions.asked(answer="generate")
+        questions, size = questions.asked(answer="generate"), N_ROWS if rows.apart["right"] else 1
         model.hf.generation_config.use_cache = False  # T5's cache is as long as its encoder, and its decoder longer
     else:
         try:
@@ -398,7 +398,7 @@ class Rows:
             place = slice(length - len(own), None) if side == "left" else slice(len(own))
             ids[row, place], mask[row, place] = own, 1
         made = {"input_ids": ids, "attention_mask": mask, **self._more(N_ROWS)}
-        if self.model.encoder._learns_positions:
+        if self.model.encoder._counts_positions:
             made["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         return made
 

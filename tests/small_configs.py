@@ -37,7 +37,7 @@ TEXT = {
     "q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 10,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "word_embed_proj_dim": 48, "index_topk": 8, "index_head_dim": 8,
-    "index_n_heads": 2, "indexer_head_dim": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+    "index_n_heads": 24, "indexer_head_dim": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
     "indexer_budget": 8, "sliding_window": 16, "seq_length": 512, "vocab_size_per_layer_input": 640,
     "hidden_size_per_layer_input": 8, "hc_lowrank": 6, "ple_embed_dim": 16, "ngram_vocab_size_base": 64,
     "max_2d_position_embeddings": 64, "layers": 2, "embed_dim": 48, "swa_num_attention_heads": 4,
@@ -63,7 +63,7 @@ TOWER = {
     "num_mel_bins": 16, "output_channels": 16, "window_size": 16, "num_pos_feats": 8, "llm_hidden_size": 48,
     "decoder_hidden_size": 48, "num_patches": 16, "pooling_kernel_size": 2, "text_hidden_size": 48,
     "n_layers": 2, "projection_hidden_dim": 72, "projection_intermediate_size": 72,
-    "moe_intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 2, "adapter_in_dim": 32,
+    "moe_intermediate_size": 28, "num_local_experts": 4, "num_experts_per_tok": 2, "adapter_in_dim": 32,
     "adapter_out_dim": 48, "adapter_input_size": 32, "downsample_hidden_size": 8, "base_channels": 32,
     "posemb_grid_size": 8, "pos_emb_height": 8, "pos_emb_width": 8, "max_img_size": 32, "max_image_size": 32,
     "post_conv_in_channels": 16, "post_conv_mid_channels": 24, "post_conv_out_channels": 48,
@@ -71,6 +71,10 @@ TOWER = {
     "conv_output_size": 16, "conf_num_hidden_layers": 2, "conf_num_attention_heads": 4, "conf_attention_chunk_size": 4,
     "conf_attention_context_left": 5, "input_feat_size": 16, "seq_len": 64, "num_registers": 1,
     "num_cls_tokens": 1,
+}  # fmt: skip
+HEARS = {
+    **TOWER, "hidden_size": 44, "d_model": 44, "head_dim": 11, "intermediate_size": 68, "encoder_ffn_dim": 68,
+    "adapter_input_size": 44, "adapter_in_dim": 44,
 }  # fmt: skip
 QUERIES = {
     "hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
@@ -85,7 +89,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minicpm_ocr": {"image_token_id": IMAGE},
     "minicpmv4_7": {"image_token_id": IMAGE},
     "minicpmv4_6": {"image_token_id": IMAGE},
-    "pi0": {"vlm_config": {"image_token_index": IMAGE}},
+    "pi0": {"vlm_config": {"image_token_index": IMAGE}, "dit_config": {"hidden_size": 40, "intermediate_size": 72}},
     "nemotron_h_omni": {"image_token_id": IMAGE, "audio_token_id": 11},
     "qwen3_omni_moe_thinker": {
         "vision_start_token_id": 18,
@@ -106,7 +110,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "apertus1p5": {
         "image_token_offset": 300,
         "audio_token_offset": 364,
-        "audio_config": {"codebook_dim": 32, "decoder_attention_num_groups": 4},
+        "audio_config": {"codebook_dim": 44, "decoder_attention_num_groups": 4},
         "vision_config": {"embed_dim": 32, "latent_channels": 32},
     },
     "aria": {  # its image processor makes pictures of 490 or 980 pixels a side, and no smaller ones
@@ -119,7 +123,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vision_config": {"sam_config": {"downsample_channels": [24, 32]}},
         "text_config": {"num_experts_per_tok": 2},
     },
-    "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 64, "global_attn_indexes": [1]}},
+    "deepseek_vl_hybrid": {
+        "high_res_vision_config": {"hidden_size": 40, "mlp_dim": 64, "image_size": 64, "global_attn_indexes": [1]}
+    },
     "emu3": {"vq_config": {"hidden_size": 128}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [2, 2, 2]}}},
     "fast_vlm": {"vision_config": {"architecture": "fastvit_t8", "hidden_size": 768}},
@@ -155,20 +161,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "muse_glimmer": {"out_hidden_size": 128},
     "muse_spark": {
         "out_hidden_size": 128,
-        "audio_config": {"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [24, 40], "depths": [1, 1]},
+        "audio_config": {"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [28, 40], "depths": [1, 1]},
     },
     "perception_lm": {
         "vision_config": {"model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [56, 56]}}
     },
-    "pix2struct": {"vision_config": {"hidden_size": 48}},
+    "pix2struct": {"vision_config": {"hidden_size": 48}},  # its decoder looks at it unprojected
     "qwen4_exp": {"text_config": {"indexer_head_dim": 12}},
-    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
+    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4, "text_config": {"intermediate_size": 72}}},
     "udop": {"image_size": 16, "patch_size": 4},
     "unlimited_ocr": {
         "vision_config": {"sam_config": {"downsample_channels": [24, 32]}},
         "text_config": {"num_experts_per_tok": 2},
     },
-    "vision-encoder-decoder": {"encoder": {"image_size": 16, "patch_size": 4, "hidden_size": 48}},
+    "vision-encoder-decoder": {
+        "encoder": {"image_size": 16, "patch_size": 4, "hidden_size": 40, "intermediate_size": 56}
+    },
 }
 """What a class needs besides the rules."""
 for _code in range(TOWER["num_embeddings"]):  # the words of a picture's codes, in letters for digits
@@ -184,7 +192,9 @@ def _rules(path: tuple[str, ...]) -> dict[str, int]:
     name = ".".join(path)
     if "qformer" in name or "perceiver" in name:
         return QUERIES
-    seen = ("vision", "audio", "sam", "vq", "encoder_config", "visual", "speech", "high_res")
+    if "audio" in name or "speech" in name:
+        return HEARS
+    seen = ("vision", "sam", "vq", "encoder_config", "visual", "high_res")
     return TOWER if any(word in name for word in seen) else TEXT
 
 

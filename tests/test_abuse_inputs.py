@@ -21,6 +21,7 @@ from abuse import damaged, limits
 from helpers import picture, some_questions
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions.media import picture_size
+from vlmneurons.testing import tiny_model, tiny_template
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -372,3 +373,64 @@ def test_items_with_the_same_id_are_refused_wherever_they_meet():
         vn.QuestionSet([ask(), ask()])
     with pytest.raises(QuestionError, match="ids must be unique"):
         vn.QuestionSet([ask()]) + vn.QuestionSet([ask()])
+
+
+# -- none, one, none with a picture, and pictures too small ------------------------------------------------------------
+
+
+def test_no_questions_at_all_are_refused_wherever_they_are_asked(model, tmp_path):
+    none, masks = vn.QuestionSet([]), {"x": vn.NeuronSet(model.space(), [1])}
+    asks = {
+        "there are no questions to record": lambda: vn.record(model, none, progress=False),
+        "there are no questions to encode": lambda: model.prepare(none),
+        "there are no questions to screen with": lambda: vn.screen(model, none, masks, progress=False),
+        "there are no questions to attribute": lambda: vn.attribute(model, none, progress=False),
+        "there are no questions to look at": lambda: vn.inspect_neurons(model, none, masks["x"]),
+        "needs questions of at least two; got none": lambda: vn.knockout(model, none, masks, progress=False),
+    }
+    for told, run in asks.items():
+        with pytest.raises(QuestionError, match=told):
+            run()
+    with pytest.raises(QuestionError, match="there are no questions to record"):
+        vn.record_items(model, none, tmp_path / "items", progress=False)
+    assert [len(half) for half in none.split(0.5)] == [0, 0]
+
+
+def test_one_question_is_recorded_whatever_the_batch_and_compared_with_none(model):
+    one = some_questions(1)
+    found = [vn.record(model, one, condition="all", batch_size=size, progress=False) for size in (1, 8)]
+    assert found[0] == found[1]
+    assert found[0].items.tolist() == [1]
+    with pytest.raises(QuestionError, match="needs questions of at least two; got A"):
+        vn.knockout(model, one, {"x": vn.NeuronSet(model.space(), [1])}, progress=False)
+
+
+@pytest.mark.parametrize("name", ["paligemma", "got_ocr2"])
+def test_questions_of_which_none_has_a_picture_are_refused_by_a_model_that_wants_one(name):
+    model = vn.VLM(*tiny_model(name), template=tiny_template(name))
+    blind = vn.QuestionSet([ask(0), ask(1)])
+    for answer in ("letters", "generate"):
+        with pytest.raises(QuestionError, match=r"question 'q0': the processor refuses it .*images"):
+            vn.record(model, blind.asked(answer=answer), condition="all", progress=False)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "mllama"])
+def test_questions_of_which_none_has_a_picture_are_asked_and_a_vision_tower_counts_nothing(name):
+    model = vn.VLM(*tiny_model(name), template=tiny_template(name))
+    blind = vn.QuestionSet([ask(0), ask(1, group="B")])
+    assert vn.record(model, blind, condition="all", progress=False).tokens.min() > 0
+    assert vn.record(model, blind, model.space("vision"), condition="all", progress=False).tokens.tolist() == [0, 0]
+
+
+def test_a_picture_that_a_processor_cannot_scale_is_named_and_may_be_skipped():
+    model = vn.VLM(*tiny_model("mistral3"))
+    dot, line = (Image.new("RGB", size, (9, 90, 200)) for size in ((1, 1), (200, 1)))
+    good = [ask(n, image=picture(n), group="AB"[n]) for n in range(2)]
+    how = {"condition": "all", "progress": False}
+    assert vn.record(model, [*good, ask(2, image=dot)], **how).items.tolist() == [2, 1]
+    mixed = [*good, ask(2, image=line)]
+    with pytest.raises(QuestionError, match="question 'q2': the processor refuses it"):
+        vn.record(model, mixed, **how)
+    kept = vn.record(model, mixed, on_error="skip", **how)
+    assert kept.items.tolist() == [1, 1]
+    assert torch.equal(kept.positive, vn.record(model, good, **how).positive)

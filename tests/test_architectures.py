@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+import vlmneurons as vn
 from helpers import changes, state_of
 from small_models import SMALL
 from vlmneurons.errors import ArchitectureError, SiteError
@@ -20,7 +22,7 @@ from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
 from vlmneurons.model.architectures.hooks import read, read_experts, write, write_experts
 from vlmneurons.model.architectures.layout import MLP, MLPLayout, Tower
-from vlmneurons.testing import tiny_inputs, tiny_model
+from vlmneurons.testing import tiny_inputs, tiny_model, tiny_template
 from vlmneurons.testing.architectures import check_architecture
 
 HIDDEN, WIDTH = 8, 24
@@ -747,6 +749,66 @@ def test_lora_on_the_mlps_is_part_of_what_is_read() -> None:
     for kind in ("pre", "gate", "up", "post"):
         torch.testing.assert_close(adapted[kind], once[kind], rtol=1e-4, atol=1e-4)
         assert (adapted[kind] - bare[kind]).abs().max() > 0.1
+
+
+ADAPTED = [["down_proj"], ["gate_proj", "up_proj"], ["gate_proj", "up_proj", "down_proj", "fc1", "fc2"]]
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("targets", ADAPTED, ids=["down", "gate and up", "all"])
+def test_a_neuron_that_is_off_is_off_in_its_adapter_too_and_is_counted_with_it(name: str, targets: list[str]) -> None:
+    import peft
+
+    base, processor = tiny_model(name)
+    hf = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, init_lora_weights=False, r=4)).eval()
+    model, inputs = vn.VLM(hf, processor, template=tiny_template(name)), tiny_inputs(name)
+    counts: list[Tensor] = []
+    for tower in ("language", "vision"):
+        space = model.space(tower, "post")
+        off, twin = vn.NeuronSet(space, range(0, len(space), 3)), copy.deepcopy(model.hf)
+        for place, mlp in enumerate(model.towers[tower].mlps):
+            down = twin.get_submodule(mlp.path).get_submodule(mlp.layout.down)
+            here = [int(n) - space.offsets[place] for n in off.indices if 0 <= n - space.offsets[place] < mlp.width]
+            wide = [part for part in down.modules() if isinstance(part, nn.Linear) and part.in_features == mlp.width]
+            assert len(wide) == (2 if mlp.layout.down in targets else 1)
+            for part in wide:
+                part.weight.data[:, here] = 0
+        counts.clear()
+        handles = [
+            model.hf.get_submodule(mlp.path)
+            .get_submodule(mlp.layout.down)
+            .register_forward_pre_hook(lambda _, args: counts.append((args[0] > 0).flatten(0, -2).sum(0)))
+            for mlp in model.towers[tower].mlps
+        ]
+        with torch.no_grad():
+            clean = model.hf(**inputs).logits
+            for handle in handles:
+                handle.remove()
+            with vn.Recorder(model, space, tokens=lambda table: table.attention) as recorder:
+                model.hf(**inputs)
+            assert torch.equal(recorder.statistics.positive[0], torch.cat(counts))
+            with vn.Ablation(model, off):
+                switched = model.hf(**inputs).logits
+            torch.testing.assert_close(switched, twin(**inputs).logits, rtol=0, atol=1e-5)
+        assert (switched - clean).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_an_adapter_that_hides_experts_is_refused_and_it_is_said_to_merge_it() -> None:
+    import peft
+
+    config = peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=2)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = peft.get_peft_model(
+        transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(vocab_size=99, num_local_experts=3, num_key_value_heads=2, **sizes)
+        ),
+        config,
+    )
+    with pytest.raises(ArchitectureError, match=r"where one hides what it is on, model\.merge_and_unload\(\) puts it"):
+        find_towers(model)
+    assert len(find_towers(model.merge_and_unload())["language"].mlps) == 6
 
 
 def test_offloaded_weights_stay_readable_and_writable() -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 import vlmneurons as vn
-from helpers import activation_of, language_blocks, picture, some_questions
+from helpers import PAPER_MODELS, activation_of, language_blocks, picture, some_questions
 from vlmneurons.errors import QuestionError, SiteError
 from vlmneurons.look import neuron_pages as browser
 
@@ -55,6 +56,17 @@ def test_the_best_of_each_group_are_those_of_plain_hooks(paper_model, bare_model
     drawn = [one.get_offsets()[:, 0] for one in vn.plot_values(view).axes[0].collections if one.get_alpha() == 0.6]
     for group, values in zip(sorted(best), drawn, strict=True):
         assert np.asarray(values).tolist() == pytest.approx([value for value, _ in best[group]], abs=2e-5)
+
+
+def test_the_page_begins_with_the_group_for_which_the_neuron_is_highest(load):
+    view = vn.inspect_neuron(load(PAPER_MODELS[0]), some_questions(8), (SITE, 5), k=2, batch_size=4)
+    assert list(view.mean) == ["A", "B"]
+    for mean, order in (({"A": 1.0, "B": 2.0}, ["B", "A"]), ({"A": 2.0, "B": 1.0}, ["A", "B"])):
+        page = replace(view, mean=mean).to_html()
+        assert re.findall(r"<h2>(\w)", page) == order
+        assert re.findall(r"<span>([AB])</span><i", page) == order
+        ids = [one.question.id for group in order for one in view.items if one.question.group == group]
+        assert re.findall(r"<header>(\S+) ·", page) == ids
 
 
 # -- maps --------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -109,6 +110,28 @@ def test_the_explorer_of_a_study_is_written_with_its_own_questions_only(argument
     assert main(["explore", str(undisturbed), "--model", "demo:organism"]) == 1  # an option given is the one that holds
     assert "its configuration is" in capsys.readouterr().err
     assert not (undisturbed / "explorer").exists()
+
+
+def test_a_report_that_is_written_again_says_what_the_studys_own_does(undisturbed, tmp_path, capsys):
+    def told(page):
+        return re.sub(r'src="data:[^"]+"', "", page.read_text(encoding="utf-8"))
+
+    own, new = undisturbed / "report", tmp_path / "again"
+    assert main(["report", "--run", str(undisturbed), "--out", str(new)]) == 0
+    assert "shows no questions" not in capsys.readouterr().err
+    assert told(own / "index.html") == told(new / "index.html")
+    for path in sorted((own / "tables").iterdir()):
+        assert (new / "tables" / path.name).read_bytes() == path.read_bytes()
+    head = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", told(new / "index.html")))
+    space = vn.Selection.load(undisturbed / "selections" / "CAS.safetensors").space
+    assert f" of {len(space):,} (" in head["Neurons a mask"]
+    assert head["Site"].startswith("language.gate, ")
+    assert head["Tokens counted"] == "content"
+    assert head["Switched off"] == "at post: set to 0"
+    assert head["Split"].startswith("50 % of the questions choose neurons")
+    assert head["Seeds"].startswith("split, balancing and shuffled labels: 0")
+    assert main(["report", "--run", str(undisturbed), "--out", str(new), "--images", "none"]) == 0
+    assert "data:image/webp" not in (new / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_explorer_of_a_study_that_does_not_say_what_was_asked_needs_both_options(undisturbed, tmp_path, capsys):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 import vlmneurons as vn
@@ -24,7 +25,7 @@ def drawn(seed, groups="ABCDE", n=15, model="m", layers=4, skip=()):
     random = np.random.default_rng(seed)
     names = [f"{letter}land" for letter in groups]
     of = np.repeat(np.array(names), n)
-    answers = random.integers(0, 4, len(of))
+    answers = np.arange(len(of)) % 4  # of the questions, which all models are asked alike
     masks, rows = [], [np.where(random.random(len(of)) < 0.8, answers, (answers + 1) % 4)]
     selectors = [name for name in ("CAS", "MAD", setting_name("CAS", "r", 0.1)) if name not in skip]
     for selector, name in itertools.product(selectors, names):
@@ -99,6 +100,35 @@ def test_profiles_are_over_relative_depth(three):
     assert set(profiles["selector"]) == {"CAS", "MAD"}
 
 
+def test_profiles_are_drawn_as_a_line_a_model_over_relative_depth(three):
+    profiles = three.profiles()
+    for name, models in (("CAS", ["LLaVA", "Qwen", "Pangea"]), ("MAD", ["LLaVA", "Qwen"])):
+        figure = vn.plot_profiles(profiles, name, width=3.3)
+        *lines, even = figure.axes[0].lines
+        assert [line.get_label() for line in lines] == models
+        assert list(even.get_ydata()) == [1, 1]
+        for model, line in zip(models, lines, strict=True):
+            masks = [mask for mask in three.results[model].masks if mask.selector == name]
+            share = np.mean([np.array(mask.layers) / sum(mask.layers) for mask in masks], axis=0)
+            np.testing.assert_allclose(line.get_ydata(), share * len(share))
+            np.testing.assert_allclose(line.get_xdata(), (np.arange(len(share)) + 0.5) / len(share))
+        assert figure.axes[0].get_ylabel().replace("\n", " ") == f"Neurons of {name}, times even"
+    axis = Figure().subplots()
+    assert vn.plot_profiles(profiles, ax=axis) is axis.figure  # of the first selector
+    assert len(axis.lines) == 4
+    with pytest.raises(MismatchError, match="no profile of 'LAP'; there are those of CAS, MAD"):
+        vn.plot_profiles(profiles, "LAP")
+    with pytest.raises(MismatchError, match="no profile of None; there are those of no selector"):
+        vn.plot_profiles(profiles[:0])
+
+
+def test_models_with_several_towers_have_a_line_for_each(three):
+    profiles = three.profiles()
+    both = pd.concat([profiles, profiles.assign(tower="vision")])
+    labels = [line.get_label() for line in vn.plot_profiles(both, "MAD").axes[0].lines]
+    assert labels == ["LLaVA, language", "LLaVA, vision", "Qwen, language", "Qwen, vision", "evenly"]
+
+
 def test_what_differs_is_said(three):
     assert three.notes == (
         "LLaVA was asked 75 questions and Pangea 75; 60 are the same.",
@@ -108,6 +138,47 @@ def test_what_differs_is_said(three):
     other = replace(drawn(0), provenance={"answer": "Generate()"})
     assert vn.compare({"a": drawn(0), "b": other}).notes == ("Answers are read by Letters() (a); Generate() (b).",)
     assert vn.compare({"a": drawn(0), "b": drawn(3)}).notes == ()
+    told = "a was asked 75 questions and b 75; 74 are the same."  # of the same ids, with options in another order
+    answers = np.concatenate([[(drawn(0).answers[0] + 1) % 4], drawn(0).answers[1:]])
+    assert vn.compare({"a": drawn(0), "b": replace(drawn(3), answers=answers)}).notes == (told,)
+
+
+@pytest.mark.parametrize("name", [1, None, ""])
+def test_a_name_that_is_no_text_would_stand_for_another_and_is_refused(unchecked, name):
+    with pytest.raises(MismatchError, match="the name of a model is a text that is not empty; got "):
+        vn.compare({name: drawn(0), str(name or "b"): drawn(1)})
+
+
+def test_sweeps_alone_are_not_compared():
+    swept = drawn(0, skip=("CAS", "MAD"))
+    with pytest.raises(MismatchError, match="all masks are settings of sweeps, which are not compared"):
+        vn.compare({"a": swept, "b": swept})
+
+
+def test_shuffles_that_leave_nothing_to_rank_count_against_agreement():
+    results = {}
+    for name, seed in (("a", 0), ("b", 1)):
+        one = drawn(seed, groups="ABC", n=6)
+        asked = np.ones(one.chosen.shape, dtype=bool)
+        for row, mask in enumerate(one.masks, start=1):
+            for place, group in enumerate(one.groups):  # three cells beside the self effects are there, and others not
+                asked[row, place] = mask.group == group or (mask.group, group) in KNOWN
+        results[name] = replace(one, asked=asked)
+    compared = vn.compare(results)
+    one, other = (result.matrix("CAS").to_numpy() for result in results.values())
+    found = compared.agreement().query("selector == 'CAS'").iloc[0]
+    ranked = []
+    for order in itertools.permutations(range(3)):
+        pairs = [(one[m, e], other[order[m], order[e]]) for m, e in itertools.permutations(range(3), 2)]
+        known = np.array([pair for pair in pairs if not np.isnan(pair).any()])
+        ranked.append(scipy_stats.spearmanr(*known.T).statistic if len(known) > 2 else np.nan)
+    assert found["cells"] == pytest.approx(ranked[0])
+    extreme = [np.isnan(one) or abs(one) >= abs(ranked[0]) - 1e-12 for one in ranked]
+    assert np.isnan(ranked).any()
+    assert found["cells_p"] == np.mean(extreme)
+
+
+KNOWN = {("Aland", "Bland"), ("Bland", "Cland"), ("Aland", "Cland")}
 
 
 def test_models_are_compared_on_a_value_that_all_hold(tmp_path):

@@ -91,6 +91,29 @@ def test_every_figure_of_the_gallery_is_drawn_by_its_page():
     assert {name for name in vn.__all__ if name.startswith("plot_")} == set(re.findall(r"vn\.(plot_\w+)", code))
 
 
+BY_COMMAND = {
+    "organism-effects.png": "examples/quickstart.py",
+    "natural-effects.png": "examples/quickstart.py",
+    "selector_recovery.png": "benchmarks/selector_recovery.py",
+}
+"""Pictures that no page's own code draws: `tests/test_examples.py` runs the command and compares."""
+
+
+def test_every_picture_is_drawn_by_the_code_of_its_page_or_by_a_command_that_the_page_names():
+    shown = set()
+    for page, path in PAGES.items():
+        text = path.read_text(encoding="utf-8")
+        code = "".join(BLOCK.findall(text))
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            name = Path(picture).name
+            shown.add((path.parent / picture).resolve())
+            if name in BY_COMMAND:
+                assert f"python {BY_COMMAND[name]}" in text, f"{page} does not say what makes {name}"
+            elif not name.endswith(".svg"):  # diagrams, drawn by hand
+                assert f'"{name}"' in code, f"{page} shows {name}, which nothing on it draws"
+    assert shown == {*(DOCS / "images").iterdir(), DOCS / "selector_recovery.png"}
+
+
 def test_an_output_differs_by_words_and_by_numbers_but_not_by_rounding():
     assert alike("a  0.123 b\n", "a 0.1231 b  \n\n")
     assert not alike("a 0.123", "a 0.143")

@@ -1,6 +1,7 @@
 """The examples are scripts that run as they are."""
 
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 from PIL import Image
+
+from tools.page_outputs import alike, alike_pictures
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -29,6 +32,8 @@ def test_the_quickstart_writes_a_table_and_two_pictures_for_each_model(tmp_path)
         cas, random = table.loc[("CAS", "all")], table.loc[("random", "all")]
         assert cas["self_margin"] < -0.5 < random["self_margin"]
         assert abs(cas["cross_effect"]) < 0.02
+        kept = EXAMPLES.parent / "docs" / "images" / f"{name}-effects.png"  # README and front page name the command
+        assert alike_pictures(kept, tmp_path / "out" / f"{name}-effects.png")
         for picture in ("effects", "layers"):
             with Image.open(tmp_path / "out" / f"{name}-{picture}.png") as image:
                 assert min(image.size) > 400
@@ -144,6 +149,20 @@ for path in sys.argv[1:]:
         used = set(loaded(compile(file.read(), path, "exec")))
     print(path, sorted(used - set(there) - set(vars(builtins))))
 """
+
+
+def test_the_page_on_selectors_shows_what_its_command_prints_and_draws(tmp_path):
+    docs = EXAMPLES.parent / "docs"
+    page = (docs / "selectors.md").read_text(encoding="utf-8")
+    (seeds,) = re.findall(r"`python benchmarks/selector_recovery.py --seeds (\d) --write`", page)
+    command = runpy.run_path(str(EXAMPLES.parent / "benchmarks" / "selector_recovery.py"))
+    results = {name: list(command["sweep"](name, int(seeds))) for name in command["SWEEPS"]}
+    shown = re.search(r"<!-- printed -->\n(.*)<!-- /printed -->", page, re.DOTALL)[1]
+    printed = command["tables"](results, command["on_a_model"]())
+    rows = zip(shown.strip().splitlines(), printed.splitlines(), strict=True)
+    assert [pair for pair in rows if not alike(*pair)] == []
+    command["picture"](results).savefig(tmp_path / "drawn.png", dpi=200)
+    assert alike_pictures(docs / "selector_recovery.png", tmp_path / "drawn.png")
 
 
 def test_every_benchmark_finds_the_names_it_uses():

@@ -239,3 +239,37 @@ def test_a_checkpoint_without_the_columns_is_refused(tmp_path):
     with pytest.raises(FileFormatError, match="are neither in memory nor in a checkpoint on disk"):
         vn.export(bare, one, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_double_precision_stays_double_and_no_weight_becomes_infinite(tmp_path):
+    hf, processor = tiny_model("llava_next_mistral")
+    hf.double().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model = vn.VLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    neurons = vn.NeuronSet(model.space("language", "post"), [0, 5])
+    folder = vn.export(model, neurons, tmp_path / "scaled", "scale", factor=1.1)
+    columns = load_file(folder / "model.safetensors")["language_model.model.layers.0.mlp.down_proj.weight"][:, [0, 5]]
+    assert torch.equal(columns, model.hf.model.language_model.layers[0].mlp.down_proj.weight[:, [0, 5]] * 1.1)
+    single = loaded("llava_next_mistral", tmp_path / "single")
+    neurons = vn.NeuronSet(single.space("language", "post"), [0, 5])
+    with pytest.raises(
+        AblationError, match=r"factor 1e\+39 makes weights of .*down_proj.weight larger than torch.float32"
+    ):
+        vn.export(single, neurons, tmp_path / "huge", "scale", factor=1e39)
+    assert not (tmp_path / "huge").exists()
+
+
+def test_a_folder_that_is_a_link_is_written_where_it_leads(tmp_path, monkeypatch):
+    model = loaded("llava_next_mistral", tmp_path / "model")
+    neurons = vn.NeuronSet(model.space("language", "post"), [0])
+    for name, there in (("empty", True), ("new", False)):
+        if there:
+            (tmp_path / name).mkdir()
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
+        assert vn.export(model, neurons, tmp_path / f"link-{name}") == tmp_path / f"link-{name}"
+        assert (tmp_path / f"link-{name}").is_symlink()
+        assert (tmp_path / name / NOTE).is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileFormatError, match="is where this process is, which cannot be put in its place"):
+        vn.export(model, neurons, ".")

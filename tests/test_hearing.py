@@ -26,7 +26,7 @@ from vlmneurons.testing.tiny.parts import draw_weights
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code, at its default settings
 ROUNDING = 4
 AUDIO = 11
-ALIKE = ("granite_speech", "gemma3n", "qwen3_omni_moe_thinker")
+ALIKE = ("granite_speech", "gemma3n", "gemma4", "qwen3_omni_moe_thinker")
 """The models that hear in a sound what fills it up to the length of others beside it."""
 
 
@@ -113,9 +113,9 @@ def granite_speech() -> tuple[nn.Module, Any]:
     return transformers.GraniteSpeechForConditionalGeneration(config), HearsMadeUp(shaped)
 
 
-def small(name: str) -> Callable[[], tuple[nn.Module, Any]]:
+def small(name: str, *, every_tower: bool = False) -> Callable[[], tuple[nn.Module, Any]]:
     def build() -> tuple[nn.Module, Any]:
-        model = small_model(name)
+        model = small_model(name, every_tower=every_tower)
         return model, small_processor(name, model)
 
     return build
@@ -131,6 +131,7 @@ HEARS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], Callable[[dict[str, 
     "voxtral": (voxtral, None),
     "granite_speech": (granite_speech, None),
     "gemma3n": (small("gemma3n"), _by_mask("input_features_mask", 4)),
+    "gemma4": (small("gemma4", every_tower=True), _by_mask("input_features_mask", 4)),
     "qwen2_5_omni_thinker": (small("qwen2_5_omni_thinker"), None),
     "qwen3_omni_moe_thinker": (small("qwen3_omni_moe_thinker"), None),
 }
@@ -209,6 +210,20 @@ def test_neurons_that_hear_are_selected_and_switched_off(hearing):
     assert (switched - model.hf(**model.prepare(questions)).logits).abs().max() > 1e-4
     with pytest.raises(QuestionError, match=r"counts words; an audio tower has none\. Record it with 'audio'"):
         vn.record(model, questions, model.space("audio"), tokens="text", progress=False)
+
+
+def test_voxtrals_own_processor_which_is_called_without_sounds_is_refused():
+    class Call(transformers.VoxtralProcessor):  # whose tokenizer needs mistral-common
+        def __init__(self) -> None:
+            made = HearsMadeUp(lambda sounds: ({}, []))
+            self.tokenizer, self.feature_extractor, self.audio_token = made.tokenizer, made.frames, "<audio>"
+
+    model = vn.VLM(voxtral()[0], Call(), template=lambda text, n_images, n_sounds=0: f"<audio>{text}")
+    told = r"Call takes sounds in its own apply_chat_template alone, where .* called with text= and audio="
+    with pytest.raises(QuestionError, match=told):
+        model.prepare(questions_of("", 1))
+    with pytest.raises(QuestionError, match=told):
+        vn.record(model, questions_of("", 2), condition="all", progress=False)
 
 
 def test_sounds_that_fill_each_other_up_unheard_are_asked_together_or_refused():

@@ -1,10 +1,16 @@
 """Numbers of different settings or content are never mixed: not by adding, and not by going on with a folder."""
 
 import contextlib
+import os
+import re
 import shutil
+import subprocess
+import sys
 import warnings
+from enum import Enum
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -390,3 +396,84 @@ def test_code_is_told_apart_by_what_it_does_and_refers_to(monkeypatch):
     other: dict = {}
     exec("def f(x):\n    return x + 2", other)
     assert digest_of_code(namespace["f"]) != digest_of_code(other["f"])
+
+
+def holding(thing):
+    """A function of the user's that refers to a thing."""
+
+    def function(text, question):
+        return thing
+
+    return function
+
+
+def linear(weight):
+    network = nn.Linear(2, 1)
+    with torch.no_grad():
+        network.weight.fill_(weight), network.bias.zero_()
+    return network
+
+
+def series(order, numbers=(1, 2)):
+    return pd.Series(list(numbers), index=list(order))
+
+
+A, B = [1], [2]
+DIFFERENT = {
+    "the method that is called": ((lambda v: v.sum(1)), (lambda v: v.amax(1))),  # on one line: neither has a source
+    "a function of NumPy": ((lambda v: np.mean(v)), (lambda v: np.median(v))),
+    "the weights of a probe": (holding(linear(1.0)), holding(linear(2.0))),
+    "the middle of a long table": (
+        holding(pd.DataFrame({"a": range(300)})),
+        holding(pd.DataFrame({"a": [*range(299), 7]})),
+    ),
+    "the labels of a column": (holding(series("ab")), holding(series("ba"))),
+    "objects in an array": (holding(np.array(["a", None], object)), holding(np.array(["b", None], object))),
+    "which of two stands twice": (holding((A, B, A)), holding((A, B, B))),
+    "the pattern of a method": (holding(re.compile("a").search), holding(re.compile("b").search)),
+    "members of an enumeration": (holding(Enum("Kind", "one two").one), holding(Enum("Kind", "one two").two)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_functions_refer_to_tells_them_apart(name):
+    first, second = map(digest_of_code, DIFFERENT[name])
+    assert first != second
+
+
+def test_a_function_of_a_module_of_the_users_is_told_by_its_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "their_metrics.py").write_text("def f1(text):\n    return 1\n\ndef unused():\n    return 1\n")
+    import their_metrics
+
+    namespace = {"their_metrics": their_metrics}
+    exec("def scorer(text, question):\n    return their_metrics.f1(text)", namespace)
+    scorer = namespace["scorer"]
+    before = digest_of_code(scorer)
+    their_metrics.unused = lambda: 2
+    assert digest_of_code(scorer) == before
+    their_metrics.f1 = lambda text: 2
+    assert digest_of_code(scorer) != before
+
+
+def test_code_is_told_alike_in_every_process():
+    script = """
+import re, sys
+from enum import Enum
+import numpy as np, pandas as pd, torch
+from vlmneurons.files.digests import digest_of_code
+def holding(thing):
+    def function(text, question):
+        return thing
+    return function
+things = [{"a", "b", "c"}, pd.Series(["a", "b"]), pd.DataFrame({"a": ["x", None]}), np.array(["a", None], object),
+          re.compile("a").match, Enum("Kind", "one two").one, torch.zeros(2, dtype=torch.bfloat16), torch.nn.Identity()]
+print([digest_of_code(holding(one)) for one in things], digest_of_code(lambda text, _: text in {"a", "b", "c"}))
+"""
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(told) == 1

@@ -465,11 +465,40 @@ def test_a_statistic_is_part_of_what_a_recording_is(both_towers, tmp_path):
         assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
+def test_a_statistic_that_writes_into_what_it_is_given_changes_nothing_else(both_towers, tmp_path):
+    model, space = both_towers
+
+    def spoils(values, counted):
+        values.zero_(), counted.zero_()
+        return values[:, 0]
+
+    plain = vn.record_items(model, some_questions(5), tmp_path / "a", space, statistic={"peak": peak}, progress=False)
+    named = {"spoils": spoils, "peak": peak}
+    items = vn.record_items(model, some_questions(5), tmp_path / "b", space, statistic=named, progress=False)
+    for name in ("positive.bin", "peak.bin", "reached.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert items.margins.tolist() == plain.margins.tolist()
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("Peak", "peak"), "'peak' and 'Peak' would be one file"),
+        (("Positive",), "'Positive' and 'positive' would be one"),
+    ],
+)
+def test_statistics_whose_files_some_disks_do_not_tell_apart_are_refused(both_towers, tmp_path, names, told):
+    model, space = both_towers
+    with pytest.raises(MismatchError, match=f"statistic {told}"):
+        vn.record_items(model, some_questions(2), tmp_path, space, statistic=dict.fromkeys(names, peak), progress=False)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda values, counted: values.sum(1)[:, :3], r"gave \[2, 3\], not \[row, neuron\] = \[2, 64\], at language"),
         (lambda values, counted: 3.0, r"gave float, not \[row, neuron\]"),
+        (lambda values, counted: values.sum(1) + 1j, "gave complex numbers, at language"),
         (lambda values, counted: values.amax(1) * torch.tensor([[1.0], [torch.nan]]), "gave NaN, at language"),
     ],
 )

@@ -10,7 +10,7 @@ import vlmneurons as vn
 from helpers import some_questions
 from vlmneurons.errors import AblationError, ActivationError
 from vlmneurons.model.encoder import Batch, TokenTable
-from vlmneurons.run import replay
+from vlmneurons.run import masked, replay, replayable
 from vlmneurons.run.masked import _Turns, read_masked, read_some
 from vlmneurons.run.owners import OWNERS
 from vlmneurons.run.readers import Reading, reader_of
@@ -233,7 +233,7 @@ def test_questions_that_meet_different_masks_get_the_answers_of_plain_runs_whate
         def refused(*_):
             raise replay.CannotReplay("no")
 
-        monkeypatch.setattr(replay.Structure, "of", refused)
+        monkeypatch.setattr(masked, "structure_for", refused)
     handle = None
     if kind == "watched":
         handle = model.hf.model.language_model.layers[0].register_forward_hook(lambda *_: runs.append(1))
@@ -256,7 +256,7 @@ def test_questions_that_meet_different_masks_get_the_answers_of_plain_runs_whate
         turns = max(sum(row in own for own in RAGGED) for row in range(6))
         assert n_calls == turns * (3 if kind == "generate" else 1)
     if kind == "not replayed":
-        monkeypatch.setattr(replay.Structure, "of", refused)
+        monkeypatch.setattr(masked, "structure_for", refused)
     shared, plain = in_part(model, questions, ablations, RAGGED, reader)
     assert_same_in_part(questions, RAGGED, shared, plain)
 
@@ -333,7 +333,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(model, passes, monkeypatch, 
         return chunk(self, numbers)
 
     with torch.inference_mode():
-        structure = replay.Structure.of(model, questions)
+        structure = replayable.structure_for(model, questions)
     monkeypatch.setattr(structure, "most_rows", None)
     monkeypatch.setattr(replay._Pass, "_chunk", limited)
     if fits == 0:  # not even one tile fits at some time: the error of the plain run is what counts, and it has none
@@ -380,7 +380,7 @@ def test_after_an_interrupt_the_model_is_as_it_was(model, monkeypatch):
     with torch.inference_mode():
         encoded = reader.encode(model, questions)
         clean = reader.read(model, questions, encoded)
-        replay.Structure.of(model, questions)
+        replayable.structure_for(model, questions)
         with monkeypatch.context() as patch:
             patch.setattr(replay._Pass, "_chunk", interrupted)
             with pytest.raises(KeyboardInterrupt):
@@ -430,14 +430,14 @@ def two_and_three(name):
 def test_a_decoder_is_called_again_by_layers_or_as_a_whole(name, calls):
     model, two, three = two_and_three(name)
     with torch.inference_mode():
-        structure = replay.structure_of(model, two, three)  # compares logits under four masks with plain runs
+        structure = replayable.structure_of(model, two, three)  # compares logits under four masks with plain runs
     assert ("decoder" if structure.hidden is None else "layers") == calls
 
 
 def test_an_encoder_decoder_is_run_the_plain_way():
     model, two, three = two_and_three("florence2")
     with torch.inference_mode(), pytest.raises(replay.CannotReplay, match="encoder"):
-        replay.structure_of(model, two, three)
+        replayable.structure_of(model, two, three)
 
 
 def test_a_decoder_that_replays_wrongly_is_found_out(load_bare, tiny_folder):
@@ -451,7 +451,7 @@ def test_a_decoder_that_replays_wrongly_is_found_out(load_bare, tiny_folder):
 
     layer.forward = with_memory
     with torch.inference_mode(), pytest.raises(replay.CannotReplay, match="differ"):
-        replay.Structure.of(model, some_questions(1))
+        replayable.structure_for(model, some_questions(1))
 
 
 def test_by_row_ablations_of_experts_are_refused_as_in_plain_runs():

@@ -11,7 +11,7 @@ import torch
 import vlmneurons as vn
 from helpers import some_questions
 from vlmneurons.errors import FileFormatError, OutOfMemoryError, QuestionError
-from vlmneurons.run import replay
+from vlmneurons.run import replayable
 from vlmneurons.run.memory import MemoryLimit, asked_in_parts, is_out_of_memory
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -43,7 +43,7 @@ def limited(model, monkeypatch):
         return sizes
 
     yield limit
-    replay._KNOWN.pop(model.hf, None)  # where not even three questions fit, that is remembered
+    replayable._KNOWN.pop(model.hf, None)  # where not even three questions fit, that is remembered
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -1,5 +1,6 @@
 """Open questions and graded answers: what is refused, what is scored, and studies whose value is the score."""
 
+import contextlib
 import functools
 import math
 import os
@@ -18,6 +19,8 @@ from test_parts import apart, files, in_parts
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.files.folders import RunFolder
 from vlmneurons.look.report import write_report
+from vlmneurons.run.readers import Reading
+from vlmneurons.run.scoring import score_of
 from vlmneurons.study.protocol import Protocol, run_study
 
 KNOCKOUT = ("manifest.json", "answers.parquet", "table.csv", "summary.csv", "knockout.json")
@@ -357,6 +360,8 @@ def test_texts_are_named_refused_and_told_apart(model):
         vn.QuestionSet.from_texts({"en": "All are born free."})
     with pytest.raises(QuestionError, match="ids must be unique"):
         vn.QuestionSet.from_texts({"en": ["All.", "All."]})
+    with pytest.raises(QuestionError, match=r"texts\['de'\] is empty, and the group would be missing: leave it out"):
+        vn.QuestionSet.from_texts({"en": ["All are born free."], "de": []})
     with pytest.raises(QuestionError, match="one of its answers is empty"):
         vn.QuestionSet.from_texts({"en": [""]})
     with pytest.raises(QuestionError, match="has options, and RunningText"):
@@ -368,3 +373,94 @@ def test_texts_are_named_refused_and_told_apart(model):
     if not model.tokenizer("a")["input_ids"][1:]:  # this tokenizer begins texts with no token of its own
         with pytest.raises(QuestionError, match="a text of one token has no likelihood: nothing is before it"):
             vn.record(model, one, condition="all", progress=False)
+
+
+@pytest.mark.parametrize("stated", [(0,), None, "ab", (2, 0), (0, float("nan")), 5, (0, 1, 2)])
+def test_a_range_that_is_no_range_is_refused_before_anything_is_asked(stated):
+    def grade(text, question):
+        return 1.0
+
+    grade.range = stated
+    with pytest.raises(QuestionError, match="the range of a scorer is its lowest and highest score; got "):
+        vn.Generate(scorer=grade)
+
+
+def test_a_range_goes_for_a_function_with_bound_arguments_and_may_have_no_end():
+    def length(text, question, unit):
+        return -len(text) / unit
+
+    asked = vn.Question(None, "?", answers=["tea"], group="A", id="q")
+    length.range = (float("-inf"), 0)
+    assert score_of(functools.partial(length, unit=2), "text", asked) == -2
+    length.range = (-1, 1)
+    with pytest.raises(QuestionError, match=r"'q': the scorer length\(unit=2\) gave -2.0; .* between -1 and 1"):
+        score_of(functools.partial(length, unit=2), "text", asked)
+    for score in (10**400, b"0.5", float("inf")):
+        with pytest.raises(QuestionError, match=r"'q': the scorer <lambda> gave .*; a score is between 0 and 1"):
+            score_of(lambda text, question, score=score: score, "text", asked)
+
+
+class Gives(vn.AnswerReader):
+    """A reader that gives what it is told, to three questions."""
+
+    shows_options = False
+
+    def __init__(self, reading, grades=False):
+        self.reading, self.grades = reading, grades
+
+    def read(self, model, questions, encoded, watch=None):
+        with contextlib.nullcontext() if watch is None else watch(encoded, list(range(len(questions)))):
+            model.hf(**encoded)
+        return self.reading
+
+    def __repr__(self):
+        return "Gives()"
+
+
+NONE, ZEROS = (None,) * 3, (0,) * 3
+NAN = torch.nan
+READINGS = {
+    "a NaN score": (
+        (NONE, None, None, torch.tensor([0.5, NAN, 1])),
+        r"'q1': Gives\(\) gave the score nan, which is no",
+    ),
+    "an infinite score": ((NONE, None, None, torch.tensor([0.5, 0, torch.inf])), "'q2': .* the score inf, which is no"),
+    "a score for two": ((NONE, None, None, torch.zeros(2)), r"gave graded of the shape \[2\] to 3 questions"),
+    "a table of scores": ((NONE, None, None, torch.zeros(3, 1)), r"gave graded of the shape \[3, 1\] to 3 questions"),
+    "a text too many": ((NONE, None, ("",) * 4, torch.zeros(3)), r"gave texts of the shape \[4\] to 3 questions"),
+    "no scores": ((NONE,), r"grades answers, and gave no scores: Reading\(…, graded=a tensor \[question\]\)"),
+    "nothing": (None, r"what Gives\(\) gives is a Reading; got None"),
+    "two choices": (((0, 0),), r"gave chosen of the shape \[2\] to 3 questions: one for each is wanted"),
+    "no option": (((0, 4, 0),), r"'q1': Gives\(\) gave the choice 4, and there are 0 to 3; None names no option"),
+    "what stands for not asked": (((0, 0, -2),), r"'q2': Gives\(\) gave the choice -2, and there are 0 to 3; None"),
+    "letters": ((("A", "B", "C"),), r"'q0': Gives\(\) gave a choice, which is a whole number; got 'A'"),
+    "right or wrong": (((True,) * 3,), r"'q0': Gives\(\) gave a choice, which is a whole number; got True"),
+    "three options": ((ZEROS, torch.zeros(3, 3)), r"'q0': .* the scores \[0.0, 0.0, 0.0\]: a number for each of 4 opt"),
+    "NaN for an option": ((ZEROS, torch.tensor([[0.0] * 4] * 2 + [[0, 0, NAN, 0]])), "'q2': .* a number for each of 4"),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_what_a_reader_of_ones_own_gives_is_looked_at(model, tmp_path, unchecked, name):
+    given, told = READINGS[name]
+    reading, grades = given and Reading(*given), given is not None and (len(given) == 4 or name == "no scores")
+    asked = (open_questions if grades else some_questions)(3, groups="AB").asked(answer=Gives(reading, grades))
+    for run in (
+        lambda: vn.record(model, asked, progress=False),
+        lambda: vn.record_items(model, asked, tmp_path, progress=False),
+        lambda: vn.knockout(model, asked, {"x": vn.NeuronSet(model.space(), [1])}, progress=False),
+    ):
+        with pytest.raises(QuestionError, match=told):
+            run()
+
+
+def test_a_reader_of_ones_own_may_give_lists_numbers_of_numpy_and_minus_one_for_none(model, unchecked):
+    asked = some_questions(3, groups="AB").asked(answer=Gives(Reading([0, np.int64(3), -1])))
+    assert vn.knockout(model, asked, {"x": vn.NeuronSet(model.space(), [1])}, progress=False).chosen[0].tolist() == [
+        0,
+        3,
+        -1,
+    ]
+    asked = open_questions(3, groups="AB").asked(answer=Gives(Reading([0, 1, 0], graded=[0.5, 0, 1]), grades=True))
+    result = vn.knockout(model, asked, {"x": vn.NeuronSet(model.space(), [1])}, progress=False)
+    assert result.scores.tolist() == [[0.5, 0, 1]] * 2

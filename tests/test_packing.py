@@ -7,7 +7,7 @@ import vlmneurons as vn
 from helpers import picture, some_questions
 from test_masked import assert_same, both, masks_of, passes, random_set  # noqa: F401
 from vlmneurons.model.encoder import Batch, TokenTable
-from vlmneurons.run import replay
+from vlmneurons.run import replayable
 from vlmneurons.run.packing import Packing
 from vlmneurons.run.readers import reader_of
 
@@ -121,14 +121,14 @@ def test_questions_about_one_picture_have_the_answers_of_plain_runs(paper_model,
     try:
         with torch.inference_mode():
             assert packed_tokens(paper_model, questions) < 0.8
-            assert replay.Structure.of(paper_model, questions).tokens is not None
+            assert replayable.structure_for(paper_model, questions).tokens is not None
         ablations = masks_of(paper_model)
         shared, plain = both(paper_model, questions, ablations, answer)
         assert passes[-1] == len(ablations)
-        assert replay.Structure.of(paper_model, questions).tokens is not None  # nor was it given up on the way
+        assert replayable.structure_for(paper_model, questions).tokens is not None  # nor was it given up on the way
     finally:
         paper_model.hf.set_attn_implementation(kept)
-        replay._KNOWN.pop(paper_model.hf, None)
+        replayable._KNOWN.pop(paper_model.hf, None)
     assert_same(questions, shared, plain)
 
 
@@ -166,7 +166,7 @@ def test_a_decoder_that_is_not_causal_is_not_packed(tiny_folder, passes):  # noq
     handles = [layer.register_forward_pre_hook(seeing_all, with_kwargs=True, prepend=True) for layer in layers]
     try:
         with torch.inference_mode():
-            structure = replay.Structure.of(model, some_questions(2))
+            structure = replayable.structure_for(model, some_questions(2))
         assert structure.tokens is None
     finally:
         for handle in handles:

@@ -498,6 +498,23 @@ def test_results_that_do_not_fit_together_are_not_added(model, load, tmp_path):
         x + 1
 
 
+def test_controls_that_were_given_another_way_to_be_asked_are_refused(model):
+    masks = {"x": vn.NeuronSet(model.space(), [1])}
+    controls = vn.QuestionSet(replace(item, group="c", id=f"c{item.id}") for item in some_questions(2))
+    for name, how in (("answer", "text"), ("shuffle", None), ("prompt", "open")):
+        with pytest.raises(QuestionError, match=f"one set is asked in one way: the first with {name}="):
+            vn.knockout(model, some_questions(4), masks, controls=controls.asked(**{name: how}))
+    result = vn.knockout(model, some_questions(4), masks, controls=controls, answer="text", progress=False)
+    assert result.control_names == ("c",)
+    assert result.provenance["answer"] == repr(vn.TextLikelihood())
+
+
+def test_folders_of_parts_may_come_one_by_one(model, tmp_path, unchecked):
+    parts = in_parts(switched_off, model, tmp_path, 2)
+    joined = vn.KnockoutResult.join((one for one in parts), tmp_path / "joined")
+    assert joined.ids == switched_off(model, tmp_path / "whole").ids
+
+
 def test_recordings_of_some_questions_each_add_up_to_that_of_all(model, tmp_path):
     questions = some_questions(23)
     whole = recorded(model, tmp_path / "whole", questions=questions)

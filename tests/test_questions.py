@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import vlmneurons as vn
-from helpers import picture, save_questions
+from helpers import picture, save_questions, some_questions
 from vlmneurons.errors import GroupError, QuestionError
 from vlmneurons.questions.question import normalize
 from vlmneurons.questions.sets import open_prompt
@@ -627,3 +627,22 @@ def test_ids_and_division_do_not_depend_on_where_the_folder_lies(tmp_path, ids):
         divisions.append([[item.id for item in part] for part in parts])
     assert divisions[0] == divisions[1]
     assert len(divisions[0][0]) == 10
+
+
+def test_sets_that_are_asked_otherwise_are_not_silently_asked_as_the_first_is():
+    def curt(item, options):
+        return item.question
+
+    first, other = (
+        some_questions(2),
+        vn.QuestionSet(vn.Question(None, "?", ("a", "b"), 0, "C", id=f"c{i}") for i in "12"),
+    )
+    assert len(first + other) == len(first + list(other)) == 4
+    assert (first.asked(answer="text", prompt=curt) + other.asked(prompt=curt)).answer == "text"
+    for how, told in (
+        ({"answer": "text"}, "the first with answer='letters', the second with 'text'"),
+        ({"prompt": curt}, "the first with prompt=None, the second with <function"),
+        ({"shuffle": None}, "the first with shuffle=0, the second with None"),
+    ):
+        with pytest.raises(QuestionError, match=f"one set is asked in one way: {told}"):
+            first + other.asked(**how)

@@ -1,6 +1,9 @@
 """The report of a study: a page that needs nothing else, figures and tables as files, names of any kind."""
 
+import html
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -8,13 +11,18 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
+import vlmneurons as vn
+from helpers import picture
 from test_effects import random_result
 from test_plots import only_these_fonts
 from vlmneurons.cli import main
 from vlmneurons.errors import MismatchError
+from vlmneurons.look.examples import changed_answers
+from vlmneurons.look.latex import latex
 from vlmneurons.look.plots import plot_effects
-from vlmneurons.look.report import _finding, latex
+from vlmneurons.look.report import _finding
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
 
@@ -89,12 +97,13 @@ def test_the_page_opens_with_the_result_in_a_sentence(report):
         )
 
 
-def test_every_figure_is_there_as_png_and_svg_and_every_table_as_csv_and_latex(report):
+def test_every_figure_is_there_as_png_svg_and_pdf_and_every_table_as_csv_and_latex(report):
     result, folder, _ = report
     figures = {path.name for path in (folder / "figures").iterdir()}
     names = ["effects", "effects-by-group", "matrix-cas", "matrix-mad", "matrix-random", "flips", "random", "accuracy"]
     for name in [*names, "curve-cas-r"]:
-        assert {f"{name}.png", f"{name}.svg"} <= figures
+        assert {f"{name}.png", f"{name}.svg", f"{name}.pdf"} <= figures
+        assert b"/Type3" not in (folder / "figures" / f"{name}.pdf").read_bytes()
     for name in ("effects-overall", "effects-cas", "tests-cas", "pairs", "random", "conditions", "accuracy"):
         for ending in ("csv", "tex"):
             assert (folder / "tables" / f"{name}.{ending}").stat().st_size
@@ -131,6 +140,214 @@ def test_a_sweep_is_printed_with_its_settings_and_said_to_be_exploratory(report)
     assert pd.read_csv(folder / "tables" / "tests-cas.csv")["settings"].tolist() == [4] * 4
 
 
+def lines_of(page):
+    """The lines of the page's head, by name."""
+    return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+
+
+def chosen(groups, shared=0, rule="MAD(count=10)"):
+    """Sets of ten neurons of a small space, neighbours with some in common."""
+    space = vn.NeuronSpace.from_widths("language", "gate", [512] * 4)
+    starts = {group: n * (10 - shared) for n, group in enumerate(groups)}
+    sets = {group: vn.NeuronSet(space, range(start, start + 10)) for group, start in starts.items()}
+    provenance = {"statistics": {"tokens": "image", "condition": "correct"}, "items": dict.fromkeys(groups, 16)}
+    return vn.Selection(sets, selector=rule, provenance=provenance)
+
+
+def asked_in(result):
+    """Questions as the result's could have been; each has a picture of its own."""
+    place = {name: n for n, name in enumerate(result.ids)}
+    return [
+        vn.Question(
+            picture(n), f"What is <this> no. {n}?", ("bread & butter", "rice", "tea", "soup"), int(result.answers[n]),
+            result.groups[n], id=name, image_id=f"p{n}",
+        )
+        for name, n in place.items()
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A report that was given all that there is, what was given, and its folder."""
+    result = random_result(n=12)
+    null = {"group": ["BRA", "EGY"], "questions": 8, "pictures": 6, "movable": 0.875, "strength": [0.7, 0.4]}
+    null |= {"null_mean": 0.1234, "null_high": 0.3, "p": [0.0005, 0.2], "p_holm": [0.001, 0.2], "p_bh": 0.2}
+    given = {
+        "selections": {"CAS": chosen(result.group_names), "MAD": chosen(result.group_names, shared=4)},
+        "settings": {"Split": "half and half", "Seeds": "split: 7"},
+        "questions": asked_in(result),
+        "tables": {"null of the selection": pd.DataFrame(null).assign(p_holm_least=0.02)},
+    }
+    folder = tmp_path_factory.mktemp("full")
+    return result, given, folder, result.report(folder, seed=3, **given, **QUICK).read_text(encoding="utf-8")
+
+
+def test_the_head_says_how_many_neurons_of_which_site_by_which_tokens_split_and_seeds(full, report):
+    result, _, _, page = full
+    told = lines_of(page)
+    sizes = {mask.size for mask in result.masks if mask.selector == "CAS"}
+    assert told["Neurons a mask"].startswith(f"{min(sizes):,} of 2,048 (")
+    assert told["Site"] == "language.gate, 4 layers x 512"
+    assert told["Chosen by"] == "MAD(count=10), on 16 questions a group, answered right"
+    assert told["Tokens counted"] == "image"
+    assert told["Split"] == "half and half"
+    assert told["Seeds"] == "split: 7; 20 sign flips: 3"
+    bare = lines_of(report[-1])
+    assert [bare[name] for name in ("Site", "Tokens counted", "Split")] == ["not known"] * 3
+
+
+def test_every_figure_and_table_is_explained_and_no_column_has_the_name_of_a_program(report):
+    _, _, page = report
+    for section in re.findall(r'<section id="(?:figure|table|examples).*?</section>', page, re.DOTALL):
+        assert len(re.search(r'<p class="caption">(.*?)(<span|</p>)', section, re.DOTALL)[1].strip()) > 25
+    heads = re.findall(r"<th(?: class=.n.)?>(.*?)</th>", page)
+    assert {"self effect", "control mean", "share of neurons", "Holm"} <= set(heads)
+    assert not [head for head in heads if "_" in head or head in ("delta", "units", "few", "p holm", "r")]
+
+
+def test_matrices_of_all_selectors_are_one_figure_which_links_to_each_alone(report):
+    _, _, page = report
+    (section,) = re.findall(r'<section id="figure-matrices">.*?</section>', page, re.DOTALL)
+    assert section.count("<img") == 1
+    for name in ("mad", "random"):
+        assert f'href="figures/matrix-{name}.svg"' in section
+        assert f'id="figure-matrix-{name}"' not in page
+    assert 'id="figure-matrix-cas"' in page  # the main one is shown by itself too, with its numbers
+    assert 'id="figure-flips-matrix"' in page
+
+
+def test_overlaps_are_told_with_their_chance_and_drawn_where_there_are_any(full):
+    result, given, _, page = full
+    groups, selections = result.group_names, given["selections"]
+    rows = {row[0]: row[1:] for row in cells_of(page, "overlap")}
+    overlap = selections["MAD"].overlap()
+    pairs = np.triu_indices(4, 1)
+    mean = 100 * overlap["jaccard"].to_numpy()[pairs].mean()
+    assert parsed(rows["MAD"][0]) == pytest.approx(mean, abs=0.05)
+    assert parsed(rows["MAD"][2]) == pytest.approx(100 * 4 / 16, abs=0.05)
+    matrix = result.matrix("MAD").loc[[*groups], [*groups]].to_numpy(dtype=float)
+    both = scipy.stats.spearmanr(overlap["jaccard"].to_numpy()[pairs], ((matrix + matrix.T) / 2)[pairs]).statistic
+    assert parsed(rows["MAD"][4]) == pytest.approx(both, abs=0.006)
+    assert rows["CAS"] == ["0.0", rows["CAS"][1], "0.0", "–", "–"]
+    assert 'id="figure-overlap"' in page
+    assert 'id="figure-related"' in page
+
+
+def test_examples_are_questions_whose_answer_changed_before_and_after(full):
+    result, given, _, page = full
+    questions = given["questions"]
+    cards = re.findall(r'<article class="card">.*?</article>', page, re.DOTALL)
+    assert 4 <= len(cards) <= 16
+    by_id, seen = {item.id: item for item in questions}, set()
+    for card in cards:
+        group, name = re.search(r"<header>(.*?) · (\S+)", card).groups()
+        n = result.ids.index(name)
+        (row,) = [n for n in result.rows_of("CAS") if result.masks[n - 1].group == group]
+        assert result.groups[n] == group
+        before, after = (result.chosen[at, n] for at in (0, row))
+        assert before != after
+        shown = re.findall(r"<bdi class=.*?>(.*?)</bdi>", card)
+        assert shown == [html.escape(by_id[name].options[at]) for at in (before, after)]
+        assert card.count("data:image/webp;base64,") == 1
+        assert "What is &lt;this&gt;" in card
+        seen.add(name)
+    assert len(seen) == len(cards)
+    assert max(map(len, cards)) < 6000
+
+
+def test_pictures_and_overlaps_that_there_are_not_are_not_shown(full, tmp_path):
+    result, given, _, _ = full
+    questions, selections = given["questions"], {"CAS": given["selections"]["CAS"]}
+    how = {"questions": questions, "selections": selections, **QUICK}
+    page = result.report(tmp_path, images=False, **how).read_text(encoding="utf-8")
+    assert "image/webp" not in page
+    assert "Without pictures." in page
+    assert 'id="table-overlap"' in page
+    assert 'id="figure-overlap"' not in page
+
+
+def test_questions_that_are_not_those_of_the_result_are_refused(full):
+    result, given, _, _ = full
+    questions, how = given["questions"], {"images": True, "seed": 0}
+    with pytest.raises(MismatchError, match="1 questions of the result are not among those given, such as 'q"):
+        changed_answers(result, "CAS", questions[1:], **how)
+    wrong = [replace(questions[0], answer=(questions[0].answer + 1) % 4), *questions[1:]]
+    with pytest.raises(MismatchError, match="1 questions of the result are others than those given"):
+        changed_answers(result, "CAS", wrong, **how)
+
+
+def test_the_null_of_a_selection_is_drawn_and_its_table_kept_as_it_is(full):
+    _, given, folder, page = full
+    assert 'id="figure-null-of-the-selection"' in page
+    rows = cells_of(page, "null-of-the-selection")
+    assert rows[0] == ["BRA", "8", "6", "87.5", "0.700", "0.123", "0.300", "&lt; 0.001", "0.001", "0.200"]
+    kept = pd.read_csv(folder / "tables" / "null-of-the-selection.csv")
+    pd.testing.assert_frame_equal(kept, given["tables"]["null of the selection"])
+
+
+def test_results_of_one_group_of_a_set_of_no_group_and_with_gaps_are_reported(tmp_path):
+    result = random_result(n=15, controls=0)
+    one = result.at(np.flatnonzero(np.array(result.groups) == "EGY")).select("CAS")
+    kept = [n for n, mask in enumerate(one.masks) if mask.group == "EGY"]
+    rows = [0, *(n + 1 for n in kept)]
+    one = replace(one, masks=tuple(one.masks[n] for n in kept), chosen=one.chosen[rows], margins=one.margins[rows])
+    page = one.report(tmp_path / "one", questions=asked_in(one), **QUICK).read_text(encoding="utf-8")
+    assert "of 1 group." in page
+    assert "of other groups" not in re.search(r'<p class="finding">(.*?)</p>', page)[1]
+    bare = replace(one, masks=(replace(one.masks[0], selector="mine", group="all"),))
+    page = bare.report(tmp_path / "bare", questions=asked_in(bare), **QUICK).read_text(encoding="utf-8")
+    assert '<p class="finding">Switching off the neurons of mine moves questions by' in page
+    asked = np.ones(result.chosen.shape, dtype=bool)
+    asked[1, np.array(result.groups) == "JPN"] = False
+    page = replace(result, asked=asked).report(tmp_path / "gaps", questions=asked_in(result), **QUICK)
+    assert "grey was not asked" in page.read_text(encoding="utf-8")
+
+
+def compiled(folder, tables, engine="pdflatex"):
+    """Compile tables in a column of 3.3 inches; gives what LaTeX complains of."""
+    page = r"\documentclass[twocolumn]{article}\usepackage[textwidth=6.75in,textheight=9in,columnsep=.15in]{geometry}"
+    page += r"\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}"
+    page += "".join(rf"\input{{{path}}}\clearpage " for path in tables) + r"\end{document}"
+    (folder / "page.tex").write_text(page, encoding="utf-8")
+    run = subprocess.run([engine, "-interaction=nonstopmode", "page.tex"], cwd=folder, capture_output=True, check=False)
+    log = (folder / "page.log").read_text(encoding="utf-8", errors="replace")
+    return [run.returncode, *re.findall(r"^!.*|^Overfull.*|.*Float too large.*", log, re.MULTILINE)]
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX is installed")
+def test_every_table_compiles_and_fits_a_column_of_a_paper(report, tmp_path):
+    _, folder, _ = report
+    odd = pd.DataFrame(
+        {
+            "a_b & c": [
+                r"_ & % # $ ~ ^ \ { } < > | \"",
+                "[x]",
+                "*",
+                "an extraordinarily long name that nobody would cut",
+            ],
+            "self effect": ["−51.8 [−57.8, −45.9]", "0.1 (few)", "–", "−0.01 [−0.02, −0.0007]"],
+            **{f"column no. {n}": [0.5, -1.25, np.nan, 1e-7] for n in range(9)},
+            "word": ["W" * 60, "Füße", "x", "y"],
+        }
+    )
+    (tmp_path / "odd.tex").write_text(latex(odd, "100 % odd_ones. More", "tab:odd"), encoding="utf-8")
+    long = pd.DataFrame({"group": [f"Country {n}" for n in range(90)], "effect": "−51.8 [−57.8, −45.9]"})
+    (tmp_path / "long.tex").write_text(latex(long, "Long", "tab:long"), encoding="utf-8")
+    tables = [*sorted((folder / "tables").glob("*.tex")), tmp_path / "odd.tex", tmp_path / "long.tex"]
+    assert len(tables) > 10
+    assert compiled(tmp_path, tables) == [0]
+
+
+def test_wide_tables_are_set_in_blocks_and_letters_without_a_font_are_named():
+    wide = pd.DataFrame({"group": ["مصر"], **{f"effect {n}": ["−51.8 [−57.8, −45.9]"] for n in range(6)}})
+    text = latex(wide, "Effects. With intervals", "tab:x")
+    assert text.splitlines()[0].endswith("; XeLaTeX or LuaLaTeX, with a font that has رصم")
+    assert text.count(r"\begin{tabular}") == 2
+    assert text.count(r"\begin{table}") == 1
+    assert text.count("مصر") == 2  # the name of the row stands in each block
+    assert text.count(r"\tiny [$-$57.8, $-$45.9]") == 6
+
+
 def renamed(result, names):
     """The result with its selectors named otherwise, sweeps left out."""
     kept = [n for n, mask in enumerate(result.masks) if mask.selector in names]
@@ -158,7 +375,7 @@ def test_names_that_are_alike_keep_their_own_files(tmp_path, first, second, shar
     assert len(ids) == len(set(ids))
     files = re.findall(r'href="((?:figures|tables)/[^"]+)"', page)
     assert len(files) == len({file.lower() for file in files})
-    assert {file for file in files if file.endswith((".png", ".svg"))} == {
+    assert {file for file in files if file.endswith((".png", ".svg", ".pdf"))} == {
         f"figures/{path.name}" for path in (tmp_path / "figures").iterdir()
     }
     matrices = sorted(path.name for path in (tmp_path / "figures").glob("matrix-*.svg"))
@@ -234,7 +451,8 @@ def test_every_number_of_the_effects_can_be_read_back(report):
     pairs = result.pairs("CAS", **QUICK).set_index(["mask", "group"])
     shown = pd.read_csv(folder / "tables" / "pairs.csv", dtype=str)
     for row in shown.itertuples(index=False):
-        assert parsed(row.delta) == pytest.approx(100 * pairs.loc[(row.mask, row.group), "delta"], abs=0.0501)
+        effect = row.effect.partition(" ")[0]
+        assert parsed(effect) == pytest.approx(100 * pairs.loc[(row.mask, row.group), "delta"], abs=0.0501)
 
 
 def test_latex_escapes_every_character():
@@ -287,3 +505,18 @@ def test_the_command_line_writes_a_report_again(tmp_path, capsys):
     assert main(["report", "--run", str(tmp_path / "run"), "--main", "MAD", "--out", str(tmp_path / "page")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'page' / 'index.html'}\n"
     assert (tmp_path / "page" / "figures" / "effects.svg").exists()
+
+
+def test_a_matrix_is_a_table_too_with_the_numbers_of_its_figure(report):
+    result, folder, page = report
+    matrix = 100 * result.matrix("CAS")
+    printed = pd.read_csv(folder / "tables" / "matrix-cas.csv", dtype=str).set_index("neurons of")
+    assert printed.columns.tolist() == [*result.group_names, *result.control_names]
+    for mask, row in printed.iterrows():
+        for group, text in row.items():
+            assert parsed(text) == pytest.approx(matrix.loc[mask, group], abs=0.501)
+    assert 'href="tables/matrix-cas.tex"' in page
+    text = (folder / "tables" / "matrix-cas.tex").read_text("utf-8")
+    assert text.startswith("% \\usepackage{booktabs,graphicx}")
+    assert rf"\rotatebox{{90}}{{{printed.columns[0]}}} & \rotatebox" in text
+    assert "Change, in points of accuracy; rows are masks, columns the questions' groups." in text

@@ -2,15 +2,19 @@
 
 import contextlib
 import inspect
+import os
+import signal
 import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 import vlmneurons as vn
 from helpers import picture, plain_hooks, some_questions
 from vlmneurons.errors import MismatchError, QuestionError
+from vlmneurons.run.ablation import ablations_in_force
 
 
 @pytest.fixture
@@ -306,3 +310,63 @@ class Elsewhere(vn.AnswerReader):
 def test_a_reader_that_shows_nobody_its_run_is_refused(model, reader, message):
     with pytest.raises(MismatchError, match=message):
         vn.record(model, some_questions(2), answer=reader, condition="all", progress=False)
+
+
+def hooks_of(hf):
+    return [
+        hook
+        for module in hf.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ]
+
+
+def in_ablation(model, questions):
+    with vn.Ablation(model, vn.NeuronSet(model.space(), range(0, 200, 7))):
+        model.hf(**model.prepare(questions))
+
+
+def in_recorder(model, questions):
+    with vn.Recorder(model, model.space()):
+        model.hf(**model.prepare(questions))
+
+
+def in_knockout(model, questions):
+    vn.knockout(model, questions, {"x": vn.NeuronSet(model.space(), range(50))}, progress=False)
+
+
+@pytest.mark.parametrize("work", [in_ablation, in_recorder, in_knockout])
+def test_ctrl_c_while_hooks_are_put_on_or_taken_off_leaves_none_of_them(model, monkeypatch, work):
+    """The keyboard's signal comes right after each hook is put on, and right before each is taken off."""
+    questions, put, taken = some_questions(2), RemovableHandle.__init__, RemovableHandle.remove
+    with torch.no_grad():
+        before = model.hf(**model.prepare(questions)).logits
+        work(model, questions)  # nnsight's own hooks are put on, and what is looked at once is known
+        known, moments = hooks_of(model.hf), {"now": 0, "fire": -1}
+
+        def strike():
+            moments["now"] += 1
+            if moments["now"] == moments["fire"]:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def init(self, *args, **kwargs):
+            put(self, *args, **kwargs)
+            strike()
+
+        def remove(self):
+            strike()
+            taken(self)
+
+        monkeypatch.setattr(RemovableHandle, "__init__", init)
+        monkeypatch.setattr(RemovableHandle, "remove", remove)
+        work(model, questions)
+        total = moments["now"]
+        for fire in range(1, total + 1, max(1, total // 20)):
+            moments.update(now=0, fire=fire)
+            with contextlib.suppress(KeyboardInterrupt):
+                work(model, questions)
+                raise AssertionError("nothing was interrupted")
+            assert hooks_of(model.hf) == known
+            assert not list(ablations_in_force(model.hf))
+        assert torch.equal(model.hf(**model.prepare(questions)).logits, before)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        work(model, questions)  # nobody has it any more

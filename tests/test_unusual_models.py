@@ -160,6 +160,118 @@ def test_a_users_own_model_goes_through_the_whole_study(own: vn.VLM) -> None:
         assert len(result.table()) == 4
 
 
+class SeesTwice(OwnVLM):
+    """One tower under two names: each half of a picture goes through it by itself."""
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.other_eye = self.eye
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> CausalLMOutput:
+        halves = list(self.patches(pixel_values).chunk(2, 1))
+        for half, eye in enumerate((self.eye, self.other_eye)):
+            for block in eye:
+                halves[half] = block(halves[half])
+        x = self.words(input_ids).masked_scatter((input_ids == IMAGE)[..., None], torch.cat(halves, 1))
+        for block in self.blocks:
+            x = block(x * attention_mask[..., None])
+        return CausalLMOutput(logits=self.head(x))
+
+
+def test_a_tower_that_is_shared_and_runs_twice_is_found_once_and_counts_both() -> None:
+    known = len(_find._REGISTERED)
+    register_architecture("SeesTwice", Architecture(towers={"language": "blocks", "vision": "eye"}))
+    try:
+        model = vn.VLM(own_model(SeesTwice), Processor(), template=template)
+    finally:
+        del _find._REGISTERED[: len(_find._REGISTERED) - known]
+    assert {name: len(tower.mlps) for name, tower in model.towers.items()} == {"language": 3, "vision": 2}
+    questions, space = some_questions(4), model.space("vision")
+    how = {"condition": "all", "progress": False}
+    found = vn.record(model, questions, space, batch_size=1, **how)
+    fired: dict[str, Any] = dict.fromkeys(found.groups, 0)
+    values: list[Tensor] = []
+    handles = [block.act.register_forward_hook(lambda _, args, out: values.append(out)) for block in model.hf.eye]
+    for item in questions:
+        values.clear()
+        with torch.no_grad():
+            model.hf(**model.prepare([item]))
+        assert len(values) == 4
+        fired[item.group] += torch.stack(
+            [(values[n] > 0).sum((0, 1)) + (values[n + 2] > 0).sum((0, 1)) for n in (0, 1)]
+        )
+    for handle in handles:
+        handle.remove()
+    for row, group in enumerate(found.groups):
+        assert torch.equal(found.positive[row], fired[group].flatten())
+    assert found.tokens.tolist() == [2 * 4] * 2
+    with pytest.raises(MismatchError, match=r"the rows of this vision tower cannot be told apart by question; ask one"):
+        vn.record(model, questions, space, batch_size=2, **how)
+    off, bare = vn.NeuronSet(space, range(0, 96, 2)), own_model(SeesTwice)
+    for block in bare.eye:
+        block.w2.weight.data[:, ::2] = 0
+    inputs = model.prepare(questions)
+    with torch.no_grad(), vn.Ablation(model, off):
+        assert torch.equal(model.hf(**inputs).logits, bare(**inputs).logits)
+
+
+class Half(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w1, self.act, self.w2 = nn.Linear(32, width), nn.GELU(), nn.Linear(width, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(x)))
+
+
+class ByName(nn.Module):
+    """A block whose MLPs lie in a table; a block of words alone leaves one of them unused."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.mix, self.names = nn.Linear(32, 32), names
+        self.mlps = nn.ModuleDict({"words": Half(WIDTH), "pictures": Half(WIDTH + 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x).cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+        for name in self.names:
+            x = x + self.mlps[name](x)
+        return x
+
+
+@pytest.mark.parametrize("names", [("words", "pictures"), ("words",)])
+def test_mlps_in_a_table_of_modules_have_its_names(names: tuple[str, ...]) -> None:
+    class Named(OwnVLM):
+        def __init__(self, config: OwnConfig) -> None:
+            super().__init__(config)
+            self.blocks = nn.ModuleList(ByName(names) for _ in range(3))
+
+    model, bare = vn.VLM(own_model(Named), Processor(), template=template), own_model(Named)
+    space = model.space("language", "post")
+    assert [str(site) for site in space.sites[:2]] == [f"language.layers.0.mlp.{n}.post" for n in ("words", "pictures")]
+    off = vn.NeuronSet(space, range(0, len(space), 2))
+    for block in bare.blocks:
+        for half in block.mlps.values():
+            half.w2.weight.data[:, ::2] = 0
+    inputs, values = model.prepare(some_questions(1)), []
+    with torch.no_grad():
+        with vn.Ablation(model, off):
+            assert torch.equal(model.hf(**inputs).logits, bare(**inputs).logits)
+        handles = [
+            half.act.register_forward_hook(lambda _, args, out: values.append((out > 0).sum((0, 1))))
+            for block in model.hf.blocks
+            for name, half in block.mlps.items()
+            if name in names
+        ]
+        with vn.Recorder(model, space, tokens=lambda table: table.attention) as recorder:
+            model.hf(**inputs)
+    for handle in handles:
+        handle.remove()
+    counted = recorder.statistics.positive[0].split(list(space.widths))
+    assert torch.equal(torch.cat(counted[:: 3 - len(names)]), torch.cat(values))
+    assert not any(one.any() for one in counted[1::2]) or len(names) == 2
+
+
 def test_what_a_users_own_model_lacks_is_said(own: vn.VLM) -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:

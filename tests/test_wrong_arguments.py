@@ -150,6 +150,10 @@ TABLES = {
     ),
     "a plot of 3": (lambda: vn.plot_matrix(3), "result is a KnockoutResult, which knockout gives; got 3"),
     "a plot of a set": (lambda: vn.plot_layers(NEURONS), "selection is a Selection; got NeuronSet"),
+    "a plot of no profiles": (
+        lambda: vn.plot_profiles(3),
+        "profiles is the table that Comparison.profiles gives; got 3",
+    ),
     "ablate no model": (lambda: vn.Ablation(3, NEURONS), "model is a VLM, such as VLM.from_pretrained gives; got 3"),
     "record no model": (lambda: vn.record(3, QUESTIONS), "model is a VLM, such as VLM.from_pretrained gives; got 3"),
     "study no model": (lambda: vn.knockout(3, QUESTIONS, {"x": NEURONS}), "model is a VLM, .*; got 3"),

@@ -120,6 +120,19 @@ def figures(groups: list[str], width: float | None = None) -> Iterator[tuple[str
     yield "curve", lambda: vn.plot_curve(a_curve(groups), "r", **how)
     yield "flips", lambda: vn.plot_flips(result, **how)
     yield "depth", lambda: vn.plot_depth(result, **how)
+    profiles = pd.concat(
+        pd.DataFrame(
+            {
+                "selector": "CAS",
+                "model": name,
+                "tower": "language",
+                "depth": (np.arange(number) + 0.5) / number,
+                "density": 2 * generator.random(number),
+            }
+        )
+        for name, number in zip(groups[:5], (28, 32, 40, 64, 80), strict=True)
+    )
+    yield "profiles", lambda: vn.plot_profiles(profiles, **how)
     yield "random", lambda: vn.plot_random(result, "CAS", ["random"], **how)
     yield "accuracy", lambda: vn.plot_accuracy(accuracy, chance=0.25, **how)
     alike = vn.Selection(

@@ -78,6 +78,7 @@ from .look.plots import plot_effects as plot_effects
 from .look.plots import plot_curve as plot_curve
 from .look.plots import plot_flips as plot_flips
 from .look.plots import plot_depth as plot_depth
+from .look.plots import plot_profiles as plot_profiles
 from .look.plots import plot_random as plot_random
 from .look.plots import plot_accuracy as plot_accuracy
 from .look.plots import plot_overlap as plot_overlap

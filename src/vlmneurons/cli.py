@@ -305,6 +305,7 @@ _Device = Annotated[str | None, typer.Option(help="where the weights go (default
 
 _Tokens = Annotated[str, _choice(*TOKENS, help="which tokens count")]
 _Side = Annotated[str, _choice("all", "identify", "evaluate", help="which side of the split")]
+_Images = Annotated[str, _choice("thumbnails", "none", help="none: of pictures that may not be shared")]
 _Part = Annotated[str | None, typer.Option(metavar="N/COUNT", help="of the batches, to `join` with the others")]
 _Others = Annotated[int | None, typer.Option(help="masks of other groups a question meets (default: all)")]
 
@@ -368,6 +369,7 @@ def study(
     minimum: Annotated[int | None, typer.Option(help="identification questions a group must have")] = None,
     on_error: Annotated[str | None, _choice("raise", "skip", help="on a question that cannot be asked")] = None,
     tokens: _Tokens = "content",
+    images: _Images = "thumbnails",
     **given: Any,
 ) -> None:
     """The whole study: record, select, switch off, report."""
@@ -392,6 +394,7 @@ def study(
     model = load()
     log.info("%s on %s", model.name, questions)
     how = {"distributed": _processes() > 1, "progress": not given["quiet"], "remote": given["remote"] or False}
+    how["images"] = images == "thumbnails"
     done = vn.run_study(model, questions, out, protocol, general=further, **how)
     if int(os.environ.get("RANK", "0")) == 0:
         asked = {*inspect.signature(_asking_again).parameters, "general", "general_by"} - _ELSEWHERE
@@ -497,19 +500,52 @@ def report(
     run: Annotated[Path, typer.Option(help="folder of a study or of a knockout")],
     main: Annotated[str | None, typer.Option(help="the selector that per-group figures are of")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the report (default: report/ in the run)")] = None,
+    images: _Images = "thumbnails",
 ) -> None:
     """Write a run's report again."""
+    import json
+
+    import pandas as pd
+
+    from vlmneurons.study.protocol import NULL, told_of
+
     whole = run / "knockout" if (run / "knockout").is_dir() else run
+    result = vn.KnockoutResult.load(whole)
+    if "part" in result.provenance:
+        raise FileFormatError(f"{whole} is part {result.provenance['part']} of a run: `join` it with the others first")
     others = {
         name: vn.KnockoutResult.load(run / folder)
         for name, folder in (("blind", "blind"), ("options only", "options-only"))
         if (run / folder / "knockout.json").exists()
     }
-    result = vn.KnockoutResult.load(whole)
-    if "part" in result.provenance:
-        raise FileFormatError(f"{whole} is part {result.provenance['part']} of a run: `join` it with the others first")
-    page = result.report(out or run / "report", main=main, others=others)
-    sys.stdout.write(f"{page}\n")
+    how: Keywords = {"others": others, "images": images == "thumbnails"}
+    paths = sorted((run / "selections").glob("*.safetensors"))
+    how["selections"] = {path.stem: vn.Selection.load(path) for path in paths}
+    null = run / "report" / "tables" / f"{NULL.replace(' ', '-')}.csv"
+    how["tables"] = {NULL: pd.read_csv(null, float_precision="round_trip")} if null.exists() else {}
+    if (run / "protocol.json").exists():
+        settings = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
+        settings = {name: tuple(one) if isinstance(one, list) else one for name, one in settings.items()}
+        how["settings"], main = told_of(vn.Protocol(**settings)), main or settings["main"]
+    try:
+        how["questions"] = _asked_in(run)
+    except (VLMNeuronsError, OSError) as error:
+        sys.stderr.write(f"the report shows no questions: {error}\n")
+    sys.stdout.write(f"{result.report(out or run / 'report', main=main, **how)}\n")
+
+
+def _asked_in(run: Path) -> "vn.QuestionSet":
+    """The questions of a study, from where it had them."""
+    import json
+
+    if not (run / _COMMAND).exists():
+        raise QuestionError(f"{run} does not say what was asked, as studies of the command line do")
+    kept = json.loads((run / _COMMAND).read_text(encoding="utf-8"))
+    how = {name: kept[name] for name in ("language", "group_by", "min_items", "per_group", "seed")}
+    questions = open_questions(kept["data"], revision=kept["data_revision"], on_error="skip", **how)
+    if kept["general"] is None:
+        return questions
+    return questions + open_questions(kept["general"], group_by=kept["general_by"])
 
 
 def compare(
@@ -538,9 +574,7 @@ def explore(
     general: Annotated[str | None, typer.Option(help="the study's, as for --data")] = None,
     general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
     strongest: Annotated[int, typer.Option(help="neurons of each group with pictures and words")] = 50,
-    images: Annotated[
-        str, _choice("thumbnails", "none", help="none: of pictures that may not be shared")
-    ] = "thumbnails",
+    images: _Images = "thumbnails",
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
     **given: Any,
 ) -> None:

@@ -22,9 +22,13 @@ from typing import Any
 import xxhash
 
 from vlmneurons._version import __version__
+from vlmneurons.checks import JSON
 
 _MOST_THINGS = 2_000
 """Of what a function refers to, so many things are looked at; a function that holds a whole program says its type."""
+
+_LARGEST = 2**26
+"""Bytes of the weights of a network that a function may hold, such as a probe, for them to count."""
 
 
 def digest_of_bytes(*parts: bytes | memoryview) -> str:
@@ -76,8 +80,10 @@ class _Describing:
     def of(self, thing: object) -> object:
         if thing is None or isinstance(thing, str | int | float | bool | complex):
             return thing if not isinstance(thing, complex) else repr(thing)
-        if id(thing) in self._seen or len(self._seen) > _MOST_THINGS:
-            return f"again {type(thing).__qualname__}"
+        if id(thing) in self._seen:
+            return f"again {type(thing).__qualname__} {list(self._seen).index(id(thing))}"
+        if len(self._seen) > _MOST_THINGS:
+            return f"a {type(thing).__qualname__}"
         self._seen[id(thing)] = thing
         if isinstance(thing, bytes | bytearray | memoryview):
             return digest_of_bytes(bytes(thing))
@@ -98,17 +104,30 @@ class _Describing:
             return {"partial": [self.of(thing.func), self.of(thing.args), self.of(thing.keywords)]}
         if isinstance(thing, types.MethodType):
             return {"method": thing.__func__.__qualname__, "of": self.of(thing.__self__)}
+        if isinstance(thing, types.BuiltinFunctionType) and thing.__module__ is None:  # such as a pattern's ``search``
+            return {"method": thing.__qualname__, "of": self.of(thing.__self__)}
         if isinstance(thing, types.FunctionType | types.BuiltinFunctionType | type):
             package = _of_package(thing.__module__)
             if package is not None:
                 return f"{thing.__module__}.{thing.__qualname__} of {package}"
             return self._of_function(thing) if isinstance(thing, types.FunctionType) else self._of_class(thing)
+        if type(thing).__module__.partition(".")[0] == "pandas" and hasattr(
+            thing, "to_csv"
+        ):  # which its text shows in part
+            return {"table": [type(thing).__qualname__, digest_of_bytes(thing.to_csv().encode())]}
         array = getattr(thing, "__array__", None)
         if array is not None and hasattr(thing, "dtype") and hasattr(thing, "shape"):
-            return {"array": [str(thing.dtype), list(thing.shape), digest_of_bytes(_array_bytes(thing))]}
+            held = _array(thing)
+            # Of objects there are but their places in memory.
+            content = self.of(held.tolist()) if held.dtype.hasobject else digest_of_bytes(held.tobytes())
+            return {"array": [str(thing.dtype), list(thing.shape), content]}
         kind = self.of(type(thing))
-        if type(thing).__module__.startswith("vlmneurons.model") or hasattr(type(thing), "named_parameters"):
+        if type(thing).__module__.startswith("vlmneurons.model"):
             return {"model": kind}  # whose weights are an identity of their own
+        if hasattr(type(thing), "named_parameters"):
+            held = thing.state_dict()  # a probe of the user's, or the model itself, which is too large to be one
+            small = sum(one.nbytes for one in held.values() if hasattr(one, "nbytes")) <= _LARGEST
+            return {"model": kind, **({"weights": self.of(dict(held))} if small and held else {})}
         if _of_package(type(thing).__module__) is not None and not type(thing).__module__.startswith("vlmneurons"):
             text = repr(thing)  # patterns, paths, dates say what they are; the rest says its class
             return {"instance": kind, "text": "" if re.search(r" at 0x[0-9a-f]+", text) else text}
@@ -124,10 +143,19 @@ class _Describing:
             "closure": {
                 name: self.of(_content(cell)) for name, cell in zip(code.co_freevars, function.__closure__ or ())
             },
-            "globals": {
-                name: self.of(function.__globals__[name]) for name in sorted(names) if name in function.__globals__
-            },
+            "globals": self._named(function.__globals__, names),
         }
+
+    def _named(self, known: Mapping[str, object], names: set[str]) -> JSON:
+        """What code's names stand for; of a module of the user's, what of it the same code names."""
+        found: JSON = {}
+        for name in sorted(names & set(known)):
+            value = known[name]
+            own = (
+                isinstance(value, types.ModuleType) and id(value) not in self._seen and not _of_package(value.__name__)
+            )
+            found[name] = [self.of(value), self._named(vars(value), names)] if own else self.of(value)
+        return found
 
     def _of_class(self, kind: Any) -> object:
         own = {name: value for name, value in vars(kind).items() if not name.startswith("__") or callable(value)}
@@ -177,9 +205,15 @@ def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
 
 
 def _bytecode(code: types.CodeType) -> list[object]:
-    constants = [repr(part) for one in _codes(code) for part in one.co_consts if not isinstance(part, types.CodeType)]
+    constants = [
+        sorted(map(repr, part)) if isinstance(part, frozenset) else repr(part)  # whose order is another in each process
+        for one in _codes(code)
+        for part in one.co_consts
+        if not isinstance(part, types.CodeType)
+    ]
     minor = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return [minor, *(digest_of_bytes(one.co_code) for one in _codes(code)), *constants]
+    named = [list(one.co_names) for one in _codes(code)]  # what is called: in the code itself there is its number alone
+    return [minor, *(digest_of_bytes(one.co_code) for one in _codes(code)), *constants, *named]
 
 
 def _content(cell: Any) -> object:
@@ -195,9 +229,9 @@ def _state(thing: object) -> dict[str, object]:
     return {**state, **getattr(thing, "__dict__", {})}
 
 
-def _array_bytes(array: Any) -> bytes:
+def _array(array: Any) -> Any:
     to_host: Callable[[], Any] | None = getattr(array, "detach", None)
     host = array if to_host is None else to_host().cpu()
     if "bfloat16" in str(host.dtype):
         host = host.float()
-    return host.__array__().tobytes()
+    return host.__array__()

@@ -74,7 +74,8 @@ def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list
         FileFormatError: a manifest is damaged.
     """
     in_order("folders", folders, MismatchError, "the folders of the parts")
-    if isinstance(folders, str | os.PathLike) or not len(folders):
+    folders = folders if isinstance(folders, str | os.PathLike) else list(folders)
+    if isinstance(folders, str | os.PathLike) or not folders:
         raise MismatchError(f"give the folders of all parts, as a list; got {folders!r}")
     parts = sorted((_part_in(path_of("folder", one, MismatchError), kind) for one in folders), key=lambda p: p.number)
     first = parts[0]

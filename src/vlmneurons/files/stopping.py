@@ -1,9 +1,10 @@
-"""Being told to stop: signals of a batch system or of the keyboard, which leave files whole."""
+"""Being told to stop: signals of a batch system or the keyboard, which leave files whole and models as they were."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
@@ -16,6 +17,39 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.signal = number
+
+
+class Undivided:
+    """Within, ctrl-C waits: what is put on a model or taken off is so whole, and nothing of it stays for later runs."""
+
+    def __init__(self) -> None:
+        self._before: Callable[..., object] | None = None
+        self._asked: tuple[object, ...] = ()
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other is interrupted
+            before = signal.getsignal(signal.SIGINT)
+            if callable(before):
+                self._before = before
+                signal.signal(signal.SIGINT, self._wait)
+
+    def _wait(self, *asked: object) -> None:
+        self._asked = asked
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            if self._asked:
+                self._before(*self._asked)
+
+
+class UndividedStack(contextlib.ExitStack):
+    """An `contextlib.ExitStack` that ctrl-C does not stop midway when it is left."""
+
+    def __exit__(self, *error: Any) -> bool:
+        """See `contextlib.ExitStack`."""
+        with Undivided():
+            return bool(super().__exit__(*error))
 
 
 _ASKED: list[int] = []

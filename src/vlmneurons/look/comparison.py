@@ -13,14 +13,21 @@ from vlmneurons.checks import Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
-from vlmneurons.look.plots import _VALUES, _frame, _plain, _points
-from vlmneurons.look.report import _UNITS, _effect_table, _number, _Part, _probability, _write_table, _written, page_of
+from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, told_apart, write_table, written_parts
+from vlmneurons.look.plots import _VALUES, _frame, _plain, _points, plot_profiles
+from vlmneurons.look.report import _effect_table, page_of
 from vlmneurons.study.compare import Comparison
 
-_STYLES = tuple(
-    zip((ORANGE, BLUE, GREEN, PURPLE, "black", GREY), "osD^vP", ("-", "--", "-.", ":", "-", "--"), strict=True)
-)
-"""Colour, marker and line of each model; more models than these begin again."""
+_STYLES = tuple(zip((ORANGE, BLUE, GREEN, PURPLE, "black", GREY), "osD^vP", strict=True))
+"""Colour and marker of each model; more models than these begin again."""
+
+
+_EVERY = {
+    "models": "each selector in each model, over all groups: Comparison.table",
+    "every-group": "each selector in each model, group by group: Comparison.groups",
+    "profiles": "where each selector's neurons lie in each model: Comparison.profiles",
+}
+"""The tables that programs read, and what they hold."""
 
 
 def write_comparison(
@@ -41,13 +48,12 @@ def write_comparison(
     main = main or next(name for name in ("CAS", *comparison.selectors) if name in comparison.selectors)
     if main not in comparison.selectors:
         raise MismatchError(f"main={main!r} has no masks here; there are {', '.join(comparison.selectors)}")
-    parts = _parts(comparison, main)
     every = {"models": comparison.table(), "every-group": comparison.groups(), "profiles": comparison.profiles()}
     for place in ("figures", "tables"):
         (folder / place).mkdir(parents=True, exist_ok=True)
-    shown = [_written(part, folder) for part in parts]
+    shown = written_parts(told_apart(_parts(comparison, main), every), folder)
     for name, table in every.items():
-        _write_table(folder, name, table)
+        write_table(folder, name, table)
     facts = {
         name: f"{one.provenance.get('model', 'not known')}, {len(one.ids):,} questions of {len(one.group_names)} groups"
         for name, one in comparison.results.items()
@@ -55,35 +61,35 @@ def write_comparison(
     if comparison.notes:
         facts["What differs"] = " ".join(comparison.notes)
     facts["Made with"] = f"vlmneurons {__version__}"
-    lead = f"Effects in {_UNITS[comparison.value][0]}; intervals at {100 * comparison.confidence:g} %."
+    lead = f"Effects in {UNITS[comparison.value][0]}; intervals at {100 * comparison.confidence:g} %."
     provenance = {name: dict(one.provenance) for name, one in comparison.results.items()}
     page = folder / "index.html"
-    write_text(page, page_of(title, lead, facts, shown, list(every), provenance))
+    write_text(page, page_of(title, lead, facts, shown, _EVERY, provenance))
     return page
 
 
-def _parts(comparison: Comparison, main: str) -> list[_Part]:
+def _parts(comparison: Comparison, main: str) -> list[Part]:
     table, groups, value = comparison.table(), comparison.groups(), comparison.value
-    unit, profiles = _UNITS[value][0], comparison.profiles()
+    unit = UNITS[value][0]
     own = groups.loc[groups["selector"] == main]
     tests = {"p": "p", "p_holm": "Holm", "cross_p": "cross p", "gap_p": "gap p", "gap_p_holm": "gap Holm"}
     tested = pd.DataFrame({"selector": table["selector"], "model": table["model"]})
-    tested = tested.assign(**{short: [_probability(p) for p in table[name]] for name, short in tests.items()})
+    tested = tested.assign(**{short: [printed_p(p) for p in table[name]] for name, short in tests.items()})
     agreement = comparison.agreement()
     for name in ("spearman", "cells"):
-        agreement[name] = [_number(number, 2) for number in agreement[name]]
+        agreement[name] = [printed(value, 2) for value in agreement[name]]
     for name in ("p", "cells_p"):
-        agreement[name] = [_probability(number) for number in agreement[name]]
+        agreement[name] = [printed_p(value) for value in agreement[name]]
     agreement = agreement.rename(columns={"spearman": "self effects", "cells": "other cells", "cells_p": "cells p"})
     return [
-        _Part(
+        Part(
             "effects",
             "Self against cross effect",
             "Mean over each model's groups, with intervals by picture; where there is none, there are too few pictures "
             "or changed answers.",
             _effects_figure(comparison, table),
         ),
-        _Part(
+        Part(
             "effects",
             "Effects by selector and model",
             f"In {unit}, mean over groups. Self: of a group's mask on its own questions; cross: of the other groups' "
@@ -91,26 +97,26 @@ def _parts(comparison: Comparison, main: str) -> list[_Part]:
             "answers.",
             _effects_of(table, value),
         ),
-        _Part(
+        Part(
             "tests",
             "Tests",
             "Sign flips of pictures with all their questions; Holm: corrected over the models.",
             tested,
         ),
-        *([] if profiles.empty else [_profile_part(comparison, profiles)]),
-        _Part(
+        *_profiles(comparison),
+        Part(
             "groups",
             f"Which groups agree: self effects of {main}",
             "Each group's self effect in each model, with intervals by picture.",
             _groups_figure(comparison, own),
         ),
-        _Part(
+        Part(
             "groups",
             f"Self effects of {main} by group and model",
             f"In {unit}; harmed: in how many models the effect is below zero with a p below .05, corrected over them.",
             _groups_table(comparison, own),
         ),
-        _Part(
+        Part(
             "agreement",
             "How alike two models are",
             "Rank correlation over the groups that both have, of self effects and of masks on other groups' questions; "
@@ -127,7 +133,7 @@ def _effects_of(table: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 def _groups_table(comparison: Comparison, own: pd.DataFrame) -> pd.DataFrame:
-    _, scale, digits = _UNITS[comparison.value]
+    _, scale, digits = UNITS[comparison.value]
     rows: list[dict[str, object]] = []
     for group in sorted(set(own["group"]), key=natural):
         part = own[own["group"] == group].set_index("model")
@@ -137,7 +143,7 @@ def _groups_table(comparison: Comparison, own: pd.DataFrame) -> pd.DataFrame:
             row[model] = "–"
             if known:
                 effect, p = part.loc[model, "self_effect"], part.loc[model, "p_holm"]
-                row[model] = f"{_number(scale * effect, digits)} (p {_probability(p)})"
+                row[model] = f"{printed(scale * effect, digits)} (p {printed_p(p)})"
         rows.append({**row, "models": int(part["models"].iloc[0]), "harmed": int(part["harmed"].iloc[0])})
     return pd.DataFrame(rows)
 
@@ -181,47 +187,24 @@ def _groups_figure(comparison: Comparison, own: pd.DataFrame) -> Figure:
     return _with_legend(figure, [axis])
 
 
-def _profile_part(comparison: Comparison, profiles: pd.DataFrame) -> _Part:
-    """Where the neurons lie, over relative depth: a panel for each selector."""
-    names = list(dict.fromkeys(profiles["selector"]))[:6]
-    columns = min(2, len(names))
-    rows = -(-len(names) // columns)
-    figure = PrintFigure(figsize=(6.4, 2.1 * rows + 0.8), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis, name in zip(panels, names, strict=False):
-        for n, model in enumerate(comparison.models):
-            part = profiles.loc[(profiles["selector"] == name) & (profiles["model"] == model)]
-            colour, marker, line = _STYLES[n % len(_STYLES)]
-            for tower, own in part.groupby("tower", sort=False):
-                label = model if part["tower"].nunique() == 1 else f"{model}, {tower}"
-                how: Keywords = {
-                    "color": colour,
-                    "marker": marker,
-                    "linestyle": line,
-                    "label": _plain([label])[0],
-                }
-                axis.plot(own["depth"], own["density"], markersize=3.5, linewidth=1.2, **how)
-        axis.axhline(1, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
-        axis.set_title(_plain([name])[0], fontsize=9)
-        axis.set_xlim(0, 1)
-        _frame(axis, "y")
-    panels[0].set_ylim(bottom=0)
-    for axis in panels[len(names) :]:
-        axis.set_visible(False)
-    for axis in panels[: len(names)][-columns:]:  # below which there is none
-        axis.tick_params(labelbottom=True)
-        axis.set_xlabel("Relative depth", fontsize=8)
-    for axis in panels[::columns]:
-        axis.set_ylabel("Neurons, times even", fontsize=8)
-    caption = (
-        "Share of a mask's neurons in each layer, mean over masks, times the number of layers: 1 (dotted) is as many "
-    )
-    caption += "as among layers chosen evenly. Depth is relative, so that models of other numbers of layers compare."
-    return _Part("profiles", "Where the neurons lie", caption, _with_legend(figure, panels))
+def _profiles(comparison: Comparison) -> list[Part]:
+    """Where the neurons of each selector lie, in all models."""
+    profiles = comparison.profiles()
+    return [
+        Part(
+            f"profiles-{file_name(name)}",
+            f"Where the neurons lie: {name}",
+            "Share of a mask's neurons in each layer, mean over masks, times the number of layers: 1 (dotted) is as "
+            "many as among layers chosen evenly. Depth is relative, so that models of other numbers of layers compare.",
+            plot_profiles(profiles, name),
+            name,
+        )
+        for name in list(dict.fromkeys(profiles["selector"]))[:6]
+    ]
 
 
 def _drawn(axis: Axes, rows: pd.DataFrame, effect: str, scale: float, at: np.ndarray, n: int, model: str) -> None:
-    colour, marker, _ = _STYLES[n % len(_STYLES)]
+    colour, marker = _STYLES[n % len(_STYLES)]
     ends = [scale * rows[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
     _points(axis, ends, at, colour, marker, _plain([model])[0])
 

@@ -6,7 +6,6 @@ what this module writes are the data, as scripts that the page loads view by vie
 fetch).
 """
 
-import io
 import json
 import math
 import shutil
@@ -19,13 +18,12 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from vlmneurons.checks import Keywords, of_kind, path_of, whole
 from vlmneurons.errors import ArchitectureError, MismatchError, SelectionError
 from vlmneurons.look.figures import natural
 from vlmneurons.look.neuron_pages import InspectedItem, NeuronView, inspect_neurons
-from vlmneurons.look.pages import STATIC
+from vlmneurons.look.pages import STATIC, thumbnail
 from vlmneurons.look.writes import neuron_writes
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.selection import Selection
@@ -42,8 +40,8 @@ from vlmneurons.study.result import CONDITIONS, KnockoutResult
 from vlmneurons.trust.resampling import resampled_selections
 
 _MARK = 'content="vlmneurons explorer"'
-_THUMB, _BYTES, _MAP = 192, 2560, 32
-"""Pixels of a thumbnail's longer side, its bytes, and rows and columns of a map, at most."""
+_MAP = 32
+"""Rows and columns of a map, at most."""
 
 
 def write_explorer(
@@ -239,7 +237,7 @@ def _seen(
     views: list[NeuronView] = []
     for space, indices in wanted.items():
         language = [n for n in sorted(indices) if space.locate(n)[0].tower == "language"]
-        how: Keywords = {"k": 4 * _EACH, "batch_size": batch_size, "progress": progress}
+        how: Keywords = {"k": 4 * _EACH, "answers": False, "batch_size": batch_size, "progress": progress}
         views += inspect_neurons(model, questions, NeuronSet(space, language), **how)
     return views
 
@@ -526,20 +524,3 @@ def _map(item: InspectedItem, picture: int, highest: float) -> Keywords | None:
     steps = np.rint(63 * np.clip(heat / max(highest, 1e-9), 0, 1)).ravel().tolist()
     values = [None if math.isnan(one) else int(one) for one in steps]
     return {"picture": picture, "columns": columns, "rows": rows, "values": values}
-
-
-def thumbnail(picture: Image.Image) -> bytes:
-    """A picture as WebP of at most 2.5 kB: 10,000 of them, with all else, stay below 80 MB.
-
-    Args:
-        picture: of any size and mode.
-    """
-    for size in (_THUMB, 128, 96, 64, 32):
-        small = picture.convert("RGB")
-        small.thumbnail((size, size), Image.Resampling.LANCZOS)
-        for quality in (60, 35, 15):
-            file = io.BytesIO()
-            small.save(file, "WEBP", quality=quality, method=4)
-            if file.tell() <= _BYTES:
-                return file.getvalue()
-    return file.getvalue()

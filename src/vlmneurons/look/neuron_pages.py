@@ -12,8 +12,8 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from vlmneurons.checks import Keywords, of_kind, path_of, whole
+from vlmneurons.checks import Keywords, flag, of_kind, path_of, whole
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.look.pages import inside, page_from
 from vlmneurons.model.architectures.hooks import read
@@ -35,10 +35,10 @@ from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.recording.counter import all_tokens
 from vlmneurons.run.ablation import Ablation
-from vlmneurons.run.ask import Job, Options, ask, to_ask
+from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
 from vlmneurons.run.engine import Engine
 from vlmneurons.run.local import LocalEngine
-from vlmneurons.run.readers import Letters
+from vlmneurons.run.readers import Letters, Reading
 from vlmneurons.run.remote import Remote
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class InspectedItem:
         counted: ``[token]``, whether the token rule counts it.
         image: ``[token]``, whether it is an image token.
         patches: for each image token, in order, its place, or None (a line end); or None if that is not known.
+        answer: what the model answers, read as the questions say; empty where that was not asked, or is not known.
+        right: whether it is right; None where there is none.
     """
 
     question: Question
@@ -87,6 +89,8 @@ class InspectedItem:
     counted: Bool[Tensor, " token"]
     image: Bool[Tensor, " token"]
     patches: tuple[Patch | None, ...] | None
+    answer: str = ""
+    right: bool | None = None
 
     def heat(self, picture: int = 0, view: str = "picture", size: tuple[int, int] = (256, 256)) -> np.ndarray:
         """The neuron's value over a picture, ``[height, width]``; NaN where no token stands for that part.
@@ -132,7 +136,7 @@ class NeuronView:
         number: its number within the site.
         items: the questions, by group, highest first.
         mean: for each group, the mean over its questions of the highest value at a counted token.
-        note: why there is no map over pictures, if there is none.
+        note: why there is no map over pictures, or no answer, if there is none.
         values: for each group ``[question]``, the highest value at a counted token of every question, those that are
             not shown too, in the unit of the site: the activation itself.
     """
@@ -151,7 +155,7 @@ class NeuronView:
         return f"{self.site}[{self.number}]"
 
     def table(self) -> "pandas.DataFrame":
-        """One row a question shown: ``group``, ``id``, ``value``, ``question``, ``right``, ``top`` (highest word)."""
+        """One row a question shown: ``group``, ``id``, ``value``, ``question``, ``right``, ``answer``, ``top`` word."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -161,6 +165,7 @@ class NeuronView:
                 "value": item.value,
                 "question": item.question.question,
                 "right": item.question.right,
+                "answer": item.answer,
                 "top": max(item._counted_words(), key=_height, default=("", 0.0, True))[0],
             }
             for item in self.items
@@ -191,13 +196,13 @@ class NeuronView:
         highest = max((item.value for item in self.items), default=1.0)
         groups: dict[str, list[Keywords]] = {}
         places: dict[object, str] = {}
-        for number, item in enumerate(self.items):
+        for number, item in enumerate(self._shown()):
             group = item.question.group
-            card = _card(item, highest, number, places) | {"mean": f"{self.mean[group]:.3g}"}
+            card = _card(item, highest, number, places) | {"mean": _digits(self.mean[group], 3)}
             groups.setdefault(group, []).append(card)
         most = max([*self.mean.values(), 1e-9])
-        means = [(name, f"{mean:.3g}", round(100 * max(mean, 0) / most)) for name, mean in self.mean.items()]
-        how: Keywords = {"title": f"Neuron {self.name}", "view": self, "highest": f"{highest:.3g}", "groups": groups}
+        means = [(name, _digits(mean, 3), round(100 * max(mean, 0) / most)) for name, mean in self._by_mean()]
+        how: Keywords = {"title": f"Neuron {self.name}", "view": self, "highest": _digits(highest, 3), "groups": groups}
         return page_from("neuron.html", **how, means=means)
 
     def _repr_html_(self) -> str:
@@ -216,7 +221,7 @@ class NeuronView:
         for row in axes:
             for axis in row:
                 axis.set_axis_off()
-        for row, item in zip(axes, self.items, strict=False):
+        for row, item in zip(axes, self._shown(), strict=False):
             for axis, (title, picture) in zip(row, _pictures(item, highest), strict=False):
                 axis.imshow(np.asarray(picture))
                 axis.set_title(title, fontsize=8)
@@ -226,6 +231,14 @@ class NeuronView:
             text = f"{item.question.group}: {asked}\nright: {item.question.right[:40]}\n\n{words}"
             row[-1].text(0, 0.95, text, va="top", fontsize=8, parse_math=False, wrap=True)
         return figure
+
+    def _by_mean(self) -> list[tuple[str, float]]:
+        return sorted(self.mean.items(), key=lambda one: (math.isnan(one[1]), -one[1]))
+
+    def _shown(self) -> list[InspectedItem]:
+        """The questions, those of the group for which the neuron is highest first."""
+        rank = {group: place for place, (group, _) in enumerate(self._by_mean())}
+        return sorted(self.items, key=lambda item: rank[item.question.group])
 
     def __repr__(self) -> str:
         return f"NeuronView({self.name}: {len(self.items)} questions of {len(self.mean)} groups)"
@@ -237,6 +250,7 @@ def inspect_neuron(
     neuron: "int | tuple[Site | str, int]",
     *,
     k: int = 3,
+    answers: bool = True,
     tokens: TokenRule = "content",
     batch_size: int = 8,
     by_length: bool = False,
@@ -252,6 +266,7 @@ def inspect_neuron(
         questions: where to look; they are run once, and of those that are not shown only the value is kept.
         neuron: a site (or its name) and the neuron's number in it; or its number in ``model.space()``.
         k: questions shown of each group.
+        answers: ask those once more, for what the model answers; the page shows it.
         tokens: which tokens make a question's value, its maximum over them; see `vlmneurons.record`.
         batch_size: questions a forward; where they do not fit into memory, half as many from then on.
         by_length: let questions of like length share a batch; see `vlmneurons.record`.
@@ -280,7 +295,7 @@ def inspect_neuron(
     if not 0 <= number < width:
         raise SiteError(f"neuron {number} is not in site {site} (0–{width - 1})")
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
-    (view,) = _looked(model, questions, [(site, int(number))], k, tokens, options)
+    (view,) = _looked(model, questions, [(site, int(number))], k, tokens, options, answers)
     return view
 
 
@@ -290,6 +305,7 @@ def inspect_neurons(
     neurons: NeuronSet,
     *,
     k: int = 3,
+    answers: bool = True,
     tokens: TokenRule = "content",
     batch_size: int = 8,
     by_length: bool = False,
@@ -308,6 +324,7 @@ def inspect_neurons(
         questions: where to look; see `inspect_neuron`.
         neurons: of the language tower, such as ``selection["Egypt"]``.
         k: questions shown of each group and neuron.
+        answers: ask those once more, for what the model answers.
         tokens: which tokens make a question's value; see `inspect_neuron`.
         batch_size: questions a forward.
         by_length: let questions of like length share a batch; see `vlmneurons.record`.
@@ -332,7 +349,7 @@ def inspect_neurons(
     Ablation(model, neurons)  # says what is wrong with them, and is never entered
     wanted = [(site, number) for site, part in neurons.by_site().items() for number in part.tolist()]
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
-    return _looked(model, questions, wanted, k, tokens, options)
+    return _looked(model, questions, wanted, k, tokens, options, answers)
 
 
 def _looked(
@@ -342,8 +359,10 @@ def _looked(
     k: int,
     tokens: TokenRule,
     options: Options,
+    answers: bool,
 ) -> list[NeuronView]:
-    """Run the questions once, and keep what is shown of each neuron."""
+    """Run the questions once, and keep what is shown of each neuron; then ask what is shown."""
+    flag("answers", answers, QuestionError)
     for site, _ in neurons:
         if site.tower != "language":
             raise SiteError(
@@ -367,6 +386,8 @@ def _looked(
         if job.known_places
         else f"Where in the picture an image token of {type(model.hf).__name__} lies is not known: no map is drawn."
     )
+    if answers:
+        note = " ".join([*([note] if note else []), *_answer(model, asked, job.best, options)])
     means = {group: (job.sums[group] / n).tolist() for group, n in job.number.items() if n}
     values = {group: torch.stack(job.values[group], 1) for group in means}
     return [
@@ -381,6 +402,44 @@ def _looked(
         )
         for place, (site, number) in enumerate(neurons)
     ]
+
+
+def _answer(
+    model: VLM, asked: QuestionSet, best: Mapping[str, list[list[InspectedItem]]], options: Options
+) -> list[str]:
+    """Put the model's answers to the items that are shown; gives why there are none, if there are none."""
+    shown = [items for group in best.values() for items in group]
+    ids = {item.question.id for items in shown for item in items}
+    try:
+        some = asked.with_items(item for item in asked if item.id in ids)
+        job = _AnswerJob(engine_of(model, some))
+        ask(job, some, replace(options, progress=False))
+    except (MismatchError, QuestionError) as error:
+        return [f"What the model answers is not known: {error}"]
+    for items in shown:
+        items[:] = [replace(item, **job.told.get(item.question.id, {})) for item in items]
+    return []
+
+
+class _AnswerJob(Job[Reading]):
+    """Keeps what the model answers to each question, and whether it is right."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.told: dict[str, Keywords] = {}
+
+    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> Reading:
+        """See `Job.run`."""
+        return self.engine.reader.read(self.engine.model, questions, encoded)
+
+    def take(self, number: int, questions: QuestionSet, made: Reading) -> int:
+        """See `Job.take`."""
+        texts = made.texts or ("",) * len(questions)
+        for item, chosen, text in zip(questions, made.chosen, texts, strict=True):
+            option = item.options[chosen] if chosen is not None and item.options else text
+            if option:
+                self.told[item.id] = {"answer": option, "right": chosen == item.answer}
+        return len(questions)
 
 
 class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
@@ -628,16 +687,25 @@ def _card(item: InspectedItem, highest: float, number: int, places: dict[object,
     words = []
     for text, value, counted in item.words():
         shade = round(min(max(np.nan_to_num(value) / max(highest, 1e-9), 0.0), 1.0), 3)
-        words.append((text, f"{value:.4g}", shade, counted))
-    top = [(text.strip(), f"{value:.3g}") for text, value, _ in sorted(item._counted_words(), key=_height)[:-4:-1]]
+        bare = text.strip()
+        before, _, after = text.partition(bare) if bare else ("", "", text)
+        shown = bare or ("↵" if "\n" in text else "␣")
+        words.append((text, counted, before, shown, after, shade, _digits(value, 3)))
+    top = [(text.strip(), _digits(value, 3)) for text, value, _ in sorted(item._counted_words(), key=_height)[:-4:-1]]
     return {
         "item": item,
-        "value": f"{item.value:.4g}",
+        "value": _digits(item.value, 4),
         "first": number,
         "top": top,
+        "answer": [option == item.answer for option in item.question.options],
         "pictures": pictures,
         "words": words,
     }
+
+
+def _digits(value: float, number: int) -> str:
+    """A value with so many digits; a dash where the token did not reach the neuron."""
+    return "–" if math.isnan(value) else f"{value:.{number}g}".replace("-", "−")
 
 
 def _file(picture: Image.Image, kind: str) -> bytes:

@@ -167,8 +167,8 @@ def _heat_maps(
         room = int(72 * cell * matrix.shape[1] / (0.62 * size)) if width else 10**6
         axis.set_title(_plain(shortened([name], room))[0], fontsize=size if width else None)
         axis.set_xlabel(words.across, fontsize=size)
-        if _readable(longest, size, cell):
-            _numbers(axis, image, min(7, size), digits)
+        if fitting := _readable(longest, size, cell):
+            _numbers(axis, image, fitting, digits)
         if (spec := axis.get_subplotspec()) is None or spec.is_first_col():
             fits = ems(words.up) * size < 72 * cell * len(values) + 40
             axis.set_ylabel(words.up if fits else words.short, fontsize=size)
@@ -262,7 +262,7 @@ def _panels(
             return 0.35 + size / 36 + 0.95 * side_bar + names + 0.12 * (across - 1)
 
         def side(*way: Any) -> float:
-            return min(0.5, (width - needed(*way)) / (way[0] * n_columns))
+            return min(0.5 if n_columns > 5 else 0.6, (width - needed(*way)) / (way[0] * n_columns))
 
         # As many panels beside each other as have room for their labels: rather than stack them, the bar goes below and
         # names are cut.
@@ -307,9 +307,10 @@ def _size(groups: int) -> float:
     return 8.0 if groups <= 8 else 7.0 if groups <= 16 else 6.0
 
 
-def _readable(longest: str, size: float, cell: float) -> bool:
-    """Whether numbers fit into cells, with a gap between neighbours: digits that touch read as one number."""
-    return bool((ems(longest) + 0.25) * min(7, size) <= 72 * cell)
+def _readable(longest: str, size: float, cell: float) -> float | None:
+    """The size in which numbers fit into cells, with a gap between neighbours: digits that touch read as one number."""
+    fitting = (points for points in (min(7.0, size), 6.5, 6.0) if (ems(longest) + 0.25) * points <= 72 * cell)
+    return next(fitting, None)
 
 
 def _numbers(axis: Axes, image: AxesImage, size: float, digits: int) -> None:
@@ -389,8 +390,8 @@ def plot_layers(
         label += f"\n(a uniform choice: {mean:.3g} neurons a layer)"
     axis.set_xlabel(label, fontsize=size)
     axis.set_ylabel("Neurons of", fontsize=size)
-    if _readable(str(most), size, cell):
-        _numbers(axis, image, min(7, size), 0)
+    if fitting := _readable(str(most), size, cell):
+        _numbers(axis, image, fitting, 0)
     bar = figure.colorbar(image, ax=axis)
     bar.set_label("Neurons", fontsize=size)
     bar.ax.tick_params(labelsize=size)
@@ -767,6 +768,51 @@ def plot_depth(
         axis.set_xticks(at[::step], short[::step], rotation=90)
     axis.set_ylim(bottom=0)
     _frame(axis, "y")
+    return canvas.done()
+
+
+def plot_profiles(
+    profiles: pd.DataFrame, selector: str | None = None, *, width: float | None = None, ax: Axes | None = None
+) -> Figure:
+    """Where a selector's neurons lie in several models, over relative depth: a line for each model.
+
+    Depth is that of a layer's middle, from 0 to 1 over the layers of its tower, so that models of other numbers of
+    layers compare; 1 on the other axis is as many neurons as among layers chosen evenly.
+
+    Args:
+        profiles: what `Comparison.profiles` gives.
+        selector: whose neurons; by default the first that the profiles have.
+        width: of the figure in inches; see `plot_matrix`.
+        ax: axes of a figure of your own to draw into.
+
+    Returns:
+        The figure, which is a new one or that of ``ax``.
+
+    Raises:
+        MismatchError: no such selector, or a width that is too narrow.
+    """
+    of_kind("profiles", profiles, pd.DataFrame, MismatchError, "the table that Comparison.profiles gives")
+    there = list(dict.fromkeys(profiles["selector"]))
+    if (selector or "") not in there and (selector is not None or not there):
+        raise MismatchError(f"no profile of {selector!r}; there are those of {', '.join(there) or 'no selector'}")
+    part = profiles.loc[profiles["selector"] == (selector or there[0])]
+    towers, models = part["tower"].nunique(), list(dict.fromkeys(part["model"]))
+    lines = {
+        model if towers == 1 else f"{model}, {tower}": (models.index(model), own)
+        for model, whole in part.groupby("model", sort=False)
+        for tower, own in whole.groupby("tower", sort=False)
+    }
+    canvas = _Canvas(width, ax, [*lines, "evenly"], usual=(6.4, 3.2))
+    shown = canvas.names(lines)
+    for n, (label, (place, own)) in enumerate(zip(shown, lines.values(), strict=True)):
+        colour, marker = _STYLES[place % len(_STYLES)]
+        how: Keywords = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.2, "label": label}
+        canvas.axis.plot(own["depth"], own["density"], linestyle=("-", "--", "-.", ":")[n % 4], **how)
+    canvas.axis.axhline(1, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="evenly")
+    canvas.axis.set_xlim(0, 1)
+    canvas.axis.set_ylim(bottom=0)
+    canvas.label("Relative depth", f"Neurons of {_plain([selector or there[0]])[0]}, times even")
+    _frame(canvas.axis, "y")
     return canvas.done()
 
 

@@ -1,19 +1,14 @@
 """A study's report: one page that needs nothing else, and every figure and table of it as a file.
 
 The page holds its figures inside (SVG) and loads nothing, so it can be mailed or put beside a paper. Figures are
-written as PNG (300 dpi) and SVG, tables as CSV and LaTeX (booktabs).
+written as PNG (300 dpi), SVG and PDF, tables as CSV and LaTeX (booktabs, as wide as a column).
 """
 
-import hashlib
-import io
 import json
+import math
 import re
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,8 +18,10 @@ from vlmneurons._version import __version__
 from vlmneurons.checks import JSONMapping, Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
-from vlmneurons.look.figures import natural
-from vlmneurons.look.pages import inside, page_from
+from vlmneurons.look.examples import changed_answers
+from vlmneurons.look.figures import natural, ordered
+from vlmneurons.look.pages import page_from
+from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, told_apart, write_table, written_parts
 from vlmneurons.look.plots import (
     plot_accuracy,
     plot_curve,
@@ -32,40 +29,23 @@ from vlmneurons.look.plots import (
     plot_effects,
     plot_flips,
     plot_matrix,
+    plot_null,
+    plot_overlap,
     plot_random,
 )
+from vlmneurons.neurons.selection import Selection
+from vlmneurons.questions.question import Question
+from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.study.masks import split_setting
 from vlmneurons.study.result import NOT_ASKED, KnockoutResult
 
 _CONDITION = re.compile(r" \((all|wrong|correct)\)$")
 """Ends the name of a selection from questions of another condition; see `vlmneurons.study.controls.condition_masks`."""
 
-_UNITS = {
-    "correct": ("points of accuracy", 100.0, 1),
-    "margin": ("nats", 1.0, 2),
-    "score": ("the score's unit", 1.0, 3),
-}
-"""How a value's effects are printed: their unit, what they are multiplied by, and how many decimals they have."""
-
-_POINTS = ["delta", "delta_low", "delta_high", "excess"]
+_PAGE = 6.75
+"""Inches across a page: of figures of several panels, which wrap."""
 
 _AXES = {"r": "share of neurons", "alpha": "strength", "items": "identification questions"}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One figure or table of the report."""
-
-    name: str
-    title: str
-    caption: str
-    content: Figure | pd.DataFrame
-    of: str = ""
-    """The name, given by a user, that is part of this one's."""
-
-    @property
-    def kind(self) -> str:
-        return "table" if isinstance(self.content, pd.DataFrame) else "figure"
 
 
 def write_report(
@@ -75,6 +55,10 @@ def write_report(
     main: str | None = None,
     others: Mapping[str, KnockoutResult] | None = None,
     tables: Mapping[str, pd.DataFrame] | None = None,
+    selections: Mapping[str, Selection] | None = None,
+    questions: QuestionSet | Sequence[Question] | None = None,
+    images: bool = True,
+    settings: Mapping[str, str] | None = None,
     confidence: float = 0.95,
     permutations: int = 2000,
     seed: int = 0,
@@ -87,7 +71,13 @@ def write_report(
         folder: gets ``index.html``, ``figures/`` and ``tables/``.
         main: the selector that per-group figures and tables are of; by default ``"CAS"``, or else the first.
         others: the same questions asked in other ways, by name, such as ``"blind"``; their clean answers are compared.
-        tables: further tables to include.
+        tables: further tables to include, each explained by its ``attrs["caption"]``; that of `null_distribution` is
+            drawn too.
+        selections: the neurons of each selector of the result, by its name there: how far the groups' neurons are the
+            same, and which tokens and questions they were chosen by.
+        questions: those of the result, for examples of answers that changed.
+        images: show thumbnails with them; False for pictures that may not be shared.
+        settings: further lines of the head by name, such as ``"Split"`` and ``"Seeds"``.
         confidence: level of all intervals.
         permutations: number of sign flips; see `KnockoutResult.effects`.
         seed: of the sign flips.
@@ -97,7 +87,8 @@ def write_report(
         the path of the page.
 
     Raises:
-        MismatchError: there is nothing to report: no questions, or no masks; or no such main selector.
+        MismatchError: there is nothing to report: no questions, or no masks; no such main selector; or questions that
+            are not those of the result.
     """
     folder = path_of("folder", folder, MismatchError)
     how: Keywords = {
@@ -115,15 +106,18 @@ def write_report(
     main = main or next(name for name in ("CAS", *of_groups, *plain) if name in plain)
     if main not in plain:
         raise MismatchError(f"main={main!r} has no masks here; there are {', '.join(plain)}")
+    chosen = {name: one for name, one in (selections or {}).items() if name in plain}
     parts = [
         *_effects(result, summary, plain, main, how),
         *_matrices(result, plain, main, how),
+        *_overlaps(result, chosen, main),
         *_flips_and_depth(result, plain),
+        *(_examples(result, main, questions, images, seed) if questions is not None else []),
         *(_random(result, of_groups, main) if main in of_groups else []),
         *_sweeps(result, how),
         *_conditions(result, plain, how),
         *_accuracies(result, others or {}),
-        *(_Part(_slug(name), name[:1].upper() + name[1:], "", table, name) for name, table in (tables or {}).items()),
+        *(part for name, table in (tables or {}).items() for part in _further(name, table)),
     ]
     every = {"every-mask": result.table(), "summary": summary}
     if main in of_groups and _repeated(result, of_groups):
@@ -131,16 +125,30 @@ def write_report(
     if len(result.group_names) > 2:
         pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
         every["every-pair"] = pd.concat(pairs).loc[:, ["selector", *pairs[0].columns[:-1]]]
-    parts = _told_apart(parts, every)
+    parts = told_apart(parts, every)
     for place in ("figures", "tables"):
         (folder / place).mkdir(parents=True, exist_ok=True)
-    shown = [_written(part, folder) for part in parts]
+    shown = written_parts(parts, folder)
     for name, table in every.items():
-        _write_table(folder, name, table)
+        write_table(folder, name, table)
     page = folder / "index.html"
+    facts = _facts(result, main, chosen, settings or {}, how)
     finding = _finding(result, summary, main)
-    write_text(page, _page_of(result, title, finding, shown, list(every), confidence))
+    lead = "Accuracy under each mask less clean accuracy, in points"
+    lead = lead if result.scores is None else "The mean score under each mask less the clean one"
+    lead = f"{lead}; intervals at {100 * confidence:g} %."
+    more = {name: _EVERY[name] for name in every}
+    write_text(page, page_of(title, lead, facts, shown, more, result.provenance, finding))
     return page
+
+
+_EVERY = {
+    "every-mask": "each mask on each group of questions; its columns are explained at KnockoutResult.table",
+    "summary": "each selector and setting, by group and over all, with intervals and tests: KnockoutResult.summary",
+    "every-random": "the main selector against its random controls, group by group: KnockoutResult.against_random",
+    "every-pair": "each mask's effect on each group, with its interval and test: KnockoutResult.pairs",
+}
+"""The tables that programs read, and what they hold."""
 
 
 # -- what is in it -----------------------------------------------------------------------------------------------------
@@ -148,38 +156,43 @@ def write_report(
 
 def _effects(
     result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, how: Keywords
-) -> list[_Part]:
+) -> list[Part]:
     overall = _overall(summary, plain)
-    own = summary.loc[(summary["selector"] == main) & (summary["group"] != "all")]
-    value, unit = result.measure, _UNITS[result.measure][0]
-    own = own.iloc[sorted(range(len(own)), key=lambda row: natural(own["group"].iloc[row]))]
-    shown = ["self_effect", "cross_effect", *(["control_effect"] if "control_effect" in summary else [])]
+    own, value, unit = _own(summary, main), result.measure, UNITS[result.measure][0]
+    shown = [name for name in ("self_effect", "cross_effect", "control_effect") if name in summary]
+    shown = [name for name in shown if overall[name].notna().any()] or shown
     level = f"{100 * how['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
     return [
-        _Part(
+        Part(
             "effects",
             "Self against cross effect",
             f"Mean over groups, with {level}. A selective set of neurons has a self effect far below its cross effect, "
             "and a cross effect near zero; random masks are averaged over their repeats.",
             plot_effects(overall, effects=shown, value=value),
         ),
-        _Part("effects-overall", "Effects over all groups", f"In {unit}.", _effect_table(overall, "selector", value)),
+        Part(
+            "effects-overall",
+            "Effects over all groups",
+            f"In {unit}. {_COLUMNS}",
+            _effect_table(overall, "selector", value),
+        ),
         *_second_value(result, plain, how),
-        _Part(
+        Part(
             "effects-by-group",
             f"Effects of {main} by group",
             f"{level[0].upper()}{level[1:]}.",
             plot_effects(own, "group", effects=shown, value=value),
         ),
-        _Part(
-            f"effects-{_slug(main)}",
+        Part(
+            f"effects-{file_name(main)}",
             f"Effects of {main} by group",
-            f"In {unit}.",
+            f"In {unit}. {_COLUMNS}",
             _effect_table(own, "group", value),
             main,
         ),
-        _Part(
-            f"tests-{_slug(main)}",
+        *_second_value(result, [main], how, by_group=True),
+        Part(
+            f"tests-{file_name(main)}",
             f"Tests of {main} by group",
             "Sign flips of pictures with all their questions, of the self effect (p), the cross effect and the gap; "
             "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH). Settings: how many of "
@@ -190,57 +203,143 @@ def _effects(
     ]
 
 
-def _second_value(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> list[_Part]:
+_COLUMNS = (
+    "n: questions; clean: without any mask, in %, as are flips: answers that the group's own mask changes. Self: of "
+    "a group's mask on its own questions; cross: of the other groups' masks on them; cross caused: of its mask on "
+    "theirs; gap: self less cross; general: on the control questions. Few: too few pictures or changed answers for an "
+    "interval."
+)
+
+
+def _second_value(result: KnockoutResult, plain: Sequence[str], how: Keywords, by_group: bool = False) -> list[Part]:
     """The effects on another value: the margin or, of graded answers, whether they are right."""
     if result.measure == "score":
-        name, title = "correct", "Effects over all groups, on right answers"
+        name, what = "correct", "right answers"
         caption = "A graded answer is right where its score reaches the reader's threshold. In points of accuracy."
     elif np.isnan(result.margins).all():
         return []
     else:
-        name, title = "margin", "Effects over all groups, on the margin"
+        name, what = "margin", "the margin"
         caption = "Change of the log-probability margin (right option less the best other one), in nats; it moves "
         caption += "before an answer flips."
-    table = _overall(result.summary(value=name, **how), plain)
-    return [_Part(f"effects-{name}", title, caption, _effect_table(table, "selector", name))]
+    summary = result.summary(value=name, **how)
+    if by_group:
+        (main,) = plain
+        table = _effect_table(_own(summary, main), "group", name)
+        return [Part(f"{name}-{file_name(main)}", f"Effects of {main} by group, on {what}", caption, table, main)]
+    table = _effect_table(_overall(summary, plain), "selector", name)
+    return [Part(f"effects-{name}", f"Effects over all groups, on {what}", caption, table)]
 
 
-def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keywords) -> list[_Part]:
-    unit, scale, digits = _UNITS[result.measure]
-    matrices = {name: scale * result.matrix(name).to_numpy(dtype=float) for name in plain}
-    limit = max(float(np.nanmax(np.abs(values))) for values in matrices.values()) or 1.0
+def _wrapped(draw: Callable[[float | None], Figure]) -> Figure:
+    """A figure as wide as a page, or as it needs to be where names or groups have no room there."""
+    try:
+        return draw(_PAGE)
+    except MismatchError:
+        return draw(None)
+
+
+def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keywords) -> list[Part]:
+    unit, scale, digits = UNITS[result.measure]
+    matrices = {name: scale * result.matrix(name) for name in plain}
+    limit = float(np.nanmax(np.abs(np.hstack([one.to_numpy(dtype=float).ravel() for one in matrices.values()])))) or 1.0
+    told = f"Change, in {unit}; rows are masks, columns the questions' groups."
+    colours = "Orange is harm, grey was not asked."
+    several = len(plain) > 1
     parts = [
-        _Part(
-            f"matrix-{_slug(name)}",
+        Part(
+            f"matrix-{file_name(name)}",
             f"Whose neurons, whose questions: {name}",
-            f"Change, in {unit}; rows are masks, columns the groups of the questions. Orange is harm. All "
-            "matrices of this page share their colours"
-            + ("; repeats are averaged." if name in _repeated(result, plain) else "."),
+            told,
             plot_matrix(result, name, limit=limit),
             name,
+            under="matrices" if several and name != main else "",
+            numbers=_matrix_table(matrices[name], limit),
+            colours=colours,
         )
         for name in plain
     ]
-    if len(result.group_names) > 2:
+    if several:
+        told += f" {colours} One scale of colours; of random masks the mean over their repeats."
+        figure = _wrapped(lambda width: plot_matrix(result, plain, limit=limit, width=width))
+        parts.insert(0, Part("matrices", "Whose neurons, whose questions", told, figure))
+    if len(result.group_names) > 2 and _has_groups(result, main):
         pairs = result.pairs(main, **how)
         cross = pairs.loc[pairs["mask"] != pairs["group"]].sort_values("excess", kind="stable").head(15)
-        parts.append(
-            _Part(
-                "pairs",
-                f"Whose mask harms whom: {main}",
-                "The fifteen cross effects that are most below what the mask and the group show on average (excess): "
-                "groups that depend on each other's neurons. p: sign flips of pictures, corrected over all pairs.",
-                _points_table(cross.drop(columns=["few", "exploratory"]), _POINTS, scale, digits),
-            )
+        table = cross[["mask", "group", "n"]].assign(
+            pictures=cross["units"],
+            effect=_intervals(cross, "delta", scale, digits),
+            excess=[printed(scale * value, digits) for value in cross["excess"]],
+            **{title: [printed_p(p) for p in cross[name]] for name, title in list(_TESTS.items())[:3]},
         )
+        caption = (
+            f"In {unit}: the fifteen effects on another group's questions that are most below what the mask and the "
+            "group show on average (excess): groups that depend on each other's neurons. p: sign flips of pictures; "
+            "Holm and BH: corrected over all pairs. Few: too few pictures or changed answers for an interval."
+        )
+        parts.append(Part("pairs", f"Whose mask harms whom: {main}", caption, table))
     return parts
 
 
-def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part]:
+def _matrix_table(matrix: pd.DataFrame, limit: float) -> pd.DataFrame:
+    """A matrix with as many decimals as its figure has, groups in the order of the figure."""
+    groups = sorted(matrix.index, key=natural)
+    columns = sorted(matrix.columns, key=lambda name: (name not in matrix.index, natural(name)))
+    digits = max(0, 1 - math.floor(math.log10(limit)))
+    return pd.DataFrame(
+        {
+            "neurons of": groups,
+            **{str(name): [printed(value, digits) for value in matrix.loc[groups, name]] for name in columns},
+        }
+    )
+
+
+def _overlaps(result: KnockoutResult, selections: Mapping[str, Selection], main: str) -> list[Part]:
+    """How far the groups' neurons are the same, and whether groups that share neurons harm each other."""
+    groups = sorted(selections.get(main, next(iter(selections.values()), {})))
+    given = {name: selections[name] for name in result.selectors if sorted(selections.get(name, ())) == groups != []}
+    if len(groups) < 2:
+        return []
+    overlaps = {name: one.overlap().loc[groups] for name, one in given.items()}
+    related = set(groups) == set(result.group_names) and len(groups) > 2
+    told = "Jaccard index in %, mean over pairs of groups; what random sets of these sizes would have; and the highest."
+    if related:
+        told += " With effects: rank correlation (Spearman), over pairs, of the overlap with the mean effect that the "
+        told += "two masks have on each other's groups; below 0, groups that share neurons harm each other."
+    rows, pairs = [], np.triu_indices(len(groups), 1)
+    for name, table in overlaps.items():
+        shared, chance = (table[kind][groups].to_numpy()[pairs] for kind in ("jaccard", "chance"))
+        most = int(np.argmax(shared))
+        row = {"selector": name, "overlap": printed(100 * shared.mean()), "chance": printed(100 * chance.mean())}
+        row["highest"] = printed(100 * shared[most])
+        row["most alike"] = f"{groups[pairs[0][most]]}, {groups[pairs[1][most]]}" if shared[most] else "–"
+        if related:
+            matrix = result.matrix(name).reindex(index=groups, columns=groups).to_numpy(dtype=float)
+            each = pd.DataFrame({"shared": shared, "effect": ((matrix + matrix.T) / 2)[pairs]}).dropna()
+            alone = (each.nunique() < 2).any()
+            row["with effects"] = "–" if alone else printed(each.corr(method="spearman").iloc[0, 1], 2)
+        rows.append(row)
+    parts = [Part("overlap", "Overlap and relatedness", told, pd.DataFrame(rows))]
+    if all(row["most alike"] == "–" for row in rows):  # nothing to draw
+        return parts
+    order = ordered(groups, "clustered", np.hstack([one["jaccard"][groups] for one in overlaps.values()]))
+    figure = _wrapped(lambda width: plot_overlap(given, order=order, width=width))
+    drawn = "Neurons in both sets, of those in either (Jaccard index, %); groups of alike overlaps stand beside each "
+    drawn += "other. Rules that give a neuron to one group only, as CAS and LAPE do, have none."
+    parts.insert(0, Part("overlap", "How far the groups' neurons are the same", drawn, figure))
+    if related:
+        figure = _wrapped(lambda width: plot_matrix(result, [*given], order=order, width=width))
+        drawn = "The effects, groups in the order of the overlaps: where groups that share neurons harm each other, "
+        drawn += "blocks stand along the diagonal."
+        parts.insert(1, Part("related", "Effects, in the order of the overlaps", drawn, figure))
+    return parts
+
+
+def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[Part]:
     parts = []
     if any(_has_groups(result, name) for name in plain):
         parts.append(
-            _Part(
+            Part(
                 "flips",
                 "Answers that changed",
                 "Share of questions whose answer changes under the mask of their own group and, on average, under the "
@@ -248,10 +347,19 @@ def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part
                 plot_flips(result, plain),
             )
         )
+    parts.append(
+        Part(
+            "flips-matrix",
+            "Whose mask changes whose answers",
+            "Share of a group's questions (columns) whose answer changes under a mask (rows), in %, whether it turns "
+            "right or wrong: what accuracy does not show where both cancel out.",
+            _wrapped(lambda width: plot_matrix(result, plain, value="flips", width=width)),
+        )
+    )
     single = [name for name in plain if name not in _repeated(result, plain)]
     if result.provenance.get("layers") and single:
         parts.append(
-            _Part(
+            Part(
                 "layers",
                 "Where the neurons lie",
                 "Share of a mask's neurons in each layer, mean over groups; the band is the range of groups.",
@@ -261,7 +369,7 @@ def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[_Part
     return parts
 
 
-def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[_Part]:
+def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[Part]:
     controls = _repeated(result, plain)
     if not controls:
         return []
@@ -270,19 +378,20 @@ def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[_Pa
     table["effect"] = table["effect"].str.replace("_", " ")
     points = ["value", "control_mean", "control_sd", "control_low", "control_high"]
     return [
-        _Part(
+        Part(
             "random",
             f"{main} among its random controls",
             "Self effects; every repeat of a random mask is a point. Layer-matched masks have as many neurons in each "
             "layer as the selection.",
             plot_random(result, main, controls),
         ),
-        _Part(
+        Part(
             "random",
             f"{main} against random masks",
-            "Means over groups; each group's are in every-random.csv. p is the share of repeats, ours included, whose "
-            "effect is at most ours; with R repeats it cannot be below 1 / (R + 1).",
-            _points_table(table, points, *_UNITS[result.measure][1:]),
+            f"In {UNITS[result.measure][0]}, means over groups: of {main} (value), and mean, standard deviation, "
+            "lowest and highest of the repeats. p is the share of repeats, ours included, whose effect is at most "
+            "ours; with R repeats it cannot be below 1 / (R + 1).",
+            _points_table(table, points, *UNITS[result.measure][1:]),
         ),
     ]
 
@@ -303,7 +412,7 @@ def _repeated(result: KnockoutResult, names: Sequence[str]) -> list[str]:
     return [name for name in names if any(mask.repeat for mask in result.masks if mask.selector == name)]
 
 
-def _sweeps(result: KnockoutResult, how: Keywords) -> list[_Part]:
+def _sweeps(result: KnockoutResult, how: Keywords) -> list[Part]:
     found: dict[tuple[str, str], int] = {}
     for name in result.selectors:
         base, setting = split_setting(name)
@@ -315,8 +424,8 @@ def _sweeps(result: KnockoutResult, how: Keywords) -> list[_Part]:
         what = _AXES.get(axis, axis)
         if number > 1:
             parts.append(
-                _Part(
-                    f"curve-{_slug(base)}-{_slug(axis)}",
+                Part(
+                    f"curve-{file_name(base)}-{file_name(axis)}",
                     f"{base} by {what}",
                     f"Mean over groups with intervals; thin lines are the groups. Exploratory: {number} settings were "
                     "tried, and no p is corrected for that.",
@@ -324,46 +433,47 @@ def _sweeps(result: KnockoutResult, how: Keywords) -> list[_Part]:
                     f"{base} [{axis}]",
                 )
             )
-        overall = curve.loc[curve["group"] == "all"]
+        table = _effect_table(curve.loc[curve["group"] == "all"], axis, result.measure)
         parts.append(
-            _Part(
-                f"curve-{_slug(base)}-{_slug(axis)}",
+            Part(
+                f"curve-{file_name(base)}-{file_name(axis)}",
                 f"{base} by {what}",
-                f"Over all groups. Exploratory: {number} settings were tried.",
-                _effect_table(overall, axis, result.measure),
+                f"Over all groups, in {UNITS[result.measure][0]}. Exploratory: {number} settings were tried.",
+                table.rename(columns={axis: what}),
                 f"{base} [{axis}]",
+                table,
             )
         )
     return parts
 
 
-def _conditions(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> list[_Part]:
+def _conditions(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> list[Part]:
     rows = []
     for condition in ("all", "correct", "wrong"):
         part = result.select(*plain).where(condition)
         if part.ids:
             summary = part.summary(**how)
-            rows.append(summary[summary["group"] == "all"].assign(questions=condition))
+            rows.append(summary[summary["group"] == "all"].assign(questions=condition.replace("correct", "right")))
     table = pd.concat(rows)
     table["selector"] = table["selector"] + ", " + table["questions"]
     return [
-        _Part(
+        Part(
             "conditions",
             "By what the clean model answers",
-            "Effects on all questions, and on those that the clean model answers right or wrong. On right ones "
-            "accuracy can only fall, on wrong ones only rise.",
+            f"In {UNITS[result.measure][0]}: effects on all questions, and on those that the clean model answers "
+            "right or wrong. On right ones accuracy can only fall, on wrong ones only rise. Columns as above.",
             _effect_table(table, "selector", result.measure),
         )
     ]
 
 
-def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) -> list[_Part]:
+def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) -> list[Part]:
     accuracies = {"as asked": result.accuracy, **{name: other.accuracy for name, other in others.items()}}
     table = pd.DataFrame(accuracies).rename_axis("group").reset_index()
     table.loc[len(table)] = ["mean", *table.iloc[:, 1:].mean().tolist()]
     chance = result.provenance.get("chance")
     parts = [
-        _Part(
+        Part(
             "accuracy",
             "Clean accuracy",
             "Without any mask, in percent."
@@ -373,11 +483,55 @@ def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) ->
     ]
     if others:
         figure = plot_accuracy(accuracies, chance=chance)
-        parts.insert(0, _Part("accuracy", "Clean accuracy", "What the picture and the question contribute.", figure))
+        told = "What the picture and the question contribute: without any mask, each group asked in several ways"
+        told += f"{', beside the accuracy of a guess' if chance is not None else ''}."
+        parts.insert(0, Part("accuracy", "Clean accuracy", told, figure))
     return parts
 
 
+_NULL = ["group", "questions", "pictures", "movable", "strength", "null_mean", "null_high", "p", "p_holm", "p_bh"]
+
+
+def _further(name: str, table: pd.DataFrame) -> list[Part]:
+    """A table that was given; one of `null_distribution` is drawn as well."""
+    slug, title = file_name(name), name[:1].upper() + name[1:]
+    caption = str(table.attrs.get("caption", "A further table, given with the study."))
+    if not set(_NULL) <= set(table.columns):
+        return [Part(slug, title, caption, table, name)]
+    rows = table[_NULL].assign(movable=[printed(100 * share) for share in table["movable"]])
+    rows = _points_table(rows, ["strength", "null_mean", "null_high"], 1.0, 3)
+    told = (
+        "Strength of each group's neurons beside that of neurons chosen in the same way after the pictures' labels are "
+        "shuffled. Movable: pictures, in %, that a shuffle can give to other groups; null high: the 95th percentile of "
+        "the shuffles; p: share of them, ours included, that are as strong; Holm and BH: corrected over groups."
+    )
+    drawn = (
+        "Strength of each group's neurons, and what shuffled labels gave: their mean, and 95 % of them. Filled: Holm's "
+        "p is at most 0.05."
+    )
+    figure = plot_null(table)
+    return [Part(slug, title, drawn, figure, name), Part(slug, title, told, rows, name, table)]
+
+
+def _examples(
+    result: KnockoutResult, main: str, questions: QuestionSet | Sequence[Question], images: bool, seed: int
+) -> list[Part]:
+    cards = changed_answers(result, main, questions, images=images, seed=seed)
+    caption = (
+        f"Drawn at random (seed {seed}) among the questions whose answer changes when {main}'s neurons of their group "
+        f"are switched off, each of another picture. Margin: log-probability of the right option less that of the best "
+        f"other one.{'' if images else ' Without pictures.'}"
+    )
+    return [Part("changed", "Questions whose answer changed", caption, cards)] if cards else []
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _own(summary: pd.DataFrame, main: str) -> pd.DataFrame:
+    """The rows of a selector's groups, G2 before G10."""
+    own = summary.loc[(summary["selector"] == main) & (summary["group"] != "all")]
+    return own.iloc[sorted(range(len(own)), key=lambda row: natural(own["group"].iloc[row]))]
 
 
 def _overall(summary: pd.DataFrame, plain: Sequence[str]) -> pd.DataFrame:
@@ -386,7 +540,7 @@ def _overall(summary: pd.DataFrame, plain: Sequence[str]) -> pd.DataFrame:
 
 def _effect_table(summary: pd.DataFrame, label: str, value: str = "correct") -> pd.DataFrame:
     """The columns of a summary that a paper prints, effects in the unit of their value with their intervals."""
-    _, scale, digits = _UNITS[value]
+    _, scale, digits = UNITS[value]
     names = summary[label].to_numpy()
     if names.dtype.kind == "f":  # a setting such as 0.0005 is not 0.000
         names = np.array([_setting(name) for name in names])
@@ -394,7 +548,7 @@ def _effect_table(summary: pd.DataFrame, label: str, value: str = "correct") -> 
     if (summary["pictures"] != summary["n"]).any():
         table["pictures"] = summary["pictures"].to_numpy()
     clean = (scale, digits) if value == "score" else (100.0, 1)
-    table["clean"] = [_number(clean[0] * one, clean[1]) for one in summary["clean"]]
+    table["clean"] = [printed(clean[0] * one, clean[1]) for one in summary["clean"]]
     effects = {
         "self_effect": "self effect",
         "cross_effect": "cross effect",
@@ -404,18 +558,23 @@ def _effect_table(summary: pd.DataFrame, label: str, value: str = "correct") -> 
     }
     for name, title in effects.items():
         if name in summary:
-            bounds = zip(summary[name], summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
-            table[title] = [
-                _number(scale * mean, digits)
-                + (f" [{_number(scale * low, digits)}, {_number(scale * high, digits)}]" if low == low else " (few)")
-                if np.isfinite(mean)
-                else "–"
-                for mean, low, high in bounds
-            ]
-    table["flips"] = [_number(100 * share) for share in summary["flips"]]
+            table[title] = _intervals(summary, name, scale, digits)
+    table["flips"] = [printed(100 * share) for share in summary["flips"]]
     if (summary["failures"] > 0).any():
-        table["failures"] = [_number(100 * share) for share in summary["failures"]]
+        table["failures"] = [printed(100 * share) for share in summary["failures"]]
     return table
+
+
+def _intervals(table: pd.DataFrame, name: str, scale: float, digits: int) -> list[str]:
+    """A column of effects as they are printed, each with its interval."""
+    bounds = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+    return [
+        printed(scale * mean, digits)
+        + (f" [{printed(scale * low, digits)}, {printed(scale * high, digits)}]" if low == low else " (few)")
+        if np.isfinite(mean)
+        else "–"
+        for mean, low, high in bounds
+    ]
 
 
 _TESTS = {
@@ -432,7 +591,7 @@ _TESTS = {
 
 def _test_table(summary: pd.DataFrame, label: str, tests: Sequence[str]) -> pd.DataFrame:
     """P-values of a summary as they are printed."""
-    columns = {_TESTS[name]: [_probability(value) for value in summary[name]] for name in tests}
+    columns = {_TESTS[name]: [printed_p(value) for value in summary[name]] for name in tests}
     return pd.DataFrame({label: summary[label].to_numpy(), **columns, "settings": summary["settings"].to_numpy()})
 
 
@@ -440,31 +599,11 @@ def _points_table(table: pd.DataFrame, points: Sequence[str], scale: float = 100
     """A table with some columns in points of accuracy, or another unit, and p-values as they are printed."""
     shown = table.reset_index(drop=True).copy()
     for name in points:
-        shown[name] = [_number(scale * value, digits) for value in shown[name]]
+        shown[name] = [printed(scale * value, digits) for value in shown[name]]
     for name in shown.columns:
         if name == "p" or str(name).startswith("p_"):
-            shown[name] = [_probability(value) for value in shown[name]]
-    return shown.rename(columns={name: str(name).replace("_", " ") for name in shown.columns})
-
-
-def _number(value: Any, digits: int = 1) -> str:
-    """An effect as it is printed: with so many digits, or as many as it takes not to be 0 where it is not."""
-    if value is None or not np.isfinite(value):
-        return "–"
-    value = round(float(value), 9)  # means of shares that cancel each other leave 1e-17
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = np.format_float_positional(float(f"{value:.1g}"), trim="-") if value else f"{0:.{digits}f}"
-    return text.replace("-", "−")
-
-
-def _cell(value: object) -> str:
-    """What stands in a cell; a number has three decimals, and a small one three digits that are not 0."""
-    if not isinstance(value, float | np.floating):
-        return str(value)
-    if not np.isfinite(value):
-        return "–"
-    return (f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}").replace("-", "−")
+            shown[name] = [printed_p(value) for value in shown[name]]
+    return shown.rename(columns={name: _TESTS.get(str(name), str(name).replace("_", " ")) for name in shown.columns})
 
 
 def _setting(value: float) -> str:
@@ -472,165 +611,91 @@ def _setting(value: float) -> str:
     return short if float(short) == value else repr(float(value))
 
 
-def _probability(value: float) -> str:
-    if not np.isfinite(value):
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+# -- the page ---------------------------------------------------------------------------------------------------------
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"$<$",
-    ">": r"$>$",
-    "−": r"$-$",
-    "–": "--",
-    "→": r"$\rightarrow$",
-    "α": r"$\alpha$",
-}
-
-
-def latex(table: pd.DataFrame, caption: str = "", label: str = "") -> str:
-    """A table in LaTeX with booktabs, every character of the cells escaped.
-
-    Args:
-        table: any table; numbers are aligned right.
-        caption: of the table.
-        label: what the text refers to it by.
-    """
-
-    def cell(value: object) -> str:
-        return "".join(_LATEX.get(letter, letter) for letter in _cell(value))
-
-    align = "".join("r" if n and not _is_text(table[name]) else "l" for n, name in enumerate(table.columns))
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        *([rf"\caption{{{cell(caption)}}}"] if caption else []),
-        *([rf"\label{{{label}}}"] if label else []),
-        rf"\begin{{tabular}}{{{align}}}",
-        r"\toprule",
-        " & ".join(cell(name) for name in table.columns) + r" \\",
-        r"\midrule",
-        *(" & ".join(cell(value) for value in row) + r" \\" for row in table.itertuples(index=False)),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _is_text(column: pd.Series) -> bool:
-    return not pd.api.types.is_numeric_dtype(column) and not all(str(value)[:1] in "−–<0123456789" for value in column)
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def _slug(name: str) -> str:
-    """A name for files: ASCII letters without accents, digits and hyphens; a digest where that loses a letter."""
-    bare = "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
-    words = "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in bare).split()
-    slug = "-".join(words).lower()[:60] or "unnamed"
-    lost = slug == "unnamed" or len(slug) == 60 or any(letter.isalnum() and not letter.isascii() for letter in bare)
-    return f"{slug}-{_digest(name)}" if lost else slug
-
-
-def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
-
-
-def _told_apart(parts: Sequence[_Part], taken: Iterable[str]) -> list[_Part]:
-    """Parts whose names are their own: one that a user's name gave, and another has too, ends with that name's digest.
-
-    The digest is of the name alone, so a file keeps its name when others come before it.
-
-    Args:
-        parts: of the report.
-        taken: names of further tables.
-    """
-    number = Counter([*((part.kind, part.name) for part in parts), *(("table", name) for name in taken)])
-    return [
-        replace(part, name=f"{part.name}-{_digest(part.of)}") if part.of and number[part.kind, part.name] > 1 else part
-        for part in parts
-    ]
-
-
-def _written(part: _Part, folder: Path) -> Keywords:
-    """Write a part's files, and give what the page shows of it."""
-    shown: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": part.caption}
-    if isinstance(part.content, pd.DataFrame):
-        table = part.content
-        _write_table(folder, part.name, table, part.title)
-        rows = [[_cell(value) for value in row] for row in table.itertuples(index=False)]
-        shown |= {
-            "columns": list(table.columns),
-            "text": [_is_text(table[name]) for name in table.columns],
-            "rows": rows,
-        }
-        return shown | {"files": {"CSV": f"tables/{part.name}.csv", "LaTeX": f"tables/{part.name}.tex"}}
-    files = {kind: f"figures/{part.name}.{kind.lower()}" for kind in ("PNG", "SVG")}
-    part.content.savefig(folder / files["PNG"], dpi=300, bbox_inches="tight")
-    buffer = io.BytesIO()
-    part.content.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    (folder / files["SVG"]).write_bytes(buffer.getvalue())
-    return shown | {"files": files, "picture": inside(buffer.getvalue(), "image/svg+xml")}
-
-
-def _write_table(folder: Path, name: str, table: pd.DataFrame, caption: str = "") -> None:
-    write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
-    if len(table) <= 500:
-        write_text(folder / "tables" / f"{name}.tex", latex(table, caption, f"tab:{name}"))
-
-
-def _page_of(
-    result: KnockoutResult, title: str, finding: str, shown: Sequence[Keywords], more: Sequence[str], confidence: float
-) -> str:
-    about = result.provenance
+def _facts(
+    result: KnockoutResult, main: str, selections: Mapping[str, Selection], settings: Mapping[str, str], how: Keywords
+) -> Keywords:
+    """The head of the page: what a reader has to know beside the finding."""
+    about, told = result.provenance, _chosen(result, main, selections)
     sizes = [mask.size for mask in result.masks]
+    bare = list(dict.fromkeys(split_setting(name)[0] for name in result.selectors))
+    what = about.get("intervention", {})
+    mode = {"zero": "set to 0", "scale": f"scaled by {what.get('factor')}"}.get(what.get("mode"), what.get("mode"))
+    shuffle = f"; options in the order of seed {about['shuffle']}" if about.get("shuffle") is not None else ""
     facts = {
-        "Model": about.get("model", "not known"),
-        "Revision": about.get("revision") or "not known",
+        "Model": f"{about.get('model', 'not known')}, revision {about.get('revision') or 'not known'}",
+        **told,
+        "Switched off": f"at {what.get('at')}: {mode}" if mode else "not known",
+        "Split": "not known",
+        **settings,
+        "Seeds": "; ".join(
+            [
+                *([settings["Seeds"]] if "Seeds" in settings else []),
+                f"{how['permutations']:,} sign flips: {how['seed']}{shuffle}",
+            ]
+        ),
         "Questions": f"{len(result.ids):,} of {len(result.group_names)} groups"
         + (f", control groups {', '.join(result.control_names)}" if result.control_names else ""),
         "Clean accuracy": f"{100 * float(np.mean(result.correct[0])):.1f} %",
         **({} if result.scores is None else {"Clean score": f"{float(np.mean(result.scores[0])):.3f}"}),
-        "Masks": f"{len(result.masks):,} of {len(result.selectors)} kinds, of {min(sizes):,} to {max(sizes):,} neurons",
+        "Masks": f"{len(result.masks):,}, named {', '.join(bare)}; of {_range(sizes)} neurons",
         "Answers kept": f"{int((result.chosen > NOT_ASKED).sum()):,}",
         "Could not be parsed": f"{int((result.chosen == -1).sum()):,}",
         "Questions skipped": f"{len(about.get('skipped', [])):,}",
         "Read by": about.get("answer", "not known"),
         "Made with": f"vlmneurons {__version__}",
     }
-    changes = "Accuracy under each mask less clean accuracy, in points"
-    changes = changes if result.scores is None else "The mean score under each mask less the clean one"
-    return page_of(title, f"{changes}; intervals at {100 * confidence:g} %.", facts, shown, more, about, finding)
+    if about.get("others") is not None:
+        facts["Masks"] += f"; each question met its group's and {about['others']} others of each selector"
+    return facts
+
+
+def _chosen(result: KnockoutResult, main: str, selections: Mapping[str, Selection]) -> dict[str, str]:
+    """How many neurons the main selector's masks have, of how many, where, and what they were chosen by."""
+    sizes = [mask.size for mask in result.masks if mask.selector == main]
+    described = repr(selections[main]) if main in selections else str(result.provenance.get("selections", {}).get(main))
+    found = re.search(r"NeuronSpace\((.+?): (.*) = ([\d,]+) neurons\)", described)
+    site, of, rule, by = "not known", "", "not known", {}
+    if found:
+        site, of = f"{found[1]}, {found[2]}", found[3]
+        named = re.match(r"\W*Selection (.+): \d+ groups?, NeuronSpace", described)
+        rule = named[1] if named else rule
+    if main in selections:
+        about = selections[main].provenance
+        by = dict(about.get("statistics") or {})
+        used = [int(n) for n in (about.get("items") or {}).values()]
+        rule += f", on {_range(used)} questions a group" if used else ""
+        rule += {"correct": ", answered right", "wrong": ", answered wrong"}.get(str(by.get("condition")), "")
+    share = f" of {of} ({printed(100 * max(sizes) / int(of.replace(',', '')), 2)} %)" if of else ""
+    return {
+        "Neurons a mask": _range(sizes) + share,
+        "Site": site,
+        "Chosen by": rule,
+        "Tokens counted": str(by.get("tokens") or "not known"),
+    }
+
+
+def _range(sizes: Sequence[int]) -> str:
+    return f"{min(sizes):,}" + (f" to {max(sizes):,}" if len(set(sizes)) > 1 else "")
 
 
 def _finding(result: KnockoutResult, summary: pd.DataFrame, main: str) -> str:
-    """The result in a sentence, with its intervals and how many questions it is of; empty where none has masks."""
+    """The result in a sentence, with its intervals and how many questions it is of."""
     one = _overall(summary, [main]).iloc[0]
-    if not np.isfinite(one["self_effect"]):
-        return ""
-    unit, scale, digits = _UNITS[result.measure]
+    unit, scale, digits = UNITS[result.measure]
     told = []
     for effect in ("self_effect", "cross_effect"):
-        mean, low, high = (_number(scale * one[f"{effect}{end}"], digits) for end in ("", "_low", "_high"))
+        mean, low, high = (printed(scale * one[f"{effect}{end}"], digits) for end in ("", "_low", "_high"))
         few = "too few pictures or changed answers for an interval"
         told.append(f"{mean} {unit} " + (f"[{low}, {high}]" if np.isfinite(one[f"{effect}_low"]) else f"({few})"))
-    told_so = (
-        f"Switching off the neurons that {main} chose for a group moves its own questions by {told[0]}, and those of "
-        f"other groups by {told[1]}: {one['n']:,} questions about {one['pictures']:,} pictures, of "
-        f"{len(result.group_names)} groups."
-    )
+    told_so = f"Switching off the neurons of {main} moves questions by {told[1]}"
+    if np.isfinite(one["self_effect"]):
+        told_so = f"Switching off the neurons that {main} chose for a group moves its own questions by {told[0]}"
+        told_so += f", and those of other groups by {told[1]}" if np.isfinite(one["cross_effect"]) else ""
+    groups = "1 group" if len(result.group_names) == 1 else f"{len(result.group_names)} groups"
+    told_so += f": {one['n']:,} questions about {one['pictures']:,} pictures, of {groups}."
     clean, chance = float(np.mean(result.correct[0])), result.provenance.get("chance")
     if chance is None or clean - 1.645 * np.sqrt(clean * (1 - clean) / len(result.ids)) > chance:
         return told_so
@@ -643,7 +708,7 @@ def page_of(
     lead: str,
     facts: Keywords,
     shown: Sequence[Keywords],
-    more: Sequence[str],
+    more: Mapping[str, str],
     provenance: JSONMapping,
     finding: str = "",
 ) -> str:
@@ -654,7 +719,7 @@ def page_of(
         lead: what its numbers are, in a sentence.
         facts: what it is of, by name.
         shown: what it shows, as it was written.
-        more: names of further tables that lie beside it.
+        more: further tables that lie beside it, and what they hold.
         provenance: where its numbers come from.
         finding: the result, in a sentence.
     """

@@ -8,6 +8,7 @@ template, padding or special tokens decides what is counted, so it is worked out
 import hashlib
 import inspect
 import itertools
+import math
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -232,6 +233,12 @@ class Encoder:
         processor, hf = self.processor, self.model.hf
         if not any(callable(part) and pattern.search(found) for found, part in vars(processor).items()):
             return f"the questions have {name}, and {type(processor).__name__}, the VLM's processor, takes no {kind}s"
+        if kind == "sound" and not any(map(pattern.search, inspect.signature(processor.__call__).parameters)):
+            return (
+                f"the questions have audio, and {type(processor).__name__} takes sounds in its own apply_chat_template "
+                "alone, where no tokens of a question can be told: give the VLM a processor that is called with text= "
+                "and audio="
+            )
         arguments = inspect.signature(hf.forward).parameters
         taken = pattern if kind == "sound" else re.compile("video|pixel|image")  # some take frames as pictures
         if "input_ids" in arguments and not any(map(taken.search, arguments)):
@@ -391,7 +398,7 @@ class Encoder:
         of_towers = self._shown_to_towers(data, shown, tokens, alone)
         digests = {name: _digest(row) for name, row in opened.items()}
         seen_as = tuple(digests[item.id] for item in items)
-        if padding_side == "left" and self._learns_positions:
+        if padding_side == "left" and self._counts_positions:
             data["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # else padding would be counted
         made = Batch(dict(data), tokens, None, None, seen_as, of_towers)
         return cast(Batch, made.to(self.model.device))
@@ -444,16 +451,23 @@ class Encoder:
             )
 
     @cached_property
-    def _learns_positions(self) -> bool:
-        """Whether the decoder looks positions up in a table, and counts them from the first column unless told."""
+    def _counts_positions(self) -> bool:
+        """Whether the decoder looks positions up in a table, or weighs attention by them, and not by distances alone.
+
+        It counts them from the first column, padding or not, unless it is told.
+        """
         hf = self.model.hf
         if self.model.is_encoder_decoder or "position_ids" not in inspect.signature(type(hf).forward).parameters:
             return False
         words, decoder = hf.get_input_embeddings(), hf.get_decoder() if hasattr(hf, "get_decoder") else hf
         config = hf.config.get_text_config()
-        most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or math.inf
         tables = (one for one in decoder.modules() if isinstance(one, nn.Embedding) and one is not words)
-        return most is not None and any(one.num_embeddings >= most for one in tables)
+        # Llama 4, Ministral 3 and Mistral 4 weigh by a setting, Mistral Large 4 by numbers that are learned.
+        set_so = "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or ())
+        weighs = set_so or getattr(config, "attn_temperature_tuning", False)
+        learned = any(table.num_embeddings >= most for table in tables)
+        return bool(weighs) or learned or any(map(_weighs_by_position, decoder.modules()))
 
     @cached_property
     def _sampling_rate(self) -> int:
@@ -672,6 +686,16 @@ _N_TOKENS = "_get_num_multimodal_tokens"
 """By which transformers' processors tell how many tokens and tiles a size of pictures takes; promised nowhere."""
 
 _TOKEN_NAMES = ("image_token", "video_token", "audio_token", "boi_token", "image_pad_token")
+
+
+_OF_ATTENTION = ("attention_mask", "position_embeddings", "inputs_embeds")
+
+
+def _weighs_by_position(module: nn.Module) -> bool:
+    """Whether a module has numbers of its own for positions, and is neither an attention nor a rotary embedding."""
+    taken = inspect.signature(module.forward).parameters
+    has_numbers = any(True for _ in module.parameters(recurse=False))
+    return has_numbers and "position_ids" in taken and taken.keys().isdisjoint(_OF_ATTENTION)
 
 
 def _takes_pictures(processor: Any) -> bool:

@@ -180,8 +180,22 @@ class QuestionSet(Sequence[Question]):
         return hash(self._items)
 
     def __add__(self, other: Iterable[Question]) -> "QuestionSet":
+        """Both sets' questions, asked as the first says.
+
+        Raises:
+            QuestionError: an id stands twice, or the second set was given another way of its own to be asked.
+        """
         if not isinstance(other, Iterable):
             return NotImplemented
+        if isinstance(other, QuestionSet):
+            for name, usual in (("_prompt", None), ("answer", "letters"), ("shuffle", 0)):
+                mine, theirs = getattr(self, name), getattr(other, name)
+                if theirs not in (usual, mine):
+                    name = name.strip("_")
+                    raise QuestionError(
+                        f"one set is asked in one way: the first with {name}={mine!r}, the second with {theirs!r}. "
+                        f"Give it the first's with .asked({name}=…), or ask the two one after the other"
+                    )
         return self.with_items((*self._items, *other))
 
     def __repr__(self) -> str:
@@ -401,13 +415,17 @@ class QuestionSet(Sequence[Question]):
             **how: ``answer`` of the set: another `vlmneurons.RunningText`.
 
         Raises:
-            QuestionError: a text is empty or none, stands twice, or a single text is given for a list.
+            QuestionError: a text is empty or none, stands twice, or a single text or nothing is given for a list.
 
         Example:
             ``QuestionSet.from_texts({"de": german, "fr": french})``
         """
         of_kind("texts", texts, Mapping, QuestionError, "a dictionary of texts by group")
         named = {group: names(f"texts[{group!r}]", several, QuestionError) for group, several in texts.items()}
+        if bare := [group for group, own in named.items() if not own]:
+            raise QuestionError(
+                f"texts[{bare[0]!r}] is empty, and the group would be missing: leave it out, or give its texts"
+            )
         asked = [Question(None, text, group=group, answers=[text]) for group, own in named.items() for text in own]
         return cls(asked, **{"answer": "running", "shuffle": None, **how})
 

@@ -440,7 +440,8 @@ def _fault(path: Path) -> str:
 
 def _options(options: Any, rest: JSON, where: str) -> list[Any]:
     if isinstance(options, str):
-        options = literal_list(options, f"{where}: options must be a JSON list")
+        advice = ': write ["tea", "rice"], or give each a column: A, B, C, D, or columns={"options": [columns]}'
+        options = literal_list(options, f"{where}: options must be a JSON list", advice)
     if hasattr(options, "tolist"):
         options = options.tolist()
     if options is None:
@@ -488,12 +489,13 @@ def _lettered(rest: JSON, where: str) -> list[str]:
     return options
 
 
-def literal_list(text: str, what: str) -> Any:
+def literal_list(text: str, what: str, advice: str = "") -> Any:
     """The list that a text spells, in JSON or in Python's own way; never run.
 
     Args:
         text: the text.
         what: how an error begins.
+        advice: how it ends.
 
     Raises:
         QuestionError: it spells none for certain: two texts with nothing between them, as NumPy prints them, would be
@@ -512,7 +514,7 @@ def literal_list(text: str, what: str) -> Any:
                 return list(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
             pass
-    raise QuestionError(f"{what}; got {text!r:.200}") from found
+    raise QuestionError(f"{what}; got {text!r:.200}{advice}") from found
 
 
 def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmneurons.checks import Keywords, flag, of_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
+from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.model.architectures.hooks import read, see_number_of_tokens
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
@@ -72,9 +73,10 @@ def all_tokens(model: VLM, sites: Iterable[Site], number: Callable[[], int]) -> 
 
     routed = [(mlp, site) for site in sites if (mlp := model.mlp_of(site)).routed or mlp.expert is not None]
     routers = {mlp.path.rpartition(".")[0]: (mlp, site) for mlp, site in routed}
-    with contextlib.ExitStack() as stack:
-        for mlp, site in routers.values():
-            stack.enter_context(see_number_of_tokens(model.hf, mlp, checked(site)))
+    with UndividedStack() as stack:
+        with Undivided():
+            for mlp, site in routers.values():
+                stack.enter_context(see_number_of_tokens(model.hf, mlp, checked(site)))
         yield
 
 
@@ -219,19 +221,20 @@ class Counter:
             end: called after it.
         """
         hf = self.model.hf
-        with OWNERS.held(hf, "recorded"), contextlib.ExitStack() as stack:
-            stack.callback(self._scratch.clear)
-            stack.callback(self.forget)
-            for number, site in enumerate(self.space.sites):
-                stack.enter_context(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
-            words = [site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses]
-            stack.enter_context(
-                all_tokens(self.model, words, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
-            )
-            stack.callback(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))).remove)
-            stack.callback(hf.register_forward_pre_hook(Hook(begin or self._begin), with_kwargs=True).remove)
-            if end is not None:
-                stack.callback(hf.register_forward_hook(Hook(end)).remove)
+        with OWNERS.held(hf, "recorded"), UndividedStack() as stack:
+            with Undivided():
+                stack.callback(self._scratch.clear)
+                stack.callback(self.forget)
+                for number, site in enumerate(self.space.sites):
+                    stack.enter_context(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
+                words = [site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses]
+                stack.enter_context(
+                    all_tokens(self.model, words, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
+                )
+                stack.callback(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))).remove)
+                stack.callback(hf.register_forward_pre_hook(Hook(begin or self._begin), with_kwargs=True).remove)
+                if end is not None:
+                    stack.callback(hf.register_forward_hook(Hook(end)).remove)
             yield
 
     def _begin(self, *_: object) -> None:
@@ -319,13 +322,15 @@ class Counter:
             of_site = {"site": site} if "site" in inspect.signature(function).parameters else {}
             frame, self.frame = self.frame, None  # whatever part of the model it calls is not counted again
             try:
-                made = function(values, counted, **of_site)
+                made = function(values.clone(), counted.clone(), **of_site)  # it may write there; the model goes on
             finally:
                 self.frame = frame
             shape = (values.shape[0], values.shape[2])
             if not isinstance(made, Tensor) or tuple(made.shape) != shape:
                 got = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
                 raise BadStatistic(f"gave {got}, not [row, neuron] = {list(shape)}", name, site, 0)
+            if made.is_complex():
+                raise BadStatistic("gave complex numbers", name, site, 0)
             bad = torch.isnan(made).any(1)
             if bool(bad.any()):
                 raise BadStatistic("gave NaN", name, site, int(bad.nonzero()[0]))

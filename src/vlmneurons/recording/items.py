@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,15 @@ def _named(statistic: Any) -> dict[str, ItemStatistic]:
         if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
             taken = ", ".join(_TAKEN)
             raise MismatchError(f"statistic {name!r}: a name is of letters, digits and _, and none of {taken}")
+    # Files are called by them, and some disks keep no case of letters.
+    files = {name: name for name in _TAKEN}
+    for name in named:
+        if (file := unicodedata.normalize("NFKC", name).casefold()) in files:
+            raise MismatchError(
+                f"statistic {name!r} and {files[file]!r} would be one file where letters' case is not told apart: give "
+                "it another name"
+            )
+        files[file] = name
     return named
 
 

@@ -18,7 +18,7 @@ from vlmneurons.recording.groups import GroupTables
 from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
 from vlmneurons.run.engine import Engine
 from vlmneurons.run.identity import run_provenance, setting_of_run
-from vlmneurons.run.readers import AnswerReader, Reading
+from vlmneurons.run.readers import AnswerReader, Reading, checked
 from vlmneurons.run.remote import Remote
 from vlmneurons.statistics.counts import ActivationStatistics
 
@@ -125,7 +125,7 @@ class CountingJob(Job[Reading]):
             ActivationError: NaN or infinite activations; the message names the site and the question.
         """
         try:
-            return self.engine.count(questions, encoded, self.counter)
+            return checked(self.engine.count(questions, encoded, self.counter), self.engine.reader, questions)
         except NotFinite as found:
             raise self._located(questions, found) from None
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords, names
 from vlmneurons.errors import MismatchError, QuestionError, VLMNeuronsError
+from vlmneurons.files.stopping import Undivided
 from vlmneurons.model.encoder import TokenRule, free_tokens
 from vlmneurons.model.sound_rows import Heard, sound_rows
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
@@ -32,7 +33,9 @@ class Recorder:
 
     Works in plain calls (``model.hf(**inputs)``), in traces and in ``generate`` (whose every token is counted once).
     Rows belong to the group that `group` names, or to ``"all"``. A run that does not end, because it raised or was
-    stopped, is not counted at all.
+    stopped, is not counted at all. What it counts is what the model computes: whether the model's own code keeps the
+    rows of your batch apart, and from their padding, is not tried here as it is where the library asks questions. With
+    a model that is not known to do so, compare a batch with its rows alone.
 
     Args:
         model: the model.
@@ -76,16 +79,21 @@ class Recorder:
                 f"this recorder has counted under another setting: {'; '.join(differs[:3])}. Make another one"
             )
         self._setting = setting
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._counter.attached(self._begin, self._end))
-            stack.enter_context(self._generations())
-            self._entered = stack.pop_all()
+        try:
+            with Undivided(), contextlib.ExitStack() as stack:
+                stack.enter_context(self._counter.attached(self._begin, self._end))
+                stack.enter_context(self._generations())
+                self._entered = stack.pop_all()
+        except KeyboardInterrupt:  # as it was entered
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._entered is not None:
-            stack, self._entered = self._entered, None
-            stack.close()
+        with Undivided():
+            if self._entered is not None:
+                stack, self._entered = self._entered, None
+                stack.close()
 
     @contextlib.contextmanager
     def group(self, label: str | Sequence[str]) -> Iterator[None]:

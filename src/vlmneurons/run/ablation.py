@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import real
 from vlmneurons.errors import AblationError, MismatchError
+from vlmneurons.files.stopping import Undivided
 from vlmneurons.model.architectures.hooks import Handle, write
 from vlmneurons.model.architectures.inside import Hook, Removal
 from vlmneurons.model.vlm import VLM, check_model
@@ -74,7 +75,7 @@ def _refuse_saving(hf: nn.Module) -> Removal:
 
 
 @dataclass(frozen=True)
-class _Edit:
+class SiteEdit:
     """What happens to one site: the same for all rows (``columns``), or by row (``mask``)."""
 
     columns: Tensor | None
@@ -161,8 +162,10 @@ class Ablation:
             if not self.space.same_neurons(other.space):
                 raise MismatchError(f"the rows' neurons are of different spaces: {self.space} and {other.space}")
         self._refuse_foreign(model, self.space)
-        self._edits = self._plan(sets, self._values(values, sets))
+        self.edits = self._plan(sets, self._values(values, sets))
+        """What is done at each site that has something to do: an engine may do it to other rows than a forward's."""
         self._handles: list[Handle] = []
+        self._held = False
         self._what: Intervention | None = None
         self._given_values = values
 
@@ -220,7 +223,7 @@ class Ablation:
         allowed = f"[{size}]" if self.by_row else f"[{len(sets[0])}] or [{size}]"
         raise MismatchError(f"values are a number or a tensor of shape {allowed}; got {list(tensor.shape)}")
 
-    def _plan(self, sets: tuple[NeuronSet, ...], values: Tensor | None) -> dict[Site, _Edit]:
+    def _plan(self, sets: tuple[NeuronSet, ...], values: Tensor | None) -> dict[Site, SiteEdit]:
         """What to do at each site; sites with nothing to do are left out, so that they cost nothing."""
         edits = {}
         bounds = torch.tensor(self.space.offsets)
@@ -234,12 +237,12 @@ class Ablation:
                 continue
             here = None if values is None else values[start : start + width]
             if not self.by_row:
-                edits[site] = _Edit(columns[0], None, None if here is None else here[columns[0]])
+                edits[site] = SiteEdit(columns[0], None, None if here is None else here[columns[0]])
             else:
                 mask = torch.zeros((len(sets), width), dtype=torch.bool)
                 for row, part in enumerate(columns):
                     mask[row, part] = True
-                edits[site] = _Edit(None, mask, here)
+                edits[site] = SiteEdit(None, mask, here)
         return edits
 
     # -- being entered -------------------------------------------------------------------------------------------------
@@ -248,31 +251,41 @@ class Ablation:
         if self._handles:
             raise AblationError("this ablation is already in force; make another one to apply it twice")
         hf = self.model.hf
-        OWNERS.take(hf, "ablated")
-        _IN_FORCE.setdefault(hf, []).append(self)
         try:
-            # Entered first and removed last, so that an empty set is guarded against other threads as well.
-            guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
-            self._handles.append(Handle([guard, _refuse_saving(hf)]))
-            for site, edit in self._edits.items():
-                mlp = self.model.mlp_of(site.at(self.at))
-                self._handles.append(write(hf, mlp, self.at, self._editor(site, edit)))
+            with Undivided():
+                OWNERS.take(hf, "ablated")
+                self._held = True
+                _IN_FORCE.setdefault(hf, []).append(self)
+                # Entered first and removed last, so that an empty set is guarded against other threads as well.
+                guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
+                self._handles.append(Handle([guard, _refuse_saving(hf)]))
+                for site in self.edits:
+                    mlp = self.model.mlp_of(site.at(self.at))
+                    self._handles.append(write(hf, mlp, self.at, self._editor(site)))
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._handles:
-            return
-        while self._handles:
-            self._handles.pop().remove()
-        _IN_FORCE[self.model.hf].remove(self)
-        OWNERS.give(self.model.hf)
+        try:
+            self._leave()
+        except KeyboardInterrupt:  # as it began
+            self._leave()
+            raise
 
-    def _editor(self, site: Site, edit: _Edit) -> Callable[..., Tensor | None]:
+    def _leave(self) -> None:
+        with Undivided():
+            while self._handles:
+                self._handles.pop().remove()
+            if self._held:
+                self._held = False
+                _IN_FORCE[self.model.hf].remove(self)
+                OWNERS.give(self.model.hf)
+
+    def _editor(self, site: Site) -> Callable[..., Tensor | None]:
         """The function that gives one site's edited values."""
-        edit_in_place = self._in_place(site, edit)
+        edit_in_place = self.in_place(site)
 
         def apply(values: Tensor, tokens: Tensor | None = None) -> Tensor:
             # The model's own tensor may be kept by others: a trace shows it, a recorder counts it.
@@ -282,8 +295,16 @@ class Ablation:
 
         return apply
 
-    def _in_place(self, site: Site, edit: _Edit) -> Callable[..., None]:
-        """The function that edits one site's values where they are; index tensors are moved to its device once."""
+    def in_place(self, site: Site) -> Callable[..., None]:
+        """The function that edits one site's values where they are; index tensors are moved to its device once.
+
+        Args:
+            site: one of `edits`.
+
+        Raises:
+            AblationError: the function was given rows that are not those that the neurons are of.
+        """
+        edit = self.edits[site]
         cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
 
         def apply(values: Tensor, tokens: Tensor | None = None) -> None:

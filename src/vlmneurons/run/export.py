@@ -61,7 +61,7 @@ def export(
 
     Raises:
         AblationError: another mode, or one without what it needs; weights that several parts share, that are quantised,
-            or that have an adapter.
+            or that have an adapter; a factor that makes weights infinite.
         MismatchError: the neurons are not of this model.
         FileFormatError: the folder holds something; the checkpoint does not hold the columns as the model does.
 
@@ -73,14 +73,17 @@ def export(
     checked = Ablation(model, neurons, mode, factor=factor)  # says what is wrong with them, and is never entered
     of_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
     target = path_of("folder", folder, FileFormatError)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    place = target.resolve()  # a link stays, and what it leads to is written
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise FileFormatError(f"{target} exists already and is not empty: give a new folder")
+    if place == Path.cwd():
+        raise FileFormatError(f"{target} is where this process is, which cannot be put in its place: give a new folder")
     _refuse_changed(model.hf)
     wanted = {site: numbers for site, numbers in neurons.by_site().items() if len(numbers)}
     edits = [(mlp, _down(model.hf, mlp), wanted[site]) for site in wanted for mlp in [model.mlp_of(site)]]
     times = 0.0 if mode == "zero" else checked.factor
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
         source = _source(model)
         if source is None:
@@ -107,7 +110,7 @@ def export(
         for path in new.iterdir():
             path.chmod(0o644 if path.is_file() else 0o755)
         new.chmod(0o755)
-        os.replace(new, target)  # whole, or not there
+        os.replace(new, place)  # whole, or not there
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return target
@@ -281,7 +284,11 @@ def _scaled(hf: nn.Module, stored: _Stored, edits: Sequence[tuple[MLP, Down, Ten
         whole = stored.read(name).clone()
         for axis, expert, neurons in parts:
             part = (whole if expert is None else whole[expert]).movedim(axis, 0)
-            part[neurons] = 0 if times == 0 else (part[neurons].float() * times).to(part.dtype)
+            held = part[neurons]
+            scaled = held * times if held.dtype == torch.float64 else (held.float() * times).to(held.dtype)
+            if bool((scaled.isinf() & held.isfinite()).any()):
+                raise AblationError(f"factor {times:g} makes weights of {name} larger than {held.dtype} holds")
+            part[neurons] = 0 if times == 0 else scaled
         stored.write(name, whole)
     return [
         {"tensor": name, "expert": expert, "axis": axis, "neurons": len(neurons)}

@@ -20,7 +20,8 @@ from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, reads_logits
-from vlmneurons.run.replay import CannotReplay, Structure, replayed
+from vlmneurons.run.replay import CannotReplay, replayed
+from vlmneurons.run.replayable import structure_for
 
 
 def read_masked(
@@ -42,7 +43,7 @@ def read_masked(
         encoded: what ``reader.encode`` made of it.
         ablations: what to switch off; none of them may be entered.
     """
-    shared = [one for one in ablations if all(site.tower == "language" for site in one._edits)]
+    shared = [one for one in ablations if all(site.tower == "language" for site in one.edits)]
     readings = iter(())
     if reads_logits(reader) and len(shared) > 1:
         readings = _read_shared(model, reader, questions, encoded, shared)
@@ -61,7 +62,7 @@ def _read_shared(
     if any(map(is_watched, model.hf.modules())):
         return  # whose it is wants to see one run for each mask, and none that finds out about the model
     try:
-        structure = Structure.of(model, questions)
+        structure = structure_for(model, questions)
         for logits in replayed(model, structure, reader.wants(encoded), ablations):
             yield reader.score(model, questions, encoded, logits)
     except CannotReplay:
@@ -93,7 +94,7 @@ def read_some(
         ablations: what to switch off; none of them may be entered.
         rows: for each ablation the places of the questions that meet it.
     """
-    alone = [one.by_row or any(site.tower != "language" for site in one._edits) for one in ablations]
+    alone = [one.by_row or any(site.tower != "language" for site in one.edits) for one in ablations]
     pairs = [(one, own) for one, own, apart in zip(ablations, rows, alone, strict=True) if not apart]
     shared: Iterator[Reading] | None = None
     if pairs and not any(map(is_watched, model.hf.modules())):  # whose it is wants to see one run for each mask
@@ -163,7 +164,7 @@ def _tiles(
     rows = [own for own in known if own is not None]
     if len(rows) < len(known):
         raise CannotReplay("it is not known which rows are a question's")
-    structure = Structure.of(model, questions)
+    structure = structure_for(model, questions)
     waiting: list[dict[int, list[Tensor]]] = [{} for _ in turns.met]
     computed = [[row for place in own for row in rows[place]] for own in turns.rows]
     done = 0
@@ -208,7 +209,7 @@ def _by_row(
         owners = [of_rows[row] for row in range(len(wanted.positions))]
     elif type(reader).read is not Generate.read:
         raise CannotReplay("the reader runs the model in a way of its own")
-    mlps = [model.mlp_of(site) for one in turns.ablations for site in one._edits]
+    mlps = [model.mlp_of(site) for one in turns.ablations for site in one.edits]
     if any(mlp.tower != "language" or mlp.routed or mlp.expert is not None for mlp in mlps):
         raise CannotReplay("not all neurons are computed row by row")
     if any(one.mode not in ("zero", "scale") for one in turns.ablations) or not _BY_ROW.get(model.hf, True):

@@ -20,6 +20,7 @@ from typing_extensions import TypeVar
 
 from vlmneurons.checks import JSON, Keywords, of_kind, real, whole
 from vlmneurons.errors import ActivationError, QuestionError
+from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
@@ -28,7 +29,7 @@ from vlmneurons.questions.sets import QuestionSet, bare_prompt
 from vlmneurons.run.greedy import greedily, greedy_config, settings_of
 from vlmneurons.run.parsing import parse_answer
 from vlmneurons.run.pictures import each_once
-from vlmneurons.run.scoring import Scorer, check_scorer, name_of, score_of
+from vlmneurons.run.scoring import Scorer, check_scorer, name_of, range_of, score_of
 
 if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
@@ -83,6 +84,44 @@ class Reading:
         scores = None if self.scores is None else self.scores[list(rows)]
         graded = None if self.graded is None else self.graded[list(rows)]
         return Reading(tuple(self.chosen[row] for row in rows), scores, texts, graded)
+
+
+def checked(reading: object, reader: "AnswerReader", questions: Sequence[Question]) -> Reading:
+    """A reading of a reader, which may be the user's own: one answer to each question, and nothing that is no number.
+
+    Args:
+        reading: what `AnswerReader.read` gave.
+        reader: the reader, for the error.
+        questions: the questions that were asked.
+
+    Raises:
+        QuestionError: it is not of these questions, names an option that there is none of, or lacks a score, or has
+            NaN in its place; the message says which question, where it is one.
+    """
+    of_kind(f"what {reader!r} gives", reading, Reading, QuestionError)
+    assert isinstance(reading, Reading)
+    for name, dimensions in (("chosen", 1), ("scores", 2), ("texts", 1), ("graded", 1)):
+        values = getattr(reading, name)
+        shape = None if values is None else tuple(getattr(values, "shape", (len(values),)))
+        if shape is not None and (len(shape) != dimensions or shape[0] != len(questions)):
+            told = f"{reader!r} gave {name} of the shape {list(shape)} to {len(questions)} questions"
+            raise QuestionError(f"{told}: one for each is wanted")
+    if reader.grades and reading.graded is None:
+        raise QuestionError(f"{reader!r} grades answers, and gave no scores: Reading(…, graded=a tensor [question])")
+    scores = None if reading.scores is None else torch.as_tensor(reading.scores)
+    graded = None if reading.graded is None else torch.as_tensor(reading.graded).tolist()
+    for row, (choice, item) in enumerate(zip(reading.chosen, questions, strict=True)):
+        what = f"question {item.id!r}: {reader!r} gave"
+        n = len(item.options) or 2  # of an open question 0 is right and 1 wrong
+        if choice is not None and not -1 <= whole(f"{what} a choice, which", choice, QuestionError) < n:
+            raise QuestionError(f"{what} the choice {choice}, and there are 0 to {n - 1}; None names no option")
+        if graded is not None and not np.isfinite(graded[row]):
+            raise QuestionError(f"{what} the score {graded[row]}, which is no number")
+        if scores is None or item.is_open:
+            continue
+        if scores.shape[1] < n or bool(scores[row, :n].isnan().any()):
+            raise QuestionError(f"{what} the scores {scores[row].tolist()}: a number for each of {n} options is wanted")
+    return reading
 
 
 class AnswerReader(ABC, Generic[Encoded]):
@@ -347,11 +386,10 @@ def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
             raise _elsewhere(model, batch, hidden.shape[1])
 
     first = model.hf.get_submodule(model.towers["language"].layer_paths[0])
-    handle = first.register_forward_pre_hook(Hook(check), with_kwargs=True)
-    try:
+    with UndividedStack() as stack:
+        with Undivided():
+            stack.callback(first.register_forward_pre_hook(Hook(check), with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
     _ONE_TO_ONE.add(model.hf)
 
 
@@ -623,6 +661,7 @@ class Generate(AnswerReader[Batch]):
     def __post_init__(self) -> None:
         if self.scorer is not None and not callable(self.scorer):
             raise QuestionError(f"scorer is a function (text, question) -> float; got {self.scorer!r}")
+        range_of(self.scorer)  # what is wrong with it is said before hours of asking
         object.__setattr__(self, "threshold", real("threshold", self.threshold, QuestionError))
         object.__setattr__(self, "grades", self.scorer is not None)
         object.__setattr__(self, "shows_options", self.scorer is None)

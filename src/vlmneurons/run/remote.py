@@ -233,7 +233,7 @@ def edits_of(model: VLM, ablation: Ablation, remote: Remote = True) -> list[tupl
             f"remote={remote!r}: one set of neurons for each row cannot be sent; give one set for all rows"
         )
     edits = []
-    for site, edit in ablation._edits.items():
+    for site, edit in ablation.edits.items():
         envoy, end, part = stop(model, site.at(ablation.at), remote)
         assert part is None  # gate and post are never parts
         edits.append((site, envoy, end, edit.columns, ablation.mode, ablation.factor, edit.values))

@@ -10,8 +10,9 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
-from vlmneurons.checks import is_missing, names
+from vlmneurons.checks import is_missing, names, real
 from vlmneurons.errors import QuestionError, VLMNeuronsError
 from vlmneurons.questions.question import Question, normalize
 from vlmneurons.run.memory import is_out_of_memory
@@ -42,15 +43,36 @@ def score_of(scorer: Scorer, text: str, question: Question) -> float:
             raise
         told = f"the scorer {name_of(scorer)} failed on the text {text!r}: {type(error).__name__}: {error}"
         raise QuestionError(f"question {question.id!r}: {told}") from error
-    low, high = getattr(scorer, "range", (0, 1))
+    low, high = range_of(scorer)
     try:
         number = float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if isinstance(score, str) or not low <= number <= high:
-        told = f"the scorer {name_of(scorer)} gave {score!r}; a score is between {low} and {high}"
+    if isinstance(score, str | bytes) or not low <= number <= high or math.isinf(number):
+        told = f"the scorer {name_of(scorer)} gave {score!r}; a score is between {low:g} and {high:g}"
         raise QuestionError(f"question {question.id!r}: {told}")
     return number
+
+
+def range_of(scorer: object) -> tuple[float, float]:
+    """The numbers between which a scorer's scores are: its attribute ``range``, or that of the function it binds.
+
+    Args:
+        scorer: the scorer.
+
+    Raises:
+        QuestionError: the range is not two numbers, the lower first.
+    """
+    while isinstance(scorer, functools.partial) and not hasattr(scorer, "range"):
+        scorer = scorer.func
+    given: Any = getattr(scorer, "range", (0, 1))
+    try:
+        low, high = map(float, given)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not low < high:
+        raise QuestionError(f"the range of a scorer is its lowest and highest score; got {given!r}")
+    return low, high
 
 
 def name_of(scorer: Scorer) -> str:
@@ -163,7 +185,7 @@ def anls(text: str, question: Question, *, threshold: float = 0.5) -> float:
     Raises:
         QuestionError: the question has no answers, or the threshold is outside of [0, 1].
     """
-    if not 0 <= threshold <= 1:
+    if not 0 <= real("threshold", threshold, QuestionError) <= 1:
         raise QuestionError(f"threshold {threshold!r} is outside of [0, 1]")
     given = _folded(stated(text))
     best = 0.0

@@ -89,7 +89,8 @@ class AttributionStatistics(TableEvidence):
         Raises:
             SelectionError: some have none; the message names them.
         """
-        refuse_uncounted(self.groups, self.items, "with select_groups, or attribute more", "question was attributed")
+        what, condition = "question was attributed", self.provenance.get("condition")
+        refuse_uncounted(self.groups, self.items, "with select_groups, or attribute more", what, condition)
 
     def __add__(self, other: "AttributionStatistics") -> "AttributionStatistics":
         """Attributions of both sets of questions together; groups of either.

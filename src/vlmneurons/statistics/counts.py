@@ -196,7 +196,8 @@ class ActivationStatistics(TableEvidence, _files.Shareable):
         Raises:
             SelectionError: some have none; the message names them.
         """
-        refuse_uncounted(self.groups, self.tokens, "with select_groups, or record more items")
+        condition = self.provenance.get("condition")
+        refuse_uncounted(self.groups, self.tokens, "with select_groups, or record more items", condition=condition)
 
     def index(self, group: str) -> int:
         """Row of a group in the tables.

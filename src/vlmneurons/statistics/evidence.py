@@ -106,16 +106,24 @@ def checked_groups(groups: object) -> tuple[str, ...]:
 
 
 def refuse_uncounted(
-    groups: Iterable[str], counts: Int64[Tensor, " group"], advice: str, what: str = "token was counted"
+    groups: Iterable[str],
+    counts: Int64[Tensor, " group"],
+    advice: str,
+    what: str = "token was counted",
+    condition: object = None,
 ) -> None:
     """Make sure that every group has something to go by; ``advice`` says how one is left out, and what else helps.
+
+    ``condition`` is that of the questions that were counted, where it is known.
 
     Raises:
         SelectionError: some have nothing; the message names them.
     """
     missing = [group for group, count in zip(groups, counts.tolist(), strict=True) if count == 0]
     if missing:
+        told = "perhaps none met the condition"
+        if condition in ("correct", "wrong"):
+            told = f"perhaps the model's answers there are never {condition}; condition='all' counts every question"
         raise SelectionError(
-            f"no {what} for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out "
-            f"{advice} (perhaps none met the condition)"
+            f"no {what} for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out {advice} ({told})"
         )

@@ -740,7 +740,8 @@ class GroupedItems:
         Raises:
             SelectionError: some have none; the message names them.
         """
-        refuse_uncounted(self.groups, self.tokens, "of the grouping, or record more questions")
+        advice = "of the grouping, or record more questions"
+        refuse_uncounted(self.groups, self.tokens, advice, condition=self.condition)
 
     def balanced(self, size: int | None = None, *, seed: int = 0) -> "GroupedItems":
         """The same number of questions of every group, chosen by a seeded hash of their ids.

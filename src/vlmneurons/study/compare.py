@@ -67,7 +67,8 @@ class Comparison:
         notes = []
         for one, other in itertools.combinations(self.models, 2):
             asked, also = (
-                {*zip(part.ids, part.groups, strict=True)} for part in map(self.results.__getitem__, (one, other))
+                {*zip(part.ids, part.groups, part.answers.tolist(), strict=True)}
+                for part in (self.results[one], self.results[other])
             )
             if asked != also:
                 same = len(asked & also)
@@ -223,10 +224,10 @@ class Comparison:
             return found, math.nan
         if math.factorial(size) <= self.permutations:
             shuffled = [correlation(order) for order in itertools.permutations(range(size))]
-            return found, float(np.mean(np.abs(shuffled) >= abs(found) - 1e-12))
+            return found, float(np.mean(~(np.abs(shuffled) < abs(found) - 1e-12)))  # what has no rank tells nothing
         generator = np.random.default_rng(self.seed)
         shuffled = [correlation(generator.permutation(size).tolist()) for _ in range(self.permutations)]
-        return found, float((1 + np.sum(np.abs(shuffled) >= abs(found) - 1e-12)) / (1 + len(shuffled)))
+        return found, float((1 + np.sum(~(np.abs(shuffled) < abs(found) - 1e-12))) / (1 + len(shuffled)))
 
 
 def compare(
@@ -250,8 +251,8 @@ def compare(
         seed: of both.
 
     Raises:
-        MismatchError: fewer than two models, something that is no result, a part of a run, or a value that one of the
-            results does not hold.
+        MismatchError: fewer than two models, a name that is no text, something that is no result, a part of a run,
+            sweeps alone, or a value that one of the results does not hold.
         FileFormatError: a folder holds no result.
 
     Example:
@@ -260,6 +261,8 @@ def compare(
     of_kind("results", results, Mapping, MismatchError, "a dictionary of results by the name of the model")
     if len(results) < 2:
         raise MismatchError(f"models are compared with each other: give at least two; got {len(results)}")
+    if wrong := [name for name in results if not isinstance(name, str) or not name]:
+        raise MismatchError(f"the name of a model is a text that is not empty; got {wrong[0]!r}")
     opened = {str(name): _opened(name, one) for name, one in results.items()}
     measures = {one.measure for one in opened.values()}
     value = value or (measures.pop() if len(measures) == 1 else "correct")
@@ -272,7 +275,10 @@ def compare(
             one.values(value)
         except MismatchError as error:
             raise MismatchError(f"{name!r}: {error}") from error
-    return Comparison(opened, value, confidence, permutations, seed)
+    compared = Comparison(opened, value, confidence, permutations, seed)
+    if not compared.selectors:
+        raise MismatchError("all masks are settings of sweeps, which are not compared: give results of selectors")
+    return compared
 
 
 def _opened(name: object, given: Any) -> KnockoutResult:

@@ -1,11 +1,11 @@
 """Putting the parts of a run together: `KnockoutResult.join`, and results that are whole: their sum."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from vlmneurons.checks import JSON, few
 from vlmneurons.errors import FileFormatError, MismatchError
@@ -18,6 +18,7 @@ from vlmneurons.study.result import NOT_ASKED, RUN, KnockoutResult, chance_of
 
 def join_results(folders: Sequence[str | Path], out: Path) -> KnockoutResult:
     """See `KnockoutResult.join`."""
+    folders = list(folders) if isinstance(folders, Iterator) else folders  # they are gone through twice
     whole = _undivided(folders)
     told = None if whole else parts_of(folders, RUN)
     result = functools.reduce(added, whole) if told is None else _joined(told[0], told[2]["ids"])
@@ -43,7 +44,7 @@ def _joined(parts: Sequence[PartFolder], order: Sequence[str]) -> KnockoutResult
     place = {name: number for number, name in enumerate(ids)}
     columns = [np.array([place[name] for name in one.ids], dtype=np.int64) for one in results]
 
-    def whole(name: str, missing: object, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    def whole(name: str, missing: object, dtype: DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
         values = [getattr(one, name) for one in results]
         table = np.full((*shape, len(ids)), missing, dtype=dtype)
         for where, value in zip(columns, values, strict=True):
@@ -143,7 +144,7 @@ def added(one: KnockoutResult, other: KnockoutResult) -> KnockoutResult:
 
         ids, groups, pictures, answers, masks = one.ids, one.groups, one.pictures, one.answers, one.masks + other.masks
 
-    def table(name: str, missing: object, dtype: Any) -> np.ndarray | None:
+    def table(name: str, missing: object, dtype: DTypeLike) -> np.ndarray | None:
         found = [getattr(result, name) for result in (one, other)]
         if all(values is None for values in found):
             return None

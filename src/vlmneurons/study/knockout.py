@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import DTypeLike
 
 from vlmneurons.checks import JSON, JSONMapping, path_of
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
@@ -25,7 +26,7 @@ from vlmneurons.run.engine import Engine, Run
 from vlmneurons.run.identity import run_provenance, setting_of_run, versions
 from vlmneurons.run.intervention import Intervention, Values
 from vlmneurons.run.memory import MemoryLimit
-from vlmneurons.run.readers import AnswerReader, Reading
+from vlmneurons.run.readers import AnswerReader, Reading, checked
 from vlmneurons.run.remote import Remote
 from vlmneurons.study.design import Design, crossing
 from vlmneurons.study.masks import Mask, Masks, listed_masks, per_layer
@@ -64,7 +65,7 @@ def knockout(
         masks: what to switch off, by name: a `Selection` (one mask for each of its groups), a list of selections
             (repeats of one control, such as random seeds), a single `NeuronSet`, or any of these as an `Intervention`.
             Equal sets are run once.
-        controls: further questions, whose groups no mask is of, that measure general ability.
+        controls: further questions, whose groups no mask is of, that measure general ability, asked as the others are.
         others: masks of other groups that each question meets, besides its own group's; None for all of them. With
             k = 2 a study of 25 groups asks 4 runs a question and selector instead of 26; self effects are those of the
             full crossing, cross effects and gaps unbiased estimates of theirs. What is not asked is missing in the
@@ -106,7 +107,7 @@ def knockout(
     if part is not None and folder is None:
         raise QuestionError("a part needs a folder, from which it is joined with the others")
     questions = to_ask(questions, answer)
-    controls = QuestionSet(controls) if controls is not None and not isinstance(controls, QuestionSet) else controls
+    controls = None if controls is None else to_ask(controls, answer)
     asked = _asked(questions, controls)
     engine = engine_of(model, asked, remote)
     given = Intervention(NeuronSet.empty(model.space()), mode, factor, values, at)
@@ -266,7 +267,7 @@ class _Study:
         where = (answers["run"].to_numpy(np.int64), np.array([place[name] for name in answers["id"]], dtype=np.int64))
         rows = [0, *self.run_of]
 
-        def stacked(name: str, dtype: Any) -> np.ndarray:
+        def stacked(name: str, dtype: DTypeLike) -> np.ndarray:
             table = np.full((1 + len(self.ablations), len(kept)), _NOTHING[name], dtype=dtype)
             table[where] = answers[name].to_numpy(dtype)
             return table[rows]
@@ -360,7 +361,8 @@ class _AnswersJob(Job[pd.DataFrame]):
         runs = [Run(self._ablations[number], None if whole else tuple(meeting[number])) for number in numbers]
         try:
             for number, reading in zip(numbers, self.engine.answers(questions, encoded, runs), strict=True):
-                readings[number] = reading
+                asked = [questions[place] for place in meeting[number]]
+                readings[number] = checked(reading, self.engine.reader, asked)
                 told(len(meeting[number]))
             return _table(questions, meeting, readings)
         except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
@@ -458,4 +460,4 @@ def _describe(given: Any) -> object:
 
 def _scores(reading: Reading, n: int) -> np.ndarray:
     """The grades of a reading; NaN where it has none."""
-    return np.full(n, np.nan) if reading.graded is None else reading.graded.numpy()
+    return np.full(n, np.nan) if reading.graded is None else np.asarray(reading.graded, dtype=np.float64)

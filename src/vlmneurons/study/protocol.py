@@ -175,6 +175,7 @@ def run_study(
     distributed: bool = False,
     progress: bool = True,
     remote: Remote = False,
+    images: bool = True,
 ) -> StudyResult:
     """Run, or go on with, a whole study in a folder.
 
@@ -187,6 +188,7 @@ def run_study(
         distributed: share the work with the other processes of a ``torchrun``.
         progress: show one progress bar over all steps, with the time that is left.
         remote: where the model runs; True for nnsight's remote execution, see `vlmneurons.run.remote`.
+        images: show thumbnails in the report; False for pictures that may not be shared.
 
     Returns:
         The selections, the answers under every mask, further tables, and the path of the report.
@@ -221,7 +223,8 @@ def run_study(
     processes.wait()
     log.info("recording %d identification questions", len(identify))
     with Steps(_steps(identify, evaluate, protocol), disable=not (progress and processes.first)) as steps:
-        return _carried_out(model, identify, evaluate, folder, protocol, processes, general, distributed, remote, steps)
+        how: Keywords = {"distributed": distributed, "remote": remote, "images": images}
+        return _carried_out(model, identify, evaluate, folder, protocol, processes, general, steps, **how)
 
 
 def _steps(identify: QuestionSet, evaluate: QuestionSet, protocol: Protocol) -> list[Step]:
@@ -248,9 +251,11 @@ def _carried_out(
     protocol: Protocol,
     processes: Processes,
     general: QuestionSet | None,
+    steps: Steps,
+    *,
     distributed: bool,
     remote: Remote,
-    steps: Steps,
+    images: bool,
 ) -> StudyResult:
     """The steps one after the other, each skipped where its files are whole."""
     shown = not steps.hidden
@@ -301,19 +306,41 @@ def _carried_out(
         selector = SELECTORS[protocol.main](protocol.fraction)
         how = {"permutations": protocol.permutations, "balanced": True, "seed": protocol.seed}
         try:
-            tables["null of the selection"] = null_distribution(items, selector, **how)
+            tables[NULL] = null_distribution(items, selector, **how)
         except SelectionError as error:  # too few pictures for any p: the study's other results stand without it
             log.warning("the selection has no null: %s", error)
-            tables["null of the selection"] = pd.DataFrame({"there is none": [str(error)]})
+            tables[NULL] = pd.DataFrame({"there is none": [str(error)]})
     steps["shuffled labels"].finish()
     page = None
     steps["report"].start(1)
     if processes.first:
         log.info("writing the report")
-        page = result.report(folder / "report", main=protocol.main, others=others, tables=tables)
+        given: Keywords = {"others": others, "tables": tables, "selections": selections, "images": images}
+        every = evaluate if general is None else evaluate + general
+        given |= {"main": protocol.main, "questions": every, "settings": told_of(protocol)}
+        page = result.report(folder / "report", **given)
     steps["report"].finish()
     processes.wait()
     return StudyResult(result, others, selections, tables, page)
+
+
+NULL = "null of the selection"
+"""The table of shuffled labels, by its name in a report."""
+
+
+def told_of(protocol: Protocol) -> dict[str, str]:
+    """Lines of a report's head: the split, and the seeds of all that is drawn.
+
+    Args:
+        protocol: the settings.
+    """
+    first, last = protocol.seed, protocol.seed + protocol.repeats - 1
+    random = f"; random masks: {first} to {last}" if protocol.repeats > 1 else ""
+    return {
+        "Split": f"{100 * protocol.share:g} % of the questions choose neurons, the others are asked under masks; each "
+        "picture is on one side",
+        "Seeds": f"split, balancing and shuffled labels: {first}{random}",
+    }
 
 
 def study_masks(items: ItemStatistics, protocol: Protocol) -> tuple[dict[str, Selection], Masks]:

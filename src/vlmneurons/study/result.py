@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import DTypeLike
 
 from vlmneurons.checks import JSONMapping, one_of, path_of
 from vlmneurons.errors import FileFormatError, MismatchError
@@ -646,7 +647,7 @@ class KnockoutResult:
             if not np.array_equal(kept[name].to_numpy(dtype=values.dtype), values):
                 raise FileFormatError(f"{folder}: the column {name!r} of answers.parquet is not that of knockout.json")
 
-        def table(name: str, dtype: Any, missing: object, **how: Any) -> np.ndarray:
+        def table(name: str, dtype: DTypeLike, missing: object, **how: Any) -> np.ndarray:
             values = np.full(shape, missing, dtype=dtype)
             values[asked] = kept[name].to_numpy(dtype, **how)
             return values

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.errors import MismatchError, QuestionError
+from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
@@ -192,15 +193,12 @@ def _values(model: VLM, space: NeuronSpace) -> Iterator[dict[int, list[tuple[Ten
         seen.setdefault(position, []).append((values, tokens))
         return values
 
-    handles = []
-    try:
-        for position, site in enumerate(space.sites):
+    with UndividedStack() as stack:
+        with Undivided():
+            for position, site in enumerate(space.sites):
 
-            def edit(values: Tensor, tokens: Tensor | None = None, position: int = position) -> Tensor:
-                return keep(position, values, tokens)
+                def edit(values: Tensor, tokens: Tensor | None = None, position: int = position) -> Tensor:
+                    return keep(position, values, tokens)
 
-            handles.append(write(model.hf, model.mlp_of(site), "post", edit))
+                stack.enter_context(write(model.hf, model.mlp_of(site), "post", edit))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

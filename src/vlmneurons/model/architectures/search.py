@@ -569,6 +569,10 @@ class Search:
         lists = self._lists()
         seen = "\n".join(f"  {line}" for line in [*doubts[:6], *lists[:12]]) or "  no list of blocks"
         more = f"\n  and {len(doubts) - 6} more" if len(doubts) > 6 else ""
+        if any(hasattr(module, "lora_A") for module in self.model.modules()):
+            more += (
+                "\nAdapters lie on this model; where one hides what it is on, model.merge_and_unload() puts it inside."
+            )
         return (
             f"{name}: {what}. Seen:\n{seen}{more}\n"
             "If you know how it computes, say so once, before the model is wrapped:\n"

@@ -105,7 +105,7 @@ class VLLMEngine(Engine):
                 raise AblationError(f"engine='vllm': mode {ablation.mode!r} acts at 'post' only; run the model here")
         if counting is not None:
             need_plain_counts(self, counting)
-        edited = [site for ablation in ablations for site in ablation._edits]
+        edited = [site for ablation in ablations for site in ablation.edits]
         for site in [*edited, *(() if counting is None else counting.space.sites)]:
             mlp = self.model.mlp_of(site)
             if site.tower != "language" or mlp.expert is not None or mlp.routed:
@@ -188,7 +188,7 @@ class VLLMEngine(Engine):
         name = ablation.what.fingerprint
         if name not in self._number:
             mask = {}
-            for site, edit in ablation._edits.items():
+            for site, edit in ablation.edits.items():
                 assert edit.columns is not None
                 factor = {"zero": 0.0, "scale": ablation.factor, "add": 1.0}.get(ablation.mode, 0.0)
                 values = edit.values if ablation.mode != "add" or edit.values is None else ablation.factor * edit.values

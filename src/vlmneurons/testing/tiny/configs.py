@@ -19,8 +19,8 @@ _TEXT = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-_EYE = {  # CLIP, SigLIP and their like
-    "hidden_size": 32,
+_EYE = {  # CLIP, SigLIP and their like; no size is one of a decoder's, where the class leaves it free
+    "hidden_size": 40,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -29,7 +29,7 @@ _EYE = {  # CLIP, SigLIP and their like
 }
 _QWEN_EYE = {
     "depth": 2,
-    "hidden_size": 32,
+    "hidden_size": 40,
     "intermediate_size": 48,
     "num_heads": 2,
     "out_hidden_size": 32,
@@ -78,7 +78,7 @@ CONFIGS: dict[str, Keywords] = {
     "qwen2_vl": {
         "text_config": {**_TEXT, "rope_parameters": _ROPE},
         "vision_config": {
-            **{"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+            **{"depth": 2, "embed_dim": 40, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
             **{"spatial_merge_size": 2, "temporal_patch_size": 2},
         },
         **_QWEN_TOKENS,
@@ -123,7 +123,7 @@ CONFIGS: dict[str, Keywords] = {
             **{"vocab_size_per_layer_input": 640, "hidden_size_per_layer_input": 8},
         },
         "vision_config": {
-            **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+            **{"hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
             **{"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2},
             "position_embedding_size": 64,
         },
@@ -169,7 +169,7 @@ CONFIGS: dict[str, Keywords] = {
     },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral"},
-        "vision_config": {**_EYE, "image_size": 32, "head_dim": 16, "model_type": "pixtral"},
+        "vision_config": {**_EYE, "image_size": 32, "head_dim": 20, "model_type": "pixtral"},
         "image_token_index": IMAGE,
         "spatial_merge_size": 2,
     },
@@ -181,7 +181,7 @@ CONFIGS: dict[str, Keywords] = {
         },
         "vision_config": {
             **_EYE,
-            **{"intermediate_size": 128, "num_channels": 3, "pixel_shuffle_ratio": 0.5},
+            **{"intermediate_size": 160, "num_channels": 3, "pixel_shuffle_ratio": 0.5},
             **{"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
         },
         "image_token_index": IMAGE,
@@ -190,7 +190,7 @@ CONFIGS: dict[str, Keywords] = {
     "glm4v_moe": {
         "text_config": {
             **_GLM_TEXT,
-            **{"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+            **{"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 3},
             **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
         },
         "vision_config": {**_QWEN_EYE, "image_size": 16},
@@ -213,7 +213,7 @@ CONFIGS: dict[str, Keywords] = {
     "got_ocr2": {
         "text_config": {**_TEXT, "model_type": "qwen2"},
         "vision_config": {
-            **{"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+            **{"hidden_size": 40, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
             **{"image_size": 64, "patch_size": 4, "mlp_dim": 48, "window_size": 4, "global_attn_indexes": [1]},
         },
         "image_token_index": IMAGE,
@@ -225,10 +225,10 @@ CONFIGS: dict[str, Keywords] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         "vision_config": {
-            **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 2},
+            **{"hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 2},
             **{"attention_heads": 2, "image_size": 16, "patch_size": 4, "max_num_tiles": 2, "hidden_act": "gelu"},
             **{"supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "intermediate_layers_indices": [0]},
-            "vision_output_dim": 64,
+            "vision_output_dim": 80,
         },
         "image_token_index": IMAGE,
     },
@@ -239,8 +239,8 @@ CONFIGS: dict[str, Keywords] = {
             **{"head_dim": 16, "num_key_value_heads": 2, "image_size": [16, 16], "num_position_embeddings": 16},
         },
         "adapter_config": {
-            **{"vision_feature_layer": [1, 0], "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2},
-            **{"head_dim": 16, "intermediate_size": 48, "text_hidden_size": 32},
+            **{"vision_feature_layer": [1, 0], "hidden_size": 40, "num_attention_heads": 2, "num_key_value_heads": 2},
+            **{"head_dim": 16, "intermediate_size": 56, "text_hidden_size": 32},
         },
         "image_patch_id": IMAGE,
         "image_start_token_id": START,
@@ -252,13 +252,13 @@ CONFIGS: dict[str, Keywords] = {
     "florence2": {
         "text_config": {
             **{"model_type": "bart", "vocab_size": 1024, "d_model": 32, "max_position_embeddings": 256},
-            **{"encoder_layers": 2, "encoder_ffn_dim": 64, "encoder_attention_heads": 4},
+            **{"encoder_layers": 2, "encoder_ffn_dim": 80, "encoder_attention_heads": 4},
             **{"decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4},
             **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
         },
         "vision_config": {
             **{"depths": [1, 1], "patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1]},
-            **{"patch_prenorm": [False, True], "embed_dim": [16, 32], "num_heads": [2, 2], "num_groups": [2, 2]},
+            **{"patch_prenorm": [False, True], "embed_dim": [12, 24], "num_heads": [2, 2], "num_groups": [2, 2]},
             **{"window_size": 2, "projection_dim": 32, "max_temporal_embeddings": 4, "max_position_embeddings": 8},
         },
         "image_token_id": IMAGE,

@@ -51,7 +51,7 @@ def _llava_next(
 
     grid = [[16, 32], [32, 16], [32, 32]]
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+        hidden_size=40, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
     )
     config = LlavaNextConfig(
         vision_config=vision,
@@ -138,7 +138,7 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     vision = {
         "depth": 3,
-        "hidden_size": 32,
+        "hidden_size": 40,
         "intermediate_size": 48,
         "num_heads": 2,
         "out_hidden_size": 32,

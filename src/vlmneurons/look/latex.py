@@ -1,0 +1,192 @@
+"""Tables in LaTeX, as wide as a column of a two-column paper: what does not fit beside stands below.
+
+An interval stands below its number, columns that have no room go into a further block of the same rows, and rows that
+have none into a further float. The widths are estimated from above, for Computer Modern and narrower fonts.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+_COLUMN, _LETTERS, _SMALL, _GAP = 238.0, 8.0, 6.4, 4.0
+r"""Points: of 3.3 inches, of ``\footnotesize``, of ``\tiny`` (whose letters are wide), and between columns."""
+
+_WIDTHS = {**dict.fromkeys("fijlrt.,:;!'|[]() -", 0.41), **dict.fromkeys("mwMW%@&−<>–…", 0.9)}
+"""Of letters, in units of their size, where it is not that of most."""
+
+_LABEL, _LINES = 92.0, 60
+"""Points of a text that is set in several lines, and lines of a float."""
+
+_ESCAPED = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "−": r"$-$",
+    "–": "--",
+    "—": "---",
+    "…": r"\dots{}",
+    "’": "'",
+    "→": r"$\rightarrow$",
+    "×": r"$\times$",
+    "α": r"$\alpha$",
+}
+
+
+def cell_text(value: object) -> str:
+    """What stands in a cell; a number has three decimals, and a small one three digits that are not 0.
+
+    Args:
+        value: of a table.
+    """
+    if not isinstance(value, float | np.floating):
+        return re.sub(r"^-(?=[\d.]+(e-?\d+)?$)", "−", str(value))
+    if not np.isfinite(value):
+        return "–"
+    return (f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}").replace("-", "−")
+
+
+def is_text(column: pd.Series) -> bool:
+    """Whether a column holds words, which are aligned left.
+
+    Args:
+        column: of a table, with numbers as such or as they are printed.
+    """
+    return not pd.api.types.is_numeric_dtype(column) and not all(str(value)[:1] in "−–<0123456789" for value in column)
+
+
+def latex(table: pd.DataFrame, caption: str = "", label: str = "", turned: bool = False) -> str:
+    """A table in LaTeX with booktabs, every character of the cells escaped, at most 3.3 inches wide.
+
+    Args:
+        table: any table; numbers are aligned right.
+        caption: of the table.
+        label: what the text refers to it by.
+        turned: write the names of the columns upwards, but for the first.
+    """
+    for label_width in (_COLUMN, _LABEL):  # a long text is broken only where it has to be
+        columns = [
+            _Column(str(name), table.iloc[:, n], n == 0, label_width, turned and n > 0)
+            for n, name in enumerate(table.columns)
+        ]
+        if sum(one.width + _GAP for one in columns) <= _COLUMN:
+            break
+    blocks: list[list[_Column]] = [columns[:1]]
+    for column in columns[1:]:
+        if sum(one.width + _GAP for one in (*blocks[-1], column)) > _COLUMN and len(blocks[-1]) > 1:
+            blocks.append(columns[:1])
+        blocks[-1] = [*blocks[-1], column]
+    lines = max((one.lines for one in columns), default=1)
+    together = len(blocks) * (lines * len(table) + 3) <= _LINES
+    rows = max(1, (_LINES - 3) // lines)
+    parts = [range(start, min(start + rows, len(table))) for start in range(0, max(len(table), 1), rows)]
+    floats = [blocks] if together else [[block] for block in blocks]
+    told = [(of, part) for part in parts for of in floats]
+    text = [_float(of, part, caption, label, n, len(told)) for n, (of, part) in enumerate(told, start=1)]
+    letters = "".join([caption, *(text for one in columns for text in (one.name, *one.cells))])
+    return _needs(letters, turned) + "\n".join(text)
+
+
+class _Column:
+    """A column as it is set: its texts, their width in points, and in how many lines they stand."""
+
+    def __init__(self, name: str, values: pd.Series, first: bool, most: float, turned: bool) -> None:
+        self.name, self.cells = name, [cell_text(value) for value in values]
+        self.left = first or is_text(values)
+        found = [re.fullmatch(r"(−?[\d.]+) (\[.+\]|\(few\))", cell) for cell in self.cells]
+        several = any(one and one[2][0] == "[" for one in found)
+        found = found if several else [None] * len(found)
+        self.numbers = [one[1] if one else cell for one, cell in zip(found, self.cells, strict=True)]
+        self.intervals = [one[2] if one else "" for one in found] if several else []
+        widest = max((_LETTERS * _ems(text) for text in self.numbers), default=0.0)
+        widest = max(widest, max((_SMALL * _ems(text) for text in self.intervals), default=0.0))
+        self.head = name.split(" ", 1) if " " in name and _LETTERS * _ems(name) > widest and not turned else [name]
+        self.turned = turned
+        widest = max(widest, *(_LETTERS if turned else _LETTERS * _ems(word) for word in self.head))
+        self.most, self.width, self.boxed = most, min(widest, most), widest > most
+        texts = self.numbers if turned else [*self.numbers, self.name]
+        within = _LETTERS * max(map(_ems, texts), default=0.0) / (0.8 * most)
+        self.lines = math.ceil(within) if self.boxed else 2 if several else 1
+
+    def set_head(self, line: int) -> str:
+        """One line of the column's name; all of it, upwards, where it is turned."""
+        if line >= len(self.head):
+            return ""
+        return rf"\rotatebox{{90}}{{{_escaped(self.name)}}}" if self.turned else self.set(self.head[line])
+
+    def set(self, text: str) -> str:
+        """A cell's text."""
+        if not self.boxed or _LETTERS * _ems(text) <= self.most:
+            return _escaped(text)
+        return rf"\parbox[t]{{{self.most:g}pt}}{{\raggedright {_broken(text)}\strut}}"
+
+
+def _ems(text: str) -> float:
+    """How wide a text is at most, in units of its size."""
+    wide = (_WIDTHS.get(one, 1.0 if ord(one) > 0x2E80 else 0.8 if one.isupper() else 0.55) for one in text)
+    return sum(wide)
+
+
+def _float(blocks: list[list[_Column]], rows: range, caption: str, label: str, number: int, of: int) -> str:
+    caption = caption if number == 1 else caption.partition(". ")[0]
+    more = f"{caption} ({number} of {of})" if of > 1 else caption
+    lines = [
+        r"\begin{table}",
+        r"\centering\footnotesize\setlength{\tabcolsep}{2pt}",
+        *([rf"\caption{{{_broken(more)}}}"] if caption else []),
+        *([rf"\label{{{label}{f'-{number}' if number > 1 else ''}}}"] if label else []),
+    ]
+    for place, block in enumerate(blocks):
+        align = "".join("l" if one.left else "r" for one in block)
+        lines += [*([r"\\[4pt]"] if place else []), rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+        for line in range(max(len(one.head) for one in block)):
+            lines.append(_row(one.set_head(line) for one in block))
+        lines.append(r"\midrule")
+        for row in rows:
+            lines.append(_row(one.set(one.numbers[row]) for one in block))
+            small = [one.intervals[row] if one.intervals else "" for one in block]
+            if any(small):
+                lines.append(_row(rf"\tiny {_escaped(text)}" if text else "" for text in small))
+        lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    text = " & ".join(cells)
+    return ("{}" if text.startswith(("[", "*")) else "") + text + r" \\"  # else an argument of the \\ before it
+
+
+def _escaped(text: str) -> str:
+    return "".join(_ESCAPED.get(letter, letter) for letter in " ".join(text.split()))
+
+
+def _broken(text: str) -> str:
+    """A text whose long words may be broken anywhere."""
+    words = (
+        [word] if len(word) <= 16 else [word[at : at + 4] for at in range(0, len(word), 4)] for word in text.split()
+    )
+    return " ".join(r"\hspace{0pt}".join(map(_escaped, pieces)) for pieces in words)
+
+
+def _needs(text: str, turned: bool) -> str:
+    """What a document that holds the table needs."""
+    other = sorted(
+        {letter for letter in text if letter not in _ESCAPED and not (letter.isspace() or ord(letter) < 0x180)}
+    )
+    told = rf"% \usepackage{{booktabs{',graphicx' if turned else ''}}} and \usepackage[T1]{{fontenc}}"
+    if other:
+        told += f"; XeLaTeX or LuaLaTeX, with a font that has {''.join(other[:20])}{'…' if len(other) > 20 else ''}"
+    return told + "\n"

@@ -1,0 +1,183 @@
+"""What pages of results are made of: figures and tables with their files, and numbers as they are printed."""
+
+import hashlib
+import io
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vlmneurons.checks import Keywords
+from vlmneurons.files.atomic import write_text
+from vlmneurons.look.latex import cell_text, is_text, latex
+from vlmneurons.look.pages import inside
+
+UNITS = {
+    "correct": ("points of accuracy", 100.0, 1),
+    "margin": ("nats", 1.0, 2),
+    "score": ("the score's unit", 1.0, 3),
+}
+"""How a value's effects are printed: their unit, what they are multiplied by, and how many decimals they have."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One figure or table of the report, or examples, which have no files."""
+
+    name: str
+    title: str
+    caption: str
+    content: Figure | pd.DataFrame | list[Keywords]
+    of: str = ""
+    """The name, given by a user, that is part of this one's."""
+    data: pd.DataFrame | None = None
+    """What the CSV holds, if it is not what is printed."""
+    under: str = ""
+    """The figure whose section links to this one's files: it is not shown by itself."""
+    numbers: pd.DataFrame | None = None
+    """What a figure shows, as a table that a paper may print in its place."""
+    colours: str = ""
+    """What the caption says of a figure's colours, and not of its numbers."""
+
+    @property
+    def kind(self) -> str:
+        if isinstance(self.content, list):
+            return "examples"
+        return "table" if isinstance(self.content, pd.DataFrame) else "figure"
+
+
+def printed(value: Any, digits: int = 1) -> str:
+    """A number as it is printed: with so many decimals, or as many as it takes not to be 0 where it is not.
+
+    Args:
+        value: of an effect, in its unit.
+        digits: decimals.
+    """
+    if value is None or not np.isfinite(value):
+        return "–"
+    value = round(float(value), 9)  # means of shares that cancel each other leave 1e-17
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = np.format_float_positional(float(f"{value:.1g}"), trim="-") if value else f"{0:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def printed_p(value: float) -> str:
+    """A p-value as it is printed.
+
+    Args:
+        value: from 0 to 1.
+    """
+    if not np.isfinite(value):
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def file_name(name: str) -> str:
+    """A name for files: ASCII letters without accents, digits and hyphens; a digest where that loses a letter.
+
+    Args:
+        name: any.
+    """
+    bare = "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
+    words = "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in bare).split()
+    slug = "-".join(words).lower()[:60] or "unnamed"
+    lost = slug == "unnamed" or len(slug) == 60 or any(letter.isalnum() and not letter.isascii() for letter in bare)
+    return f"{slug}-{_digest(name)}" if lost else slug
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+
+
+def told_apart(parts: Sequence[Part], taken: Iterable[str]) -> list[Part]:
+    """Parts whose names are their own: one that a user's name gave, and another has too, ends with that name's digest.
+
+    The digest is of the name alone, so a file keeps its name when others come before it.
+
+    Args:
+        parts: of the report.
+        taken: names of further tables.
+    """
+    taken = [*taken, *(part.name for part in parts if part.numbers is not None)]
+    number = Counter([*((part.kind, part.name) for part in parts), *(("table", name) for name in taken)])
+    return [
+        replace(part, name=f"{part.name}-{_digest(part.of)}") if part.of and number[part.kind, part.name] > 1 else part
+        for part in parts
+    ]
+
+
+def written_parts(parts: Iterable[Part], folder: Path) -> list[Keywords]:
+    """Write all parts, and give what the page shows of them.
+
+    Args:
+        parts: of a page, told apart; one that stands under another comes after it.
+        folder: of the page.
+    """
+    shown: dict[str, Keywords] = {}
+    for part in parts:
+        one = written(part, folder)
+        if part.under:
+            shown[f"figure-{part.under}"].setdefault("alone", {})[part.of] = one["files"]
+        else:
+            shown[one["id"]] = one
+    return list(shown.values())
+
+
+def written(part: Part, folder: Path) -> Keywords:
+    """Write a part's files, and give what the page shows of it.
+
+    Args:
+        part: of a page.
+        folder: of the page.
+    """
+    shown: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": part.caption, "files": {}}
+    shown["caption"] += f" {part.colours}" * bool(part.colours)
+    if isinstance(part.content, list):
+        return shown | {"examples": part.content}
+    if isinstance(part.content, pd.DataFrame):
+        table = part.content
+        files = _printed_table(part, table, table if part.data is None else part.data, folder)
+        rows = [[cell_text(value) for value in row] for row in table.itertuples(index=False)]
+        shown |= {
+            "columns": list(table.columns),
+            "text": [is_text(table[name]) for name in table.columns],
+            "rows": rows,
+        }
+        return shown | {"files": files}
+    files = {kind: f"figures/{part.name}.{kind.lower()}" for kind in ("PNG", "SVG", "PDF")}
+    part.content.savefig(folder / files["PNG"], dpi=300, bbox_inches="tight")
+    part.content.savefig(folder / files["PDF"], bbox_inches="tight", metadata={"CreationDate": None})
+    buffer = io.BytesIO()
+    part.content.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    (folder / files["SVG"]).write_bytes(buffer.getvalue())
+    if part.numbers is not None:
+        files |= _printed_table(part, part.numbers, part.numbers, folder, turned=True)
+    return shown | {"files": files, "picture": inside(buffer.getvalue(), "image/svg+xml")}
+
+
+def _printed_table(
+    part: Part, table: pd.DataFrame, data: pd.DataFrame, folder: Path, turned: bool = False
+) -> dict[str, str]:
+    """Write a table of a part as CSV and LaTeX, and give its files by kind."""
+    write_table(folder, part.name, data)
+    told = f"{part.title}. {part.caption}" if part.caption else part.title
+    write_text(folder / "tables" / f"{part.name}.tex", latex(table, told, f"tab:{part.name}", turned))
+    return {"CSV": f"tables/{part.name}.csv", "LaTeX": f"tables/{part.name}.tex"}
+
+
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """Write a table for programs.
+
+    Args:
+        folder: of the page.
+        name: of the file.
+        table: as it is.
+    """
+    write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
