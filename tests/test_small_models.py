@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 import small_configs
@@ -36,6 +38,8 @@ SAMPLE = {
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_half_of_each_tower_off_is_zeroed_columns_and_counts_are_those_of_plain_hooks(name: str) -> None:
+    if name == "small/aria" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("its processor's pictures cannot be made small: it takes no defaults of its own")
     with torch.random.fork_rng(devices=[]):
         result = run(name)
     assert set(result["towers"]) >= SAMPLE[name]
