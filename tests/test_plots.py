@@ -24,7 +24,7 @@ from test_effects import random_result
 from test_trust import made_items
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import BLUE, ORANGE, natural, ordered, shortened
-from vlmneurons.look.plots import plot_effects, plot_flips
+from vlmneurons.look.plots.effects import plot_effects, plot_flips
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
 

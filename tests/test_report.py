@@ -21,7 +21,7 @@ from vlmneurons.cli import main
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.examples import changed_answers
 from vlmneurons.look.latex import latex
-from vlmneurons.look.plots import plot_effects
+from vlmneurons.look.plots.effects import plot_effects
 from vlmneurons.look.report import _finding
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult

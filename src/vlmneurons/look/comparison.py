@@ -14,7 +14,8 @@ from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
 from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, told_apart, write_table, written_parts
-from vlmneurons.look.plots import _VALUES, _frame, _plain, _points, plot_profiles
+from vlmneurons.look.plots.canvas import VALUES, draw_frame, draw_points, plain_names
+from vlmneurons.look.plots.neurons import plot_profiles
 from vlmneurons.look.report import _effect_table, page_of
 from vlmneurons.study.compare import Comparison
 
@@ -154,7 +155,7 @@ def _effects_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
     n_models = len(comparison.models)
     figure = PrintFigure(figsize=(6.4, 0.24 * len(names) * (n_models + 0.6) + 1.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    unit, scale, _ = _VALUES[comparison.value]
+    unit, scale, _ = VALUES[comparison.value]
     for axis, effect, what in ((left, "self_effect", "Self effect"), (right, "cross_effect", "Cross effect")):
         axis.axvline(0, color="black", linewidth=0.8)
         for n, model in enumerate(comparison.models):
@@ -163,9 +164,9 @@ def _effects_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
             _drawn(axis, rows, effect, scale, at, n, model)
         axis.set_title(what, fontsize=9)
         axis.set_xlabel(unit, fontsize=8)
-        axis.set_yticks(range(len(names)), _plain(names))
+        axis.set_yticks(range(len(names)), plain_names(names))
         axis.set_ylim(len(names) - 0.5, -0.5)
-        _frame(axis, "x")
+        draw_frame(axis, "x")
     return _with_legend(figure, [left])
 
 
@@ -175,15 +176,15 @@ def _groups_figure(comparison: Comparison, own: pd.DataFrame) -> Figure:
     figure = PrintFigure(figsize=(6.4, (0.1 + 0.11 * n_models) * len(names) + 1.6), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color="black", linewidth=0.8)
-    unit, scale, _ = _VALUES[comparison.value]
+    unit, scale, _ = VALUES[comparison.value]
     for n, model in enumerate(comparison.models):
         rows = own.loc[own["model"] == model]
         at = np.array([names.index(name) for name in rows["group"]]) + _offset(n, n_models)
         _drawn(axis, rows, "self_effect", scale, at, n, model)
-    axis.set_yticks(range(len(names)), _plain(names))
+    axis.set_yticks(range(len(names)), plain_names(names))
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel(unit)
-    _frame(axis, "x")
+    draw_frame(axis, "x")
     return _with_legend(figure, [axis])
 
 
@@ -206,7 +207,7 @@ def _profiles(comparison: Comparison) -> list[Part]:
 def _drawn(axis: Axes, rows: pd.DataFrame, effect: str, scale: float, at: np.ndarray, n: int, model: str) -> None:
     colour, marker = _STYLES[n % len(_STYLES)]
     ends = [scale * rows[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
-    _points(axis, ends, at, colour, marker, _plain([model])[0])
+    draw_points(axis, ends, at, colour, marker, plain_names([model])[0])
 
 
 def _offset(n: int, models: int) -> float:

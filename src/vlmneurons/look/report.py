@@ -22,17 +22,9 @@ from vlmneurons.look.examples import changed_answers
 from vlmneurons.look.figures import natural, ordered
 from vlmneurons.look.pages import page_from
 from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, told_apart, write_table, written_parts
-from vlmneurons.look.plots import (
-    plot_accuracy,
-    plot_curve,
-    plot_depth,
-    plot_effects,
-    plot_flips,
-    plot_matrix,
-    plot_null,
-    plot_overlap,
-    plot_random,
-)
+from vlmneurons.look.plots.effects import plot_accuracy, plot_curve, plot_effects, plot_flips, plot_random
+from vlmneurons.look.plots.matrices import plot_matrix, plot_overlap
+from vlmneurons.look.plots.neurons import plot_depth, plot_null
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet

@@ -1,0 +1,219 @@
+"""What the figures have in common: axes that make room for their words, points with intervals, and names of values."""
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from vlmneurons.checks import Keywords, of_kind
+from vlmneurons.errors import MismatchError
+from vlmneurons.look.figures import BLUE, GREEN, ORANGE, PURPLE, PrintFigure, ems, shortened, width_of, with_fonts
+
+VALUES = {
+    "delta": ("Change of accuracy (points)", 100.0, "effect"),
+    "correct": ("Change of accuracy (points)", 100.0, "effect"),
+    "margin": ("Change of log-probability margin (nats)", 1.0, "effect"),
+    "score": ("Change of the score", 1.0, "effect"),
+    "clean_score": ("Clean score", 1.0, "neutral"),
+    "right_to_wrong": ("Right answers that turned wrong (%)", 100.0, "harm"),
+    "wrong_to_right": ("Wrong answers that turned right (%)", 100.0, "gain"),
+    "wrong_to_wrong": ("Wrong answers that became other wrong ones (%)", 100.0, "neutral"),
+    "flips": ("Answers that changed (%)", 100.0, "neutral"),
+    "failures": ("Answers that could not be parsed (%)", 100.0, "neutral"),
+    "clean": ("Clean accuracy (%)", 100.0, "neutral"),
+    "ablated": ("Accuracy under the mask (%)", 100.0, "neutral"),
+    "n": ("Questions", 1.0, "neutral"),
+    "neurons": ("Neurons of the mask", 1.0, "neutral"),
+}
+"""What a column of the table is called, its unit, and what it means; anything else is a signed effect."""
+
+
+def drawn_into(ax: Axes | None, width: float | None, panels: int) -> None:
+    width_of(width)
+    if ax is not None:
+        of_kind("ax", ax, Axes, MismatchError, "axes of a matplotlib figure")
+        if width is not None:
+            raise MismatchError("width is that of a new figure, and ax has a figure: give one of the two")
+        if panels > 1:
+            raise MismatchError(f"ax takes one panel, and there are {panels}: name one selector")
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The whole figure that axes are in, also where they are in a part of it."""
+    figure = ax.figure
+    while not isinstance(figure, Figure):
+        figure = figure.figure
+    return figure
+
+
+def rc_size() -> float:
+    return float(FontProperties(size=rcParams["xtick.labelsize"]).get_size_in_points())
+
+
+def size_for(groups: int) -> float:
+    """Points of the text of a figure whose width is given."""
+    return 8.0 if groups <= 8 else 7.0 if groups <= 16 else 6.0
+
+
+def plain_names(names: Any) -> list[str]:
+    """Names as they are, long ones cut: a dollar sign would begin a formula, 300 letters leave no room for axes."""
+    cut = (f"{name[:39]}…" if len(name) > 40 else name for name in map(str, names))
+    return [name.replace("$", r"\$") for name in cut]
+
+
+STYLES = [(ORANGE, "o"), (BLUE, "s"), (GREEN, "D"), (PURPLE, "^"), ("black", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
+
+
+class Canvas:
+    """One panel with a legend: its figure, its axes, and how large its text is."""
+
+    def __init__(
+        self,
+        width: float | None,
+        ax: Axes | None,
+        legend: Sequence[str],
+        lines: int = 0,
+        usual: tuple[float, float] = (6.4, 0.3),
+    ) -> None:
+        """Make the figure, or take that of given axes.
+
+        Args:
+            width: of a new figure in inches.
+            ax: axes to draw into.
+            legend: names that the legend has.
+            lines: rows with a label, for figures as high as their rows.
+            usual: where no width is given, inches across, and for a row, or down.
+        """
+        drawn_into(ax, width, 1)
+        self.given, self.width = ax is not None, width
+        self.size = size_for(lines) if width else rc_size()
+        self.points = 72 * (width or usual[0])
+        if ax is not None:
+            self.figure, self.axis = figure_of(ax), ax
+            self.points = 72 * ax.get_position().width * self.figure.get_figwidth()
+        small = self.size if width else min(8.0, self.size)
+        widest = small * (max(map(ems, legend), default=0) + 4)
+        # A column of the legend is as wide as its widest name.
+        self.legend = {"ncols": int(max(1, min(4, len(legend), self.points // widest))), "fontsize": small}
+        if ax is not None:
+            return
+        below = math.ceil(len(legend) / self.legend["ncols"])
+        if width:
+            inside = 1.75 * self.size * lines if lines else 0.6 * 72 * width
+            height = (inside + 5.5 * self.size + 1.7 * self.size * below) / 72 + 0.15
+        else:
+            height = usual[1] * lines + 1.3 + 0.2 * below if lines else usual[1]
+        self.figure = PrintFigure(figsize=(width or usual[0], height), layout="constrained")
+        self.axis = self.figure.subplots()
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """Names as they fit beside the axes."""
+        if self.width:
+            names = shortened([str(name) for name in names], 12 if self.width < 5 else 24)
+        return plain_names(names)
+
+    def rows(self, labels: Iterable[str], at: Any = None) -> None:
+        """Label the rows, from the top."""
+        shown = self.names(labels)
+        number = len(shown) if at is None else math.ceil(max(at, default=0) + 0.4)
+        self.axis.set_yticks(range(number) if at is None else at, shown, fontsize=self.size)
+        self.axis.set_ylim(number - 0.5, -0.5)
+
+    def settings(self, at: np.ndarray, log: bool) -> None:
+        """Label places along the axis, on a log scale where that is wanted and can be."""
+        log = log and len(at) > 1 and float(at.min()) > 0
+        if log:
+            self.axis.set_xscale("log")
+            self.axis.minorticks_off()
+        labels = [f"{value:g}".replace("-", "−") for value in at]
+        room = 0.8 * self.points - 4 * self.size
+        self.axis.set_xticks(at, spaced(np.log(at) if log else at, labels, room, self.size))
+
+    def label(self, across: str, up: str = "") -> None:
+        """Name the axes, in as many lines as it takes."""
+        room = self.points - (0 if up else self.size * max((ems(one) for one in self._row_names()), default=0))
+        for text, put in ((across, self.axis.set_xlabel), (up, self.axis.set_ylabel)):
+            put(_wrapped(text, room - 4 * self.size, self.size), fontsize=self.size)
+        self.axis.tick_params(labelsize=self.size)
+
+    def _row_names(self) -> list[str]:
+        return [one.get_text() for one in self.axis.get_yticklabels()]
+
+    def done(self) -> Figure:
+        """Put the legend, and choose fonts."""
+        handles, labels = self.axis.get_legend_handles_labels()
+        if handles and self.given:
+            self.axis.legend(handles, labels, frameon=False, fontsize=self.legend["fontsize"])
+        elif handles:
+            self.figure.legend(handles, labels, loc="outside lower center", frameon=False, **self.legend)
+        with_fonts(self.axis if self.given else self.figure)
+        return self.figure
+
+
+def _wrapped(text: str, points: float, size: float) -> str:
+    """A text in lines that are no longer than so many points."""
+    return "\n".join(textwrap.wrap(text, max(12, int(points / (0.6 * size)))))
+
+
+def spaced(at: Any, labels: Sequence[str], points: float, size: float) -> list[str]:
+    """Labels of places along an axis, without those that would run into their neighbour."""
+    reach = (max(at) - min(at)) or 1.0
+    shown, end = [], -math.inf
+    for place, label in zip(at, labels, strict=True):
+        middle, half = points * (place - min(at)) / reach, 0.5 * size * ems(label)
+        fits = middle - half >= end + 0.3 * size
+        shown.append(label if fits else "")
+        end = middle + half if fits else end
+    return shown
+
+
+def draw_points(
+    axis: Axes,
+    drawn: Sequence[np.ndarray],
+    at: np.ndarray,
+    colour: str,
+    marker: str,
+    label: str,
+    *,
+    upright: bool = False,
+) -> None:
+    """Points with their intervals; an interval may lie to one side of its point."""
+    value, low, high = drawn
+    reach = np.vstack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
+    how: Keywords = {"yerr": reach} if upright else {"xerr": reach}
+    axis.errorbar(
+        *((at, value) if upright else (value, at)),
+        **how,
+        fmt=marker,
+        color=colour,
+        markersize=4.5,
+        linewidth=1.2,
+        capsize=2,
+        label=label,
+    )
+
+
+def draw_frame(axis: Axes, grid: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis=grid, color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def check_rows(table: pd.DataFrame, columns: Sequence[str], keys: Sequence[str], source: str) -> None:
+    """Make sure that a table is one that can be drawn: it has the columns, and one row for each of its keys."""
+    name = "summary" if source.endswith("summary") else "table"
+    of_kind(name, table, pd.DataFrame, MismatchError, f"the table that {source} gives")
+    if lacking := [one for one in columns if one not in table]:
+        raise MismatchError(f"the table has no column {', '.join(lacking)}: give the table of {source}")
+    if not len(table):
+        raise MismatchError(f"the table has no row to draw: give the table of {source}")
+    twice = table.loc[table.duplicated([*keys]), [*keys]].astype(str)
+    if len(twice):
+        raise MismatchError(f"the table has several rows for {', '.join(twice.iloc[0])}: draw one selector's alone")
