@@ -306,7 +306,7 @@ def test_results_of_one_group_of_a_set_of_no_group_and_with_gaps_are_reported(tm
 def compiled(folder, tables, engine="pdflatex"):
     """Compile tables in a column of 3.3 inches; gives what LaTeX complains of."""
     page = r"\documentclass[twocolumn]{article}\usepackage[textwidth=6.75in,textheight=9in,columnsep=.15in]{geometry}"
-    page += r"\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}"
+    page += r"\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx}\begin{document}"
     page += "".join(rf"\input{{{path}}}\clearpage " for path in tables) + r"\end{document}"
     (folder / "page.tex").write_text(page, encoding="utf-8")
     run = subprocess.run([engine, "-interaction=nonstopmode", "page.tex"], cwd=folder, capture_output=True, check=False)
