@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 import vlmneurons as vn
-from helpers import PAPER_MODELS, often, save_questions
+from helpers import PAPER_MODELS, often, save_questions, some_questions
 from recompute_study import compare
+from vlmneurons import cli
 from vlmneurons.cli import exit_status, main
 from vlmneurons.errors import QuestionError
 from vlmneurons.files.stopping import _ASKED, Stopped, stop_if_asked, stopped_by_signals
@@ -411,3 +412,17 @@ def test_the_help_of_every_command_comes_without_loading_anything_heavy():
         assert option in done.stdout
     assert done.stdout.endswith(f"vlmneurons {vn.__version__}\n")
     assert done.stderr == ""
+
+
+def test_neurons_are_by_default_not_tried_on_the_questions_that_they_are_found_on():
+    found_on, tried_on = (
+        {
+            item.id
+            for item in cli._sided(some_questions(12), inspect.signature(command).parameters["side"].default, given)
+        }
+        for command in (cli.record, cli.knockout)
+        for given in [{"share": 0.5, "seed": 0, "answer": None}]
+    )
+    assert found_on
+    assert tried_on
+    assert not found_on & tried_on

@@ -304,7 +304,7 @@ _Device = Annotated[str | None, typer.Option(help="where the weights go (default
 
 
 _Tokens = Annotated[str, _choice(*TOKENS, help="which tokens count")]
-_Side = Annotated[str, _choice("all", "identify", "evaluate", help="which side of the split")]
+_Side = Annotated[str, _choice("all", "identify", "evaluate", help="which side of the split is asked")]
 _Images = Annotated[str, _choice("thumbnails", "none", help="none: of pictures that may not be shared")]
 _Part = Annotated[str | None, typer.Option(metavar="N/COUNT", help="of the batches, to `join` with the others")]
 _Others = Annotated[int | None, typer.Option(help="masks of other groups a question meets (default: all)")]
@@ -408,7 +408,7 @@ def study(
         sys.stdout.write(summary.loc[summary["group"] == "all", shown].to_string(index=False) + f"\n{done.page}\n")
 
 
-def record(tokens: _Tokens = "content", side: _Side = "all", part: _Part = None, **given: Any) -> None:
+def record(tokens: _Tokens = "content", side: _Side = "identify", part: _Part = None, **given: Any) -> None:
     """Count how often neurons fire, question by question."""
     vn.Protocol(tokens=tokens, batch_size=given["batch_size"], share=given["share"], seed=given["seed"])
     how = _checked(given, part)
@@ -472,7 +472,9 @@ def _checked(given: Keywords, part: str | None) -> Keywords:
 def _sided(questions: "vn.QuestionSet", side: str, given: Keywords) -> "vn.QuestionSet":
     """The questions of one side of the split, read as the command says."""
     if side != "all":
-        questions = questions.split(given["share"], seed=given["seed"])[("identify", "evaluate").index(side)]
+        whole, place = len(questions), ("identify", "evaluate").index(side)
+        questions = questions.split(given["share"], seed=given["seed"])[place]
+        log.info("%d of %d questions: the side to %s on; --side all takes all", len(questions), whole, side)
     return questions if given["answer"] is None else questions.asked(answer=given["answer"])
 
 
