@@ -415,14 +415,9 @@ def test_the_help_of_every_command_comes_without_loading_anything_heavy():
 
 
 def test_neurons_are_by_default_not_tried_on_the_questions_that_they_are_found_on():
-    found_on, tried_on = (
-        {
-            item.id
-            for item in cli._sided(some_questions(12), inspect.signature(command).parameters["side"].default, given)
-        }
-        for command in (cli.record, cli.knockout)
-        for given in [{"share": 0.5, "seed": 0, "answer": None}]
-    )
+    given = {"share": 0.5, "seed": 0, "answer": None}
+    sides = [inspect.signature(command).parameters["side"].default for command in (cli.record, cli.knockout)]
+    found_on, tried_on = ({item.id for item in cli._sided(some_questions(12), side, given)} for side in sides)
     assert found_on
     assert tried_on
     assert not found_on & tried_on

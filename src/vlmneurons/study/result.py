@@ -500,12 +500,12 @@ class KnockoutResult:
     def plot_matrix(
         self, selector: str | Sequence[str] | None = None, *, value: str | None = None, **how: Any
     ) -> "Figure":
-        """Heat maps of `matrix`, masks by groups of questions; see `vlmneurons.look.plots.matrices.plot_matrix`.
+        """Heat maps of `matrix`, masks by groups of questions; see `vlmneurons.plot_matrix`.
 
         Args:
             selector: one of `selectors`, or several side by side; all of them unless given.
             value: what is shown; see `matrix`.
-            how: further arguments of `vlmneurons.look.plots.matrices.plot_matrix`: ``order``, ``width``, ``ax``, ``limit``.
+            how: further arguments of `vlmneurons.plot_matrix`: ``order``, ``width``, ``ax``, ``limit``.
         """
         from vlmneurons.look.plots.matrices import plot_matrix
 
