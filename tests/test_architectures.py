@@ -1083,7 +1083,7 @@ def test_towers_are_named_by_what_they_do() -> None:
     assert names("mllama") == {"language": "model.language_model.layers", "vision": "model.vision_model"}
     vision = find_towers(tiny_model("florence2")[0])["vision"]
     assert [mlp.name for mlp in vision.mlps] == ["spatial_block.ffn", "channel_block.ffn"] * 2
-    assert vision.widths == (64, 64, 128, 128)
+    assert vision.widths == (48, 48, 96, 96)
 
 
 def test_a_projection_that_weighs_something_else_is_no_mlp() -> None:

@@ -113,7 +113,7 @@ def test_integrated_gradients_equal_finite_differences_at_every_step(double):
 def test_integrated_gradients_of_a_layer_add_up_to_what_the_layer_does(double):
     questions = some_questions(1, groups="A")
     space = double.space()
-    given = vn.attribute(double, questions, method="integrated", steps=64, condition="all", progress=False)
+    given = vn.attribute(double, questions, method="integrated", steps=256, condition="all", progress=False)
     whole = margin(double, questions, 0)
     for position, site in enumerate(space.sites):
         with Scaled(double, {site.layer: torch.zeros(space.widths[position], dtype=torch.float64)}):

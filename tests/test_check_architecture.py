@@ -74,7 +74,7 @@ def test_a_vlm_is_checked_with_its_own_processor() -> None:
 def test_the_report_can_be_read() -> None:
     text = str(check_architecture(tiny_model("glm4v_moe")[0], inputs=tiny_inputs("glm4v_moe")))
     assert text.splitlines()[0] == "Glm4vMoeForConditionalGeneration"
-    assert "language: 2 layers, 6 MLPs x 24–64 = 184 neurons  [model.language_model.layers]" in text
+    assert "language: 2 layers, 6 MLPs x 24–72 = 232 neurons  [model.language_model.layers]" in text
     assert "4 x mlp.experts.*: pre = gate_up_proj (gate_up), gate = act_fn(pre), post = gate * up -> down_proj" in text
     assert "ran: " in text
 

@@ -334,6 +334,15 @@ def in_knockout(model, questions):
     vn.knockout(model, questions, {"x": vn.NeuronSet(model.space(), range(50))}, progress=False)
 
 
+@pytest.fixture
+def interruptible():
+    """Processes of pytest-xdist do not listen to ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("work", [in_ablation, in_recorder, in_knockout])
 def test_ctrl_c_while_hooks_are_put_on_or_taken_off_leaves_none_of_them(model, monkeypatch, work):
     """The keyboard's signal comes right after each hook is put on, and right before each is taken off."""

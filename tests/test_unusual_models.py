@@ -367,7 +367,7 @@ def test_an_encoder_is_counted_over_the_question_and_a_decoder_over_its_own_toke
                 florence.hf(**inputs, **extra)
             expected = fired_in(florence, tower, 1, counted, lambda extra=extra: florence.hf(**inputs, **extra))
             assert recorder.statistics.tokens.tolist() == [int(counted.sum())]
-            assert torch.equal(recorder.statistics.positive[0, WIDTH:], expected)
+            assert torch.equal(recorder.statistics.positive[0, -len(expected) :], expected)
 
 
 def test_a_decoder_is_counted_in_every_step_of_generate(florence: vn.VLM) -> None:
