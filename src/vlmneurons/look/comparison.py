@@ -13,7 +13,7 @@ from vlmneurons.checks import Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
-from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, told_apart, write_table, written_parts
+from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, write_parts
 from vlmneurons.look.plots.canvas import VALUES, draw_frame, draw_points, plain_names
 from vlmneurons.look.plots.neurons import plot_profiles
 from vlmneurons.look.report import _effect_table, page_of
@@ -50,11 +50,7 @@ def write_comparison(
     if main not in comparison.selectors:
         raise MismatchError(f"main={main!r} has no masks here; there are {', '.join(comparison.selectors)}")
     every = {"models": comparison.table(), "every-group": comparison.groups(), "profiles": comparison.profiles()}
-    for place in ("figures", "tables"):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-    shown = written_parts(told_apart(_parts(comparison, main), every), folder)
-    for name, table in every.items():
-        write_table(folder, name, table)
+    shown = write_parts(_parts(comparison, main), every, folder)
     facts = {
         name: f"{one.provenance.get('model', 'not known')}, {len(one.ids):,} questions of {len(one.group_names)} groups"
         for name, one in comparison.results.items()

@@ -4,7 +4,7 @@ import hashlib
 import io
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,11 @@ def _digest(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
 
 
-def told_apart(parts: Sequence[Part], taken: Iterable[str]) -> list[Part]:
+def _told_apart(parts: Sequence[Part], taken: Iterable[str]) -> list[Part]:
     """Parts whose names are their own: one that a user's name gave, and another has too, ends with that name's digest.
 
-    The digest is of the name alone, so a file keeps its name when others come before it.
-
-    Args:
-        parts: of the report.
-        taken: names of further tables.
+    The digest is of the name alone, so a file keeps its name when others come before it. Names in ``taken`` are those
+    of further tables.
     """
     taken = [*taken, *(part.name for part in parts if part.numbers is not None)]
     number = Counter([*((part.kind, part.name) for part in parts), *(("table", name) for name in taken)])
@@ -113,16 +110,21 @@ def told_apart(parts: Sequence[Part], taken: Iterable[str]) -> list[Part]:
     ]
 
 
-def written_parts(parts: Iterable[Part], folder: Path) -> list[Keywords]:
-    """Write all parts, and give what the page shows of them.
+def write_parts(parts: Sequence[Part], further: Mapping[str, pd.DataFrame], folder: Path) -> list[Keywords]:
+    """Write the files of all parts of a page, and give what the page shows of them.
 
     Args:
-        parts: of a page, told apart; one that stands under another comes after it.
-        folder: of the page.
+        parts: of a page; one that stands under another comes after it.
+        further: tables for programs, by name, which lie beside the parts'.
+        folder: of the page; gets ``figures/`` and ``tables/``.
     """
+    for place in ("figures", "tables"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+    for name, table in further.items():
+        _write_table(folder, name, table)
     shown: dict[str, Keywords] = {}
-    for part in parts:
-        one = written(part, folder)
+    for part in _told_apart(parts, further):
+        one = _written(part, folder)
         if part.under:
             shown[f"figure-{part.under}"].setdefault("alone", {})[part.of] = one["files"]
         else:
@@ -130,13 +132,8 @@ def written_parts(parts: Iterable[Part], folder: Path) -> list[Keywords]:
     return list(shown.values())
 
 
-def written(part: Part, folder: Path) -> Keywords:
-    """Write a part's files, and give what the page shows of it.
-
-    Args:
-        part: of a page.
-        folder: of the page.
-    """
+def _written(part: Part, folder: Path) -> Keywords:
+    """Write a part's files, and give what the page shows of it."""
     shown: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": part.caption, "files": {}}
     shown["caption"] += f" {part.colours}" * bool(part.colours)
     if isinstance(part.content, list):
@@ -166,18 +163,11 @@ def _printed_table(
     part: Part, table: pd.DataFrame, data: pd.DataFrame, folder: Path, turned: bool = False
 ) -> dict[str, str]:
     """Write a table of a part as CSV and LaTeX, and give its files by kind."""
-    write_table(folder, part.name, data)
+    _write_table(folder, part.name, data)
     told = f"{part.title}. {part.caption}" if part.caption else part.title
     write_text(folder / "tables" / f"{part.name}.tex", latex(table, told, f"tab:{part.name}", turned))
     return {"CSV": f"tables/{part.name}.csv", "LaTeX": f"tables/{part.name}.tex"}
 
 
-def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
-    """Write a table for programs.
-
-    Args:
-        folder: of the page.
-        name: of the file.
-        table: as it is.
-    """
+def _write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
     write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))

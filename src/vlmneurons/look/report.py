@@ -21,7 +21,7 @@ from vlmneurons.files.atomic import write_text
 from vlmneurons.look.examples import changed_answers
 from vlmneurons.look.figures import natural, ordered
 from vlmneurons.look.pages import page_from
-from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, told_apart, write_table, written_parts
+from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, write_parts
 from vlmneurons.look.plots.effects import plot_accuracy, plot_curve, plot_effects, plot_flips, plot_random
 from vlmneurons.look.plots.matrices import plot_matrix, plot_overlap
 from vlmneurons.look.plots.neurons import plot_depth, plot_null
@@ -117,12 +117,7 @@ def write_report(
     if len(result.group_names) > 2:
         pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
         every["every-pair"] = pd.concat(pairs).loc[:, ["selector", *pairs[0].columns[:-1]]]
-    parts = told_apart(parts, every)
-    for place in ("figures", "tables"):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-    shown = written_parts(parts, folder)
-    for name, table in every.items():
-        write_table(folder, name, table)
+    shown = write_parts(parts, every, folder)
     page = folder / "index.html"
     facts = _facts(result, main, chosen, settings or {}, how)
     finding = _finding(result, summary, main)
