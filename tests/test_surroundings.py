@@ -334,6 +334,14 @@ def in_knockout(model, questions):
     vn.knockout(model, questions, {"x": vn.NeuronSet(model.space(), range(50))}, progress=False)
 
 
+def in_inspection(model, questions):
+    vn.inspect_neuron(model, questions, 3, k=1, answers=False)
+
+
+def in_writes(model, questions):
+    vn.neuron_writes(model, vn.NeuronSet(model.space(), [3]))
+
+
 @pytest.fixture
 def interruptible():
     """Processes of pytest-xdist do not listen to ctrl-C."""
@@ -343,7 +351,7 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("work", [in_ablation, in_recorder, in_knockout])
+@pytest.mark.parametrize("work", [in_ablation, in_recorder, in_knockout, in_inspection, in_writes])
 def test_ctrl_c_while_hooks_are_put_on_or_taken_off_leaves_none_of_them(model, monkeypatch, work):
     """The keyboard's signal comes right after each hook is put on, and right before each is taken off."""
     questions, put, taken = some_questions(2), RemovableHandle.__init__, RemovableHandle.remove

@@ -6,7 +6,6 @@ numbered patches through the model's own packing (base picture, tiles, unpadding
 grid. For other models the picture is shown without a map, and the page says so: a map that may be wrong is not drawn.
 """
 
-import contextlib
 import html
 import io
 import math
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from vlmneurons.checks import Keywords, flag, of_kind, path_of, whole
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
+from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.look.pages import inside, page_from
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
@@ -526,9 +526,10 @@ def _values(model: VLM, neurons: Sequence[tuple[Site, int]], batch: Batch) -> Fl
 
         return keep
 
-    with contextlib.ExitStack() as hooks:
-        for site, own in places.items():
-            hooks.enter_context(read(model.hf, model.mlp_of(site), site.kind, keeper(own)))
+    with UndividedStack() as hooks:
+        with Undivided():
+            for site, own in places.items():
+                hooks.enter_context(read(model.hf, model.mlp_of(site), site.kind, keeper(own)))
         hooks.enter_context(all_tokens(model, places, lambda: flat.shape[1]))
         with torch.inference_mode():
             model.hf(**batch)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmneurons.errors import AblationError
+from vlmneurons.files.stopping import UndividedStack
 from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
@@ -219,7 +220,7 @@ def _by_row(
     if not all(one.space.same_neurons(nothing.space) for one in turns.ablations):
         raise CannotReplay("rows cannot have neurons of different spaces")
     for met in turns.met:
-        with contextlib.ExitStack() as stack:
+        with UndividedStack() as stack:
             for mode, factor, at in sorted(set(kind_of)):
                 sets = [nothing] * len(owners)
                 for row, owner in enumerate(owners):
