@@ -369,7 +369,7 @@ def test_a_model_that_transformers_cannot_load_is_told_in_a_line(places, capsys)
 
 def test_choices_and_defaults_are_those_of_the_library():
     from vlmneurons import cli
-    from vlmneurons.model.encoder import TOKEN_RULES
+    from vlmneurons.model.tokens import TOKEN_RULES
     from vlmneurons.recording.record import CONDITIONS
     from vlmneurons.study.protocol import SELECTORS
 

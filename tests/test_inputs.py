@@ -7,7 +7,7 @@ import torch
 import vlmneurons as vn
 from helpers import picture, some_questions
 from vlmneurons.errors import QuestionError
-from vlmneurons.model.encoder import TokenTable
+from vlmneurons.model.tokens import TokenTable
 from vlmneurons.study.controls import blind
 
 FOUR = ("Tea", "Rice", "Bread", "Soup")

@@ -9,7 +9,8 @@ import torch
 import vlmneurons as vn
 from helpers import some_questions
 from vlmneurons.errors import AblationError, ActivationError
-from vlmneurons.model.encoder import Batch, TokenTable
+from vlmneurons.model.encoder import Batch
+from vlmneurons.model.tokens import TokenTable
 from vlmneurons.run import masked, replay, replayable
 from vlmneurons.run.masked import _Turns, read_masked, read_some
 from vlmneurons.run.owners import OWNERS

@@ -6,7 +6,8 @@ import torch
 import vlmneurons as vn
 from helpers import picture, some_questions
 from test_masked import assert_same, both, masks_of, passes, random_set  # noqa: F401
-from vlmneurons.model.encoder import Batch, TokenTable
+from vlmneurons.model.encoder import Batch
+from vlmneurons.model.tokens import TokenTable
 from vlmneurons.run import replayable
 from vlmneurons.run.packing import Packing
 from vlmneurons.run.readers import reader_of
@@ -21,7 +22,7 @@ def batch_of(rows, *, left=False, pictures=None, image=()):
     is_image = torch.isin(ids, torch.tensor(image, dtype=ids.dtype)) if image else torch.zeros_like(attention)
     last = torch.where(attention, torch.arange(length), -1).amax(1)
     table = TokenTable(ids, attention, is_image, torch.zeros_like(attention), None, last)
-    return Batch({"input_ids": ids}, table, None, pictures=pictures)
+    return Batch({"input_ids": ids}, table, pictures)
 
 
 def last_of(batch):

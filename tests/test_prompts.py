@@ -132,6 +132,59 @@ def test_a_base_model_is_asked_plainly(causal):
         wrapped(causal, template="chatml")
 
 
+# -- functions in a template's place -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_function_that_cannot_be_called_with_a_text_and_a_number_is_no_template(causal):
+    for function in (lambda text: text, lambda text, n, more: text, lambda *, text, n_images: text):
+        with pytest.raises(ArchitectureError, match=r"template is a function \(text, n_images\) -> prompt, or 'plain'"):
+            wrapped(causal, template=function)
+    for function in ("{} {}".format, lambda *values, **_: values[0], max):  # Python knows no signature of some
+        assert wrapped(causal, template=function).template is function
+
+
+@pytest.mark.parametrize(
+    ("media", "message"),
+    [
+        (
+            (0, 1, 0),
+            r"questions' sounds \(got an unexpected keyword argument 'n_sounds'\).*function\(text, n_images, n_s",
+        ),
+        ((1, 2, 0), r"questions' sounds .*'n_sounds'.*to ask without sounds: vlmneurons.study.controls.blind"),
+        ((0, 0, 1), r"questions' videos .*'n_videos'.*function\(text, n_images, n_videos=…\) puts their placeholders"),
+        ((0, 1, 1), r"questions' sounds and videos .*function\(text, n_images, n_sounds=…, n_videos=…\) puts"),
+    ],
+)
+def test_a_function_without_room_for_what_a_question_shows_is_refused(media, message):
+    def two(text, n_images):
+        return "<image>" * n_images + text
+
+    _, processor = tiny_model("llava_next_qwen2")
+    prompts = Prompts(processor, two, None)
+    for ask in (lambda: prompts.render("What?", *media), lambda: prompts.frame(*media)):
+        with pytest.raises(QuestionError, match=f"the template function has no place for the {message}"):
+            ask()
+    assert prompts.render("What?", 2) == "<image><image>What?"
+    assert prompts.render("What?", 0) == "What?"
+
+
+def test_a_function_with_room_for_all_is_given_what_a_question_shows_and_no_more():
+    def all_of_it(text, n_images, **streams):
+        return f"{n_images} {sorted(streams.items())} {text}"
+
+    prompts = Prompts(tiny_model("llava_next_qwen2")[1], all_of_it, None)
+    assert prompts.render("What?", 1) == "1 [] What?"
+    assert prompts.render("What?", 1, 2, 3) == "1 [('n_sounds', 2), ('n_videos', 3)] What?"
+
+
+def test_a_template_set_anew_on_the_processor_is_tried_anew_and_the_old_one_is_remembered(causal):
+    model = wrapped(causal, STRINGS["added"])
+    for name in ("added", "parts", "added"):
+        model.tokenizer.chat_template = STRINGS[name]
+        assert model.encoder.render("What?", 0) == "<user>What?</user>"
+
+
 # -- thought -----------------------------------------------------------------------------------------------------------
 
 TURN = "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}<assistant>"

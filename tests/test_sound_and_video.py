@@ -557,6 +557,86 @@ def test_models_and_processors_that_take_no_sound_or_video_refuse_it_before_any_
     assert stats.items.tolist() == [2, 2]
 
 
+NO_ROOM = "the template function has no place for the questions' {}"
+NONE = "takes {0}: VLM\\(model, AutoProcessor.* to ask without {1}: vlmneurons.study.controls.blind"
+SHOWN = {
+    "a sound": {"audio": sound()},
+    "a video": {"video": video()},
+    "two pictures": {"image": [picture(0), picture(1)]},
+    "nothing": {},
+}
+
+
+def two_arguments(text: str, n_images: int) -> str:
+    return "<image>" * n_images + text
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "shown", "message"),
+    [
+        ("audio", two_arguments, "a sound", NO_ROOM.format("sounds")),
+        ("audio", two_arguments, "a video", NONE.format("no videos", "videos")),
+        ("audio", two_arguments, "two pictures", NONE.format("none", "pictures")),
+        ("audio", "plain", "a video", NONE.format("no videos", "videos")),
+        ("audio", "plain", "a sound", "has no place for sounds and videos; give"),
+        ("qwen2_5_vl", two_arguments, "a sound", NONE.format("no sounds", "sounds")),
+        ("qwen2_5_vl", two_arguments, "a video", NO_ROOM.format("videos")),
+        ("qwen2_5_vl", "plain", "a video", "has no place for sounds and videos; give"),
+        (
+            "qwen2_5_vl",
+            "plain",
+            "two pictures",
+            "'q0': the placeholders of its 2 pictures stand side by side in the pr",
+        ),
+        ("llava_next_qwen2", two_arguments, "a sound", NONE.format("no sounds", "sounds")),
+        ("llava_next_qwen2", two_arguments, "a video", NONE.format("no videos", "videos")),
+        *(("llava_next_qwen2", template, "two pictures", "") for template in (two_arguments, "plain")),
+        *((name, two_arguments, "nothing", "") for name in ("audio", "qwen2_5_vl", "llava_next_qwen2")),
+    ],
+)
+def test_what_a_template_or_processor_has_no_room_for_is_refused_alike_before_any_forward(
+    name, template, shown, message
+):
+    hf, processor = qwen2_audio() if name == "audio" else of_video(name) if "qwen2_5" in name else tiny_model(name)
+    model = vn.VLM(hf, processor, template=template)
+    item = replace(ask(), **SHOWN[shown])
+    forwards = []
+    hf.register_forward_pre_hook(lambda *_: forwards.append(1))
+    for run in (model.prepare, lambda q: vn.record(model, [q], condition="all", progress=False)):
+        if message:
+            with pytest.raises(QuestionError, match=message):
+                run(item)
+        else:
+            run(item)
+    assert bool(forwards) is not bool(message)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_processor_of_the_users_own_is_called_with_sounds_if_it_has_an_argument_for_them():
+    class Own:
+        def __init__(self, processor):
+            self.wrapped, self.tokenizer = processor, processor.tokenizer
+            self.chat_template, self.apply_chat_template = processor.chat_template, processor.apply_chat_template
+            self.image_token = None
+
+    class Hears(Own):
+        def __call__(self, text, audio=None, **options):
+            return self.wrapped(text=text, audio=audio, **options)
+
+    class Deaf(Own):
+        def __call__(self, text, padding, padding_side, add_special_tokens, return_tensors):
+            raise AssertionError("asked without its sound")
+
+    hf, processor = qwen2_audio()
+    item = ask(audio=sound())
+    expected = vn.VLM(hf, processor).prepare(item)
+    heard = vn.VLM(qwen2_audio()[0], Hears(processor)).prepare(item)
+    assert torch.equal(heard["input_ids"], expected["input_ids"])
+    assert torch.equal(heard.tokens.counted("audio"), expected.tokens.counted("audio"))
+    with pytest.raises(QuestionError, match=NONE.format("no sounds", "sounds")):
+        vn.VLM(qwen2_audio()[0], Deaf(processor)).prepare(item)
+
+
 def test_a_broken_sound_is_named_and_may_be_skipped(audio_model):
     questions = [ask(n, audio=sound(n)) for n in range(3)] + [ask(3, audio=b"no sound")]
     with pytest.raises(QuestionError, match="question 'q3': the sound 'bytes' cannot be opened"):

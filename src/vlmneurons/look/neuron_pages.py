@@ -26,7 +26,8 @@ from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.look.pages import inside, page_from
 from vlmneurons.model.architectures.hooks import read
-from vlmneurons.model.encoder import Batch, TokenRule
+from vlmneurons.model.encoder import Batch
+from vlmneurons.model.tokens import TokenRule
 from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.neurons.sites import Site, site_of

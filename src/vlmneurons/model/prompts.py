@@ -6,11 +6,12 @@ write out a list of parts as Python code; and those that open a thought where th
 """
 
 import hashlib
+import inspect
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ Template = Callable[[str, int], str] | Literal["plain"]
 THOUGHT = re.compile(r"[<\[◁](/?)(?:seed:)?(?:think|thinking|thought|reasoning|reflection)[>\]▷]", re.I)
 """Where a model's thought begins, or, with the first group, ends."""
 
+_REPLACE = "Give VLM(…, template=function) instead"
 _MARK = "QUESTIONTEXTGOESHERE"
 _AS_CODE = re.compile(r"['\"]text['\"]\s*:\s*['\"]$")
 _PLAIN_PROMPTS = ("PaliGemmaProcessor",)
@@ -39,7 +41,7 @@ class Processor(Protocol):
         """Model inputs of texts, and of what they show."""
         ...
 
-    def apply_chat_template(self, conversation: list[dict[str, object]], **how: Any) -> str:
+    def apply_chat_template(self, conversation: list[dict[str, object]], **options: Any) -> str:
         """A conversation as the model expects it."""
         ...
 
@@ -50,6 +52,14 @@ class Processor(Protocol):
 
 Media = tuple[int, int, int]
 """How many pictures, sounds and videos a question shows."""
+
+
+class _Frame(NamedTuple):
+    """What stands before and after a question's text; and whether the chat template takes it as a string, not parts."""
+
+    before: str
+    after: str
+    as_text: bool
 
 
 class Prompts:
@@ -67,7 +77,8 @@ class Prompts:
     def __init__(
         self, processor: object, template: Template | None, template_kwargs: Mapping[str, object] | None
     ) -> None:
-        if template is not None and not callable(template) and template != "plain":
+        takes_both = callable(template) and _call_fault(template, "", 0) == ""
+        if template is not None and template != "plain" and not takes_both:
             raise ArchitectureError(f"template is a function (text, n_images) -> prompt, or 'plain'; got {template!r}")
         if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
             raise ArchitectureError(f"template_kwargs are a mapping of names to values; got {template_kwargs!r}")
@@ -75,8 +86,7 @@ class Prompts:
         self.template: Template | None = template
         self.arguments: Keywords = dict(template_kwargs or {})
         self._tokenizer = getattr(processor, "tokenizer", processor)
-        self._frames: dict[tuple[Media, str], tuple[str, str]] = {}
-        self._as_text: dict[Media, bool] = {}
+        self._frames: dict[tuple[Media, bool, str], _Frame] = {}
         source = str(self.chat_template or "")
         for name in self.arguments:
             if name in _OURS:
@@ -97,8 +107,8 @@ class Prompts:
         """What prompts depend on besides the questions, for a record: the template, its digest and its arguments."""
         if self.template is None:
             source = self.chat_template
-            told = source if isinstance(source, str) else json.dumps(source, sort_keys=True)
-            digest = None if source is None else hashlib.sha256(told.encode()).hexdigest()
+            text = source if isinstance(source, str) else json.dumps(source, sort_keys=True)
+            digest = None if source is None else hashlib.sha256(text.encode()).hexdigest()
             return {"template": "chat", "template_sha256": digest, "template_kwargs": self.arguments}
         if self.template == "plain":
             return {"template": "plain", "template_sha256": None, "template_kwargs": {}}
@@ -121,11 +131,7 @@ class Prompts:
             QuestionError: there is no chat template, or it does not show the text as it is.
         """
         if callable(self.template) and not bare:
-            more = {name: n for name, n in (("n_sounds", n_sounds), ("n_videos", n_videos)) if n}
-            rendered = self.template(text, n_images, **more)
-            if not isinstance(rendered, str):
-                raise QuestionError(f"the template function gave {type(rendered).__name__}, not a text")
-            return rendered
+            return self._from_function(self.template, text, n_images, n_sounds, n_videos)
         plain = bare or self.template == "plain"
         if plain or (self.chat_template is None and type(self.processor).__name__ in _PLAIN_PROMPTS):
             if n_sounds or n_videos:
@@ -141,48 +147,93 @@ class Prompts:
                 "template='plain', which shows the text alone, as to a base model"
             )
         media = (n_images, n_sounds, n_videos)
-        before, after = self.frame(*media)
-        rendered = self._turn(text, media, as_text=self._as_text[media])
+        before, after, as_text = self._frame(media)
+        rendered = self._turn(text, media, as_text=as_text)
         shown = rendered[len(before) : len(rendered) - len(after)]
         if not (rendered.startswith(before) and rendered.endswith(after)) or shown.strip() != text.strip():
             raise QuestionError(
-                f"the chat template changes the question's text: {text[:60]!r} became {shown[:60]!r}. "
-                "Give VLM(…, template=function) instead"
+                f"the chat template changes the question's text: {text[:60]!r} became {shown[:60]!r}. {_REPLACE}"
             )
         return rendered
 
-    def frame(self, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> tuple[str, str]:
+    @staticmethod
+    def _from_function(template: Callable[..., object], text: str, n_images: int, n_sounds: int, n_videos: int) -> str:
+        """The prompt that a user's function makes.
+
+        Raises:
+            QuestionError: it has no argument for sounds or videos that the question has, or gives no text.
+        """
+        streams = {name: n for name, n in (("n_sounds", n_sounds), ("n_videos", n_videos)) if n}
+        if fault := _call_fault(template, text, n_images, **streams):
+            kinds = " and ".join(name[2:] for name in streams)
+            raise QuestionError(
+                f"the template function has no place for the questions' {kinds} ({fault}): give VLM(…, "
+                f"template=function), where function(text, n_images, {'=…, '.join(streams)}=…) puts their placeholders "
+                f"into the prompt; to ask without {kinds}: vlmneurons.study.controls.blind(questions)"
+            )
+        rendered = template(text, n_images, **streams)
+        if not isinstance(rendered, str):
+            raise QuestionError(f"the template function gave {type(rendered).__name__}, not a text")
+        return rendered
+
+    def frame(self, n_images: int, n_sounds: int = 0, n_videos: int = 0, *, bare: bool = False) -> tuple[str, str]:
         """What stands before and after a question's text.
 
         Args:
             n_images: how many pictures the question shows.
             n_sounds: how many sounds it has.
             n_videos: how many videos.
+            bare: whether the text stands alone after its pictures' placeholders, whatever the template is.
 
         Raises:
             QuestionError: the text is not shown, shown several times, or as code.
         """
-        media = (n_images, n_sounds, n_videos)
-        known = (media, str(self.chat_template))  # a user may set another on the processor
-        if known not in self._frames:
-            chat = self.template is None and self.chat_template is not None
-            shown = self._tried(media) if chat else self.render(_MARK, *media)
-            parts = shown.split(_MARK)
-            if chat and len(parts) == 1:
-                # Templates of text-only models join or drop a list of parts: never ask a question that is not there.
-                raise QuestionError("the chat template does not show the question's text: it may expect plain strings")
-            if len(parts) != 2:
-                raise QuestionError(
-                    f"the chat template shows the user's text {len(parts) - 1} times; expected once. "
-                    "Give VLM(…, template=function) instead"
-                )
-            if chat and _AS_CODE.search(parts[0]):
-                raise QuestionError(
-                    "the chat template expects a string, so it has no place for pictures and would show the question "
-                    "as Python code. Give VLM(…, template=function) instead"
-                )
-            self._frames[known] = (parts[0], parts[1])
-        return self._frames[known]
+        before, after, _ = self._frame((n_images, n_sounds, n_videos), bare)
+        return before, after
+
+    def _frame(self, media: Media, bare: bool = False) -> _Frame:
+        key = (media, bare, str(self.chat_template))  # a user may set another template on the processor
+        if key not in self._frames:
+            self._frames[key] = self._tried(media, bare)
+        return self._frames[key]
+
+    def _tried(self, media: Media, bare: bool) -> _Frame:
+        """The frame, found by showing the template a text that it cannot know."""
+        is_chat = self.template is None and self.chat_template is not None and not bare
+        shown, as_text = self._tried_chat(media) if is_chat else (self.render(_MARK, *media, bare=bare), False)
+        before, *others = shown.split(_MARK)
+        if is_chat and not others:
+            # Templates of text-only models join or drop a list of parts: never ask a question that is not there.
+            raise QuestionError("the chat template does not show the question's text: it may expect plain strings")
+        if len(others) != 1:
+            raise QuestionError(
+                f"the chat template shows the user's text {len(others)} times; expected once. {_REPLACE}"
+            )
+        if is_chat and _AS_CODE.search(before):
+            raise QuestionError(
+                "the chat template expects a string, so it has no place for pictures and would show the question "
+                f"as Python code. {_REPLACE}"
+            )
+        return _Frame(before, others[0], as_text)
+
+    def _tried_chat(self, media: Media) -> tuple[str, bool]:
+        """The mark in the chat template, and whether as a string, not a list of parts: as it shows it rightly."""
+        text_first = isinstance(self.processor, PreTrainedTokenizerBase)
+        ways = [False] if any(media) else [text_first, not text_first]
+        attempts: list[tuple[str, bool]] = []
+        for as_text in ways:
+            try:
+                rendered = self._turn(_MARK, media, as_text=as_text)
+            except Exception as error:  # a template's own errors are of any kind: it adds a list to a string
+                if as_text is ways[-1] and not attempts:
+                    raise QuestionError(
+                        f"the chat template refuses a question ({type(error).__name__}: {error}). {_REPLACE}"
+                    ) from error
+                continue
+            if rendered.count(_MARK) == 1 and not _AS_CODE.search(rendered.split(_MARK)[0]):
+                return rendered, as_text
+            attempts.append((rendered, as_text))
+        return max(attempts, key=lambda attempt: attempt[0].count(_MARK))
 
     def thought(self, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> str | None:
         """The tag by which the prompt opens a thought of the model's, if it leaves it open.
@@ -223,46 +274,26 @@ class Prompts:
             return None
         for name in _SWITCHES:
             if name not in self.arguments and re.search(rf"\b{name}\b", str(self.chat_template or "")):
-                quiet = self._turn(_MARK, media, as_text=self._as_text.get(media, False), **{name: False})
-                if quiet.split(_MARK)[-1] != self.frame(*media)[1]:
+                _, after, as_text = self._frame(media)
+                quiet = self._turn(_MARK, media, as_text=as_text, **{name: False})
+                if quiet.split(_MARK)[-1] != after:
                     return name
         return None
 
-    def _tried(self, media: Media) -> str:
-        """The mark in the chat template, as a list of parts or as a string: as the template shows it rightly."""
-        text_first = isinstance(self.processor, PreTrainedTokenizerBase)
-        ways = [False] if any(media) else [text_first, not text_first]
-        shown: list[str] = []
-        for as_text in ways:
-            try:
-                rendered = self._turn(_MARK, media, as_text=as_text)
-            except Exception as error:  # a template's own errors are of any kind: it adds a list to a string
-                if as_text is ways[-1] and not shown:
-                    raise QuestionError(
-                        f"the chat template refuses a question ({type(error).__name__}: {error}). "
-                        "Give VLM(…, template=function) instead"
-                    ) from error
-                continue
-            self._as_text[media] = as_text
-            if rendered.count(_MARK) == 1 and not _AS_CODE.search(rendered.split(_MARK)[0]):
-                return rendered
-            shown.append(rendered)
-        self._as_text[media] = ways[0]
-        return max(shown, key=lambda rendered: rendered.count(_MARK))
-
-    def _turn(self, text: str, media: Media, *, as_text: bool, **more: Any) -> str:
+    def _turn(self, text: str, media: Media, *, as_text: bool, **switches: Any) -> str:
         n_images, n_sounds, n_videos = media
         kinds = ["image"] * n_images + ["video"] * n_videos + ["audio"] * n_sounds
         parts = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
         content: str | Sequence[Mapping[str, str]] = text if as_text else parts
-        own = getattr(self.processor, "chat_template", None)
-        how = {} if own else {"chat_template": self.chat_template}  # a processor does not look at its tokenizer's
+        has_template = getattr(self.processor, "chat_template", None)
+        # A processor does not look at its tokenizer's template.
+        options = {} if has_template else {"chat_template": self.chat_template}
         return self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=False,
-            **how,
-            **{**self.arguments, **more},
+            **options,
+            **{**self.arguments, **switches},
         )
 
     def _placeholder(self, n_images: int) -> str:
@@ -273,3 +304,14 @@ class Prompts:
                 "VLM(…, template=function), where function(text, n_images) returns the whole prompt"
             )
         return str(token)
+
+
+def _call_fault(function: Callable[..., object], *values: object, **options: object) -> str:
+    """Why a function cannot be called with these arguments; empty where it can, or where Python does not know."""
+    try:
+        inspect.signature(function).bind(*values, **options)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a function that is not written in Python may have no signature
+        return ""
+    return ""

@@ -19,7 +19,8 @@ from vlmneurons.checks import Keywords, of_kind, one_of, real, whole
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.model.architectures.hooks import write
-from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
+from vlmneurons.model.encoder import Batch
+from vlmneurons.model.tokens import TokenRule, check_token_rule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress

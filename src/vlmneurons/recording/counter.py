@@ -15,8 +15,9 @@ from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.files.stopping import Undivided, UndividedStack
 from vlmneurons.model.architectures.hooks import read, see_number_of_tokens
 from vlmneurons.model.architectures.inside import Hook
-from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
+from vlmneurons.model.encoder import Batch
 from vlmneurons.model.sound_rows import Heard
+from vlmneurons.model.tokens import TokenRule, check_token_rule
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.sites import NeuronSpace, Site
 from vlmneurons.run.engine import Counts

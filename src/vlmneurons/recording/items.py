@@ -13,7 +13,7 @@ import numpy as np
 from vlmneurons.checks import path_of
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.files.digests import digest_of_code
-from vlmneurons.model.encoder import TokenRule
+from vlmneurons.model.tokens import TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress

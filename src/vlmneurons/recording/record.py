@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from vlmneurons.checks import one_of
 from vlmneurons.errors import ActivationError, QuestionError
-from vlmneurons.model.encoder import TokenRule
+from vlmneurons.model.tokens import TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
@@ -54,7 +54,7 @@ def record(
         space: the neurons to count; by default the gates of the language tower.
         condition: ``"correct"`` (questions answered right, as the paper does), ``"wrong"`` or ``"all"``.
         tokens: which tokens count: ``"content"``, ``"image"``, ``"text"``, ``"last"``, or a function; see
-            `vlmneurons.model.encoder.TokenTable.counted`. Several rules by name, such as ``{"picture": "image", "text":
+            `vlmneurons.model.tokens.TokenTable.counted`. Several rules by name, such as ``{"picture": "image", "text":
             "text"}``, make the kinds of tokens the groups, in place of the questions' own, all counted in one pass.
         batch_size: questions a forward; where they do not fit into memory, half as many from then on (the provenance
             says so under ``"halved"``).

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vlmneurons.checks import Keywords, names
 from vlmneurons.errors import MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.files.stopping import Undivided
-from vlmneurons.model.encoder import TokenRule, free_tokens
 from vlmneurons.model.sound_rows import Heard, sound_rows
+from vlmneurons.model.tokens import TokenRule, free_tokens
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vlmneurons.checks import JSON
 from vlmneurons.errors import MismatchError, QuestionError
-from vlmneurons.model.encoder import Batch, TokenRule
+from vlmneurons.model.encoder import Batch
+from vlmneurons.model.tokens import TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.sets import QuestionSet

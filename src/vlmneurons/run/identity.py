@@ -10,7 +10,7 @@ import vlmneurons.model.identity as of_model
 from vlmneurons._version import __version__
 from vlmneurons.checks import JSON
 from vlmneurons.files.digests import digest_of_code
-from vlmneurons.model.encoder import TokenRule
+from vlmneurons.model.tokens import TokenRule
 from vlmneurons.model.vlm import VLM
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import ablations_in_force

@@ -265,6 +265,7 @@ def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
         QuestionError: the chat template opens a thought, or lets the model think.
     """
     for n_media in () if questions.prompt is bare_prompt else sorted({item.n_media for item in questions}):
+        model.encoder.refuse_media(*n_media)
         model.prompts.refuse_thought(*n_media)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vlmneurons.checks import JSON, Wire
 from vlmneurons.errors import AblationError, MismatchError, QuestionError
-from vlmneurons.model.encoder import Batch, TokenRule
+from vlmneurons.model.encoder import Batch
+from vlmneurons.model.tokens import TokenRule
 from vlmneurons.model.vlm import VLM, offloaded_to
 from vlmneurons.neurons.sites import Site
 from vlmneurons.questions.sets import QuestionSet

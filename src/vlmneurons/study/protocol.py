@@ -25,7 +25,7 @@ from vlmneurons.checks import Keywords, names, of_kind, path_of, plain, real, sh
 from vlmneurons.errors import MismatchError, QuestionError, SelectionError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.files.folders import git_state
-from vlmneurons.model.encoder import TOKEN_RULES
+from vlmneurons.model.tokens import TOKEN_RULES
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
