@@ -15,6 +15,11 @@ from vlmneurons.neurons.sets import NeuronSet, check_one_site_per_layer, check_s
 from vlmneurons.neurons.sites import NeuronSpace
 
 _ADVICE = "the LAPE format has one list per layer"
+_LAST_GROUP_LEFT_OUT = (
+    ". The authors' code leaves out a last group for which no neuron was found, so five of their seven released files "
+    "(BLOOM, LLaMA-2-70B, Mistral, OPT, Phi-2) hold six lists where their README names seven languages: name the last "
+    "group no more, if it is such a file"
+)
 
 
 def to_lape(sets: Mapping[str, NeuronSet], path: "str | os.PathLike[str] | None" = None) -> list[list[Tensor]]:
@@ -43,18 +48,12 @@ def from_lape(nested: object, space: NeuronSpace, groups: Sequence[str]) -> tupl
         got = f"{len(nested)} lists" if isinstance(nested, (list, tuple)) else f"a {type(nested).__name__}"
         fewer = isinstance(nested, (list, tuple)) and 0 < len(nested) < len(groups)
         raise FileFormatError(
-            f"{source}: expected one list for each of {len(groups)} groups; got {got}" + (_SHORT if fewer else "")
+            f"{source}: expected one list for each of {len(groups)} groups; got {got}"
+            + (_LAST_GROUP_LEFT_OUT if fewer else "")
         )
     if len(set(groups)) != len(groups):
         raise FileFormatError(f"{source}: a group is named twice in {', '.join(map(str, groups))}")
     return {group: _set_of(source, group, layers, space) for group, layers in zip(groups, nested, strict=True)}, source
-
-
-_SHORT = (
-    ". The authors' code leaves out a last group for which no neuron was found, so five of their seven released files "
-    "(BLOOM, LLaMA-2-70B, Mistral, OPT, Phi-2) hold six lists where their README names seven languages: name the last "
-    "group no more, if it is such a file"
-)
 
 
 def _loaded(source: str) -> Any:

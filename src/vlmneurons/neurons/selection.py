@@ -20,9 +20,9 @@ from vlmneurons.neurons.sets import (
     Immutable,
     NeuronSet,
     check_same_space,
-    check_sorted,
     expected_jaccard,
-    space_of_file,
+    read_file,
+    set_of_file,
 )
 from vlmneurons.neurons.sites import NeuronSpace
 
@@ -71,9 +71,9 @@ class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
             MismatchError: the sets are not all of one space.
         """
         try:
-            given = sets if isinstance(sets, Mapping) else list(sets)
-            sets = dict(given)
-            if len(sets) < len(given):
+            pairs = list(sets.items() if isinstance(sets, Mapping) else sets)
+            sets = dict(pairs)
+            if len(sets) < len(pairs):
                 raise ValueError("a group stands in it twice")
             budget = None if budget is None else operator.index(budget)
         except (TypeError, ValueError) as error:
@@ -97,8 +97,8 @@ class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
         object.__setattr__(self, "_provenance", _files.plain(dict(provenance or {}), "provenance"))
 
     def __reduce__(self) -> tuple[object, ...]:
-        how = {"selector": self._selector, "budget": self._budget, "provenance": self._provenance}
-        return functools.partial(Selection, **how), (self._sets,)
+        options = {"selector": self._selector, "budget": self._budget, "provenance": self._provenance}
+        return functools.partial(Selection, **options), (self._sets,)
 
     @property
     def selector(self) -> str:
@@ -190,11 +190,11 @@ class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
             MismatchError: the space is of other towers, layers, widths or kinds of site.
         """
         sets = {group: neurons.on(space) for group, neurons in self._sets.items()}
-        provenance = {**self._provenance, "carried_from": self.space.fingerprint}
-        return Selection(sets, selector=self._selector, budget=self._budget, provenance=provenance)
+        return self._with(sets, carried_from=self.space.fingerprint)
 
-    def _with(self, sets: Mapping[str, NeuronSet]) -> "Selection":
-        return Selection(sets, selector=self._selector, budget=self._budget, provenance=self._provenance)
+    def _with(self, sets: Mapping[str, NeuronSet], **provenance: str) -> "Selection":
+        provenance = {**self._provenance, **provenance}
+        return Selection(sets, selector=self._selector, budget=self._budget, provenance=provenance)
 
     def table(self) -> "pandas.DataFrame":
         """Number of neurons per group (rows) and layer (columns), zeros included.
@@ -223,7 +223,7 @@ class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
         import pandas as pd
 
         level = functools.cache(lambda first, second: expected_jaccard(first, second, len(self.space)))
-        sizes = [len(one) for one in self._sets.values()]
+        sizes = list(map(len, self._sets.values()))
         chance = [[level(min(first, second), max(first, second)) for second in sizes] for first in sizes]
         index = pd.Index(self.groups, name="group")
         tables = [
@@ -292,8 +292,7 @@ class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
         Raises:
             FileFormatError: the file is damaged, of another kind, or from a newer version.
         """
-        tensors, data = _files.read(path, "Selection", {"indices": "I64", "sizes": "I64"})
-        space = space_of_file(path, data)
+        tensors, data, space = read_file(path, "Selection", ["indices", "sizes"])
         groups, budget = data.get("groups"), data.get("budget")
         sizes, indices = tensors["sizes"], tensors["indices"]
         if (
@@ -307,10 +306,8 @@ class Selection(Immutable, _files.Shareable, Mapping[str, NeuronSet]):
             raise FileFormatError(f"{path}: the groups, selector, budget or provenance are not what a Selection has")
         if sizes.ndim != 1 or sizes.shape[0] != len(groups) or (sizes < 0).any() or int(sizes.sum()) != indices.numel():
             raise FileFormatError(f"{path}: the sizes of the sets do not agree with the indices")
-        sets = {}
-        for group, part in zip(groups, indices.flatten().split(sizes.tolist()), strict=True):
-            check_sorted(path, part, len(space))
-            sets[group] = NeuronSet._of(space, part)
+        parts = indices.flatten().split(sizes.tolist())
+        sets = {group: set_of_file(path, space, part) for group, part in zip(groups, parts, strict=True)}
         try:
             return cls(sets, selector=data["selector"], budget=budget, provenance=data["provenance"])
         except (SelectionError, MismatchError) as error:
@@ -338,9 +335,9 @@ def jaccards(first: Selection, second: Selection) -> Float64[np.ndarray, "group 
         ends = np.cumsum([0, *map(len, selection.values())])
         return csr_array((np.ones(len(places)), places, ends), shape=(len(selection), len(selection.space)))
 
-    one, other = incidence(first), incidence(second)
-    shared = (one @ other.T).toarray()
-    union = np.add.outer(one.sum(1), other.sum(1)) - shared
+    shared = (incidence(first) @ incidence(second).T).toarray()
+    sizes = ([len(neurons) for neurons in selection.values()] for selection in (first, second))
+    union = np.add.outer(*sizes) - shared
     return np.divide(shared, union, out=np.ones(union.shape), where=union > 0)
 
 

@@ -8,6 +8,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, SupportsIndex, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import JSON, of_kind
 from vlmneurons.errors import FileFormatError, MismatchError, SiteError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace, Site
@@ -76,24 +77,23 @@ class NeuronSet(Immutable, _files.Shareable):
 
     @classmethod
     def _of(cls, space: NeuronSpace, indices: Tensor) -> "NeuronSet":
-        """A set from indices that are known to be sorted, unique, in the space, and nobody else's."""
-        made = object.__new__(cls)
-        object.__setattr__(made, "_space", space)
-        object.__setattr__(made, "_indices", indices)
-        return made
+        """A set from indices that are known to be sorted, unique and in the space, and that nobody else writes to."""
+        neurons = object.__new__(cls)
+        object.__setattr__(neurons, "_space", space)
+        object.__setattr__(neurons, "_indices", indices)
+        return neurons
 
     @classmethod
     def empty(cls, space: NeuronSpace) -> "NeuronSet":
-        """The set of no neuron.
+        """The set without any neuron.
 
         Args:
             space: the space that numbers the neurons.
 
         Raises:
-            SiteError: it is no space.
+            SiteError: ``space`` is not a `NeuronSpace`.
         """
-        check_space(space)
-        return cls._of(space, torch.empty(0, dtype=torch.int64))
+        return cls(space)
 
     @classmethod
     def full(cls, space: NeuronSpace) -> "NeuronSet":
@@ -103,10 +103,9 @@ class NeuronSet(Immutable, _files.Shareable):
             space: the space that numbers the neurons.
 
         Raises:
-            SiteError: it is no space.
+            SiteError: ``space`` is not a `NeuronSpace`.
         """
-        check_space(space)
-        return cls._of(space, torch.arange(len(space)))
+        return ~cls(space)
 
     @classmethod
     def from_indices(
@@ -172,7 +171,7 @@ class NeuronSet(Immutable, _files.Shareable):
 
         Raises:
             MismatchError: the mask is not boolean or not as long as the space.
-            SiteError: the space is none.
+            SiteError: ``space`` is not a `NeuronSpace`.
         """
         check_space(space)
         try:
@@ -254,20 +253,16 @@ class NeuronSet(Immutable, _files.Shareable):
         return self._of(self._space, combine(self._indices, other._indices))
 
     def __and__(self, other: "NeuronSet") -> "NeuronSet":
-        return self._combined(other, lambda own, their: own[torch.isin(own, their, assume_unique=True)])
+        return self._combined(other, lambda first, second: first[torch.isin(first, second, assume_unique=True)])
 
     def __or__(self, other: "NeuronSet") -> "NeuronSet":
-        return self._combined(other, lambda own, their: torch.unique(torch.cat([own, their])))
+        return self._combined(other, lambda first, second: torch.unique(torch.cat([first, second])))
 
     def __sub__(self, other: "NeuronSet") -> "NeuronSet":
-        return self._combined(other, lambda own, their: own[torch.isin(own, their, assume_unique=True, invert=True)])
+        return self._combined(other, lambda first, second: first[~torch.isin(first, second, assume_unique=True)])
 
     def __xor__(self, other: "NeuronSet") -> "NeuronSet":
-        def in_one(own: Tensor, their: Tensor) -> Tensor:
-            values, times = torch.unique(torch.cat([own, their]), return_counts=True)
-            return values[times == 1]
-
-        return self._combined(other, in_one)
+        return (self | other) - (self & other) if isinstance(other, NeuronSet) else NotImplemented
 
     def __invert__(self) -> "NeuronSet":
         return self._of(self._space, (~self.mask()).nonzero().flatten())
@@ -307,15 +302,16 @@ class NeuronSet(Immutable, _files.Shareable):
     def on(self, space: NeuronSpace) -> "NeuronSet":
         """The neurons of the same layers and numbers in another model, such as a VLM's text-only backbone.
 
-        Layers and widths of the towers that have neurons must be the same; whether the weights have anything to do with
-        each other is not known from a space. Towers go by their names, or, where both spaces have only one, by that.
+        The towers that hold neurons of the set must have the same layers and widths in both models; whether the weights
+        have anything to do with each other is not known from a space. Towers are matched by name, or, where both spaces
+        have only one, with each other.
 
         Args:
             space: the space of a model of the same layers and widths.
 
         Raises:
             MismatchError: the space is of other towers, layers, widths or kinds of site.
-            SiteError: it is no space.
+            SiteError: ``space`` is not a `NeuronSpace`.
 
         Examples:
             >>> vlm, text = (NeuronSpace.from_widths(tower, "gate", [8, 8]) for tower in ("language", "decoder"))
@@ -324,23 +320,19 @@ class NeuronSet(Immutable, _files.Shareable):
         """
         check_space(space)
         parts = self.by_site()
-        single = len(self._space.towers) == len(space.towers) == 1
+        towers = {site.tower: site.tower for site in parts}
+        if len(self._space.towers) == len(space.towers) == 1:
+            towers = {self._space.towers[0]: space.towers[0]}
         for tower in dict.fromkeys(site.tower for site in parts):
-            there = space.towers[0] if single else tower
-            ours, theirs = (
-                {(s.layer, s.mlp, s.kind): n for s, n in zip(one.sites, one.widths, strict=True) if s.tower == name}
-                for one, name in ((self._space, tower), (space, there))
-            )
-            if ours != theirs:
+            widths, target_widths = _widths(self._space, tower), _widths(space, towers[tower])
+            if widths != target_widths:
                 raise MismatchError(
-                    f"the neurons are of {self._space!r} and cannot be those of {space!r}: tower {there!r} has "
-                    + _difference(ours, theirs)
+                    f"the neurons are of {self._space!r} and cannot be those of {space!r}: tower {towers[tower]!r} has "
+                    + _difference(widths, target_widths)
                 )
-        moved = [
-            _within(space, space.position(Site(space.towers[0] if single else s.tower, s.layer, s.mlp, s.kind)), part)
-            for s, part in parts.items()
-        ]
-        return NeuronSet(space, torch.cat(moved) if moved else ())
+        return NeuronSet.from_indices(
+            space, {replace(site, tower=towers[site.tower]): part for site, part in parts.items()}
+        )
 
     def per_site(self) -> Int64[Tensor, " site"]:
         """Number of neurons in each site of the space, zeros included."""
@@ -355,9 +347,16 @@ class NeuronSet(Immutable, _files.Shareable):
         Raises:
             SiteError: no such tower, or none given for a space with several.
         """
-        tower, counts = _one_tower(self._space, tower), self.per_site()
-        layers = {layer: at for (where, layer), at in self._space.tower_layers.items() if where == tower}
-        return {layer: int(counts[list(layers[layer])].sum()) for layer in sorted(layers)}
+        towers = self._space.towers
+        if tower is None and len(towers) > 1:
+            raise SiteError(f"the space has the towers {', '.join(towers)}: say which, or use per_site()")
+        if tower is not None and tower not in towers:
+            raise SiteError(f"tower {tower!r} is not in this space; it has {', '.join(towers)}")
+        layers = {layer: 0 for name, layer in sorted(self._space.tower_layers) if tower in (None, name)}
+        for site, part in self.by_site().items():
+            if tower in (None, site.tower):
+                layers[site.layer] += part.numel()
+        return layers
 
     def by_site(self) -> dict[Site, Int64[Tensor, " part"]]:
         """For each site that has any, the numbers of its neurons within the site, sorted."""
@@ -434,10 +433,8 @@ class NeuronSet(Immutable, _files.Shareable):
         Raises:
             FileFormatError: the file is damaged, of another kind, or from a newer version.
         """
-        tensors, data = _files.read(path, "NeuronSet", {"indices": "I64"})
-        space = space_of_file(path, data)
-        check_sorted(path, tensors["indices"], len(space))
-        return cls._of(space, tensors["indices"])
+        tensors, _, space = read_file(path, "NeuronSet", ["indices"])
+        return set_of_file(path, space, tensors["indices"])
 
     def __repr__(self) -> str:
         share = len(self) / len(self._space)
@@ -481,13 +478,13 @@ def expected_jaccard(first: int, second: int, total: int) -> float:
 
 
 def check_space(space: object) -> None:
-    """Refuse what is no space."""
+    """Refuse what is not a space."""
     if not isinstance(space, NeuronSpace):
         raise SiteError(f"a NeuronSet needs a NeuronSpace; got {type(space).__name__}")
 
 
 def check_same_space(first: NeuronSpace, second: NeuronSpace) -> None:
-    """Refuse neurons that are numbered otherwise.
+    """Refuse neurons of two spaces, which are numbered differently.
 
     Raises:
         MismatchError: the spaces differ; the message says how they can be made to agree.
@@ -539,16 +536,16 @@ def layer_position(space: NeuronSpace, layer: object) -> int:
         number = _index(layer)
     except TypeError as error:
         raise SiteError(f"{layer!r} is no layer's number, no Site and no site's name") from error
-    found = [position for position, site in enumerate(space.sites) if site.layer == number]
-    if not found:
+    positions = [position for position, site in enumerate(space.sites) if site.layer == number]
+    if not positions:
         first = space.sites[0]
         if number < 0:
             raise SiteError(f"layer {number} does not exist; layers are numbered from 0")
-        return space.position(Site(first.tower, number, first.mlp, first.kind))
-    if len(found) > 1:
-        names = ", ".join(str(space.sites[position]) for position in found[:4])
-        raise SiteError(f"layer {number} has {len(found)} sites ({names}, …): name the site instead of the layer")
-    return found[0]
+        return space.position(replace(first, layer=number))
+    if len(positions) > 1:
+        names = ", ".join(str(space.sites[position]) for position in positions[:4])
+        raise SiteError(f"layer {number} has {len(positions)} sites ({names}, …): name the site instead of the layer")
+    return positions[0]
 
 
 def _within(space: NeuronSpace, position: int, numbers: Tensor) -> Tensor:
@@ -561,40 +558,52 @@ def _within(space: NeuronSpace, position: int, numbers: Tensor) -> Tensor:
     return numbers + space.offsets[position]
 
 
-def _difference(ours: Mapping[tuple[int, str, str], int], theirs: Mapping[tuple[int, str, str], int]) -> str:
-    """In what the sites of a tower differ, for an error."""
-    if not theirs:
+def _widths(space: NeuronSpace, tower: str) -> dict[tuple[int, str, str], int]:
+    """The width of each site of a tower, by layer, MLP and kind."""
+    sites = zip(space.sites, space.widths, strict=True)
+    return {(site.layer, site.mlp, site.kind): width for site, width in sites if site.tower == tower}
+
+
+def _difference(widths: Mapping[tuple[int, str, str], int], target: Mapping[tuple[int, str, str], int]) -> str:
+    """What a tower has in place of the sites of these widths, for an error."""
+    if not target:
         return "no site there"
-    if {kind for *_, kind in ours} != {kind for *_, kind in theirs}:
-        kinds = [sorted({kind for *_, kind in sites}) for sites in (theirs, ours)]
-        return f"sites of kind {', '.join(kinds[0])}, not {', '.join(kinds[1])}: .at({kinds[0][0]!r}) comes first"
-    place = min(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    layer, mlp, _ = place
-    there, here = (f"{sites[place]:,} neurons" if place in sites else "none" for sites in (theirs, ours))
-    return f"{there} in {mlp} of layer {layer}, not {here}"
-
-
-def _one_tower(space: NeuronSpace, tower: str | None) -> str:
-    towers = space.towers
-    if tower is None and len(towers) == 1:
-        return towers[0]
-    if tower is None:
-        raise SiteError(f"the space has the towers {', '.join(towers)}: say which, or use per_site()")
-    if tower not in towers:
-        raise SiteError(f"tower {tower!r} is not in this space; it has {', '.join(towers)}")
-    return tower
+    kinds, target_kinds = (sorted({kind for *_, kind in sites}) for sites in (widths, target))
+    if kinds != target_kinds:
+        return f"sites of kind {', '.join(target_kinds)}, not {', '.join(kinds)}: .at({target_kinds[0]!r}) comes first"
+    layer, mlp, kind = min(key for key in {*widths, *target} if widths.get(key) != target.get(key))
+    has, needs = (
+        f"{sites[layer, mlp, kind]:,} neurons" if (layer, mlp, kind) in sites else "none" for sites in (target, widths)
+    )
+    return f"{has} in {mlp} of layer {layer}, not {needs}"
 
 
 def check_one_site_per_layer(space: NeuronSpace, advice: str) -> None:
     """Refuse a space in which a layer's number does not name one site."""
-    seen: dict[int, Site] = {}
+    first: dict[int, Site] = {}
     for site in space:
-        if site.layer in seen:
-            raise SiteError(f"layer {site.layer} has several sites ({seen[site.layer]}, {site}, …): {advice}")
-        seen[site.layer] = site
+        if first.setdefault(site.layer, site) is not site:
+            raise SiteError(f"layer {site.layer} has several sites ({first[site.layer]}, {site}, …): {advice}")
+
+
+def read_file(
+    path: "str | os.PathLike[str]", kind: str, names: Sequence[str]
+) -> tuple[dict[str, Tensor], JSON, NeuronSpace]:
+    """The integer tensors of a file with sets of neurons, what it says of them, and their space.
+
+    Raises:
+        FileFormatError: the file is damaged, of another kind, or from a newer version.
+    """
+    tensors, data = _files.read(path, kind, dict.fromkeys(names, "I64"))
+    return tensors, data, space_of_file(path, data)
 
 
 def space_of_file(path: "str | os.PathLike[str]", data: object) -> NeuronSpace:
+    """The space that a file describes.
+
+    Raises:
+        FileFormatError: it describes none.
+    """
     if not isinstance(data, dict):
         raise FileFormatError(f"{path}: the description is no dictionary; the file is damaged")
     try:
@@ -603,9 +612,14 @@ def space_of_file(path: "str | os.PathLike[str]", data: object) -> NeuronSpace:
         raise FileFormatError(f"{path}: {error}") from error
 
 
-def check_sorted(path: "str | os.PathLike[str]", indices: Tensor, size: int) -> None:
-    """Refuse indices of a file that are not what a NeuronSet holds."""
-    if indices.ndim != 1 or (indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= size)):
-        raise FileFormatError(f"{path}: indices outside the space of {size} neurons")
+def set_of_file(path: "str | os.PathLike[str]", space: NeuronSpace, indices: Tensor) -> NeuronSet:
+    """A set from indices that a file holds.
+
+    Raises:
+        FileFormatError: they are not what a NeuronSet holds.
+    """
+    if indices.ndim != 1 or (indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= len(space))):
+        raise FileFormatError(f"{path}: indices outside the space of {len(space)} neurons")
     if not bool((indices[1:] > indices[:-1]).all()):
         raise FileFormatError(f"{path}: indices that are not sorted, or that stand twice")
+    return NeuronSet._of(space, indices)

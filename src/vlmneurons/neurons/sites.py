@@ -206,14 +206,13 @@ class NeuronSpace:
             raise SiteError(f"a site is a Site or its name; got {site!r}")
         if wanted in self._position:
             return self._position[wanted]
-        towers = {other.tower for other in self.sites}
-        if wanted.tower not in towers:
-            raise SiteError(f"tower {wanted.tower!r} is not in this space; it has {', '.join(sorted(towers))}")
-        layers = sorted({other.layer for other in self.sites if other.tower == wanted.tower})
+        if wanted.tower not in self.towers:
+            raise SiteError(f"tower {wanted.tower!r} is not in this space; it has {', '.join(sorted(self.towers))}")
+        layers = sorted(layer for tower, layer in self.tower_layers if tower == wanted.tower)
         if wanted.layer not in layers:
             raise SiteError(f"layer {wanted.layer} is not in tower {wanted.tower!r} ({ranges_of(layers)})")
-        here = [str(other) for other in self.sites if (other.tower, other.layer) == (wanted.tower, wanted.layer)]
-        raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {listed(here, 6)}")
+        layer_sites = [self.sites[place] for place in self.tower_layers[wanted.tower, wanted.layer]]
+        raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {listed(layer_sites, 6)}")
 
     def slice(self, site: "Site | str") -> slice:
         """The flat indices of one site's neurons: ``table[..., space.slice(site)]`` is that site's part of a table.
@@ -325,7 +324,8 @@ class NeuronSpace:
         """
         of_kind("other", other, NeuronSpace, SiteError)
         return self.widths == other.widths and all(
-            (a.tower, a.layer, a.mlp) == (b.tower, b.layer, b.mlp) for a, b in zip(self.sites, other.sites, strict=True)
+            (first.tower, first.layer, first.mlp) == (second.tower, second.layer, second.mlp)
+            for first, second in zip(self.sites, other.sites, strict=True)
         )
 
     def restrict(
@@ -344,10 +344,9 @@ class NeuronSpace:
         if towers is not None:
             of_kind("towers", towers, Iterable, SiteError, "a list of names")
             wanted_towers = {towers} if isinstance(towers, str) else set(towers)
-            missing = wanted_towers - {site.tower for site in self.sites}
+            missing = wanted_towers - set(self.towers)
             if missing:
-                have = ", ".join(sorted({site.tower for site in self.sites}))
-                raise SiteError(f"tower {min(missing)!r} is not in this space; it has {have}")
+                raise SiteError(f"tower {min(missing)!r} is not in this space; it has {', '.join(sorted(self.towers))}")
             kept &= torch.tensor([site.tower in wanted_towers for site in self.sites])[self.site_of]
         if layers is not None:
             of_kind("layers", layers, Iterable, SiteError, "a list of numbers")
