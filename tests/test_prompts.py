@@ -303,6 +303,18 @@ def test_template_arguments_that_would_be_lost_are_refused(causal, given, how, m
         wrapped(causal, TURN, template_kwargs=given, **how)
 
 
+def test_a_copy_of_a_model_prompts_as_the_model_does(causal):
+    for how in (
+        {"chat_template": QWEN3, "template_kwargs": {"enable_thinking": False}},
+        {"template": "plain"},
+        {"template": lambda text, n: f"Q: {text}"},
+    ):
+        model = wrapped(causal, **how)
+        for copied in (copy.deepcopy(model), copy.copy(model)):
+            assert copied.encoder.render("What?", 0) == model.encoder.render("What?", 0)
+            assert copied.prompts.settings() == model.prompts.settings()
+
+
 def test_what_prompts_depend_on_is_told_and_changes_with_it(causal):
     told = [
         wrapped(causal, TURN).prompts.settings(),

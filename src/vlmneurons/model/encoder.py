@@ -27,7 +27,7 @@ from vlmneurons.model.prompt_tokens import PromptTokenizer
 from vlmneurons.model.prompts import Prompts
 from vlmneurons.model.sound_rows import Heard, hears_alone
 from vlmneurons.model.tokens import TokenTable, media_masks, special_mask
-from vlmneurons.model.tower_rows import Counts, TowerRows, tower_rows
+from vlmneurons.model.tower_rows import TowerRows, tower_rows
 from vlmneurons.model.vision_rows import OF_PICTURES, Inputs
 from vlmneurons.questions.media import picture_size
 from vlmneurons.questions.question import Question
@@ -52,22 +52,22 @@ class Batch(BatchFeature):
 
     Attributes:
         tokens: what each token is.
-        vision: for each row of the batch the number of leading-dimension rows of the vision tower that are its
-            pictures' (patches, tiles, or pictures); None where that cannot be told.
+        vision: for each row of the batch the number of leading-dimension rows of the vision tower that belong to its
+            pictures (patches, tiles, or pictures); None where that cannot be told.
         patches: which patches of each of the vision tower's rows are real; None where none is padding.
-        pictures: for each row a digest of its pictures' pixels, in order, and of its sounds and videos: rows with the
-            same one show the same; None where that is not known.
-        seen: the numbers of `vision`, and after them those of videos, whose rows come after all pictures' (`vision` is
-            None where there are videos); None where they cannot be told.
-        heard: what of the audio tower's rows is whose; None where that cannot be told.
-        is_whole: whether all that the vision tower sees is one question's, however many rows it is.
+        pictures: for each row a digest of its pictures' pixels, in order, and of its sounds and videos: rows with equal
+            digests show the same; None where that is not known.
+        row_counts: the numbers of `vision`, and after them those of crops or videos, whose rows come after those of all
+            pictures (`vision` is None where there are any); None where they cannot be told.
+        heard: which rows of the audio tower belong to which row of the batch; None where that cannot be told.
+        is_whole: whether all that the vision tower sees belongs to one question, however many rows it is.
     """
 
     tokens: TokenTable
     vision: tuple[int, ...] | None
     patches: Bool[Tensor, "row patch"] | None
     pictures: tuple[bytes, ...] | None
-    seen: tuple[tuple[int, ...], ...] | None
+    row_counts: tuple[tuple[int, ...], ...] | None
     heard: Heard | None
     is_whole: bool
 
@@ -76,7 +76,7 @@ class Batch(BatchFeature):
     ) -> None:
         super().__init__(data)
         self.tokens, self.pictures = tokens, pictures
-        self.vision, self.patches, self.seen, self.heard, self.is_whole = rows or TowerRows()
+        self.vision, self.patches, self.row_counts, self.heard, self.is_whole = rows or TowerRows()
 
 
 class _Media(NamedTuple):
@@ -255,15 +255,13 @@ class Encoder:
         tokens = self._tokens(data, rows, bare)
         of_towers = tower_rows(
             data,
-            Counts(
-                [len(row.media.pictures) for row in rows],
-                [len(row.media.sounds) for row in rows],
-                [list(map(len, row.media.videos)) for row in rows],
-            ),
             tokens,
             self.model.hf.config,
-            lambda number: self._processed([rows[number]], padding_side),
-            lambda: self._n_tiles([picture for row in rows for picture in row.media.pictures]),
+            n_images=[len(row.media.pictures) for row in rows],
+            n_sounds=[len(row.media.sounds) for row in rows],
+            n_frames=[list(map(len, row.media.videos)) for row in rows],
+            alone=lambda number: self._processed([rows[number]], padding_side),
+            tiles=lambda: self._n_tiles([picture for row in rows for picture in row.media.pictures]),
         )
         opened = {row.question.id: row.media for row in rows}
         digests = {name: _digest(media) for name, media in opened.items()}
@@ -321,7 +319,7 @@ class Encoder:
         return data if isinstance(data, BatchFeature) else BatchFeature(dict(data))  # a tokenizer's are of a third kind
 
     def _tokens(self, data: Inputs, rows: Sequence[_Row], bare: bool) -> TokenTable:
-        """What each token is: first all are the template's, save padding; then each question's own are told from it."""
+        """The table of tokens. A token belongs to the template unless it is padding, a placeholder or the question's."""
         attention, ids = data["attention_mask"].bool(), data["input_ids"]
         image, audio, video = media_masks(self.model, data, [row.question for row in rows])
         template = torch.ones_like(attention)
@@ -329,10 +327,10 @@ class Encoder:
         for number, row in enumerate(rows):
             places = attention[number].nonzero().flatten()
             frame = self.prompts.frame(*row.question.n_media, bare=bare)
-            own, n_added = self._words.own_positions(
+            positions, n_added = self._words.own_positions(
                 ids[number, places].tolist(), frame, row.prompt, row.added, row.question.id
             )
-            template[number, places[own]] = False
+            template[number, places[positions]] = False
             last[number] = places[len(places) - n_added - 1]
         tokens = TokenTable(ids, attention, image, special_mask(self.model, ids), template, last, audio, video)
         return replace(tokens, template=template & ~tokens.media)

@@ -26,33 +26,30 @@ _NOT_SETTINGS = ("_name_or_path", "name_or_path", "transformers_version", "dtype
 def digest_of_weights(hf_model: nn.Module) -> str:
     """``"bytes "`` and a digest of every byte of the model's weights and buffers, by name, shape and dtype.
 
-    Nothing is remembered between calls: no counter of PyTorch's notices what is written through ``.data`` or NumPy. The
-    digest is the same on every device; weights on a GPU are brought over in pieces, and offloaded ones are read from
-    where they are. 15 GiB take about a second for each GB/s of the way to the host, and half a second of hashing.
-    Weights that are nowhere (a model that runs on another host) enter by name and shape: see `weights_of`.
+    Nothing is remembered between calls, because no counter of PyTorch's notices what is written through ``.data`` or
+    NumPy. The digest is the same on every device; weights on a GPU are brought over in pieces, and offloaded ones are
+    read from where they are kept. Hashing 15 GiB takes half a second, besides the time of the way to the host. Weights
+    that are not here (of a model that runs on another host) enter by name and shape alone: see `weights_of`.
     """
     digest = xxhash.xxh3_128()
-    seen: dict[tuple[object, ...], str] = {}
+    first_names: dict[tuple[object, ...], str] = {}
     with torch.inference_mode(False), torch.no_grad():  # tensors of torchao cannot be looked at in inference mode
         for name, tensor in sorted(_tensors(hf_model).items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-            plain = is_plain(tensor) and tensor.device.type != "meta" and tensor.numel() > 0
-            place = (
-                (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if plain else ()
-            )
-            if plain and place in seen:
-                digest.update(f"is {seen[place]}".encode())  # a tied weight: its bytes are in already
-                continue
-            seen[place] = name
+            if is_plain(tensor) and tensor.device.type != "meta" and tensor.numel() > 0:
+                place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+                if first_names.setdefault(place, name) != name:
+                    digest.update(f"is {first_names[place]}".encode())  # a tied weight: its bytes are in already
+                    continue
             for block in _blocks(tensor):
                 digest.update(block)
     return f"bytes {digest.hexdigest()}"
 
 
 def weights_of(model: "VLM") -> str:
-    """What identifies a model's weights: a digest of all bytes; of weights that are not here, where they come from.
+    """What identifies a model's weights: a digest of all bytes or, of weights that are not here, where they come from.
 
-    The two kinds never equal each other: a repository's name says less.
+    The two kinds are never equal: a repository's name says less than a digest.
     """
     if any(tensor.device.type == "meta" for tensor in _tensors(model.hf).values()):
         return f"repository {model.name} at revision {model.revision or 'unknown'}"
@@ -66,21 +63,23 @@ def _tensors(hf_model: nn.Module) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = dict(hf_model.named_parameters(remove_duplicate=False))
         for path, state in states.items():
             for place, part in ((path, state), (f"{path}.state2", getattr(state, "state2", None))):
-                kept = vars(part) if part is not None else {}
-                tensors.update({f"{place}.{name}": one for name, one in kept.items() if isinstance(one, Tensor)})
+                values = vars(part) if part is not None else {}
+                tensors.update(
+                    {f"{place}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+                )
     else:
-        known = hf_model.state_dict(keep_vars=True)
-        tensors = {name: tensor for name, tensor in known.items() if isinstance(tensor, Tensor)}
+        saved = hf_model.state_dict(keep_vars=True)
+        tensors = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
     tensors.update({name: tensor for name, tensor in hf_model.named_buffers() if name not in tensors})
     for path, module in hf_model.named_modules():
         kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's, of this module
         if kept is None:
             continue
-        for own in [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]:
-            name = f"{path}.{own}" if path else own
+        for attribute in [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]:
+            name = f"{path}.{attribute}" if path else attribute
             if name in tensors and tensors[name].device.type == "meta":
                 with contextlib.suppress(KeyError):
-                    tensors[name] = kept[own]
+                    tensors[name] = kept[attribute]
     return tensors
 
 
@@ -145,21 +144,21 @@ def _without_places(value: object) -> Any:
 
 def adapters_of(model: "VLM") -> list[str]:
     """Names of the adapters (of peft) that are in force, and of those that are merged into the weights."""
-    found = set()
+    states = set()
     for module in model.hf.modules():
         if hasattr(module, "active_adapters") and hasattr(module, "lora_A"):
             state = "disabled" if getattr(module, "disable_adapters", False) else "active"
-            found.update(f"{name} {state}" for name in getattr(module, "active_adapters", ()))
-            found.update(f"{name} merged" for name in getattr(module, "merged_adapters", ()))
-    return sorted(found)
+            states.update(f"{name} {state}" for name in getattr(module, "active_adapters", ()))
+            states.update(f"{name} merged" for name in getattr(module, "merged_adapters", ()))
+    return sorted(states)
 
 
 def quantisation_of(model: "VLM") -> str:
     """How the weights are quantised, in words; empty where they are not."""
-    how = getattr(model.hf.config, "quantization_config", None)
-    if how is None:
+    config = getattr(model.hf.config, "quantization_config", None)
+    if config is None:
         return ""
-    data = how if isinstance(how, Mapping) else how.to_dict()
+    data = config if isinstance(config, Mapping) else config.to_dict()
     return f"{data.get('quant_method', 'unknown')} {digest_of(_without_places(data))[:16]}"
 
 
@@ -179,13 +178,13 @@ def processor_of(model: "VLM") -> JSON:
         part = getattr(processor, name, None)
         if part is not None and hasattr(part, "to_dict"):
             settings[name] = _short(_without_places(part.to_dict()))
-    own = {
+    attributes = {
         name: value
         for name, value in vars(processor).items()
         if isinstance(value, str | int | float | bool | None | list | dict)
         and name not in ("chat_template", *_NOT_SETTINGS)
     }
-    settings["own"] = _short(own)
+    settings["own"] = _short(attributes)
     settings["tokenizer"] = digest_of(_describe_tokenizer(tokenizer))[:16]
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     settings["template"] = digest_of_code(model.template) if model.template is not None else digest_of(template)[:16]
@@ -199,14 +198,14 @@ def _describe_tokenizer(tokenizer: Any) -> object:
     if backend is None:
         rules: object = sorted(map(str, tokenizer.get_vocab().items()))
     else:  # how it pads and cuts is set anew by every call
-        told = json.loads(backend.to_str())
-        rules = {name: told[name] for name in told if name not in ("padding", "truncation")}
+        description = json.loads(backend.to_str())
+        rules = {name: part for name, part in description.items() if name not in ("padding", "truncation")}
     return [type(tokenizer).__name__, rules, special]
 
 
 def _short(settings: Mapping[str, object]) -> JSON:
     """Settings as JSON holds them; long ones by their digest."""
-    return {name: digest_of(one)[:16] if len(str(one)) > 200 else _json(one) for name, one in settings.items()}
+    return {name: digest_of(part)[:16] if len(str(part)) > 200 else _json(part) for name, part in settings.items()}
 
 
 def _json(value: object) -> object:

@@ -64,7 +64,7 @@ def _rows(mlp: "NamedMLP") -> tuple:
 
 
 class _View:
-    """A part of a model under its name: a copy of it is a copy of the model, or no copy."""
+    """A part of a model under its name. It cannot be copied without its model, so a plain copy is the same view."""
 
     _noun: ClassVar[str]
     """What it is to the model."""
@@ -134,7 +134,7 @@ class NamedMLP(_View):
         return f"{self.path}.{place.module}.{place.end}"
 
     def values_at(self, place: SitePlace) -> Float[Tensor, "*any neuron"]:
-        """What the model has at a place, in a trace: its own tensor, or a view of it.
+        """The value that the model has at a place, inside a trace: its own tensor, or a view of it.
 
         Args:
             place: a place of this MLP.
@@ -156,10 +156,10 @@ class NamedMLP(_View):
             _assign(self, self.envoy, name, value)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return PART, (self.envoy, {}, {kind: self._sent(kind) for kind in self.mlp.layout.kinds})
+        return PART, (self.envoy, {}, {kind: self._remote_place(kind) for kind in self.mlp.layout.kinds})
 
-    def _sent(self, kind: str) -> tuple[str | None, Any]:
-        """nnsight's name of a site's place and its columns; or None, and why there is none."""
+    def _remote_place(self, kind: str) -> tuple[str | None, Any]:
+        """nnsight's name of a site's place and its columns; or None, and why a remote trace cannot stop there."""
         place, name = self.mlp.place(kind), self.mlp.site(kind)
         if self.mlp.expert is not None:
             return None, f"{name}: experts kept in one tensor have no module that a trace could stop at"
@@ -190,26 +190,25 @@ def _assign(owner: object, envoy: Envoy, name: str, value: object) -> None:
 class _Branch:
     """A step of a path within a layer that is not itself an MLP, such as ``.experts`` of ``mlp.experts[7]``."""
 
-    def __init__(self, layer: "NamedLayer", prefix: str) -> None:
-        self._layer, self._prefix = layer, prefix
+    def __init__(self, layer: "NamedLayer", path: str) -> None:
+        self._layer, self._path = layer, path
 
     @property
     def envoy(self) -> Envoy:
         """nnsight's envoy of the module that holds them."""
-        name, inner = next(item for item in self._layer.mlps.items() if item[0].startswith(f"{self._prefix}."))
+        name, inner = next(item for item in self._layer.mlps.items() if item[0].startswith(f"{self._path}."))
         # An expert in one tensor has a number and no module.
-        steps = name.count(".") - self._prefix.count(".") - (inner.mlp.expert is not None)
+        steps = name.count(".") - self._path.count(".") - (inner.mlp.expert is not None)
         return self._layer._tower.envoy(inner.mlp.path.rsplit(".", steps)[0] if steps else inner.mlp.path)
 
     def __getitem__(self, index: int) -> Any:
-        return self._layer._part(f"{self._prefix}.{index}")
+        return self._layer._part(f"{self._path}.{index}")
 
     @property
     def _steps(self) -> list[str]:
         """The next step of each path that leads through this one."""
-        depth = self._prefix.count(".") + 1
-        inner = [name for name in self._layer.mlps if name.startswith(f"{self._prefix}.")]
-        return list(dict.fromkeys(name.split(".")[depth] for name in inner))
+        inside = [name for name in self._layer.mlps if name.startswith(f"{self._path}.")]
+        return list(dict.fromkeys(name.removeprefix(f"{self._path}.").split(".")[0] for name in inside))
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -218,14 +217,14 @@ class _Branch:
         return self.envoy(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        parts = {step: self._layer._part(f"{self._prefix}.{step}") for step in self._steps}
+        parts = {step: self._layer._part(f"{self._path}.{step}") for step in self._steps}
         return PART, (self.envoy, parts, {})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if name in KINDS or self._layer._has(f"{self._prefix}.{name}"):
-            return self._layer._part(f"{self._prefix}.{name}")
+        if name in KINDS or self._layer._has(f"{self._path}.{name}"):
+            return self._layer._part(f"{self._path}.{name}")
         return getattr(self.envoy, name)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -235,7 +234,7 @@ class _Branch:
             _assign(self, self.envoy, name, value)
 
     def __repr__(self) -> str:
-        return f"<{self._layer!r} {self._prefix}: {len(self)} parts>"
+        return f"<{self._layer!r} {self._path}: {len(self)} parts>"
 
 
 class NamedLayer(_View):
@@ -246,22 +245,15 @@ class NamedLayer(_View):
     def __init__(self, tower: "NamedTower", index: int, envoy: Envoy, mlps: Mapping[str, NamedMLP]) -> None:
         self._tower, self._index, self.envoy, self.mlps = tower, index, envoy, dict(mlps)
 
-    def branch(self, prefix: str) -> "_Branch":
-        """What holds several MLPs of this layer, such as ``mlp.experts``.
-
-        Args:
-            prefix: the beginning of their names.
-        """
-        return _Branch(self, prefix)
-
-    def _has(self, name: str) -> bool:
-        return name in self.mlps or any(other.startswith(f"{name}.") for other in self.mlps)
+    def _has(self, path: str) -> bool:
+        return any(f"{name}.".startswith(f"{path}.") for name in self.mlps)
 
     def _part(self, name: str) -> Any:
+        """An MLP by its name, or what holds several, such as ``mlp.experts``."""
         if name in self.mlps:
             return self.mlps[name]
         if self._has(name):
-            return self.branch(name)
+            return _Branch(self, name)
         has = ", ".join(self.mlps) or "no MLP"
         raise SiteError(f"layer {self._index} of tower {self._tower.name!r} has no {name!r}; it has {has}")
 

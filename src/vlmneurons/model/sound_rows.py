@@ -1,8 +1,9 @@
-"""Which of what an audio tower hears belongs to which question, and what of it is only filled up.
+"""Which rows and frames of an audio tower belong to which question, and which only fill a sound up.
 
 An audio tower runs on sounds, on pieces of them, or on one long row of all their frames; after its convolutions a frame
-stands for several of those that it is given. How many is told by each family's own code, so it is written here for the
-families that are known. Of others nothing is counted: silence that fills up a sound would be counted for it unsaid.
+stands for several of those that it is given. How many is decided by each family's own code, so it is written here for
+the families that are known. Of other families nothing is counted: the silence that fills a sound up would be counted
+for it without a sign.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,11 @@ from torch import Tensor
 
 
 class Heard(NamedTuple):
-    """What an audio tower is shown of a batch.
+    """What an audio tower is given of a batch.
 
     Attributes:
-        owner: the row of the batch that each row of the tower's leading dimension is of.
-        real: which frames of each are of a sound, and do not fill it up; as many as there are after the convolutions.
+        owner: for each row of the tower's leading dimension, the row of the batch that it belongs to.
+        real: which frames of each row belong to a sound, and do not fill it up; as many as after the convolutions.
     """
 
     owner: Int64[Tensor, " part"]
@@ -26,13 +27,13 @@ class Heard(NamedTuple):
 
 
 class _Family(NamedTuple):
-    """How an audio tower is shown sounds.
+    """How an audio tower is given sounds.
 
     Attributes:
         lengths: how many frames there are after the convolutions, from how many there were.
-        mask: the name of the input that tells real frames; empty where all are (silence and all, as the decoder is
-            shown).
-        axis: which axis of what it is shown are frames.
+        mask: the name of the input that tells which frames are real; empty where all count as real (the decoder sees
+            the silence that fills a sound up, too).
+        axis: the axis of the input that its frames lie along.
         packed: whether all real frames are one long row.
         alone: whether what fills up a sound is heard with the sound itself: the tower mixes them, or the frames on
             their border are taken for the sound's.
@@ -79,9 +80,9 @@ _FAMILIES = {
 def _family(config: object) -> tuple[_Family | None, object]:
     """The family of a model's audio tower, and that tower's configuration."""
     for name in ("audio_config", "encoder_config"):
-        of_tower = getattr(config, name, None)
-        if of_tower is not None:
-            return _FAMILIES.get(getattr(of_tower, "model_type", "")), of_tower
+        tower_config = getattr(config, name, None)
+        if tower_config is not None:
+            return _FAMILIES.get(getattr(tower_config, "model_type", "")), tower_config
     return None, None
 
 
@@ -98,7 +99,7 @@ def hears_alone(config: object) -> bool:
 def sound_rows(
     data: Mapping[str, object], n_sounds: Sequence[int] | None, n_tokens: Sequence[int] | None, config: object
 ) -> Heard | None:
-    """What of an audio tower's rows is each question's; None where that is not known.
+    """Which rows and frames of an audio tower are each question's; None where that is not known.
 
     Args:
         data: the model's inputs.
@@ -108,32 +109,32 @@ def sound_rows(
     """
     if n_sounds is not None and sum(n_sounds) == 0:
         return Heard(torch.zeros(0, dtype=torch.int64), torch.ones(0, 1, dtype=torch.bool))
-    family, of_tower = _family(config)
+    family, tower_config = _family(config)
     features = data.get("input_features")
     if family is None or not isinstance(features, Tensor) or features.ndim != 3:
         return None
     frames = features.shape[family.axis]
-    given = torch.full((len(features),), frames)
+    n_real = torch.full((len(features),), frames)
     if family.mask:
         mask = data.get(family.mask)
         if not isinstance(mask, Tensor) or mask.shape != (len(features), frames):
             return None
-        given = mask.bool().sum(1).cpu()
-        if not torch.equal(mask.bool().cpu(), torch.arange(frames) < given[:, None]):
+        n_real = mask.bool().sum(1).cpu()
+        if not torch.equal(mask.bool().cpu(), torch.arange(frames) < n_real[:, None]):
             return None  # a sound with holes, or padded in front
     shares = [len(features)] if n_sounds is None else _shares(len(features), n_sounds, n_tokens)
     if shares is None:
         return None
     owner = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares))
-    lengths = family.lengths(given, of_tower)
+    lengths = family.lengths(n_real, tower_config)
     if family.packed:
         return Heard(owner.repeat_interleave(lengths), torch.ones(int(lengths.sum()), 1, dtype=torch.bool))
-    longest = int(family.lengths(torch.tensor([frames]), of_tower))
+    longest = int(family.lengths(torch.tensor([frames]), tower_config))
     return Heard(owner, torch.arange(longest) < lengths[:, None])
 
 
 def _shares(n: int, n_sounds: Sequence[int], n_tokens: Sequence[int] | None) -> list[int] | None:
-    """How many of so many rows of features are each question's: one a sound, or pieces of as many placeholders each."""
+    """How many of ``n`` rows of features are each question's: one a sound, or pieces of as many placeholders each."""
     if n == sum(n_sounds):
         return list(n_sounds)
     total = sum(n_tokens or ())

@@ -1,6 +1,6 @@
-"""What the towers that see and hear are shown of a batch: which of their rows is whose question's, and what is padding.
+"""Which rows of the towers that see and hear belong to which question of a batch, and which of them are padding.
 
-See `vision_rows` and `sound_rows` for how it is told.
+`vision_rows` and `sound_rows` find it out for each kind; here pictures, crops, videos and sounds come together.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,62 +22,56 @@ from vlmneurons.model.vision_rows import (
 
 
 class TowerRows(NamedTuple):
-    """What towers are shown of a batch; see the attributes of `Batch`."""
+    """What towers are given of a batch; see the attributes of `Batch`."""
 
     vision: tuple[int, ...] | None = None
     patches: Bool[Tensor, "row patch"] | None = None
-    seen: tuple[tuple[int, ...], ...] | None = None
+    row_counts: tuple[tuple[int, ...], ...] | None = None
     heard: Heard | None = None
     is_whole: bool = False
 
 
-class Counts(NamedTuple):
-    """How much each question of a batch shows.
-
-    Attributes:
-        pictures: the number of its pictures.
-        sounds: the number of its sounds.
-        frames: the number of frames of each of its videos.
-    """
-
-    pictures: list[int]
-    sounds: list[int]
-    frames: list[list[int]]
-
-
 def tower_rows(
     data: Inputs,
-    counts: Counts,
     tokens: TokenTable,
     config: Any,
+    *,
+    n_images: Sequence[int],
+    n_sounds: Sequence[int],
+    n_frames: Sequence[Sequence[int]],
     alone: Callable[[int], Inputs],
     tiles: Callable[[], Sequence[int] | None],
 ) -> TowerRows:
-    """What of the rows of the towers that see and hear is each question's.
+    """Which rows of the towers that see and hear belong to each question.
 
     Args:
         data: the model's inputs.
-        counts: how much each question shows.
         tokens: what each token is.
         config: the model's configuration.
+        n_images: how many pictures each question has.
+        n_sounds: how many sounds each question has.
+        n_frames: for each question the number of frames of each of its videos.
         alone: gives the inputs of one question encoded on its own; see `vision_rows`.
         tiles: gives the number of tiles of every picture, where it is known; see `vision_rows`.
     """
-    vision, patches = vision_rows(data, counts.pictures, config, alone, tiles) or (None, None)
-    seen = None if vision is None else (vision,)
-    crops = local_rows(data, counts.pictures)
+    vision, patches = vision_rows(data, n_images, config, alone, tiles) or (None, None)
+    row_counts = None if vision is None else (vision,)
+    crops = local_rows(data, n_images)
     if vision is not None and crops is not None:
-        vision, seen = None, (vision, crops)
+        vision, row_counts = None, (vision, crops)
     elif tokens.video is not None:
-        videos = video_rows(data, counts.frames, config)
-        seen = None if vision is None or patches is not None or videos is None else (vision, videos[0])
-        vision, patches = None, None if seen is None or videos is None else videos[1]
-    is_whole = len(counts.pictures) == 1 and seen is None and tokens.video is None
+        videos = video_rows(data, n_frames, config)
+        if vision is None or patches is not None or videos is None:
+            row_counts, patches = None, None  # one of the two cannot be told, or the pictures are padded
+        else:
+            row_counts, patches = (vision, videos[0]), videos[1]
+        vision = None
+    is_whole = len(n_images) == 1 and row_counts is None and tokens.video is None
     if is_whole := is_whole and isinstance(data.get("pixel_values"), Tensor):
-        # Whatever the tower sees is this question's, if only its padding is known.
+        # Whatever the tower sees belongs to this question, if only its padding is known.
         try:
             patches = real_patches(data, config)
         except UnknownPadding:
             is_whole = False
     n_tokens = None if tokens.audio is None else tokens.audio.sum(1).tolist()
-    return TowerRows(vision, patches, seen, sound_rows(data, counts.sounds, n_tokens, config), is_whole)
+    return TowerRows(vision, patches, row_counts, sound_rows(data, n_sounds, n_tokens, config), is_whole)

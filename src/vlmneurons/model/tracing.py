@@ -33,7 +33,7 @@ _OPENS = ("trace", "generate", "pipe", "scan", "session", "edit", "invoke")
 
 
 def _position(frame: FrameType) -> Position | None:
-    """Where the call stands that a frame is making; None where Python keeps no columns (before 3.11)."""
+    """Where in its file a frame is making a call; None where Python keeps no columns (before 3.11)."""
     positions = getattr(frame.f_code, "co_positions", None)
     if positions is None:
         return None
@@ -42,21 +42,21 @@ def _position(frame: FrameType) -> Position | None:
 
 
 @functools.lru_cache(maxsize=512)
-def _withs(source: str) -> tuple[tuple[tuple[ast.expr, ...], int], ...]:
-    """Every ``with`` of a file: the expressions that it enters, and its line."""
+def _withs(source: str) -> tuple[tuple[ast.expr, ...], ...]:
+    """For each ``with`` of a file the expressions that it enters."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except SyntaxError:  # a notebook's magic, which is no Python
         return ()
-    found = [node for node in nodes if isinstance(node, ast.With | ast.AsyncWith)]
-    return tuple((tuple(item.context_expr for item in node.items), node.lineno) for node in found)
+    blocks = [node for node in nodes if isinstance(node, ast.With | ast.AsyncWith)]
+    return tuple(tuple(item.context_expr for item in block.items) for block in blocks)
 
 
 def _entered(filename: str, position: Position | None) -> tuple[ast.expr, ...] | None:
-    """What follows an expression in the ``with`` that enters it; None if none does."""
-    for expressions, _ in _withs(Tracer.source(filename)) if position is not None else ():
-        for number, one in enumerate(expressions):
-            if (one.lineno, one.end_lineno, one.col_offset, one.end_col_offset) == position:
+    """What follows an expression in the ``with`` that enters it; None if no ``with`` does."""
+    for expressions in _withs(Tracer.source(filename)) if position is not None else ():
+        for number, entered in enumerate(expressions):
+            if (entered.lineno, entered.end_lineno, entered.col_offset, entered.end_col_offset) == position:
                 return expressions[number + 1 :]
     return None
 
@@ -100,17 +100,17 @@ class _Last(Tracer):
         if len(node.items) == 1:
             return
         following = _entered(frame.f_code.co_filename, self.position)
-        if following is None:  # made elsewhere, or without columns: by what the last one is
+        if following is None:  # the tracer was made elsewhere, or there are no columns: judge by the last expression
             last = node.items[-1].context_expr
             name = getattr(last.func if isinstance(last, ast.Call) else last, "id", "")
-            known = {**frame.f_globals, **frame.f_locals}.get(name)
-            mine = _calls(last, _OPENS) or known is self or getattr(known, "__name__", None) in _OPENS
-            following = () if mine else (last,)
+            value = {**frame.f_globals, **frame.f_locals}.get(name)
+            is_trace = _calls(last, _OPENS) or value is self or getattr(value, "__name__", None) in _OPENS
+            following = () if is_trace else (last,)
         if following:
-            what = ", ".join(map(ast.unparse, following))
+            skipped = ", ".join(map(ast.unparse, following))
             raise SiteError(
-                f"{what} stands after the trace in one `with`, where nnsight would skip it: it would do nothing. Put "
-                f"it first: with {what}, model.trace(…):"
+                f"{skipped} stands after the trace in one `with`, where nnsight would skip it: it would do nothing. "
+                f"Put it first: with {skipped}, model.trace(…):"
             )
 
     def __getstate__(self) -> Keywords:
@@ -118,8 +118,8 @@ class _Last(Tracer):
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         # What reads a request elsewhere has nnsight, and nothing of this library.
-        theirs = next(one for one in type(self).__mro__ if one.__module__.startswith("nnsight"))
-        return object.__new__, (theirs,), self.__getstate__()
+        original = next(base for base in type(self).__mro__ if base.__module__.startswith("nnsight"))
+        return object.__new__, (original,), self.__getstate__()
 
 
 class _Tracing(_Last, InterleavingTracer):
@@ -160,9 +160,9 @@ def _at(position: Position | None, tracer: object) -> Any:
 class TracedModel(TransformersModel):
     """nnsight's model, whose blocks must be the last of what their ``with`` enters.
 
-    ``generate`` is traced only where a ``with`` enters it: nnsight looks at the line, and on a line that has both a
-    ``with`` and a plain call it would trace the call and run nothing. In all runs a trace can write to a ``gate`` that
-    no module computes. Where the model travels, it does so as nnsight's.
+    ``generate`` is traced only where a ``with`` enters it: nnsight looks at the line alone, and on a line that has both
+    a ``with`` and a plain call it would trace the call and run nothing. In every run a trace can write to a ``gate``
+    that no module computes. A model that is sent elsewhere is sent as nnsight's own class.
     """
 
     _computed: Sequence[ComputedGate] = ()
@@ -220,7 +220,7 @@ class TracedModel(TransformersModel):
                 stack.enter_context(gate.see(_nothing))
             return super().interleave(fn, *args, **kwargs)
 
-    # -- where it travels ----------------------------------------------------------------------------------------------
+    # -- sent elsewhere ------------------------------------------------------------------------------------------------
 
     def _remoteable_class(self) -> type:
         return TransformersModel

@@ -1,6 +1,6 @@
-"""What stands for a `VLM` where nnsight runs a trace and this library is not: names, and where nnsight finds them.
+"""Stands for a `VLM` where nnsight runs a trace and this library is not installed: names, and where nnsight finds them.
 
-It is sent by its source, as the trace is, so it names nothing but nnsight.
+Its source is sent along, as that of the trace is, so it uses nothing but nnsight.
 """
 
 from typing import no_type_check
@@ -10,7 +10,7 @@ from nnsight.intervention.interleaver import Mediator
 
 @no_type_check
 def _class() -> type:
-    """The class of every part; one made in a function is sent by its source, and not by its name."""
+    """The class of every part. It is made in a function because such a class is sent by its source, not by its name."""
 
     class Part:
         """A part of a model: further parts by name, sites, and all else of the module's envoy."""
@@ -25,7 +25,7 @@ def _class() -> type:
                 return self._parts[name]
             if name not in self._sites:
                 return getattr(self._envoy, name)
-            location, columns = self._found(name)
+            location, columns = self._place(name)
             values = Mediator.value(location)
             if location.endswith(".input"):
                 args, kwargs = values
@@ -36,7 +36,7 @@ def _class() -> type:
             if name not in self._sites:
                 setattr(self._envoy, name, value)
                 return
-            location, columns = self._found(name)
+            location, columns = self._place(name)
             whole = Mediator.value(location)
             if location.endswith(".input"):
                 args, kwargs = whole
@@ -48,7 +48,7 @@ def _class() -> type:
                 value = whole
             Mediator.swap(location, value)
 
-        def _found(self, name):
+        def _place(self, name):
             location, columns = self._sites[name]
             if location is None:
                 raise ValueError(columns)

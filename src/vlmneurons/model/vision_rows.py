@@ -1,11 +1,12 @@
 """Which rows of a vision tower belong to which question, and which of their patches are padding.
 
-A vision tower does not run on questions but on *rows*: pictures, tiles of pictures, or patches. How many each question
-has, and what of them is padding, is written nowhere in one form; each family's processor leaves its own traces in the
-model's inputs. Here they are read. What is not known for certain is None, and then nothing is counted: padding that is
-counted, or a patch that is counted for another question, would spoil statistics without a sign.
+A vision tower does not run on questions but on *rows*: pictures, tiles of pictures, or patches. No input says in one
+form for all models how many rows each question has and which of them are padding; each family's processor leaves its
+own traces in the model's inputs, and here they are read. What is not certain is None, and then nothing is counted:
+padding that is counted, or a patch that is counted for another question, would spoil statistics without a sign.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -72,7 +73,9 @@ def vision_rows(
     rows: Sequence[int] | None = None
     if "image_grid_thw" in data:  # one long row of patches: Qwen-VL, GLM-4V
         rows = _by_question(data["image_grid_thw"].prod(-1).tolist(), n_images)
-    elif pixels.ndim == 5 and not _says_more(data) and [pixels.shape[1]] * len(pixels) == list(n_images):  # Idefics
+    elif (
+        pixels.ndim == 5 and not _has_more_than_pixels(data) and [pixels.shape[1]] * len(pixels) == list(n_images)
+    ):  # Idefics
         rows = n_images
     elif pixels.ndim == 5 and getattr(config, "model_type", "") == "perception_lm":  # as many tiles a picture
         rows = _by_question([pixels.shape[1]] * len(pixels), n_images)
@@ -132,8 +135,8 @@ def video_rows(
             real = real_patches(data, config)
         except UnknownPadding:
             return None
-        shown = pixels.shape[0] if pixels.ndim == 4 else int(_pictures(data).sum()) if pixels.ndim == 5 else 0
-        rows = per_video if shown == sum(per_video) else None
+        n_pictures = pixels.shape[0] if pixels.ndim == 4 else int(_pictures(data).sum()) if pixels.ndim == 5 else 0
+        rows = per_video if n_pictures == sum(per_video) else None
     of_questions = _by_question(rows, list(map(len, n_frames)))
     if of_questions is None or (real is not None and len(real) != sum(of_questions)):
         return None
@@ -178,8 +181,8 @@ def real_patches(data: Inputs, config: Any) -> Bool[Tensor, "row patch"] | None:
     return None if real is None or real.all() else real
 
 
-def _says_more(data: Inputs) -> bool:
-    """Whether a processor says more of pictures than their pixels: then it says in its way how many rows they are."""
+def _has_more_than_pixels(data: Inputs) -> bool:
+    """Whether a processor gives more of pictures than their pixels: then that says how many rows they are."""
     return any(
         OF_PICTURES.search(name) for name in data if not name.startswith("pixel_values") and "attention" not in name
     )
@@ -194,18 +197,13 @@ def _masks_tiles(data: Inputs) -> bool:
 def _by_question(per_image: Sequence[int] | None, n_images: Sequence[int]) -> list[int] | None:
     if per_image is None or len(per_image) != sum(n_images):
         return None
-    rows, at = [], 0
-    for n in n_images:
-        rows.append(int(sum(per_image[at : at + n])))
-        at += n
-    return rows
+    remaining = iter(per_image)
+    return [int(sum(itertools.islice(remaining, n))) for n in n_images]
 
 
-def _of(config: Any, *names: str) -> Any:
-    """An attribute of a part of a configuration; None where there is none."""
-    for name in names:
-        config = getattr(config, name, None)
-    return config
+def _vision(config: Any, name: str) -> Any:
+    """A setting of the vision tower; None where there is none."""
+    return getattr(getattr(config, "vision_config", None), name, None)
 
 
 def _crops(data: Inputs, n_images: Sequence[int], config: Any, most: int) -> list[int] | None:
@@ -230,7 +228,7 @@ def _crops(data: Inputs, n_images: Sequence[int], config: Any, most: int) -> lis
 
 def _is_one_row(data: Mapping[str, object], config: Any) -> bool:
     """Whether all pictures are one long row of patches, without the padding around them: Pixtral's tower."""
-    return "image_sizes" in data and _of(config, "vision_config", "model_type") == "pixtral"
+    return "image_sizes" in data and _vision(config, "model_type") == "pixtral"
 
 
 def _pictures(data: Inputs) -> Bool[Tensor, "question picture"]:
@@ -244,7 +242,7 @@ def _pictures(data: Inputs) -> Bool[Tensor, "question picture"]:
 def _covered(mask: Tensor, config: Any) -> Bool[Tensor, "row patch"]:
     """Which patches are real, from masks of pixels ``[row, height, width]``."""
     rule = _MASKED_PATCH.get(getattr(config, "model_type", ""))
-    size = _of(config, "vision_config", "patch_size")
+    size = _vision(config, "patch_size")
     if rule is None or not isinstance(size, int) or mask.ndim != 3:
         raise UnknownPadding("a mask of pixels")
     covered = mask.long().unfold(1, size, size).unfold(2, size, size).sum((-1, -2))
@@ -277,8 +275,8 @@ def _by_tiles(
         return [n_rows]
     if n_rows == sum(n_images):
         return list(n_images)
-    known = tiles()
-    if known is not None and sum(known) == n_rows:
-        return _by_question(known, n_images)
+    n_tiles = tiles()
+    if n_tiles is not None and sum(n_tiles) == n_rows:
+        return _by_question(n_tiles, n_images)
     rows = [len(alone(number)["pixel_values"]) if n else 0 for number, n in enumerate(n_images)]
     return rows if sum(rows) == n_rows else None

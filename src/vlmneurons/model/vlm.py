@@ -76,10 +76,10 @@ class VLM:
         nnsight: the nnsight model (`nnsight.TransformersModel`); its methods can be called on the VLM itself.
         hf: the transformers model, to call plainly: ``model.hf(**inputs)``.
         processor: the processor; a tokenizer for a model of text alone.
-        prompts: how questions become prompts; ``prompts.settings()`` is what that depends on.
-        towers: what was found, by name.
-        engine: what runs the model where questions are asked: ``"transformers"``, or ``"vllm"``.
-        engine_options: what that is started with.
+        prompts: how questions become prompts; ``prompts.settings()`` says what that depends on.
+        towers: the towers that were found, by name.
+        engine: the program that runs the model where questions are asked: ``"transformers"``, or ``"vllm"``.
+        engine_options: the options that it is started with.
         engine_configuration: a digest of the configuration that it is started with.
 
     Raises:
@@ -115,12 +115,13 @@ class VLM:
         self.hf = cast("HFModel", hf_model.eval())  # or has what it needs of one: that is checked below
         self.processor: Processor = cast(Processor, processor)
         self.towers: dict[str, Tower] = find_towers(hf_model)
-        absent = [name for name in _NEEDED if not hasattr(hf_model, name)]
-        if absent:
+        missing = [name for name in _NEEDED if not hasattr(hf_model, name)]
+        if missing:
             raise ArchitectureError(
-                f"{type(hf_model).__name__} has no {', '.join(absent)}: VLM wraps a transformers model. Put yours into "
-                "one: class MyVLM(transformers.PreTrainedModel) with config_class = a subclass of PreTrainedConfig, "
-                "your module as an attribute, and a forward that returns transformers.modeling_outputs.CausalLMOutput"
+                f"{type(hf_model).__name__} has no {', '.join(missing)}: VLM wraps a transformers model. Put yours "
+                "into one: class MyVLM(transformers.PreTrainedModel) with config_class = a subclass of "
+                "PreTrainedConfig, your module as an attribute, and a forward that returns "
+                "transformers.modeling_outputs.CausalLMOutput"
             )
         offloaded = offloaded_to(hf_model)
         if offloaded is not None and not hasattr(hf_model, "hf_device_map"):
@@ -133,9 +134,9 @@ class VLM:
             for mlp in tower.mlps
             if mlp.expert is None and mlp.place("gate").computed
         ]
-        named = {} if rename is None else {"rename": dict(rename)}
+        options = {} if rename is None else {"rename": dict(rename)}
         with without_class_names():
-            self.nnsight = TracedModel(hf_model, self, computed, **pipeline_of(processor), **named)
+            self.nnsight = TracedModel(hf_model, self, computed, **pipeline_of(processor), **options)
         self.encoder = Encoder(self)
         self._named = {name: NamedTower(self, tower) for name, tower in self.towers.items()}
         self.engine: str = "transformers"
@@ -188,13 +189,12 @@ class VLM:
         """
         of_kind("name_or_path", name_or_path, (str, os.PathLike), ArchitectureError, "a name on the Hub, or a folder")
         name_or_path = os.fspath(name_or_path)
-        where = {name: hf_kwargs.pop(name) for name in HUB_ARGUMENTS if name in hf_kwargs}
-        shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {}), **where}
+        source = {name: hf_kwargs.pop(name) for name in HUB_ARGUMENTS if name in hf_kwargs}
+        shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {}), **source}
         one_of("engine", engine, ("transformers", "vllm"), ArchitectureError)
-        options = hf_kwargs if engine == "vllm" else {}
-        if engine == "vllm" and where.get("subfolder"):
+        if engine == "vllm" and source.get("subfolder"):
             raise ArchitectureError("engine='vllm' knows no subfolder=: vLLM would take what lies above it, unsaid")
-        if options is not hf_kwargs and hf_kwargs and not weights:
+        if engine != "vllm" and hf_kwargs and not weights:
             raise ArchitectureError(f"weights=False loads nothing that {', '.join(hf_kwargs)} could apply to")
         processor = AutoProcessor.from_pretrained(name_or_path, **{**shared, **(processor_kwargs or {})})
         if weights and engine == "transformers":
@@ -202,25 +202,20 @@ class VLM:
                 AutoModelForImageTextToText, lambda auto: auto.from_pretrained(name_or_path, **shared, **hf_kwargs)
             )
         else:
-            config = AutoConfig.from_pretrained(name_or_path, **shared)
-            with torch.device("meta"):
-                hf_model = of_first_class(
-                    AutoModelForImageTextToText,
-                    lambda auto: auto.from_config(config, trust_remote_code=trust_remote_code),
-                )
-            # Else transformers would try to move the weights.
-            vars(hf_model)["hf_device_map"] = {"": torch.device("meta")}
-            if (dtype := options.pop("dtype", "auto")) != "auto":
-                hf_model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-            with contextlib.suppress(OSError):  # where a text ends
-                vars(hf_model)["generation_config"] = GenerationConfig.from_pretrained(name_or_path, **shared)
+            dtype = hf_kwargs.pop("dtype", "auto")
+            hf_model = _without_weights(name_or_path, dtype, shared)
         model = cls(hf_model, processor, template=template, template_kwargs=template_kwargs, rename=rename)
         model.nnsight.revision = revision  # names the model in a remote run
         if engine == "vllm":
-            told = {"trust_remote_code": trust_remote_code, "mm_processor_kwargs": dict(processor_kwargs or {}) or None}
-            told |= {"hf_token": where.get("token"), "download_dir": where.get("cache_dir")}
-            told |= {"code_revision": where.get("code_revision")}
-            model.engine, model.engine_options = engine, {**{k: v for k, v in told.items() if v}, **options}
+            options = {
+                "trust_remote_code": trust_remote_code,
+                "mm_processor_kwargs": dict(processor_kwargs or {}),
+                "hf_token": source.get("token"),
+                "download_dir": source.get("cache_dir"),
+                "code_revision": source.get("code_revision"),
+            }
+            options = {name: value for name, value in options.items() if value}
+            model.engine, model.engine_options = engine, {**options, **hf_kwargs}
             model.engine_configuration = configuration_of(model)
             hf_model.register_forward_pre_hook(_refuse_to_run)
             vars(hf_model)["generate"] = _refuse_to_run
@@ -257,10 +252,10 @@ class VLM:
             weight = next(self.hf.parameters())
         if weight.device.type != "meta":
             return weight.device
-        # Offloaded weights lie on meta between forwards; accelerate knows where they come to for one. A model made
+        # Offloaded weights lie on meta between forwards; accelerate knows where it brings them for one. A model made
         # without weights runs elsewhere, and its inputs wait here.
-        where = offloaded_to(self.hf) or torch.device(getattr(self.hf, "device", "cpu"))
-        return torch.device("cpu") if where.type == "meta" else where
+        device = offloaded_to(self.hf) or torch.device(getattr(self.hf, "device", "cpu"))
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def can_generate(self) -> bool:
@@ -293,7 +288,7 @@ class VLM:
         return self.tower("vision")
 
     def tower(self, name: str) -> NamedTower:
-        """A tower by its name.
+        """The tower of a name.
 
         Args:
             name: such as ``"language"``.
@@ -346,9 +341,9 @@ class VLM:
             raise SiteError(f"layer {site.layer} is not in tower {site.tower!r} (0–{len(tower) - 1})")
         mlp = self._mlps.get((site.tower, site.layer, site.mlp))
         if mlp is None:
-            here = [name for (where, layer, name) in self._mlps if (where, layer) == (site.tower, site.layer)]
-            shown = ", ".join(here[:6]) or "no MLP"
-            raise SiteError(f"layer {site.layer} of tower {site.tower!r} has no {site.mlp!r}; it has {shown}")
+            names = [mlp.name for mlp in tower.mlps if mlp.layer == site.layer]
+            has = ", ".join(names[:6]) or "no MLP"
+            raise SiteError(f"layer {site.layer} of tower {site.tower!r} has no {site.mlp!r}; it has {has}")
         mlp.site(site.kind)
         return mlp
 
@@ -451,9 +446,9 @@ class VLM:
         Args:
             nnsight: what `nnsight` gives as ``edited``.
         """
-        other = object.__new__(type(self))
-        other.__dict__.update({**self.__dict__, "nnsight": nnsight})
-        return other
+        model = object.__new__(type(self))
+        model.__dict__.update({**self.__dict__, "nnsight": nnsight})
+        return model
 
     def get(self, path: str) -> Any:
         """What a dotted path leads to, as nnsight's ``get``: a part of the model or, in a trace, a value.
@@ -461,11 +456,10 @@ class VLM:
         Args:
             path: such as ``"language.layers.3.mlp.gate"`` or ``"lm_head.output"``.
         """
-        first, *steps = path.split(".")
-        found = getattr(self, first)
-        for step in steps:
-            found = found[int(step)] if step.isdigit() else getattr(found, step)
-        return found
+        part: Any = self
+        for step in path.split("."):
+            part = part[int(step)] if step.isdigit() else getattr(part, step)
+        return part
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """The model's output, as that of a plain call of ``hf``."""
@@ -513,14 +507,15 @@ class VLM:
         return self.with_nnsight(self.nnsight)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "VLM":
-        # Hooks of ours stay with their model: a copy made inside an ablation is of the untouched model.
+        # The library's hooks stay with their model: a copy made inside an ablation is of the untouched model.
         hf = copy.deepcopy(self.hf, memo)
         processor = copy.deepcopy(self.processor, memo)
-        other = memo[id(self)] = type(self)(hf, processor, template=self.template, rename=self._rename)
-        other.nnsight.revision, other.nnsight._edits = self.nnsight.revision, list(self.nnsight._edits)
-        other.engine, other.engine_options = self.engine, dict(self.engine_options)
-        other.engine_configuration = self.engine_configuration
-        return other
+        options = {"template": self.template, "template_kwargs": self.prompts.arguments, "rename": self._rename}
+        model = memo[id(self)] = type(self)(hf, processor, **options)
+        model.nnsight.revision, model.nnsight._edits = self.nnsight.revision, list(self.nnsight._edits)
+        model.engine, model.engine_options = self.engine, dict(self.engine_options)
+        model.engine_configuration = self.engine_configuration
+        return model
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         # Into a remote trace, by nnsight. Elsewhere it fails: a model is kept by save_pretrained.
@@ -532,6 +527,23 @@ class VLM:
     def __repr__(self) -> str:
         lines = [f"VLM({self.name}: {type(self.hf).__name__}, {self.hf.dtype}, {self.device})"]
         return "\n".join(lines + [f"  {describe(tower)}" for tower in self.towers.values()])
+
+
+def _without_weights(name_or_path: str, dtype: "str | torch.dtype", shared: Keywords) -> nn.Module:
+    """A model on the meta device, of the configuration that a name or a folder has."""
+    config = AutoConfig.from_pretrained(name_or_path, **shared)
+    with torch.device("meta"):
+        hf_model = of_first_class(
+            AutoModelForImageTextToText,
+            lambda auto: auto.from_config(config, trust_remote_code=shared["trust_remote_code"]),
+        )
+    # Else transformers would try to move the weights.
+    vars(hf_model)["hf_device_map"] = {"": torch.device("meta")}
+    if dtype != "auto":
+        hf_model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    with contextlib.suppress(OSError):  # it says where a text ends
+        vars(hf_model)["generation_config"] = GenerationConfig.from_pretrained(name_or_path, **shared)
+    return hf_model
 
 
 def _refuse_to_run(*_: object, **__: object) -> None:
@@ -567,7 +579,7 @@ def refuse_unobeyed(model: VLM) -> None:
             "this model has standing edits of model.edit(…), which act in traces and nowhere else: this run would not "
             "obey them. Take them off with model.clear_edits(), or use vn.Ablation, which acts everywhere"
         )
-    for kind in sorted({"cpu", *(one.device.type for one in model.hf.parameters())} - {"meta"}):
+    for kind in sorted({"cpu", *(weight.device.type for weight in model.hf.parameters())} - {"meta"}):
         if torch.is_autocast_enabled(kind):
             raise MismatchError(
                 "torch.autocast is on around this call, which runs in the precision of the weights "

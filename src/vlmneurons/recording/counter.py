@@ -449,7 +449,7 @@ class Counter:
         masks = [batch.tokens.counted(rule) for rule in self.rules]
         stand = [row + number * len(mask) for number, mask in enumerate(masks) for row in rows]
         prepared = not batch.is_whole
-        frame = Frame(torch.cat(masks), stand, batch.seen, batch.patches, batch.heard, is_filled(batch), prepared)
+        frame = Frame(torch.cat(masks), stand, batch.row_counts, batch.patches, batch.heard, is_filled(batch), prepared)
         self._watched = frame
         try:
             yield
