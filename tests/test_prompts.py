@@ -89,6 +89,16 @@ def test_a_template_that_wants_a_string_has_no_place_for_pictures():
             model.prepare(vn.Question(picture(), "What?", ("a", "b"), 0, "A"))
 
 
+@pytest.mark.parametrize("name", ["got_ocr2", "llava", "qwen2_5_vl"])
+def test_a_template_that_drops_a_questions_pictures_is_refused(name):
+    hf, processor = tiny_model(name)
+    processor.chat_template = PARTS
+    with pytest.raises(
+        QuestionError, match="question 'q': .*(no placeholder for its pictures|tokens in the prompts sho)"
+    ):
+        vn.VLM(hf, processor).prepare(vn.Question(picture(), "What?", ("a", "b"), 0, "A", id="q"))
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

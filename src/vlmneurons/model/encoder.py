@@ -319,7 +319,7 @@ class Encoder:
         return data if isinstance(data, BatchFeature) else BatchFeature(dict(data))  # a tokenizer's are of a third kind
 
     def _tokens(self, data: Inputs, rows: Sequence[_Row], bare: bool) -> TokenTable:
-        """The table of tokens. A token belongs to the template unless it is padding, a placeholder or the question's."""
+        """What each token is: a real one is the template's unless it is a placeholder or of the question's text."""
         attention, ids = data["attention_mask"].bool(), data["input_ids"]
         image, audio, video = media_masks(self.model, data, [row.question for row in rows])
         template = torch.ones_like(attention)
@@ -368,12 +368,13 @@ class Encoder:
         hf, types = self.model.hf, data.get("mm_token_type_ids")
         if types is None or "image_grid_thw" not in data or not hasattr(getattr(hf, "model", hf), "get_rope_index"):
             return
-        for row, types_of_row in zip(rows, types.tolist(), strict=True):
+        for row, row_types in zip(rows, types, strict=True):
+            n_pictures = len(row.media.pictures)
             # Qwen-VL and its kin give positions to one picture for each run of picture tokens.
-            n_runs = sum(is_image for is_image, _ in itertools.groupby(types_of_row, lambda kind: kind == 1))
-            if n_runs < len(row.media.pictures):
+            runs = itertools.groupby(row_types.tolist() if n_pictures > 1 else ())
+            if n_pictures > 1 and sum(kind == 1 for kind, _ in runs) < n_pictures:
                 raise QuestionError(
-                    f"question {row.question.id!r}: the placeholders of its {len(row.media.pictures)} pictures stand "
+                    f"question {row.question.id!r}: the placeholders of its {n_pictures} pictures stand "
                     f"side by side in the prompt, and {type(hf).__name__} tells pictures apart by what stands between "
                     "them: put text there, with VLM(…, template=function), as its chat template does"
                 )

@@ -1,4 +1,4 @@
-"""What a model is loaded with and wrapped as: by class, by processor or tokenizer, and without a wall of names."""
+"""Which of transformers' classes loads a model, and how nnsight is told to wrap it."""
 
 import logging
 from collections.abc import Callable, Iterator

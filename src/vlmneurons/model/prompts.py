@@ -1,8 +1,8 @@
 """How a question's text becomes the prompt: the chat template, and what is wrong with some of them.
 
-A prompt that is not what the user meant is a silent mistake, so a template is tried once on a text that it cannot know.
-Found out so: templates that drop the text, show it twice or rewrite it; those of text models, which want a string and
-write out a list of parts as Python code; and those that open a thought where the answer would begin.
+A prompt that is not what the user meant is a silent mistake, so each template is tried once on a text that it cannot
+know. This finds templates that drop the text, show it twice or rewrite it; those of text models, which want a string
+and write a list of parts out as Python code; and those that open a thought where the answer would begin.
 """
 
 import hashlib
@@ -67,11 +67,11 @@ class Prompts:
 
     Args:
         processor: the model's processor, or its tokenizer.
-        template: what takes the place of the chat template; None for the template.
+        template: what replaces the chat template; None where the chat template is used.
         template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        ArchitectureError: the template is none, or its arguments are not looked at.
+        ArchitectureError: ``template`` cannot replace one, or the chat template does not look at an argument.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Prompts:
             return {"template": "chat", "template_sha256": digest, "template_kwargs": self.arguments}
         if self.template == "plain":
             return {"template": "plain", "template_sha256": None, "template_kwargs": {}}
-        # A function is known by what it does to a text.
+        # A function is identified by what it makes of a text.
         digest = hashlib.sha256(repr([self.render(_MARK, n) for n in (0, 1)]).encode()).hexdigest()
         name = getattr(self.template, "__qualname__", type(self.template).__name__)
         return {"template": name, "template_sha256": digest, "template_kwargs": {}}
@@ -217,7 +217,11 @@ class Prompts:
         return _Frame(before, others[0], as_text)
 
     def _tried_chat(self, media: Media) -> tuple[str, bool]:
-        """The mark in the chat template, and whether as a string, not a list of parts: as it shows it rightly."""
+        """The chat template with the mark as its text, and whether it was given as a string, not as a list of parts.
+
+        The first way counts that shows the mark once, and not as code; else the one that shows it most often, which
+        says what is wrong with the template.
+        """
         text_first = isinstance(self.processor, PreTrainedTokenizerBase)
         ways = [False] if any(media) else [text_first, not text_first]
         attempts: list[tuple[str, bool]] = []
@@ -236,7 +240,7 @@ class Prompts:
         return max(attempts, key=lambda attempt: attempt[0].count(_MARK))
 
     def thought(self, n_images: int, n_sounds: int = 0, n_videos: int = 0) -> str | None:
-        """The tag by which the prompt opens a thought of the model's, if it leaves it open.
+        """The tag with which the prompt opens a thought of the model and leaves it open; None if it does not.
 
         Args:
             n_images: how many pictures the question shows.
@@ -255,7 +259,8 @@ class Prompts:
             n_videos: how many videos.
 
         Raises:
-            QuestionError: the template opens a thought, or leaves it to the model and nothing says what is wanted.
+            QuestionError: the template opens a thought, or leaves it to the model, and the user has not said whether it
+                may think.
         """
         media = (n_images, n_sounds, n_videos)
         tag, switch = self.thought(*media), self._switch(media)
@@ -269,7 +274,7 @@ class Prompts:
         )
 
     def _switch(self, media: Media) -> str | None:
-        """The template's argument, if the user has not set it, without which the answer does not begin at the end."""
+        """The argument by which the template lets the model think before it answers; None where the user has set it."""
         if self.template is not None:
             return None
         for name in _SWITCHES:

@@ -195,6 +195,7 @@ def media_masks(
         masks.append(mask)
     has_image = image.any(1).tolist()
     blind = [question.id for question, sees in zip(questions, has_image, strict=True) if question.n_images and not sees]
-    if blind and any(has_image):
+    # A model without a token for pictures sees them all the same; one with such a token sees none without it.
+    if blind and (any(has_image) or _placeholder_id(model, "image") is not None):
         raise QuestionError(f"question {blind[0]!r}: its prompt has no placeholder for its pictures: see the template")
     return image, masks[0], masks[1]

@@ -29,7 +29,7 @@ Position = tuple[int, int, int, int]
 """Where an expression stands in its file: first and last line, first and last column."""
 
 _OPENS = ("trace", "generate", "pipe", "scan", "session", "edit", "invoke")
-"""What opens a block that nnsight reads and runs by itself."""
+"""Methods that open a block which nnsight reads and runs itself."""
 
 
 def _position(frame: FrameType) -> Position | None:

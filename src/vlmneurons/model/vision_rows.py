@@ -37,7 +37,7 @@ _OF_TEXT = ("image_embeds_position_mask",)
 
 
 class UnknownPadding(Exception):
-    """Raised where some of what a vision tower sees is padding, and it is not known what."""
+    """Raised where a vision tower sees padding, and it is not known where."""
 
 
 def vision_rows(

@@ -444,7 +444,7 @@ class VLM:
         """The same model, and the same modules, with another nnsight model of them, such as an edited one.
 
         Args:
-            nnsight: what `nnsight` gives as ``edited``.
+            nnsight: the nnsight model, such as a block of nnsight's ``edit`` gives.
         """
         model = object.__new__(type(self))
         model.__dict__.update({**self.__dict__, "nnsight": nnsight})
@@ -569,7 +569,7 @@ def refuse_unobeyed(model: VLM) -> None:
     """Refuse what a run of the library's own would not obey: a model's standing edits, and autocast around the call.
 
     Edits of ``model.edit`` act in traces only; under autocast the counts would be those of another precision than the
-    weights', and hang on where the call stands.
+    weights', and depend on where the call stands.
 
     Raises:
         MismatchError: the model has edits, or autocast is on for one of its devices.
@@ -590,9 +590,9 @@ def refuse_unobeyed(model: VLM) -> None:
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no `VLM`, such as transformers' model by itself.
+    """Refuse anything but a `VLM`, such as transformers' model by itself.
 
     Raises:
-        MismatchError: it is of another class.
+        MismatchError: ``model`` is of another class.
     """
     of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")

@@ -349,7 +349,7 @@ def in_parentheses(expression: str) -> str:
 
 
 def outer_places(expression: str) -> Iterator[int]:
-    """Places of a selector's expression that stand in no brackets; a closing one's own is among them."""
+    """The places of a selector's expression outside all brackets; that of a closing bracket counts as outside."""
     depth = 0
     # ``LAP() > 0.1`` compares, where ``<5 neurons>`` is in brackets.
     for place, character in enumerate(re.sub(" [<>]=? ", lambda sign: "." * len(sign[0]), expression)):

@@ -320,14 +320,13 @@ class NeuronSet(Immutable, _files.Shareable):
         """
         check_space(space)
         parts = self.by_site()
-        towers = {site.tower: site.tower for site in parts}
-        if len(self._space.towers) == len(space.towers) == 1:
-            towers = {self._space.towers[0]: space.towers[0]}
-        for tower in dict.fromkeys(site.tower for site in parts):
-            widths, target_widths = _widths(self._space, tower), _widths(space, towers[tower])
+        is_single = len(self._space.towers) == len(space.towers) == 1
+        towers = {site.tower: space.towers[0] if is_single else site.tower for site in parts}
+        for tower, target in towers.items():
+            widths, target_widths = _widths(self._space, tower), _widths(space, target)
             if widths != target_widths:
                 raise MismatchError(
-                    f"the neurons are of {self._space!r} and cannot be those of {space!r}: tower {towers[tower]!r} has "
+                    f"the neurons are of {self._space!r} and cannot be those of {space!r}: tower {target!r} has "
                     + _difference(widths, target_widths)
                 )
         return NeuronSet.from_indices(
@@ -350,13 +349,11 @@ class NeuronSet(Immutable, _files.Shareable):
         towers = self._space.towers
         if tower is None and len(towers) > 1:
             raise SiteError(f"the space has the towers {', '.join(towers)}: say which, or use per_site()")
-        if tower is not None and tower not in towers:
+        tower = next(iter(towers)) if tower is None else tower
+        if tower not in towers:
             raise SiteError(f"tower {tower!r} is not in this space; it has {', '.join(towers)}")
-        layers = {layer: 0 for name, layer in sorted(self._space.tower_layers) if tower in (None, name)}
-        for site, part in self.by_site().items():
-            if tower in (None, site.tower):
-                layers[site.layer] += part.numel()
-        return layers
+        counts, layers = self.per_site(), sorted(self._space.tower_layers.items())
+        return {layer: int(counts[list(places)].sum()) for (name, layer), places in layers if name == tower}
 
     def by_site(self) -> dict[Site, Int64[Tensor, " part"]]:
         """For each site that has any, the numbers of its neurons within the site, sorted."""

@@ -88,14 +88,14 @@ class Site:
 
 
 def site_of(name: str, value: Any) -> Site:
-    """A site that a caller gave, itself or by its name.
+    """The site that a caller gave, as a `Site` or by its name.
 
     Args:
         name: of the argument, for the error.
         value: what was given.
 
     Raises:
-        SiteError: it is neither, or the text is no site's name.
+        SiteError: the value is neither, or the text is not the name of a site.
     """
     of_kind(name, value, (str, Site), SiteError, "a Site, or the name of one")
     return Site.parse(value) if isinstance(value, str) else value
