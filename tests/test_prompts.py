@@ -94,7 +94,7 @@ def test_a_template_that_drops_a_questions_pictures_is_refused(name):
     hf, processor = tiny_model(name)
     processor.chat_template = PARTS
     with pytest.raises(
-        QuestionError, match="question 'q': .*(no placeholder for its pictures|tokens in the prompts sho)"
+        QuestionError, match=r"question 'q': .*(no placeholder for its pictures|tokens in the prompts sho)"
     ):
         vn.VLM(hf, processor).prepare(vn.Question(picture(), "What?", ("a", "b"), 0, "A", id="q"))
 
