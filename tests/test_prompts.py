@@ -8,6 +8,7 @@ import torch
 import vlmneurons as vn
 from helpers import picture
 from vlmneurons.errors import ArchitectureError, QuestionError
+from vlmneurons.model.identity import processor_of
 from vlmneurons.model.prompts import Prompts
 from vlmneurons.testing import tiny_model
 
@@ -234,7 +235,7 @@ def test_a_model_that_may_think_is_read_once_the_user_has_said_whether(causal, t
     quiet = wrapped(causal, template, template_kwargs={switch: False})
     assert quiet.encoder.render("What?", 0).endswith("</think>" + "\n\n" * (template is QWEN3))
     assert vn.record(quiet, asked("What?"), condition="all", progress=False).items.tolist() == [1]
-    assert quiet.prompts.settings()["template_kwargs"] == {switch: False}
+    assert processor_of(quiet)["template_arguments"] == {switch: False}
     loud = wrapped(causal, template, template_kwargs={switch: True})
     if template is QWEN3:  # the model itself begins to think, or not: the user wants to know
         assert vn.record(loud, asked("What?"), condition="all", progress=False).items.tolist() == [1]
@@ -322,21 +323,20 @@ def test_a_copy_of_a_model_prompts_as_the_model_does(causal):
         model = wrapped(causal, **how)
         for copied in (copy.deepcopy(model), copy.copy(model)):
             assert copied.encoder.render("What?", 0) == model.encoder.render("What?", 0)
-            assert copied.prompts.settings() == model.prompts.settings()
+            assert processor_of(copied) == processor_of(model)
 
 
 def test_what_prompts_depend_on_is_told_and_changes_with_it(causal):
-    told = [
-        wrapped(causal, TURN).prompts.settings(),
-        wrapped(causal, QWEN3).prompts.settings(),
-        wrapped(causal, QWEN3, template_kwargs={"enable_thinking": False}).prompts.settings(),
-        wrapped(causal, template="plain").prompts.settings(),
-        wrapped(causal, template=lambda text, n: f"Q: {text}").prompts.settings(),
-        wrapped(causal, template=lambda text, n: f"A: {text}").prompts.settings(),
+    settings = [
+        processor_of(wrapped(causal, TURN)),
+        processor_of(wrapped(causal, QWEN3)),
+        processor_of(wrapped(causal, QWEN3, template_kwargs={"enable_thinking": False})),
+        processor_of(wrapped(causal, template="plain")),
+        processor_of(wrapped(causal, template=lambda text, n: f"Q: {text}")),
+        processor_of(wrapped(causal, template=lambda text, n: f"A: {text}")),
     ]
-    assert all(one != other for n, one in enumerate(told) for other in told[:n])
-    assert told[0] == wrapped(causal, TURN).prompts.settings()
-    assert [one["template"] for one in told[:4]] == ["chat", "chat", "chat", "plain"]
+    assert all(first != second for n, first in enumerate(settings) for second in settings[:n])
+    assert settings[0] == processor_of(wrapped(causal, TURN))
 
 
 # -- options that say where they stand ---------------------------------------------------------------------------------

@@ -186,8 +186,8 @@ def processor_of(model: "VLM") -> JSON:
     }
     settings["own"] = _short(attributes)
     settings["tokenizer"] = digest_of(_describe_tokenizer(tokenizer))[:16]
-    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    settings["template"] = digest_of_code(model.template) if model.template is not None else digest_of(template)[:16]
+    template = model.template
+    settings["template"] = digest_of(model.prompts.chat_template)[:16] if template is None else digest_of_code(template)
     settings["template_arguments"] = dict(model.prompts.arguments)
     return settings
 

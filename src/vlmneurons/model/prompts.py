@@ -5,9 +5,7 @@ know. This finds templates that drop the text, show it twice or rewrite it; thos
 and write a list of parts out as Python code; and those that open a thought where the answer would begin.
 """
 
-import hashlib
 import inspect
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
-from vlmneurons.checks import JSON, Keywords
+from vlmneurons.checks import Keywords
 from vlmneurons.errors import ArchitectureError, QuestionError
 
 Template = Callable[[str, int], str] | Literal["plain"]
@@ -102,20 +100,6 @@ class Prompts:
     def chat_template(self) -> Any:
         """The chat template: the processor's, or its tokenizer's; None if there is none."""
         return getattr(self.processor, "chat_template", None) or getattr(self._tokenizer, "chat_template", None)
-
-    def settings(self) -> JSON:
-        """What prompts depend on besides the questions, for a record: the template, its digest and its arguments."""
-        if self.template is None:
-            source = self.chat_template
-            text = source if isinstance(source, str) else json.dumps(source, sort_keys=True)
-            digest = None if source is None else hashlib.sha256(text.encode()).hexdigest()
-            return {"template": "chat", "template_sha256": digest, "template_kwargs": self.arguments}
-        if self.template == "plain":
-            return {"template": "plain", "template_sha256": None, "template_kwargs": {}}
-        # A function is identified by what it makes of a text.
-        digest = hashlib.sha256(repr([self.render(_MARK, n) for n in (0, 1)]).encode()).hexdigest()
-        name = getattr(self.template, "__qualname__", type(self.template).__name__)
-        return {"template": name, "template_sha256": digest, "template_kwargs": {}}
 
     def render(self, text: str, n_images: int, n_sounds: int = 0, n_videos: int = 0, *, bare: bool = False) -> str:
         """A prompt of one question.

@@ -76,7 +76,7 @@ class VLM:
         nnsight: the nnsight model (`nnsight.TransformersModel`); its methods can be called on the VLM itself.
         hf: the transformers model, to call plainly: ``model.hf(**inputs)``.
         processor: the processor; a tokenizer for a model of text alone.
-        prompts: how questions become prompts; ``prompts.settings()`` says what that depends on.
+        prompts: how questions become prompts.
         towers: the towers that were found, by name.
         engine: the program that runs the model where questions are asked: ``"transformers"``, or ``"vllm"``.
         engine_options: the options that it is started with.
