@@ -280,7 +280,7 @@ class Encoder:
         return _Media(list(item.load_images()), sounds, list(item.load_videos()))
 
     def _processed(self, rows: Sequence[_Row], padding_side: str) -> BatchFeature:
-        """What the processor makes of the rows' texts, their placeholders unexpanded, and of what each one shows."""
+        """What the processor makes of the rows: of their texts, placeholders unexpanded, and of what each one shows."""
         texts = [row.prompt + row.added for row in rows]
         pictures = [row.media.pictures for row in rows]
         sounds = [sound for row in rows for sound in row.media.sounds]
@@ -347,7 +347,7 @@ class Encoder:
     # -- what is refused -----------------------------------------------------------------------------------------------
 
     def _refuse_placeholders(self, items: Sequence[Question], texts: Sequence[str]) -> None:
-        """Refuse a question's text that holds a placeholder: the model would see a picture where there is none."""
+        """Refuse a question whose text holds a placeholder: the model would look for a picture where there is none."""
         sources = (self.processor, self.tokenizer)
         placeholders = [getattr(source, name, None) for source in sources for name in _PLACEHOLDERS]
         for item, text in zip(items, texts, strict=True):
@@ -423,7 +423,7 @@ def _refuse_mixed(rows: Sequence[_Row]) -> None:
 
 
 def _digest(media: _Media) -> bytes:
-    """Of the pixels that pictures show, and of what sounds and videos hold."""
+    """A digest of the pixels that pictures show, and of what sounds and videos hold."""
     digest = hashlib.blake2b(digest_size=16)
     for stream in (*media.sounds, *media.videos):
         digest.update(repr((stream.dtype, stream.shape)).encode())

@@ -1,7 +1,7 @@
 """Rendered prompts as token ids, and which tokens of a row are the question's own text.
 
-A processor expands one image placeholder to hundreds of tokens and wraps the text in a chat template. Which tokens the
-user wrote is found by laying the prompt as it was rendered against the row as it was encoded.
+A processor expands one image placeholder to hundreds of tokens, and the chat template puts text of its own around the
+question's. Which tokens the user wrote is found by comparing the rendered prompt with the encoded row.
 """
 
 import itertools
@@ -93,8 +93,8 @@ class PromptTokenizer:
     ) -> tuple[Int64[Tensor, " token"], int] | None:
         """What `own_positions` gives, if this prompt was encoded to these ids; its own text is at ``[start, end)``.
 
-        The unexpanded prompt is tokenized with character offsets and laid against the expanded tokens from both ends:
-        all that differs is the placeholder's expansion.
+        The unexpanded prompt is tokenized with character offsets and compared with the row from both ends: all that
+        may differ is what the placeholders grew to.
         """
         try:
             plain = self.tokenizer(

@@ -47,7 +47,7 @@ def vision_rows(
     alone: Callable[[int], Inputs],
     tiles: Callable[[], Sequence[int] | None] = lambda: None,
 ) -> Rows | None:
-    """The rows of the vision tower that are each question's, in the order of the questions.
+    """How many rows of the vision tower belong to each question, in order, and which of their patches are real.
 
     Args:
         data: the model's inputs, as its processor gave them for a batch of questions.
@@ -58,7 +58,7 @@ def vision_rows(
         tiles: gives the number of tiles of every picture where the processor can tell it, else None.
 
     Returns:
-        The rows, or None where they cannot be told for certain.
+        The numbers and the patches, or None where they cannot be told for certain.
     """
     if sum(n_images) == 0:
         return (0,) * len(n_images), None
@@ -100,7 +100,7 @@ def vision_rows(
 
 
 def local_rows(data: Inputs, n_images: Sequence[int]) -> tuple[int, ...] | None:
-    """The crops of each question's pictures that a vision tower sees after all whole pictures; None without any.
+    """How many crops of each question's pictures a vision tower sees, after all whole pictures; None if it sees none.
 
     Args:
         data: the model's inputs: DeepSeek-OCR 2, Unlimited-OCR and Step 3.7 have crops in a tensor of their own.
@@ -114,7 +114,7 @@ def local_rows(data: Inputs, n_images: Sequence[int]) -> tuple[int, ...] | None:
 def video_rows(
     data: Inputs, n_frames: Sequence[Sequence[int]], config: Any
 ) -> tuple[tuple[int, ...], Bool[Tensor, "row patch"] | None] | None:
-    """The rows of the vision tower that are each question's videos', which it sees after all pictures.
+    """How many rows of the vision tower belong to each question's videos, which it sees after all pictures.
 
     Args:
         data: the model's inputs.
@@ -122,7 +122,7 @@ def video_rows(
         config: the model's configuration.
 
     Returns:
-        The rows, and which patches of each are real where some are padding; or None where they cannot be told.
+        The numbers, and which patches of each row are real where some are padding; or None where they cannot be told.
     """
     per_video, pixels, real = [n for row in n_frames for n in row], data.get("pixel_values_videos"), None
     rows: Sequence[int] | None = None
@@ -144,7 +144,7 @@ def video_rows(
 
 
 def real_patches(data: Inputs, config: Any) -> Bool[Tensor, "row patch"] | None:
-    """Which patches of each row of the vision tower are of a picture, and not padding; None where all are.
+    """Which patches of each row of the vision tower belong to a picture and are not padding; None where all do.
 
     Args:
         data: the model's inputs.
@@ -232,7 +232,7 @@ def _is_one_row(data: Mapping[str, object], config: Any) -> bool:
 
 
 def _pictures(data: Inputs) -> Bool[Tensor, "question picture"]:
-    """Idefics2, Idefics3 and SmolVLM: which pictures there are. Those of zeros are padding, which the model drops."""
+    """Idefics2, Idefics3 and SmolVLM: which pictures are real. Those of zeros are padding, which the model drops."""
     pictures = (data["pixel_values"] != 0).flatten(2).any(-1)
     if not pictures.any():
         raise UnknownPadding("all pictures are zeros")
