@@ -29,7 +29,14 @@ _PLAIN_PROMPTS = ("PaliGemmaProcessor",)
 """Processors without a chat template whose prompts are a text after its pictures' placeholders, and nothing else."""
 _SWITCHES = ("enable_thinking", "thinking")
 """Template arguments by which a model is told not to think: Qwen 3 and GLM, DeepSeek and Granite."""
-_OURS = ("conversation", "messages", "chat_template", "add_generation_prompt", "tokenize", "continue_final_message")
+_SET_BY_LIBRARY = (
+    "conversation",
+    "messages",
+    "chat_template",
+    "add_generation_prompt",
+    "tokenize",
+    "continue_final_message",
+)
 
 
 class Processor(Protocol):
@@ -87,7 +94,7 @@ class Prompts:
         self._frames: dict[tuple[Media, bool, str], _Frame] = {}
         source = str(self.chat_template or "")
         for name in self.arguments:
-            if name in _OURS:
+            if name in _SET_BY_LIBRARY:
                 raise ArchitectureError(f"template_kwargs: {name!r} is set by the library")
             if template is not None:
                 raise ArchitectureError(f"template_kwargs: {name!r} is for a chat template, and template= replaces it")
