@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from vlmneurons.checks import Keywords, one_of
+from vlmneurons.checks import Keywords, check_choice
 from vlmneurons.errors import QuestionError
 from vlmneurons.model.abilities import counts_positions, default_of, refusals, sampling_rate, wants_token_types
 from vlmneurons.model.prompt_tokens import PromptTokenizer
@@ -221,7 +221,7 @@ class Encoder:
         """
         if not items:
             raise QuestionError("there are no questions to encode")
-        one_of("padding_side", padding_side, ("left", "right"), QuestionError)
+        check_choice("padding_side", padding_side, ("left", "right"), QuestionError)
         if self.model.is_encoder_decoder:
             padding_side = "right"  # its encoder may count positions from the first token; its answer begins elsewhere
         with TOKENIZING:
