@@ -482,7 +482,8 @@ def test_a_copy_of_a_vlm_is_independent_and_complete():
 
 
 def test_a_part_of_a_model_is_not_copied_without_it(model):
-    for part in (model.language, model.language.layers[1], model.language.layers[1].mlp):
+    experts = own_copy("qwen3_vl_moe").language.layers[0].mlp.experts
+    for part in (model.language, model.language.layers[1], model.language.layers[1].mlp, experts, experts[0]):
         assert copy.copy(part) is part
         with pytest.raises(SiteError, match="is a view of its model: copy the model, and take the same"):
             copy.deepcopy(part)

@@ -76,7 +76,28 @@ class _View:
         raise SiteError(f"{self!r} is a view of its model: copy the model, and take the same {self._noun} of the copy")
 
 
-class NamedMLP(_View):
+class _EnvoyView(_View):
+    """A view of one module: all that it does not have itself is that of nnsight's envoy of the module."""
+
+    envoy: Envoy
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        """Apply the module to values of your own, as nnsight's envoys do: what a trace reads does not see this call."""
+        return self.envoy(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "envoy" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.envoy, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # One of nnsight's values of a module, such as ``output``, or a module. Anything else would be lost.
+        if not isinstance(value, nn.Module) and not isinstance(getattr(type(self.envoy), name, None), eproperty):
+            raise AttributeError(f"{self!r} has no value {name!r} that could be assigned")
+        setattr(self.envoy, name, value)
+
+
+class NamedMLP(_EnvoyView):
     """One MLP, or one expert, with its sites as values: ``.pre``, ``.gate``, ``.up`` and ``.post``.
 
     Every other attribute is that of nnsight's envoy of the same module (``.output``, ``.down_proj.input`` …).
@@ -88,10 +109,11 @@ class NamedMLP(_View):
     up = _Value("up", "The other factor of a gated MLP")
     post = _Value("post", "Input of the down projection, gate times up")
 
+    module: nn.Module
+    mlp: MLP
+
     def __init__(self, envoy: Envoy, module: nn.Module, mlp: MLP) -> None:
-        object.__setattr__(self, "envoy", envoy)
-        object.__setattr__(self, "module", module)
-        object.__setattr__(self, "mlp", mlp)
+        vars(self).update(envoy=envoy, module=module, mlp=mlp)
 
     @property
     def path(self) -> str:
@@ -142,18 +164,11 @@ class NamedMLP(_View):
         values = Mediator.value(self.location(place))
         return place.part(first_input(*values) if place.end == "input" else values)
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
-        """Apply the MLP to values of your own, as nnsight's envoys do: what a trace reads does not see this call."""
-        return self.envoy(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(_envoy_of(self, name), name)
-
     def __setattr__(self, name: str, value: object) -> None:
         if name in KINDS:
             getattr(type(self), name).__set__(self, value)
         else:
-            _assign(self, self.envoy, name, value)
+            super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return PART, (self.envoy, {}, {kind: self._remote_place(kind) for kind in self.mlp.layout.kinds})
@@ -172,34 +187,19 @@ class NamedMLP(_View):
         return f"<{where}: {', '.join(self.mlp.layout.kinds)} of {self.width:,} neurons>"
 
 
-def _envoy_of(owner: object, name: str) -> Envoy:
-    """The envoy that has an attribute which its owner lacks; special names are the owner's own or nobody's."""
-    envoy = vars(owner).get("envoy")
-    if envoy is None or name.startswith("__"):
-        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
-    return envoy
-
-
-def _assign(owner: object, envoy: Envoy, name: str, value: object) -> None:
-    """Assign one of nnsight's values of a module, such as ``output``, or a module. Anything else would be lost."""
-    if not isinstance(value, nn.Module) and not isinstance(getattr(type(envoy), name, None), eproperty):
-        raise AttributeError(f"{owner!r} has no value {name!r} that could be assigned")
-    setattr(envoy, name, value)
-
-
-class _Branch:
+class _Branch(_EnvoyView):
     """A step of a path within a layer that is not itself an MLP, such as ``.experts`` of ``mlp.experts[7]``."""
 
-    def __init__(self, layer: "NamedLayer", path: str) -> None:
-        self._layer, self._path = layer, path
+    _noun = "branch"
+    _layer: "NamedLayer"
+    _path: str
 
-    @property
-    def envoy(self) -> Envoy:
-        """nnsight's envoy of the module that holds them."""
-        name, inner = next(item for item in self._layer.mlps.items() if item[0].startswith(f"{self._path}."))
+    def __init__(self, layer: "NamedLayer", path: str) -> None:
+        name, inner = next(item for item in layer.mlps.items() if item[0].startswith(f"{path}."))
         # An expert in one tensor has a number and no module.
-        steps = name.count(".") - self._path.count(".") - (inner.mlp.expert is not None)
-        return self._layer._tower.envoy(inner.mlp.path.rsplit(".", steps)[0] if steps else inner.mlp.path)
+        steps = name.count(".") - path.count(".") - (inner.mlp.expert is not None)
+        module = inner.mlp.path.rsplit(".", steps)[0] if steps else inner.mlp.path
+        vars(self).update(_layer=layer, _path=path, envoy=layer._tower.envoy(module))
 
     def __getitem__(self, index: int) -> Any:
         return self._layer._part(f"{self._path}.{index}")
@@ -213,37 +213,30 @@ class _Branch:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.envoy(*args, **kwargs)
-
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         parts = {step: self._layer._part(f"{self._path}.{step}") for step in self._steps}
         return PART, (self.envoy, parts, {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
         if name in KINDS or self._layer._has(f"{self._path}.{name}"):
             return self._layer._part(f"{self._path}.{name}")
-        return getattr(self.envoy, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name.startswith("_"):
-            object.__setattr__(self, name, value)
-        else:
-            _assign(self, self.envoy, name, value)
+        return super().__getattr__(name)
 
     def __repr__(self) -> str:
         return f"<{self._layer!r} {self._path}: {len(self)} parts>"
 
 
-class NamedLayer(_View):
+class NamedLayer(_EnvoyView):
     """One transformer block: its MLPs under their site names (``.mlp``), all else nnsight's envoy of the block."""
 
     _noun = "layer"
 
+    mlps: dict[str, NamedMLP]
+    _tower: "NamedTower"
+    _index: int
+
     def __init__(self, tower: "NamedTower", index: int, envoy: Envoy, mlps: Mapping[str, NamedMLP]) -> None:
-        self._tower, self._index, self.envoy, self.mlps = tower, index, envoy, dict(mlps)
+        vars(self).update(_tower=tower, _index=index, envoy=envoy, mlps=dict(mlps))
 
     def _has(self, path: str) -> bool:
         return any(f"{name}.".startswith(f"{path}.") for name in self.mlps)
@@ -257,22 +250,8 @@ class NamedLayer(_View):
         has = ", ".join(self.mlps) or "no MLP"
         raise SiteError(f"layer {self._index} of tower {self._tower.name!r} has no {name!r}; it has {has}")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply the block to values of your own, as nnsight's envoys do."""
-        return self.envoy(*args, **kwargs)
-
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name == "mlp" or self._has(name):
-            return self._part(name)
-        return getattr(_envoy_of(self, name), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name.startswith("_") or name in ("envoy", "mlps"):
-            object.__setattr__(self, name, value)
-        else:
-            _assign(self, self.envoy, name, value)
+        return self._part(name) if name == "mlp" or self._has(name) else super().__getattr__(name)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         steps = dict.fromkeys(name.split(".")[0] for name in self.mlps)
