@@ -81,7 +81,7 @@ class _EnvoyView(_View):
 
     envoy: Envoy
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the module to values of your own, as nnsight's envoys do: what a trace reads does not see this call."""
         return self.envoy(*args, **kwargs)
 
