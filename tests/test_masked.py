@@ -76,7 +76,7 @@ def passes(monkeypatch):
     def counted(self):
         for number, logits in enumerate(run(self)):
             if number == 0:
-                served.append(len(self.ablations))
+                served.append(len(self.tiles))
             yield logits
 
     monkeypatch.setattr(replay._Pass, "run", counted)
@@ -197,9 +197,9 @@ def test_questions_that_meet_different_masks_share_a_forward_and_are_computed_fo
         monkeypatch.setattr(replay, "_CPU_BYTES", 2**16)
     edited, edit_tiles = [], replay._Pass._edit_tiles
 
-    def seen(self, by_ablation, in_place, values, tokens=None):
-        edited.append(len(self.computed))
-        return edit_tiles(self, by_ablation, in_place, values, tokens)
+    def seen(self, site, values, tokens=None):
+        edited.append(sum(len(tile.copied) for tile in self.computing))
+        return edit_tiles(self, site, values, tokens)
 
     monkeypatch.setattr(replay._Pass, "_edit_tiles", seen)
     shared, plain = in_part(model, questions, ablations, RAGGED, reader_of(answer))
@@ -324,18 +324,18 @@ def test_masks_within_another_ablation_act_on_top_of_it(model):
 def test_out_of_memory_halves_the_chunk_and_goes_on(model, passes, monkeypatch, fits):
     questions = some_questions(2)
     ablations = masks_of(model)
-    chunk, sizes = replay._Pass._chunk, []
+    compute, sizes = replay._Pass._compute, []
 
-    def limited(self, numbers):
-        sizes.append(len(numbers))
-        if len(numbers) > max(fits, 1) or (fits == 0 and len(sizes) == 6):
+    def limited(self, tiles):
+        sizes.append(len(tiles))
+        if len(tiles) > max(fits, 1) or (fits == 0 and len(sizes) == 6):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return chunk(self, numbers)
+        return compute(self, tiles)
 
     with torch.inference_mode():
         structure = replayable.structure_for(model, questions)
     monkeypatch.setattr(structure, "most_rows", None)
-    monkeypatch.setattr(replay._Pass, "_chunk", limited)
+    monkeypatch.setattr(replay._Pass, "_compute", limited)
     if fits == 0:  # not even one tile fits at some time: the error of the plain run is what counts, and it has none
         with pytest.raises(torch.OutOfMemoryError):
             both(model, questions, ablations)
@@ -374,7 +374,7 @@ def test_after_an_interrupt_the_model_is_as_it_was(model, monkeypatch):
     reader = reader_of("letters")
     ablations = masks_of(model)
 
-    def interrupted(self, numbers):
+    def interrupted(self, tiles):
         raise KeyboardInterrupt
 
     with torch.inference_mode():
@@ -382,7 +382,7 @@ def test_after_an_interrupt_the_model_is_as_it_was(model, monkeypatch):
         clean = reader.read(model, questions, encoded)
         replayable.structure_for(model, questions)
         with monkeypatch.context() as patch:
-            patch.setattr(replay._Pass, "_chunk", interrupted)
+            patch.setattr(replay._Pass, "_compute", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(read_masked(model, reader, questions, encoded, ablations))
         assert torch.equal(reader.read(model, questions, encoded).scores, clean.scores)

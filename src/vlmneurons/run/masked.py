@@ -21,8 +21,9 @@ from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, Wanted, reads_logits
-from vlmneurons.run.replay import CannotReplay, replayed
+from vlmneurons.run.replay import replayed
 from vlmneurons.run.replayable import structure_for
+from vlmneurons.run.structure import CannotReplay
 
 
 def read_masked(
