@@ -232,7 +232,7 @@ class Counter:
             yield read(hf, self.model.mlp_of(site), site.kind, self._callback(number))
         words = [site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses]
         yield all_tokens(self.model, words, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
-        yield hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
+        yield OWNERS.guard(hf)
         yield hf.register_forward_pre_hook(Hook(begin), with_kwargs=True)
         if end is not None:
             yield hf.register_forward_hook(Hook(end))

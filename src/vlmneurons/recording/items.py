@@ -224,7 +224,7 @@ class _ItemsJob(CountingJob):
         except BadStatistic as error:
             raise ActivationError(f"question {self.question_in(questions, error.row).id!r}: {error}") from error
 
-    def known(self, number: int, batch: QuestionSet) -> bool:
+    def is_finished(self, number: int, batch: QuestionSet) -> bool:
         """See `Job.known`."""
         return bool(self._done[[self._place[item.id] for item in batch]].all())
 

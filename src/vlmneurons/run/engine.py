@@ -20,7 +20,7 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
-from vlmneurons.run.readers import AnswerReader, Reading, Watch
+from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.statistics.items import ItemStatistic
 
 Counts = Mapping[str, Tensor | None]
@@ -29,7 +29,7 @@ Counts = Mapping[str, Tensor | None]
 
 @runtime_checkable
 class Counting(Protocol):
-    """Who counts while a batch is asked: told what is run, and given counts that it did not see itself."""
+    """What counts while a batch is asked: by hooks where the model runs here, else by counts that it is given."""
 
     space: NeuronSpace
     tokens: TokenRule | Mapping[str, TokenRule]
@@ -45,10 +45,10 @@ class Counting(Protocol):
         """Around the run that shows a batch's questions to the model; ``rows`` stand for them."""
         ...
 
-    def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
+    def take(self, counts: Mapping[int, Counts], n_pictures: Mapping[int, int], /) -> None:
         """Counts of the watched run that were made elsewhere, by the number of the site in the space.
 
-        ``seen`` says, of sites of a vision tower, how many rows of pictures they saw.
+        ``n_pictures`` says, of sites of a vision tower, how many rows of pictures they saw.
         """
         ...
 
@@ -135,14 +135,18 @@ class Engine(ABC):
         return {}
 
 
-def need_gradients(engine: Engine, what: str) -> None:
+def need_gradients(engine: Engine, work: str) -> None:
     """Refuse an engine that gives no gradients.
 
+    Args:
+        engine: the engine.
+        work: what needs them, as a noun.
+
     Raises:
-        QuestionError: it does not.
+        QuestionError: it gives none.
     """
     if not engine.differentiates:
-        raise QuestionError(f"{what} needs gradients, which do not come back from {engine.name}; run the model here")
+        raise QuestionError(f"{work} needs gradients, which do not come back from {engine.name}; run the model here")
 
 
 def need_plain_counts(engine: Engine, counting: Counting) -> None:
@@ -153,6 +157,3 @@ def need_plain_counts(engine: Engine, counting: Counting) -> None:
     """
     if isinstance(counting.tokens, Mapping) or counting.statistics:
         raise MismatchError(f"{engine.name}: token rules by name and statistics of your own are counted here only")
-
-
-__all__ = ["Counting", "Counts", "Engine", "Run", "Watch", "need_gradients", "need_plain_counts"]

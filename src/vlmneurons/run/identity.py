@@ -36,15 +36,15 @@ def setting_of_run(
         questions: what is asked, for the prompt.
         engine: what runs the model and reads its answers; None for the user's own runs here.
     """
-    known = {} if engine is None else engine.own_setting
+    of_engine = {} if engine is None else engine.own_setting
     return Setting(
         model=type(model.hf).__name__,
-        weights=known.get("weights") or of_model.weights_of(model),
+        weights=of_engine.get("weights") or of_model.weights_of(model),
         configuration=of_model.configuration_of(model),
         adapters=of_model.adapters_of(model),
         quantisation=of_model.quantisation_of(model),
         dtype=of_model.dtype_of(model),
-        in_force=[*(one.what.fingerprint for one in ablations_in_force(model.hf)), *foreign_hooks(model.hf)],
+        in_force=[*(ablation.what.fingerprint for ablation in ablations_in_force(model.hf)), *foreign_hooks(model.hf)],
         processor=of_model.processor_of(model),
         prompt="" if questions is None else name_of_rule(questions.prompt),
         answer="" if engine is None else name_of_reader(engine.reader),
@@ -71,7 +71,7 @@ def name_of_rule(rule: object) -> str:
     if isinstance(rule, str):
         return rule
     if isinstance(rule, Mapping):
-        return ", ".join(f"{name}: {name_of_rule(one)}" for name, one in rule.items())
+        return ", ".join(f"{name}: {name_of_rule(part)}" for name, part in rule.items())
     return digest_of_code(rule)
 
 
@@ -124,5 +124,5 @@ def versions() -> dict[str, str]:
 def rule_name(rule: object) -> str:
     """What a person calls a rule: its name, or that of the function."""
     if isinstance(rule, Mapping):
-        return ", ".join(f"{name}: {rule_name(one)}" for name, one in rule.items())
+        return ", ".join(f"{name}: {rule_name(part)}" for name, part in rule.items())
     return rule if isinstance(rule, str) else f"{getattr(rule, '__module__', '')}.{getattr(rule, '__qualname__', rule)}"

@@ -205,7 +205,7 @@ class _Pass:
     # -- hooks of the plain run ----------------------------------------------------------------------------------------
 
     def _hooks(self) -> Iterator[contextlib.AbstractContextManager[object]]:
-        yield self.model.hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module))
+        yield OWNERS.guard(self.model.hf)
         for number, module in enumerate(self.structure.chain):
             enter = functools.partial(self._enter, number)
             yield module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
@@ -341,8 +341,8 @@ class _Pass:
             behind = self._output_behind(place, call, beginning) if beginning and place in self.behind else None
             if beginning and behind is None:
                 if self.structure.hidden is not None:
-                    given = dict(leaves(call.arguments))[self.structure.hidden]
-                    hidden = _joined(hidden, self._copied(given, _rows_of(beginning)))
+                    plain = dict(leaves(call.arguments))[self.structure.hidden]
+                    hidden = _joined(hidden, self._copied(plain, _rows_of(beginning)))
                 self.computing += beginning
             if self.computing:
                 args, kwargs = self._arguments(place, call, hidden)

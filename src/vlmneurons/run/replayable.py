@@ -126,16 +126,16 @@ def _structure_of_whole(model: VLM, layer_paths: Sequence[str], two: Batch, thre
 def _structure_of_layers(model: VLM, layer_paths: Sequence[str], two: Batch, three: Batch) -> Structure:
     """The structure whose chain are the layers."""
     chain = [model.hf.get_submodule(path) for path in layer_paths]
-    seen = _observed(model, chain, two)
-    axes = _row_axes(seen, _observed(model, chain, three))
+    of_two = _observed(model, chain, two)
+    axes = _row_axes(of_two, _observed(model, chain, three))
     # The hidden states are what a layer is given of the very tensor that the layer before gave; a single layer is given
     # them first, or by their name.
     hidden = {
         path
-        for (_, output), (arguments, _) in itertools.pairwise(seen)
+        for (_, output), (arguments, _) in itertools.pairwise(of_two)
         for path, leaf in arguments.items()
         if leaf is output
-    } or {path for path in seen[0][0] if path in ((0, 0), (1, "hidden_states"))}
+    } or {path for path in of_two[0][0] if path in ((0, 0), (1, "hidden_states"))}
     if len(hidden) != 1:
         raise CannotReplay("a layer's hidden states are not those that the layer before gave")
     structure = Structure(chain, axes, hidden.pop())

@@ -337,7 +337,7 @@ class _AnswersJob(Job[pd.DataFrame]):
         self._noted = len(self.limit.halved)
         self._batch: list[pd.DataFrame] = []
 
-    def apart(self, question: Question) -> tuple[int, ...]:
+    def batch_key(self, question: Question) -> tuple[int, ...]:
         """See `Job.apart`: where the engine wants it so, questions of a batch meet the same masks."""
         return () if self.engine.ragged else self._study.runs_of[question.id]
 
@@ -345,7 +345,7 @@ class _AnswersJob(Job[pd.DataFrame]):
         """See `Job.weight`: answers."""
         return sum(len(self._study.runs_of[item.id]) for item in batch)
 
-    def known(self, number: int, batch: QuestionSet) -> bool:
+    def is_finished(self, number: int, batch: QuestionSet) -> bool:
         """See `Job.known`."""
         return _name(number) in self._known
 
