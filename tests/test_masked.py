@@ -434,6 +434,20 @@ def test_a_decoder_is_called_again_by_layers_or_as_a_whole(name, calls):
     assert ("decoder" if structure.hidden is None else "layers") == calls
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "mllama"])
+def test_where_rows_cannot_be_computed_apart_each_has_a_mask_of_its_own_in_a_plain_run(passes, name):
+    hf, processor = _tiny.tiny_model(name)  # their layers are given pictures of all rows together
+    model, reader = vn.VLM(hf, processor, template=_tiny.tiny_template(name)), reader_of("letters")
+    questions, ablations = some_questions(6), masks_of(model)
+    ablations = [*ablations, *ablations][: len(RAGGED)]
+    with torch.inference_mode():
+        assert not replayable.structure_for(model, questions).ragged
+    passes.clear()
+    shared, plain = in_part(model, questions, ablations, RAGGED, reader)
+    assert not passes
+    assert_same_in_part(questions, RAGGED, shared, plain)
+
+
 def test_an_encoder_decoder_is_run_the_plain_way():
     model, two, three = two_and_three("florence2")
     with torch.inference_mode(), pytest.raises(replay.CannotReplay, match="encoder"):

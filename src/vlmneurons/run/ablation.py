@@ -40,41 +40,6 @@ def ablations_in_force(module: nn.Module) -> "tuple[Ablation, ...]":
     return tuple(_IN_FORCE.get(module, ()))
 
 
-class _Refusal:
-    """Stands in the way of ``save_pretrained`` while a model is ablated: its weights are not what it computes with."""
-
-    def __init__(self, hf: nn.Module) -> None:
-        self.hf, self.holders, self.before = weakref.ref(hf), 0, vars(hf).get("save_pretrained")
-
-    def __call__(self, *_: object, **__: object) -> None:
-        raise AblationError(
-            "this model is being ablated, and an ablation is no part of its weights: what is saved would be the "
-            "untouched model. Save it outside of the ablation"
-        )
-
-    def __deepcopy__(self, memo: Mapping[int, object]) -> object:
-        # A copy of the model is not ablated, and may be saved.
-        hf = self.hf()
-        copied = memo.get(id(hf))
-        return self if hf is None or copied is None else types.MethodType(getattr(type(hf), "save_pretrained"), copied)  # noqa: B009
-
-
-def _refuse_saving(hf: nn.Module) -> Removal:
-    refusal = vars(hf).get("save_pretrained")
-    if not isinstance(refusal, _Refusal):
-        refusal = vars(hf)["save_pretrained"] = _Refusal(hf)
-    refusal.holders += 1
-
-    def allow() -> None:
-        refusal.holders -= 1
-        if refusal.holders == 0:
-            vars(hf).pop("save_pretrained", None)
-            if refusal.before is not None:
-                vars(hf)["save_pretrained"] = refusal.before
-
-    return Removal(allow)
-
-
 @dataclass(frozen=True)
 class SiteEdit:
     """Which neurons of one site are edited: the same in all rows (``columns``), or others in each (``mask``).
@@ -94,7 +59,7 @@ class Ablation:
     """Sets neurons to zero, or to something else, while it is entered; the model is untouched before and after.
 
     Leaving it restores the model exactly, also after an exception, and ablations may be left in any order. An empty set
-    of neurons changes nothing, not a bit of any logit.
+    of neurons changes no bit of any logit.
 
     Args:
         model: the model.
@@ -170,13 +135,13 @@ class Ablation:
                 raise MismatchError(f"the rows' neurons are of different spaces: {self.space} and {space}")
         self._refuse_foreign(model, self.space)
         self.edits = self._plan(sets, self._values_of_space(values, sets))
-        """What is done at each site that has something to do: an engine may do it to other rows than a forward's."""
+        """The edit of each site that has any: an engine may make them elsewhere than in this model's own forward."""
         self._entered = contextlib.ExitStack()
         self._values = values
 
     @property
     def what(self) -> Intervention:
-        """What is done, as data; for one set of neurons for all rows, or the sets of the rows by their number."""
+        """What is done, as data; where rows have neurons of their own, with a set for each row by its number."""
         neurons = self.neurons
         if isinstance(neurons, tuple):
             neurons = Selection({f"row {row}": neurons_of_row for row, neurons_of_row in enumerate(neurons)})
@@ -196,7 +161,7 @@ class Ablation:
                 )
 
     def _values_of_space(self, values: object, sets: tuple[NeuronSet, ...]) -> Float[Tensor, " space"] | None:
-        """Values of every neuron of the space, whatever form they were given in."""
+        """The values as one for every neuron of the space, whatever form they were given in."""
         if values is None:
             return None
         size = len(self.space)
@@ -228,7 +193,7 @@ class Ablation:
         raise MismatchError(f"values are a number or a tensor of shape {allowed}; got {list(tensor.shape)}")
 
     def _plan(self, sets: tuple[NeuronSet, ...], values: Tensor | None) -> dict[Site, SiteEdit]:
-        """What to do at each site; sites with nothing to do are left out, so that they cost nothing."""
+        """The edit of each site that has neurons of the sets; other sites are left out, and cost nothing."""
         edits = {}
         bounds = torch.tensor(self.space.offsets)
         cuts = [torch.searchsorted(neurons.indices, bounds) for neurons in sets]
@@ -276,16 +241,16 @@ class Ablation:
         try:
             with Undivided():
                 self._entered.close()
-        except KeyboardInterrupt:  # it may have come before there was anything that waits
+        except KeyboardInterrupt:  # it may have come just before `Undivided` began
             self._entered.close()
             raise
 
     def _editor(self, site: Site) -> Callable[..., Tensor | None]:
-        """The function that gives one site's edited values."""
+        """The function that returns one site's edited values."""
         edit_in_place = self.in_place(site)
 
         def apply(values: Tensor, tokens: Tensor | None = None) -> Tensor:
-            # The model's own tensor may be kept by others: a trace shows it, a recorder counts it.
+            # Others may still look at the model's own tensor: a trace shows it, a recorder counts it.
             values = values.clone()
             edit_in_place(values, tokens)
             return values
@@ -293,13 +258,13 @@ class Ablation:
         return apply
 
     def in_place(self, site: Site) -> Callable[..., None]:
-        """The function that edits one site's values where they are; index tensors are moved to its device once.
+        """The function that edits one site's values in place; index tensors are moved to their device once.
 
         Args:
             site: one of `edits`.
 
         Raises:
-            AblationError: the function was given rows that are not those that the neurons are of.
+            AblationError: the function was given other rows than those that neurons were chosen for.
         """
         edit = self.edits[site]
         cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
@@ -340,3 +305,42 @@ class Ablation:
         unit = "rows" if self.by_row else "neurons"
         factor = f", factor={self.factor:g}" if self.mode in ("scale", "add") else ""
         return f"Ablation({len(self.neurons)} {unit}, {self.mode!r}{factor}, at={self.at!r})"
+
+
+# -- saving an ablated model -------------------------------------------------------------------------------------------
+
+
+class _Refusal:
+    """Stands in the way of ``save_pretrained`` while a model is ablated: its weights are not what it computes with."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.hf, self.holders, self.before = weakref.ref(hf), 0, vars(hf).get("save_pretrained")
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise AblationError(
+            "this model is being ablated, and an ablation is no part of its weights: what is saved would be the "
+            "untouched model. Save it outside of the ablation"
+        )
+
+    def __deepcopy__(self, memo: Mapping[int, object]) -> object:
+        # A copy of the model is not ablated, so it may be saved.
+        hf = self.hf()
+        copied = memo.get(id(hf))
+        return self if hf is None or copied is None else types.MethodType(getattr(type(hf), "save_pretrained"), copied)  # noqa: B009
+
+
+def _refuse_saving(hf: nn.Module) -> Removal:
+    """Puts a refusal in the place of ``save_pretrained``: a single one, however many ablations nest."""
+    refusal = vars(hf).get("save_pretrained")
+    if not isinstance(refusal, _Refusal):
+        refusal = vars(hf)["save_pretrained"] = _Refusal(hf)
+    refusal.holders += 1
+
+    def allow() -> None:
+        refusal.holders -= 1
+        if refusal.holders == 0:
+            vars(hf).pop("save_pretrained", None)
+            if refusal.before is not None:
+                vars(hf)["save_pretrained"] = refusal.before
+
+    return Removal(allow)

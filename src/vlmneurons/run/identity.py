@@ -28,7 +28,7 @@ def setting_of_run(
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
 ) -> Setting:
-    """Everything beside the questions that the numbers of a run hang on; all weights are read for it.
+    """Everything but the questions that the numbers of a run depend on; all weights are read for it.
 
     Args:
         model: the model.
@@ -54,7 +54,7 @@ def setting_of_run(
 
 
 def foreign_hooks(hf: nn.Module) -> Iterator[str]:
-    """Hooks of the user's, which may change what is computed: where they are, and a digest of their code.
+    """The user's own hooks, which may change what is computed: where each is, and a digest of its code.
 
     Args:
         hf: the transformers model.
@@ -67,7 +67,7 @@ def foreign_hooks(hf: nn.Module) -> Iterator[str]:
 
 
 def name_of_rule(rule: object) -> str:
-    """A rule that is known by its name; or a function of the user's by its name, and a digest of its code."""
+    """What tells a rule from others: its name, and for a function of the user's a digest of its code too."""
     if isinstance(rule, str):
         return rule
     if isinstance(rule, Mapping):
@@ -76,7 +76,7 @@ def name_of_rule(rule: object) -> str:
 
 
 def name_of_reader(reader: AnswerReader) -> str:
-    """How answers are read: a reader of the library as it prints, one of the user's with a digest of its code too."""
+    """What tells a reader from others: how it prints, and for a reader of the user's a digest of its code too."""
     if type(reader).__module__.startswith("vlmneurons."):
         scorer = getattr(reader, "scorer", None)
         by = "" if scorer is None else f", scored by {digest_of_code(scorer)}"
@@ -92,7 +92,7 @@ def run_provenance(
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
 ) -> JSON:
-    """What is kept of a run in words, and its setting."""
+    """What a result keeps of the run that it comes from: names and versions for people to read, and its setting."""
     return {
         "model": model.name,
         "revision": model.revision,
@@ -108,7 +108,7 @@ def run_provenance(
 
 
 def versions() -> dict[str, str]:
-    """Of the library, and of what it computes with."""
+    """The versions of the library, and of what it computes with."""
     import nnsight
     import transformers
 

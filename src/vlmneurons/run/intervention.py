@@ -19,7 +19,7 @@ Values = float | Tensor | ActivationStatistics | None
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """Neurons, and something else to do to them than the rest of a study does.
+    """Neurons, and what to do to them where this is something else than in the rest of a study.
 
     Attributes:
         neurons: a `Selection`, or a single `NeuronSet`.
