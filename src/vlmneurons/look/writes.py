@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vlmneurons.checks import Keywords, of_kind, whole
+from vlmneurons.checks import Keywords, as_whole, check_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, QuestionError, SelectionError, SiteError
 from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.layout import MLP, Tower
@@ -71,8 +71,8 @@ def neuron_writes(model: VLM, neurons: NeuronSet, k: int = 10) -> "pandas.DataFr
     import pandas as pd
 
     Ablation(model, neurons)  # says what is wrong with them, and is never entered
-    of_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
-    k = whole("k", k, SelectionError, least=1)
+    check_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
+    k = as_whole("k", k, SelectionError, least=1)
     if k > len(model.tokenizer):
         raise SelectionError(f"k {k} is more than the {len(model.tokenizer)} tokens that there are")
     wanted = {site: numbers for site, numbers in neurons.by_site().items() if len(numbers)}

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmneurons.checks import Keywords, of_kind, one_of, real, whole
+from vlmneurons.checks import Keywords, as_number, as_whole, check_choice, check_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import write
@@ -100,14 +100,16 @@ def attribute(
     """
     rules_of = (("method", method, METHODS), ("condition", condition, CONDITIONS), ("reduce", reduce, REDUCE))
     for name, given, allowed in rules_of:
-        one_of(name, given, allowed, QuestionError)
+        check_choice(name, given, allowed, QuestionError)
     check_model(model)
-    of_kind("space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')")
+    check_kind(
+        "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')"
+    )
     if reduce == "max" and method != "gradient":
         raise QuestionError("reduce='max' is of method='gradient': an integral is of sums over tokens")
-    if (steps := whole("steps", steps, QuestionError)) < 1:
+    if (steps := as_whole("steps", steps, QuestionError)) < 1:
         raise QuestionError(f"steps={steps} is less than 1")
-    if not 0 < (threshold := real("threshold", threshold, QuestionError)) < 1:
+    if not 0 < (threshold := as_number("threshold", threshold, QuestionError)) < 1:
         raise QuestionError(f"threshold={threshold} is not between 0 and 1")
     check_token_rule(tokens)
     options = Options(1, on_error=on_error, progress=progress, remote=remote, distributed=distributed)

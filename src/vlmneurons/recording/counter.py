@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vlmneurons.checks import Keywords, flag, of_kind
+from vlmneurons.checks import Keywords, as_flag, check_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import read, see_number_of_tokens
@@ -160,7 +160,7 @@ class Counter:
         statistics: Mapping[str, ItemStatistic] | None = None,
     ) -> None:
         check_model(model)
-        of_kind(
+        check_kind(
             "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('vision')"
         )
         self.model = model
@@ -192,8 +192,8 @@ class Counter:
         self.statistics: Mapping[str, ItemStatistic] = dict(statistics or {})
         if self.statistics and any(self.model.mlp_of(site).routed for site in self.space.sites):
             raise MismatchError("a statistic looks at all tokens of a question, and an expert sees some: leave it out")
-        self.magnitudes = flag("magnitudes", magnitudes, MismatchError)
-        self.maxima = flag("maxima", maxima, MismatchError)
+        self.magnitudes = as_flag("magnitudes", magnitudes, MismatchError)
+        self.maxima = as_flag("maxima", maxima, MismatchError)
         self.sites = [SiteState(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
         # NaN and infinity pass from layer to layer, so a look at the last site is a look at all of them.
         decoder = [n for n, site in enumerate(self.space.sites) if site.tower == "language"]

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vlmneurons.checks import real
+from vlmneurons.checks import as_number
 from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.files.stopping import Undivided
 from vlmneurons.model.architectures.hooks import write
@@ -112,7 +112,7 @@ class Ablation:
         check_model(model)
         self.model = model
         self.mode, self.at = mode, at
-        self.factor = 1.0 if factor is None else real("factor", factor, AblationError)
+        self.factor = 1.0 if factor is None else as_number("factor", factor, AblationError)
         if isinstance(neurons, Mapping):
             raise AblationError(
                 f"a {type(neurons).__name__} has a set of neurons for each group; give the one to ablate, "
