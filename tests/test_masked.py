@@ -430,7 +430,7 @@ def two_and_three(name):
 def test_a_decoder_is_called_again_by_layers_or_as_a_whole(name, calls):
     model, two, three = two_and_three(name)
     with torch.inference_mode():
-        structure = replayable.structure_of(model, two, three)  # compares logits under four masks with plain runs
+        structure = replayable.find_structure(model, two, three)  # compares logits under four masks with plain runs
     assert ("decoder" if structure.hidden is None else "layers") == calls
 
 
@@ -451,7 +451,7 @@ def test_where_rows_cannot_be_computed_apart_each_has_a_mask_of_its_own_in_a_pla
 def test_an_encoder_decoder_is_run_the_plain_way():
     model, two, three = two_and_three("florence2")
     with torch.inference_mode(), pytest.raises(replay.CannotReplay, match="encoder"):
-        replayable.structure_of(model, two, three)
+        replayable.find_structure(model, two, three)
 
 
 def test_a_decoder_that_replays_wrongly_is_found_out(load_bare, tiny_folder):

@@ -21,7 +21,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -375,16 +375,16 @@ class _Pass:
         # The layer has one MLP, so each mask has one edit here; it acts at `post`, wherever its neurons were selected.
         sites = [next(site for site in tile.ablation.edits if site.layer == layer) for tile in tiles]
         columns = [tile.ablation.edits[site].columns for tile, site in zip(tiles, sites, strict=True)]
-        if _takes_differences(down, columns, call.post.shape[-1]):
+        if _change_little(columns, down, call.post.shape[-1]):
             # The down projection is linear: to what it gave, add what it makes of the difference.
-            parts = []
+            weight, parts = cast(nn.Linear, down).weight, []
             for tile, site, edited in zip(tiles, sites, columns, strict=True):
                 index = edited.to(call.post.device)
                 post = self._copied(call.post, tile.copied)
                 before = post.index_select(-1, index)
                 tile.edits[site.at("post")](post)
                 difference = post.index_select(-1, index) - before
-                parts.append(self._copied(call.added, tile.copied) + difference @ down.weight[:, index].T)
+                parts.append(self._copied(call.added, tile.copied) + difference @ weight[:, index].T)
             added = torch.cat(parts)
         else:
             computing, self.computing = self.computing, tiles  # whose values the projection's hook edits
@@ -469,13 +469,13 @@ def _at(values: Float[Tensor, "copied token width"], index: Int64[Tensor, "row p
     return values.flatten(0, 1)[index.to(values.device)]
 
 
-def _takes_differences(down: nn.Module, columns: Sequence[Tensor | None], width: int) -> TypeGuard[Sequence[Tensor]]:
-    """Whether it is faster, and as exact, to give a down projection no more than what edits change.
+def _change_little(columns: Sequence[Tensor | None], down: nn.Module, width: int) -> TypeGuard[Sequence[Tensor]]:
+    """Whether it is faster, and as exact, to give a down projection the edited neurons only.
 
     Args:
-        down: the module.
         columns: for each tile the neurons that its mask edits; None where each row has neurons of its own.
-        width: how many neurons the module sees.
+        down: the down projection.
+        width: how many neurons it is given.
     """
     n_edited = [width if edited is None else len(edited) for edited in columns]
     if sum(n_edited) * 4 >= width * len(columns) or any(edited is None for edited in columns):

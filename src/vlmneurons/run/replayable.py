@@ -46,7 +46,7 @@ def structure_for(model: VLM, questions: QuestionSet) -> Structure:
     kind = tuple(map(bool, questions[0].n_media))
     if kind not in structures:
         try:
-            structures[kind] = _structure_of_first(model, questions)
+            structures[kind] = _find_on_first_question(model, questions)
         except CannotReplay as why:
             structures[kind] = str(why)
         except (RuntimeError, MemoryError) as error:
@@ -59,7 +59,7 @@ def structure_for(model: VLM, questions: QuestionSet) -> Structure:
     return structure
 
 
-def _structure_of_first(model: VLM, questions: QuestionSet) -> Structure:
+def _find_on_first_question(model: VLM, questions: QuestionSet) -> Structure:
     """The structure, tried out on the first question alone."""
     # Texts of two lengths, so that there is padding, and a mask. The last batch has another length, and rows that part.
     added = [["", " and so on"], ["", " and so on", " and so on"], ["", " and so on", " or else it is not"]]
@@ -69,10 +69,10 @@ def _structure_of_first(model: VLM, questions: QuestionSet) -> Structure:
         )
     except QuestionError as error:
         raise CannotReplay(f"a question cannot be encoded twice: {error}") from error
-    return structure_of(model, two, three, parting)
+    return find_structure(model, two, three, parting)
 
 
-def structure_of(model: VLM, two: Batch, three: Batch, parting: Batch | None = None) -> Structure:
+def find_structure(model: VLM, two: Batch, three: Batch, parting: Batch | None = None) -> Structure:
     """How a model's decoder can be called again, found on batches of two and of three rows, and proven on the first.
 
     Args:
@@ -138,8 +138,9 @@ def _structure_of_layers(model: VLM, layer_paths: Sequence[str], two: Batch, thr
     } or {path for path in of_two[0][0] if path in ((0, 0), (1, "hidden_states"))}
     if len(hidden) != 1:
         raise CannotReplay("a layer's hidden states are not those that the layer before gave")
-    structure = Structure(chain, axes, hidden.pop())
-    if any(axes_of_layer.get(structure.hidden) != 0 for axes_of_layer in axes):
+    path = hidden.pop()
+    structure = Structure(chain, axes, path)
+    if any(axes_of_layer.get(path) != 0 for axes_of_layer in axes):
         raise CannotReplay("the hidden states' first axis is not the rows'")
     by_layer: dict[int, list[MLP]] = {}
     for mlp in model.towers["language"].mlps:
