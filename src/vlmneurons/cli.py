@@ -564,7 +564,7 @@ def compare(
     for note in comparison.notes:
         sys.stderr.write(f"{note}\n")
     columns = ["selector", "model", "groups", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p"]
-    sys.stdout.write(f"{_as_text(comparison.table()[columns])}\n{comparison.report(out, main=main)}\n")
+    sys.stdout.write(f"{_as_text(comparison.table().loc[:, columns])}\n{comparison.report(out, main=main)}\n")
 
 
 @_command(_asking_again)
@@ -773,4 +773,4 @@ def _as_text(table: "pd.DataFrame") -> str:
 
     numbers = table.select_dtypes("float").columns
     shown = {name: printed_p if name.endswith("_p") else functools.partial(printed, digits=3) for name in numbers}
-    return table.to_string(index=False, formatters=shown)
+    return table.to_string(index=False, formatters=shown, na_rep="–")

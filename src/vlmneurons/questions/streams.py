@@ -1,6 +1,7 @@
-"""Sound and video: arrays as they are, files through a decoder, opened when they are needed.
+"""Sounds and videos: arrays, or files that are decoded when they are needed.
 
-WAV files and moving pictures (GIF, WebP, PNG) are read without one; other sounds need `soundfile`, other videos `av`.
+WAV files and moving pictures (GIF, WebP, PNG) need no further package; other sounds need `soundfile`, other videos
+`av`.
 """
 
 import io
@@ -28,7 +29,7 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 """Ends of the names of files that hold sounds and videos."""
 
 FRAMES_PER_SECOND, MOST_FRAMES = 2.0, 64
-"""What is seen of a video's file: frames at equal distances in time, two a second, and never more than 64."""
+"""Which frames of a video's file are seen: two a second at equal distances in time, and never more than 64."""
 
 
 def resolved_stream(source: Any) -> Any:
@@ -71,7 +72,7 @@ def open_sound(source: Any, rate: int) -> Float32[np.ndarray, " sample"]:
     fault = check_sound(source)
     if fault:
         raise ValueError(fault)
-    values, own = (source["array"], source["sampling_rate"]) if isinstance(source, Mapping) else _decoded(source)
+    values, own_rate = (source["array"], source["sampling_rate"]) if isinstance(source, Mapping) else _decoded(source)
     values = np.asarray(values)
     if values.dtype.kind in "iu":
         values = values / float(np.iinfo(values.dtype).max + 1)
@@ -79,11 +80,11 @@ def open_sound(source: Any, rate: int) -> Float32[np.ndarray, " sample"]:
         values = values.mean(0 if values.shape[0] < values.shape[1] else 1)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"a sound is an array [sample] or [channel, sample] of finite values; got {values.shape}")
-    if int(own) != rate:
+    if int(own_rate) != rate:
         from scipy.signal import resample_poly
 
-        shared = math.gcd(int(own), rate)
-        values = resample_poly(values.astype(np.float64), rate // shared, int(own) // shared)
+        divisor = math.gcd(int(own_rate), rate)
+        values = resample_poly(values.astype(np.float64), rate // divisor, int(own_rate) // divisor)
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
@@ -187,7 +188,7 @@ def _frames(source: bytes | str | Path) -> UInt8[np.ndarray, "frame height width
                 shown.append(np.asarray(open_picture(frame.copy())))
                 times.append(now)
                 now += frame.info.get("duration", 100) / 1000
-        return np.stack([shown[place] for place in _seen(times, now)])
+        return np.stack([shown[place] for place in _seen_frames(times, now)])
     except Image.UnidentifiedImageError:
         pass
     try:
@@ -201,14 +202,14 @@ def _frames(source: bytes | str | Path) -> UInt8[np.ndarray, "frame height width
         times = [float(frame.time or 0.0) for frame in container.decode(video=0)]
     if not times:
         raise ValueError("it has no frames")
-    wanted = set(_seen(times, 2 * times[-1] - times[-2] if len(times) > 1 else 1.0))
+    wanted = set(_seen_frames(times, 2 * times[-1] - times[-2] if len(times) > 1 else 1.0))
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
         decoded = enumerate(container.decode(video=0))
         return np.stack([frame.to_ndarray(format="rgb24") for place, frame in decoded if place in wanted])
 
 
-def _seen(times: Sequence[float], end: float) -> list[int]:
-    """Places of the frames that are seen: at equal distances in time, at least two of them where there are two."""
+def _seen_frames(times: Sequence[float], end: float) -> list[int]:
+    """The places of the frames that are seen, at equal distances in time; at least two where the video has two."""
     n = min(len(times), MOST_FRAMES, max(2, round((end - times[0]) * FRAMES_PER_SECOND)))
     wanted = times[0] + (np.arange(n) + 0.5) * (end - times[0]) / n
     places = np.searchsorted(np.asarray(times), wanted, side="right") - 1
