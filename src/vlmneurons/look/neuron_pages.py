@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vlmneurons.checks import Keywords, as_flag, as_path, as_whole, check_kind
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.look.pages import inside, page_from
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
@@ -526,13 +526,9 @@ def _values(model: VLM, neurons: Sequence[tuple[Site, int]], batch: Batch) -> Fl
 
         return keep
 
-    with UndividedStack() as hooks:
-        with Undivided():
-            for site, own in places.items():
-                hooks.enter_context(read(model.hf, model.mlp_of(site), site.kind, keeper(own)))
-        hooks.enter_context(all_tokens(model, places, lambda: flat.shape[1]))
-        with torch.inference_mode():
-            model.hf(**batch)
+    reads = (read(model.hf, model.mlp_of(site), site.kind, keeper(own)) for site, own in places.items())
+    with hooked(reads), all_tokens(model, places, lambda: flat.shape[1]), torch.inference_mode():
+        model.hf(**batch)
     return kept
 
 

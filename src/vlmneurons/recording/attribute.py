@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmneurons.checks import Keywords, as_number, as_whole, check_choice, check_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
 from vlmneurons.model.vlm import VLM, check_model
@@ -219,14 +219,13 @@ class _Factors:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Within, the neurons have the factors that are active."""
-        with UndividedStack() as stack:
-            with Undivided():
-                for number, site in enumerate(self.space.sites):
-                    kind = "pre" if site.kind == "pre" else "post"
-                    mlp = self.model.mlp_of(site.at(kind))
-                    stack.enter_context(write(self.model.hf, mlp, kind, self._editor(number)))
-            words = [site for site in self.space.sites if site.tower == "language"]
-            stack.enter_context(all_tokens(self.model, words, lambda: 0 if self._mask is None else self._mask.numel()))
+        sites = [site.at("pre" if site.kind == "pre" else "post") for site in self.space.sites]
+        edits = (
+            write(self.model.hf, self.model.mlp_of(site), site.kind, self._editor(number))
+            for number, site in enumerate(sites)
+        )
+        words = [site for site in self.space.sites if site.tower == "language"]
+        with hooked(edits), all_tokens(self.model, words, lambda: 0 if self._mask is None else self._mask.numel()):
             yield
 
     @contextlib.contextmanager

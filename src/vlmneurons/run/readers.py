@@ -20,7 +20,7 @@ from typing_extensions import TypeVar
 
 from vlmneurons.checks import JSON, Keywords, as_number, as_whole, check_kind
 from vlmneurons.errors import ActivationError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
@@ -385,10 +385,8 @@ def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
         if hidden is not None and hidden.ndim == 3 and hidden.shape[1] != batch["input_ids"].shape[1]:
             raise _elsewhere(model, batch, hidden.shape[1])
 
-    first = model.hf.get_submodule(model.towers["language"].layer_paths[0])
-    with UndividedStack() as stack:
-        with Undivided():
-            stack.callback(first.register_forward_pre_hook(Hook(check), with_kwargs=True).remove)
+    first = map(model.hf.get_submodule, model.towers["language"].layer_paths[:1])
+    with hooked(layer.register_forward_pre_hook(Hook(check), with_kwargs=True) for layer in first):
         yield
     _ONE_TO_ONE.add(model.hf)
 
