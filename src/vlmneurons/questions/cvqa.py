@@ -319,40 +319,31 @@ def parse_subset(subset: object, where: str = "Subset") -> tuple[str, str]:
         >>> parse_subset("('Telugu', 'India')")
         ('Telugu', 'India')
     """
-    pair = _listed(subset)
-    if (
-        not isinstance(pair, Sequence)
-        or isinstance(pair, str)
-        or len(pair) != 2
-        or not all(isinstance(part, str) for part in pair)
-        or not pair[1].strip()
-    ):
+    pair = _text_list(subset, 2)
+    if pair is None or not pair[1].strip():
         raise QuestionError(f"{where}: Subset must be a pair such as \"('Telugu', 'India')\"; got {_shown(subset)}")
     return pair[0].strip(), pair[1].strip()
 
 
-def _options(value: Any, where: str) -> list[str]:
+def _options(value: object, where: str) -> list[str]:
     """The options of a cell: a list, or the text of one, as the dataset's oldest revisions have it."""
-    options = _listed(value)
-    if hasattr(options, "tolist"):
-        options = options.tolist()
-    if (
-        not isinstance(options, Sequence)
-        or isinstance(options, str)
-        or len(options) != 4
-        or not all(isinstance(option, str) for option in options)
-    ):
+    options = _text_list(value, 4)
+    if options is None:
         raise QuestionError(
             f"{where}: options must be a list of 4 texts, or the text of one such as \"['a', 'b', 'c', 'd']\"; "
             f"got {_shown(value)}"
         )
-    return list(options)
+    return options
 
 
-def _listed(value: Any) -> Any:
-    """The list that a text spells, if it spells one; any other value as it is."""
+def _text_list(value: Any, length: int) -> list[str] | None:
+    """The texts of a list of this length, or of a text that spells one; None for anything else."""
     with contextlib.suppress(QuestionError):
-        return literal_list(value, "no list") if isinstance(value, str) else value
+        value = literal_list(value, "no list") if isinstance(value, str) else value
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
+        return None
+    return list(value) if all(isinstance(part, str) for part in value) else None
 
 
 def _shown(value: object) -> str:

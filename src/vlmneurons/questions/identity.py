@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmneurons.files.digests import digest_of, digest_of_bytes
-from vlmneurons.questions.media import picture_key
+from vlmneurons.questions.media import picture_key, unpacked
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.questions.streams import resolved_stream, sound_key, video_key
+from vlmneurons.questions.streams import sound_key, video_key
 
 
 def content_of(questions: QuestionSet) -> dict[str, str]:
@@ -45,7 +45,7 @@ def in_order_of(ids: Iterable[str], questions: QuestionSet) -> QuestionSet:
 def _media_digest(source: Any, key: Callable[[Any], str]) -> str | None:
     """A digest of a file's bytes, or of the content of a source that is no file; None where it cannot be read."""
     try:
-        source = resolved_stream(source)
+        source = unpacked(source)
         if isinstance(source, str | Path):
             if Path(source).exists() and not Path(source).is_file():
                 raise OSError("it is no ordinary file")  # a pipe would be waited for without end

@@ -96,16 +96,25 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://", "s3://", "gs://", "hf://"))
 
 
-def resolved(source: Any) -> Image.Image | bytes | str | Path:
-    """A picture, its path or its bytes: functions are called.
+def unpacked(source: Any) -> Any:
+    """A picture, sound or video, its path or its bytes: functions are called, and ``{"bytes", "path"}`` is opened.
 
-    Raises:
-        TypeError: it is none of these.
+    So `datasets` hands out a file that it is told not to decode.
     """
     while is_function(source):
         source = source()
-    if isinstance(source, Mapping):  # how `datasets` hands out a picture that it was told not to decode
-        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if isinstance(source, Mapping) and set(source) & {"bytes", "path"} and "array" not in source:
+        return source["bytes"] if source.get("bytes") is not None else source["path"]
+    return source
+
+
+def resolved(source: object) -> Image.Image | bytes | str | Path:
+    """A picture, its path or its bytes; see `unpacked`.
+
+    Raises:
+        TypeError: the source is something else.
+    """
+    source = unpacked(source)
     if not isinstance(source, Image.Image | bytes | str | Path):
         raise TypeError(f"a picture is a PIL image, a path, bytes or a function; got {type(source).__name__}")
     return source

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageSequence
 
-from vlmneurons.questions.media import SUFFIXES, encoded, is_function, key_of, open_picture, picture_key
+from vlmneurons.questions.media import SUFFIXES, encoded, is_function, key_of, open_picture, picture_key, unpacked
 
 SoundSource = str | Path | bytes | Mapping[str, object] | Callable[[], object]
 """A sound: a file, an encoded file's bytes, ``{"array": …, "sampling_rate": …}``, or a function that yields one."""
@@ -30,15 +30,6 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 FRAMES_PER_SECOND, MOST_FRAMES = 2.0, 64
 """Which frames of a video's file are seen: two a second at equal distances in time, and never more than 64."""
-
-
-def resolved_stream(source: Any) -> Any:
-    """A sound or video, its path or its bytes: functions are called."""
-    while is_function(source):
-        source = source()
-    if isinstance(source, Mapping) and set(source) & {"bytes", "path"} and "array" not in source:
-        return source["bytes"] if source.get("bytes") is not None else source["path"]
-    return source
 
 
 # -- sound -------------------------------------------------------------------------------------------------------------
@@ -68,7 +59,7 @@ def open_sound(source: Any, rate: int) -> Float32[np.ndarray, " sample"]:
         ImportError: the file is no WAV, and `soundfile` is not installed.
         ValueError: it is no sound, or an empty one.
     """
-    source = resolved_stream(source)
+    source = unpacked(source)
     fault = check_sound(source)
     if fault:
         raise ValueError(fault)
@@ -122,7 +113,7 @@ def _by_soundfile(source: bytes | str | Path) -> tuple[np.ndarray, int]:
 
 def sound_key(source: Any) -> str:
     """A digest of a sound's path, or of its content where it has none."""
-    return key_of(resolved_stream(source), lambda sound: _values(sound["array"], f" {sound['sampling_rate']}"))
+    return key_of(unpacked(source), lambda sound: _values(sound["array"], f" {sound['sampling_rate']}"))
 
 
 def _values(array: Any, more: str = "") -> bytes:
@@ -163,7 +154,7 @@ def open_video(source: object) -> UInt8[np.ndarray, "frame height width 3"]:
         ImportError: the file is no moving picture that Pillow reads, and `av` is not installed.
         ValueError: it is no video, or its frames differ in size.
     """
-    source = resolved_stream(source)
+    source = unpacked(source)
     fault = check_video(source)
     if fault:
         raise ValueError(fault)
@@ -224,7 +215,7 @@ def video_key(source: object) -> str:
             return _values(video)
         return "+".join(map(picture_key, map(_as_picture, video))).encode()
 
-    return key_of(resolved_stream(source), content)
+    return key_of(unpacked(source), content)
 
 
 def _as_picture(frame: object) -> object:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from typing_extensions import TypedDict, TypeVar
 
-from vlmneurons.checks import JSON, as_flag, as_plain, as_whole
+from vlmneurons.checks import JSON, as_flag, as_plain, as_whole, is_share
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
@@ -281,9 +281,7 @@ class Selector(ABC, Generic[Table]):
         if self.count is not None:
             if isinstance(self.count, bool) or not isinstance(self.count, numbers.Integral) or self.count < 1:
                 raise SelectionError(f"{name}: count is the number of neurons per group, at least 1; got {self.count}")
-        elif self.fraction is not None and (
-            isinstance(self.fraction, bool) or not isinstance(self.fraction, numbers.Real) or not 0 < self.fraction <= 1
-        ):
+        elif self.fraction is not None and not is_share(self.fraction):
             raise SelectionError(f"{name}: fraction is in (0, 1]; got {self.fraction!r}")
         if self.exclude is not None and not isinstance(self.exclude, (NeuronSet, Selection)):
             raise SelectionError(f"{name}: exclude is a NeuronSet or a Selection; got {type(self.exclude).__name__}")

@@ -164,11 +164,9 @@ class MappedSelector(DerivedSelector):
             number: the factor or divisor.
 
         Raises:
-            SelectionError: no such operation, a factor that is not finite, or a division by 0.
+            SelectionError: a factor that is not finite, or a division by 0.
         """
         super().__init__(part)
-        if operation not in _OPERATIONS:
-            raise SelectionError(f"operation {operation!r} does not exist; choose from {', '.join(_OPERATIONS)}")
         factor = 1.0 if number is None else float(number)
         if not math.isfinite(factor) or (operation == "/" and factor == 0):
             raise SelectionError(f"scores cannot be {'multiplied' if operation == '*' else 'divided'} by {number}")

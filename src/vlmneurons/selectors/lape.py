@@ -5,7 +5,6 @@ a neuron's probabilities of firing, for the group ``c`` where the neuron fires m
 """
 
 import math
-import numbers
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import Unpack
 
+from vlmneurons.checks import is_share
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
@@ -85,7 +85,7 @@ class LAPE(Selector[ActivationStatistics]):
             raise SelectionError(f"LAPE: variant is 'class' or 'tang'; got {variant!r}")
         rates = {"top_rate": top_rate, "filter_rate": filter_rate, "activation_bar_ratio": activation_bar_ratio}
         for name, rate in rates.items():
-            if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
+            if not is_share(rate):
                 raise SelectionError(f"LAPE: {name} is in (0, 1]; got {rate!r}")
         if variant == "class" and tuple(rates.values()) != (0.01, 0.95, 0.95):
             raise SelectionError(f"LAPE: {', '.join(rates)} belong to variant='tang'; set fraction or count")
