@@ -336,14 +336,16 @@ def _options(value: object, where: str) -> list[str]:
     return options
 
 
-def _text_list(value: Any, length: int) -> list[str] | None:
+def _text_list(value: object, length: int) -> list[str] | None:
     """The texts of a list of this length, or of a text that spells one; None for anything else."""
+    texts: Any = value
     with contextlib.suppress(QuestionError):
-        value = literal_list(value, "no list") if isinstance(value, str) else value
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
+        texts = literal_list(value, "no list") if isinstance(value, str) else value
+    if hasattr(texts, "tolist"):
+        texts = texts.tolist()
+    if not isinstance(texts, Sequence) or isinstance(texts, str) or len(texts) != length:
         return None
-    return list(value) if all(isinstance(part, str) for part in value) else None
+    return list(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 def _shown(value: object) -> str:
