@@ -15,7 +15,7 @@ import numpy as np
 from vlmneurons.checks import JSON, JSONMapping, check_kind, is_missing, nearest_name
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions.cells import MEDIA, file_fault, is_empty, literal_list, pictures_of_cell, refuse_unasked
-from vlmneurons.questions.question import LETTERS, Question, derived_id
+from vlmneurons.questions.question import LETTERS, Question, derived_id, normalize
 from vlmneurons.questions.sources import refuse_twice
 
 FIELDS = ("image", "question", "options", "answer", "group", "id", "image_id", "audio", "video", "answers")
@@ -32,6 +32,14 @@ _OTHER_NAMES = {
     "group": ("culture", "country", "language", "category", "subset", "topic", "class"),
     "id": ("index", "ID", "qid", "question_id"),
 }
+_TRUE_FIRST = {
+    *(("yes", "no"), ("true", "false"), ("correct", "incorrect"), ("right", "wrong"), ("y", "n"), ("t", "f")),
+    *(("sí", "no"), ("si", "no"), ("sì", "no"), ("sim", "não"), ("oui", "non"), ("ja", "nein"), ("ja", "nee")),
+    *(("ja", "nej"), ("да", "нет"), ("是", "否"), ("对", "错"), ("はい", "いいえ"), ("예", "아니요"), ("네", "아니요")),
+    *(("ya", "tidak"), ("evet", "hayır"), ("हाँ", "नहीं"), ("نعم", "لا"), ("có", "không"), ("tak", "nie")),
+}
+"""Two options of which the one that 1 stands for, as a truth value, is not the one at place 1."""
+
 _OPTION = re.compile(r"(?:options?|choices?|answers?|opt|ans)[ _-]?([A-Za-z]|\d)", re.IGNORECASE)
 
 
@@ -287,7 +295,8 @@ def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
     """The index of the right option, from an index, a letter or the option's text.
 
     Raises:
-        QuestionError: the answer is none of these, or it is two of them, and of different options.
+        QuestionError: the answer is none of these, or it is two of them, and of different options; or
+            0 or 1 among "yes" and "no".
     """
     if isinstance(answer, bool | np.bool_) or is_missing(answer):
         raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor an option's text")
@@ -305,6 +314,12 @@ def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
         raise QuestionError(
             f"{where}: answer {answer!r} may mean the text of an option or its place; among options that are numbers "
             "give its letter, among letters its index"
+        )
+    if text in ("0", "1") and not by_text and tuple(normalize(str(option)) for option in options) in _TRUE_FIRST:
+        by_place, by_truth = options if text == "0" else reversed(options)
+        raise QuestionError(
+            f"{where}: answer {answer!r} may mean {by_place!r}, by its place, or {by_truth!r}, where 1 stands for "
+            f"true: give the option's text or its letter, or the options as {options[1]!r}, {options[0]!r}"
         )
     index = by_text[0] if by_text else place
     if index is not None:
