@@ -38,6 +38,7 @@ class CNA(Selector[ActivationStatistics]):
     default, which ``leave_out`` does, and does not itself remove the universal neurons that it finds.
 
     Examples:
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "post", [3])
         >>> total = [[4.0, 1.0, 0.0], [0.0, 1.0, -1.0]]
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[2, 2, 0], [0, 2, 0]], [2, 2], total=total)

@@ -53,7 +53,7 @@ class LAPE(Selector[ActivationStatistics]):
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])
         >>> LAPE().score(stats).round(decimals=3)
         tensor([[-0.6930, -0.3490,    -inf,    -inf],
-                [   -inf,    -inf, -0.3770,    -inf]], dtype=torch.float64)
+                [-0.6930,    -inf, -0.3770,    -inf]], dtype=torch.float64)
     """
 
     contrastive = True
