@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import ArchitectureError
-from vlmneurons.model.architectures.inside import Hook, Removable, change_input, see_output
+from vlmneurons.model.architectures.inside import Hook, Removable, change_input, first_input, see_output
 from vlmneurons.model.architectures.layout import MLPLayout
 
 _IN_ROWS = ("grouped_mm", "batched_mm")
@@ -87,7 +87,8 @@ class Experts:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, object]) -> None:
         self._end()
-        given = list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        hidden, *further = list(bound.arguments.values())[1:]
         implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
         if not hasattr(module, "is_concatenated"):  # not one of those that transformers can run in several ways
             implementation = "eager"
@@ -96,20 +97,21 @@ class Experts:
                 "experts that are spread over several processes cannot be read or written one by one"
             )
         if implementation in _IN_ROWS:
-            self.rows = _rows(given[0], given[1], implementation)
+            self.rows = _rows(hidden, further[0], implementation)
             if getattr(module, "has_gate", True):
                 self._patch_gating(module)
             else:
                 self._hook_activation(module, through=True)
         elif implementation in (None, "eager"):
-            own = getattr(type(module), "_apply_gate", None)
-            if own is not None and own.__name__ != "_default_apply_gate" and getattr(module, "has_gate", True):
+            gating = getattr(type(module), "_apply_gate", None)
+            calls_gating = gating is not None and gating.__name__ != "_default_apply_gate"
+            if calls_gating and getattr(module, "has_gate", True):
                 self._patch_gating(module)
-                watch = _Watch(self, given[0], points=False)
+                watch = _Watch(self, hidden, points=False)
             else:
                 if self.layout.activation is not None:
                     self._hook_activation(module, through=False)
-                watch = _Watch(self, given[0], points=True)
+                watch = _Watch(self, hidden, points=True)
             watch.__enter__()
             self.undo.append(lambda: watch.__exit__(None, None, None))
         else:
@@ -158,15 +160,15 @@ class Experts:
         pre, changed = self._visit("pre", layout.part(first, "pre") if layout.gated else first)
         if not changed and not wanted & {"gate", "up", "post"}:
             return None
-        gate, here = self._visit("gate", layout.gate_of(module, pre))
-        changed |= here
+        gate, gate_changed = self._visit("gate", layout.gate_of(module, pre))
+        changed |= gate_changed
         if up is not None:
-            up, here = self._visit("up", up)
-            changed |= here
+            up, up_changed = self._visit("up", up)
+            changed |= up_changed
         if not changed and "post" not in wanted:
             return None
-        post, here = self._visit("post", layout.post_of(module, gate, up))
-        return post if changed or here else None
+        post, post_changed = self._visit("post", layout.post_of(module, gate, up))
+        return post if changed or post_changed else None
 
     def point(self, kind: str, values: Tensor) -> Tensor | None:
         """One point of the way; values may have an axis of experts before that of tokens. None if not changed."""
@@ -241,8 +243,8 @@ class _Gathered(TorchFunctionMode):
 
     def tokens(self, value: object) -> Tensor | None:
         """Which tokens a tensor holds, if it was picked by index."""
-        found = self.picked.get(id(value))
-        return None if found is None else found[1]
+        _, tokens = self.picked.get(id(value), (None, None))
+        return tokens
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -273,8 +275,8 @@ class _Watch(_Gathered):
         for name in filter(None, (layout.down, layout.fused, layout.gate, layout.up)):
             if value is getattr(module, name, None):
                 return name, None
-        found = self.slices.get(id(value))
-        return None if found is None else found[1:]
+        kept = self.slices.get(id(value))
+        return None if kept is None else kept[1:]
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -322,10 +324,7 @@ class _Watch(_Gathered):
     def _gate(self) -> Tensor | None:
         """``post`` made anew of an edited gate that no module computes; None if it was not edited."""
         layout, module = self.experts.layout, self.experts.module()
-        if layout.fused:
-            pre, up = (layout.part(self.outputs[layout.fused], kind) for kind in ("pre", "up"))
-        else:
-            pre, up = self.outputs[layout.first], self.outputs.get(layout.up or "")
+        pre, up = layout.pre_and_up(self.outputs)
         new = self.experts.point("gate", layout.gate_of(module, pre))
         return None if new is None else layout.post_of(module, new, up)
 
@@ -369,13 +368,8 @@ class Routing:
             ]
         self.users += 1
         hook = change_input(expert, self._enter, first=True)
-        removed = False
 
         def stop() -> None:
-            nonlocal removed
-            if removed:
-                return
-            removed = True
             hook.remove()
             self.users -= 1
             if not self.users:
@@ -401,7 +395,7 @@ class Routing:
         self.tokens.clear()
 
     def _enter(self, expert: nn.Module, args: tuple, kwargs: Keywords) -> None:
-        rows = args[0] if args else next(iter(kwargs.values()))
+        rows = first_input(args, kwargs)
         tokens = None if self.watch is None else self.watch.tokens(rows)
         if tokens is None or len(tokens) != rows.shape[:-1].numel():
             raise ArchitectureError(

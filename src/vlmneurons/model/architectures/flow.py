@@ -55,14 +55,6 @@ class _Source:
     part: str | None = None
 
 
-@dataclass(frozen=True)
-class _Opaque:
-    """What is asked of the ways from a linear layer: whether one has a step not understood, or (``bends``) a bend."""
-
-    first: str
-    bends: bool
-
-
 class Flow:
     """The data flow of one module, asked for MLPs.
 
@@ -309,19 +301,20 @@ class Flow:
 
     # --- what is no MLP ---
 
-    def _bends_here(self, node: fx.Node) -> bool:
+    def _is_bent(self, node: fx.Node) -> bool:
+        """Whether a step is an activation function, or part of one."""
         return node.target in BENDING or self._character(node) in ("odd", "bent")
 
     def ends_straight(self) -> bool:
         """Whether no activation follows the flow's last linear layers: none that would be an MLP's with a later one."""
+        visited: set[fx.Node] = set()
 
         def bent(node: fx.Node) -> bool:
-            if node in seen or node in self.projections or mixes_tokens(node, self._is_weight):
+            if node in visited or node in self.projections or mixes_tokens(node, self._is_weight):
                 return False
-            seen.add(node)
-            return self._bends_here(node) or any(map(bent, node.all_input_nodes))
+            visited.add(node)
+            return self._is_bent(node) or any(map(bent, node.all_input_nodes))
 
-        seen: set[fx.Node] = set()
         return not any(bent(end) for node in self.nodes if node.op == "output" for end in node.all_input_nodes)
 
     def refutes(self, first: str, second: str, strict: bool = False) -> bool:
@@ -341,61 +334,69 @@ class Flow:
         if any(self.modules.bends_itself(self.root.get_submodule(name)) for name in (first, second)):
             return False  # the activation is inside of a layer, and cannot be told from it
         return all(
-            not isinstance(value, fx.Node) or self._is_no_post(value, first, node, strict)
-            for node, value in inputs.items()
+            not isinstance(value, fx.Node) or self._is_no_post(value, first, down, strict)
+            for down, value in inputs.items()
         )
 
     def _is_no_post(self, value: fx.Node, first: str, down: fx.Node, strict: bool) -> bool:
         # What is known by now: `layout` did not take this for an MLP. So a product of several layers' outputs of which
         # some are bent (an MLP with two gates, say) is not dismissed, nor a layer that is reached by unknown steps.
         factors = self._factors(value)
-        alone = {source for factor in factors for source in self.sources(factor) or ()}
-        several_bent = len(alone) > 1 and any(self._bend(factor) for factor in factors)
-        opaque = _Opaque(first, strict and not self._weighs(self.projections[down][0]))
-        return not several_bent and not self._reaches(value, opaque, down, False, set())
+        sources = {source for factor in factors for source in self.sources(factor) or ()}
+        if len(sources) > 1 and any(self._bend(factor) for factor in factors):
+            return False
+        return not self._may_hide(value, first, down, strict and not self._weighs(self.projections[down][0]))
 
-    def _reaches(
-        self, node: fx.Node, way: _Opaque, reader: fx.Node, unknown: bool, seen: set[tuple[fx.Node, fx.Node, bool]]
-    ) -> bool:
-        """Whether a linear layer's output reaches a node on a way that has a step which is not understood.
+    def _may_hide(self, value: fx.Node, first: str, down: fx.Node, bends: bool) -> bool:
+        """Whether a linear layer's output reaches a value by a step that is not understood.
 
-        What has been written into the node by the time of its reader is on the way, and not understood.
+        Args:
+            value: the input of another linear layer.
+            first: name of the linear layer.
+            down: where that input is used.
+            bends: whether an activation on the way is enough.
         """
-        if (node, reader, unknown) in seen or _is_setting(node) or is_shape(node):
-            return False
-        seen.add((node, reader, unknown))
-        writers = [writer for writer in self.writers.get(node, ()) if self.places[writer] < self.places[reader]]
-        if node in self.projections:  # of the other layers we know that what goes in does not come out as it was
-            return self.projections[node][0] == way.first and (unknown or bool(writers))
-        # What attention gives is no token's own number; and what only weighs it, element by element, is no neuron.
-        if mixes_tokens(node, self._is_weight) or (node.target in PRODUCTS and node in self.mixed):
-            return False
-        if node.op == "call_module":
-            module = self._module(node)
-            if isinstance(module, nn.modules.conv._ConvNd) or self.explained(module):
+        visited: set[tuple[fx.Node, fx.Node, bool]] = set()
+
+        def reaches(node: fx.Node, reader: fx.Node, unknown: bool) -> bool:
+            """Whether the output reaches a node, as its reader sees it; ``unknown`` if a step after it already is."""
+            if (node, reader, unknown) in visited or _is_setting(node) or is_shape(node):
                 return False
-        known = self._is_elementwise(node) or self._source(node) is not None or self._is_norm(node)
-        known |= lacks_operand(node) or node.op in ("placeholder", "get_attr")
-        unknown |= not known or bool(writers) or (way.bends and self._bends_here(node))
-        if any(self._reaches(value, way, writer, True, seen) for writer in writers for value in writer.all_input_nodes):
-            return True
-        later = reader if is_view(node) else node  # a view shows what is written later, too
-        return any(self._reaches(argument, way, later, unknown, seen) for argument in node.all_input_nodes)
+            visited.add((node, reader, unknown))
+            # What was written into the node before its reader came is on the way, too, and is not understood.
+            writers = [writer for writer in self.writers.get(node, ()) if self.places[writer] < self.places[reader]]
+            if node in self.projections:  # through another linear layer no number comes as it was
+                return self.projections[node][0] == first and (unknown or bool(writers))
+            # What attention gives is no token's own number; and what only weighs it, element by element, is no neuron.
+            if mixes_tokens(node, self._is_weight) or (node.target in PRODUCTS and node in self.mixed):
+                return False
+            if node.op == "call_module":
+                module = self._module(node)
+                if isinstance(module, nn.modules.conv._ConvNd) or self.explained(module):
+                    return False
+            understood = self._is_elementwise(node) or self._source(node) is not None or self._is_norm(node)
+            understood |= lacks_operand(node) or node.op in ("placeholder", "get_attr")
+            unknown |= not understood or bool(writers) or (bends and self._is_bent(node))
+            if any(reaches(argument, writer, True) for writer in writers for argument in writer.all_input_nodes):
+                return True
+            later = reader if is_view(node) else node  # a view shows what is written later, too
+            return any(reaches(argument, later, unknown) for argument in node.all_input_nodes)
+
+        return reaches(value, down, False)
 
     # --- MLPs ---
 
     def layout(self, down: str, value: object) -> tuple[MLPLayout, int] | None:
         """The MLP whose down projection has this input, and its width; None if there is none to be told for certain."""
-        try:
+        with contextlib.suppress(_NotElementwise):
             return self._layout(down, value)
-        except _NotElementwise:
-            return None
+        return None
 
     def _layout(self, down: str, value: object) -> tuple[MLPLayout, int] | None:
         if not isinstance(value, fx.Node) or self.calls[down] > 1 or self._weighs(down):
             return None
-        # Behind casts, dropouts and normalisations, the core of post is a function of one layer's output, or a product
-        # of such functions. A factor of several layers' outputs that is no product is nothing that we know.
+        # Before casts, dropouts and normalisations, post is a function of one layer's output, or a product of such
+        # functions: its core. A factor that mixes the outputs of several layers in another way is no MLP's.
         core = value
         while self._is_passive(core) or self._is_norm(core):
             core = core.all_input_nodes[0]
@@ -403,7 +404,7 @@ class Flow:
         factors = self._factors(core)
         if any(len(self.sources(factor) or ()) > 1 for factor in factors):
             return None
-        branches = [(factor, next(iter(found))) for factor in factors if (found := self.sources(factor))]
+        branches = [(factor, next(iter(sources))) for factor in factors if (sources := self.sources(factor))]
         others = [factor for factor in factors if not self.sources(factor)]
         parameters = {"parameters": not self._is_module(down), "normed": normed, "down": down}
         if len(branches) == 1 and all(map(self._is_weight, others)):
@@ -442,12 +443,13 @@ class Flow:
         bends = [self._bend(factor) for factor, _ in branches]
         if max(bends) < 2 or bends[0] == bends[1]:
             return None
-        (gate, pre), (other, up) = branches if bends[0] > bends[1] else branches[::-1]
-        pre_nodes, up_nodes = self._source_nodes(gate), self._source_nodes(other)
+        (gate, pre), (factor, up) = branches if bends[0] > bends[1] else branches[::-1]
+        pre_nodes, up_nodes = self._source_nodes(gate), self._source_nodes(factor)
+        # A layer that is called twice has two outputs, of which a hook could not tell which is which.
         if len(pre_nodes) != 1 or len(up_nodes) != 1 or self.calls[pre.name] > 1 or self.calls[up.name] > 1:
             return None
         inputs = {gate: "gate", up_nodes[0]: "up", **dict.fromkeys(others, "other")}
-        plain = other is up_nodes[0] and core.target in PRODUCTS and set(core.args) == {gate, other}
+        plain = factor is up_nodes[0] and core.target in PRODUCTS and set(core.args) == {gate, factor}
         common = {
             "activation": self._activation(gate, pre_nodes[0]),
             "function": self.expression(gate, {pre_nodes[0]: "pre"}),
@@ -483,18 +485,18 @@ class Flow:
         return str(gate.target) if alone and self.calls[gate.target] == 1 else None
 
     def expression(self, node: fx.Node, inputs: Mapping[fx.Node, str]) -> Expression:
-        """The computation of a node from the given nodes."""
+        """The computation of a node from others, under the names that these have as its inputs."""
         steps: list[Step] = []
-        places: dict[fx.Node, Value] = {given: Value(name) for given, name in inputs.items()}
+        places: dict[fx.Node, Value] = {start: Value(name) for start, name in inputs.items()}
 
         def setting_of(owner: Any) -> Value:
             """Whose dtype or device it is: that of the projection's output where the owner itself is not at hand."""
             if owner in places:
                 return places[owner]
-            known = [name for name in ("up", "pre") if name in inputs.values()]
-            if not known:
+            projected = [name for name in ("up", "pre") if name in inputs.values()]
+            if not projected:
                 raise _NotElementwise
-            return Value(known[0])
+            return Value(projected[0])
 
         def visit(argument: object) -> Any:
             if isinstance(argument, fx.Node):
@@ -510,8 +512,8 @@ class Flow:
                     keywords = tuple((name, visit(value)) for name, value in argument.kwargs.items())
                     if argument.op == "get_attr" and self._held(argument) is None:
                         raise _NotElementwise
-                    how = "attribute" if argument.op == "get_attr" else argument.op.removeprefix("call_")
-                    steps.append(Step(how, argument.target, arguments, keywords))
+                    operation = "attribute" if argument.op == "get_attr" else argument.op.removeprefix("call_")
+                    steps.append(Step(operation, argument.target, arguments, keywords))
                     places[argument] = Value(len(steps) - 1)
                 return places[argument]
             return tuple(visit(value) for value in argument) if isinstance(argument, list | tuple) else argument

@@ -204,23 +204,24 @@ def _tried(module: nn.Module) -> str:
             name: None if value is None else nn.Parameter(drawn(*value.shape) + 0.5, requires_grad=False)
             for name, value in vars(module)[group].items()
         }
-    x, other = 6 * drawn(2, 3, max(wide, default=24)) - 3, 6 * drawn(2, 3, max(wide, default=24)) - 3
+    x, y = (6 * drawn(2, 3, max(wide, default=24)) - 3 for _ in range(2))
     changed = x.clone()
     changed[1, 2, -1] += 0.5
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            of_x, of_other, of_changed, minus, minus_other, twice = (
-                type(module).forward(clone, value.clone()) for value in (x, other, changed, -x, -other, 2 * x)
+            of_x, of_y, of_changed, of_minus_x, of_minus_y, of_twice_x = (
+                type(module).forward(clone, value.clone()) for value in (x, y, changed, -x, -y, 2 * x)
             )
         if of_x.shape != x.shape:
             return "unknown"
-        even = torch.allclose(of_x + minus, of_other + minus_other, rtol=1e-3, atol=1e-3)  # to both sides of a shift
+        # An odd function (tanh, say), shifted by a constant, gives the same sum at x and -x, whatever x is.
+        odd = torch.allclose(of_x + of_minus_x, of_y + of_minus_y, rtol=1e-3, atol=1e-3)
         if torch.equal(of_x, x):
             return "same"
-        if not torch.equal(of_x.flatten()[:-1], of_changed.flatten()[:-1]):
-            return "norm" if even and torch.allclose(of_x, twice, rtol=1e-2, atol=1e-2) else "unknown"
-        shift = (of_x + minus) / 2
-        straight = even and torch.allclose(twice - shift, 2 * (of_x - shift), rtol=1e-3, atol=1e-3)
-        return "affine" if straight else "odd" if even else "bent"
+        if not torch.equal(of_x.flatten()[:-1], of_changed.flatten()[:-1]):  # the last number alone was changed
+            return "norm" if odd and torch.allclose(of_x, of_twice_x, rtol=1e-2, atol=1e-2) else "unknown"
+        shift = (of_x + of_minus_x) / 2
+        straight = odd and torch.allclose(of_twice_x - shift, 2 * (of_x - shift), rtol=1e-3, atol=1e-3)
+        return "affine" if straight else "odd" if odd else "bent"
     except Exception:  # it asks for something else than a tensor, or for its own device
         return "unknown"

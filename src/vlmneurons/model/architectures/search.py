@@ -165,8 +165,8 @@ class Search:
                 for layout, width in (mlp for flow in self.flows(module, True) for mlp in flow.mlps):
                     before, _ = by_down.setdefault(layout.down, (layout, width))
                     if before != layout:
-                        what = f"{type(module).__name__} uses {layout.down} in two ways"
-                        raise ArchitectureError(self.explain(what, [str(before), str(layout)]))
+                        problem = f"{type(module).__name__} uses {layout.down} in two ways"
+                        raise self.refusal(problem, [str(before), str(layout)])
             self._layouts[key] = tuple(by_down.values())
         return self._layouts[key]
 
@@ -246,30 +246,28 @@ class Search:
         projections = {name: operator.attrgetter(name)(module) for name in (first, layout.up, layout.down) if name}
         bare = [name for name, value in projections.items() if isinstance(value, nn.Parameter)]
         if bare and (len(bare) < len(projections) or any(value.ndim != 3 for value in projections.values())):
-            what = f"the projections of the MLP at {where} are parameters and no modules: its values cannot be read"
-            raise ArchitectureError(self.explain(what, [", ".join(bare)]))
+            problem = f"the projections of the MLP at {where} are parameters and no modules: its values cannot be read"
+            raise self.refusal(problem, [", ".join(bare)])
         if layout.parameters:
             down, into = projections[layout.down], projections[first]
             if width is None:
                 width = self._width_of_parameters(module, layout, into, down)
             return FoundMLP(path, module, layout, width, down.shape[0])
-        sizes = [(layout.down, 0, 1), (first, 1, 2 if layout.fused else 1)]
+        sides = [(layout.down, 0, 1), (first, 1, 2 if layout.fused else 1)]
         if layout.up is not None:
-            sizes.append((layout.up, 1, 1))
+            sides.append((layout.up, 1, 1))
         widths = []
-        for name, side, parts in sizes:
+        for name, side, parts in sides:
             projection = module.get_submodule(name)
             size = self.size(projection)
             if size is not None:
                 widths.append((name, size[side] // parts))
             elif not [*projection.parameters(), *projection.buffers()]:
-                what = f"{name!r} of the MLP at {where} is a {type(projection).__name__}, and no projection"
-                raise ArchitectureError(self.explain(what, []))
+                problem = f"{name!r} of the MLP at {where} is a {type(projection).__name__}, and no projection"
+                raise self.refusal(problem)
         if len({width for _, width in widths}) != 1:
-            seen = ", ".join(f"{name}: {width}" for name, width in widths) or "no size at all"
-            raise ArchitectureError(
-                self.explain(f"the projections of the MLP at {where} do not agree on its width", [seen])
-            )
+            sizes = ", ".join(f"{name}: {width}" for name, width in widths) or "no size at all"
+            raise self.refusal(f"the projections of the MLP at {where} do not agree on its width", [sizes])
         return FoundMLP(path, module, layout, widths[0][1])
 
     def _width_of_parameters(self, module: nn.Module, layout: MLPLayout, into: Tensor, down: Tensor) -> int:
@@ -289,8 +287,8 @@ class Search:
         }
         widths = followed or shaped
         if len(widths) != 1:
-            what = f"parameters of shapes {tuple(into.shape)} and {tuple(down.shape)} do not tell the number of neurons"
-            raise ArchitectureError(self.explain(what, []))
+            shapes = f"{tuple(into.shape)} and {tuple(down.shape)}"
+            raise self.refusal(f"parameters of shapes {shapes} do not tell the number of neurons")
         return widths.pop()
 
     # --- what may be an MLP ---
@@ -396,8 +394,8 @@ class Search:
                     held(name)
                 except AttributeError:
                     has = ", ".join(child for child, _ in place.named_children())
-                    what = f"the Architecture names {name!r} in {path}.{inner}, which has {has or 'no modules'}"
-                    raise ArchitectureError(self.explain(what, [])) from None
+                    problem = f"the Architecture names {name!r} in {path}.{inner}, which has {has or 'no modules'}"
+                    raise self.refusal(problem) from None
             mlps.append(self.measured(inner, place, layout))
         return Block(path, module, tuple(mlps), registered=True)
 
@@ -469,11 +467,11 @@ class Search:
         """Whether a block has weights beside its MLPs: a transformer block does, a projector does not."""
         inside: set[nn.Module] = set()
         for mlp in block.mlps:
-            own = mlp.projections if mlp.module is block.module else [mlp.module]
+            parts = mlp.projections if mlp.module is block.module else [mlp.module]
             if mlp.experts is not None or _is_routed(mlp, block):  # what routes to experts belongs to them
                 above = mlp.inner.split(".")[: -1 if mlp.experts else -2]
-                own += [block.module.get_submodule(".".join(above))] if above else []
-            inside |= {mlp.module, *(child for module in own for child in module.modules())}
+                parts += [block.module.get_submodule(".".join(above))] if above else []
+            inside |= {mlp.module, *(child for part in parts for child in part.modules())}
         return any(
             self.size(child) is not None or any(p.ndim >= 2 for p in child.parameters(recurse=False))
             for child in block.module.modules()
@@ -509,8 +507,8 @@ class Search:
                 place = f"{block.path}.{mlp.inner}" if mlp.inner else block.path
                 before = self._places.setdefault((id(mlp.module), mlp.layout.down), place)
                 if before != place:
-                    what = f"{before} and {place} are one module, whose neurons cannot be told apart by layer"
-                    raise ArchitectureError(self.explain(what, []))
+                    problem = f"{before} and {place} are one module, whose neurons cannot be told apart by layer"
+                    raise self.refusal(problem)
                 self._refuse_strange(place, mlp, block.registered)
                 name, layout = mlp.layout.activation, mlp.layout
                 if name and not layout.parameters and self._uses[id(mlp.module.get_submodule(name))] > 1:
@@ -522,16 +520,14 @@ class Search:
     def _refuse_strange(self, place: str, mlp: FoundMLP, registered: bool) -> None:
         """Raises where hooks on an MLP's modules would tell of something else than its class's ``forward``."""
         if _is_replaced(mlp.module) and not registered:
-            what = (
-                f"the forward of {place} was replaced on this one object, so its class does not tell what it computes"
-            )
-            raise ArchitectureError(self.explain(what, []))
+            problem = "was replaced on this one object, so its class does not tell what it computes"
+            raise self.refusal(f"the forward of {place} {problem}")
         layout = mlp.layout
         for name in () if layout.parameters else filter(None, (layout.down, layout.gate, layout.up, layout.fused)):
             before = self._places.setdefault((id(mlp.module.get_submodule(name)), ""), place)
             if before != place:
-                what = f"{before} and {place} share {name!r}, one module, whose values cannot be told apart by layer"
-                raise ArchitectureError(self.explain(what, []))
+                problem = f"{before} and {place} share {name!r}, one module, whose values cannot be told apart by layer"
+                raise self.refusal(problem)
 
     @staticmethod
     def named(tower: str, layer: int, block: Block, names: Mapping[str, str]) -> Iterator[MLP]:
@@ -561,20 +557,24 @@ class Search:
             for expert in range(mlp.experts or 0):
                 yield MLP(tower, layer, f"{name}.{expert}", path, mlp.layout, mlp.width, expert, True)
 
-    # --- what was seen ---
+    # --- errors ---
 
-    def explain(self, what: str, doubts: Sequence[str]) -> str:
-        """The text of an error: what is wrong, what was seen, and how a user can say what is known."""
+    def refusal(self, problem: str, doubts: Sequence[str] = ()) -> ArchitectureError:
+        """The error to raise: what is wrong, what was seen, and how a user can say what is known.
+
+        Args:
+            problem: what is wrong.
+            doubts: the places in the model that it is about.
+        """
         name = type(self.model).__name__
-        lists = self._lists()
-        seen = "\n".join(f"  {line}" for line in [*doubts[:6], *lists[:12]]) or "  no list of blocks"
+        lines = "\n".join(f"  {line}" for line in [*doubts[:6], *self._lists()[:12]]) or "  no list of blocks"
         more = f"\n  and {len(doubts) - 6} more" if len(doubts) > 6 else ""
         if any(hasattr(module, "lora_A") for module in self.model.modules()):
             more += (
                 "\nAdapters lie on this model; where one hides what it is on, model.merge_and_unload() puts it inside."
             )
-        return (
-            f"{name}: {what}. Seen:\n{seen}{more}\n"
+        return ArchitectureError(
+            f"{name}: {problem}. Seen:\n{lines}{more}\n"
             "If you know how it computes, say so once, before the model is wrapped:\n"
             "  from vlmneurons.model.architectures import Architecture, MLPLayout, register_architecture\n"
             f"  register_architecture({name!r}, Architecture(\n"
@@ -589,11 +589,11 @@ class Search:
 
     def _lists(self) -> list[str]:
         """A line for every list of several modules: where it is, and what its first block is made of."""
-        lines, inside = [], []
+        lines, listed = [], []
         for path, module in self.model.named_modules():
-            outer = any(path.startswith(f"{other}.") for other in inside)
-            if isinstance(module, LISTS) and len(module) > 1 and not outer:
-                inside.append(path)
+            nested = any(path.startswith(f"{outer}.") for outer in listed)
+            if isinstance(module, LISTS) and len(module) > 1 and not nested:
+                listed.append(path)
                 block = next(iter(module.children()))
                 parts = [
                     f"{key}: {size[0]}->{size[1]}" if size is not None else f"{key}: {type(child).__name__}"

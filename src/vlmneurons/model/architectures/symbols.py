@@ -97,17 +97,19 @@ _MOST_WAYS = 12
 @contextlib.contextmanager
 def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
     """After it the modules have what they had: some keep a value of their forward, as Switch's router does a dtype."""
-    held: list[tuple[Any, Any]] = [(vars(module), vars(module).copy()) for module in modules]
-    named = [(name, one) for _, had in held for name, one in had.items() if type(one) in (dict, list, set)]
-    held += [(one, one.copy()) for name, one in named if one or name[0] != "_"]  # none of PyTorch's empty ones
+    before: list[tuple[Any, Any]] = [(vars(module), vars(module).copy()) for module in modules]
+    attributes = [item for _, content in before for item in content.items() if type(item[1]) in (dict, list, set)]
+    before += [
+        (value, value.copy()) for name, value in attributes if value or name[0] != "_"
+    ]  # not PyTorch's empty ones
     try:
         yield
     finally:
-        for one, content in held:
-            now, then = ((each.items() if isinstance(each, dict) else each) for each in (one, content))
+        for container, content in before:
+            now, then = (values.items() if isinstance(values, dict) else values for values in (container, content))
             if [*map(_ids, now)] != [*map(_ids, then)]:
-                one.clear()
-                one.extend(content) if isinstance(one, list) else one.update(content)
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def _ids(value: Any) -> Any:
