@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +105,7 @@ class Experts:
                 self._hook_activation(module, through=True)
         elif implementation in (None, "eager"):
             gating = getattr(type(module), "_apply_gate", None)
-            calls_gating = gating is not None and gating.__name__ != "_default_apply_gate"
-            if calls_gating and getattr(module, "has_gate", True):
+            if gating is not None and gating.__name__ != "_default_apply_gate":
                 self._patch_gating(module)
                 watch = _Watch(self, hidden, points=False)
             else:
@@ -127,20 +127,15 @@ class Experts:
 
     def _patch_gating(self, module: nn.Module) -> None:
         """Stands between the projections while this forward runs."""
-        original, before = cast(Callable, module._apply_gate), vars(module).get("_apply_gate")
+        original = cast(Callable, module._apply_gate)
 
         def gating(fused: Tensor) -> Tensor:
             post = self.through(fused)
             return original(fused) if post is None else post
 
-        def restore() -> None:
-            if before is None:
-                vars(module).pop("_apply_gate", None)
-            else:
-                vars(module)["_apply_gate"] = before
-
-        vars(module)["_apply_gate"] = gating
-        self.undo.append(restore)
+        patch = mock.patch.object(module, "_apply_gate", gating)
+        patch.start()
+        self.undo.append(patch.stop)
 
     def _hook_activation(self, module: nn.Module, through: bool) -> None:
         activation = module.get_submodule(cast(str, self.layout.activation))

@@ -173,8 +173,8 @@ class Flow:
         if node in self.projections:
             name, _ = self.projections[node]
             if node.op == "call_module":
-                module, size = self._module(node), self.modules.size(self._module(node))
-                return None if size is None or self.modules.bends_itself(module) else _Source(name, size[1])
+                size = self.modules.size(self._module(node))
+                return None if size is None else _Source(name, size[1])
             # A product with [expert, in, out]; `F.linear`, and a transposition before it, take [expert, out, in].
             operand = [*node.args, *node.kwargs.values()][1]
             turns = (node.target is F.linear) + _is_turn(operand)
@@ -276,7 +276,7 @@ class Flow:
         if node.target in CLAMPS:
             return 3 if is_clamp_at_zero(node) else max(inner, 1)
         if node.target in PRODUCTS | AFFINE:
-            several = sum(bool(self.sources(argument)) for argument in node.all_input_nodes) > 1
+            several = sum(bool(self.sources(argument)) for argument in node.args) > 1  # x * x has two, too
             return 3 if several and node.target in PRODUCTS else inner
         return max(inner, 2) if node.target in (torch.tanh, F.tanh, "tanh") else 3
 
@@ -345,7 +345,7 @@ class Flow:
         sources = {source for factor in factors for source in self.sources(factor) or ()}
         if len(sources) > 1 and any(self._bend(factor) for factor in factors):
             return False
-        return not self._may_hide(value, first, down, strict and not self._weighs(self.projections[down][0]))
+        return not self._may_hide(value, first, down, strict)
 
     def _may_hide(self, value: fx.Node, first: str, down: fx.Node, bends: bool) -> bool:
         """Whether a linear layer's output reaches a value by a step that is not understood.
@@ -416,19 +416,10 @@ class Flow:
     def _ungated(
         self, value: fx.Node, core: fx.Node, gate: fx.Node, source: _Source, common: Keywords
     ) -> tuple[MLPLayout, int] | None:
-        nodes = self._source_nodes(gate)
-        if source.part is not None or len(nodes) != 1 or self._bend(gate) < 2 or self.calls[source.name] > 1:
+        if source.part is not None or self._bend(gate) < 2 or self.calls[source.name] > 1:
             return None
-        layout = MLPLayout(
-            gate=source.name,
-            activation=self._activation(gate, nodes[0]),
-            function=self.expression(gate, {nodes[0]: "pre"}),
-            product=self._beyond(value, core, {gate: "gate"})
-            if gate is core
-            else self.expression(value, {gate: "gate"}),
-            **common,
-        )
-        return layout, source.width
+        product = self._product(value, core, gate is core, {gate: "gate"})
+        return MLPLayout(gate=source.name, product=product, **self._gating(gate), **common), source.width
 
     def _gated(
         self,
@@ -444,28 +435,32 @@ class Flow:
         if max(bends) < 2 or bends[0] == bends[1]:
             return None
         (gate, pre), (factor, up) = branches if bends[0] > bends[1] else branches[::-1]
-        pre_nodes, up_nodes = self._source_nodes(gate), self._source_nodes(factor)
         # A layer that is called twice has two outputs, of which a hook could not tell which is which.
-        if len(pre_nodes) != 1 or len(up_nodes) != 1 or self.calls[pre.name] > 1 or self.calls[up.name] > 1:
+        if self.calls[pre.name] > 1 or self.calls[up.name] > 1:
             return None
-        inputs = {gate: "gate", up_nodes[0]: "up", **dict.fromkeys(others, "other")}
-        plain = factor is up_nodes[0] and core.target in PRODUCTS and set(core.args) == {gate, factor}
-        common = {
-            "activation": self._activation(gate, pre_nodes[0]),
-            "function": self.expression(gate, {pre_nodes[0]: "pre"}),
-            "product": self._beyond(value, core, inputs) if plain else self.expression(value, inputs),
-            **common,
-        }
+        ups = self._source_nodes(factor)
+        inputs = {gate: "gate", **dict.fromkeys(ups, "up"), **dict.fromkeys(others, "other")}
+        plain = factor in ups and core.target in PRODUCTS and set(core.args) == {gate, factor}
+        common = {"product": self._product(value, core, plain, inputs), **self._gating(gate), **common}
         if pre.part is None and up.part is None:
             return MLPLayout(gate=pre.name, up=up.name, **common), pre.width
         if pre.name != up.name or (pre.part, up.part) not in SPLITS:
             return None
         return MLPLayout(fused=pre.name, split=SPLITS[pre.part, up.part], **common), pre.width // 2
 
-    def _beyond(self, value: fx.Node, core: fx.Node, inputs: Mapping[fx.Node, str]) -> Expression | None:
-        """The computation of a node, if there is more to it than another node and dropouts."""
-        same = all(self._is_identity(node) for node in _between(value, core))
-        return None if same else self.expression(value, inputs)
+    def _product(self, value: fx.Node, core: fx.Node, plain: bool, inputs: Mapping[fx.Node, str]) -> Expression | None:
+        """What makes post of gate and up; None if that is a ``plain`` core with nothing but dropouts behind it."""
+        plain &= all(self._is_identity(node) for node in _between(value, core))
+        return None if plain else self.expression(value, inputs)
+
+    def _gating(self, gate: fx.Node) -> Keywords:
+        """How gate is made of pre: all of it as an expression, and the module that does it alone, if one does."""
+        pres = self._source_nodes(
+            gate
+        )  # several steps may take the same part of one output: these are the same numbers
+        alone = gate.op == "call_module" and len(gate.args) == 1 and gate.args[0] in pres and not gate.kwargs
+        activation = str(gate.target) if alone and self.calls[gate.target] == 1 else None
+        return {"activation": activation, "function": self.expression(gate, dict.fromkeys(pres, "pre"))}
 
     def _weighs(self, down: str) -> bool:
         """Whether a projection's output is squashed, as weights for something else are: it is no MLP of the block."""
@@ -478,11 +473,6 @@ class Flow:
 
     def _is_module(self, name: str) -> bool:
         return any(node.target == name for node in self.projections if node.op == "call_module")
-
-    def _activation(self, gate: fx.Node, pre: fx.Node) -> str | None:
-        """Name of the module that alone makes gate of pre, if it is called once."""
-        alone = gate.op == "call_module" and list(gate.args) == [pre] and not gate.kwargs
-        return str(gate.target) if alone and self.calls[gate.target] == 1 else None
 
     def expression(self, node: fx.Node, inputs: Mapping[fx.Node, str]) -> Expression:
         """The computation of a node from others, under the names that these have as its inputs."""
@@ -500,8 +490,6 @@ class Flow:
 
         def visit(argument: object) -> Any:
             if isinstance(argument, fx.Node):
-                if argument not in places and argument.op in ("placeholder", "output"):
-                    raise _NotElementwise
                 if argument not in places and self._is_identity(argument):
                     places[argument] = visit(argument.all_input_nodes[0])
                 elif argument not in places and _is_setting(argument):

@@ -77,7 +77,7 @@ def mixes_tokens(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> bool:
     if not is_call(node):
         return False
     name = name_of(node)
-    if name == "scaled_dot_product_attention" or name.startswith("flash_attn"):
+    if name == "scaled_dot_product_attention":
         return True
     if name == "cumsum":  # along the tokens, and not along the neurons
         return [*node.args[1:], *node.kwargs.values()][:1] in ([-2], [0], [1])

@@ -154,19 +154,23 @@ class Search:
         """
         key = self.modules.fingerprint(module)
         if key not in self._layouts:
-            # The first way through the forward is enough if it leaves nothing open; else the others are gone, too.
             by_down = {layout.down: (layout, width) for flow in self.flows(module) for layout, width in flow.mlps}
             tried = None if by_down else probe(module, self.modules)
             if tried is not None:
-                by_down = {tried[0].down: tried}
-            named = [FoundMLP("", module, *mlp) for mlp in by_down.values()]
-            pairs = self._pairs(module, [*named, *self._deeper(module)])
-            if self.flows(module) and not all(self._refuted(module, *pair) for pair in pairs):
-                for layout, width in (mlp for flow in self.flows(module, True) for mlp in flow.mlps):
-                    before, _ = by_down.setdefault(layout.down, (layout, width))
-                    if before != layout:
-                        problem = f"{type(module).__name__} uses {layout.down} in two ways"
-                        raise self.refusal(problem, [str(before), str(layout)])
+                self._layouts[key] = (tried,)
+                return self._layouts[key]
+            # A comparison may lead other ways through the forward. They are followed where the first has an MLP (which
+            # must be the same in all), and where it leaves open whether two layers are one.
+            pairs = [] if by_down else self._pairs(module, self._deeper(module))
+            if by_down or (self.flows(module) and not all(self._refuted(module, *pair) for pair in pairs)):
+                ways = self.flows(module, True)
+                for layout, width in (mlp for way in ways for mlp in way.mlps):
+                    by_down.setdefault(layout.down, (layout, width))
+                for down, (layout, _) in by_down.items():
+                    for others in (dict((mlp.down, mlp) for mlp, _ in way.mlps) for way in ways if way.calls[down]):
+                        if others.get(down) != layout:
+                            problem = f"{type(module).__name__} uses {down} in two ways"
+                            raise self.refusal(problem, [str(layout), str(others.get(down, "no MLP"))])
             self._layouts[key] = tuple(by_down.values())
         return self._layouts[key]
 

@@ -45,13 +45,12 @@ _TAKE_NUMBERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (
         torch,
         (
-            *("arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"),
-            *("randperm", "scalar_tensor", "tensor", "zeros"),
-            *("chunk", "roll", "split", "tril", "triu", "finfo", "iinfo"),
+            *("arange", "eye", "full", "linspace", "ones", "scalar_tensor", "tensor", "zeros"),
+            *("chunk", "roll", "split", "triu", "finfo"),
         ),
     ),
     (F, ("pad", "scaled_dot_product_attention")),
-    (Tensor, ("chunk", "expand", "repeat", "reshape", "roll", "split", "to", "tril", "triu", "view")),
+    (Tensor, ("expand", "repeat", "reshape", "to", "view")),
 )
 """What takes a length, a dtype or a device, and may be called with no symbol in the place of a tensor.
 
