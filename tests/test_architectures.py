@@ -22,6 +22,7 @@ from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
 from vlmneurons.model.architectures.hooks import read, read_experts, write, write_experts
 from vlmneurons.model.architectures.layout import MLP, MLPLayout, Tower
+from vlmneurons.model.down import Down, down_of
 from vlmneurons.testing import tiny_inputs, tiny_model, tiny_template
 from vlmneurons.testing.architectures import check_architecture
 
@@ -361,6 +362,9 @@ def test_a_forward_that_cannot_be_followed_is_refused_with_what_was_seen_and_wha
     text = str(refused.value)
     assert "language_model.layers" in text
     assert "register_architecture('Toy', Architecture(" in text
+    (advice,) = (line for line in text.splitlines() if line.strip().startswith("from vlmneurons"))
+    exec(advice.strip(), names := {})
+    assert names["register_architecture"] is register_architecture
     assert "Gated" in text or "mlp" in text
 
 
@@ -1124,6 +1128,73 @@ def test_experts_that_are_modules_tell_their_tokens_too(pick: str) -> None:
         assert torch.equal(model(IDS), one)
     assert torch.equal(model(IDS), clean)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class LoopOfExperts(nn.Module):
+    """Experts that lie in two parameters and run one after the other: which is which must be registered."""
+
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], in_out: bool) -> None:
+        super().__init__()
+        self.router, self.multiply = Router(), multiply
+        sizes = [(HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN)]
+        self.both, self.down = (nn.Parameter(torch.randn(3, *(size if in_out else size[::-1]))) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, HIDDEN)
+        chosen, result = self.router(flat), torch.zeros_like(flat)
+        for number in torch.arange(3):
+            mask = chosen == number
+            if mask.any():
+                gate, up = self.multiply(flat[mask], self.both[number]).chunk(2, -1)
+                result[mask] = self.multiply(F.silu(gate) * up, self.down[number])
+        return result.reshape(x.shape)
+
+
+MULTIPLIED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "x @ w": (lambda x, w: x @ w, True),
+    "matmul": (torch.matmul, True),
+    "matmul of x": (lambda x, w: x.matmul(w), True),
+    "mm": (torch.mm, True),
+    "mm of x": (lambda x, w: x.mm(w), True),
+    "linear": (F.linear, False),
+    "T": (lambda x, w: x @ w.T, False),
+    "mT": (lambda x, w: x @ w.mT, False),
+    "t": (lambda x, w: x @ w.t(), False),
+    "torch.t": (lambda x, w: x @ torch.t(w), False),
+    "transpose": (lambda x, w: x @ w.transpose(0, 1), False),
+    "torch.transpose": (lambda x, w: x @ torch.transpose(w, 0, 1), False),
+}
+
+
+@pytest.mark.parametrize("product", MULTIPLIED)
+def test_experts_in_parameters_that_are_registered_are_read_and_written(product: str) -> None:
+    multiply, in_out = MULTIPLIED[product]
+    model, known = Toy(lambda: LoopOfExperts(multiply, in_out)), len(finding._REGISTERED)
+    layout = MLPLayout(fused="both", split="gate_up", down="down", function=F.silu, parameters=True)
+    try:
+        register_architecture("Toy", Architecture({"language": "language_model.layers"}, mlps={"mlp": layout}))
+        mlps = find_towers(model)["language"].mlps
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+    assert [(mlp.name, mlp.width) for mlp in mlps[:3]] == [(f"mlp.{expert}", WIDTH) for expert in range(3)]
+    assert down_of(model, mlps[1]) == Down("language_model.layers.0.mlp.down", 1 if in_out else 2, 1)
+    tokens: dict[int, list[int]] = {}
+    handles = [
+        read(model, mlp, "post", lambda values, rows, mlp=mlp: tokens.__setitem__(mlp.expert, rows.tolist()))
+        for mlp in mlps[:3]
+    ]
+    clean = model(IDS)
+    for handle in handles:
+        handle.remove()
+    assert sorted(token for rows in tokens.values() for token in rows) == list(range(10))
+    busy = mlps[next(iter(tokens))]
+    outcomes = []
+    for kind in ("gate", "post", "up"):
+        with write(model, busy, kind, zero(3)):
+            outcomes.append(model(IDS))
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert torch.equal(outcomes[0], outcomes[2])
+    assert not torch.equal(outcomes[0], clean)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -17,6 +17,7 @@ from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
 from vlmneurons.model.architectures.hooks import read, write
 from vlmneurons.model.architectures.layout import MLPLayout
+from vlmneurons.model.down import Down, down_of
 from vlmneurons.testing import tiny_inputs, tiny_model
 from vlmneurons.testing.architectures import check_architecture
 
@@ -338,6 +339,7 @@ def test_experts_that_lie_the_other_way_round_have_their_own_width() -> None:
     model = Toy(OutIn)
     mlps = find_towers(model)["language"].mlps
     assert [mlp.width for mlp in mlps] == [WIDTH] * 4
+    assert down_of(model, mlps[1]) == Down("language_model.layers.0.mlp.down_proj", 2, 1)
     seen: list[torch.Size] = []
     with read(model, mlps[1], "post", lambda values, tokens: seen.append(values.shape)):
         clean = model(IDS)

@@ -229,7 +229,10 @@ _MULTIPLIED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.m
 
 
 class _Gathered(TorchFunctionMode):
-    """Follows which tokens a model picks from a tensor: results of indexing it are remembered with their indices."""
+    """Follows which tokens a model picks from a tensor: results of indexing it are remembered with their indices.
+
+    Results are kept by their ids, together with themselves: an id is free for another tensor once its own is gone.
+    """
 
     def __init__(self, source: Tensor | None = None) -> None:
         super().__init__()
@@ -243,15 +246,18 @@ class _Gathered(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if not args or not isinstance(result, Tensor):
+            return result
         if func in _INDEXED and (args[0] is self.source or self.source is None):
             parts = args[-1] if isinstance(args[-1], tuple) else (args[-1],)
-            indices = [part for part in parts if isinstance(part, Tensor)]
-            if len(indices) == 1 and indices[0].dtype in (torch.int64, torch.int32) and isinstance(result, Tensor):
-                self.picked[id(result)] = (result, indices[0].flatten())
-            elif len(indices) == 1 and indices[0].dtype == torch.bool and isinstance(result, Tensor):
-                self.picked[id(result)] = (result, indices[0].flatten().nonzero().flatten())
+            indices = [part.flatten() for part in parts if isinstance(part, Tensor)]
+            if len(indices) == 1 and indices[0].dtype in (torch.bool, torch.int32, torch.int64):
+                tokens = indices[0].nonzero().flatten() if indices[0].dtype == torch.bool else indices[0]
+                self.picked[id(result)] = (result, tokens)
         elif func in _RESHAPED and id(args[0]) in self.picked:
             self.picked[id(result)] = (result, self.picked[id(args[0])][1])
+        elif func in _RESHAPED and args[0] is self.source and result.ndim == 2 and result.shape[1] == args[0].shape[-1]:
+            self.source = result  # all tokens in a row, from which the model goes on picking
         return result
 
 

@@ -418,7 +418,7 @@ class Search:
             blocks = self._blocks(module, path)
             if self._is_stack(blocks):
                 return {path: blocks}
-            if not any(block.mlps for block in blocks) and any(self._computes_besides(block) for block in blocks):
+            if not any(block.mlps for block in blocks):
                 self.passed_over[path] = [block for block in blocks if any(True for _ in block.module.children())]
         stacks: dict[str, list[Block]] = {}
         for name, child in module.named_children():
