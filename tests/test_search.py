@@ -67,13 +67,13 @@ class InTwo(nn.Module):
 class Scaled(nn.Module):
     """An MLP whose neurons are weighed besides."""
 
-    def __init__(self, by_input: bool = False) -> None:
+    def __init__(self, scale: Callable[[Tensor, Tensor], Tensor] = lambda scale, x: scale) -> None:
         super().__init__()
-        self.first, self.second, self.by_input = up(), down(), by_input
+        self.first, self.second, self.weigh = up(), down(), scale
         self.register_buffer("scale", torch.linspace(1, 2, WIDTH)[None])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.gelu(self.first(x)) * (x.mean(-1, keepdim=True) if self.by_input else self.scale))
+        return self.second(F.gelu(self.first(x)) * self.weigh(self.scale, x))
 
 
 class Shifted(nn.Module):
@@ -111,7 +111,8 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "a norm that activates": lambda: InTwo(up(), down(), NormActivated(WIDTH)),
     "a function that looks": lambda: InTwo(Half(up(), after=lambda x: F.gelu(x) if float(x.sum()) < 9 else x), down()),
     "glu of one projection": lambda: InTwo(Half(nn.Linear(HIDDEN, 2 * WIDTH), after=F.glu), down()),
-    "weighed by what comes in": lambda: Scaled(by_input=True),
+    "weighed by what comes in": lambda: Scaled(lambda scale, x: x.mean(-1, keepdim=True)),
+    "as long as what comes in": lambda: Scaled(lambda scale, x: scale.expand(x.shape[1], WIDTH)),
     "a softmax": lambda: InTwo(Half(up(), after=lambda x: x.softmax(-1)), down()),
     "a glu that looks": lambda: InTwo(
         Half(nn.Linear(HIDDEN, 2 * WIDTH), after=lambda x: F.glu(x) if float(x.sum()) < 9 else x[..., :WIDTH]), down()

@@ -1,8 +1,13 @@
 """What a module's ``forward`` computes, read as a data flow: which of its linear layers make up an MLP.
 
-A flow is a list of steps, each made of earlier ones (`follow` gives it). It is read backwards: from the input of a
-linear layer, ``post``, over steps that treat each number on its own, to the outputs of other linear layers, which are
-then ``pre`` and ``up``. What lies between is kept as an `Expression`. No number is computed.
+A flow is a list of steps, each made of earlier ones (`follow` gives it). It is read backwards. A reader starts at the
+input of a linear layer, which may be ``post``, and goes over steps that treat each number on its own, until it meets
+the outputs of other linear layers. If there are one or two of them, they may be ``pre`` and ``up``, and the steps
+between are kept as an `Expression`. No number is computed.
+
+Two questions are asked of each pair of linear layers. `Flow.layout` says that they are an MLP only if every step
+between them is understood. `Flow.refutes` says that they are none only if every step is understood, too. A pair of
+which neither can be said is a doubt, and the search refuses the model.
 """
 
 import collections
@@ -97,14 +102,15 @@ class Flow:
     # --- what nodes are ---
 
     def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
-        """The steps that write into a value which is used besides, by that value: it is then not what made it.
+        """For each value, the steps that write into it though it is used elsewhere too.
 
-        Whoever only goes on with the result of such a step (``relu_()``) might as well have had it elsewhere.
+        Such a value is not what the step that made it says. Where only the result of a write is used, as in
+        ``h = h.relu_()``, nothing is hidden: the result might as well be a new tensor.
         """
         writers: dict[fx.Node, list[fx.Node]] = {}
         for node in self.nodes:
             value = self._written(node)
-            while isinstance(value, fx.Node):
+            while isinstance(value, fx.Node):  # a write into a view is one into what it is a view of
                 used = any(
                     self.places[user] > self.places[node] or is_view(user) for user in value.users if user is not node
                 )
@@ -246,7 +252,7 @@ class Flow:
         if not isinstance(node, fx.Node) or _is_setting(node):
             return frozenset()
         if node not in self._sources:
-            self._sources[node] = None  # and so it stays, if parts of it are written from elsewhere
+            self._sources[node] = None  # and so it stays if something is written into it
             source = self._source(node)
             if node in self.writers:
                 pass
@@ -263,8 +269,8 @@ class Flow:
     def _bend(self, node: object) -> int:
         """How far an elementwise expression of one source is from a multiple of it.
 
-        0: it is one. 1: it is clamped. 2: it is bent evenly to both sides, like tanh, as a soft clamp is. 3: it is bent
-        like an activation.
+        0: it is a multiple. 1: it is clamped. 2: it is an odd function, such as tanh, which may be a soft clamp. 3: it
+        is bent like an activation.
         """
         if not isinstance(node, fx.Node) or self._source(node) is not None or not self.sources(node):
             return 0
@@ -306,7 +312,10 @@ class Flow:
         return node.target in BENDING or self._character(node) in ("odd", "bent")
 
     def ends_straight(self) -> bool:
-        """Whether no activation follows the flow's last linear layers: none that would be an MLP's with a later one."""
+        """Whether no activation follows the flow's last linear layers.
+
+        If one does, the module may be the first half of an MLP, whose last projection comes after the module.
+        """
         visited: set[fx.Node] = set()
 
         def bent(node: fx.Node) -> bool:
@@ -318,15 +327,15 @@ class Flow:
         return not any(bent(end) for node in self.nodes if node.op == "output" for end in node.all_input_nodes)
 
     def refutes(self, first: str, second: str, strict: bool = False) -> bool:
-        """Whether two linear layers are no MLP for certain: both are in the flow, and what is between them is known.
+        """Whether two linear layers are certainly no MLP: both are in the flow, and each step between is understood.
 
         It is not enough that no MLP was found: a step that is not understood may be an activation function.
 
         Args:
             first: name of the layer whose output would be ``pre``.
             second: name of the layer whose input would be ``post``.
-            strict: whether an activation between them is enough for a doubt, though its product with something given
-                from outside (a mask, an embedding of the layer) is nothing that `layout` takes for an MLP.
+            strict: whether an activation between them is enough for a doubt. Without it, a layer whose activation is
+                multiplied by something given from outside (a mask, an embedding of the layer) is not taken for an MLP.
         """
         inputs = {node: value for node, (name, value) in self.projections.items() if name == second}
         if not inputs or not any(name == first for name, _ in self.projections.values()):
@@ -339,8 +348,8 @@ class Flow:
         )
 
     def _is_no_post(self, value: fx.Node, first: str, down: fx.Node, strict: bool) -> bool:
-        # What is known by now: `layout` did not take this for an MLP. So a product of several layers' outputs of which
-        # some are bent (an MLP with two gates, say) is not dismissed, nor a layer that is reached by unknown steps.
+        # By now we know that `layout` did not take this for an MLP. A product of several layers' outputs of which some
+        # are bent may still be one, with two gates say, so it is not dismissed.
         factors = self._factors(value)
         sources = {source for factor in factors for source in self.sources(factor) or ()}
         if len(sources) > 1 and any(self._bend(factor) for factor in factors):
@@ -395,15 +404,18 @@ class Flow:
     def _layout(self, down: str, value: object) -> tuple[MLPLayout, int] | None:
         if not isinstance(value, fx.Node) or self.calls[down] > 1 or self._weighs(down):
             return None
-        # Before casts, dropouts and normalisations, post is a function of one layer's output, or a product of such
-        # functions: its core. A factor that mixes the outputs of several layers in another way is no MLP's.
+        # The down projection is called once, so its input is post; and no sigmoid follows, so its output is not used
+        # as weights. Casts, dropouts and normalisations before it are passed over: they end at the core of post.
         core = value
         while self._is_passive(core) or self._is_norm(core):
             core = core.all_input_nodes[0]
         normed = any(self._is_norm(node) for node in _between(value, core))
         factors = self._factors(core)
         if any(len(self.sources(factor) or ()) > 1 for factor in factors):
-            return None
+            return None  # a sum of two layers' outputs: none of them is pre alone
+        # Each factor is now an elementwise function of one layer's output, or of none: its own sources say so. With one
+        # such branch this may be an ungated MLP, whose other factors must be weights (a scale, say). With two, of
+        # different outputs, it may be a gated one. Three or more are nothing that we know.
         branches = [(factor, next(iter(sources))) for factor in factors if (sources := self.sources(factor))]
         others = [factor for factor in factors if not self.sources(factor)]
         parameters = {"parameters": not self._is_module(down), "normed": normed, "down": down}
@@ -490,6 +502,8 @@ class Flow:
 
         def visit(argument: object) -> Any:
             if isinstance(argument, fx.Node):
+                if argument not in places and argument.op == "placeholder":
+                    raise _NotElementwise  # it depends on what comes into the module, its length say
                 if argument not in places and self._is_identity(argument):
                     places[argument] = visit(argument.all_input_nodes[0])
                 elif argument not in places and _is_setting(argument):

@@ -1,4 +1,11 @@
-"""Looking through one model for MLPs, for lists of blocks that hold them, and for what may be one and is not told."""
+"""Looking through one model for MLPs, for the lists of blocks that hold them, and for what may be an MLP.
+
+Each module is looked at from the inside out. `Search.layouts` gives the MLPs that its own forward computes, and
+`Search.below` these together with those of the modules inside. `Search.stacks` gives the lists of blocks. What then
+remains is checked the other way round: any two linear layers of a block that fit together like the two ends of an MLP
+must be in one that was found, in a module that mixes tokens, or refuted by the flow. If not, `Search.doubts` names them,
+and the model is refused: an MLP is never left out unsaid.
+"""
 
 import collections
 import dataclasses
@@ -75,7 +82,7 @@ class Search:
         self.size = self.modules.size
         self.passed_over: dict[str, list[Block]] = {}
         self._flows: dict[tuple[int, bool], list[Flow]] = {}
-        self._lost: set[tuple[int, bool]] = set()  # what cannot be followed, in no layer: those are tried longest
+        self._lost: set[tuple[int, bool]] = set()  # what cannot be followed takes longest, so it is tried in one layer
         self._layouts: dict[int, tuple[tuple[MLPLayout, int], ...]] = {}
         self._experts: dict[int, FoundMLP | None] = {}
         self._mixers: dict[int, bool] = {}
@@ -92,7 +99,7 @@ class Search:
         if (self.modules.fingerprint(module, numbers=False), everywhere) in self._lost:
             return []
         if key not in self._flows:
-            # settled before the trace: while it runs, parameters of modules are symbols
+            # Which modules are steps is settled before the trace: while that runs, their parameters are symbols.
             steps = {child for child in module.modules() if child is not module and self._is_step(child)}
 
             def explained(child: nn.Module) -> bool:
@@ -108,7 +115,10 @@ class Search:
         return any(True for _ in module.children()) and not isinstance(module, LISTS) and self.size(module) is None
 
     def _is_step(self, module: nn.Module) -> bool:
-        """Whether a module is to be one step in the flow of those around it."""
+        """Whether a module is to be one step in the flow of those around it.
+
+        Either all its neurons are known, so nothing inside belongs to an MLP around it; or it cannot be followed.
+        """
         return self._holds_others(module) and (
             self.is_mixer(module)
             or self.experts(module) is not None
@@ -117,15 +127,15 @@ class Search:
         )
 
     def is_mixer(self, module: nn.Module) -> bool:
-        """Whether a module sums over tokens, as attention does, and neither is nor hides an MLP or half of one.
+        """Whether a module sums over tokens, as attention does, and neither holds nor hides an MLP or half of one.
 
-        Such a module is one step for those around it. Its class's name is not asked.
+        The name of its class is not asked.
         """
         if not self._holds_others(module):
             return False
         key = self.modules.fingerprint(module, numbers=False)
         if key not in self._mixers:
-            self._mixers[key] = False  # for `_pairs`, which asks of the module itself, too
+            self._mixers[key] = False  # an answer for `_pairs`, which asks about the module itself, too
             self._mixers[key] = self._mixes(module)
         return self._mixers[key]
 
@@ -134,9 +144,11 @@ class Search:
             return False
         pairs, flows = self._pairs(module, ()), self.flows(module)
         if flows:
+            # It sums over tokens, is no first half of an MLP, and no two of its layers may be both ends of one.
             return bool(flows[0].mixed) and flows[0].ends_straight() and all(self._refuted(module, *p) for p in pairs)
-        # What cannot be followed is believed to sum over tokens if its code calls something of the kind; yet a pair of
-        # layers from the module's own size and back to it, neither of them called like attention's, stays in doubt.
+        # A module that cannot be followed is believed to sum over tokens if its code calls something of the kind. But it
+        # may hide an MLP if two layers lead from the module's own size and back to it, and neither of them has a name
+        # that layers of attention have.
         linears = [(name, size) for name, child in module.named_modules() if (size := self.size(child)) is not None]
         hidden = collections.Counter(size[0] for _, size in linears).most_common(1)
         sizes = dict(linears)
@@ -154,13 +166,15 @@ class Search:
         """
         key = self.modules.fingerprint(module)
         if key not in self._layouts:
+            # By the name of the down projection: what goes into it is computed in one way only.
             by_down = {layout.down: (layout, width) for flow in self.flows(module) for layout, width in flow.mlps}
             tried = None if by_down else probe(module, self.modules)
             if tried is not None:
                 self._layouts[key] = (tried,)
                 return self._layouts[key]
-            # A comparison may lead other ways through the forward. They are followed where the first has an MLP (which
-            # must be the same in all), and where it leaves open whether two layers are one.
+            # So far one way through the forward was followed. Comparisons and optional arguments may lead other ways.
+            # They are followed too if the first has an MLP, which must then be the same in each way that has its down
+            # projection, and if it leaves open whether two layers are an MLP. Else every pair is refuted already.
             pairs = [] if by_down else self._pairs(module, self._deeper(module))
             if by_down or (self.flows(module) and not all(self._refuted(module, *pair) for pair in pairs)):
                 ways = self.flows(module, True)
