@@ -213,18 +213,14 @@ class Flow:
         name = name_of(base)
         if not is_call(base) or name not in ("chunk", "split", "tensor_split"):
             return None
-        inner = base.args[0] if base.args else base.kwargs.get("input", base.kwargs.get("tensor"))
-        whole = self._source(inner) if isinstance(inner, fx.Node) else None
-        axis = base.args[2] if len(base.args) > 2 else base.kwargs.get("dim", 0)
-        if whole is None or whole.part is not None or axis != -1 or index not in (0, 1, -1, -2):
+        operands: dict[str, Any] = dict(zip(("input", "sizes", "dim"), base.args))
+        for key, value in base.kwargs.items():
+            operands["dim" if key == "dim" else "input" if key in ("input", "tensor") else "sizes"] = value
+        whole = self._source(operands["input"]) if isinstance(operands.get("input"), fx.Node) else None
+        if whole is None or whole.part is not None or operands.get("dim") != -1 or index not in (0, 1, -1, -2):
             return None
-        sizes = [base.args[1]] if len(base.args) > 1 else []
-        sizes += [value for key, value in base.kwargs.items() if key not in ("dim", "input", "tensor")]
-        half = whole.width // 2
-        in_two = sizes == [2]
-        if name == "split":
-            listed = list(sizes[0]) if sizes and isinstance(sizes[0], list | tuple) else []
-            in_two = bool(sizes) and (sizes[0] == half or listed == [half] * 2)
+        half, sizes = whole.width // 2, operands.get("sizes")
+        in_two = sizes in (half, [half, half], (half, half)) if name == "split" else sizes == 2
         return _Source(whole.name, whole.width, "first" if index in (0, -2) else "second") if in_two else None
 
     def _is_elementwise(self, node: fx.Node) -> bool:

@@ -1,7 +1,8 @@
 """What single modules do: project linearly, bend each number on its own, normalise, or hand on what they get.
 
-Names are not asked. What a module declares is believed (``in_features``), what it wraps is followed, and what has no
-more than small weights is tried out on made-up numbers, in a copy.
+The name of a class is not asked. A module that declares its sizes (``in_features``) is believed to be a linear layer.
+One that stands around another is followed. One with weights of at most one axis is copied, and the copy is run on
+made-up numbers.
 """
 
 import copy
@@ -30,7 +31,7 @@ def declared_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _setting(module: nn.Module, name: str) -> Any:
-    """An attribute, looked for where it may be: most modules lack most names, and torch is slow to say so."""
+    """An attribute of a module, or None: most modules lack most of these, and torch is slow to say so."""
     if name in vars(module):
         return vars(module)[name]
     return getattr(module, name, None) if hasattr(type(module), name) else None
@@ -38,7 +39,7 @@ def _setting(module: nn.Module, name: str) -> Any:
 
 @functools.cache
 def names_used(kind: type) -> frozenset[str]:
-    """Every name that the code of a class mentions, but for where it is made: what its forward may depend on."""
+    """Every name that the code of a class mentions outside of ``__init__``: what its forward may depend on."""
     names: set[str] = set()
     codes = [
         inspect.unwrap(value).__code__
@@ -55,7 +56,7 @@ def names_used(kind: type) -> frozenset[str]:
 
 
 def _comparable(value: object, numbers: bool) -> object:
-    """Equal for settings that mean the same to a forward; objects that we do not know are each their own."""
+    """Equal for settings that mean the same to a forward; an object of another kind equals itself alone."""
     if type(value) is int and not numbers:
         return int
     if isinstance(value, int | float | str | bool | type(None)):
@@ -148,9 +149,9 @@ class Modules:
         )
 
     def bends_itself(self, module: nn.Module) -> bool:
-        """Whether a module that declares itself linear applies an activation: then its output is nobody's ``pre``.
+        """Whether a module that declares itself linear applies an activation.
 
-        What torch and quantised layers do in their own way cannot be followed, and is believed.
+        What cannot be followed, as torch's own and quantised layers, is believed to be linear.
         """
         if type(module).forward is nn.Linear.forward or declared_size(module) is None:
             return False
@@ -169,11 +170,12 @@ class Modules:
     # --- tried out ---
 
     def character(self, module: nn.Module) -> str:
-        """What a module without children does to a tensor when the model is evaluated, by trying it out.
+        """What a module without children does to a tensor when the model is evaluated.
 
-        ``"same"``: it hands it on. ``"affine"``: each number is stretched and shifted. ``"odd"`` and ``"bent"``: each
-        number is bent, evenly to both sides or not. ``"norm"``: numbers are divided by what depends on all of them.
-        ``"unknown"``: anything else, or more than it can be asked here.
+        Returns:
+            ``"same"``: it hands the tensor on. ``"affine"``: it stretches and shifts each number. ``"odd"``: it bends
+                each number, alike on both sides of a shift. ``"bent"``: it bends each number otherwise. ``"norm"``: it
+                divides numbers by what depends on all of them. ``"unknown"``: anything else, or it could not be run.
         """
         if type(module).forward.__module__.startswith("torch.nn."):  # not what a subclass may do besides
             if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):

@@ -3,8 +3,8 @@
 Each module is looked at from the inside out. `Search.layouts` gives the MLPs that its own forward computes, and
 `Search.below` these together with those of the modules inside. `Search.stacks` gives the lists of blocks. What then
 remains is checked the other way round: any two linear layers of a block that fit together like the two ends of an MLP
-must be in one that was found, in a module that mixes tokens, or refuted by the flow. If not, `Search.doubts` names them,
-and the model is refused: an MLP is never left out unsaid.
+must be in one that was found, in a module that mixes tokens, or refuted by the flow. If not, `Search.doubts` names
+them, and the model is refused: an MLP is not left out unsaid.
 """
 
 import collections
@@ -146,9 +146,9 @@ class Search:
         if flows:
             # It sums over tokens, is no first half of an MLP, and no two of its layers may be both ends of one.
             return bool(flows[0].mixed) and flows[0].ends_straight() and all(self._refuted(module, *p) for p in pairs)
-        # A module that cannot be followed is believed to sum over tokens if its code calls something of the kind. But it
-        # may hide an MLP if two layers lead from the module's own size and back to it, and neither of them has a name
-        # that layers of attention have.
+        # A module that cannot be followed is believed to sum over tokens if its code calls something of the kind. But
+        # it may hide an MLP if two layers lead from the module's own size and back to it, and neither of them has a
+        # name that layers of attention have.
         linears = [(name, size) for name, child in module.named_modules() if (size := self.size(child)) is not None]
         hidden = collections.Counter(size[0] for _, size in linears).most_common(1)
         sizes = dict(linears)
