@@ -1,8 +1,8 @@
 """Reading and writing the neurons of experts, which see only the tokens that a router sends to them.
 
-transformers keeps all experts of a layer in one module, as 3-D parameters, and has several ways to run it. Each is
-watched while it runs, and computes what it always computes: rows (one for each token and expert it goes to) are picked
-up where the model itself makes them, so that values and clean logits are the model's own, bit for bit.
+transformers keeps all experts of a layer in one module, as 3-D parameters, and has several ways to run it. Each way is
+watched while it runs. Rows (one for each token and each expert that it goes to) are picked up where the model itself
+makes them, so values and clean logits are the model's own, bit for bit.
 """
 
 import functools
@@ -38,6 +38,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Visitor:
+    """Who reads or writes a site of one expert, or (``expert`` is None) of all experts in a module."""
+
     kind: str
     expert: int | None
     visit: Callable[..., Tensor | None]
@@ -65,8 +67,6 @@ class Experts:
 
     def add(self, visitor: Visitor) -> Callable[[], None]:
         """Puts a visitor on; gives what takes it off."""
-        if visitor.writes and visitor.kind != "post" and not self.layout.repeatable and self.layout.activation is None:
-            raise ArchitectureError(f"post = {self.layout.product} cannot be repeated; write at 'post' instead")
         if not self.visitors:
             module = self.module()
             self.hooks = [
