@@ -252,7 +252,7 @@ class _Gathered(TorchFunctionMode):
             parts = args[-1] if isinstance(args[-1], tuple) else (args[-1],)
             indices = [part.flatten() for part in parts if isinstance(part, Tensor)]
             if len(indices) == 1 and indices[0].dtype in (torch.bool, torch.int32, torch.int64):
-                tokens = indices[0].nonzero().flatten() if indices[0].dtype == torch.bool else indices[0]
+                tokens = indices[0].nonzero().flatten() if indices[0].dtype == torch.bool else indices[0].long()
                 self.picked[id(result)] = (result, tokens)
         elif func in _RESHAPED and id(args[0]) in self.picked:
             self.picked[id(result)] = (result, self.picked[id(args[0])][1])

@@ -250,15 +250,17 @@ class MLPLayout:
         """Whether ``post`` is a function of ``gate`` and ``up`` alone."""
         return self.product is None or "other" not in cast(Expression, self.product).inputs
 
-    def pre_and_up(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """``pre`` and ``up`` (None for an MLP without one), taken from what the projections gave.
+    def pre_and_up(
+        self, outputs: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "... neuron"], Float[Tensor, "... neuron"] | None]:
+        """``pre`` and ``up`` (None for an MLP without one), taken from what the projections gave: activations.
 
         Args:
-            outputs: the output of each projection, by its name.
+            outputs: the output of each projection that ran, by its name.
         """
         if self.fused is not None:
             return self.part(outputs[self.fused], "pre"), self.part(outputs[self.fused], "up")
-        return outputs[self.first], None if self.up is None else outputs[self.up]
+        return outputs[self.first], outputs.get(self.up or "")
 
     def part(self, fused: Float[Tensor, "... both"], kind: str) -> Float[Tensor, "... neuron"]:
         """The view of a fused projection's output that is ``pre`` or ``up``.
