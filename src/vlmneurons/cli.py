@@ -509,7 +509,7 @@ def report(
 
     import pandas as pd
 
-    from vlmneurons.study.protocol import NULL, told_of
+    from vlmneurons.study.protocol import NULL, report_settings
 
     whole = run / "knockout" if (run / "knockout").is_dir() else run
     result = vn.KnockoutResult.load(whole)
@@ -528,7 +528,7 @@ def report(
     if (run / "protocol.json").exists():
         kept = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
         settings: Keywords = {name: tuple(one) if isinstance(one, list) else one for name, one in kept.items()}
-        how["settings"], main = told_of(vn.Protocol(**settings)), main or settings["main"]
+        how["settings"], main = report_settings(vn.Protocol(**settings)), main or settings["main"]
     try:
         how["questions"] = _asked_in(run)
     except (VLMNeuronsError, OSError) as error:

@@ -62,9 +62,9 @@ def mean_of_known(values: np.ndarray, counted: np.ndarray | bool = True) -> np.n
         values: ``[row, ...]`` numbers; the result is ``[...]``.
         counted: which of them enter, in the same shape.
     """
-    known = ~np.isnan(values) & counted
+    entering = ~np.isnan(values) & counted
     with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0.0).sum(0) / known.sum(0)
+        return np.where(entering, values, 0.0).sum(0) / entering.sum(0)
 
 
 # -- means over groups, with their spread ------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
     # Pictures are numbered anew without those of no group, so that these draw no flips.
     pictures = np.unique(np.concatenate([cluster[:0], *(cluster[places] for places in members)]))
     picture, n_pictures = np.searchsorted(pictures, cluster), len(pictures)
-    known = ~np.isnan(values)
-    filled = np.where(known, values, 0.0)
+    entering = ~np.isnan(values)
+    filled = np.where(entering, values, 0.0)
     n, units, changed, sums, variance = (np.zeros((n_rows, len(members) + 1)) for _ in range(5))
     totals: list[np.ndarray] = []
     whole_total, whole_spread = np.zeros((n_rows, n_pictures)), np.zeros((n_rows, n_pictures))
@@ -194,7 +194,9 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
             # The questions of a unit stand together, so that its sums are those of a run of columns.
             ordered = questions[np.argsort(picture[questions], kind="stable")]
             numbers, starts = np.unique(picture[ordered], return_index=True)
-            y, sizes = (np.add.reduceat(table[:, ordered].astype(float), starts, axis=1) for table in (filled, known))
+            y, sizes = (
+                np.add.reduceat(table[:, ordered].astype(float), starts, axis=1) for table in (filled, entering)
+            )
             n[:, place], sums[:, place] = sizes.sum(1), y.sum(1)
             units[:, place], changed[:, place] = (sizes > 0).sum(1), (filled[:, questions] != 0).sum(1)
             size = n[:, place, None]
