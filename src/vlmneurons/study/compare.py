@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import of_kind, path_of
+from vlmneurons.checks import as_path, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.study.effects import NO_GROUP, check_value
 from vlmneurons.study.masks import split_setting
@@ -256,7 +256,7 @@ def compare(
     Example:
         ``compare({"LLaVA": "out/llava", "Qwen": "out/qwen"}).table()``
     """
-    of_kind("results", results, Mapping, MismatchError, "a dictionary of results by the name of the model")
+    check_kind("results", results, Mapping, MismatchError, "a dictionary of results by the name of the model")
     if len(results) < 2:
         raise MismatchError(f"models are compared with each other: give at least two; got {len(results)}")
     if wrong := [name for name in results if not isinstance(name, str) or not name]:
@@ -283,7 +283,7 @@ def _opened(name: object, entry: KnockoutResult | str | Path) -> KnockoutResult:
     if isinstance(entry, KnockoutResult):
         result = entry
     else:
-        folder = path_of(f"results[{name!r}]", entry, MismatchError)
+        folder = as_path(f"results[{name!r}]", entry, MismatchError)
         result = KnockoutResult.load(folder / "knockout" if (folder / "knockout").is_dir() else folder)
     if "part" in result.provenance:
         raise MismatchError(f"{name!r} is part {result.provenance['part']} of a run: join it with the others first")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmneurons.checks import whole
+from vlmneurons.checks import as_whole
 from vlmneurons.errors import MismatchError
 from vlmneurons.questions.question import hash_of
 from vlmneurons.questions.sets import QuestionSet
@@ -71,7 +71,7 @@ def crossing(
     """
     if others is None:
         return Design(np.ones((len(masks), len(questions)), dtype=bool), None, int(seed), "full")
-    others, seed = whole("others", others, MismatchError, least=1), whole("seed", seed, MismatchError, least=0)
+    others, seed = as_whole("others", others, MismatchError, least=1), as_whole("seed", seed, MismatchError, least=0)
     decks = _decks(masks)
     units = _units(questions)
     _check_cells(units, decks, others, [group for group in units if group not in controls])

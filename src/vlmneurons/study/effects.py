@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import real, share, whole
+from vlmneurons.checks import as_fraction, as_number, as_whole
 from vlmneurons.errors import MismatchError
 from vlmneurons.trust.pvalues import flip_pvalues
 
@@ -194,9 +194,7 @@ def estimates(values: np.ndarray, members: Members, clusters: np.ndarray | None 
             # The questions of a unit stand together, so that its sums are those of a run of columns.
             ordered = questions[np.argsort(picture[questions], kind="stable")]
             numbers, starts = np.unique(picture[ordered], return_index=True)
-            y, sizes = (
-                np.add.reduceat(table[:, ordered].astype(float), starts, axis=1) for table in (filled, entering)
-            )
+            y, sizes = (np.add.reduceat(part[:, ordered].astype(float), starts, axis=1) for part in (filled, entering))
             n[:, place], sums[:, place] = sizes.sum(1), y.sum(1)
             units[:, place], changed[:, place] = (sizes > 0).sum(1), (filled[:, questions] != 0).sum(1)
             size = n[:, place, None]
@@ -355,18 +353,18 @@ def detectable(
         2           gap      0.183       0.034
         3    difference      0.220       0.040
     """
-    units = whole("pictures", pictures, MismatchError, least=2)
-    size = whole("questions", questions, MismatchError, least=1)
-    n_groups = whole("groups", groups, MismatchError, least=2)
-    met = n_groups - 1 if k is None else whole("k", k, MismatchError, least=1)
-    tests = whole("tests", tests, MismatchError, least=1)
+    units = as_whole("pictures", pictures, MismatchError, least=2)
+    size = as_whole("questions", questions, MismatchError, least=1)
+    n_groups = as_whole("groups", groups, MismatchError, least=2)
+    met = n_groups - 1 if k is None else as_whole("k", k, MismatchError, least=1)
+    tests = as_whole("tests", tests, MismatchError, least=1)
     if met >= n_groups:
         raise MismatchError(f"k={met} other masks are more than {n_groups} groups have; at most {n_groups - 1}")
-    power, alpha = share("power", power, MismatchError), share("alpha", alpha, MismatchError)
+    power, alpha = as_fraction("power", power, MismatchError), as_fraction("alpha", alpha, MismatchError)
     check_value(value)
-    spread = real("spread", spread, MismatchError)
-    others = spread if others is None else real("others", others, MismatchError)
-    within, between = real("within", within, MismatchError), real("between", between, MismatchError)
+    spread = as_number("spread", spread, MismatchError)
+    others = spread if others is None else as_number("others", others, MismatchError)
+    within, between = as_number("within", within, MismatchError), as_number("between", between, MismatchError)
     if min(spread, others) < 0:
         raise MismatchError(f"spread and others are standard deviations, and not below 0; got {spread} and {others}")
     if not 0 <= within <= 1 or not 0 <= between <= 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmneurons.checks import JSON, few
+from vlmneurons.checks import JSON, quoted
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import RunFolder, differences, manifest_in
 from vlmneurons.files.parts import PartFolder, parts_of
@@ -240,13 +240,13 @@ def _columns_of_same_questions(first: KnockoutResult, second: KnockoutResult, sh
     twice = [f"{m.selector} {m.group}" for m in second.masks if (m.selector, m.repeat, m.group) in masks]
     if twice:
         raise MismatchError(
-            f"{len(shared)} questions ({few(shared)}) were asked under {len(twice)} masks in both results "
-            f"({few(twice)}), and would count twice: leave them out of one, or give its masks another name"
+            f"{len(shared)} questions ({quoted(shared)}) were asked under {len(twice)} masks in both results "
+            f"({quoted(twice)}), and would count twice: leave them out of one, or give its masks another name"
         )
     if unshared := sorted({*first.ids} ^ {*second.ids}):
         raise MismatchError(
-            f"{len(unshared)} questions are in one of the results alone ({few(unshared)}): their sum would have gaps. "
-            "Take those that both have with `at`"
+            f"{len(unshared)} questions are in one of the results alone ({quoted(unshared)}): their sum would have "
+            "gaps. Take those that both have with `at`"
         )
     place = {name: number for number, name in enumerate(second.ids)}
     columns = [place[name] for name in first.ids]
@@ -259,7 +259,7 @@ def _columns_of_same_questions(first: KnockoutResult, second: KnockoutResult, sh
     alike &= np.isclose(first.margins[0], second.margins[0], rtol=0, atol=1e-5 if exact else 0.1, equal_nan=True)
     if differing := [name for name, same in zip(first.ids, alike, strict=True) if not same]:
         raise MismatchError(
-            f"the clean answers to {len(differing)} questions differ ({few(differing)}): the results are not of one "
+            f"the clean answers to {len(differing)} questions differ ({quoted(differing)}): the results are not of one "
             "model and one way of asking"
         )
     return columns

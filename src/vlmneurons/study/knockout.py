@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import JSON, JSONMapping, path_of
+from vlmneurons.checks import JSON, JSONMapping, as_path
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import RunFolder
@@ -124,7 +124,7 @@ def knockout(
         },
     }
     study = _Study(engine, all_questions, names, listed, design, options, about)
-    return study.in_memory() if folder is None else study.in_folder(path_of("folder", folder, MismatchError))
+    return study.in_memory() if folder is None else study.in_folder(as_path("folder", folder, MismatchError))
 
 
 def _with_controls(questions: QuestionSet, controls: QuestionSet | None) -> QuestionSet:

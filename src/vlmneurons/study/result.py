@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike
 
-from vlmneurons.checks import JSONMapping, few, one_of, path_of
+from vlmneurons.checks import JSONMapping, as_path, check_choice, quoted
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import read_parquet, write_parquet, write_text
@@ -118,13 +118,12 @@ class KnockoutResult:
             object.__setattr__(self, name, value)
 
     def _check_lengths(self) -> None:
-        """Refuse an attribute that is not of these questions and masks; that of ``asked`` is checked with its content."""
+        """Refuse an attribute that is not of these questions and masks; ``asked`` is checked with what it says."""
         n = len(self.ids)
         shapes = {"groups": (n,), "pictures": (n,), "answers": (n,), **dict.fromkeys(TABLES, (1 + len(self.masks), n))}
         for name, shape in shapes.items():
             values = getattr(self, name)
-            got = shape if values is None or name == "asked" else getattr(values, "shape", None) or (len(values),)
-            if got != shape:
+            if values is not None and name != "asked" and (got := np.shape(values)) != shape:
                 raise MismatchError(
                     f"{name} of {n} questions and {len(self.masks)} masks has the shape {shape}; got the shape {got}"
                 )
@@ -179,8 +178,8 @@ class KnockoutResult:
                 questions = [self.ids[place] for place in np.flatnonzero(infinite.any(0))]
                 raise MismatchError(
                     f"value='margin': {int(infinite.sum())} margins are infinite or undefined, of {len(questions)} of "
-                    f"{len(self.ids)} questions ({few(questions)}), as an option has probability 0: no mean of them is "
-                    "a number. Measure value='correct', or leave these questions out with `at`"
+                    f"{len(self.ids)} questions ({quoted(questions)}), as an option has probability 0: no mean of them "
+                    "is a number. Measure value='correct', or leave these questions out with `at`"
                 )
             return self.margins
         if self.scores is None:
@@ -220,7 +219,7 @@ class KnockoutResult:
         Raises:
             MismatchError: no such condition.
         """
-        one_of("condition", condition, CONDITIONS, MismatchError)
+        check_choice("condition", condition, CONDITIONS, MismatchError)
         if condition == "all":
             return self
         return self.at(np.flatnonzero(self.correct[0] == (condition == "correct")))
@@ -586,7 +585,7 @@ class KnockoutResult:
         Args:
             folder: where the files go; it is made if it is not there.
         """
-        folder = path_of("folder", folder, MismatchError)
+        folder = as_path("folder", folder, MismatchError)
         folder.mkdir(parents=True, exist_ok=True)
         _finish_earlier_save(folder)
         names = () if "part" in self.provenance else ("table.csv", "summary.csv")
@@ -628,7 +627,7 @@ class KnockoutResult:
         Raises:
             FileFormatError: the files are damaged, of another kind, or do not fit together.
         """
-        folder = path_of("folder", folder, MismatchError)
+        folder = as_path("folder", folder, MismatchError)
         try:
             about = json.loads((folder / "knockout.json").read_text(encoding="utf-8"))
             if about["kind"] != _KIND or about["version"] not in _READABLE:
@@ -725,7 +724,7 @@ class KnockoutResult:
         """
         from vlmneurons.study.joining import join_results
 
-        return join_results(folders, path_of("out", out, MismatchError))
+        return join_results(folders, as_path("out", out, MismatchError))
 
     def __add__(self, other: "KnockoutResult") -> "KnockoutResult":
         """Both results as one: the same questions under further masks, or further questions under the same masks.

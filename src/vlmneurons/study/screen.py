@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.errors import MismatchError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
@@ -210,8 +210,6 @@ def _site_values(model: VLM, space: NeuronSpace) -> Iterator[dict[int, list[tupl
         site_values.setdefault(position, []).append((values, tokens))
         return values
 
-    with UndividedStack() as stack:
-        with Undivided():
-            for position, site in enumerate(space.sites):
-                stack.enter_context(write(model.hf, model.mlp_of(site), "post", functools.partial(keep, position)))
+    edits = ((model.mlp_of(site), functools.partial(keep, position)) for position, site in enumerate(space.sites))
+    with hooked(write(model.hf, mlp, "post", edit) for mlp, edit in edits):
         yield site_values

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import CombinedSelector, Readable, Selector
@@ -31,9 +31,9 @@ def agreement(selections: Mapping[str, Selection]) -> pd.DataFrame:
     Raises:
         MismatchError: the selections are of different spaces.
     """
-    of_kind("selections", selections, Mapping, MismatchError, "a dictionary of selections by name")
+    check_kind("selections", selections, Mapping, MismatchError, "a dictionary of selections by name")
     for name, selection in selections.items():
-        of_kind(f"selections[{name!r}]", selection, Selection, MismatchError)
+        check_kind(f"selections[{name!r}]", selection, Selection, MismatchError)
     rows = []
     for (first, a), (second, b) in itertools.combinations(selections.items(), 2):
         for group, second_group in zip(a, a, strict=True) if set(a) == set(b) else itertools.product(a, b):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import of_kind, share, whole
+from vlmneurons.checks import as_fraction, as_whole, check_kind
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
@@ -25,8 +25,8 @@ def layer_counts(selection: Selection, *, confidence: float = 0.95) -> pd.DataFr
         choice, ``low`` and ``high`` (the interval that a uniform choice falls into; hypergeometric, exact for a single
         layer, not for all of them at once) and ``ratio``, neurons over expected.
     """
-    of_kind("selection", selection, Selection, MismatchError)
-    confidence = share("confidence", confidence, SelectionError)
+    check_kind("selection", selection, Selection, MismatchError)
+    confidence = as_fraction("confidence", confidence, SelectionError)
     sizes = selection.space.count_by_layer().numpy()
     tail = (1 - confidence) / 2
     rows = []
@@ -79,14 +79,16 @@ def layer_profile(
         MismatchError: something else than selections, or selections of different spaces.
         SelectionError: a confidence outside (0, 1), no uniform choice, or a negative seed.
     """
-    of_kind("selection", selection, Selection, MismatchError)
+    check_kind("selection", selection, Selection, MismatchError)
     if isinstance(resampled, Selection):
         raise MismatchError("resampled is several selections, such as resampled_selections gives; got a single one")
-    of_kind("resampled", resampled, Iterable, MismatchError, "several selections, such as resampled_selections gives")
-    confidence = share("confidence", confidence, SelectionError)
-    uniform = whole("uniform", uniform, SelectionError, least=1)
+    check_kind(
+        "resampled", resampled, Iterable, MismatchError, "several selections, such as resampled_selections gives"
+    )
+    confidence = as_fraction("confidence", confidence, SelectionError)
+    uniform = as_whole("uniform", uniform, SelectionError, least=1)
     labels, sizes = tuple(selection.space.tower_layers), selection.space.count_by_layer().numpy()
-    generator = np.random.default_rng(whole("seed", seed, SelectionError, least=0))
+    generator = np.random.default_rng(as_whole("seed", seed, SelectionError, least=0))
     tails = [50 * (1 - confidence), 100 - 50 * (1 - confidence)]
 
     def counted(neurons: NeuronSet) -> np.ndarray:
@@ -94,7 +96,7 @@ def layer_profile(
 
     resampled_counts: dict[str, list[np.ndarray]] = {group: [] for group in selection}
     for resample in resampled:
-        of_kind("each of resampled", resample, Selection, MismatchError)
+        check_kind("each of resampled", resample, Selection, MismatchError)
         check_same_space(selection.space, resample.space)
         for group in selection:
             if len(resample[group]):
@@ -146,7 +148,7 @@ def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> pd.DataFrame:
         MismatchError: the sets are of different spaces.
     """
     for name, neurons in (("first", first), ("second", second)):
-        of_kind(name, neurons, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
+        check_kind(name, neurons, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
     table = pd.DataFrame(list(first.space.tower_layers), columns=["tower", "layer"])
     for name, neurons in (("first", first), ("second", second), ("both", first & second)):
         table[name] = first.space.count_by_layer(neurons.indices).numpy()

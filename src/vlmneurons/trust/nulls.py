@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import as_whole, check_kind
 from vlmneurons.errors import SelectionError
 from vlmneurons.selectors import Readable, Selector
 from vlmneurons.statistics.items import GroupedItems, Grouping, ItemStatistics
@@ -94,8 +94,8 @@ def null_distribution(
             out, or is NaN.
     """
     check_selector(selector)
-    permutations = None if permutations is None else whole("permutations", permutations, SelectionError, least=1)
-    of_kind("measure", measure, cast(type, Callable), SelectionError, "a function")
+    permutations = None if permutations is None else as_whole("permutations", permutations, SelectionError, least=1)
+    check_kind("measure", measure, cast(type, Callable), SelectionError, "a function")
     units = units_to_draw(items, by, condition, balanced, minimum, seed, unit, least=1)
     _check_shuffles(units)
     pool, n_groups = units.pool, len(units.pool.groups)
@@ -154,7 +154,7 @@ def _check_shuffles(units: Units) -> None:
 def _measured(measure: Measure, questions: GroupedItems, selector: Selector) -> np.ndarray:
     """The strength of each group, in the order of the groups."""
     strength = measure(questions, selector)
-    of_kind("what the measure gives", strength, Mapping, SelectionError, "a dictionary of numbers by group")
+    check_kind("what the measure gives", strength, Mapping, SelectionError, "a dictionary of numbers by group")
     missing = [group for group in questions.groups if group not in strength or np.isnan(strength[group])]
     if missing:
         raise SelectionError(f"the measure gives no number for {', '.join(missing)}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import as_whole, check_kind
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import Selector
@@ -89,7 +89,7 @@ def check_selector(selector: object) -> None:
     Raises:
         SelectionError: it is not one.
     """
-    of_kind("selector", selector, Selector, SelectionError, "a Selector, such as CAS(0.01)")
+    check_kind("selector", selector, Selector, SelectionError, "a Selector, such as CAS(0.01)")
 
 
 def resampled_selections(
@@ -124,7 +124,7 @@ def resampled_selections(
             or a recording of an earlier release, which does not keep pictures.
     """
     check_selector(selector)
-    resamples = whole("resamples", resamples, SelectionError, least=1)
+    resamples = as_whole("resamples", resamples, SelectionError, least=1)
     units = units_to_draw(items, by, condition, balanced, minimum, seed, unit)
     weights = units.resampled(resamples, np.random.default_rng(seed))
     return (selector.select(draw) for draw in drawn_items(units.pool, None, weights))

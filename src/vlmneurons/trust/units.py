@@ -16,7 +16,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vlmneurons.checks import one_of, whole
+from vlmneurons.checks import as_whole, check_choice
 from vlmneurons.errors import SelectionError
 from vlmneurons.statistics.items import GroupedItems, Grouping, Item, ItemStatistics
 
@@ -55,9 +55,9 @@ def units_to_draw(
         SelectionError: no questions of a recording, a group of too few questions or of a single picture, no such unit,
             or a recording without pictures.
     """
-    whole("seed", seed, SelectionError, least=0)
-    minimum = max(least, whole("minimum", minimum, SelectionError))
-    one_of("unit", unit, UNITS, SelectionError)
+    as_whole("seed", seed, SelectionError, least=0)
+    minimum = max(least, as_whole("minimum", minimum, SelectionError))
+    check_choice("unit", unit, UNITS, SelectionError)
     if isinstance(items, ItemStatistics):
         pool = items.grouped(by, condition=condition, balanced=balanced, minimum=minimum, seed=seed)
     elif not isinstance(items, GroupedItems):
