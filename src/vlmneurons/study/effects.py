@@ -110,7 +110,7 @@ class Estimates:
             unknown, zero = np.full((1, 1), np.nan), np.zeros((1, 1), dtype=np.int64)
             return Estimates(unknown, zero, zero, zero, unknown, unknown, self.totals[-1:], self.spread, self.in_group)
         spread = self.spread[rows].mean(0, keepdims=True)
-        in_group = self.in_group[:, rows].any(1, keepdims=True)
+        in_group = self.in_group[:, rows].max(1, keepdims=True)  # in any of the rows
         freedom = _satterthwaite(spread, in_group, self.units[rows, :-1].max(0)[None])
         variance = np.where(np.isnan(self.variance[rows, -1]).any(), np.nan, (spread**2).sum(1))
         return Estimates(

@@ -1,7 +1,6 @@
 """Putting the parts of a run together: `KnockoutResult.join`, and results that are whole: their sum."""
 
 import functools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -164,9 +163,9 @@ def _provenance_of_both(first: KnockoutResult, second: KnockoutResult) -> JSON:
             before, further = (result.provenance.get(name, []) for result in (first, second))
             provenance[name] = [*before, *(entry for entry in further if entry not in before)]
         elif name == "chance":
-            sizes = [len(result.ids) for result in (first, second)]
-            shares = [result.provenance.get(name) for result in (first, second)]
-            provenance[name] = None if None in shares else sum(map(operator.mul, shares, sizes)) / sum(sizes)
+            guessed = [(result.provenance.get(name), len(result.ids)) for result in (first, second)]
+            right = [share * n for share, n in guessed if share is not None]
+            provenance[name] = sum(right) / sum(n for _, n in guessed) if len(right) == 2 else None
         elif name == "design":
             provenance[name] = " + ".join(plans)
         else:

@@ -79,8 +79,8 @@ def infinite_margins(result: "KnockoutResult") -> np.ndarray:
     Where all answers are generated there are no margins, and so none that are infinite.
     """
     asked = np.ones(result.margins.shape, dtype=bool) if result.asked is None else result.asked
-    finite = np.abs(result.margins) < 1e300  # files of before 0.1 hold the largest number there is for infinity
-    return asked & ~finite & ~np.isnan(result.margins).all()
+    infinite: np.ndarray = ~(np.abs(result.margins) < 1e300)  # older files hold the largest number that there is
+    return asked & infinite & ~np.isnan(result.margins).all()
 
 
 def values_by_mask(values: np.ndarray, result: "KnockoutResult", selector: str) -> tuple[list[str], np.ndarray]:
@@ -327,7 +327,7 @@ def _margin_columns(result: "KnockoutResult", selector: str, parts: Members) -> 
     margins = np.where(infinite, np.nan, result.margins)
     masks, change = values_by_mask(margins - margins[0], result, selector)
     _, effects = _effects_by_group(result, masks, change, None)
-    columns = dict(zip(("self_margin", "cross_margin"), effects.value, strict=False))
+    columns: dict[str, np.ndarray] = {"self_margin": effects.value[0], "cross_margin": effects.value[1]}
     if infinite.any():
         questions = infinite[[0, *result.rows_of(selector)]].any(0)
         number = np.array([questions[places].sum() for places in parts])

@@ -105,7 +105,7 @@ class Units:
         component, alike = _components(items, pool.rows, unit)
         first_id: dict[int, str] = {}
         for number, item in zip(component.tolist(), items, strict=True):
-            first_id[number] = min(first_id.get(number, item.id), item.id)
+            first_id[number] = min(first_id.setdefault(number, item.id), item.id)
 
         def rank(place: int) -> tuple[str, str, int]:
             """Units by the least of their ids, and the questions of a unit by theirs."""
