@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -214,8 +213,7 @@ class _Study:
         processes = self.options.processes
         with run.opened() if processes.first else contextlib.nullcontext():
             processes.wait()  # no process begins before the first holds the folder
-            parts = run.parts()
-            job = _AnswersJob(self, parts, run.notes(), run)
+            job = _AnswersJob(self, run)
             job.check_parts(run)
             processes.wait()  # nor before all know which batches are finished
             ask(job, self.questions, self.options)
@@ -330,27 +328,20 @@ class _AnswersJob(Job[pd.DataFrame]):
 
     Args:
         study: the study.
-        finished: batches that an earlier session of the same folder finished, by name.
-        halved: how batches were halved for want of memory in earlier sessions, by their names.
-        folder: where batches are kept; None for memory.
+        folder: where batches are kept, and those are that earlier sessions finished; None for memory.
     """
 
     unit = "answer"
 
-    def __init__(
-        self,
-        study: _Study,
-        finished: Mapping[str, pd.DataFrame] = MappingProxyType({}),
-        halved: Mapping[str, list[JSON]] = MappingProxyType({}),
-        folder: RunFolder | None = None,
-    ) -> None:
+    def __init__(self, study: _Study, folder: RunFolder | None = None) -> None:
         super().__init__(study.engine)
         self._study, self._folder = study, folder
         self._ablations = [None, *study.ablations]
-        self._finished = dict(finished)
+        self._finished = {} if folder is None else folder.parts()
         self._new: dict[str, pd.DataFrame] = {}
-        self._halved = {name: list(notes) for name, notes in halved.items()}
-        self.limit = MemoryLimit([note for name in sorted(halved) for note in halved[name]])
+        self._halved = {} if folder is None else folder.notes()
+        """How batches were halved for want of memory, by the name of the batch."""
+        self.limit = MemoryLimit([note for name in sorted(self._halved) for note in self._halved[name]])
         self._noted = len(self.limit.halved)
         self._batch: list[pd.DataFrame] = []
 
