@@ -329,7 +329,7 @@ def _margin_columns(result: "KnockoutResult", selector: str, parts: Members) -> 
     _, effects = _effects_by_group(result, masks, change, None)
     columns: dict[str, np.ndarray] = {"self_margin": effects.value[0], "cross_margin": effects.value[1]}
     if infinite.any():
-        questions = infinite[[0, *result.rows_of(selector)]].any(0)
+        questions = infinite[[0, *result.rows_of(selector)]].max(0)  # whether any is
         number = np.array([questions[places].sum() for places in parts])
         columns = {name: np.where(number > 0, np.nan, column) for name, column in columns.items()}
         columns["infinite"] = number
