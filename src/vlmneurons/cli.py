@@ -534,12 +534,12 @@ def report(
 ) -> None:
     """Write a run's report again."""
     from vlmneurons.study.kept import kept_protocol, open_study
-    from vlmneurons.study.protocol import told_of
+    from vlmneurons.study.protocol import report_settings
 
     study, protocol = open_study(run), kept_protocol(run)
     parts: Keywords = {"others": study.others, "selections": study.selections, "tables": study.tables}
     if protocol is not None:
-        parts["settings"], main = told_of(protocol), main or protocol.main
+        parts["settings"], main = report_settings(protocol), main or protocol.main
     try:
         parts["questions"] = _questions_of_study(run)
     except (VLMNeuronsError, OSError) as error:
