@@ -1,7 +1,7 @@
 """Counting one forward: hooks at the sites of a space, and what each of them saw for every row of the batch.
 
 A forward is counted in three steps. Before it a *frame* is set, which says what is shown: which tokens count, and whose
-each picture is. (`Counter.watch` sets it for a batch of questions, a `Recorder` for a run of the user's own.) In it every
+each picture is (`Counter.watch` sets it for a batch of questions, a `Recorder` for a run of the user's own). In it each
 site's hook counts the values that it sees, by the functions of `vlmneurons.statistics.counting`, into the site's state.
 After it, `Counter.by_row` gives the counts of each question, or `vlmneurons.recording.groups` adds them up by group.
 """

@@ -4,16 +4,12 @@
 1 MB a question for a 7B model, so that another grouping (language, category, right against wrong, shuffled labels) or a
 bootstrap resample is a matter of adding rows up, not of running the model again.
 
-A folder holds ``manifest.json`` (written once, whole), ``items.bin`` (one small record a question) and a file for each
-table, one row a question: ``positive.bin`` (the counts) and, if asked for, ``total.bin`` and ``maximum.bin``. A row is
-written before the record that says it is there, so a recording that is killed at any moment can be resumed with nothing
-lost but the batch it was at and nothing counted twice.
+A recording is a folder: ``manifest.json`` (written once, whole) says what was asked, and `ItemFiles` hold the counts.
 """
 
 import contextlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,30 +21,26 @@ from jaxtyping import Bool, Float64, Int64
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vlmneurons.checks import JSON, JSONMapping, in_order, is_missing, names, one_of, path_of, whole
+from vlmneurons.checks import JSON, JSONMapping, few, in_order, is_missing, names, one_of, path_of, whole
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, QuestionError, SelectionError
-from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import write_json
 from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import VERSION, RunFolder
 from vlmneurons.files.locks import locked
 from vlmneurons.files.parts import parts_of
+from vlmneurons.files.tables import parse, unsealed
 from vlmneurons.neurons.sets import check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.question import Question, hash_of
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.evidence import refuse_uncounted
+from vlmneurons.statistics.item_files import TABLES, ItemFiles, StackedFiles
 from vlmneurons.statistics.tables import merged_provenance
 
 _KIND = "vlmneurons items"
-_RECORD = np.dtype([("done", "u1"), ("chosen", "<i4"), ("tokens", "<i8"), ("margin", "<f8"), ("checksum", "<u4")])
-_FILES = {"positive": np.dtype("<u2"), "reached": np.dtype("<u4"), "total": np.dtype("<f4"), "maximum": np.dtype("<f4")}
-_MOST = np.iinfo(np.uint16).max
 
 VALUES = ("mean", "probability", "maximum")
 """What can be said of a neuron for one question; see `GroupedItems.values`."""
-
-Tables = Mapping[str, ArrayLike]
 
 ItemStatistic = Callable[..., Tensor]
 """What values of questions become: ``f(values [row, token, neuron], counted [row, token]) -> [row, neuron]``."""
@@ -85,22 +77,17 @@ class Item:
 
         """
         try:
-            named = question.image_id is not None
-            pictures: tuple[str, ...] = (question.image_key,) if named else question.source_keys
-        except QuestionError:  # it is raised, or left out, when its turn comes
+            has_name = question.image_id is not None
+            pictures: tuple[str, ...] = (question.image_key,) if has_name else question.source_keys
+        except QuestionError:  # the question is refused, or left out, when its turn comes
             pictures = (f"unreadable: {question.id}",)
         return cls(question.id, question.group, question.answer, question.metadata, pictures)
 
     def to_json(self) -> JSON:
         """What a recording's manifest says of the question."""
-        known = {} if self.pictures is None else {"pictures": list(self.pictures)}
-        return {
-            "id": self.id,
-            "group": self.group,
-            "answer": self.answer,
-            **known,
-            "metadata": _plain(dict(self.metadata)),
-        }
+        pictures = {} if self.pictures is None else {"pictures": list(self.pictures)}
+        metadata = _plain(dict(self.metadata))
+        return {"id": self.id, "group": self.group, "answer": self.answer, **pictures, "metadata": metadata}
 
     @classmethod
     def from_json(cls, data: JSONMapping) -> "Item":
@@ -131,15 +118,23 @@ class ItemStatistics:
         ``ItemStatistics.load("run/items").group_by("category", condition="all")``
     """
 
-    def __init__(self, folder: Path, manifest: JSONMapping, space: NeuronSpace) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        files: ItemFiles,
+        space: NeuronSpace,
+        items: Sequence[Item],
+        provenance: JSONMapping,
+        digests: Mapping[str, str],
+        part: str | None = None,
+    ) -> None:
+        self._files, self.folder = files, files.folder
+        self.tables: tuple[str, ...] = tuple(files.columns)
         self.space = space
-        self.provenance: JSON = dict(manifest["provenance"])
-        self.tables: tuple[str, ...] = tuple(manifest["tables"])
-        self.statistics: tuple[str, ...] = tuple(manifest.get("statistics", ()))
-        self._rules = dict(manifest.get("statistics", {}))  # with what identifies each
-        self.items = tuple(map(Item.from_json, manifest["items"]))
-        self.part: str | None = manifest.get("part")
+        self.items: tuple[Item, ...] = tuple(items)
+        self.provenance: JSON = dict(provenance)
+        self.statistics: tuple[str, ...] = tuple(digests)
+        self._digests = dict(digests)  # of the code of each of the user's statistics
+        self.part = part
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -159,39 +154,41 @@ class ItemStatistics:
         """
         folder = path_of("folder", folder, FileFormatError)
         try:
-            manifest = _files.parse((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = parse((folder / "manifest.json").read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
                 raise ValueError("not a recording of items")
             if manifest.get("version") not in (1, VERSION):
                 raise ValueError(
                     f"version {manifest.get('version')!r} is not one that this release reads (1, {VERSION})"
                 )
-            manifest = _files.unsealed(manifest)
+            manifest = unsealed(manifest)
             manifest = {**manifest, **manifest.get("about", {})}
-            known = {*_FILES, *map(str, manifest.get("statistics", {}))}
-            if not set(manifest["tables"]) <= known or "positive" not in manifest["tables"]:
+            allowed = {*TABLES, *map(str, manifest.get("statistics", {}))}
+            if not set(manifest["tables"]) <= allowed or "positive" not in manifest["tables"]:
                 raise ValueError(f"tables {manifest['tables']!r}")
-            statistics = cls(folder, manifest, NeuronSpace.from_json(manifest["space"]))
+            recording = cls._of_manifest(folder, manifest)
             if (folder / "halved.json").exists():
-                halved = _files.parse((folder / "halved.json").read_text(encoding="utf-8"))
-                statistics.provenance["halved"] = [
-                    {name: one[name] for name in ("from", "to", "first")} for one in halved
+                halved = parse((folder / "halved.json").read_text(encoding="utf-8"))
+                recording.provenance["halved"] = [
+                    {name: entry[name] for name in ("from", "to", "first")} for entry in halved
                 ]
             if (folder / "skipped.json").exists():
-                skipped = _files.parse((folder / "skipped.json").read_text(encoding="utf-8"))
-                statistics.provenance["skipped"] = list(map(str, skipped))
+                skipped = parse((folder / "skipped.json").read_text(encoding="utf-8"))
+                recording.provenance["skipped"] = list(map(str, skipped))
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold item statistics: {error}") from error
-        for name, size in statistics._sizes().items():
-            path = folder / f"{name}.bin"
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                raise FileFormatError(
-                    f"{path} should have {size:,} bytes; it has {found if found is None else f'{found:,}'}"
-                )
+        recording._files.check_sizes()
         if verify:
-            statistics.verify()
-        return statistics
+            recording.verify()
+        return recording
+
+    @classmethod
+    def _of_manifest(cls, folder: Path, manifest: JSONMapping) -> "ItemStatistics":
+        space = NeuronSpace.from_json(manifest["space"])
+        items = [Item.from_json(item) for item in manifest["items"]]
+        columns = {name: len(space.sites) if name == "reached" else len(space) for name in manifest["tables"]}
+        files = ItemFiles(folder, len(items), columns)
+        return cls(files, space, items, manifest["provenance"], manifest.get("statistics", {}), manifest.get("part"))
 
     @classmethod
     def create(
@@ -220,15 +217,19 @@ class ItemStatistics:
         Raises:
             MismatchError: the folder holds another recording; the message says what differs.
         """
-        metadata = {item.id: digest_of(_plain(dict(item.metadata)))[:8] for item in items}
-        showing: dict[str, list[str]] = {}  # of pictures who shares them counts, and not where they lie
+        # Of pictures, the content says which questions share them, and not where they lie.
+        questions_with: dict[str, list[str]] = {}
         for item in items:
-            for key in item.pictures or ():
-                showing.setdefault(key, []).append(item.id)
+            for picture in item.pictures or ():
+                questions_with.setdefault(picture, []).append(item.id)
+        details = {}
         for item in items:
-            shared = sorted(sorted(showing[key]) for key in item.pictures or () if len(showing[key]) > 1)
-            number = "unknown" if item.pictures is None else len(item.pictures)
-            metadata[item.id] += f" {number} {digest_of(shared)[:8] if shared else '-'}"
+            metadata = digest_of(_plain(dict(item.metadata)))[:8]
+            n_pictures = "unknown" if item.pictures is None else len(item.pictures)
+            sharing = [sorted(questions_with[picture]) for picture in item.pictures or ()]
+            shared = sorted(ids for ids in sharing if len(ids) > 1)
+            details[item.id] = f"{metadata} {n_pictures} {digest_of(shared)[:8] if shared else '-'}"
+        content = content or dict.fromkeys(details, "")
         manifest = {
             "kind": _KIND,
             "space": space.to_json(),
@@ -236,34 +237,22 @@ class ItemStatistics:
             **({"statistics": dict(statistics)} if statistics else {}),
             "setting": provenance.get("setting"),
             "versions": provenance.get("versions"),
-            "content": {
-                name: f"{digest} {metadata[name]}" for name, digest in (content or dict.fromkeys(metadata, "")).items()
-            },
+            "content": {question_id: f"{digest} {details[question_id]}" for question_id, digest in content.items()},
             **part[0],
         }
-        about = {
-            "items": [item.to_json() for item in items],
-            "provenance": _plain(dict(provenance)),
-            **part[1],
-        }
+        about = {"items": [item.to_json() for item in items], "provenance": _plain(dict(provenance)), **part[1]}
         return cls._begun(RunFolder(folder, manifest, about))
 
     @classmethod
     def _begun(cls, run: RunFolder) -> "ItemStatistics":
         """The recording of a folder, made with nothing in it if it is not there."""
-        folder = run.folder
-        if run.path.exists():
-            return cls.load(folder)
-        with locked(folder):
-            if not run.path.exists():  # no other process was faster
-                told = {**run.manifest, **run.about}
-                statistics = cls(folder, told, NeuronSpace.from_json(told["space"]))
-                for name, size in statistics._sizes().items():
-                    with open(folder / f"{name}.bin", "wb") as file:
-                        file.truncate(size)  # sparse: disk is used as rows are written
-                run.begin()
-        run.check()
-        return cls.load(folder)
+        if not run.path.exists():
+            with locked(run.folder):
+                if not run.path.exists():  # no other process was faster
+                    cls._of_manifest(run.folder, {**run.manifest, **run.about})._files.make()
+                    run.begin()
+            run.check()
+        return cls.load(run.folder)
 
     @classmethod
     def join(cls, folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> "ItemStatistics":
@@ -287,15 +276,14 @@ class ItemStatistics:
         Example:
             ``ItemStatistics.join([f"run/items-{n}" for n in range(1, 9)], "run/items")``
         """
-        where = path_of("out", out, MismatchError)
+        folder = path_of("out", out, MismatchError)
         parts, manifest, about = parts_of(folders, _KIND)
         recordings = [cls.load(part.folder, verify=True) for part in parts]
-        for part, one in zip(parts, recordings, strict=True):
-            done = [one.items[row].id for row in np.flatnonzero(one._records["done"])]
-            part.refuse_unfinished([*done, *one.provenance.get("skipped", ())])
-        whole = cls._begun(RunFolder(where, manifest, about))
-        whole.take_over(recordings)
-        return cls.load(where)
+        for part, recording in zip(parts, recordings, strict=True):
+            done = [item.id for item, is_done in zip(recording.items, recording.done.tolist(), strict=True) if is_done]
+            part.refuse_unfinished([*done, *recording.provenance.get("skipped", ())])
+        cls._begun(RunFolder(folder, manifest, about)).take_over(recordings)
+        return cls.load(folder)
 
     def __add__(self, other: "ItemStatistics") -> "ItemStatistics":
         """The questions of both recordings, in their order, read from both folders: nothing is copied.
@@ -307,29 +295,49 @@ class ItemStatistics:
             MismatchError: another space or setting (see `vlmneurons.statistics.identity.Setting`), other tables, a
                 question that both have, or a part, which is put together with `join`.
         """
-        return _Added((self, other)) if isinstance(other, ItemStatistics) else NotImplemented
+        if not isinstance(other, ItemStatistics):
+            return NotImplemented
+        check_same_space(self.space, other.space)
+        provenance = merged_provenance(self.provenance, other.provenance)
+        for recording in (self, other):
+            if recording.part is not None:
+                raise MismatchError(
+                    f"{recording.folder} is part {recording.part} of a recording: ItemStatistics.join puts it together "
+                    "with the others, and sees that none lacks"
+                )
+        compared = {
+            "tables": (sorted(self.tables), sorted(other.tables)),
+            "statistics": (self._digests, other._digests),
+        }
+        for noun, (first, second) in compared.items():
+            if first != second:
+                raise MismatchError(f"recordings with different {noun} cannot be added: {first} and {second}")
+        ids = {item.id for item in self.items}
+        if twice := [item.id for item in other.items if item.id in ids]:
+            raise MismatchError(
+                f"{len(twice)} questions are in both recordings ({few(twice)}) and would count twice: leave them out "
+                "of one"
+            )
+        for name in ("halved", "skipped"):
+            if entries := [*self.provenance.get(name, ()), *other.provenance.get(name, ())]:
+                provenance[name] = entries
+        files = StackedFiles([self._files, other._files])
+        return ItemStatistics(files, self.space, self.items + other.items, provenance, self._digests)
 
     def __radd__(self, other: object) -> "ItemStatistics":
         # sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    def _sizes(self) -> dict[str, int]:
-        sizes = {name: len(self.items) * self._columns(name) * _dtype(name).itemsize for name in self.tables}
-        return {"items": len(self.items) * _RECORD.itemsize, **sizes}
-
     def _columns(self, name: str) -> int:
-        return len(self.space.sites) if name == "reached" else len(self.space)
-
-    def _table(self, name: str) -> "np.memmap | _Stacked":
-        shape = (len(self.items), self._columns(name))
-        return np.memmap(self.folder / f"{name}.bin", dtype=_dtype(name), mode="r", shape=shape)
-
-    @property
-    def _records(self) -> np.ndarray:
-        return np.fromfile(self.folder / "items.bin", dtype=_RECORD)
+        return self._files.columns[name]
 
     def write(
-        self, rows: Sequence[int], chosen: Sequence[int], tokens: ArrayLike, margins: ArrayLike, tables: Tables
+        self,
+        rows: Sequence[int],
+        chosen: Sequence[int],
+        tokens: ArrayLike,
+        margins: ArrayLike,
+        tables: Mapping[str, ArrayLike],
     ) -> None:
         """Write finished questions: first all of their rows, then the records that say so.
 
@@ -343,29 +351,7 @@ class ItemStatistics:
         Raises:
             MismatchError: a question has more counted tokens than the files hold.
         """
-        places = np.asarray(rows)
-        blocks = {}
-        for name in self.tables:
-            values = np.asarray(tables[name])
-            if name == "positive" and values.size and values.max() > _MOST:
-                raise MismatchError(f"a question has more than {_MOST:,} counted tokens; item statistics hold no more")
-            blocks[name] = np.ascontiguousarray(values.astype(_dtype(name)))
-            self._put(name, places, blocks[name])
-        records = np.zeros(len(places), dtype=_RECORD)
-        records["done"], records["chosen"] = 1, np.asarray(chosen)
-        records["tokens"], records["margin"] = np.asarray(tokens), np.asarray(margins)
-        for n in range(len(places)):
-            records["checksum"][n] = _checksum(records[n], [blocks[name][n] for name in self.tables])
-        self._put("items", places, records)
-
-    def _put(self, name: str, places: np.ndarray, rows: np.ndarray) -> None:
-        """Write rows of a file at their places, and have them on disk."""
-        with open(self.folder / f"{name}.bin", "r+b") as file:
-            for place, row in zip(places.tolist(), rows, strict=True):
-                file.seek(place * row.nbytes)
-                file.write(row.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        self._files.write(rows, chosen, tokens, margins, tables)
 
     def note(self, halved: Sequence[JSONMapping], skipped: Sequence[str] = ()) -> None:
         """Keep what was learnt on the way beside the manifest, which says what was asked for.
@@ -374,12 +360,12 @@ class ItemStatistics:
             halved: how batches were halved; see `vlmneurons.run.memory.MemoryLimit`.
             skipped: ids of questions that could not be asked; those that could in the end are left out.
         """
-        if known := {*skipped, *self.provenance.get("skipped", ())}:
-            rows = zip(self.items, self._records["done"], strict=True)
-            left = [item.id for item, done in rows if item.id in known and not done]
-            if left != self.provenance.get("skipped"):
-                self.provenance = {**self.provenance, "skipped": left}
-                write_json(self.folder / "skipped.json", left)
+        if ever_skipped := {*skipped, *self.provenance.get("skipped", ())}:
+            rows = zip(self.items, self.done.tolist(), strict=True)
+            not_asked = [item.id for item, is_done in rows if item.id in ever_skipped and not is_done]
+            if not_asked != self.provenance.get("skipped"):
+                self.provenance = {**self.provenance, "skipped": not_asked}
+                write_json(self.folder / "skipped.json", not_asked)
         if halved and list(halved) != self.provenance.get("halved"):
             self.provenance = {**self.provenance, "halved": list(halved)}
             write_json(self.folder / "halved.json", list(halved))
@@ -400,23 +386,23 @@ class ItemStatistics:
         Args:
             parts: recordings over the same space with the same tables.
         """
-        place = {item.id: row for row, item in enumerate(self.items)}
+        row_of = {item.id: row for row, item in enumerate(self.items)}
         with self.locked():
             halved, skipped = (
-                [one for part in parts for one in part.provenance.get(name, ())] for name in ("halved", "skipped")
+                [entry for part in parts for entry in part.provenance.get(name, ())] for name in ("halved", "skipped")
             )
             self.note(halved, skipped)
             for part in parts:
-                records = part._records
+                records = part._files.records
                 done = np.flatnonzero(records["done"])
                 for start in range(0, len(done), 64):
                     rows = done[start : start + 64]
                     self.write(
-                        [place[part.items[row].id] for row in rows],
+                        [row_of[part.items[row].id] for row in rows],
                         records["chosen"][rows].tolist(),
                         records["tokens"][rows],
                         records["margin"][rows],
-                        {name: part._table(name)[rows] for name in part.tables},
+                        {name: part._files.table(name)[rows] for name in part.tables},
                     )
 
     def verify(self) -> None:
@@ -425,10 +411,8 @@ class ItemStatistics:
         Raises:
             FileFormatError: a row is not what was written.
         """
-        tables = [self._table(name) for name in self.tables]
-        for row, entry in enumerate(self._records):
-            if entry["done"] and _checksum(entry, [table[row] for table in tables]) != entry["checksum"]:
-                raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
+        for row in self._files.damaged_rows():
+            raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -438,7 +422,7 @@ class ItemStatistics:
     @property
     def done(self) -> Bool[Tensor, " item"]:
         """Which questions are recorded."""
-        return torch.from_numpy(self._records["done"].astype(bool))
+        return torch.from_numpy(self._files.records["done"].astype(bool))
 
     @property
     def complete(self) -> bool:
@@ -448,18 +432,18 @@ class ItemStatistics:
     @property
     def tokens(self) -> Int64[Tensor, " item"]:
         """Number of counted tokens of each question."""
-        return torch.from_numpy(self._records["tokens"].astype(np.int64))
+        return torch.from_numpy(self._files.records["tokens"].astype(np.int64))
 
     @property
     def correct(self) -> Bool[Tensor, " item"]:
         """Whether each question was answered right."""
         answers = np.array([item.answer for item in self.items])
-        return torch.from_numpy(self._records["chosen"] == answers)
+        return torch.from_numpy(self._files.records["chosen"] == answers)
 
     @property
     def margins(self) -> Float64[Tensor, " item"]:
         """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers."""
-        return torch.from_numpy(self._records["margin"].astype(np.float64))
+        return torch.from_numpy(self._files.records["margin"].astype(np.float64))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -530,7 +514,7 @@ class ItemStatistics:
         numbers = np.asarray(rows)
         if len(numbers) and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(self)):
             raise MismatchError(f"rows are numbers of questions, from 0 to {len(self) - 1}; got {rows!r}")
-        values = self._table(table)
+        values = self._files.table(table)
         for start in range(0, len(numbers), size):
             yield slice(start, start + size), values[numbers[start : start + size]]
 
@@ -567,10 +551,10 @@ class ItemStatistics:
         groups = tuple(sorted({label for label in labels if label is not None}))
         if not groups:
             raise SelectionError("no question has a label")
-        index = {group: n for n, group in enumerate(groups)}
+        number_of = {group: number for number, group in enumerate(groups)}
         kept = self.kept(condition).tolist()
-        owners = {row: index[label] for row, label in enumerate(labels) if label is not None and kept[row]}
-        rows, owner = (np.array(list(one), dtype=np.int64) for one in (owners.keys(), owners.values()))
+        owners = {row: number_of[label] for row, label in enumerate(labels) if label is not None and kept[row]}
+        rows, owner = (np.array(list(numbers), dtype=np.int64) for numbers in (owners.keys(), owners.values()))
         pool = GroupedItems(self, rows, owner, groups, condition)
         pool.check_size(minimum)
         return pool.balanced(None if balanced is True else balanced, seed=seed) if balanced is not False else pool
@@ -606,70 +590,6 @@ class ItemStatistics:
         state = "" if done == len(self) else f", {done} of them recorded"
         state = state if self.part is None else f"{state}: part {self.part}"
         return f"ItemStatistics({len(self)} questions{state}; {', '.join(self.tables)} over {self.space!r})"
-
-
-class _Added(ItemStatistics):
-    """Recordings of different questions as one; see `ItemStatistics.__add__`. Its folder is none, and never written."""
-
-    def __init__(self, recordings: Sequence[ItemStatistics]) -> None:
-        first, second = recordings
-        check_same_space(first.space, second.space)
-        provenance = merged_provenance(first.provenance, second.provenance)
-        for one in recordings:
-            if one.part is not None:
-                raise MismatchError(
-                    f"{one.folder} is part {one.part} of a recording: ItemStatistics.join puts it together with the "
-                    "others, and sees that none lacks"
-                )
-        for what, own in (("tables", lambda one: sorted(one.tables)), ("statistics", lambda one: one._rules)):
-            if own(first) != own(second):
-                raise MismatchError(f"recordings with different {what} cannot be added: {own(first)} and {own(second)}")
-        known = {item.id for item in first.items}
-        if twice := [item.id for item in second.items if item.id in known]:
-            raise MismatchError(
-                f"{len(twice)} questions are in both recordings ({', '.join(map(repr, twice[:3]))}"
-                f"{', …' if len(twice) > 3 else ''}) and would count twice: leave them out of one"
-            )
-        for name in ("halved", "skipped"):
-            if told := [entry for one in recordings for entry in one.provenance.get(name, ())]:
-                provenance[name] = told
-        self.recordings: list[ItemStatistics] = []
-        for one in recordings:
-            self.recordings += one.recordings if isinstance(one, _Added) else [one]
-        self.folder = Path(" + ".join(str(one.folder) for one in self.recordings))
-        self.space, self.provenance, self.part = first.space, provenance, None
-        self.tables, self.statistics, self._rules = first.tables, first.statistics, first._rules
-        self.items = tuple(item for one in self.recordings for item in one.items)
-
-    def _table(self, name: str) -> "_Stacked":
-        tables = (one._table(name) for one in self.recordings)
-        return _Stacked([table for table in tables if isinstance(table, np.memmap)])
-
-    @property
-    def _records(self) -> np.ndarray:
-        return np.concatenate([one._records for one in self.recordings])
-
-
-class _Stacked:
-    """The same table of several recordings, one below the other; rows are read from theirs."""
-
-    def __init__(self, tables: Sequence[np.memmap]) -> None:
-        self._tables = tables
-        self._starts = np.cumsum([0, *(len(table) for table in tables)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, key: int | np.ndarray | tuple[np.ndarray, slice]) -> np.ndarray:
-        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
-        numbers = np.atleast_1d(rows)
-        owner = np.searchsorted(self._starts, numbers, side="right") - 1
-        like = self._tables[0][:0, columns]
-        found = np.empty((len(numbers), *like.shape[1:]), dtype=like.dtype)
-        for n, table in enumerate(self._tables):
-            own = owner == n
-            found[own] = table[numbers[own] - self._starts[n], columns]
-        return found if np.ndim(rows) else found[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -770,8 +690,8 @@ class GroupedItems:
             places: places within ``rows``, repeated where a question counts twice.
             owner: row of the group of each of them; as they are, unless given.
         """
-        own = self.owner[places] if owner is None else owner
-        return GroupedItems(self.recording, self.rows[places], own, self.groups, self.condition)
+        owner = self.owner[places] if owner is None else owner
+        return GroupedItems(self.recording, self.rows[places], owner, self.groups, self.condition)
 
     def select_groups(self, groups: Sequence[str]) -> "GroupedItems":
         """The questions of some groups, in the given order of groups.
@@ -805,10 +725,10 @@ class GroupedItems:
             if name == "maximum" or name in recording.statistics:
                 continue
             dtype = np.float64 if name == "total" else np.int64
-            sums[name] = np.zeros((n_groups, recording._columns(name)), dtype=dtype)
-            for group, own in enumerate(sums[name]):
+            sums[name] = np.zeros((n_groups, recording._files.columns[name]), dtype=dtype)
+            for group in range(n_groups):
                 for _, values in recording.chunks(self.rows[self.owner == group], name):
-                    own += values.sum(0, dtype=dtype)
+                    sums[name][group] += values.sum(0, dtype=dtype)
         return ActivationStatistics(
             space=self.space,
             groups=self.groups,
@@ -838,14 +758,14 @@ class GroupedItems:
             one_of("on", on, (*VALUES, *recording.statistics), SelectionError)
         table = table or on
         if table not in recording.tables:
-            how = "magnitudes" if on == "mean" else "maxima"
-            raise SelectionError(f"this recording holds no {on} of each question: record_items(…, {how}=True)")
-        values = recording._table(table)[self.rows, columns].astype(np.float64)
+            option = "magnitudes" if on == "mean" else "maxima"
+            raise SelectionError(f"this recording holds no {on} of each question: record_items(…, {option}=True)")
+        values = recording._files.table(table)[self.rows, columns].astype(np.float64)
         if on == "maximum" or table == on:
             return values
         if "reached" in recording.tables:
             site = self.space.site_of[columns].numpy()
-            reached = recording._table("reached")[self.rows][:, site].astype(np.float64)
+            reached = recording._files.table("reached")[self.rows][:, site].astype(np.float64)
         else:
             reached = recording.tokens.numpy()[self.rows].astype(np.float64)[:, None]
         return np.divide(values, reached, out=np.zeros_like(values), where=np.broadcast_to(reached > 0, values.shape))
@@ -861,22 +781,9 @@ def added_up(evidence: object) -> object:
     return grouped.statistics if isinstance(grouped, GroupedItems) else grouped
 
 
-def _dtype(name: str) -> np.dtype:
-    """How numbers of a table are kept: statistics of the user's own as maxima are."""
-    return _FILES.get(name, _FILES["maximum"])
-
-
 def _label(value: object) -> str | None:
     """A question's label; None, and NaN, which is what a table has for it, leave the question out."""
     return None if is_missing(value) else str(value)
-
-
-def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
-    """Of what a question's record says, and of its row in every table."""
-    checksum = zlib.crc32(b"".join(record[name].tobytes() for name in ("chosen", "tokens", "margin")))
-    for row in rows:
-        checksum = zlib.crc32(np.ascontiguousarray(row).tobytes(), checksum)
-    return checksum
 
 
 def _plain(values: JSON) -> JSON:
