@@ -56,10 +56,10 @@ def digest_of_file(path: Path) -> str:
 def digest_of_code(thing: object, *, state: bool = True) -> str:
     """What tells a user's function, class or object from another: its name, and a digest of its code and all it uses.
 
-    Code is compared as a syntax tree, so that comments and line breaks do not matter; where there is no source, as in an
-    interactive interpreter, as bytecode of this minor version of Python. What it refers to counts too: defaults, what
-    it closes over, globals, and the attributes of an object. Of the library's own things, and those of installed
-    packages, name and version count.
+    Code is compared as a syntax tree, so that comments and line breaks do not matter. Where there is no source, as in
+    an interactive interpreter, it is compared as bytecode of this minor version of Python. What it refers to counts too:
+    defaults, what it closes over, globals, and the attributes of an object. Of things of the library, and of installed
+    packages, only name and version count.
 
     Args:
         thing: the function, class or object.
@@ -125,9 +125,7 @@ class _Describing:
         if type(thing).__module__.startswith("vlmneurons.model"):
             return {"model": kind}  # whose weights are an identity of their own
         if hasattr(type(thing), "named_parameters"):
-            weights = (
-                thing.state_dict()
-            )  # of a probe of the user's, or of the model itself, which is too large to be one
+            weights = thing.state_dict()  # of a probe of the user's; the model itself is too large to be one
             is_small = sum(getattr(weight, "nbytes", 0) for weight in weights.values()) <= _LARGEST
             return {"model": kind, **({"weights": self.of(dict(weights))} if is_small and weights else {})}
         if _of_package(type(thing).__module__) is not None and not type(thing).__module__.startswith("vlmneurons"):

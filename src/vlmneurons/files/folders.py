@@ -64,15 +64,15 @@ def _differing_questions(kept: Mapping[str, object], expected: Mapping[str, obje
         yield f"{_some_questions(changed)} had another text, options, answer, group or picture there"
 
 
-def completed(content: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+def completed(content: Mapping[str, str], counterpart: Mapping[str, str]) -> dict[str, str]:
     """What is asked, by question, where what one run could not read is as another run of the same questions has it."""
-    return {question: _completed(digests, other[question]) for question, digests in content.items()}
+    return {question: _completed(digests, counterpart[question]) for question, digests in content.items()}
 
 
-def _completed(digests: object, other: object) -> str:
-    """The digests of a question's text, pictures and so on; one that a run could not make (``?``) is the other's."""
-    pairs = zip(str(digests).split(), str(other).split())
-    return " ".join(digest_there if digest == "?" else digest for digest, digest_there in pairs)
+def _completed(digests: object, counterpart: object) -> str:
+    """The digests of a question's text, pictures and so on; one that could not be made (``?``) is its counterpart."""
+    pairs = zip(str(digests).split(), str(counterpart).split())
+    return " ".join(substitute if digest == "?" else digest for digest, substitute in pairs)
 
 
 def _some_questions(names: Sequence[str]) -> str:

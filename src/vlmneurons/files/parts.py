@@ -1,6 +1,6 @@
 """The folders of a run that was asked in parts, and whether they are all of it: what may be joined.
 
-A part's manifest is that of the whole run, with two entries more: ``part``, and ``batches``, which says how batches were
+A part's manifest is that of the whole run with two entries more: ``part``, and ``batches``, which says how batches are
 dealt out. Under ``about`` it keeps which questions it asks.
 """
 

@@ -27,7 +27,7 @@ VERSION = 1
 _DTYPES = {"I64": torch.int64, "F64": torch.float64}
 
 
-def plain(data: object, what: str) -> Any:
+def plain(data: object, name: str) -> Any:
     """A deep copy of JSON-able data as JSON gives it back: tuples become lists, and nothing is shared with the caller.
 
     Raises:
@@ -36,7 +36,7 @@ def plain(data: object, what: str) -> Any:
     try:
         return parse(json.dumps(data, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise VLMNeuronsError(f"{what} must be plain values that JSON can hold: {error}") from error
+        raise VLMNeuronsError(f"{name} must be plain values that JSON can hold: {error}") from error
 
 
 _DEEPEST = 100
