@@ -57,9 +57,9 @@ def digest_of_code(thing: object, *, state: bool = True) -> str:
     """What tells a user's function, class or object from another: its name, and a digest of its code and all it uses.
 
     Code is compared as a syntax tree, so that comments and line breaks do not matter. Where there is no source, as in
-    an interactive interpreter, it is compared as bytecode of this minor version of Python. What it refers to counts too:
-    defaults, what it closes over, globals, and the attributes of an object. Of things of the library, and of installed
-    packages, only name and version count.
+    an interactive interpreter, it is compared as bytecode of this minor version of Python. What it refers to counts as
+    well: defaults, what it closes over, globals, and the attributes of an object. Of things of the library, and of
+    installed packages, only name and version count.
 
     Args:
         thing: the function, class or object.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from vlmneurons.checks import JSON, JSONMapping, few, in_order, path_of
+from vlmneurons.checks import JSON, JSONMapping, as_path, check_ordered, quoted
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import completed, differences, manifest_in
 
@@ -54,12 +54,12 @@ class PartFolder:
         if lacking := sorted(asked - set(done)):
             raise MismatchError(
                 f"part {self.name} in {self.folder} is not finished: {len(lacking)} of its {len(asked)} questions are "
-                f"not there ({few(lacking)}). The same call goes on with it"
+                f"not there ({quoted(lacking)}). The same call goes on with it"
             )
         if foreign := sorted(set(done) - asked):
             raise MismatchError(
                 f"part {self.name} in {self.folder} holds {len(foreign)} questions that are another part's "
-                f"({few(foreign)}): its batches were cut otherwise when it was gone on with. Run it again elsewhere"
+                f"({quoted(foreign)}): its batches were cut otherwise when it was gone on with. Run it again elsewhere"
             )
 
 
@@ -74,11 +74,11 @@ def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list
         MismatchError: what is given are not the parts of one run, each once and all of them; the message says why.
         FileFormatError: a manifest is damaged.
     """
-    in_order("folders", folders, MismatchError, "the folders of the parts")
+    check_ordered("folders", folders, MismatchError, "the folders of the parts")
     folders = folders if isinstance(folders, str | os.PathLike) else list(folders)
     if isinstance(folders, str | os.PathLike) or not folders:
         raise MismatchError(f"give the folders of all parts, as a list; got {folders!r}")
-    paths = [path_of("folder", folder, MismatchError) for folder in folders]
+    paths = [as_path("folder", folder, MismatchError) for folder in folders]
     parts = sorted((_part_in(path, kind) for path in paths), key=lambda part: part.number)
     first = parts[0]
     for before, part in pairwise(parts):
@@ -105,7 +105,7 @@ def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list
     asked = Counter(question for part in parts for question in part.about["asks"])
     if not_once := sorted(question for question in {*asked, *_order(first)} if asked[question] != 1):
         raise MismatchError(
-            f"the parts do not ask each question once ({few(not_once)}): pictures that could not be read "
+            f"the parts do not ask each question once ({quoted(not_once)}): pictures that could not be read "
             "when one of them was begun were dealt out otherwise. Run the parts again, in new folders"
         )
     content = dict(first.manifest["content"])
@@ -122,7 +122,7 @@ def kind_in(folder: str | os.PathLike[str]) -> str:
         MismatchError: there is none.
         FileFormatError: its manifest is damaged.
     """
-    path = path_of("folder", folder, MismatchError)
+    path = as_path("folder", folder, MismatchError)
     manifest = manifest_in(path)
     if manifest is None:
         raise MismatchError(f"{path} holds no run: there is no manifest.json")

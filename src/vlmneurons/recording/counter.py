@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vlmneurons.checks import Keywords, flag, of_kind
+from vlmneurons.checks import Keywords, as_flag, check_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
@@ -81,7 +81,7 @@ class Counter:
         statistics: Mapping[str, ItemStatistic] | None = None,
     ) -> None:
         check_model(model)
-        of_kind(
+        check_kind(
             "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('vision')"
         )
         self.model = model
@@ -101,8 +101,8 @@ class Counter:
         self.statistics: Mapping[str, ItemStatistic] = dict(statistics or {})
         if self.statistics and any(model.mlp_of(site).routed for site in self.space.sites):
             raise MismatchError("a statistic looks at all tokens of a question, and an expert sees some: leave it out")
-        self.magnitudes = flag("magnitudes", magnitudes, MismatchError)
-        self.maxima = flag("maxima", maxima, MismatchError)
+        self.magnitudes = as_flag("magnitudes", magnitudes, MismatchError)
+        self.maxima = as_flag("maxima", maxima, MismatchError)
         # NaN and infinity pass from layer to layer, so a look at the last site is a look at all of them.
         decoder = [state for state in self.sites if state.site.tower == "language"]
         self._last = max(decoder or self.sites, key=lambda state: state.site.layer)
@@ -139,23 +139,25 @@ class Counter:
             begin: called before each forward of the model, to set the frame; by default that of `watch`.
             end: called after it.
         """
+        with OWNERS.held(self.model.hf, "recorded"), hooked(self._hooks(begin or self._begin, end)):
+            try:
+                yield
+            finally:
+                self.forget()
+                self._scratch.clear()
+
+    def _hooks(
+        self, begin: Callable[..., None], end: Callable[..., None] | None
+    ) -> Iterator[contextlib.AbstractContextManager[object]]:
         hf = self.model.hf
-        with OWNERS.held(hf, "recorded"), UndividedStack() as stack:
-            with Undivided():
-                stack.callback(self._scratch.clear)
-                stack.callback(self.forget)
-                for state in self.sites:
-                    mlp = self.model.mlp_of(state.site)
-                    stack.enter_context(read(hf, mlp, state.site.kind, self._observer(state)))
-                words = [state.site for state in self.sites if not state.of_media]
-                stack.enter_context(
-                    all_tokens(self.model, words, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
-                )
-                stack.callback(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))).remove)
-                stack.callback(hf.register_forward_pre_hook(Hook(begin or self._begin), with_kwargs=True).remove)
-                if end is not None:
-                    stack.callback(hf.register_forward_hook(Hook(end)).remove)
-            yield
+        for state in self.sites:
+            yield read(hf, self.model.mlp_of(state.site), state.site.kind, self._observer(state))
+        words = [state.site for state in self.sites if not state.of_media]
+        yield all_tokens(self.model, words, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
+        yield hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
+        yield hf.register_forward_pre_hook(Hook(begin), with_kwargs=True)
+        if end is not None:
+            yield hf.register_forward_hook(Hook(end))
 
     def _begin(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 from vlmneurons.errors import MismatchError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import see_number_of_tokens
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import Site
@@ -34,8 +34,5 @@ def all_tokens(model: VLM, sites: Iterable[Site], number: Callable[[], int]) -> 
     # The experts of a layer share a router, which is shown what they choose from: one look for each is enough.
     routed = [(mlp, site) for site in sites if (mlp := model.mlp_of(site)).routed or mlp.expert is not None]
     routers = {mlp.path.rpartition(".")[0]: (mlp, site) for mlp, site in routed}
-    with UndividedStack() as stack:
-        with Undivided():
-            for mlp, site in routers.values():
-                stack.enter_context(see_number_of_tokens(model.hf, mlp, checked(site)))
+    with hooked(see_number_of_tokens(model.hf, mlp, checked(site)) for mlp, site in routers.values()):
         yield

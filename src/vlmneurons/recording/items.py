@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmneurons.checks import path_of
+from vlmneurons.checks import as_path
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.files.digests import digest_of_code
 from vlmneurons.model.encoder import TokenRule
@@ -97,7 +97,7 @@ def record_items(
     """
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed, part)
     questions = to_ask(questions, answer, "to record")
-    path = path_of("folder", folder, MismatchError)
+    path = as_path("folder", folder, MismatchError)
     engine = engine_of(model, questions, remote)
     statistics = _statistics_by_name(statistic)
     if isinstance(tokens, Mapping):
