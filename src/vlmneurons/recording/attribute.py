@@ -233,12 +233,8 @@ class _Factors:
         """Within, the neurons of some sites have this factor, and others none."""
         # Derivatives are sums over tokens: half precision would lose them.
         dtype = torch.float64 if self.model.hf.dtype == torch.float64 else torch.float32
-        self._active = {
-            number: torch.full(
-                (self.space.widths[number],), value, dtype=dtype, device=self.model.device, requires_grad=True
-            )
-            for number in sites
-        }
+        options = {"dtype": dtype, "device": self.model.device, "requires_grad": True}
+        self._active = {number: torch.full((self.space.widths[number],), value, **options) for number in sites}
         self._by_token = {number: [] for number in sites if self.highest}
         try:
             yield

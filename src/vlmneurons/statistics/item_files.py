@@ -72,15 +72,17 @@ class ItemFiles:
         shape = (self.n_items, self.columns[name])
         return np.memmap(self.folder / f"{name}.bin", dtype=_dtype(name), mode="r", shape=shape)
 
-    def write(
-        self,
-        rows: Sequence[int],
-        chosen: Sequence[int],
-        tokens: ArrayLike,
-        margins: ArrayLike,
-        tables: Mapping[str, ArrayLike],
-    ) -> None:
-        """Write finished questions; see `vlmneurons.ItemStatistics.write`."""
+    def write(self, rows: Sequence[int], tables: Mapping[str, ArrayLike], **fields: ArrayLike) -> None:
+        """Write finished questions: first all of their rows, then the records that say so.
+
+        Args:
+            rows: which questions.
+            tables: ``[row, …]`` of each table.
+            fields: ``[row]`` of each field of a record that is not filled in here: ``chosen``, ``tokens``, ``margin``.
+
+        Raises:
+            MismatchError: a question has more counted tokens than the files hold.
+        """
         places = np.asarray(rows)
         blocks = {}
         for name in self.columns:
@@ -92,8 +94,9 @@ class ItemFiles:
             blocks[name] = np.ascontiguousarray(values.astype(_dtype(name)))
             self._put(name, places, blocks[name])
         records = np.zeros(len(places), dtype=RECORD)
-        records["done"], records["chosen"] = 1, np.asarray(chosen)
-        records["tokens"], records["margin"] = np.asarray(tokens), np.asarray(margins)
+        records["done"] = 1
+        for name, values in fields.items():
+            records[name] = np.asarray(values)
         for n in range(len(places)):
             records["checksum"][n] = _checksum(records[n], [block[n] for block in blocks.values()])
         self._put("items", places, records)

@@ -177,14 +177,10 @@ class ItemStatistics:
             if not set(manifest["tables"]) <= allowed or "positive" not in manifest["tables"]:
                 raise ValueError(f"tables {manifest['tables']!r}")
             recording = cls._of_manifest(folder, manifest)
-            if (folder / "halved.json").exists():
-                halved = parse((folder / "halved.json").read_text(encoding="utf-8"))
-                recording.provenance["halved"] = [
-                    {name: entry[name] for name in ("from", "to", "first")} for entry in halved
-                ]
-            if (folder / "skipped.json").exists():
-                skipped = parse((folder / "skipped.json").read_text(encoding="utf-8"))
-                recording.provenance["skipped"] = list(map(str, skipped))
+            for name, read in (("halved", _halving), ("skipped", str)):
+                if (folder / f"{name}.json").exists():
+                    entries = parse((folder / f"{name}.json").read_text(encoding="utf-8"))
+                    recording.provenance[name] = [read(entry) for entry in entries]
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold item statistics: {error}") from error
         recording._files.check_sizes()
@@ -315,11 +311,8 @@ class ItemStatistics:
                     f"{recording.folder} is part {recording.part} of a recording: ItemStatistics.join puts it together "
                     "with the others, and sees that none lacks"
                 )
-        compared = {
-            "tables": (sorted(self.tables), sorted(other.tables)),
-            "statistics": (self._digests, other._digests),
-        }
-        for noun, (first, second) in compared.items():
+        tables = sorted(self.tables), sorted(other.tables)
+        for noun, (first, second) in (("tables", tables), ("statistics", (self._digests, other._digests))):
             if first != second:
                 raise MismatchError(f"recordings with different {noun} cannot be added: {first} and {second}")
         ids = {item.id for item in self.items}
@@ -349,7 +342,7 @@ class ItemStatistics:
         margins: ArrayLike,
         tables: Mapping[str, ArrayLike],
     ) -> None:
-        """Write finished questions: first all of their rows, then the records that say so.
+        """Write finished questions.
 
         Args:
             rows: which questions.
@@ -361,7 +354,7 @@ class ItemStatistics:
         Raises:
             MismatchError: a question has more counted tokens than the files hold.
         """
-        self._files.write(rows, chosen, tokens, margins, tables)
+        self._files.write(rows, tables, chosen=chosen, tokens=tokens, margin=margins)
 
     def note(self, halved: Sequence[JSONMapping], skipped: Sequence[str] = ()) -> None:
         """Keep what was learnt on the way beside the manifest, which says what was asked for.
@@ -380,15 +373,13 @@ class ItemStatistics:
             self.provenance = {**self.provenance, "halved": list(halved)}
             write_json(self.folder / "halved.json", list(halved))
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Refuse a second recording into one folder; the lock ends with the process, however it ends.
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Within, no other process can record into the folder; the lock ends with the process, however it ends.
 
         Raises:
             MismatchError: another process is recording into it.
         """
-        with locked(self.folder):
-            yield
+        return locked(self.folder)
 
     def take_over(self, parts: Sequence["ItemStatistics"]) -> None:
         """Write the rows of recordings of some of the questions each, such as those of several processes.
@@ -478,18 +469,19 @@ class ItemStatistics:
                     f"by is a column, a function, or a label for each question; got a {type(by).__name__}: give "
                     "lambda row: labels[row['id']]"
                 )
-            labels = [_label(label) for label in by]
+            labels = list(by)
             if len(labels) != len(self.items):
                 raise MismatchError(f"{len(labels)} labels were given for {len(self.items)} questions")
-            return labels
-        if isinstance(by, str) and by not in self.columns:
+        elif isinstance(by, str) and by not in self.columns:
             raise MismatchError(f"there is no column {by!r}; there are {', '.join(self.columns)}")
-        labels = []
-        for item, right in zip(self.items, self.correct.tolist(), strict=True):
-            row = {**item.metadata, "id": item.id, "group": item.group, "answer": item.answer, "correct": right}
-            label = by(row) if callable(by) else row.get(by)
-            labels.append(_label(label))
-        return labels
+        else:
+            rows = (
+                {**item.metadata, "id": item.id, "group": item.group, "answer": item.answer, "correct": is_right}
+                for item, is_right in zip(self.items, self.correct.tolist(), strict=True)
+            )
+            labels = [by(row) if callable(by) else row.get(by) for row in rows]
+        # A table has NaN where it has no label.
+        return [None if is_missing(label) else str(label) for label in labels]
 
     def kept(self, condition: str = "correct") -> Bool[Tensor, " item"]:
         """Which recorded questions meet a condition: ``"correct"``, ``"wrong"`` or ``"all"``.
@@ -791,9 +783,9 @@ def added_up(evidence: object) -> object:
     return grouped.statistics if isinstance(grouped, GroupedItems) else grouped
 
 
-def _label(value: object) -> str | None:
-    """A question's label; None, and NaN, which is what a table has for it, leave the question out."""
-    return None if is_missing(value) else str(value)
+def _halving(entry: JSONMapping) -> JSON:
+    """How a batch was halved, as a file says it; see `vlmneurons.run.memory.MemoryLimit`."""
+    return {name: entry[name] for name in ("from", "to", "first")}
 
 
 def _plain(values: JSON) -> JSON:
