@@ -26,13 +26,14 @@ from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.recording.experts import all_tokens
-from vlmneurons.recording.record import CONDITIONS
+from vlmneurons.recording.record import meets
 from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
 from vlmneurons.run.engine import Engine, need_gradients
 from vlmneurons.run.identity import rule_name, run_provenance, setting_of_run
 from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
 from vlmneurons.statistics.attributions import AttributionStatistics
+from vlmneurons.statistics.items import CONDITIONS
 
 REDUCE = ("sum", "max")
 """Over tokens: their sum, or the highest of theirs."""
@@ -160,8 +161,7 @@ class _AttributionJob(Job["Tensor | None"]):
         with torch.enable_grad():
             with factors.at(1.0, everywhere if rules["method"] == "gradient" else []):
                 reading, margin = self._margin(questions, encoded)
-                right = reading.chosen[0] == questions[0].answer
-                if rules["condition"] != "all" and right != (rules["condition"] == "correct"):
+                if not meets(rules["condition"], reading.chosen[0] == questions[0].answer):
                     return None
                 if rules["method"] == "gradient":
                     return factors.derivatives(margin, questions[0].id)

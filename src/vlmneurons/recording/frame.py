@@ -5,7 +5,7 @@ tiles, pictures, sounds), those of all questions one after the other, and may be
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -189,7 +189,7 @@ class Frame:
         owner_of_frame = owner[:, None].expand(-1, frames.shape[1])
         return owner_of_frame.reshape(parts.shape[:2])[:, 0], frames.all(-1).reshape(parts.shape[:2])
 
-    def check_all_passed(self, states: "list[SiteState]") -> None:
+    def check_all_passed(self, states: Sequence[SiteState]) -> None:
         """Refuse a forward in which a tower saw or heard other rows than the pictures, videos or sounds have.
 
         Raises:

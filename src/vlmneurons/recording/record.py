@@ -21,9 +21,7 @@ from vlmneurons.run.identity import run_provenance, setting_of_run
 from vlmneurons.run.readers import AnswerReader, Reading, checked
 from vlmneurons.run.remote import Remote
 from vlmneurons.statistics.counts import ActivationStatistics
-
-CONDITIONS = ("correct", "wrong", "all")
-"""Which questions enter the statistics: those answered right, those answered wrong, or every one."""
+from vlmneurons.statistics.items import CONDITIONS
 
 
 def record(
@@ -99,6 +97,11 @@ def record(
     return total.with_provenance({**total.provenance, **notes})
 
 
+def meets(condition: str, is_right: bool) -> bool:
+    """Whether a question meets a condition, given whether it was answered right."""
+    return condition == "all" or is_right == (condition == "correct")
+
+
 class CountingJob(Job[Reading]):
     """Asks with the model as it is, and counts meanwhile.
 
@@ -170,7 +173,7 @@ class _GroupJob(CountingJob):
         """See `Job.take`."""
         right = [choice == question.answer for choice, question in zip(made.chosen, questions, strict=True)]
         self._asked, self._right = self._asked + len(right), self._right + sum(right)
-        kept = [self._condition == "all" or is_right == (self._condition == "correct") for is_right in right]
+        kept = [meets(self._condition, is_right) for is_right in right]
         # Token rules by name are the groups: the rows of the batch stand in the counter once for each of them.
         rules = self.counter.tokens if isinstance(self.counter.tokens, Mapping) else (None,)
         rows = [(rule or question.group, is_kept) for rule in rules for question, is_kept in zip(questions, kept)]

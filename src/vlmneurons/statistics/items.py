@@ -49,6 +49,9 @@ from vlmneurons.statistics.tables import merged_provenance
 
 _KIND = "vlmneurons items"
 
+CONDITIONS = ("correct", "wrong", "all")
+"""Which questions enter statistics: those answered right, those answered wrong, or every one."""
+
 VALUES = ("mean", "probability", "maximum")
 """What can be said of a neuron for one question; see `GroupedItems.values`."""
 
@@ -492,7 +495,7 @@ class ItemStatistics:
         Raises:
             MismatchError: no such condition.
         """
-        check_choice("condition", condition, ("correct", "wrong", "all"), MismatchError)
+        check_choice("condition", condition, CONDITIONS, MismatchError)
         if condition == "all":
             return self.done
         return self.done & (self.correct == (condition == "correct"))
