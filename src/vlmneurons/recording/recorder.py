@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,39 +132,11 @@ class Recorder:
     # -- one forward ---------------------------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: Keywords) -> None:
-        """The model's forward begins: which of its tokens count?"""
+        """The model's forward begins: what does it show?"""
         self._counter.forget()
         arguments = _by_name(module, args, kwargs)
-        of_decoder = self._counter.of_decoder
-        shown = self._decoder_arguments(arguments) if of_decoder else arguments
-        ids, attention = shown.get("input_ids"), shown.get("attention_mask")
-        if ids is None:
-            why = " (in `generate` an encoder runs outside of the model's forward: call model.hf(**inputs))"
-            raise QuestionError(
-                "a Recorder tells tokens apart by input_ids; this run gives none"
-                + (why if self.model.is_encoder_decoder else "")
-            )
-        generation = self._generation
-        if generation is not None and not of_decoder:
-            shown, self._continues = generation.step(shown)
-        else:
-            if attention is not None and not (isinstance(attention, Tensor) and attention.ndim == 2):
-                raise QuestionError(
-                    "a Recorder tells padding by an attention mask of [row, token]; this run gives "
-                    f"{list(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__}, from "
-                    "which padding cannot be told"
-                )
-            # A later step of a loop of the user's own brings new tokens of items that were counted before.
-            self._continues = attention is not None and attention.shape[1] > ids.shape[1]
-        if of_decoder:  # its attention mask is not always given, but a later step has a cache of tokens
-            caches = (arguments.get(name) for name in ("past_key_values", "cache"))
-            self._continues = any(cache is not None and cache.get_seq_length() > 0 for cache in caches)
-        table = free_tokens(self.model, dict(shown), ids.shape[1])
-        assert table is not None
-        mask = table.counted(self.tokens)
-        if generation is not None and not of_decoder:
-            mask = mask & generation.new_tokens(mask)
-        # Pictures and sounds of a run of the user's own are not known row by row, but all of them are of one group.
+        mask = self._counted_tokens(arguments)
+        # Whose each picture or sound of a run of the user's own is, is not known; but all may be of one group.
         one_group = isinstance(self._labels, str)
         self._counter.frame = Frame(
             mask,
@@ -173,6 +146,36 @@ class Recorder:
             filled=is_filled(arguments),
             prepared=not one_group,
         )
+
+    def _counted_tokens(self, arguments: Keywords) -> Tensor:
+        """``[row, token]`` which tokens of a forward count; notes whether their items were counted before."""
+        of_decoder = self._counter.of_decoder
+        shown = self._decoder_arguments(arguments) if of_decoder else arguments
+        ids, attention = shown.get("input_ids"), shown.get("attention_mask")
+        if ids is None:
+            why = " (in `generate` an encoder runs outside of the model's forward: call model.hf(**inputs))"
+            raise QuestionError(
+                "a Recorder tells tokens apart by input_ids; this run gives none"
+                + (why if self.model.is_encoder_decoder else "")
+            )
+        generation = None if of_decoder else self._generation
+        if generation is not None:
+            shown, self._continues = generation.step(shown)
+        else:
+            if attention is not None and not (isinstance(attention, Tensor) and attention.ndim == 2):
+                raise QuestionError(
+                    "a Recorder tells padding by an attention mask of [row, token]; this run gives "
+                    f"{list(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__}, from "
+                    "which padding cannot be told"
+                )
+            # A later step of a loop of the user's own brings new tokens of items that were counted before. Its mask, if
+            # it has one, is of the earlier tokens too, and its cache holds them.
+            caches = (arguments.get(name) for name in ("past_key_values", "cache"))
+            self._continues = (attention is not None and attention.shape[1] > ids.shape[1]) or any(map(_holds, caches))
+        table = free_tokens(self.model, dict(shown), ids.shape[1])
+        assert table is not None
+        mask = table.counted(self.tokens)
+        return mask if generation is None else mask & generation.new_tokens(mask)
 
     def _sound_rows(self, arguments: Mapping[str, object]) -> Heard | None:
         """The rows of an audio tower; None where there is none."""
@@ -290,6 +293,12 @@ class _Generation:
     def new_tokens(self, mask: Tensor) -> Tensor:
         """``[1, token]`` which of a step's tokens ``[row, token]`` the steps before have not shown."""
         return torch.arange(mask.shape[1], device=mask.device)[None] >= self._shown
+
+
+def _holds(cache: Any) -> bool:
+    """Whether a cache holds tokens of earlier forwards."""
+    length = getattr(cache, "get_seq_length", None)
+    return length is not None and bool(length() > 0)
 
 
 def _by_name(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Keywords:
