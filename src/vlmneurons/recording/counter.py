@@ -6,6 +6,7 @@ site's hook counts the values that it sees, by the functions of `vlmneurons.stat
 After it, `Counter.by_row` gives the counts of each question, or `vlmneurons.recording.groups` adds them up by group.
 """
 
+import collections
 import contextlib
 import inspect
 import itertools
@@ -110,7 +111,7 @@ class Counter:
         self.frame: Frame | None = None
         self._watched: Frame | None = None
         """The frame of the next forward."""
-        self._scratch: dict[int, dict] = {}
+        self._scratch: collections.defaultdict[int, dict] = collections.defaultdict(dict)
         """What the sites of a forward share, for each rule."""
         self._bad: list[tuple[SiteState, Tensor]] = []
         """For each visit of a site that was looked at ``[row]`` whether it has values that are not finite."""
@@ -149,6 +150,7 @@ class Counter:
     def _hooks(
         self, begin: Callable[..., None], end: Callable[..., None] | None
     ) -> Iterator[contextlib.AbstractContextManager[object]]:
+        """What `attached` puts on the model: at each site what counts, at the model what begins and ends a forward."""
         hf = self.model.hf
         for state in self.sites:
             yield read(hf, self.model.mlp_of(state.site), state.site.kind, self._observer(state))
@@ -170,7 +172,7 @@ class Counter:
             frame = self.frame
             if frame is None:
                 return
-            # A run of another thread may have begun before the hooks were there, which refuse it as it begins.
+            # A run that another thread began before the hooks were on has not met the one that refuses it.
             OWNERS.check(self.model.hf)
             if tokens is not None and state.of_media:
                 raise MismatchError(
@@ -199,11 +201,8 @@ class Counter:
         strict = self.strict or state is self._last
         return {"totals": self.magnitudes, "maxima": self.maxima, "strict": strict}
 
-    def _scratch_of(self, rule: int) -> dict:
-        return self._scratch.setdefault(rule, {})
-
     def _counts_of_tokens(self, state: SiteState, values: Float[Tensor, "*any neuron"], frame: Frame) -> Counts:
-        """Of the tokens of a text, which the site sees as they are."""
+        """Counts of the tokens of a text, which the site sees as they are."""
         site, masks = state.site, self._masks(frame)
         mask = masks[0]
         if site.tower not in ("language", "encoder"):
@@ -217,7 +216,7 @@ class Counter:
                 "this model's decoder does not see its input tokens one to one, so they cannot be told apart"
             )
         by_rule = [
-            count_tokens(values, counted, scratch=self._scratch_of(rule), **self._wanted(state))
+            count_tokens(values, counted, scratch=self._scratch[rule], **self._wanted(state))
             for rule, counted in enumerate(masks)
         ]
         if self.statistics:
@@ -226,18 +225,18 @@ class Counter:
         return _stacked(by_rule)
 
     def _counts_of_expert(self, state: SiteState, values: Tensor, tokens: Tensor, frame: Frame) -> Counts:
-        """Of the tokens that a router sends to the site."""
+        """Counts of the tokens that a router sends to the site."""
         wanted = self._wanted(state)
         return _stacked([count_routed(values, tokens, counted, **wanted) for counted in self._masks(frame)])
 
     def _counts_of_media(self, state: SiteState, values: Float[Tensor, "*any neuron"], frame: Frame) -> Counts:
-        """Of patches, tiles, pictures or sounds, of which each question has some."""
+        """Counts of patches, tiles, pictures or sounds, of which each question has some."""
         parts = values.reshape(values.shape[0], -1, values.shape[-1])
         if values.ndim == 3 and values.shape[0] == 1 and frame.rows_left(state) not in (None, 1):
             parts = values.reshape(values.shape[1], 1, values.shape[-1])  # one long row of patches
         owner, real = frame.assign(state, parts)
         n_rows, wanted = len(frame.mask), self._wanted(state)
-        counts = count_patches(parts, real, owner, n_rows, scratch=self._scratch_of(0), **wanted)
+        counts = count_patches(parts, real, owner, n_rows, scratch=self._scratch[0], **wanted)
         if self.statistics:
             counted = real.to(parts.device)
             for row in owner.unique().tolist():
