@@ -71,7 +71,7 @@ def digest_of_code(thing: object, *, state: bool = True) -> str:
 
 
 class _Describing:
-    """Plain values that say what a thing is; a thing that is met again within itself is said once."""
+    """Describes a thing by plain values; what is met again within it is described once."""
 
     def __init__(self, state: bool) -> None:
         self._with_state = state
@@ -147,7 +147,7 @@ class _Describing:
         }
 
     def _named(self, namespace: Mapping[str, object], names: set[str]) -> JSON:
-        """What code's names stand for; of a module of the user's, what of it the same code names."""
+        """What the names in code stand for; of a module of the user's, only the members that the same code names."""
         described: JSON = {}
         for name in sorted(names & set(namespace)):
             value = namespace[name]

@@ -32,7 +32,7 @@ VERSION = 2
 
 
 def differences(kept: object, expected: object, name: str = "") -> Iterator[str]:
-    """What a manifest that was kept says otherwise than the expected one, in words.
+    """In what a manifest that was kept differs from the expected one, in words.
 
     Args:
         kept: the manifest that is there, or one of its entries.
@@ -65,12 +65,12 @@ def _differing_questions(kept: Mapping[str, object], expected: Mapping[str, obje
 
 
 def completed(content: Mapping[str, str], counterpart: Mapping[str, str]) -> dict[str, str]:
-    """What is asked, by question, where what one run could not read is as another run of the same questions has it."""
+    """What is asked, by question; what this run could not read is taken from another run of the same questions."""
     return {question: _completed(digests, counterpart[question]) for question, digests in content.items()}
 
 
 def _completed(digests: object, counterpart: object) -> str:
-    """The digests of a question's text, pictures and so on; one that could not be made (``?``) is its counterpart."""
+    """The digests of a question's text, pictures and so on; one that is lacking (``?``) is taken from the counterpart."""
     pairs = zip(str(digests).split(), str(counterpart).split())
     return " ".join(substitute if digest == "?" else digest for digest, substitute in pairs)
 
@@ -136,7 +136,7 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """Of the manifest."""
+        """Where the manifest is."""
         return self.folder / "manifest.json"
 
     def known(self) -> JSON | None:
@@ -244,7 +244,7 @@ class RunFolder:
         return by_batch
 
     def clear(self) -> None:
-        """Remove the batches' files, which the finished result has taken the place of."""
+        """Remove the batches' files: the finished result has taken their place."""
         for path in [*(self.folder / "parts").glob("*.parquet"), *(self.folder / "parts").glob("*.json")]:
             path.unlink()
         with contextlib.suppress(OSError):
@@ -264,7 +264,7 @@ class RunFolder:
 
 
 def session() -> JSON:
-    """When, where and from which state of the code a run is started."""
+    """When and where a run is started, and from which state of the code."""
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname(),

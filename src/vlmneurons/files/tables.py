@@ -75,7 +75,7 @@ def parse(text: str) -> Any:
 
 
 def sealed(data: Mapping[str, object]) -> JSON:
-    """Plain data with a checksum over the rest, under ``sha256``, as a file of JSON keeps it; see `unsealed`."""
+    """Plain data and, under ``sha256``, a checksum over them, as a file of JSON keeps it; see `unsealed`."""
     return {**data, "sha256": _seal(data)}
 
 
