@@ -70,7 +70,7 @@ def completed(content: Mapping[str, str], counterpart: Mapping[str, str]) -> dic
 
 
 def _completed(digests: object, counterpart: object) -> str:
-    """The digests of a question's text, pictures and so on; one that is lacking (``?``) is taken from the counterpart."""
+    """Digests of a question's text, pictures and so on; one that is lacking (``?``) is taken from the counterpart."""
     pairs = zip(str(digests).split(), str(counterpart).split())
     return " ".join(substitute if digest == "?" else digest for digest, substitute in pairs)
 
