@@ -54,13 +54,8 @@ def _differing_questions(kept: Mapping[str, object], expected: Mapping[str, obje
         yield f"it lacks {_some_questions(lacking)}"
     if further := [question for question in kept if question not in expected]:
         yield f"it has besides {_some_questions(further)}"
-    changed = [
-        question
-        for question in expected
-        if question in kept
-        and _completed(kept[question], expected[question]) != _completed(expected[question], kept[question])
-    ]
-    if changed:
+    both = {question: (kept[question], expected[question]) for question in expected if question in kept}
+    if changed := [question for question, (a, b) in both.items() if _completed(a, b) != _completed(b, a)]:
         yield f"{_some_questions(changed)} had another text, options, answer, group or picture there"
 
 
@@ -226,10 +221,8 @@ class RunFolder:
         """
 
         def halved(path: Path) -> list[JSON]:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-            return [
-                {"from": int(entry["from"]), "to": int(entry["to"]), "first": str(entry["first"])} for entry in entries
-            ]
+            notes = json.loads(path.read_text(encoding="utf-8"))
+            return [{"from": int(note["from"]), "to": int(note["to"]), "first": str(note["first"])} for note in notes]
 
         return self._read("json", halved, "the run goes on")
 

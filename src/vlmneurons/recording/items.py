@@ -99,7 +99,7 @@ def record_items(
     questions = to_ask(questions, answer, "to record")
     path = as_path("folder", folder, MismatchError)
     engine = engine_of(model, questions, remote)
-    statistics = _statistics_by_name(statistic)
+    statistics = _by_name(statistic)
     if isinstance(tokens, Mapping):
         raise QuestionError("token rules by name are groups of vn.record; record the questions of each rule by itself")
     counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes, maxima=maxima, statistics=statistics)
@@ -146,10 +146,7 @@ def record_items(
 
 
 def share_of(
-    questions: QuestionSet,
-    batch_size: int,
-    processes: Processes,
-    lengths: Callable[[Question], int] | None = None,
+    questions: QuestionSet, batch_size: int, processes: Processes, lengths: Callable[[Question], int] | None = None
 ) -> QuestionSet:
     """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
     shares = processes.mine(list(batches(questions, batch_size, lengths)))
@@ -160,9 +157,7 @@ _RESERVED = ("items", "positive", "reached", "total", "maximum", "mean", "probab
 """Names of the library's own files and values."""
 
 
-def _statistics_by_name(
-    statistic: ItemStatistic | Mapping[str, ItemStatistic] | None,
-) -> dict[str, ItemStatistic]:
+def _by_name(statistic: ItemStatistic | Mapping[str, ItemStatistic] | None) -> dict[str, ItemStatistic]:
     """The user's statistics by name, which their files are called by.
 
     Raises:

@@ -54,12 +54,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        model: VLM,
-        space: NeuronSpace | None = None,
-        *,
-        tokens: TokenRule = "content",
-        magnitudes: bool = False,
+        self, model: VLM, space: NeuronSpace | None = None, *, tokens: TokenRule = "content", magnitudes: bool = False
     ) -> None:
         if isinstance(tokens, Mapping):
             raise QuestionError("a Recorder counts by one rule; token rules by name are for vn.record")

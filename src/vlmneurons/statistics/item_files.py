@@ -22,6 +22,9 @@ RECORD = np.dtype([("done", "u1"), ("chosen", "<i4"), ("tokens", "<i8"), ("margi
 TABLES = {"positive": np.dtype("<u2"), "reached": np.dtype("<u4"), "total": np.dtype("<f4"), "maximum": np.dtype("<f4")}
 """The library's own tables, and how their numbers are kept."""
 
+Tables = Mapping[str, ArrayLike]
+"""Rows of tables ``[row, …]``, by the name of the table."""
+
 _MOST_TOKENS = np.iinfo(TABLES["positive"]).max
 
 
@@ -72,7 +75,7 @@ class ItemFiles:
         shape = (self.n_items, self.columns[name])
         return np.memmap(self.folder / f"{name}.bin", dtype=_dtype(name), mode="r", shape=shape)
 
-    def write(self, rows: Sequence[int], tables: Mapping[str, ArrayLike], **fields: ArrayLike) -> None:
+    def write(self, rows: Sequence[int], tables: Tables, **fields: ArrayLike) -> None:
         """Write finished questions: first all of their rows, then the records that say so.
 
         Args:

@@ -34,7 +34,7 @@ from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.question import Question
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.grouped import GroupedItems
-from vlmneurons.statistics.item_files import TABLES, ItemFiles, StackedFiles
+from vlmneurons.statistics.item_files import TABLES, ItemFiles, StackedFiles, Tables
 from vlmneurons.statistics.tables import merged_provenance
 
 _KIND = "vlmneurons items"
@@ -325,12 +325,7 @@ class ItemStatistics:
         return self._files.columns[name]
 
     def write(
-        self,
-        rows: Sequence[int],
-        chosen: Sequence[int],
-        tokens: ArrayLike,
-        margins: ArrayLike,
-        tables: Mapping[str, ArrayLike],
+        self, rows: Sequence[int], chosen: Sequence[int], tokens: ArrayLike, margins: ArrayLike, tables: Tables
     ) -> None:
         """Write finished questions.
 

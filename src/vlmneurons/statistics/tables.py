@@ -16,17 +16,7 @@ from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.statistics.evidence import checked_groups, rows_of
 from vlmneurons.statistics.identity import check_addable
 
-MUST_AGREE = (
-    "model",
-    "revision",
-    "kind",
-    "tokens",
-    "token_rule",
-    "condition",
-    "prompt",
-    "answer",
-    "dtype",
-)
+MUST_AGREE = ("model", "revision", "kind", "tokens", "token_rule", "condition", "prompt", "answer", "dtype")
 """Provenance entries that statistics must share to be added, beside the setting: other rules count other things."""
 
 
