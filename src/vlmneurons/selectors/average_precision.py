@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from vlmneurons.errors import SelectionError
 from vlmneurons.selectors._base import Selector, Shared
-from vlmneurons.statistics.items import VALUES, GroupedItems
+from vlmneurons.statistics.grouped import VALUES, GroupedItems
 
 _BLOCK = 48 * 2**20
 """Bytes of values that are held at once."""
