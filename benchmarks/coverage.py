@@ -37,7 +37,7 @@ import vlmneurons as vn
 from vlmneurons.study.design import crossing
 from vlmneurons.study.effects import LEAST_CHANGED, Estimates, estimates, question_effects
 from vlmneurons.study.masks import Mask
-from vlmneurons.study.tables import changes_of
+from vlmneurons.study.tables import values_by_mask
 
 EFFECTS = ("self", "cross", "gap")
 LEAST, MOST = 0.93, 0.97
@@ -232,7 +232,7 @@ def skewness(model: vn.VLM, questions: vn.QuestionSet) -> Iterator[str]:
         masks = {rule.__name__: rule(0.02).select(stats) for rule in (vn.CAS, vn.MAD, vn.LAP)}
         result = vn.knockout(model, second, masks, batch_size=64, progress=False)
         for name in masks:
-            names, change = changes_of(result.margins - result.margins[0], result, name)
+            names, change = values_by_mask(result.margins - result.margins[0], result, name)
             for effect, values in zip(EFFECTS, question_effects(change, names, result.groups), strict=True):
                 for group in result.group_names:
                     units = defaultdict(list)

@@ -24,7 +24,7 @@ from vlmneurons.selectors import CAS, LAP, MAD, Selector
 from vlmneurons.statistics.items import Item, ItemStatistics
 from vlmneurons.trust.nulls import null_distribution
 from vlmneurons.trust.stability import stability
-from vlmneurons.trust.units import Units, units_of
+from vlmneurons.trust.units import Units, units_to_draw
 
 GROUPS, NEURONS, BUDGET, SHUFFLES = "ABCD", 80, 8, 99
 SELECTORS: dict[str, Selector] = {"CAS": CAS(count=BUDGET), "MAD": MAD(count=BUDGET), "LAP": LAP(count=BUDGET)}
@@ -171,7 +171,7 @@ def false_shares(name: str, number: int, checked: int = 2) -> dict[str, float]:
     """
     found: dict[str, list[float]] = {}
     for study, (items, balanced, seed) in enumerate(studies(name, number)):
-        units = units_of(items, balanced=balanced, seed=seed)
+        units = units_to_draw(items, balanced=balanced, seed=seed)
         ours = {**false_ones(units, seed), "movable": units.movable[0]}
         ours["by question"] = false_ones(Units.of(units.pool, "question"), seed)["MAD"]
         for label, values in ours.items():

@@ -109,7 +109,7 @@ def test_item_files_do_not_depend_on_preparing_ahead_and_keep_their_order(model,
     for name in ("items.bin", "positive.bin", "manifest.json"):
         assert (tmp_path / "now" / name).read_bytes() == (tmp_path / "ahead" / name).read_bytes()
     assert [item.id for item in by_length.items] == [f"q{k}" for k in range(7)]
-    assert (now._table("positive") == by_length._table("positive")).all()
+    assert (now._files.table("positive") == by_length._files.table("positive")).all()
 
 
 def test_a_study_does_not_depend_on_preparing_ahead(model):

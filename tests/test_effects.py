@@ -24,7 +24,7 @@ from vlmneurons.study.controls import random_controls, strength_sweep
 from vlmneurons.study.effects import estimates, excess, question_effects
 from vlmneurons.study.masks import Mask, setting_name, split_setting
 from vlmneurons.study.result import KnockoutResult
-from vlmneurons.trust.pvalues import benjamini_hochberg, holm, mcnemar, sign_flips
+from vlmneurons.trust.pvalues import benjamini_hochberg, holm, mcnemar
 
 CODES = ("BRA", "EGY", "JPN", "SGP")
 
@@ -155,17 +155,17 @@ def test_a_sign_flip_test_of_one_mask_is_mcnemars_test():
     before = generator.random((6, 30)) < 0.6
     after = np.where(generator.random((6, 30)) < 0.3, ~before, before)
     change = after.astype(float) - before
-    p, overall = sign_flips(change, [np.arange(30)], 40_000, generator)
+    p = estimates(change, [np.arange(30)]).pvalues(40_000, [3])
     np.testing.assert_allclose(p[:, 0], mcnemar(before, after), atol=0.01)
-    np.testing.assert_allclose(overall, p[:, 0])
+    np.testing.assert_allclose(p[:, 1], mcnemar(before, after), atol=0.01)
 
 
 def test_sign_flips_are_right_as_often_as_they_say_under_the_null():
     generator = np.random.default_rng(5)
     changes = generator.choice([-1.0, 0.0, 0.0, 1.0], (400, 60))
     members = [np.arange(20), np.arange(20, 60)]
-    p, overall = sign_flips(changes, members, 500, generator)
-    for values in (p[:, 0], p[:, 1], overall):
+    p = estimates(changes, members).pvalues(500, [5])
+    for values in p.T:
         assert 0.02 <= (values <= 0.05).mean() <= 0.08
     assert p.min() >= 1 / 501
 
@@ -501,7 +501,7 @@ def test_sign_flips_of_pictures_are_those_of_every_possible_flip():
     changes = np.array([[-1.0, -1, 0, 1, -1, -1, 0, -1]])
     clusters = np.array([0, 0, 1, 1, 2, 3, 3, 0])  # picture 0 and 3 are of both groups
     members = [np.array([0, 1, 2, 3, 5]), np.array([4, 6, 7])]
-    groups, overall = sign_flips(changes, members, 20_000, np.random.default_rng(0), clusters)
+    (p,) = estimates(changes, members, clusters).pvalues(20_000, [0])
     flips = list(itertools.product([-1, 1], repeat=4))
 
     def exact(weight):
@@ -510,8 +510,8 @@ def test_sign_flips_of_pictures_are_those_of_every_possible_flip():
         return np.mean([abs(value) >= abs(observed) - 1e-12 for value in sums])
 
     weights = [np.isin(np.arange(8), own) / len(own) for own in members]
-    assert groups[0] == pytest.approx([exact(weight) for weight in weights], abs=0.01)
-    assert overall[0] == pytest.approx(exact(sum(weights)), abs=0.01)
+    assert p[:2] == pytest.approx([exact(weight) for weight in weights], abs=0.01)
+    assert p[2] == pytest.approx(exact(sum(weights)), abs=0.01)
 
 
 def test_the_study_knows_the_pictures_of_its_questions_and_keeps_them(model, tmp_path):

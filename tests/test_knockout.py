@@ -1,6 +1,7 @@
 """The study: every table follows from the kept answers, and masks are run as they should be."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import vlmneurons as vn
 from helpers import logits_of, picture, some_questions
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files import tables as _files
-from vlmneurons.run.readers import Reading
+from vlmneurons.run.readers import Letters, Reading
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
 from vlmneurons.trust.pvalues import holm
@@ -514,3 +515,101 @@ def test_the_matrix_is_drawn(study):
     *_, result = study
     figure = result.plot_matrix("CAS")
     assert len(figure.axes) >= 1
+
+
+# -- results made by hand ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("groups", ("A",) * 3, r"groups of 4 questions and 2 masks has the shape \(4,\); got the shape \(3,\)"),
+        ("pictures", tuple("abcde"), r"pictures of .* has the shape \(4,\); got the shape \(5,\)"),
+        ("answers", np.zeros(5, dtype=np.int64), r"answers of .* has the shape \(4,\); got the shape \(5,\)"),
+        ("chosen", np.zeros((2, 4), dtype=np.int64), r"chosen of .* has the shape \(3, 4\); got the shape \(2, 4\)"),
+        ("margins", np.zeros((3, 1)), r"margins of .* has the shape \(3, 4\); got the shape \(3, 1\)"),
+        ("texts", np.full((3, 5), "A", dtype=object), r"texts of .* the shape \(3, 4\); got the shape \(3, 5\)"),
+        ("scores", np.zeros(4), r"scores of .* has the shape \(3, 4\); got the shape \(4,\)"),
+        ("asked", np.ones((3, 5), dtype=bool), r"asked is .* of shape \(3, 4\) .* got the shape \(3, 5\)"),
+    ],
+)
+def test_a_result_whose_parts_are_not_of_one_length_is_refused(name, value, message):
+    masks = [Mask("x", 0, group, 1) for group in "AB"]
+    whole = made({"A": [[True, False]] * 3, "B": [[True, True]] * 3}, masks)
+    with pytest.raises(MismatchError, match=message):
+        replace(whole, **{name: value})
+
+
+# -- margins that are infinite -----------------------------------------------------------------------------------------
+
+
+class Certain(Letters):
+    """The letters, read of a model that gives the wrong options of one question the probability 0."""
+
+    def score(self, model, questions, encoded, logits):
+        reading = super().score(model, questions, encoded, logits)
+        scores = reading.scores.clone()
+        for row, item in enumerate(questions):
+            if item.id == "q1":
+                scores[row, [n for n in range(len(item.options)) if n != item.answer]] = -torch.inf
+        return replace(reading, scores=scores)
+
+
+def test_an_option_of_probability_zero_is_counted_and_no_mean_is_taken_of_infinite_margins(model, tmp_path):
+    questions = some_questions(8)
+    chosen = selection(model, 0, 60)
+    result = vn.knockout(model, questions, {"x": chosen}, answer=Certain(), progress=False)
+    place, group = result.ids.index("q1"), "B"
+    assert np.isposinf(result.margins[:, place]).all()
+    assert np.isfinite(np.delete(result.margins, place, 1)).all()
+    table, summary = result.table(), result.summary().set_index("group")
+    of_group = table["group"] == group
+    assert table["infinite"].tolist() == of_group.astype(int).tolist()
+    assert table["margin"].isna().tolist() == of_group.tolist()
+    assert summary["infinite"].to_dict() == {"A": int(group == "A"), "B": int(group == "B"), "all": 1}
+    for name in ("self_margin", "cross_margin"):
+        assert summary[name].isna().tolist() == (summary["infinite"] > 0).tolist()
+    message = r"value='margin': 3 margins are infinite or undefined, of 1 of 8 questions \('q1'\), as an option has "
+    for refused in (
+        lambda: result.values("margin"),
+        lambda: result.summary(value="margin"),
+        lambda: result.effects(value="margin"),
+        lambda: result.matrix("x", value="margin"),
+        lambda: vn.compare({"one": result, "other": result}, value="margin"),
+    ):
+        with pytest.raises(MismatchError, match=message + "probability 0: no mean of them is a number. Measure value="):
+            refused()
+    # Without the question, all is as if it had never been asked.
+    others = result.at([n for n in range(8) if n != place])
+    plain = vn.knockout(model, questions, {"x": chosen}, progress=False).at([n for n in range(8) if n != place])
+    pd.testing.assert_frame_equal(others.summary(value="margin"), plain.summary(value="margin"))
+    pd.testing.assert_frame_equal(others.table(), plain.table())
+    assert "infinite" not in others.summary()
+    # Files keep them, and a report says why it has no effects on the margin.
+    result.save(tmp_path / "result")
+    loaded = vn.KnockoutResult.load(tmp_path / "result")
+    np.testing.assert_array_equal(loaded.margins, result.margins)
+    assert "infinite" in pd.read_csv(tmp_path / "result" / "summary.csv")
+    page = loaded.report(tmp_path / "report").read_text(encoding="utf-8")
+    assert "3 margins are infinite or undefined" in page
+
+
+def test_infinite_margins_count_under_the_masks_that_they_were_met_under():
+    masks = [Mask("x", 0, group, 1) for group in "AB"]
+    result = made({"A": [[True, True]] * 3, "B": [[True, True]] * 3}, masks)
+    margins = result.margins.copy()
+    margins[2, 0] = -np.inf  # of A, under the mask of B
+    margins[1, 3] = np.nan  # of B, under the mask of A: both options had probability 0
+    result = replace(result, margins=margins)
+    cells = result.table().set_index(["mask", "group"])
+    assert cells["infinite"].to_dict() == {("A", "A"): 0, ("A", "B"): 1, ("B", "A"): 1, ("B", "B"): 0}
+    assert cells["margin"].isna().to_dict() == (cells["infinite"] > 0).to_dict()
+    assert result.summary().set_index("group")["infinite"].to_dict() == {"A": 1, "B": 1, "all": 2}
+    with pytest.raises(MismatchError, match=r"2 margins are infinite or undefined, of 2 of 4 questions \('q0', 'q3'\)"):
+        result.effects(value="margin")
+
+
+def test_a_screen_of_an_infinite_margin_is_refused(model):
+    masks = {"x": vn.NeuronSet.empty(model.space())}
+    with pytest.raises(QuestionError, match=r"question 'q1' has the margin inf, as an option has probability 0"):
+        vn.screen(model, some_questions(3), masks, answer=Certain(), progress=False)

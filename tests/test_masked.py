@@ -77,7 +77,7 @@ def passes(monkeypatch):
     def counted(self):
         for number, logits in enumerate(run(self)):
             if number == 0:
-                served.append(len(self.ablations))
+                served.append(len(self.tiles))
             yield logits
 
     monkeypatch.setattr(replay._Pass, "run", counted)
@@ -198,9 +198,9 @@ def test_questions_that_meet_different_masks_share_a_forward_and_are_computed_fo
         monkeypatch.setattr(replay, "_CPU_BYTES", 2**16)
     edited, edit_tiles = [], replay._Pass._edit_tiles
 
-    def seen(self, by_ablation, in_place, values, tokens=None):
-        edited.append(len(self.computed))
-        return edit_tiles(self, by_ablation, in_place, values, tokens)
+    def seen(self, site, values, tokens=None):
+        edited.append(sum(len(tile.copied) for tile in self.computing))
+        return edit_tiles(self, site, values, tokens)
 
     monkeypatch.setattr(replay._Pass, "_edit_tiles", seen)
     shared, plain = in_part(model, questions, ablations, RAGGED, reader_of(answer))
@@ -325,18 +325,18 @@ def test_masks_within_another_ablation_act_on_top_of_it(model):
 def test_out_of_memory_halves_the_chunk_and_goes_on(model, passes, monkeypatch, fits):
     questions = some_questions(2)
     ablations = masks_of(model)
-    chunk, sizes = replay._Pass._chunk, []
+    compute, sizes = replay._Pass._compute, []
 
-    def limited(self, numbers):
-        sizes.append(len(numbers))
-        if len(numbers) > max(fits, 1) or (fits == 0 and len(sizes) == 6):
+    def limited(self, tiles):
+        sizes.append(len(tiles))
+        if len(tiles) > max(fits, 1) or (fits == 0 and len(sizes) == 6):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return chunk(self, numbers)
+        return compute(self, tiles)
 
     with torch.inference_mode():
         structure = replayable.structure_for(model, questions)
     monkeypatch.setattr(structure, "most_rows", None)
-    monkeypatch.setattr(replay._Pass, "_chunk", limited)
+    monkeypatch.setattr(replay._Pass, "_compute", limited)
     if fits == 0:  # not even one tile fits at some time: the error of the plain run is what counts, and it has none
         with pytest.raises(torch.OutOfMemoryError):
             both(model, questions, ablations)
@@ -375,7 +375,7 @@ def test_after_an_interrupt_the_model_is_as_it_was(model, monkeypatch):
     reader = reader_of("letters")
     ablations = masks_of(model)
 
-    def interrupted(self, numbers):
+    def interrupted(self, tiles):
         raise KeyboardInterrupt
 
     with torch.inference_mode():
@@ -383,7 +383,7 @@ def test_after_an_interrupt_the_model_is_as_it_was(model, monkeypatch):
         clean = reader.read(model, questions, encoded)
         replayable.structure_for(model, questions)
         with monkeypatch.context() as patch:
-            patch.setattr(replay._Pass, "_chunk", interrupted)
+            patch.setattr(replay._Pass, "_compute", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(read_masked(model, reader, questions, encoded, ablations))
         assert torch.equal(reader.read(model, questions, encoded).scores, clean.scores)
@@ -431,14 +431,28 @@ def two_and_three(name):
 def test_a_decoder_is_called_again_by_layers_or_as_a_whole(name, calls):
     model, two, three = two_and_three(name)
     with torch.inference_mode():
-        structure = replayable.structure_of(model, two, three)  # compares logits under four masks with plain runs
+        structure = replayable.find_structure(model, two, three)  # compares logits under four masks with plain runs
     assert ("decoder" if structure.hidden is None else "layers") == calls
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "mllama"])
+def test_where_rows_cannot_be_computed_apart_each_has_a_mask_of_its_own_in_a_plain_run(passes, name):
+    hf, processor = _tiny.tiny_model(name)  # their layers are given pictures of all rows together
+    model, reader = vn.VLM(hf, processor, template=_tiny.tiny_template(name)), reader_of("letters")
+    questions, ablations = some_questions(6), masks_of(model)
+    ablations = [*ablations, *ablations][: len(RAGGED)]
+    with torch.inference_mode():
+        assert not replayable.structure_for(model, questions).ragged
+    passes.clear()
+    shared, plain = in_part(model, questions, ablations, RAGGED, reader)
+    assert not passes
+    assert_same_in_part(questions, RAGGED, shared, plain)
 
 
 def test_an_encoder_decoder_is_run_the_plain_way():
     model, two, three = two_and_three("florence2")
     with torch.inference_mode(), pytest.raises(replay.CannotReplay, match="encoder"):
-        replayable.structure_of(model, two, three)
+        replayable.find_structure(model, two, three)
 
 
 def test_a_decoder_that_replays_wrongly_is_found_out(load_bare, tiny_folder):

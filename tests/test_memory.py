@@ -43,7 +43,7 @@ def limited(model, monkeypatch):
         return sizes
 
     yield limit
-    replayable._KNOWN.pop(model.hf, None)  # where not even three questions fit, that is remembered
+    replayable._STRUCTURES.pop(model.hf, None)  # where not even three questions fit, that is remembered
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -16,7 +16,7 @@ from vlmneurons.files import tables as files
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.selectors import CAS, LAP, MAD, AveragePrecision
 from vlmneurons.statistics.items import Item, ItemStatistics
-from vlmneurons.trust.units import Units, units_of
+from vlmneurons.trust.units import Units, units_to_draw
 
 NEURONS = 24
 
@@ -175,7 +175,7 @@ def by_hand(design):
 @pytest.mark.parametrize("name", DESIGNS)
 def test_units_are_what_shares_a_picture_and_are_drawn_as_wholes(tmp_path, name):
     design = DESIGNS[name]
-    units = units_of(recorded(tmp_path / "run", design), condition="all")
+    units = units_to_draw(recorded(tmp_path / "run", design), condition="all")
     rows, owner, unit = units.pool.rows, units.pool.owner, units.unit
     assert {frozenset(rows[unit == n].tolist()) for n in range(unit.max() + 1)} == by_hand(design)
     assert units.pictures.tolist() == [
@@ -208,7 +208,7 @@ def test_units_are_what_shares_a_picture_and_are_drawn_as_wholes(tmp_path, name)
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_a_shuffle_changes_nothing_but_whose_pictures_of_equally_many_questions_are(tmp_path, name):
-    units = units_of(recorded(tmp_path / "run", DESIGNS[name], accuracy=0.8), balanced=True)
+    units = units_to_draw(recorded(tmp_path / "run", DESIGNS[name], accuracy=0.8), balanced=True)
     owner, unit = units.pool.owner, units.unit
     shown = [tuple(sorted(set(units.pool.recording.items[row].pictures))) or (int(row),) for row in units.pool.rows]
     owners = units.shuffled(20, np.random.default_rng(0))
@@ -263,7 +263,7 @@ def test_the_p_value_is_that_of_all_arrangements_counted_one_by_one(tmp_path):
     assert table["strength"].tolist() == pytest.approx(strength(labels))
     assert np.abs(table["p"] - exact).max() < 4 * np.sqrt(0.25 / 250)
     assert table["movable"].tolist() == [6 / 7, 6 / 7]  # one of five pictures with two questions stays at once
-    assert units_of(items).arrangements == [400, 400]
+    assert units_to_draw(items).arrangements == [400, 400]
 
 
 def calibration():
@@ -316,7 +316,7 @@ def test_halves_agree_as_much_between_groups_as_within_where_groups_do_not_diffe
 def test_the_overlap_between_groups_is_that_of_the_one_half_with_the_others_of_the_other_half(tmp_path):
     items = recorded(tmp_path / "run", own({"A": [2] * 8, "B": [2] * 8, "C": [2] * 8}), planted="A")
     table = vn.stability(items, CAS(count=4), method="halves", resamples=6, seed=2).set_index("group")
-    units = units_of(items, minimum=2)
+    units = units_to_draw(items, minimum=2)
     first, second = units.halves(6, np.random.default_rng(2))
     within, between = [], []
     for one, other in zip(first, second, strict=True):
@@ -506,8 +506,8 @@ def test_by_question_is_what_it_was_and_asked_for_only_by_name(tmp_path):
 def test_a_question_drawn_twice_is_one_unit_and_rules_of_single_questions_go_through(tmp_path):
     items = recorded(tmp_path / "run", [(group, ()) for group in "AAAABBBB"])
     twice = items.grouped().taken(np.array([0, 0, 1, 2, 3, 4, 4, 5, 6, 7]))
-    assert units_of(twice).pictures.tolist() == [4, 4]
-    assert sorted(units_of(twice).questions.sum(1).tolist()) == [1] * 6 + [2] * 2
+    assert units_to_draw(twice).pictures.tolist() == [4, 4]
+    assert sorted(units_to_draw(twice).questions.sum(1).tolist()) == [1] * 6 + [2] * 2
     rule = AveragePrecision(count=4, on="probability")
     assert vn.null_distribution(twice, rule, permutations=3)["p"].between(0.25, 1).all()
 

@@ -129,7 +129,7 @@ def test_questions_about_one_picture_have_the_answers_of_plain_runs(paper_model,
         assert replayable.structure_for(paper_model, questions).tokens is not None  # nor was it given up on the way
     finally:
         paper_model.hf.set_attn_implementation(kept)
-        replayable._KNOWN.pop(paper_model.hf, None)
+        replayable._STRUCTURES.pop(paper_model.hf, None)
     assert_same(questions, shared, plain)
 
 

@@ -1,11 +1,13 @@
 """Recording: counts equal those of plain hooks, answers decide what enters, and nothing is lost on the way."""
 
 import contextlib
+import inspect
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import log_softmax
+from transformers import DynamicCache
 
 import vlmneurons as vn
 from helpers import language_blocks, picture, plain_hooks, some_questions
@@ -404,6 +406,25 @@ def test_a_recorder_counts_every_step_of_generate_and_each_item_once(paper_model
     with vn.Recorder(paper_model, tokens=rule) as again, paper_model.generate(**inputs, **how):
         paper_model.language.layers[0].mlp.gate.save()
     assert again.statistics == recorder.statistics
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_later_step_of_a_loop_of_ones_own_is_of_the_items_that_were_counted(tiny_folder, masked):
+    model = vn.VLM.from_pretrained(tiny_folder("llava_next_qwen2"))
+    ids = torch.tensor([[10, 11, 12], [13, 14, 15]])
+
+    def mask(length):
+        return {"attention_mask": torch.ones(2, length, dtype=torch.int64)} if masked else {}
+
+    parameters = inspect.signature(type(model.hf).forward).parameters
+    cache = {"cache" if "cache" in parameters else "past_key_values": DynamicCache(config=model.hf.config)}
+    with vn.Recorder(model) as recorder:
+        model.hf(ids, use_cache=True, **cache, **mask(3))
+        model.hf(torch.tensor([[16], [17]]), use_cache=True, **cache, **mask(4))
+    assert (recorder.statistics.tokens.tolist(), recorder.statistics.items.tolist()) == ([8], [2])
+    with vn.Recorder(model) as whole:
+        model.hf(torch.cat([ids, torch.tensor([[16], [17]])], 1))
+    assert torch.equal(recorder.statistics.positive, whole.statistics.positive)
 
 
 def test_a_run_that_raises_or_is_stopped_is_not_counted(model):

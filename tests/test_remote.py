@@ -70,9 +70,9 @@ def test_counts_of_every_question_are_kept_as_they_are_here(model, tmp_path):
     there = vn.record_items(model, some_questions(7), tmp_path / "there", remote="local", **how)
     assert there.complete
     for name in here.tables:
-        assert np.array_equal(there._table(name), here._table(name)), name
+        assert np.array_equal(there._files.table(name), here._files.table(name)), name
     assert there.group_by(condition="all") == here.group_by(condition="all")
-    assert there._records["chosen"].tolist() == here._records["chosen"].tolist()
+    assert there._files.records["chosen"].tolist() == here._files.records["chosen"].tolist()
     with pytest.raises(
         MismatchError, match="its engine is 'transformers through nnsight', not 'transformers'"
     ):  # files from here and there are not mixed

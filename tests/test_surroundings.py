@@ -166,6 +166,44 @@ def test_two_threads_that_record_on_one_model_are_refused(model):
     assert int(results[0].items.sum()) == 1
 
 
+def test_a_run_of_another_thread_that_began_before_a_recorder_was_entered_is_not_counted(model):
+    inputs, first = model.prepare(some_questions(2)), model.hf.get_submodule(model.towers["language"].mlps[0].path)
+    with vn.Recorder(model) as alone:
+        model.hf(**inputs)
+    begun, entered, ended, problems = threading.Event(), threading.Event(), threading.Event(), []
+
+    def meet(*_):
+        """Each thread's run stops at the first layer, until the other one is where its counts could be mixed up."""
+        if threading.current_thread() is thread:
+            begun.set()
+            assert entered.wait(60)
+        else:
+            entered.set()
+            assert ended.wait(60)
+
+    def run():
+        try:
+            model.hf(**inputs)
+        except MismatchError as error:
+            problems.append(str(error))
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=run, name="early")
+    with first.register_forward_pre_hook(meet):
+        thread.start()
+        assert begun.wait(60)
+        with vn.Recorder(model) as recorder:
+            model.hf(**inputs)
+        thread.join()
+    assert recorder.statistics == alone.statistics
+    (problem,) = problems
+    assert problem == (
+        "this model is being recorded in thread 'MainThread', and ran in another one: that run would have been "
+        "counted. Wait for that to end, or give each a model of its own"
+    )
+
+
 # -- generations -------------------------------------------------------------------------------------------------------
 
 N = 5

@@ -182,7 +182,7 @@ def test_a_maximum_is_not_taken_over_padding(tmp_path: Any) -> None:
     real, value = (batch["image_position_ids"] >= 0).all(-1), values_of(model, batch)
     assert not real.all()
     for row in range(2):
-        got = torch.from_numpy(kept._table("maximum")[row][-value.shape[-1] :].copy())
+        got = torch.from_numpy(kept._files.table("maximum")[row][-value.shape[-1] :].copy())
         torch.testing.assert_close(got, value[row][real[row]].amax(0))
 
 

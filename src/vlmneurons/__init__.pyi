@@ -20,7 +20,7 @@ from .recording.recorder import Recorder as Recorder
 from .statistics.counts import ActivationStatistics as ActivationStatistics
 from .recording.items import record_items as record_items
 from .statistics.items import ItemStatistics as ItemStatistics
-from .statistics.items import GroupedItems as GroupedItems
+from .statistics.grouped import GroupedItems as GroupedItems
 from .recording.attribute import attribute as attribute
 from .statistics.attributions import AttributionStatistics as AttributionStatistics
 from .statistics.conditions import Conditions as Conditions

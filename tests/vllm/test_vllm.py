@@ -107,14 +107,14 @@ def test_counts_of_200_questions_are_those_of_the_hooks(pair, tmp_path):
     ours = vn.record_items(here, questions, tmp_path / "here", **how)
     theirs = vn.record_items(there, questions, tmp_path / "there", **how)
     assert theirs.complete
-    table = ours._table("positive")
+    table = ours._files.table("positive")
     assert table.shape[0] == 200
     assert int(table.sum()) > 0
-    assert_same_counts(theirs._table("positive"), table, table.size)
-    assert np.array_equal(theirs._records["chosen"], ours._records["chosen"])
-    assert np.array_equal(theirs._records["tokens"], ours._records["tokens"])
+    assert_same_counts(theirs._files.table("positive"), table, table.size)
+    assert np.array_equal(theirs._files.records["chosen"], ours._files.records["chosen"])
+    assert np.array_equal(theirs._files.records["tokens"], ours._files.records["tokens"])
     for kept in ("total", "maximum"):
-        np.testing.assert_allclose(theirs._table(kept), ours._table(kept), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(theirs._files.table(kept), ours._files.table(kept), rtol=1e-3, atol=1e-3)
 
 
 def test_25_masks_give_200_questions_the_same_answers(pair):
@@ -355,8 +355,8 @@ def test_what_is_killed_is_gone_on_with(pair, folder, tmp_path):
             again = vn.record_items(there, questions, where, **how)
             whole = vn.record_items(there, questions, tmp_path / "whole", **how)
             assert again.complete
-            assert np.array_equal(again._table("positive"), whole._table("positive"))
-            assert np.array_equal(again._records["chosen"], whole._records["chosen"])
+            assert np.array_equal(again._files.table("positive"), whole._files.table("positive"))
+            assert np.array_equal(again._files.records["chosen"], whole._files.records["chosen"])
         else:
             assert not (where / "knockout.json").exists()
             again = vn.knockout(there, questions, masks, folder=where, **how)

@@ -1,4 +1,4 @@
-"""Writing so that a crash cannot halve a file: the one way in which the library's files come to be.
+"""Writing so that a crash cannot leave half a file: all files of the library are written in this way.
 
 A file is written beside its place under a name that begins with ``.new-``, flushed to disk, and renamed: its place
 holds the whole old file or the whole new one. The same content gives the same bytes.
@@ -50,15 +50,15 @@ def _put(temporary: Path, path: Path) -> None:
     os.chmod(temporary, 0o666 & ~umask)
     os.replace(temporary, path)
     with contextlib.suppress(OSError):  # the rename itself, where folders can be flushed
-        place = os.open(path.parent, os.O_RDONLY)
+        directory = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(place)
+            os.fsync(directory)
         finally:
-            os.close(place)
+            os.close(directory)
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """What a killed write has left in a folder; to be removed by whoever holds the folder's lock."""
+    """Files that a killed write has left in a folder; whoever holds the folder's lock may remove them."""
     return folder.glob(".new-*")
 
 

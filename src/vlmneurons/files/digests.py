@@ -1,7 +1,7 @@
 """Digests of bytes, values and code: what tells one thing from another, the same on every machine.
 
-Digests of content are xxh3 with 128 bits, which is as fast as memory: they tell accidents apart, and are no defence
-against somebody who wants to deceive. Files that are sent have a SHA-256 of their own (`vlmneurons.files.tables`).
+Digests of content are xxh3 with 128 bits, which is as fast as memory. They find what differs by accident, and are no
+defence against somebody who wants to deceive. Files that are sent have a SHA-256 as well (`vlmneurons.files.tables`).
 """
 
 import ast
@@ -25,10 +25,10 @@ from vlmneurons._version import __version__
 from vlmneurons.checks import JSON
 
 _MOST_THINGS = 2_000
-"""Of what a function refers to, so many things are looked at; a function that holds a whole program says its type."""
+"""How many of the things that a function refers to are looked at; of any further one only its type counts."""
 
 _LARGEST = 2**26
-"""Bytes of the weights of a network that a function may hold, such as a probe, for them to count."""
+"""Bytes of weights up to which those of a network that a function holds, such as a probe, count."""
 
 
 def digest_of_bytes(*parts: bytes | memoryview) -> str:
@@ -56,10 +56,10 @@ def digest_of_file(path: Path) -> str:
 def digest_of_code(thing: object, *, state: bool = True) -> str:
     """What tells a user's function, class or object from another: its name, and a digest of its code and all it uses.
 
-    Code is compared as a syntax tree, so that comments and line breaks do not matter; where there is no source (in an
-    interactive interpreter), as bytecode of this minor version of Python. What it refers to counts too: defaults, what
-    it closes over, globals, and the attributes of an object. Things of the library, and of installed packages, are told
-    by their name and version.
+    Code is compared as a syntax tree, so that comments and line breaks do not matter. Where there is no source, as in
+    an interactive interpreter, it is compared as bytecode of this minor version of Python. What it refers to counts as
+    well: defaults, what it closes over, globals, and the attributes of an object. Of things of the library, and of
+    installed packages, only name and version count.
 
     Args:
         thing: the function, class or object.
@@ -71,7 +71,7 @@ def digest_of_code(thing: object, *, state: bool = True) -> str:
 
 
 class _Describing:
-    """Plain values that say what a thing is; a thing that is met again within itself is said once."""
+    """Describes a thing by plain values; what is met again within it is described once."""
 
     def __init__(self, state: bool) -> None:
         self._with_state = state
@@ -117,17 +117,17 @@ class _Describing:
             return {"table": [type(thing).__qualname__, digest_of_bytes(thing.to_csv().encode())]}
         array = getattr(thing, "__array__", None)
         if array is not None and hasattr(thing, "dtype") and hasattr(thing, "shape"):
-            held = _array(thing)
-            # Of objects there are but their places in memory.
-            content = self.of(held.tolist()) if held.dtype.hasobject else digest_of_bytes(held.tobytes())
+            values = _as_numpy(thing)
+            # The bytes of an array of objects are but their places in memory.
+            content = self.of(values.tolist()) if values.dtype.hasobject else digest_of_bytes(values.tobytes())
             return {"array": [str(thing.dtype), list(thing.shape), content]}
         kind = self.of(type(thing))
         if type(thing).__module__.startswith("vlmneurons.model"):
             return {"model": kind}  # whose weights are an identity of their own
         if hasattr(type(thing), "named_parameters"):
-            held = thing.state_dict()  # a probe of the user's, or the model itself, which is too large to be one
-            small = sum(one.nbytes for one in held.values() if hasattr(one, "nbytes")) <= _LARGEST
-            return {"model": kind, **({"weights": self.of(dict(held))} if small and held else {})}
+            weights = thing.state_dict()  # of a probe of the user's; the model itself is too large to be one
+            is_small = sum(getattr(weight, "nbytes", 0) for weight in weights.values()) <= _LARGEST
+            return {"model": kind, **({"weights": self.of(dict(weights))} if is_small and weights else {})}
         if _of_package(type(thing).__module__) is not None and not type(thing).__module__.startswith("vlmneurons"):
             text = repr(thing)  # patterns, paths, dates say what they are; the rest says its class
             return {"instance": kind, "text": "" if re.search(r" at 0x[0-9a-f]+", text) else text}
@@ -146,21 +146,22 @@ class _Describing:
             "globals": self._named(function.__globals__, names),
         }
 
-    def _named(self, known: Mapping[str, object], names: set[str]) -> JSON:
-        """What code's names stand for; of a module of the user's, what of it the same code names."""
-        found: JSON = {}
-        for name in sorted(names & set(known)):
-            value = known[name]
-            own = (
-                isinstance(value, types.ModuleType) and id(value) not in self._seen and not _of_package(value.__name__)
-            )
-            found[name] = [self.of(value), self._named(vars(value), names)] if own else self.of(value)
-        return found
+    def _named(self, namespace: Mapping[str, object], names: set[str]) -> JSON:
+        """What the names in code stand for; of a module of the user's, only the members that the same code names."""
+        described: JSON = {}
+        for name in sorted(names & set(namespace)):
+            value = namespace[name]
+            is_module = isinstance(value, types.ModuleType) and not _of_package(value.__name__)
+            is_new = id(value) not in self._seen
+            described[name] = self.of(value)
+            if is_module and is_new:
+                described[name] = [described[name], self._named(vars(value), names)]
+        return described
 
     def _of_class(self, kind: Any) -> object:
-        own = {name: value for name, value in vars(kind).items() if not name.startswith("__") or callable(value)}
+        members = {name: value for name, value in vars(kind).items() if not name.startswith("__") or callable(value)}
         parts = {}
-        for name, value in sorted(own.items()):
+        for name, value in sorted(members.items()):
             value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
             value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
             if name not in ("__weakref__", "__dict__", "_abc_impl"):
@@ -206,14 +207,15 @@ def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
 
 def _bytecode(code: types.CodeType) -> list[object]:
     constants = [
-        sorted(map(repr, part)) if isinstance(part, frozenset) else repr(part)  # whose order is another in each process
-        for one in _codes(code)
-        for part in one.co_consts
-        if not isinstance(part, types.CodeType)
+        # A set's order is another in each process.
+        sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
+        for part in _codes(code)
+        for constant in part.co_consts
+        if not isinstance(constant, types.CodeType)
     ]
     minor = f"{sys.version_info.major}.{sys.version_info.minor}"
-    named = [list(one.co_names) for one in _codes(code)]  # what is called: in the code itself there is its number alone
-    return [minor, *(digest_of_bytes(one.co_code) for one in _codes(code)), *constants, *named]
+    called = [list(part.co_names) for part in _codes(code)]  # in the code itself there is but a name's number
+    return [minor, *(digest_of_bytes(part.co_code) for part in _codes(code)), *constants, *called]
 
 
 def _content(cell: Any) -> object:
@@ -229,7 +231,7 @@ def _state(thing: object) -> dict[str, object]:
     return {**state, **getattr(thing, "__dict__", {})}
 
 
-def _array(array: Any) -> Any:
+def _as_numpy(array: Any) -> Any:
     to_host: Callable[[], Any] | None = getattr(array, "detach", None)
     host = array if to_host is None else to_host().cpu()
     if "bfloat16" in str(host.dtype):

@@ -31,41 +31,46 @@ VERSION = 2
 """Of manifests. Those of version 1 do not say which weights, pictures and settings they are of."""
 
 
-def differences(theirs: object, ours: object, name: str = "") -> Iterator[str]:
-    """What differs between two manifests, in words; ``content`` names the questions that do."""
-    if name == "content" and isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        yield from _differing_questions(theirs, ours)
-    elif isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        for key in sorted({*theirs, *ours}, key=lambda key: (key == "content", key)):
+def differences(kept: object, expected: object, name: str = "") -> Iterator[str]:
+    """In what a manifest that was kept differs from the expected one, in words.
+
+    Args:
+        kept: the manifest that is there, or one of its entries.
+        expected: what it should be.
+        name: of the entry; of the one called ``content`` the questions that differ are named.
+    """
+    if name == "content" and isinstance(kept, Mapping) and isinstance(expected, Mapping):
+        yield from _differing_questions(kept, expected)
+    elif isinstance(kept, Mapping) and isinstance(expected, Mapping):
+        for key in sorted({*kept, *expected}, key=lambda key: (key == "content", key)):
             inner = key if name in ("", "setting") else f"{name}.{key}"  # the words of a setting need no prefix
-            yield from differences(theirs.get(key), ours.get(key), inner)
-    elif theirs != ours:
-        yield f"its {name} is {_short(theirs)}, not {_short(ours)}"
+            yield from differences(kept.get(key), expected.get(key), inner)
+    elif kept != expected:
+        yield f"its {name} is {_short(kept)}, not {_short(expected)}"
 
 
-def _differing_questions(theirs: Mapping[str, object], ours: Mapping[str, object]) -> Iterator[str]:
-    for what, one, other in (("lacks", ours, theirs), ("has besides", theirs, ours)):
-        if rest := [key for key in one if key not in other]:
-            yield f"it {what} {_some(rest)}"
-
-    changed = [
-        key for key in ours if key in theirs and _known(theirs[key], ours[key]) != _known(ours[key], theirs[key])
-    ]
-    if changed:
-        yield f"{_some(changed)} had another text, options, answer, group or picture there"
+def _differing_questions(kept: Mapping[str, object], expected: Mapping[str, object]) -> Iterator[str]:
+    if lacking := [question for question in expected if question not in kept]:
+        yield f"it lacks {_some_questions(lacking)}"
+    if further := [question for question in kept if question not in expected]:
+        yield f"it has besides {_some_questions(further)}"
+    both = {question: (kept[question], expected[question]) for question in expected if question in kept}
+    if changed := [question for question, (a, b) in both.items() if _completed(a, b) != _completed(b, a)]:
+        yield f"{_some_questions(changed)} had another text, options, answer, group or picture there"
 
 
-def completed(content: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
-    """What is asked, by question, where what one run could not read (``?``) is as the other has it."""
-    return {key: " ".join(_known(value, other[key])) for key, value in content.items()}
+def completed(content: Mapping[str, str], counterpart: Mapping[str, str]) -> dict[str, str]:
+    """What is asked, by question; what this run could not read is taken from another run of the same questions."""
+    return {question: _completed(digests, counterpart[question]) for question, digests in content.items()}
 
 
-def _known(content: object, other: object) -> list[str]:
-    """The parts of a question's content, where what one run could not read (``?``) is as the other has it."""
-    return [theirs if part == "?" else part for part, theirs in zip(str(content).split(), str(other).split())]
+def _completed(digests: object, counterpart: object) -> str:
+    """Digests of a question's text, pictures and so on; one that is lacking (``?``) is taken from the counterpart."""
+    pairs = zip(str(digests).split(), str(counterpart).split())
+    return " ".join(substitute if digest == "?" else digest for digest, substitute in pairs)
 
 
-def _some(names: Sequence[str]) -> str:
+def _some_questions(names: Sequence[str]) -> str:
     """Some questions by name: ``question 'a'``, or ``12 questions ('a', 'b', …)``."""
     if len(names) == 1:
         return f"question {names[0]!r}"
@@ -126,7 +131,7 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """Of the manifest."""
+        """Where the manifest is."""
         return self.folder / "manifest.json"
 
     def known(self) -> JSON | None:
@@ -144,16 +149,16 @@ class RunFolder:
             MismatchError: it is; the message says what differs.
             FileFormatError: its manifest is damaged.
         """
-        theirs = self.known()
-        if theirs is None:
+        kept = self.known()
+        if kept is None:
             return
-        if theirs.get("version") != VERSION:
+        if kept.get("version") != VERSION:
             raise MismatchError(
                 f"{self.folder} was begun by an earlier release, which did not keep of which weights, pictures and "
                 "settings it is: what it holds can be read, but not gone on with. Give another folder"
             )
-        differs = list(differences({key: value for key, value in theirs.items() if key != "about"}, self.manifest))
-        if differs:
+        kept.pop("about", None)
+        if differs := list(differences(kept, self.manifest)):
             raise MismatchError(
                 f"{self.folder} holds another run: {'; '.join(differs[:3])}. Give another folder, or the same settings "
                 "to go on with that run"
@@ -172,8 +177,8 @@ class RunFolder:
         with locked(self.folder):
             self.check()
             self.begin()
-            for left in [*leftovers(self.folder), *leftovers(self.folder / "parts")]:
-                left.unlink()  # of a write that was killed
+            for path in [*leftovers(self.folder), *leftovers(self.folder / "parts")]:
+                path.unlink()  # of a write that was killed
             if note_session:
                 with open(self.folder / "sessions.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(session()) + "\n")
@@ -181,13 +186,13 @@ class RunFolder:
 
     def begin(self) -> None:
         """Write the manifest if there is none, or what it could not know yet; whoever calls this holds the folder."""
-        theirs = self.known()
-        if theirs is not None and "?" in " ".join(map(str, theirs.get("content", {}).values())).split():
-            content = completed(theirs["content"], self.manifest["content"])
-            write_json(self.path, sealed({**theirs, "content": content}), indent=1)
-        if theirs is None:
+        kept = self.known()
+        if kept is None:
             about = {"about": self.about} if self.about else {}
             write_json(self.path, sealed({**self.manifest, **about}), indent=1)
+        elif "?" in " ".join(map(str, kept.get("content", {}).values())).split():
+            content = completed(kept["content"], self.manifest["content"])
+            write_json(self.path, sealed({**kept, "content": content}), indent=1)
 
     def parts(self) -> "dict[str, pd.DataFrame]":
         """The finished batches by name.
@@ -216,31 +221,32 @@ class RunFolder:
         """
 
         def halved(path: Path) -> list[JSON]:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            return [{"from": int(one["from"]), "to": int(one["to"]), "first": str(one["first"])} for one in told]
+            notes = json.loads(path.read_text(encoding="utf-8"))
+            return [{"from": int(note["from"]), "to": int(note["to"]), "first": str(note["first"])} for note in notes]
 
         return self._read("json", halved, "the run goes on")
 
     def _read(self, kind: str, read: Callable[[Path], T], then: str) -> dict[str, T]:
         """What the files of one kind hold, by the names of their batches."""
-        found = {}
+        by_batch = {}
         for path in sorted((self.folder / "parts").glob(f"*.{kind}")):
             try:
-                found[path.stem] = read(path)
+                by_batch[path.stem] = read(path)
             except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 raise FileFormatError(f"{path} is damaged ({error}): delete it, and {then}") from error
-        return found
+        return by_batch
 
     def clear(self) -> None:
-        """Remove the batches' files, which the finished result has taken the place of."""
+        """Remove the batches' files: the finished result has taken their place."""
         for path in [*(self.folder / "parts").glob("*.parquet"), *(self.folder / "parts").glob("*.json")]:
             path.unlink()
         with contextlib.suppress(OSError):
             (self.folder / "parts").rmdir()
 
     def tidy(self) -> None:
-        """`clear` a finished run that was killed before it could; not one that another process is just clearing, nor
-        one that can only be read.
+        """Clear a finished run that was killed before it could; see `clear`.
+
+        One that another process is just clearing, or that can only be read, is left as it is.
         """
         if (self.folder / "parts").exists():
             with contextlib.suppress(MismatchError, OSError), locked(self.folder):
@@ -251,7 +257,7 @@ class RunFolder:
 
 
 def session() -> JSON:
-    """When, where and from which state of the code a run is started."""
+    """When and where a run is started, and from which state of the code."""
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
@@ -262,10 +268,12 @@ def session() -> JSON:
 
 
 def git_state(folder: "str | os.PathLike[str] | None" = None) -> JSON | None:
-    """Commit of the repository that a folder (by default the working directory) is in, and whether it is changed.
+    """Commit of the repository that a folder is in, and whether files differ from it; None without one, or without git.
 
-    Nothing that the repository names is run: neither its file-system monitor, nor filters, nor hooks. None outside of a
-    repository, or without git.
+    Nothing that the repository names is run: neither its file-system monitor, nor filters, nor hooks.
+
+    Args:
+        folder: by default the working directory.
     """
 
     def git(*arguments: str, allowed: tuple[int, ...] = (0,)) -> str:
@@ -278,8 +286,8 @@ def git_state(folder: "str | os.PathLike[str] | None" = None) -> JSON | None:
     try:
         commit = git("rev-parse", "HEAD")
         # A filter of the repository's own settings would be run on files whose times have changed.
-        own = git("config", "--local", "--name-only", "--get-regexp", r"^filter\.", allowed=(0, 1)).split()
-        without = [part for name in own if not name.endswith(".required") for part in ("-c", f"{name}=")]
-        return {"commit": commit, "changed": bool(git(*without, "status", "--porcelain", "-uno"))}
+        filters = git("config", "--local", "--name-only", "--get-regexp", r"^filter\.", allowed=(0, 1)).split()
+        no_filters = [part for name in filters if not name.endswith(".required") for part in ("-c", f"{name}=")]
+        return {"commit": commit, "changed": bool(git(*no_filters, "status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None

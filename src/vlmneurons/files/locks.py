@@ -1,4 +1,4 @@
-"""One process at a time in a folder that is written to."""
+"""A lock on a folder: one process at a time writes into it."""
 
 import contextlib
 import logging
@@ -14,15 +14,15 @@ log = logging.getLogger(__name__)
 def locked(folder: Path) -> Iterator[None]:
     """Refuse a second process in one folder; the lock ends with the process, however it ends.
 
-    Where a file system has no locks (some of clusters), a marker file stands for one; where that cannot be made either,
-    a warning says so, and batches are still whole and equal, whoever writes them.
+    Some file systems, such as those of some clusters, have no locks: there a marker file stands for one. Where that
+    cannot be made either, a warning says so; batches are still whole, and the same whoever writes them.
 
     Raises:
         MismatchError: another process holds it.
     """
     from filelock import FileLock, SoftFileLock, Timeout
 
-    taken: FileLock | SoftFileLock | None = None
+    held: FileLock | SoftFileLock | None = None
     for kind, name in ((FileLock, ".lock"), (SoftFileLock, ".lock-marker")):
         lock = kind(folder / name, timeout=0)
         try:
@@ -35,10 +35,10 @@ def locked(folder: Path) -> Iterator[None]:
         except (OSError, NotImplementedError) as error:
             log.warning("%s cannot be locked (%s): make sure that no other process runs in it", folder, error)
             continue
-        taken = lock
+        held = lock
         break
     try:
         yield
     finally:
-        if taken is not None:
-            taken.release()
+        if held is not None:
+            held.release()

@@ -1,7 +1,7 @@
 """The folders of a run that was asked in parts, and whether they are all of it: what may be joined.
 
-A part's manifest is that of the whole, with ``part`` and ``batches`` (how the whole's batches were dealt out) besides;
-and it keeps, under ``about``, which questions it asks.
+A part's manifest is that of the whole run with two entries more: ``part``, and ``batches``, which says how batches are
+dealt out. Under ``about`` it keeps which questions it asks.
 """
 
 import os
@@ -15,7 +15,8 @@ from vlmneurons.checks import JSON, JSONMapping, as_path, check_ordered, quoted
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import completed, differences, manifest_in
 
-_OWN = ("part", "batches", "about")
+_OF_PARTS = ("part", "batches", "about")
+"""Entries of a part's manifest that the whole run's does not have, or has otherwise."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class PartFolder:
         Raises:
             MismatchError: it does not.
         """
-        asks = set(self.about["asks"])
-        if lacking := sorted(asks - set(done)):
+        asked = set(self.about["asks"])
+        if lacking := sorted(asked - set(done)):
             raise MismatchError(
-                f"part {self.name} in {self.folder} is not finished: {len(lacking)} of its {len(asks)} questions are "
+                f"part {self.name} in {self.folder} is not finished: {len(lacking)} of its {len(asked)} questions are "
                 f"not there ({quoted(lacking)}). The same call goes on with it"
             )
-        if foreign := sorted(set(done) - asks):
+        if foreign := sorted(set(done) - asked):
             raise MismatchError(
                 f"part {self.name} in {self.folder} holds {len(foreign)} questions that are another part's "
                 f"({quoted(foreign)}): its batches were cut otherwise when it was gone on with. Run it again elsewhere"
@@ -77,7 +78,8 @@ def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list
     folders = folders if isinstance(folders, str | os.PathLike) else list(folders)
     if isinstance(folders, str | os.PathLike) or not folders:
         raise MismatchError(f"give the folders of all parts, as a list; got {folders!r}")
-    parts = sorted((_part_in(as_path("folder", one, MismatchError), kind) for one in folders), key=lambda p: p.number)
+    paths = [as_path("folder", folder, MismatchError) for folder in folders]
+    parts = sorted((_part_in(path, kind) for path in paths), key=lambda part: part.number)
     first = parts[0]
     for before, part in pairwise(parts):
         if part.number[1] != first.number[1]:
@@ -97,19 +99,19 @@ def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list
                 "batches are cut: run one of them again, in the other's order and a new folder"
             )
     count = first.number[1]
-    if lacking := [f"{n}/{count}" for n in range(1, count + 1) if n not in {part.number[0] for part in parts}]:
+    numbers = {part.number[0] for part in parts}
+    if lacking := [f"{n}/{count}" for n in range(1, count + 1) if n not in numbers]:
         raise MismatchError(f"{len(lacking)} of {count} parts are lacking: {', '.join(lacking)}. Give all of them")
-    asked = [name for part in parts for name in part.about["asks"]]
-    if sorted(asked) != sorted(_order(first)):
-        twice, none = {name for name, n in Counter(asked).items() if n > 1}, set(_order(first)) - set(asked)
+    asked = Counter(question for part in parts for question in part.about["asks"])
+    if not_once := sorted(question for question in {*asked, *_order(first)} if asked[question] != 1):
         raise MismatchError(
-            f"the parts do not ask each question once ({quoted(sorted(twice | none))}): pictures that could not be "
-            "read when one of them was begun were dealt out otherwise. Run the parts again, in new folders"
+            f"the parts do not ask each question once ({quoted(not_once)}): pictures that could not be read "
+            "when one of them was begun were dealt out otherwise. Run the parts again, in new folders"
         )
     content = dict(first.manifest["content"])
     for part in parts[1:]:
         content = completed(content, part.manifest["content"])
-    manifest = {name: value for name, value in first.manifest.items() if name not in _OWN} | {"content": content}
+    manifest = {name: value for name, value in first.manifest.items() if name not in _OF_PARTS} | {"content": content}
     return parts, manifest, {name: value for name, value in first.about.items() if name not in ("asks", "options")}
 
 
@@ -120,17 +122,17 @@ def kind_in(folder: str | os.PathLike[str]) -> str:
         MismatchError: there is none.
         FileFormatError: its manifest is damaged.
     """
-    where = as_path("folder", folder, MismatchError)
-    manifest = manifest_in(where)
+    path = as_path("folder", folder, MismatchError)
+    manifest = manifest_in(path)
     if manifest is None:
-        raise MismatchError(f"{where} holds no run: there is no manifest.json")
+        raise MismatchError(f"{path} holds no run: there is no manifest.json")
     return str(manifest.get("kind"))
 
 
 def _part_in(folder: Path, kind: str) -> PartFolder:
-    found, manifest = kind_in(folder), manifest_in(folder) or {}
-    if found != kind:
-        raise MismatchError(f"{folder} holds {found!r}, and not {kind!r}: runs of one kind are joined")
+    kind_there, manifest = kind_in(folder), manifest_in(folder) or {}
+    if kind_there != kind:
+        raise MismatchError(f"{folder} holds {kind_there!r}, and not {kind!r}: runs of one kind are joined")
     if "part" not in manifest:
         raise MismatchError(f"{folder} is no part: it holds an undivided run, which needs no joining")
     try:

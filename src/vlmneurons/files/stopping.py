@@ -1,4 +1,4 @@
-"""Being told to stop: signals of a batch system or the keyboard, which leave files whole and models as they were."""
+"""Being told to stop, by a batch system or the keyboard: files stay whole, and models are left as they were."""
 
 import contextlib
 import signal
@@ -19,27 +19,30 @@ class Stopped(KeyboardInterrupt):
 
 
 class Undivided:
-    """Within, ctrl-C waits: what is put on a model or taken off is so whole, and nothing of it stays for later runs."""
+    """Within, ctrl-C waits until the end, so that what is done to a model is done as a whole.
+
+    See `hooked` for hooks that go on and come off; this is for objects with an ``__enter__`` of their own.
+    """
 
     def __init__(self) -> None:
-        self._before: Callable[..., object] | None = None
-        self._asked: tuple[object, ...] = ()
+        self._handler: Callable[..., object] | None = None
+        self._signal: tuple[object, ...] = ()
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other is interrupted
-            before = signal.getsignal(signal.SIGINT)
-            if callable(before):
-                self._before = before
+        if threading.current_thread() is threading.main_thread():  # no other thread is interrupted
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self._handler = handler
                 signal.signal(signal.SIGINT, self._wait)
 
-    def _wait(self, *asked: object) -> None:
-        self._asked = asked
+    def _wait(self, *arguments: object) -> None:
+        self._signal = arguments
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            if self._asked:
-                self._before(*self._asked)
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            if self._signal:
+                self._handler(*self._signal)
 
 
 @contextlib.contextmanager
@@ -61,7 +64,8 @@ def hooked(hooks: Iterable[contextlib.AbstractContextManager[object]]) -> Iterat
             stack.close()
 
 
-_ASKED: list[int] = []
+_RAISED: list[int] = []
+"""Signals that have raised `Stopped` within `stopped_by_signals`."""
 
 
 @contextlib.contextmanager
@@ -74,24 +78,24 @@ def stopped_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {}
+    handlers = {}
 
     def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        _ASKED.append(number)
+        _RAISED.append(number)
         raise Stopped(number)
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, stop)
+            handlers[number] = signal.signal(number, stop)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        _ASKED.clear()
+        _RAISED.clear()
 
 
 def stop_if_asked() -> None:
     """Raise `Stopped` again where Python has swallowed it, as it does in a destructor: to be called between batches."""
-    if _ASKED:
-        raise Stopped(_ASKED[0])
+    if _RAISED:
+        raise Stopped(_RAISED[0])

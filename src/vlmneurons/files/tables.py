@@ -27,7 +27,7 @@ VERSION = 1
 _DTYPES = {"I64": torch.int64, "F64": torch.float64}
 
 
-def plain(data: object, what: str) -> Any:
+def plain(data: object, name: str) -> Any:
     """A deep copy of JSON-able data as JSON gives it back: tuples become lists, and nothing is shared with the caller.
 
     Raises:
@@ -36,7 +36,7 @@ def plain(data: object, what: str) -> Any:
     try:
         return parse(json.dumps(data, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise VLMNeuronsError(f"{what} must be plain values that JSON can hold: {error}") from error
+        raise VLMNeuronsError(f"{name} must be plain values that JSON can hold: {error}") from error
 
 
 _DEEPEST = 100
@@ -44,7 +44,7 @@ _DEEPEST = 100
 
 
 def parse(text: str) -> Any:
-    """JSON of a file, strictly: what `plain` data cannot have been written as is refused, not repaired.
+    """JSON of a file, read strictly: what `plain` data are never written as is refused, not repaired.
 
     Raises:
         ValueError: no JSON; NaN, infinity or a number that overflows; a name that stands twice in one object; nesting
@@ -59,11 +59,11 @@ def parse(text: str) -> Any:
         return value if math.isfinite(value) else refuse(digits[:20])
 
     def once(pairs: list[tuple[str, object]]) -> JSON:
-        made = dict(pairs)
-        if len(made) != len(pairs):
+        data = dict(pairs)
+        if len(data) != len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"the name {next(name for name in made if names.count(name) > 1)!r} stands twice")
-        return made
+            raise ValueError(f"the name {next(name for name in data if names.count(name) > 1)!r} stands twice")
+        return data
 
     data = json.loads(text, parse_constant=refuse, parse_float=number, object_pairs_hook=once)
     level = [data]
@@ -75,7 +75,7 @@ def parse(text: str) -> Any:
 
 
 def sealed(data: Mapping[str, object]) -> JSON:
-    """Plain data with a checksum over the rest, under ``sha256``, as a file of JSON keeps it; see `unsealed`."""
+    """Plain data and, under ``sha256``, a checksum over them, as a file of JSON keeps it; see `unsealed`."""
     return {**data, "sha256": _seal(data)}
 
 
@@ -102,7 +102,7 @@ def _parts(thing: object) -> Iterable[object]:
 
 
 def check_regular(path: "str | os.PathLike[str]") -> None:
-    """Refuse what is there but is no ordinary file: a pipe would be waited for without end, a device never ends.
+    """Refuse what is no ordinary file: reading a pipe may wait for ever, and reading a device may never end.
 
     Raises:
         IsADirectoryError: a folder.
@@ -115,7 +115,7 @@ def check_regular(path: "str | os.PathLike[str]") -> None:
 
 
 def check_uncompressed(path: "str | os.PathLike[str]") -> None:
-    """Refuse a zip archive that would unpack to more than its own size: PyTorch stores its archives as they are.
+    """Refuse a zip archive that would unpack to more than its own size; those of PyTorch are not compressed.
 
     Raises:
         FileFormatError: the archive is packed, or says that it is.
@@ -220,19 +220,19 @@ class Shareable:
 
     __slots__ = ()
 
-    def push_to_hub(self, repo_id: str, **how: Any) -> str:
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Put this into a repository of the Hub, with a card; see `vlmneurons.push_to_hub` for the arguments.
 
         Args:
             repo_id: ``"name/repository"``.
-            how: further arguments of `vlmneurons.push_to_hub`.
+            options: further arguments of `vlmneurons.push_to_hub`.
 
         Returns:
             The address of the commit.
         """
         from vlmneurons.statistics.hub import push_to_hub
 
-        return push_to_hub(cast(Any, self), repo_id, **how)
+        return push_to_hub(cast(Any, self), repo_id, **options)
 
     @classmethod
     def from_hub(cls: type[Kind], repo_id: str, *, revision: str | None = None, token: str | None = None) -> Kind:

@@ -209,12 +209,15 @@ def _second_value(result: KnockoutResult, plain: Sequence[str], how: Keywords, b
         name, what = "margin", "the margin"
         caption = "Change of the log-probability margin (right option less the best other one), in nats; it moves "
         caption += "before an answer flips."
-    summary = result.summary(value=name, **how)
+    try:
+        summary = result.summary(value=name, **how)
+        rows, first = (_own(summary, plain[0]), "group") if by_group else (_overall(summary, plain), "selector")
+        table = _effect_table(rows, first, name)
+    except MismatchError as error:  # infinite margins: why there are no effects is said in their place
+        table = pd.DataFrame({"there are none": [str(error)]})
     if by_group:
         (main,) = plain
-        table = _effect_table(_own(summary, main), "group", name)
         return [Part(f"{name}-{file_name(main)}", f"Effects of {main} by group, on {what}", caption, table, main)]
-    table = _effect_table(_overall(summary, plain), "selector", name)
     return [Part(f"effects-{name}", f"Effects over all groups, on {what}", caption, table)]
 
 

@@ -26,14 +26,15 @@ from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.recording.counter import all_tokens
-from vlmneurons.recording.record import CONDITIONS
+from vlmneurons.recording.experts import all_tokens
+from vlmneurons.recording.record import meets
 from vlmneurons.run.ask import Job, Options, ask, engine_of, to_ask
 from vlmneurons.run.engine import Engine, need_gradients
 from vlmneurons.run.identity import rule_name, run_provenance, setting_of_run
 from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
 from vlmneurons.statistics.attributions import AttributionStatistics
+from vlmneurons.statistics.items import CONDITIONS
 
 REDUCE = ("sum", "max")
 """Over tokens: their sum, or the highest of theirs."""
@@ -99,9 +100,9 @@ def attribute(
     tokens, at ``pre``, less that of a control data set (`AttributionStatistics` can be subtracted), is the rule of
     CULNIG (ICLR 2026), which also multiplies by the probability of the right answer.
     """
-    rules_of = (("method", method, METHODS), ("condition", condition, CONDITIONS), ("reduce", reduce, REDUCE))
-    for name, given, allowed in rules_of:
-        check_choice(name, given, allowed, QuestionError)
+    check_choice("method", method, METHODS, QuestionError)
+    check_choice("condition", condition, CONDITIONS, QuestionError)
+    check_choice("reduce", reduce, REDUCE, QuestionError)
     check_model(model)
     check_kind(
         "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')"
@@ -161,8 +162,7 @@ class _AttributionJob(Job["Tensor | None"]):
         with torch.enable_grad():
             with factors.at(1.0, everywhere if rules["method"] == "gradient" else []):
                 reading, margin = self._margin(questions, encoded)
-                right = reading.chosen[0] == questions[0].answer
-                if rules["condition"] != "all" and right != (rules["condition"] == "correct"):
+                if not meets(rules["condition"], reading.chosen[0] == questions[0].answer):
                     return None
                 if rules["method"] == "gradient":
                     return factors.derivatives(margin, questions[0].id)
@@ -195,8 +195,8 @@ class _AttributionJob(Job["Tensor | None"]):
 
     def statistics(self) -> AttributionStatistics:
         """Of what was taken so far."""
-        about = run_provenance(self.engine.model, self._setting, questions=self._questions, engine=self.engine)
-        provenance = {**about, **self._rules, "skipped": list(self.skipped)}
+        of_run = run_provenance(self.engine.model, self._setting, questions=self._questions, engine=self.engine)
+        provenance = {**of_run, **self._rules, "skipped": list(self.skipped)}
         tables = (self._total.clone(), self._strong.clone(), self._items.clone())
         return AttributionStatistics(self._factors.space, self._questions.groups, *tables, provenance)
 
@@ -234,8 +234,8 @@ class _Factors:
         """Within, the neurons of some sites have this factor, and others none."""
         # Derivatives are sums over tokens: half precision would lose them.
         dtype = torch.float64 if self.model.hf.dtype == torch.float64 else torch.float32
-        how = {"dtype": dtype, "device": self.model.device, "requires_grad": True}
-        self._active = {number: torch.full((self.space.widths[number],), value, **how) for number in sites}
+        options = {"dtype": dtype, "device": self.model.device, "requires_grad": True}
+        self._active = {number: torch.full((self.space.widths[number],), value, **options) for number in sites}
         self._by_token = {number: [] for number in sites if self.highest}
         try:
             yield
@@ -245,8 +245,10 @@ class _Factors:
     @contextlib.contextmanager
     def watch(self, batch: Batch, rows: list[int]) -> Iterator[None]:
         """Told what the run's tokens are."""
-        every = batch.tokens.attention if self.highest else None
-        self._mask = every if self.tokens is None else batch.tokens.counted(self.tokens)
+        if self.tokens is not None:
+            self._mask = batch.tokens.counted(self.tokens)
+        else:  # a sum is over all tokens, and needs no mask; of the highest, padding is left out
+            self._mask = batch.tokens.attention if self.highest else None
         yield
 
     def _editor(self, number: int) -> Callable[..., Tensor | None]:
@@ -266,9 +268,9 @@ class _Factors:
                 return changed
             mask = self._mask.to(values.device)
             if tokens is not None:
-                here = mask.reshape(-1)[tokens]
+                counted = mask.reshape(-1)[tokens]
             elif values.shape[:-1].numel() == mask.numel():
-                here = mask.reshape(values.shape[:-1])
+                counted = mask.reshape(values.shape[:-1])
             else:
                 raise MismatchError(
                     f"{self.space.sites[number]} has values at {tuple(values.shape[:-1])} tokens, the input has "
@@ -276,9 +278,9 @@ class _Factors:
                 )
             if self.highest:
                 numbers = torch.arange(mask.numel(), device=mask.device) if tokens is None else tokens.flatten()
-                numbers = (numbers % mask.shape[1]).reshape(here.shape)  # a question's rows show the same prompt
-                self._by_token[number][-1] = (factor, torch.where(here, numbers, -1))
-            return torch.where(here[..., None], changed, values)
+                numbers = (numbers % mask.shape[1]).reshape(counted.shape)  # a question's rows show the same prompt
+                self._by_token[number][-1] = (factor, torch.where(counted, numbers, -1))
+            return torch.where(counted[..., None], changed, values)
 
         return scale
 
@@ -289,22 +291,24 @@ class _Factors:
             ActivationError: one is not finite; the message names the site and the question.
         """
         if self.highest:
-            visits = [(number, *visit) for number, several in self._by_token.items() for visit in several]
+            visits = [(number, *visit) for number, of_site in self._by_token.items() for visit in of_site]
         else:
             visits = [(number, factor, None) for number, factor in self._active.items()]
-        found = torch.autograd.grad(margin, [factor for _, factor, _ in visits], allow_unused=True)
-        result = torch.zeros(len(self.space), dtype=torch.float64)
-        parts: dict[int, list[Tensor]] = {}
-        for (number, _, tokens), part in zip(visits, found, strict=True):
-            if part is None:
+        gradients = torch.autograd.grad(margin, [factor for _, factor, _ in visits], allow_unused=True)
+        by_site: dict[int, list[Tensor]] = {}
+        for (number, _, tokens), gradient in zip(visits, gradients, strict=True):
+            if gradient is None:
                 continue  # an expert that no token was routed to
             if tokens is not None:  # what rows of one token say is added
-                kept, place = torch.unique(tokens[tokens >= 0], return_inverse=True)
-                part = part.new_zeros((len(kept), part.shape[-1])).index_add_(0, place, part[tokens >= 0])
-            parts.setdefault(number, []).append(part)
-        for number, several in parts.items():
-            part = torch.cat([one.flatten(0, -2) for one in several]).amax(0) if self.highest else several[0]
-            if not torch.isfinite(part).all():
+                counted = tokens >= 0
+                kept, place = torch.unique(tokens[counted], return_inverse=True)
+                by_token = gradient.new_zeros((len(kept), gradient.shape[-1]))
+                gradient = by_token.index_add_(0, place, gradient[counted])
+            by_site.setdefault(number, []).append(gradient)
+        result = torch.zeros(len(self.space), dtype=torch.float64)
+        for number, of_site in by_site.items():
+            value = torch.cat([of_visit.flatten(0, -2) for of_visit in of_site]).amax(0) if self.highest else of_site[0]
+            if not torch.isfinite(value).all():
                 raise ActivationError(f"NaN or infinite gradients at {self.space.sites[number]}, question {question!r}")
-            result[self.space.offsets[number] : self.space.offsets[number + 1]] = part.double().cpu()
+            result[self.space.offsets[number] : self.space.offsets[number + 1]] = value.double().cpu()
         return result

@@ -5,21 +5,21 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vlmneurons.recording.counter import Counter, group_rows
+from vlmneurons.recording.counter import Counter
 from vlmneurons.statistics.counts import ActivationStatistics
 
 
 class GroupTables:
     """The integer tables of some groups, which a counter's forwards are added to.
 
-    A forward that was not added in whole (an interrupt came) leaves them unusable: see ``whole``.
+    A forward that was added in part only, because an interrupt came, leaves them unusable: see ``whole``.
 
     Args:
         counter: what counts.
 
     Attributes:
         names: the groups so far, in the order in which they came.
-        whole: whether every forward is in completely or not at all.
+        whole: whether every forward was added completely or not at all.
     """
 
     def __init__(self, counter: Counter) -> None:
@@ -49,8 +49,10 @@ class GroupTables:
         tables: dict[str, list[Tensor]] = {}
         for name, parts in self._tables.items():
             counted = [state.counts.get(name) for state in self.counter.sites]
-            devices = [part.device if seen is None else seen.device for part, seen in zip(parts, counted, strict=True)]
-            tables[name] = [longer(part, device) for part, device in zip(parts, devices, strict=True)]
+            tables[name] = [
+                longer(part, part.device if table is None else table.device)
+                for part, table in zip(parts, counted, strict=True)
+            ]
         host = torch.device("cpu")
         small = [longer(table, host) for table in (self._tokens, self._items, self._reached)]
         # From here on nothing is computed, so that an interrupt finds all tables with the new rows, or none.
@@ -69,12 +71,14 @@ class GroupTables:
         assert frame is not None
         counter.check_whole()
         self._make_room([group for group in groups if group is not None])
-        kept, numbers = group_rows(self.names, groups)
-        if not kept:
+        counted_places = [place for place, group in enumerate(groups) if group is not None]
+        if not counted_places:
             return
-        row, group = torch.tensor(frame.rows)[kept], torch.tensor(numbers)
+        row = torch.tensor(frame.rows)[counted_places]
+        group = torch.tensor([self.names.index(name) for name in groups if name is not None])
         self.whole = False
-        # All sites of a device share the counted tokens, and only those of experts have their own.
+        # What sites share is brought to the host, or to their device, once: all sites of a device have the same counted
+        # tokens, but for experts, which have their own.
         on_host: dict[int, Tensor] = {}
         on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for number, state in enumerate(counter.sites):
@@ -95,7 +99,7 @@ class GroupTables:
             self._reached[:, number].index_add_(0, group, on_host[id(tokens)])
         if count_items:
             self._items.index_add_(0, group, torch.ones_like(group))
-        if all(counter.senses):
+        if all(state.of_media for state in counter.sites):
             self._tokens = self._reached.amax(1)
         else:
             self._tokens.index_add_(0, group, frame.mask.sum(1).cpu()[row])

@@ -6,7 +6,6 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from vlmneurons.run.ask import Options, ask, engine_of, to_ask
 from vlmneurons.run.batching import batches
 from vlmneurons.run.engine import Engine
 from vlmneurons.run.identity import run_provenance, setting_of_run
+from vlmneurons.run.memory import MemoryLimit
 from vlmneurons.run.processes import Processes
 from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.run.remote import Remote
@@ -97,67 +97,67 @@ def record_items(
     """
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed, part)
     questions = to_ask(questions, answer, "to record")
-    whole = as_path("folder", folder, MismatchError)
+    path = as_path("folder", folder, MismatchError)
     engine = engine_of(model, questions, remote)
-    named = _named(statistic)
+    statistics = _by_name(statistic)
     if isinstance(tokens, Mapping):
         raise QuestionError("token rules by name are groups of vn.record; record the questions of each rule by itself")
-    counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes, maxima=maxima, statistics=named)
+    counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes, maxima=maxima, statistics=statistics)
     setting = setting_of_run(model, tokens=tokens, questions=questions, engine=engine)
-    about = run_provenance(model, setting, tokens=tokens, questions=questions, engine=engine)
+    provenance = run_provenance(model, setting, tokens=tokens, questions=questions, engine=engine)
     processes = options.processes
     tables = [
         "positive",
-        *["reached"] * _uneven(counter),
+        *["reached"] * _keeps_reached(counter),
         *["total"] * counter.magnitudes,
         *["maximum"] * counter.maxima,
-        *named,
+        *statistics,
     ]
-    identified = {name: digest_of_code(function) for name, function in named.items()}
-
+    digests = {name: digest_of_code(function) for name, function in statistics.items()}
     lengths = functools.partial(model.encoder.length, questions) if by_length else None
-    dealt = options.dealt(lambda: [item.id for item in share_of(questions, options.batch_size, processes, lengths)])
+    share_here = functools.partial(share_of, questions, options.batch_size, processes, lengths)
+    part_entries = options.dealt(lambda: [question.id for question in share_here()])
 
-    def created(where: Path, asked: QuestionSet) -> ItemStatistics:
-        items = [Item.of(item) for item in asked]
-        return ItemStatistics.create(where, counter.space, items, about, tables, content_of(asked), dealt, identified)
+    def created(path: Path, asked: QuestionSet) -> ItemStatistics:
+        items = [Item.of(question) for question in asked]
+        content = content_of(asked)
+        return ItemStatistics.create(path, counter.space, items, provenance, tables, content, part_entries, digests)
 
     if processes.count == 1 or options.part is not None:
-        statistics = created(whole, questions)
-        asked = questions
-        if statistics.part is not None:  # batches are cut from the order in which the questions stood when it began
-            asked = in_order_of([item.id for item in statistics.items], asked)
-        job = _ItemsJob(engine, counter, statistics, asked)
-        ask(job, asked, options)
-        return job.statistics
-    # Each process records into a folder of its own beside the whole; the first puts them together.
-    there = created(whole, questions) if processes.first else None
-    done = processes.gather(there is not None and there.complete)[0]
-    own = share_of(questions, batch_size, processes, lengths)
-    own_folder = whole.with_name(f"{whole.name}-{processes.rank + 1}-of-{processes.count}")
-    if not done and len(own):
+        recording = created(path, questions)
+        if recording.part is not None:  # batches are cut from the order in which the questions stood when it began
+            questions = in_order_of([item.id for item in recording.items], questions)
+        ask(_ItemsJob(engine, counter, recording), questions, options)
+        return recording
+    # Each process records its share into a folder beside the whole; the first process puts them together.
+    recording = created(path, questions) if processes.first else None
+    is_complete = processes.gather(recording is not None and recording.complete)[0]
+    share = share_here()
+    folder_of_share = path.with_name(f"{path.name}-{processes.rank + 1}-of-{processes.count}")
+    if not is_complete and len(share):
         # Batches were dealt when they were sorted by length; sorted once more, they would be others.
         alone = Options(batch_size, False, prefetch, on_error, progress and processes.first, remote)
-        ask(_ItemsJob(engine, counter, created(own_folder, own), own), own, alone)
-    parts = [Path(one) for one in processes.gather(str(own_folder) if len(own) else None) if one is not None]
-    if there is not None and not done:
-        there.take_over([ItemStatistics.load(one) for one in parts])
+        ask(_ItemsJob(engine, counter, created(folder_of_share, share)), share, alone)
+    folders = processes.gather(str(folder_of_share) if len(share) else None)
+    if recording is not None and not is_complete:
+        recording.take_over([ItemStatistics.load(folder) for folder in folders if folder is not None])
     processes.wait()
-    return ItemStatistics.load(whole)
+    return ItemStatistics.load(path)
 
 
 def share_of(
-    questions: QuestionSet,
-    batch_size: int,
-    processes: Processes,
-    lengths: Callable[[Question], int] | None = None,
+    questions: QuestionSet, batch_size: int, processes: Processes, lengths: Callable[[Question], int] | None = None
 ) -> QuestionSet:
     """The questions of the batches that fall to this process: asked in batches of this size, they are those batches."""
-    own = [item for _, batch in processes.mine(list(batches(questions, batch_size, lengths))) for item in batch]
-    return questions.with_items(own)
+    shares = processes.mine(list(batches(questions, batch_size, lengths)))
+    return questions.with_items([question for _, batch in shares for question in batch])
 
 
-def _named(statistic: Any) -> dict[str, ItemStatistic]:
+_RESERVED = ("items", "positive", "reached", "total", "maximum", "mean", "probability")
+"""Names of the library's own files and values."""
+
+
+def _by_name(statistic: ItemStatistic | Mapping[str, ItemStatistic] | None) -> dict[str, ItemStatistic]:
     """The user's statistics by name, which their files are called by.
 
     Raises:
@@ -165,52 +165,49 @@ def _named(statistic: Any) -> dict[str, ItemStatistic]:
     """
     if statistic is None:
         return {}
-    named = dict(statistic) if isinstance(statistic, Mapping) else {"statistic": statistic}
-    for name, function in named.items():
+    statistics = dict(statistic) if isinstance(statistic, Mapping) else {"statistic": statistic}
+    # Files are called by these names, and some disks keep no case of letters.
+    name_of_file = {name: name for name in _RESERVED}
+    for name, function in statistics.items():
         if not callable(function):
             raise MismatchError(
                 f"statistic {name!r} is a function (values, counted) -> [row, neuron]; got {function!r}"
             )
-        if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
-            taken = ", ".join(_TAKEN)
-            raise MismatchError(f"statistic {name!r}: a name is of letters, digits and _, and none of {taken}")
-    # Files are called by them, and some disks keep no case of letters.
-    files = {name: name for name in _TAKEN}
-    for name in named:
-        if (file := unicodedata.normalize("NFKC", name).casefold()) in files:
+        if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+            reserved = ", ".join(_RESERVED)
+            raise MismatchError(f"statistic {name!r}: a name is of letters, digits and _, and none of {reserved}")
+    for name in statistics:
+        file = unicodedata.normalize("NFKC", name).casefold()
+        if file in name_of_file:
             raise MismatchError(
-                f"statistic {name!r} and {files[file]!r} would be one file where letters' case is not told apart: give "
-                "it another name"
+                f"statistic {name!r} and {name_of_file[file]!r} would be one file where letters' case is not told "
+                "apart: give it another name"
             )
-        files[file] = name
-    return named
+        name_of_file[file] = name
+    return statistics
 
 
-_TAKEN = ("items", "positive", "reached", "total", "maximum", "mean", "probability")
-
-
-def _uneven(counter: Counter) -> bool:
+def _keeps_reached(counter: Counter) -> bool:
     """Whether sites see other tokens than the question has, so that each one's number has to be kept."""
-    return len({site.tower for site in counter.space}) > 1 or any(
-        counter.model.mlp_of(site).expert is not None or site.tower != "language" for site in counter.space
-    )
+    towers = {site.tower for site in counter.space}
+    return towers != {"language"} or any(counter.model.mlp_of(site).expert is not None for site in counter.space)
 
 
 class _ItemsJob(CountingJob):
     """Writes each question's counts into its row."""
 
-    def __init__(self, engine: Engine, counter: Counter, statistics: ItemStatistics, questions: QuestionSet) -> None:
+    def __init__(self, engine: Engine, counter: Counter, recording: ItemStatistics) -> None:
         super().__init__(engine, counter)
-        self.statistics = statistics
-        self._place = {item.id: row for row, item in enumerate(statistics.items)}
-        self.limit = type(self.limit)(statistics.provenance.get("halved", ()))
-        self._done = np.zeros(len(statistics), dtype=bool)
+        self.recording = recording
+        self.limit = MemoryLimit(recording.provenance.get("halved", ()))
+        self._row_of = {item.id: row for row, item in enumerate(recording.items)}
+        self._done = np.zeros(len(recording), dtype=bool)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """See `Job.running`."""
-        with self.statistics.locked(), super().running():
-            self._done = self.statistics.done.numpy()
+        with self.recording.locked(), super().running():
+            self._done = self.recording.done.numpy()
             yield
 
     def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> Reading:
@@ -224,9 +221,9 @@ class _ItemsJob(CountingJob):
         except BadStatistic as error:
             raise ActivationError(f"question {self.question_in(questions, error.row).id!r}: {error}") from error
 
-    def known(self, number: int, batch: QuestionSet) -> bool:
+    def is_finished(self, number: int, batch: QuestionSet) -> bool:
         """See `Job.known`."""
-        return bool(self._done[[self._place[item.id] for item in batch]].all())
+        return bool(self._done[self._rows_of(batch)].all())
 
     def take(self, number: int, questions: QuestionSet, made: Reading) -> int:
         """See `Job.take`.
@@ -235,17 +232,19 @@ class _ItemsJob(CountingJob):
             MismatchError: the model computes its sites several times for a token.
         """
         tables, counted = self.counter.by_row()
-        if "reached" not in self.statistics.tables and (tables["reached"] != counted[:, None]).any():
+        if "reached" not in self.recording.tables and (tables["reached"] != counted[:, None]).any():
             raise MismatchError(
                 f"{type(self.engine.model.hf).__name__} computes its sites several times for a token in one "
                 "forward, which the files of record_items do not hold; vn.record does, in its `routed`"
             )
         chosen = [-1 if choice is None else choice for choice in made.chosen]
-        rows = [self._place[item.id] for item in questions]
-        self.statistics.write(rows, chosen, counted, made.margins(questions), tables)
+        self.recording.write(self._rows_of(questions), chosen, counted, made.margins(questions), tables)
         return len(questions)
+
+    def _rows_of(self, questions: QuestionSet) -> list[int]:
+        return [self._row_of[question.id] for question in questions]
 
     def forget(self) -> None:
         """See `Job.forget`."""
         super().forget()
-        self.statistics.note(self.limit.halved, self.skipped)
+        self.recording.note(self.limit.halved, self.skipped)

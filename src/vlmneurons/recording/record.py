@@ -21,9 +21,7 @@ from vlmneurons.run.identity import run_provenance, setting_of_run
 from vlmneurons.run.readers import AnswerReader, Reading, checked
 from vlmneurons.run.remote import Remote
 from vlmneurons.statistics.counts import ActivationStatistics
-
-CONDITIONS = ("correct", "wrong", "all")
-"""Which questions enter the statistics: those answered right, those answered wrong, or every one."""
+from vlmneurons.statistics.items import CONDITIONS
 
 
 def record(
@@ -90,12 +88,18 @@ def record(
     counter = Counter(model, space, tokens=tokens, magnitudes=magnitudes)
     job = _GroupJob(engine, counter, questions, condition)
     ask(job, questions, options)
-    parts = options.processes.gather((job.statistics(), job.skipped, job.limit.halved))
-    whole = functools.reduce(operator.add, [part for part, _, _ in parts])
-    skipped, halved = [one for _, some, _ in parts for one in some], [one for _, _, some in parts for one in some]
-    order = {item.id: number for number, item in enumerate(questions)}
-    more = {"skipped": sorted(skipped, key=order.__getitem__), **({"halved": halved} if halved else {})}
-    return whole.with_provenance({**whole.provenance, **more})
+    shares = options.processes.gather((job.statistics(), job.skipped, job.limit.halved))
+    total = functools.reduce(operator.add, [statistics for statistics, _, _ in shares])
+    skipped = [question_id for _, ids, _ in shares for question_id in ids]
+    halved = [entry for _, _, entries in shares for entry in entries]
+    order = {question.id: number for number, question in enumerate(questions)}
+    notes = {"skipped": sorted(skipped, key=order.__getitem__), **({"halved": halved} if halved else {})}
+    return total.with_provenance({**total.provenance, **notes})
+
+
+def meets(condition: str, is_right: bool) -> bool:
+    """Whether a question meets a condition, given whether it was answered right."""
+    return condition == "all" or is_right == (condition == "correct")
 
 
 class CountingJob(Job[Reading]):
@@ -126,8 +130,8 @@ class CountingJob(Job[Reading]):
         """
         try:
             return checked(self.engine.count(questions, encoded, self.counter), self.engine.reader, questions)
-        except NotFinite as found:
-            raise self._located(questions, found) from None
+        except NotFinite as error:
+            raise self._located(questions, error) from None
 
     def forget(self) -> None:
         """See `Job.forget`."""
@@ -138,20 +142,20 @@ class CountingJob(Job[Reading]):
         rows = [] if self.counter.frame is None else self.counter.frame.rows
         return questions[rows.index(row) if row in rows else 0]
 
-    def _located(self, questions: QuestionSet, found: NotFinite) -> ActivationError:
+    def _located(self, questions: QuestionSet, error: NotFinite) -> ActivationError:
         """Run a spoiled batch again, looking at every site, to name the first one that is not finite."""
         counter = self.counter
         counter.strict = True
-        item = questions[0]
+        question = questions[0]
         try:
             self.engine.count(questions, self.encode(questions), counter)
         except NotFinite as first:
-            found, item = first, self.question_in(questions, first.row)
+            error, question = first, self.question_in(questions, first.row)
         finally:
             counter.strict = False
         return ActivationError(
-            f"NaN or infinite activations at {found.site}, question {item.id!r}: no earlier site of the space has any. "
-            "Half precision overflows in some models: try dtype=torch.float32 or bfloat16"
+            f"NaN or infinite activations at {error.site}, question {question.id!r}: no earlier site of the space has "
+            "any. Half precision overflows in some models: try dtype=torch.float32 or bfloat16"
         )
 
 
@@ -167,22 +171,28 @@ class _GroupJob(CountingJob):
 
     def take(self, number: int, questions: QuestionSet, made: Reading) -> int:
         """See `Job.take`."""
-        right = [choice == item.answer for choice, item in zip(made.chosen, questions, strict=True)]
+        right = [choice == question.answer for choice, question in zip(made.chosen, questions, strict=True)]
         self._asked, self._right = self._asked + len(right), self._right + sum(right)
-        meets = [self._condition == "all" or is_right == (self._condition == "correct") for is_right in right]
-        kinds = self.counter.tokens if isinstance(self.counter.tokens, Mapping) else (None,)
-        groups = [kind or item.group for kind in kinds for item in questions]
-        self._tables.add([group if ok else None for group, ok in zip(groups, meets * len(kinds), strict=True)])
+        kept = [meets(self._condition, is_right) for is_right in right]
+        # Token rules by name are the groups: the rows of the batch stand in the counter once for each of them.
+        rules = self.counter.tokens if isinstance(self.counter.tokens, Mapping) else (None,)
+        rows = [(rule or question.group, is_kept) for rule in rules for question, is_kept in zip(questions, kept)]
+        self._tables.add([group if is_kept else None for group, is_kept in rows])
         return len(questions)
 
     def statistics(self) -> ActivationStatistics:
         """Of what was taken so far."""
-        about = {"tokens": self.counter.tokens, "questions": self._questions, "engine": self.engine}
-        provenance = run_provenance(self.engine.model, self._setting, **about)
-        more = {"condition": self._condition, "skipped": list(self.skipped), **self.limit.provenance}
         tokens = self.counter.tokens
+        provenance = {
+            **run_provenance(
+                self.engine.model, self._setting, tokens=tokens, questions=self._questions, engine=self.engine
+            ),
+            "condition": self._condition,
+            "skipped": list(self.skipped),
+            **self.limit.provenance,
+        }
         groups = tuple(tokens) if isinstance(tokens, Mapping) else self._questions.groups
-        return self._tables.statistics({**provenance, **more}, groups)
+        return self._tables.statistics(provenance, groups)
 
     def partial(self) -> ActivationStatistics | None:
         """See `Job.partial`."""

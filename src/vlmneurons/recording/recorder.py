@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords, as_names
@@ -21,9 +22,11 @@ from vlmneurons.model.tokens import TokenRule, free_tokens
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.recording.counter import Counter, Frame, is_filled
+from vlmneurons.recording.counter import Counter
+from vlmneurons.recording.frame import Frame, is_filled
 from vlmneurons.recording.groups import GroupTables
 from vlmneurons.run.identity import run_provenance, setting_of_run
+from vlmneurons.run.owners import OWNERS
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.identity import Setting
 
@@ -31,11 +34,13 @@ from vlmneurons.statistics.identity import Setting
 class Recorder:
     """Counts how often neurons fire, in whatever runs the model makes while it is entered.
 
-    Works in plain calls (``model.hf(**inputs)``), in traces and in ``generate`` (whose every token is counted once).
+    It works in plain calls (``model.hf(**inputs)``), in traces and in ``generate``, where each token is counted once.
     Rows belong to the group that `group` names, or to ``"all"``. A run that does not end, because it raised or was
-    stopped, is not counted at all. What it counts is what the model computes: whether the model's own code keeps the
-    rows of your batch apart, and from their padding, is not tried here as it is where the library asks questions. With
-    a model that is not known to do so, compare a batch with its rows alone.
+    stopped, is not counted at all. While it is entered, no other thread may run the model: such a run is refused.
+
+    It counts what the model computes. Whether the model's own code keeps the rows of your batch apart, and from their
+    padding, is tried where the library asks questions, but not here: with a model that is not known to do so, compare a
+    batch with its rows alone.
 
     Args:
         model: the model.
@@ -49,12 +54,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        model: VLM,
-        space: NeuronSpace | None = None,
-        *,
-        tokens: TokenRule = "content",
-        magnitudes: bool = False,
+        self, model: VLM, space: NeuronSpace | None = None, *, tokens: TokenRule = "content", magnitudes: bool = False
     ) -> None:
         if isinstance(tokens, Mapping):
             raise QuestionError("a Recorder counts by one rule; token rules by name are for vn.record")
@@ -127,22 +127,35 @@ class Recorder:
     # -- one forward ---------------------------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: Keywords) -> None:
-        """The model's forward begins: which of its tokens count?"""
+        """The model's forward begins: what does it show?"""
         self._counter.forget()
         arguments = _by_name(module, args, kwargs)
-        seen = arguments
-        if self._counter.second:
-            seen = self._decoder_arguments(arguments)
-        ids, attention = seen.get("input_ids"), seen.get("attention_mask")
+        mask = self._counted_tokens(arguments)
+        # Whose each picture or sound of a run of the user's own is, is not known; but all may be of one group.
+        one_group = isinstance(self._labels, str)
+        self._counter.frame = Frame(
+            mask,
+            list(range(len(mask))),
+            patches=self._real_patches(arguments),
+            sounds=self._sound_rows(arguments) if one_group else None,
+            filled=is_filled(arguments),
+            prepared=not one_group,
+        )
+
+    def _counted_tokens(self, arguments: Keywords) -> Tensor:
+        """``[row, token]`` which tokens of a forward count; notes whether their items were counted before."""
+        of_decoder = self._counter.of_decoder
+        shown = self._decoder_arguments(arguments) if of_decoder else arguments
+        ids, attention = shown.get("input_ids"), shown.get("attention_mask")
         if ids is None:
             why = " (in `generate` an encoder runs outside of the model's forward: call model.hf(**inputs))"
             raise QuestionError(
                 "a Recorder tells tokens apart by input_ids; this run gives none"
                 + (why if self.model.is_encoder_decoder else "")
             )
-        generation = self._generation
-        if generation is not None and not self._counter.second:
-            seen, self._continues = generation.step(seen)
+        generation = None if of_decoder else self._generation
+        if generation is not None:
+            shown, self._continues = generation.step(shown)
         else:
             if attention is not None and not (isinstance(attention, Tensor) and attention.ndim == 2):
                 raise QuestionError(
@@ -150,41 +163,29 @@ class Recorder:
                     f"{list(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__}, from "
                     "which padding cannot be told"
                 )
-            # A later step of a loop of the user's own brings new tokens of items that were counted before.
-            self._continues = attention is not None and attention.shape[1] > ids.shape[1]
-        if self._counter.second:  # its attention mask is not always given, but a later step has a cache of tokens
+            # A later step of a loop of the user's own brings new tokens of items that were counted before. Its mask, if
+            # it has one, is of the earlier tokens too, and its cache holds them.
             caches = (arguments.get(name) for name in ("past_key_values", "cache"))
-            self._continues = any(cache is not None and cache.get_seq_length() > 0 for cache in caches)
-        table = free_tokens(self.model, dict(seen), ids.shape[1])
+            self._continues = (attention is not None and attention.shape[1] > ids.shape[1]) or any(map(_holds, caches))
+        table = free_tokens(self.model, dict(shown), ids.shape[1])
         assert table is not None
         mask = table.counted(self.tokens)
-        if generation is not None and not self._counter.second:
-            mask = mask & generation.new(ids.shape[1], mask.device)
-        self._counter.frame = Frame(
-            mask,
-            list(range(len(mask))),
-            None,
-            self._patches_of(arguments),
-            self._heard_of(arguments),
-            is_filled(arguments),
-            not isinstance(self._labels, str),
-        )
+        return mask if generation is None else mask & generation.new_tokens(mask)
 
-    def _heard_of(self, arguments: Mapping[str, object]) -> Heard | None:
-        """What an audio tower hears in a run of the user's own, all of it of one group; None where that is not told."""
-        if not any(self._counter.hears) or not isinstance(self._labels, str):
-            return None
-        return sound_rows(arguments, None, None, self.model.hf.config)
+    def _sound_rows(self, arguments: Mapping[str, object]) -> Heard | None:
+        """The rows of an audio tower; None where there is none."""
+        hears = any(state.hears for state in self._counter.sites)
+        return sound_rows(arguments, None, None, self.model.hf.config) if hears else None
 
-    def _patches_of(self, arguments: Mapping[str, object]) -> Tensor | None:
-        """Which patches of the vision tower's rows are no padding, in a run of the user's own; None where none is."""
-        if self._counter.senses == self._counter.hears:
+    def _real_patches(self, arguments: Mapping[str, object]) -> Tensor | None:
+        """Which patches of a vision tower's rows are no padding; None where all are, or without such a tower."""
+        if not any(state.of_media and not state.hears for state in self._counter.sites):
             return None
         try:
             return real_patches(arguments, self.model.hf.config)
-        except UnknownPadding as what:
+        except UnknownPadding as padding:
             raise MismatchError(
-                f"some of what the vision tower of {type(self.model.hf).__name__} sees is padding ({what}), and it "
+                f"some of what the vision tower of {type(self.model.hf).__name__} sees is padding ({padding}), and it "
                 "cannot be told what: padding would be counted"
             ) from None
 
@@ -205,6 +206,7 @@ class Recorder:
         frame = self._counter.frame
         if frame is None:
             return
+        OWNERS.check(module)  # the end of a run that another thread began before this recorder was entered
         labels, n_rows = self._labels, len(frame.mask)
         groups = [labels] * n_rows if isinstance(labels, str) else list(labels)
         if len(groups) != n_rows:
@@ -222,10 +224,11 @@ class Recorder:
         if not hasattr(hf, "generate"):
             yield
             return
-        generate, own = hf.generate, "generate" in vars(hf)
+        generate, was_replaced = hf.generate, "generate" in vars(hf)
 
         @functools.wraps(generate)
         def generating(*args: object, **kwargs: object) -> Tensor:
+            OWNERS.check(hf)  # another thread's steps would be taken for those of a generation of this one
             before, self._generation = self._generation, _Generation(args, kwargs)
             try:
                 return generate(*args, **kwargs)
@@ -236,7 +239,7 @@ class Recorder:
         try:
             yield
         finally:
-            if own:
+            if was_replaced:
                 vars(hf)["generate"] = generate
             else:
                 vars(hf).pop("generate", None)
@@ -255,10 +258,9 @@ class _Generation:
     def step(self, arguments: Keywords) -> tuple[Keywords, bool]:
         """The arguments of the next forward with a mask of its tokens, and whether it goes on with counted items.
 
-        A cache of fixed size, or none at all, makes masks of other shapes, and shows tokens again.
+        The model's own mask does not say that: a cache of fixed size has masks of other shapes, and without any cache
+        every step shows all tokens anew.
         """
-        import torch
-
         ids = arguments["input_ids"]
         if self._rows is not None and len(ids) != self._rows:
             raise QuestionError(
@@ -266,8 +268,8 @@ class _Generation:
                 "so an item's tokens would be counted several times: record with num_beams=1, num_return_sequences=1"
             )
         first = self._length == 0
-        again = not first and ids.shape[1] > self._length  # the whole sequence, for want of a cache
-        total = ids.shape[1] if first or again else self._length + ids.shape[1]
+        from_start = first or ids.shape[1] > self._length  # the whole sequence, for want of a cache
+        total = ids.shape[1] if from_start else self._length + ids.shape[1]
         expected = self._prompt if first else self._length + 1
         if expected is not None and total > expected:
             raise QuestionError(
@@ -275,18 +277,23 @@ class _Generation:
                 "prompt lookup, or a prompt in chunks): those that are taken back would be counted too. "
                 "Record with neither assistant_model=, prompt_lookup_num_tokens= nor prefill_chunk_size="
             )
-        self._shown, self._length = (self._length if again else 0), total
+        # Of a step that shows the whole sequence, the tokens of the steps before are not counted once more.
+        self._shown, self._length = (self._length if from_start else 0), total
         mask = torch.ones_like(ids)
-        if self._mask is not None and (first or again):
-            known = self._mask[:, : ids.shape[1]].to(ids.device, ids.dtype)
-            mask[:, : known.shape[1]] = known
+        if self._mask is not None and from_start:
+            of_prompt = self._mask[:, : ids.shape[1]].to(ids.device, ids.dtype)
+            mask[:, : of_prompt.shape[1]] = of_prompt
         return {**arguments, "attention_mask": mask}, not first
 
-    def new(self, length: int, device: Any) -> Tensor:
-        """``[1, token]`` which tokens of the step are new."""
-        import torch
+    def new_tokens(self, mask: Tensor) -> Tensor:
+        """``[1, token]`` which of a step's tokens ``[row, token]`` the steps before have not shown."""
+        return torch.arange(mask.shape[1], device=mask.device)[None] >= self._shown
 
-        return torch.arange(length, device=device)[None] >= self._shown
+
+def _holds(cache: Any) -> bool:
+    """Whether a cache holds tokens of earlier forwards."""
+    length = getattr(cache, "get_seq_length", None)
+    return length is not None and bool(length() > 0)
 
 
 def _by_name(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Keywords:

@@ -18,7 +18,7 @@ from vlmneurons.checks import as_number
 from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.files.stopping import Undivided
 from vlmneurons.model.architectures.hooks import write
-from vlmneurons.model.architectures.inside import Hook, Removal
+from vlmneurons.model.architectures.inside import Removal
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
@@ -40,56 +40,26 @@ def ablations_in_force(module: nn.Module) -> "tuple[Ablation, ...]":
     return tuple(_IN_FORCE.get(module, ()))
 
 
-class _Refusal:
-    """Stands in the way of ``save_pretrained`` while a model is ablated: its weights are not what it computes with."""
-
-    def __init__(self, hf: nn.Module) -> None:
-        self.hf, self.holders, self.before = weakref.ref(hf), 0, vars(hf).get("save_pretrained")
-
-    def __call__(self, *_: object, **__: object) -> None:
-        raise AblationError(
-            "this model is being ablated, and an ablation is no part of its weights: what is saved would be the "
-            "untouched model. Save it outside of the ablation"
-        )
-
-    def __deepcopy__(self, memo: Mapping[int, object]) -> object:
-        # A copy of the model is not ablated, and may be saved.
-        hf = self.hf()
-        copied = memo.get(id(hf))
-        return self if hf is None or copied is None else types.MethodType(getattr(type(hf), "save_pretrained"), copied)  # noqa: B009
-
-
-def _refuse_saving(hf: nn.Module) -> Removal:
-    refusal = vars(hf).get("save_pretrained")
-    if not isinstance(refusal, _Refusal):
-        refusal = vars(hf)["save_pretrained"] = _Refusal(hf)
-    refusal.holders += 1
-
-    def allow() -> None:
-        refusal.holders -= 1
-        if refusal.holders == 0:
-            vars(hf).pop("save_pretrained", None)
-            if refusal.before is not None:
-                vars(hf)["save_pretrained"] = refusal.before
-
-    return Removal(allow)
-
-
 @dataclass(frozen=True)
 class SiteEdit:
-    """What happens to one site: the same for all rows (``columns``), or by row (``mask``)."""
+    """Which neurons of one site are edited: the same in all rows (``columns``), or others in each (``mask``).
+
+    Attributes:
+        columns: the neurons, where they are the same in all rows.
+        mask: the neurons of each row, where they are not.
+        values: what the mode needs, if anything: for the neurons in ``columns``, or else for all of the site.
+    """
 
     columns: Tensor | None
     mask: Bool[Tensor, "row neuron"] | None
     values: Float[Tensor, "*row neuron"] | None
-    """Of the site's neurons: those in ``columns``, or, by row, all of them."""
 
 
 class Ablation:
     """Sets neurons to zero, or to something else, while it is entered; the model is untouched before and after.
 
     Leaving it restores the model exactly, also after an exception, and ablations may be left in any order. An empty set
-    of neurons changes nothing, not a bit of any logit.
+    of neurons changes no bit of any logit.
 
     Args:
         model: the model.
@@ -155,29 +125,28 @@ class Ablation:
         self.neurons: NeuronSet | tuple[NeuronSet, ...] = sets if self.by_row else sets[0]
         if not sets:
             raise AblationError("an empty sequence of neuron sets was given; give one set, or one for each row")
-        for other in sets:
-            if not isinstance(other, NeuronSet):
-                raise AblationError(f"neurons are a NeuronSet, or a sequence of them; one is a {type(other).__name__}")
+        for neurons_of_row in sets:
+            if not isinstance(neurons_of_row, NeuronSet):
+                kind = type(neurons_of_row).__name__
+                raise AblationError(f"neurons are a NeuronSet, or a sequence of them; one is a {kind}")
         self.space = sets[0].space
-        for other in sets:
-            if not self.space.same_neurons(other.space):
-                raise MismatchError(f"the rows' neurons are of different spaces: {self.space} and {other.space}")
+        for space in (neurons_of_row.space for neurons_of_row in sets):
+            if not self.space.same_neurons(space):
+                raise MismatchError(f"the rows' neurons are of different spaces: {self.space} and {space}")
         self._refuse_foreign(model, self.space)
-        self.edits = self._plan(sets, self._values(values, sets))
-        """What is done at each site that has something to do: an engine may do it to other rows than a forward's."""
+        self.edits = self._plan(sets, self._values_of_space(values, sets))
+        """The edit of each site that has any: an engine may make them elsewhere than in this model's own forward."""
         self._entered = contextlib.ExitStack()
-        self._what: Intervention | None = None
-        self._given_values = values
+        self._values = values
 
     @property
     def what(self) -> Intervention:
-        """What is done, as data; for one set of neurons for all rows, or the sets of the rows by their number."""
-        if self._what is None:
-            sets = self.neurons
-            neurons = Selection({f"row {n}": one for n, one in enumerate(sets)}) if isinstance(sets, tuple) else sets
-            factor = self.factor if self.mode in ("scale", "add") else None
-            self._what = Intervention(neurons, self.mode, factor, self._given_values, self.at)
-        return self._what
+        """What is done, as data; where rows have neurons of their own, with a set for each row by its number."""
+        neurons = self.neurons
+        if isinstance(neurons, tuple):
+            neurons = Selection({f"row {row}": neurons_of_row for row, neurons_of_row in enumerate(neurons)})
+        factor = self.factor if self.mode in ("scale", "add") else None
+        return Intervention(neurons, self.mode, factor, self._values, self.at)
 
     @staticmethod
     def _refuse_foreign(model: VLM, space: NeuronSpace) -> None:
@@ -191,8 +160,8 @@ class Ablation:
                     f"these neurons are not of this model: {site} has {mlp.width} neurons here, {width} in their space"
                 )
 
-    def _values(self, values: object, sets: tuple[NeuronSet, ...]) -> Float[Tensor, " space"] | None:
-        """Values of every neuron of the space, whatever form they were given in."""
+    def _values_of_space(self, values: object, sets: tuple[NeuronSet, ...]) -> Float[Tensor, " space"] | None:
+        """The values as one for every neuron of the space, whatever form they were given in."""
         if values is None:
             return None
         size = len(self.space)
@@ -206,9 +175,9 @@ class Ablation:
                 )
             return values.merge_groups({"all": list(values.groups)}).mean[0]
         try:
-            given = torch.as_tensor(values).dtype
-            if given == torch.bool or given.is_complex:
-                raise TypeError(f"they are {given}")
+            dtype = torch.as_tensor(values).dtype
+            if dtype == torch.bool or dtype.is_complex:
+                raise TypeError(f"they are {dtype}")
             tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise AblationError(f"values are a number or a tensor of numbers: {error}") from error
@@ -224,25 +193,26 @@ class Ablation:
         raise MismatchError(f"values are a number or a tensor of shape {allowed}; got {list(tensor.shape)}")
 
     def _plan(self, sets: tuple[NeuronSet, ...], values: Tensor | None) -> dict[Site, SiteEdit]:
-        """What to do at each site; sites with nothing to do are left out, so that they cost nothing."""
+        """The edit of each site that has neurons of the sets; other sites are left out, and cost nothing."""
         edits = {}
         bounds = torch.tensor(self.space.offsets)
-        cuts = [torch.searchsorted(one.indices, bounds) for one in sets]
+        cuts = [torch.searchsorted(neurons.indices, bounds) for neurons in sets]
         for position, site in enumerate(self.space.sites):
             start, width = self.space.offsets[position], self.space.widths[position]
             columns = [
-                one.indices[cut[position] : cut[position + 1]] - start for one, cut in zip(sets, cuts, strict=True)
+                neurons.indices[cut[position] : cut[position + 1]] - start
+                for neurons, cut in zip(sets, cuts, strict=True)
             ]
-            if not any(len(part) for part in columns):
+            if not any(map(len, columns)):
                 continue
-            here = None if values is None else values[start : start + width]
+            of_site = None if values is None else values[start : start + width]
             if not self.by_row:
-                edits[site] = SiteEdit(columns[0], None, None if here is None else here[columns[0]])
+                edits[site] = SiteEdit(columns[0], None, None if of_site is None else of_site[columns[0]])
             else:
                 mask = torch.zeros((len(sets), width), dtype=torch.bool)
-                for row, part in enumerate(columns):
-                    mask[row, part] = True
-                edits[site] = SiteEdit(None, mask, here)
+                for row, columns_of_row in enumerate(columns):
+                    mask[row, columns_of_row] = True
+                edits[site] = SiteEdit(None, mask, of_site)
         return edits
 
     # -- being entered -------------------------------------------------------------------------------------------------
@@ -257,7 +227,7 @@ class Ablation:
                 _IN_FORCE.setdefault(hf, []).append(self)
                 entered.callback(_IN_FORCE[hf].remove, self)
                 # Entered first and removed last, so that an empty set is guarded against other threads as well.
-                entered.enter_context(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))))
+                entered.enter_context(OWNERS.guard(hf))
                 entered.callback(_refuse_saving(hf).remove)
                 for site in self.edits:
                     mlp = self.model.mlp_of(site.at(self.at))
@@ -271,16 +241,16 @@ class Ablation:
         try:
             with Undivided():
                 self._entered.close()
-        except KeyboardInterrupt:  # it may have come before there was anything that waits
+        except KeyboardInterrupt:  # it may have come just before `Undivided` began
             self._entered.close()
             raise
 
     def _editor(self, site: Site) -> Callable[..., Tensor | None]:
-        """The function that gives one site's edited values."""
+        """The function that returns one site's edited values."""
         edit_in_place = self.in_place(site)
 
         def apply(values: Tensor, tokens: Tensor | None = None) -> Tensor:
-            # The model's own tensor may be kept by others: a trace shows it, a recorder counts it.
+            # Others may still look at the model's own tensor: a trace shows it, a recorder counts it.
             values = values.clone()
             edit_in_place(values, tokens)
             return values
@@ -288,13 +258,13 @@ class Ablation:
         return apply
 
     def in_place(self, site: Site) -> Callable[..., None]:
-        """The function that edits one site's values where they are; index tensors are moved to its device once.
+        """The function that edits one site's values in place; index tensors are moved to their device once.
 
         Args:
             site: one of `edits`.
 
         Raises:
-            AblationError: the function was given rows that are not those that the neurons are of.
+            AblationError: the function was given other rows than those that neurons were chosen for.
         """
         edit = self.edits[site]
         cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
@@ -332,6 +302,45 @@ class Ablation:
         edit_rows(values, mask, self.mode, self.factor, new)
 
     def __repr__(self) -> str:
-        what = f"{len(self.neurons)} rows" if isinstance(self.neurons, tuple) else f"{len(self.neurons)} neurons"
+        unit = "rows" if self.by_row else "neurons"
         factor = f", factor={self.factor:g}" if self.mode in ("scale", "add") else ""
-        return f"Ablation({what}, {self.mode!r}{factor}, at={self.at!r})"
+        return f"Ablation({len(self.neurons)} {unit}, {self.mode!r}{factor}, at={self.at!r})"
+
+
+# -- saving an ablated model -------------------------------------------------------------------------------------------
+
+
+class _Refusal:
+    """Stands in the way of ``save_pretrained`` while a model is ablated: its weights are not what it computes with."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.hf, self.holders, self.before = weakref.ref(hf), 0, vars(hf).get("save_pretrained")
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise AblationError(
+            "this model is being ablated, and an ablation is no part of its weights: what is saved would be the "
+            "untouched model. Save it outside of the ablation"
+        )
+
+    def __deepcopy__(self, memo: Mapping[int, object]) -> object:
+        # A copy of the model is not ablated, so it may be saved.
+        hf = self.hf()
+        copied = memo.get(id(hf))
+        return self if hf is None or copied is None else types.MethodType(getattr(type(hf), "save_pretrained"), copied)  # noqa: B009
+
+
+def _refuse_saving(hf: nn.Module) -> Removal:
+    """Puts a refusal in the place of ``save_pretrained``: a single one, however many ablations nest."""
+    refusal = vars(hf).get("save_pretrained")
+    if not isinstance(refusal, _Refusal):
+        refusal = vars(hf)["save_pretrained"] = _Refusal(hf)
+    refusal.holders += 1
+
+    def allow() -> None:
+        refusal.holders -= 1
+        if refusal.holders == 0:
+            vars(hf).pop("save_pretrained", None)
+            if refusal.before is not None:
+                vars(hf)["save_pretrained"] = refusal.before
+
+    return Removal(allow)

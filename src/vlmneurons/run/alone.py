@@ -1,11 +1,11 @@
 """Whether a model answers a question that shares a batch as it does alone: tried out once, on its first batch.
 
 Some models' own code lets rows of a batch reach each other: one counts the positions of a question's picture on from
-the questions before it, another lets pictures attend to each other's patches, or padding to words. Their numbers would
-hang on what stands beside a question. Types that were seen to keep rows apart are not tried again.
+those of the questions before it, another lets pictures attend to each other's patches, or padding to words. Their
+numbers would depend on what shares the batch. Types of models that were seen to keep rows apart are not tried again.
 
 This guards what the library asks (`vlmneurons.record`, `knockout` and all others with a ``batch_size``). A `Recorder`
-sees runs of the user's own, whose inputs it cannot take apart and run anew: there it is for the user to compare.
+sees the user's own runs, whose inputs it cannot take apart and run anew: there the user has to compare.
 """
 
 import warnings
@@ -35,10 +35,10 @@ _KEEP_APART = {
 }
 # fmt: on
 """The types of models whose counts were compared row by row in batches padded on either side."""
-_TRIED: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, int]]" = weakref.WeakKeyDictionary()
-"""How often each model was tried in vain with each kind of batch; `_DONE` where it need not be tried again."""
-_TRIALS, _DONE = 3, 99
-_ROWS = 6
+_N_TRIED: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, int]]" = weakref.WeakKeyDictionary()
+"""How often each model was tried in vain with each kind of batch; `_MOST_TRIALS` where it need not be tried again."""
+_MOST_TRIALS = 3
+_MOST_ROWS = 6
 _ROUNDING, _COARSE = 1e-2, 1.0
 """By how many nats the likeliest words may differ: in float32; in half precision, where a router's choice may flip."""
 
@@ -48,9 +48,10 @@ def check_alone(model: VLM, batch: QuestionSet, padding_side: str) -> None:
     """Refuse batches of a model that answers a question otherwise beside others.
 
     The first questions of the batch, its last, and the one with the most padding are asked alone as well, without
-    anything switched off. In half precision, where answers differ by rounding alone, a large difference is warned of.
-    Where a batch does not fit into memory, half of it is tried. One that cannot be run is left to the run itself, which
-    says why, and the next is tried in its place; after three of them it is told that none could be.
+    anything switched off. In half precision answers may differ a little by rounding alone, so only a large difference
+    counts, and it is warned of. Where a batch does not fit into memory, half of it is tried. A batch that cannot be run
+    at all is left to the run itself, which says why, and the next one is tried in its place; after three of them a
+    warning says that the model could not be tried.
 
     Args:
         model: the model.
@@ -58,67 +59,69 @@ def check_alone(model: VLM, batch: QuestionSet, padding_side: str) -> None:
         padding_side: the side on which they will be padded: ``"left"`` to generate.
 
     Raises:
-        MismatchError: the likeliest words' log-probabilities are others.
+        MismatchError: the log-probabilities of the likeliest words differ.
     """
     kind = (tuple(map(bool, batch[0].n_media)), padding_side)
-    tried = _TRIED.setdefault(model.hf, {})
-    known = getattr(model.hf.config, "model_type", "") in _KEEP_APART
-    if len(batch) < 2 or known or tried.get(kind, 0) >= _TRIALS:
+    n_tried = _N_TRIED.setdefault(model.hf, {})
+    keeps_apart = getattr(model.hf.config, "model_type", "") in _KEEP_APART
+    if len(batch) < 2 or keeps_apart or n_tried.get(kind, 0) >= _MOST_TRIALS:
         return
-    off, row, told, halve = 0.0, 0, "", False
+    distance, row, failure, halve = 0.0, 0, "", False
     try:
-        off, row = _farthest(model, batch, padding_side)
-    except Exception as error:  # of whatever kind: it comes again
-        told, halve = f"{type(error).__name__}: {error}", is_out_of_memory(error) and len(batch) > 2
+        distance, row = _farthest(model, batch, padding_side)
+    except Exception as error:  # of whatever kind: it comes again in the run itself
+        failure, halve = f"{type(error).__name__}: {error}", is_out_of_memory(error) and len(batch) > 2
     if halve:  # the error is gone by now, and what its traceback held
         release()
         return check_alone(model, batch[: len(batch) // 2], padding_side)
-    if told:
-        tried[kind] = tried.get(kind, 0) + 1
-        if tried[kind] >= _TRIALS:
-            what = f"whether {type(model.hf).__name__} answers a question in a batch as it does alone"
-            warnings.warn(f"{what} could not be tried ({told}): compare with batch_size=1", stacklevel=3)
+    name = type(model.hf).__name__
+    if failure:
+        n_tried[kind] = n_tried.get(kind, 0) + 1
+        if n_tried[kind] == _MOST_TRIALS:
+            question = f"whether {name} answers a question in a batch as it does alone"
+            warnings.warn(f"{question} could not be tried ({failure}): compare with batch_size=1", stacklevel=3)
         return
-    whole = {one.dtype for one in model.hf.parameters() if one.is_floating_point()} <= {torch.float32, torch.float64}
-    if off > (_ROUNDING if whole else _COARSE):
-        what = (
-            f"{type(model.hf).__name__} answers question {batch[row].id!r} otherwise in a batch than alone: the "
-            f"likeliest words' log-probabilities differ by up to {off:.2g}. Its own code does not keep the rows of a "
-            "batch apart, or from their padding"
+    dtypes = {weight.dtype for weight in model.hf.parameters() if weight.is_floating_point()}
+    exact = dtypes <= {torch.float32, torch.float64}
+    if distance > (_ROUNDING if exact else _COARSE):
+        message = (
+            f"{name} answers question {batch[row].id!r} otherwise in a batch than alone: the likeliest words' "
+            f"log-probabilities differ by up to {distance:.2g}. Its own code does not keep the rows of a batch apart, "
+            "or from their padding"
         )
-        if whole:
-            raise MismatchError(f"{what}: ask one question at a time (batch_size=1)")
+        if exact:
+            raise MismatchError(f"{message}: ask one question at a time (batch_size=1)")
         but = ", unless a router's choices flip in half precision: compare with batch_size=1"
-        warnings.warn(what + but, stacklevel=3)  # of which it is told once
-    tried[kind] = _DONE
+        warnings.warn(message + but, stacklevel=3)
+    n_tried[kind] = _MOST_TRIALS
 
 
 def _farthest(model: VLM, batch: QuestionSet, side: str) -> tuple[float, int]:
     """By how many nats likely words differ at most between the batch and its rows alone, and in which row."""
     together = model.encoder(batch, padding_side=side)
-    rows = {*range(min(_ROWS, len(batch))), len(batch) - 1, int(together.tokens.attention.sum(1).argmin())}
-    found = _next_words(model, together, side)
+    rows = {*range(min(_MOST_ROWS, len(batch))), len(batch) - 1, int(together.tokens.attention.sum(1).argmin())}
+    beside_others = _next_words(model, together, side)
     alone = {row: _next_words(model, model.encoder(batch[row : row + 1], padding_side=side), side)[0] for row in rows}
-    return max((_difference(found[row], alone[row]), row) for row in rows)
+    return max((_difference(beside_others[row], alone[row]), row) for row in rows)
 
 
 def _next_words(model: VLM, batch: Batch, side: str) -> list[Tensor]:
-    """The logits ``[word]`` of what follows each row, in the way in which its answer will be read."""
+    """The logits ``[word]`` of what follows each row, computed in the way in which its answer will be read."""
     if side == "right" and not model.is_encoder_decoder:
         return [logits[0] for logits in logits_at(model, batch, [[place] for place in batch.tokens.last.tolist()])]
-    how = {"return_dict_in_generate": True, "output_logits": True}
-    with greedily(model.hf, 1) as config:  # which counts positions from where each row begins
-        made: Any = model.hf.generate(**batch, generation_config=config, **how)
-    return list(made.logits[0].float().cpu())
+    with greedily(model.hf, 1) as config:  # generation counts positions from where each row begins
+        generated: Any = model.hf.generate(
+            **batch, generation_config=config, return_dict_in_generate=True, output_logits=True
+        )
+    return list(generated.logits[0].float().cpu())
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def _difference(logits: Tensor, expected: Tensor) -> float:
     """By how many nats the log-probabilities of the twenty likeliest words differ; infinitely, if only one is a number.
 
     Words that are forbidden in both, and what is not a number in both, do not differ.
     """
-    one, other = found.log_softmax(-1), expected.log_softmax(-1)
-    top = other.topk(min(20, len(other))).indices
-    one, other = one[top], other[top]
-    same = (one == other) | (one.isnan() & other.isnan())
-    return float((one - other).abs().nan_to_num(torch.inf, torch.inf).masked_fill(same, 0.0).max())
+    top = expected.topk(min(20, len(expected))).indices
+    nats, expected_nats = logits.log_softmax(-1)[top], expected.log_softmax(-1)[top]
+    same = (nats == expected_nats) | (nats.isnan() & expected_nats.isnan())
+    return float((nats - expected_nats).abs().nan_to_num(torch.inf, torch.inf).masked_fill(same, 0.0).max())

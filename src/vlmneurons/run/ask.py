@@ -1,8 +1,9 @@
 """The one loop that asks a model questions, batch by batch; what becomes of the answers is a `Job`'s business.
 
-Batching, encoding ahead, halving where memory does not suffice, skipping what cannot be asked, progress, the share of
-each process, going on with what is finished, and what an error leaves: all of it is here, and so the same wherever
-questions are asked (`vlmneurons.record`, `record_items`, `knockout`, `attribute`, `screen`, `inspect_neuron`).
+Batching, encoding ahead, halving batches where memory does not suffice, skipping questions that cannot be asked, the
+progress bar, the share of each process, resuming, and the partial result that an error leaves: all of it is here, and
+so the same wherever questions are asked (`vlmneurons.record`, `record_items`, `knockout`, `attribute`, `screen`,
+`inspect_neuron`).
 """
 
 import contextlib
@@ -36,21 +37,21 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Options:
-    """How questions are asked, whatever for; every function that asks takes these.
+    """How questions are asked; every function that asks takes these.
 
     Attributes:
         batch_size: questions a forward; where they do not fit into memory, half as many from then on.
-        by_length: whether questions of like length share a batch.
-        prefetch: how many batches a thread encodes ahead; None for 2, and none where the model is on the CPU.
+        by_length: whether questions of similar length share a batch.
+        prefetch: how many batches a thread encodes ahead; None for 2, and for 0 where the model is on the CPU.
         on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked.
         progress: whether to show a bar, or the step of a longer work that this is.
         remote: where the model runs.
         distributed: whether to share the batches with the other processes of a ``torchrun``.
-        part: ask a part of the batches alone, ``"3/8"`` or ``(3, 8)`` every eighth from the third on; None for all.
-        processes: what of the batches is asked here, by ``distributed`` and ``part``.
+        part: ask only a part of the batches: ``"3/8"`` or ``(3, 8)`` is every eighth from the third on; None for all.
+        processes: which of the batches are asked here, by ``distributed`` and ``part``.
 
     Raises:
-        QuestionError: a value that none of them can have.
+        QuestionError: an option has a value that it cannot have.
     """
 
     batch_size: int = 8
@@ -76,7 +77,7 @@ class Options:
         object.__setattr__(self, "processes", current_processes() if self.distributed else alone)
 
     def dealt(self, asks: Callable[[], Sequence[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
-        """What the manifest of a part says besides the whole's, and what it keeps; nothing where all is asked.
+        """What a part's manifest has beyond that of the whole, and what its folder keeps; nothing where all is asked.
 
         Args:
             asks: gives the ids of the questions that are asked here.
@@ -90,23 +91,28 @@ class Options:
 def to_ask(
     questions: QuestionSet | Sequence[Question], answer: str | AnswerReader | None, why: str | None = None
 ) -> QuestionSet:
-    """The questions as a set, read in the way that was asked for.
+    """The questions as a set, with the reader that was chosen.
+
+    Args:
+        questions: the questions.
+        answer: the reader; None keeps that of the questions.
+        why: what they are for, which ends the error where there are none; None allows none.
 
     Raises:
-        QuestionError: there are none; ``why`` ends the sentence. Where it is None, the caller looks at that.
+        QuestionError: there are none.
     """
-    asked = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
-    if why is not None and not len(asked):
+    questions = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
+    if why is not None and not len(questions):
         raise QuestionError(f"there are no questions {why}")
-    return asked if answer is None else asked.asked(answer=answer)
+    return questions if answer is None else questions.asked(answer=answer)
 
 
 def engine_of(model: VLM, questions: QuestionSet, remote: Remote = False) -> Engine:
-    """What runs the model, reading the answers as the questions say.
+    """What runs the model and reads its answers as the questions say.
 
     Raises:
-        MismatchError: no such place, or a model without weights that is to run here.
-        QuestionError: a reader that the engine cannot run, or that cannot read such questions.
+        MismatchError: there is no such place, or a model without weights is to run here.
+        QuestionError: the engine cannot run the reader, or the reader cannot read such questions.
     """
     check_model(model)
     refuse_unobeyed(model)
@@ -127,7 +133,7 @@ class Job(ABC, Generic[Made]):
     """What is done with each batch, and what becomes of it.
 
     Attributes:
-        unit: of what the progress bar counts.
+        unit: what the progress bar counts.
         gradients: whether the model is run with gradients.
     """
 
@@ -143,42 +149,42 @@ class Job(ABC, Generic[Made]):
         """What a batch is run on; called in another thread where batches are encoded ahead."""
         return self.engine.encode(questions)
 
-    def apart(self, question: Question) -> Hashable:
-        """What questions have in common that may share a batch."""
+    def batch_key(self, question: Question) -> Hashable:
+        """A key that questions must have in common to share a batch."""
         return None
 
     def weight(self, batch: QuestionSet) -> int:
-        """How many units a batch is."""
+        """How many units of the progress bar a batch is."""
         return len(batch)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Around all batches: hooks, locks."""
+        """A context around all batches, such as hooks and locks."""
         yield
 
-    def known(self, number: int, batch: QuestionSet) -> bool:
-        """Whether a batch was finished before."""
+    def is_finished(self, number: int, batch: QuestionSet) -> bool:
+        """Whether a batch was finished in an earlier run."""
         return False
 
     @abstractmethod
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], object]) -> Made:
-        """Run the model on some questions of one batch; ``told`` moves the bar, if `take` is not soon enough.
+    def run(self, questions: QuestionSet, encoded: Any, move_bar: Callable[[int], object], /) -> Made:
+        """Run the model on some questions of one batch; ``move_bar`` moves the bar before `take` does.
 
-        What it has noted of questions that it did not finish, it takes back itself: they may be asked again.
+        If it fails, it takes back itself what it has noted of these questions: they may be asked again.
         """
 
     @abstractmethod
     def take(self, number: int, questions: QuestionSet, made: Made) -> int:
-        """Keep what was made of some questions of a batch; by how much the bar moves."""
+        """Keep what `run` gave for some questions of a batch; returns by how much the bar moves."""
 
     def finish(self, number: int, batch: QuestionSet) -> None:
-        """A batch is finished, all of its questions taken or skipped."""
+        """Called when a batch is finished: all of its questions are taken or skipped."""
 
     def forget(self) -> None:
         """Drop what is left of a batch, finished or not."""
 
     def partial(self) -> object:
-        """What an error or interrupt leaves: the result of what was finished; None where it is on disk."""
+        """The result of the batches that are finished, which an error or interrupt carries; None if it is on disk."""
         return None
 
     def postfix(self) -> Keywords:
@@ -192,17 +198,17 @@ def ask(job: Job[Any], questions: QuestionSet, options: Options) -> None:
     Args:
         job: what is done with them.
         questions: all questions, the same in every process.
-        options: how.
+        options: how they are asked.
 
     Raises:
-        QuestionError: a question cannot be asked (with ``on_error="raise"``). Its ``partial``, like that of any error
-            or interrupt on the way, is the job's.
+        QuestionError: a question cannot be asked (with ``on_error="raise"``). This error, like any other error or
+            interrupt on the way, has the job's partial result as ``partial``.
         OutOfMemoryError: a single question does not fit into memory.
     """
     model = job.engine.model
     mine = list(options.processes.mine(list(batches_of(job, questions, options))))
     with OWNERS.held(model.hf, "asked"), job.running(), undisturbed(model.hf), torch.inference_mode(not job.gradients):
-        waiting = [(number, batch) for number, batch in mine if not job.known(number, batch)]
+        waiting = [(number, batch) for number, batch in mine if not job.is_finished(number, batch)]
         for _, batch in waiting:
             job.engine.check_alone(batch)
         total = sum(job.weight(batch) for _, batch in mine)
@@ -220,29 +226,32 @@ def ask(job: Job[Any], questions: QuestionSet, options: Options) -> None:
 
 
 def batches_of(job: Job[Any], questions: QuestionSet, options: Options) -> Iterator[QuestionSet]:
-    """The batches of a job: of questions that may share one, in their order."""
+    """The batches of a job, in their order; the questions of each may share it."""
     lengths = functools.partial(job.engine.model.encoder.length, questions) if options.by_length else None
-    together: dict[Hashable, list[Question]] = {}
-    for item in questions:
-        together.setdefault(job.apart(item), []).append(item)
-    for items in together.values():
+    by_key: dict[Hashable, list[Question]] = {}
+    for question in questions:
+        by_key.setdefault(job.batch_key(question), []).append(question)
+    for items in by_key.values():
         yield from batches(questions.with_items(items), options.batch_size, lengths)
 
 
 def _ask_batch(
     job: Job[Any], number: int, batch: QuestionSet, encode: Callable[[], object], on_error: str, bar: Any
 ) -> None:
-    """One batch, in one part or, where memory does not suffice, in several."""
+    """Ask one batch, in one part or, where memory does not suffice, in several."""
     skipped: list[str] | None = [] if on_error == "skip" else None
+
+    def run(part: QuestionSet, encoded: object) -> Any:
+        return job.run(part, encoded, bar.update)
+
     try:
-        run = functools.partial(job.run, told=bar.update)
-        for part, made in asked_in_parts(batch, job.limit, encode, job.encode, run, skipped):
-            bar.update(job.take(number, part, made))
+        for part, result in asked_in_parts(batch, job.limit, encode, job.encode, run, skipped):
+            bar.update(job.take(number, part, result))
         job.skipped.extend(skipped or ())
         job.finish(number, batch)
         if skipped:
-            bar.update(job.weight(batch.filter(lambda item: item.id in skipped)))
-    except Stopped:  # there is no time to lose; what is finished is in the folder
+            bar.update(job.weight(batch.filter(lambda question: question.id in skipped)))
+    except Stopped:  # the process is about to be killed, and what is finished is in the folder
         raise
     except BaseException as error:
         # Hours of forwards are not thrown away over one picture, a full memory or an interrupt.
@@ -259,9 +268,9 @@ def _ask_batch(
 
 @contextlib.contextmanager
 def undisturbed(hf: nn.Module) -> Iterator[None]:
-    """Within, a model runs as it does alone, whatever is around: no dropout, the usual default dtype.
+    """Within, a model runs as it always does, whatever the caller has set: no dropout, the usual default dtype.
 
-    What was set is set again afterwards, for each of the model's parts.
+    Afterwards everything is as the caller set it, for each of the model's modules.
     """
     training = [module for module in hf.modules() if module.training]
     dtype = torch.get_default_dtype()

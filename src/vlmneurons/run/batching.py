@@ -1,8 +1,8 @@
-"""Which questions share a forward, and making the next ones ready meanwhile.
+"""Which questions share a forward, and encoding the next batches meanwhile.
 
-Decoding and resizing a picture takes the CPU tens of milliseconds, in which a GPU would wait; so a thread encodes the
-next batches while the model runs on this one. One thread, in order: what comes out does not depend on it. A model on
-the CPU waits for nothing: there the two would only share its cores, and the batches ahead would lie in its memory.
+Decoding and resizing a picture takes the CPU tens of milliseconds, in which a GPU would wait. So a thread encodes the
+next batches while the model runs on this one. It is a single thread that works in order, so the results do not depend
+on it. For a model on the CPU nothing is gained: both would share its cores, and batches ahead would lie in its memory.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _AHEAD = 2
 def batches(
     questions: QuestionSet, size: int, lengths: Callable[[Question], int] | None = None
 ) -> Iterator[QuestionSet]:
-    """Batches of questions that show equally many pictures, sounds, videos and frames: those with most first.
+    """Batches of questions that show equally many pictures, sounds, videos and frames; those that show most come first.
 
     Questions of the same picture (the same path, or the same content) stand next to each other, so that the vision
     tower sees it once and the decoder computes its tokens once where that is possible; otherwise the order is kept.
@@ -41,32 +41,31 @@ def batches(
         lengths: how many tokens a question has, about: then questions are sorted by it within windows of 16 batches, so
             that little is padding. Those of one picture stay together.
     """
-    for shown in sorted({(item.n_media, item.n_frames) for item in questions}, reverse=True):
+    for n_shown in sorted({(question.n_media, question.n_frames) for question in questions}, reverse=True):
         by_picture: dict[object, list[Question]] = {}
-        for item in questions:
-            if (item.n_media, item.n_frames) == shown:
-                own = _shown(item) if size > 1 else item.id  # alone, nothing is shared
-                by_picture.setdefault(own, []).append(item)
-        together = [item for items in by_picture.values() for item in items]
+        for question in questions:
+            if (question.n_media, question.n_frames) == n_shown:
+                key = _key_of_pictures(question) if size > 1 else question.id  # alone, nothing is shared
+                by_picture.setdefault(key, []).append(question)
+        ordered = [question for of_picture in by_picture.values() for question in of_picture]
         if lengths is not None:
-            windows = (together[start : start + _WINDOW * size] for start in range(0, len(together), _WINDOW * size))
-            together = [item for window in windows for item in _sorted(window, lengths)]
-        for start in range(0, len(together), size):
-            yield questions.with_items(together[start : start + size])
+            windows = (ordered[start : start + _WINDOW * size] for start in range(0, len(ordered), _WINDOW * size))
+            ordered = [question for window in windows for question in _longest_first(window, lengths)]
+        for start in range(0, len(ordered), size):
+            yield questions.with_items(ordered[start : start + size])
 
 
-def _sorted(items: list[Question], lengths: Callable[[Question], int]) -> list[Question]:
-    """Longest first, so that memory that does not suffice is noticed at once; those of one picture by its longest."""
-    longest: dict[object, int] = {}
-    own = [(_shown(item), lengths(item)) for item in items]
-    for shown, length in own:
-        longest[shown] = max(length, longest.get(shown, 0))
-    first = {shown: place for place, (shown, _) in reversed(list(enumerate(own)))}
-    order = sorted(range(len(items)), key=lambda n: (-longest[own[n][0]], first[own[n][0]], -own[n][1], n))
-    return [items[n] for n in order]
+def _longest_first(items: list[Question], lengths: Callable[[Question], int]) -> list[Question]:
+    """Longest first, so that too little memory is noticed at once; those of one picture come with its longest."""
+    by_picture: dict[object, list[tuple[int, Question]]] = {}
+    for question in items:
+        by_picture.setdefault(_key_of_pictures(question), []).append((lengths(question), question))
+    of_pictures = [sorted(pairs, key=lambda pair: -pair[0]) for pairs in by_picture.values()]
+    of_pictures.sort(key=lambda pairs: -pairs[0][0])  # both sorts keep the order of equal lengths
+    return [question for pairs in of_pictures for _, question in pairs]
 
 
-def _shown(item: Question) -> object:
+def _key_of_pictures(item: Question) -> object:
     """What tells a question's pictures from others; pictures behind functions of the user's own are not opened."""
     if not item.sources:
         return item.id
@@ -86,7 +85,7 @@ def prefetched(
     depth: int | None,
     encode: Callable[[QuestionSet], object],
 ) -> Iterator[Iterator[tuple[tuple[int, QuestionSet], Callable[[], object]]]]:
-    """Numbered batches in order, each with a function that gives what it is encoded to; the next are encoded meanwhile.
+    """Numbered batches in order, each with a function that gives it encoded; the next batches are encoded meanwhile.
 
     An error of encoding is raised by the function of its batch, when its turn comes. Leaving the context waits for the
     one batch that is being encoded, and for no other.
@@ -95,35 +94,35 @@ def prefetched(
         model: the model.
         reader: how answers are read.
         coming: the batches.
-        depth: how many batches are encoded ahead; 0 encodes each in its turn, in the caller's thread. So is what a
-            reader with an ``encode`` of its own makes, which might run the model. None is 0 for a model on the CPU, and
-            2 for any other.
+        depth: how many batches are encoded ahead; 0 encodes each in its turn, in the caller's thread. A reader of the
+            user's with an ``encode`` of its own, which might run the model, is always called so. None is 0 for a model
+            on the CPU, and 2 for any other.
         encode: encodes a batch.
     """
     if depth is None:
         on_cpu = next(model.hf.parameters()).device.type == "cpu"  # offloaded or remote weights lie on meta
         depth = 0 if on_cpu else _AHEAD
     if depth == 0 or not type(reader).encode.__module__.startswith("vlmneurons."):
-        yield ((one, functools.partial(encode, one[1])) for one in coming)
+        yield ((numbered, functools.partial(encode, numbered[1])) for numbered in coming)
         return
     inference = torch.is_inference_mode_enabled()
 
-    def encode_there(batch: QuestionSet) -> object:
-        with torch.inference_mode(inference):  # which is a thread's own
+    def encode_in_thread(batch: QuestionSet) -> object:
+        with torch.inference_mode(inference):  # each thread has a mode of its own
             return encode(batch)
 
     executor = ThreadPoolExecutor(1, "vlmneurons-encode")
 
     def ahead() -> Iterator[tuple[tuple[int, QuestionSet], Callable[[], object]]]:
         waiting: deque[tuple[tuple[int, QuestionSet], Future[object]]] = deque()
-        for one in coming:
-            waiting.append((one, executor.submit(encode_there, one[1])))
+        for numbered in coming:
+            waiting.append((numbered, executor.submit(encode_in_thread, numbered[1])))
             if len(waiting) > depth:
-                one, future = waiting.popleft()
-                yield one, future.result
+                first, future = waiting.popleft()
+                yield first, future.result
         while waiting:
-            one, future = waiting.popleft()
-            yield one, future.result
+            first, future = waiting.popleft()
+            yield first, future.result
 
     try:
         yield ahead()

@@ -1,6 +1,6 @@
-"""Editing a site's values in place, as a function of tensors: what every engine calls, here or where the model runs.
+"""Editing a site's values in place, as functions of tensors that every engine calls, here or where the model runs.
 
-A remote job sends it by its source, as it does what counts (see `vlmneurons.statistics.counting`).
+A remote job sends their source along, as it does that of counting (see `vlmneurons.statistics.counting`).
 """
 
 from typing import no_type_check
@@ -33,11 +33,11 @@ def edit_columns(values, columns, mode, factor=1.0, new=None):
 
 @no_type_check
 def edit_rows(values, mask, mode, factor=1.0, new=None):
-    """The same with neurons of each row's own: ``values`` ``[row, ..., neuron]``, ``mask`` ``[row, neuron]``.
+    """As `edit_columns`, with other neurons in each row: ``values`` are ``[row, ..., neuron]``.
 
     Args:
         values: a site's values.
-        mask: ``[row, neuron]`` which neurons of which row.
+        mask: ``[row, neuron]`` whether a neuron is changed in a row.
         mode: see `edit_columns`.
         factor: see `edit_columns`.
         new: ``[neuron]`` values of every neuron of the site.

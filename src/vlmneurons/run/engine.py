@@ -1,8 +1,8 @@
-"""What an engine is: whatever can run one batch of questions, as the model is and under interventions, and count.
+"""What an engine is: whatever runs one batch of questions, with the model as it is and under interventions, and counts.
 
-`vlmneurons.run.local` runs the model here, by hooks; `vlmneurons.run.remote` where nnsight can reach it. Neither knows
-what becomes of answers and counts, and neither recording nor study knows which of them it is given. A further engine is
-a subclass of `Engine`, and a line in `engine_of`.
+`vlmneurons.run.local` runs the model here, by hooks; `vlmneurons.run.remote` runs it where nnsight can reach it.
+Neither knows what becomes of answers and counts, and neither recording nor study knows which engine it is given. A new
+engine is a subclass of `Engine`, and a line in `engine_of`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
-from vlmneurons.run.readers import AnswerReader, Reading, Watch
+from vlmneurons.run.readers import AnswerReader, Reading
 from vlmneurons.statistics.items import ItemStatistic
 
 Counts = Mapping[str, Tensor | None]
@@ -30,7 +30,7 @@ Counts = Mapping[str, Tensor | None]
 
 @runtime_checkable
 class Counting(Protocol):
-    """Who counts while a batch is asked: told what is run, and given counts that it did not see itself."""
+    """What counts while a batch is asked: by hooks where the model runs here, else by counts that it is given."""
 
     space: NeuronSpace
     tokens: TokenRule | Mapping[str, TokenRule]
@@ -46,17 +46,17 @@ class Counting(Protocol):
         """Around the run that shows a batch's questions to the model; ``rows`` stand for them."""
         ...
 
-    def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
+    def take(self, counts: Mapping[int, Counts], n_pictures: Mapping[int, int], /) -> None:
         """Counts of the watched run that were made elsewhere, by the number of the site in the space.
 
-        ``seen`` says, of sites of a vision tower, how many rows of pictures they saw.
+        ``n_pictures`` says, of sites of a vision tower, how many rows of pictures they saw.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """One way of asking a batch: under an ablation, or as the model is; all its questions, or some.
+    """One way of asking a batch: under an ablation or with the model as it is, all its questions or some.
 
     Attributes:
         ablation: what is switched off; None for the model as it is.
@@ -75,9 +75,9 @@ class Engine(ABC):
         reader: how answers are read.
 
     Attributes:
-        name: what the setting calls it: numbers of different engines are not mixed.
-        ragged: whether questions of a batch that meet different masks cost no more than apart.
-        differentiates: whether gradients can be had of what it runs.
+        name: what the setting calls it; numbers of different engines are not mixed.
+        ragged: whether questions that meet different masks may share a batch, at no greater cost than in separate ones.
+        differentiates: whether what it runs gives gradients.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Engine(ABC):
         self.model, self.reader = model, reader
 
     def encode(self, questions: QuestionSet) -> object:
-        """What a batch is run on: made once, and run as often as is wanted."""
+        """What a batch is run on: made once, and run as often as needed."""
         return self.reader.encode(self.model, questions)
 
     def check(self, ablations: Sequence[Ablation], counting: Counting | None) -> None:  # noqa: B027 (most can do all)
@@ -96,7 +96,7 @@ class Engine(ABC):
 
         Args:
             ablations: what will be switched off.
-            counting: who will count.
+            counting: what will count, if anything.
 
         Raises:
             MismatchError: sites that the engine cannot reach.
@@ -104,7 +104,7 @@ class Engine(ABC):
         """
 
     def check_alone(self, batch: QuestionSet) -> None:  # noqa: B027 (an engine of its own keeps rows apart)
-        """Refuse to ask together what the model answers otherwise alone.
+        """Refuse a batch whose questions the model answers otherwise when each is asked alone.
 
         Args:
             batch: questions that are about to share a batch.
@@ -119,7 +119,7 @@ class Engine(ABC):
 
     @abstractmethod
     def count(self, questions: QuestionSet, encoded: object, counting: Counting) -> Reading:
-        """The answers to a batch with the model as it is, counted meanwhile."""
+        """The answers to a batch with the model as it is; ``counting`` counts meanwhile."""
 
     @abstractmethod
     def answers(self, questions: QuestionSet, encoded: object, runs: Sequence[Run]) -> Iterator[Reading]:
@@ -127,33 +127,34 @@ class Engine(ABC):
 
     @property
     def own_setting(self) -> Mapping[str, str]:
-        """Entries of the `Setting` that the engine knows better than the model that is here."""
+        """Entries of the `Setting` that the engine knows, and that cannot be read from the model that is here."""
         return {}
 
     @property
     def provenance(self) -> JSON:
-        """What is to be kept of where and how the model ran, beside the setting."""
+        """What a result keeps of where and how the model ran, beside the setting."""
         return {}
 
 
-def need_gradients(engine: Engine, what: str) -> None:
+def need_gradients(engine: Engine, work: str) -> None:
     """Refuse an engine that gives no gradients.
 
+    Args:
+        engine: the engine.
+        work: what needs them, as a noun.
+
     Raises:
-        QuestionError: it does not.
+        QuestionError: it gives none.
     """
     if not engine.differentiates:
-        raise QuestionError(f"{what} needs gradients, which do not come back from {engine.name}; run the model here")
+        raise QuestionError(f"{work} needs gradients, which do not come back from {engine.name}; run the model here")
 
 
 def need_plain_counts(engine: Engine, counting: Counting) -> None:
-    """Refuse what is counted here only, of an engine that counts where the model runs.
+    """Refuse counting that only works here, for an engine that counts where the model runs.
 
     Raises:
         MismatchError: token rules by name, or statistics of the user's own.
     """
     if isinstance(counting.tokens, Mapping) or counting.statistics:
         raise MismatchError(f"{engine.name}: token rules by name and statistics of your own are counted here only")
-
-
-__all__ = ["Counting", "Counts", "Engine", "Run", "Watch", "need_gradients", "need_plain_counts"]

@@ -28,7 +28,7 @@ def setting_of_run(
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
 ) -> Setting:
-    """Everything beside the questions that the numbers of a run hang on; all weights are read for it.
+    """Everything but the questions that the numbers of a run depend on; all weights are read for it.
 
     Args:
         model: the model.
@@ -36,15 +36,15 @@ def setting_of_run(
         questions: what is asked, for the prompt.
         engine: what runs the model and reads its answers; None for the user's own runs here.
     """
-    known = {} if engine is None else engine.own_setting
+    of_engine = {} if engine is None else engine.own_setting
     return Setting(
         model=type(model.hf).__name__,
-        weights=known.get("weights") or of_model.weights_of(model),
+        weights=of_engine.get("weights") or of_model.weights_of(model),
         configuration=of_model.configuration_of(model),
         adapters=of_model.adapters_of(model),
         quantisation=of_model.quantisation_of(model),
         dtype=of_model.dtype_of(model),
-        in_force=[*(one.what.fingerprint for one in ablations_in_force(model.hf)), *foreign_hooks(model.hf)],
+        in_force=[*(ablation.what.fingerprint for ablation in ablations_in_force(model.hf)), *foreign_hooks(model.hf)],
         processor=of_model.processor_of(model),
         prompt="" if questions is None else name_of_rule(questions.prompt),
         answer="" if engine is None else name_of_reader(engine.reader),
@@ -54,7 +54,7 @@ def setting_of_run(
 
 
 def foreign_hooks(hf: nn.Module) -> Iterator[str]:
-    """Hooks of the user's, which may change what is computed: where they are, and a digest of their code.
+    """The user's own hooks, which may change what is computed: where each is, and a digest of its code.
 
     Args:
         hf: the transformers model.
@@ -67,16 +67,16 @@ def foreign_hooks(hf: nn.Module) -> Iterator[str]:
 
 
 def name_of_rule(rule: object) -> str:
-    """A rule that is known by its name; or a function of the user's by its name, and a digest of its code."""
+    """What tells a rule from others: its name, and for a function of the user's a digest of its code too."""
     if isinstance(rule, str):
         return rule
     if isinstance(rule, Mapping):
-        return ", ".join(f"{name}: {name_of_rule(one)}" for name, one in rule.items())
+        return ", ".join(f"{name}: {name_of_rule(part)}" for name, part in rule.items())
     return digest_of_code(rule)
 
 
 def name_of_reader(reader: AnswerReader) -> str:
-    """How answers are read: a reader of the library as it prints, one of the user's with a digest of its code too."""
+    """What tells a reader from others: how it prints, and for a reader of the user's a digest of its code too."""
     if type(reader).__module__.startswith("vlmneurons."):
         scorer = getattr(reader, "scorer", None)
         by = "" if scorer is None else f", scored by {digest_of_code(scorer)}"
@@ -92,7 +92,7 @@ def run_provenance(
     questions: QuestionSet | None = None,
     engine: Engine | None = None,
 ) -> JSON:
-    """What is kept of a run in words, and its setting."""
+    """What a result keeps of the run that it comes from: names and versions for people to read, and its setting."""
     return {
         "model": model.name,
         "revision": model.revision,
@@ -108,7 +108,7 @@ def run_provenance(
 
 
 def versions() -> dict[str, str]:
-    """Of the library, and of what it computes with."""
+    """The versions of the library, and of what it computes with."""
     import nnsight
     import transformers
 
@@ -124,5 +124,5 @@ def versions() -> dict[str, str]:
 def rule_name(rule: object) -> str:
     """What a person calls a rule: its name, or that of the function."""
     if isinstance(rule, Mapping):
-        return ", ".join(f"{name}: {rule_name(one)}" for name, one in rule.items())
+        return ", ".join(f"{name}: {rule_name(part)}" for name, part in rule.items())
     return rule if isinstance(rule, str) else f"{getattr(rule, '__module__', '')}.{getattr(rule, '__qualname__', rule)}"

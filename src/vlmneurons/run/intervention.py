@@ -19,7 +19,7 @@ Values = float | Tensor | ActivationStatistics | None
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """Neurons, and something else to do to them than the rest of a study does.
+    """Neurons, and what to do to them where this is something else than in the rest of a study.
 
     Attributes:
         neurons: a `Selection`, or a single `NeuronSet`.
@@ -48,8 +48,8 @@ class Intervention:
     @property
     def name(self) -> str:
         """What is done, in a word or two."""
-        how = "" if self.factor is None else f" {self.factor:g}"
-        return f"{self.mode}{how}" + ("" if self.at in (None, "post") else f" at {self.at}")
+        factor = "" if self.factor is None else f" {self.factor:g}"
+        return f"{self.mode}{factor}" + ("" if self.at in (None, "post") else f" at {self.at}")
 
     @property
     def fingerprint(self) -> str:
@@ -57,11 +57,9 @@ class Intervention:
         sets = self.neurons.values() if isinstance(self.neurons, Selection) else [self.neurons]
         mode = "zero" if self.mode == "scale" and self.factor == 0 else self.mode
         factor = None if mode == "zero" else self.factor
-        neurons = [[repr(one.space), digest_of_bytes(one.indices.numpy().tobytes())] for one in sets]
-        at = self.at or ("post" if mode in ("zero", "scale") else None)
-        return digest_of([mode, factor, "post" if mode in ("zero", "scale") else at, neurons, _digest(self.values)])[
-            :16
-        ]
+        parts = [[repr(neurons.space), digest_of_bytes(neurons.indices.numpy().tobytes())] for neurons in sets]
+        at = "post" if mode in ("zero", "scale") else self.at  # these two are the same at both sites
+        return digest_of([mode, factor, at, parts, _digest(self.values)])[:16]
 
 
 def _digest(values: object) -> str | None:

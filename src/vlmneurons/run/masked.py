@@ -21,8 +21,9 @@ from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, Wanted, reads_logits
-from vlmneurons.run.replay import CannotReplay, replayed
+from vlmneurons.run.replay import replayed
 from vlmneurons.run.replayable import structure_for
+from vlmneurons.run.structure import CannotReplay
 
 
 def read_masked(
@@ -192,8 +193,8 @@ def _rows_of_questions(wanted: Wanted, n_questions: int) -> list[list[int]]:
     Raises:
         CannotReplay: the reader does not say.
     """
-    rows = [wanted.rows_of([question]) for question in range(n_questions)]
-    if any(rows_of_question is None for rows_of_question in rows):
+    rows = [rows for question in range(n_questions) if (rows := wanted.rows_of([question])) is not None]
+    if len(rows) < n_questions:
         raise CannotReplay("it is not known which rows are a question's")
     return rows
 

@@ -1,6 +1,7 @@
 """Running out of memory in the middle of long work: the batch is halved, and what fits is remembered.
 
-How many questions fit into memory together is not known before: pictures differ in size, other programs come and go.
+How many questions fit into memory together cannot be known before: pictures differ in size, and other programs come and
+go.
 """
 
 import gc
@@ -35,22 +36,24 @@ class MemoryLimit:
         halved: what an earlier session found out.
 
     Attributes:
-        most: questions that a batch may have; None as long as all fitted.
-        halved: one entry for each time that a batch was halved, for the provenance: ``from`` and ``to`` how many
-            questions, and the id of the ``first`` of them.
+        most: how many questions a batch may have; None as long as all batches fitted.
+        halved: one entry for each time that a batch was halved, for the provenance: ``from`` how many questions ``to``
+            how many, and the id of the ``first`` of them.
     """
 
     def __init__(self, halved: Sequence[JSONMapping] = ()) -> None:
-        self.halved = [dict(one) for one in halved]
-        self.most: int | None = min((one["to"] for one in self.halved), default=None)
+        self.halved = [dict(halving) for halving in halved]
+        self.most: int | None = min((halving["to"] for halving in self.halved), default=None)
 
     def parts(self, batch: QuestionSet) -> list[QuestionSet]:
-        """A batch in parts that fit, as far as is known."""
+        """A batch in parts that are small enough, as far as is known."""
         size = self.most or len(batch)
         return [batch[start : start + size] for start in range(0, len(batch), size)]
 
     def halves(self, waiting: Sequence[QuestionSet], error: BaseException) -> list[QuestionSet]:
-        """The parts to ask instead of some, the first of which did not fit; later batches are not larger than these.
+        """The parts to ask instead of the waiting ones, after the first of them did not fit.
+
+        From now on no part is larger than half of it.
 
         Raises:
             OutOfMemoryError: it is a single question.
@@ -70,7 +73,7 @@ class MemoryLimit:
             self.most,
             self.most,
         )
-        return [part for one in waiting for part in self.parts(one)]
+        return [part for batch in waiting for part in self.parts(batch)]
 
     @property
     def provenance(self) -> JSON:
@@ -86,18 +89,17 @@ def asked_in_parts(
     read: Callable[[QuestionSet, Any], Made],
     skipped: list[str] | None = None,
 ) -> Iterator[tuple[QuestionSet, Made]]:
-    """Ask a batch in one part or, where memory does not suffice, in several; where one question spoils it, one by one.
+    """Ask a batch in one part, or in several where memory does not suffice; one by one where a question spoils it.
 
-    What spoils a batch is seen when it is encoded. A `QuestionError` of reading is of the model or of a rule: it would
-    meet every question, and is raised.
+    Whether a question cannot be asked shows when it is encoded. A `QuestionError` that comes later, of running the
+    model or of reading its answers, is no question's fault: every question would meet it, so it is raised.
 
     Args:
         batch: the questions.
-        limit: what is known of memory; it learns.
-        encoded: gives what the reader made of the whole batch, perhaps in advance.
-        encode: makes it of a part.
-        read: runs the model on a part, with what was made of it. What it has noted of a part that it did not finish, it
-            takes back itself.
+        limit: how much is known to fit into memory; it is updated.
+        encoded: gives the whole batch encoded, perhaps in advance.
+        encode: encodes a part.
+        read: runs the model on an encoded part. If it fails, it takes back itself what it has noted of the part.
         skipped: takes the ids of questions that cannot be asked; None raises instead.
 
     Yields:
@@ -110,7 +112,7 @@ def asked_in_parts(
     whole = len(waiting) == 1
     while waiting:
         part = waiting.pop(0)
-        made: list[Made] = []
+        results: list[Made] = []  # one or none: the result itself may be None
         try:
             try:
                 ready = encoded() if whole else encode(part)
@@ -124,14 +126,14 @@ def asked_in_parts(
                 continue
             finally:
                 whole = False
-            made.append(read(part, ready))
+            results.append(read(part, ready))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             waiting = limit.halves([part, *waiting], error)
         ready = None  # what did not fit is not to be held while the next part is made
-        if made:
-            yield part, made[0]
+        if results:
+            yield part, results[0]
         else:
             release()
 

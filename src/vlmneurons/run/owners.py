@@ -5,84 +5,88 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from vlmneurons.errors import AblationError, MismatchError, VLMNeuronsError
+from vlmneurons.model.architectures.inside import Hook
+
+
+@dataclass
+class _Holder:
+    """The thread that has a model, and what it does with it: for each use the task of asyncio, and the word for it."""
+
+    thread: int
+    name: str
+    uses: list[tuple[object, str]] = field(default_factory=list)
 
 
 class Owners:
     """Who is ablating, recording or asking a model: which thread, and in it which task (None outside of a loop).
 
     Two threads, or two tasks, with one model would silently share each other's ablations, and count each other's runs.
-    A task does run under what was entered outside of its event loop: that is around all of them.
+    What was entered outside of an event loop holds for all of its tasks, so a task may run under it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: weakref.WeakKeyDictionary[nn.Module, tuple[int, str, list[tuple[object, str]]]]
-        self._held = weakref.WeakKeyDictionary()
+        self._held: weakref.WeakKeyDictionary[nn.Module, _Holder] = weakref.WeakKeyDictionary()
 
-    def take(self, module: nn.Module, doing: str) -> None:
-        """Have a model from now on, until as many calls of `give`.
+    @contextlib.contextmanager
+    def held(self, hf: nn.Module, doing: str) -> Iterator[None]:
+        """Within, no other thread or task may have the model.
 
         Args:
-            module: the model.
+            hf: the model.
             doing: what is being done to it: ``"ablated"``, ``"recorded"`` or ``"asked"``.
 
         Raises:
             AblationError: it is being ablated elsewhere.
             MismatchError: it is being recorded or asked elsewhere.
         """
+        use = (_current_task(), doing)
         with self._lock:
             self._refuse_others(
-                module, "; its ablations would act on the runs of this one too", "; each would count the other's"
+                hf, "; its ablations would act on the runs of this one too", "; each would count the other's"
             )
-            name = threading.current_thread().name
-            held = self._held.setdefault(module, (threading.get_ident(), name, []))
-            held[2].append((_current_task(), doing))
-
-    def give(self, module: nn.Module) -> None:
-        """Have it no longer."""
-        with self._lock:
-            tasks, mine = self._held[module][2], _current_task()
-            place = max((n for n, (task, _) in enumerate(tasks) if task is mine), default=len(tasks) - 1)
-            del tasks[place]
-            if not tasks:
-                del self._held[module]
-
-    @contextlib.contextmanager
-    def held(self, module: nn.Module, doing: str) -> Iterator[None]:
-        """Within, no other thread or task has it; see `take`."""
-        self.take(module, doing)
+            holder = _Holder(threading.get_ident(), threading.current_thread().name)
+            holder = self._held.setdefault(hf, holder)
+            holder.uses.append(use)
         try:
             yield
         finally:
-            self.give(module)
+            with self._lock:
+                holder.uses.remove(use)
+                if not holder.uses:
+                    del self._held[hf]
 
-    def check(self, module: nn.Module) -> None:
-        """Refuse a run of a model that somebody else has.
+    def guard(self, hf: nn.Module) -> RemovableHandle:
+        """A hook that refuses runs of the model by anybody else than who has it.
 
-        Raises:
-            AblationError: it is being ablated elsewhere.
-            MismatchError: it is being recorded or asked elsewhere.
+        Such a run raises an AblationError while the model is being ablated, and a MismatchError while it is being
+        recorded or asked.
         """
         ran = ", and ran in another one: that run would have been"
-        self._refuse_others(module, f"{ran} ablated too", f"{ran} counted")
 
-    def _refuse_others(self, module: nn.Module, of_ablated: str, of_counted: str) -> None:
-        held = self._held.get(module)
-        if held is None:
+        def check(module: nn.Module, args: tuple) -> None:
+            self._refuse_others(module, f"{ran} ablated too", f"{ran} counted")
+
+        return hf.register_forward_pre_hook(Hook(check))
+
+    def _refuse_others(self, hf: nn.Module, of_ablated: str, of_counted: str) -> None:
+        holder = self._held.get(hf)
+        if holder is None:
             return
-        thread, name, tasks = held
-        mine = _current_task()
-        if thread != threading.get_ident():
-            where = f"thread {name!r}"
-        elif any(task is not None and task is not mine for task, _ in tasks):
+        task = _current_task()
+        if holder.thread != threading.get_ident():
+            where = f"thread {holder.name!r}"
+        elif any(user is not None and user is not task for user, _ in holder.uses):
             where = "another task of asyncio"
         else:
             return
-        doing = tasks[-1][1]
+        doing = holder.uses[-1][1]
         ablated = doing == "ablated"
         kind: type[VLMNeuronsError] = AblationError if ablated else MismatchError
         raise kind(

@@ -1,10 +1,10 @@
-"""Computing once what rows of a batch begin with alike: the prompt of options, a picture that several questions share.
+"""Computing a beginning that rows of a batch share only once: the prompt of options, a picture of several questions.
 
-In a causal decoder a token's hidden states depend on the tokens before it and on nothing else. Rows that begin with the
-same tokens (and the same pictures) therefore have the same hidden states there. A `Packing` lays such rows out as a
-tree: each shared token is there once, every row's own tokens follow, and a mask lets each token see just those that it
-sees in its own row, at the positions that they have there. Padding, and tokens that come after the last one whose
-logits are wanted, are left out; small trees are put beside each other where a large one leaves room.
+In a causal decoder a token's hidden states depend on the tokens before it and on nothing else. So rows that begin with
+the same tokens (and the same pictures) have the same hidden states there. A `Packing` lays such rows out as a tree:
+each shared token is there once, the other tokens of every row follow, and an attention mask lets each token see exactly
+those that it sees in its row, at the positions that they have there. Padding is left out, and so are tokens after the
+last one whose logits are wanted. Small trees are put beside each other in one pack where a large one leaves room.
 
 Two questions about a picture of a thousand tokens then cost little more than one, under every mask: where a data set
 asks two questions about each picture, the decoder's part of a study takes about half the time.
@@ -53,63 +53,29 @@ class Packing:
             positions: for each row the positions that are wanted.
             apart: put no trees beside each other: rows that share nothing can then be computed one without the other.
         """
-        ids, attention, media = (part.cpu() for part in (batch.tokens.ids, batch.tokens.attention, batch.tokens.media))
-        pictures: Sequence[Hashable] = range(len(ids)) if batch.pictures is None else batch.pictures
-        path = torch.full(ids.shape, -1, dtype=torch.int64)
-        trees: list[list[tuple[int, int]]] = []  # for each tree the row and position of its tokens
-        tree_of: list[int] = []
-        for row, wanted in enumerate(positions):
-            end = max(wanted) + 1
-            if not attention[row, list(wanted)].all():
-                return None
-            best, shared = -1, 0
-            for other in range(row):
-                alike = (ids[row, :end] == ids[other, :end]) & (attention[row, :end] == attention[other, :end])
-                alike &= (path[other, :end] >= 0) | ~attention[row, :end]
-                if pictures[row] != pictures[other]:
-                    alike &= ~media[row, :end]
-                n = int(alike.long().cumprod(0).sum())
-                if n > shared and n >= _LEAST_SHARED * min(end, max(positions[other]) + 1):
-                    best, shared = other, n
-            if best < 0:
-                trees.append([])
-            else:
-                path[row, :shared] = path[best, :shared]
-            tree_of.append(tree_of[best] if best >= 0 else len(trees) - 1)
-            tree = trees[tree_of[-1]]
-            own = [place for place in range(shared, end) if attention[row, place]]
-            path[row, own] = torch.arange(len(tree), len(tree) + len(own))
-            tree += [(row, place) for place in own]
-        length = max(map(len, trees))
-        packs: list[list[int]] = []
-        room: list[int] = []
-        for tree in sorted(range(len(trees)), key=lambda n: -len(trees[n])):
-            size = len(trees[tree])
-            pack = len(packs) if apart else next((n for n, left in enumerate(room) if left >= size), len(packs))
-            if pack == len(packs):
-                packs.append([])
-                room.append(length)
-            packs[pack].append(tree)
-            room[pack] -= size
-        if len(packs) * length > (1 - _LEAST_SPARED) * ids.numel():
+        forest = _Forest.of(batch, positions)
+        if forest is None:
             return None
-        where = torch.zeros((len(packs), length, 2), dtype=torch.int64)
+        trees, tree_of, path = forest.trees, torch.tensor(forest.tree_of), forest.path
+        length = max(map(len, trees))
+        packs = _packs([len(tree) for tree in trees], 0 if apart else length)
+        if len(packs) * length > (1 - _LEAST_SPARED) * path.numel():
+            return None
+        origin = torch.zeros((len(packs), length, 2), dtype=torch.int64)
         real = torch.zeros((len(packs), length), dtype=torch.bool)
-        pack_of = torch.zeros(len(ids), dtype=torch.int64)
-        owner = torch.tensor(tree_of)
-        for pack, content in enumerate(packs):
+        pack_of = torch.zeros(len(path), dtype=torch.int64)
+        for pack, numbers in enumerate(packs):
+            tokens = [token for number in numbers for token in trees[number]]
+            origin[pack] = torch.tensor(tokens + [tokens[0]] * (length - len(tokens)))
+            real[pack, : len(tokens)] = True
             start = 0
-            where[pack] = torch.tensor(trees[content[0]][0])
-            for tree in content:
-                end = start + len(trees[tree])
-                where[pack, start:end] = torch.tensor(trees[tree])
-                real[pack, start:end] = True
-                rows = owner == tree
+            for number in numbers:
+                rows = tree_of == number
                 pack_of[rows] = pack
                 path[rows] += start * (path[rows] >= 0)
-                start = end
-        here = batch["input_ids"].device
-        return cls(*(part.to(here) for part in (where[..., 0], where[..., 1], real, pack_of, path)))
+                start += len(trees[number])
+        device = batch["input_ids"].device
+        return cls(*(part.to(device) for part in (origin[..., 0], origin[..., 1], real, pack_of, path)))
 
     def tokens(self, values: Tensor, row_axis: int | None, token_axis: int) -> Tensor:
         """The packs' tokens of a tensor that has all rows' tokens; the axis of the rows becomes that of the packs.
@@ -132,10 +98,10 @@ class Packing:
             return True
         packed = self.tokens(values, row_axis, token_axis)
         rows, places = (self.path >= 0).nonzero(as_tuple=True)
-        length, (packs, at) = values.shape[token_axis], (self.pack_of[rows], self.path[rows, places])
-        own = values.flatten(token_axis - 1, token_axis).index_select(token_axis - 1, rows * length + places)
-        shared = packed.flatten(token_axis - 1, token_axis)
-        return torch.equal(own, shared.index_select(token_axis - 1, packs * self.row.shape[1] + at))
+        axis, index = token_axis - 1, rows * values.shape[token_axis] + places
+        packed_index = self.pack_of[rows] * self.row.shape[1] + self.path[rows, places]
+        of_rows, of_packs = values.flatten(axis, token_axis), packed.flatten(axis, token_axis)
+        return torch.equal(of_rows.index_select(axis, index), of_packs.index_select(axis, packed_index))
 
     def mask(self, mask: Tensor | None, like: torch.dtype) -> Tensor | None:
         """The attention mask of the packs, ``[pack, head, token, token]``; None if the rows' own is not causal.
@@ -146,37 +112,104 @@ class Packing:
             like: dtype of the mask if there is none.
         """
         row, place = self.row[:, :, None], self.place
-        theirs = self.path[row, place[:, None, :]]  # where the key's position is in the query's row
-        seen = (theirs == torch.arange(place.shape[1], device=place.device)) & self.real[:, None, :]
+        # A token sees another one of its pack if that is where a token of its own row is, and no later one.
+        place_in_pack = self.path[row, place[:, None, :]]  # [pack, query, key]: of what has the key's place in the row
+        visible = (place_in_pack == torch.arange(place.shape[1], device=place.device)) & self.real[:, None, :]
         if mask is None:
-            seen &= place[:, :, None] >= place[:, None, :]
+            visible &= place[:, :, None] >= place[:, None, :]
             values = None
         else:
             rows = mask.expand(len(self.pack_of), *mask.shape[1:])
             if not self._is_causal(rows):
                 return None
             values = rows[row, :, place[:, :, None], place[:, None, :]].permute(0, 3, 1, 2)
-        # What fills up a pack sees its own first token, so that no softmax is over nothing.
-        seen[:, :, 0] |= ~self.real
-        seen = seen[:, None]
+        # What fills up a pack sees the pack's first token, so that no softmax is over nothing.
+        visible[:, :, 0] |= ~self.real
+        visible = visible[:, None]
         if like == torch.bool:
-            return seen if values is None else values & seen | (seen & ~self.real[:, None, :, None])
+            return visible if values is None else values & visible | (visible & ~self.real[:, None, :, None])
         least = torch.finfo(like).min
         if values is None:
-            return torch.where(seen, torch.zeros((), dtype=like, device=seen.device), least)
-        return torch.where(seen, torch.where(self.real[:, None, :, None], values, 0), least)
+            return torch.where(visible, torch.zeros((), dtype=like, device=visible.device), least)
+        return torch.where(visible, torch.where(self.real[:, None, :, None], values, 0), least)
 
     def _is_causal(self, rows: Tensor) -> bool:
         """Whether no token that is packed sees a later one."""
-        seen = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
-        length = seen.shape[-1]
-        later = torch.ones((length, length), dtype=torch.bool, device=seen.device).triu(1)
-        kept = (self.path >= 0)[:, None, :, None]
-        return not (seen & later & kept).any()
+        visible = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+        later = torch.ones(visible.shape[-2:], dtype=torch.bool, device=visible.device).triu(1)
+        packed = (self.path >= 0)[:, None, :, None]
+        return not (visible & later & packed).any()
 
     def index(self, positions: Sequence[Sequence[int]]) -> list[list[int]]:
         """For each pack the places of the wanted positions of its rows; a pack has at least one row."""
-        found: list[list[int]] = [[] for _ in range(len(self.row))]
+        of_packs: list[set[int]] = [set() for _ in range(len(self.row))]
         for row, wanted in enumerate(positions):
-            found[int(self.pack_of[row])] += self.path[row, list(wanted)].tolist()
-        return [sorted(set(places)) for places in found]
+            of_packs[int(self.pack_of[row])].update(self.path[row, list(wanted)].tolist())
+        return [sorted(places) for places in of_packs]
+
+
+@dataclass(frozen=True)
+class _Forest:
+    """The rows of a batch as trees: rows that begin alike are one tree, in which each shared token is there once.
+
+    Attributes:
+        trees: for each tree where its tokens are in the batch: row and position.
+        tree_of: for each row its tree.
+        path: for each token of the batch its place in the tree; -1 if it is left out.
+    """
+
+    trees: list[list[tuple[int, int]]]
+    tree_of: list[int]
+    path: Int64[Tensor, "row position"]
+
+    @classmethod
+    def of(cls, batch: Batch, positions: Sequence[Sequence[int]]) -> "_Forest | None":
+        """The trees of a batch; None where padding is wanted. See `Packing.of`."""
+        ids, attention, media = (part.cpu() for part in (batch.tokens.ids, batch.tokens.attention, batch.tokens.media))
+        pictures: Sequence[Hashable] = range(len(ids)) if batch.pictures is None else batch.pictures
+        path = torch.full(ids.shape, -1, dtype=torch.int64)
+        trees: list[list[tuple[int, int]]] = []
+        tree_of: list[int] = []
+        for row, wanted in enumerate(positions):
+            end = max(wanted) + 1  # in a causal decoder nothing before depends on what comes after
+            if not attention[row, list(wanted)].all():
+                return None
+            # The row joins the tree of that earlier row with which it has the longest beginning in common.
+            partner, n_shared = -1, 0
+            for earlier in range(row):
+                alike = (ids[row, :end] == ids[earlier, :end]) & (attention[row, :end] == attention[earlier, :end])
+                alike &= (path[earlier, :end] >= 0) | ~attention[row, :end]  # what was left out cannot be shared
+                if pictures[row] != pictures[earlier]:
+                    alike &= ~media[row, :end]
+                n_alike = int(alike.long().cumprod(0).sum())
+                if n_alike > n_shared and n_alike >= _LEAST_SHARED * min(end, max(positions[earlier]) + 1):
+                    partner, n_shared = earlier, n_alike
+            if partner < 0:
+                trees.append([])
+            else:
+                path[row, :n_shared] = path[partner, :n_shared]
+            tree_of.append(len(trees) - 1 if partner < 0 else tree_of[partner])
+            tree = trees[tree_of[row]]
+            branch = [place for place in range(n_shared, end) if attention[row, place]]
+            path[row, branch] = torch.arange(len(tree), len(tree) + len(branch))
+            tree += [(row, place) for place in branch]
+        return cls(trees, tree_of, path)
+
+
+def _packs(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """The numbers of the trees in each pack: the largest come first, and each goes where there is room for it.
+
+    Args:
+        sizes: for each tree how many tokens it has.
+        length: how many tokens a pack of several trees may have; 0 puts each tree in a pack of its own.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        pack = next((pack for pack, left in enumerate(room) if left >= sizes[number]), len(packs))
+        if pack == len(packs):
+            packs.append([])
+            room.append(length)
+        packs[pack].append(number)
+        room[pack] -= sizes[number]
+    return packs

@@ -64,12 +64,14 @@ class Reading:
     def margins(self, questions: Sequence[Question]) -> Float[Tensor, " question"]:
         """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers.
 
+        It is infinite where one of the two has probability 0, and NaN where both have.
+
         Args:
             questions: the questions that were answered.
         """
         if self.scores is None:
             return torch.full((len(questions),), float("nan"), dtype=torch.float64)
-        scores = self.scores.double().nan_to_num(nan=-torch.inf)
+        scores = self.scores.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         right = torch.tensor([[item.answer] for item in questions])
         others = scores.scatter(1, right, -torch.inf).amax(1)
         return scores.gather(1, right).squeeze(1) - others

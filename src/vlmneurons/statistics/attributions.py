@@ -18,9 +18,9 @@ from vlmneurons.statistics.tables import TableEvidence, merged_provenance
 class AttributionStatistics(TableEvidence):
     """How much neurons moved the answers of each group's questions, by gradients; made by `vlmneurons.attribute`.
 
-    A question's attribution to a neuron is in the unit of the margin that was differentiated: nats. It says by how much
-    the neuron's activity raises the log-probability of the right option over that of the best other one, so removing
-    the neuron is expected to lower the margin by that much.
+    What was differentiated is a question's margin, in nats, and so are attributions. One says by how much the neuron's
+    activity raises the log-probability of the right option over that of the best other one: if the neuron is removed,
+    the margin is expected to fall by that much.
 
     Attributes:
         space: the space that numbers the neurons.
@@ -89,8 +89,8 @@ class AttributionStatistics(TableEvidence):
         Raises:
             SelectionError: some have none; the message names them.
         """
-        what, condition = "question was attributed", self.provenance.get("condition")
-        refuse_uncounted(self.groups, self.items, "with select_groups, or attribute more", what, condition)
+        condition, lacking = self.provenance.get("condition"), "question was attributed"
+        refuse_uncounted(self.groups, self.items, "with select_groups, or attribute more", lacking, condition)
 
     def __add__(self, other: "AttributionStatistics") -> "AttributionStatistics":
         """Attributions of both sets of questions together; groups of either.
@@ -134,8 +134,8 @@ class AttributionStatistics(TableEvidence):
                 f"attributions of {', '.join(other.groups)} are taken from those of {', '.join(self.groups)}: give the "
                 "same groups, or one"
             )
-        less = other if len(other.groups) == 1 else other.select_groups(self.groups)
-        total = (self.mean - less.mean) * self.items[:, None]
+        control = other if len(other.groups) == 1 else other.select_groups(self.groups)
+        total = (self.mean - control.mean) * self.items[:, None]
         provenance = {**self.provenance, "less": dict(other.provenance)}
         return replace(self, total=total, strong=torch.zeros_like(self.strong), provenance=provenance)
 

@@ -38,23 +38,23 @@ class Conditions:
         check_kind("statistics", statistics, Mapping, SelectionError, "a dictionary of statistics by condition")
         if len(statistics) < 2:
             raise SelectionError(f"conditions are compared, so at least two are needed; got {len(statistics)}")
-        made: dict[str, ActivationStatistics] = {}
-        for name, given in statistics.items():
+        by_condition: dict[str, ActivationStatistics] = {}
+        for name, evidence in statistics.items():
             if not isinstance(name, str) or not name:
                 raise SelectionError(f"a condition's name is a text that is not empty; got {name!r}")
-            stats = added_up(given)
+            stats = added_up(evidence)
             if not isinstance(stats, ActivationStatistics):
-                raise SelectionError(f"condition {name!r} must be ActivationStatistics; got {type(given).__name__}")
-            first = next(iter(made.values()), stats)
+                raise SelectionError(f"condition {name!r} must be ActivationStatistics; got {type(evidence).__name__}")
+            first = next(iter(by_condition.values()), stats)
             check_same_space(first.space, stats.space)
             if set(first.groups) != set(stats.groups):
                 raise MismatchError(
                     f"condition {name!r} has the groups {', '.join(stats.groups)}; the first has "
                     f"{', '.join(first.groups)}"
                 )
-            made[name] = stats if stats.groups == first.groups else stats.select_groups(first.groups)
-        self.statistics: Mapping[str, ActivationStatistics] = made
-        self._first = next(iter(made.values()))
+            by_condition[name] = stats if stats.groups == first.groups else stats.select_groups(first.groups)
+        self.statistics: Mapping[str, ActivationStatistics] = by_condition
+        self._first = next(iter(by_condition.values()))
 
     def __repr__(self) -> str:
         return f"Conditions({', '.join(self.statistics)}; {len(self.groups)} groups, {self.space!r})"

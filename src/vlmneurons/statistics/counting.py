@@ -1,9 +1,10 @@
-"""Counting, as functions from tensors to tensors: what every engine calls, here or where the model runs.
+"""Counting, as functions from tensors to tensors: every engine calls them, whether the model runs here or elsewhere.
 
-Values are a site's activations, a *mask* says which of them count. All give a dictionary for the rows of a batch:
-``fired`` ``[row, neuron]`` (tokens at which a neuron is above zero), ``tokens`` ``[row]`` (tokens that were counted),
-``bad`` ``[row]`` (whether a counted one has values that are not finite), and where they are wanted ``total`` and
-``maximum`` ``[row, neuron]``. Counts are int64, totals float64, maxima float32 (``-inf`` without a counted token).
+They are given a site's activations (``values``) and which of them count, and give a dictionary of tables with a row for
+each row of the batch: ``fired`` ``[row, neuron]``, the number of counted tokens at which a neuron is above zero;
+``tokens`` ``[row]``, the number of counted tokens; ``bad`` ``[row]``, whether a counted token has values that are not
+finite; and, where they are wanted, ``total`` and ``maximum`` ``[row, neuron]``. Counts are int64, totals float64, and
+maxima float32 (``-inf`` in a row without a counted token).
 
 A remote job sends these functions by their source (see `vlmneurons.run.remote`), so they use PyTorch and each other,
 and nothing else; ``no_type_check`` keeps the tests' checks of shapes, which do not travel, off them.
@@ -35,16 +36,16 @@ def count_tokens(values, mask, totals=False, maxima=False, scratch=None, strict=
     """
     scratch = {} if scratch is None else scratch
     if ("mask", values.device) not in scratch:
-        here = mask.to(values.device)
-        scratch["mask", values.device] = here, here.to(torch.float32), here.sum(1)
-    here, weights, tokens = scratch["mask", values.device]
-    values = values.reshape(*here.shape, values.shape[-1])
+        counted = mask.to(values.device)
+        scratch["mask", values.device] = counted, counted.to(torch.float32), counted.sum(1)
+    counted, weights, tokens = scratch["mask", values.device]
+    values = values.reshape(*counted.shape, values.shape[-1])
     counts = {"fired": fired_by_row(values, weights, scratch), "tokens": tokens, "total": None, "maximum": None}
-    counts["bad"] = rows_not_finite(values, here) if strict else None
+    counts["bad"] = rows_not_finite(values, counted) if strict else None
     if totals:
-        counts["total"] = torch.where(here[..., None], values, 0).sum(1, dtype=torch.float64)
+        counts["total"] = torch.where(counted[..., None], values, 0).sum(1, dtype=torch.float64)
     if maxima:
-        counts["maximum"] = torch.where(here[..., None], values, -torch.inf).amax(1).float()
+        counts["maximum"] = torch.where(counted[..., None], values, -torch.inf).amax(1).float()
     return counts
 
 

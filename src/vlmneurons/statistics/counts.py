@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 Numbers = Iterable[SupportsFloat | Iterable[SupportsFloat]]
 """A table in any form: tensors, NumPy arrays, lists."""
 
+_AXES = {
+    "positive": ("group", "neuron"),
+    "tokens": ("group",),
+    "items": ("group",),
+    "routed": ("group", "site"),
+    "total": ("group", "neuron"),
+}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationStatistics(TableEvidence, _files.Shareable):
@@ -70,15 +78,9 @@ class ActivationStatistics(TableEvidence, _files.Shareable):
     def __post_init__(self) -> None:
         check_kind("space", self.space, NeuronSpace, MismatchError)
         self._check_head()
-        groups, neurons, sites = len(self.groups), len(self.space), len(self.space.sites)
-        shapes = {
-            "positive": ("[group, neuron]", (groups, neurons)),
-            "tokens": ("[group]", (groups,)),
-            "items": ("[group]", (groups,)),
-            "routed": ("[group, site]", (groups, sites)),
-            "total": ("[group, neuron]", (groups, neurons)),
-        }
-        for name, (axes, shape) in shapes.items():
+        sizes = {"group": len(self.groups), "neuron": len(self.space), "site": len(self.space.sites)}
+        for name, axes in _AXES.items():
+            shape = tuple(sizes[axis] for axis in axes)
             table = getattr(self, name)
             if table is None and name in self._optional:
                 continue
@@ -90,8 +92,8 @@ class ActivationStatistics(TableEvidence, _files.Shareable):
                 )
             if tuple(table.shape) != shape:
                 raise MismatchError(
-                    f"{name} must be {axes} = {list(shape)} for {groups} groups over {self.space!r}; "
-                    f"got {list(table.shape)}"
+                    f"{name} must be [{', '.join(axes)}] = {list(shape)} for {len(self.groups)} groups over "
+                    f"{self.space!r}; got {list(table.shape)}"
                 )
             if name != "total" and (table < 0).any():
                 raise MismatchError(f"{name} has negative counts; a count is at least 0")

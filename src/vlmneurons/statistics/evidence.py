@@ -1,8 +1,8 @@
 """`Evidence`: what every table that selectors read has in common, whatever was counted.
 
 Five kinds of table are evidence: `ActivationStatistics` (counts of groups), `AttributionStatistics` (gradients),
-`GroupedItems` (single questions), `Conditions` (counts under several conditions), and the several tables of which each
-rule of an expression reads its own. Another kind needs these names and nothing else; it need not inherit.
+`GroupedItems` (single questions), `Conditions` (counts under several conditions), and the collection of tables from
+which each rule of an expression takes the one that it reads. A further kind needs these names; it need not inherit.
 """
 
 from collections import Counter
@@ -66,13 +66,13 @@ class Evidence(Protocol):
         ...
 
 
-def rows_of(groups: Iterable[str], have: Sequence[str], what: str) -> list[int]:
+def rows_of(groups: Iterable[str], table_groups: Sequence[str], where: str) -> list[int]:
     """The rows of some groups in a table.
 
     Args:
         groups: names of groups.
-        have: the groups of the table, in order.
-        what: how the error calls the table: ``"in these statistics"``.
+        table_groups: the groups of the table, in order.
+        where: how the error calls the table: ``"in these statistics"``.
 
     Raises:
         GroupError: no such group.
@@ -80,9 +80,9 @@ def rows_of(groups: Iterable[str], have: Sequence[str], what: str) -> list[int]:
     """
     chosen = checked_groups(as_names("groups", groups, MismatchError))
     for group in chosen:
-        if group not in have:
-            raise GroupError(f"group {group!r} is not {what}; they have {', '.join(have)}")
-    return [have.index(group) for group in chosen]
+        if group not in table_groups:
+            raise GroupError(f"group {group!r} is not {where}; they have {', '.join(table_groups)}")
+    return [table_groups.index(group) for group in chosen]
 
 
 def checked_groups(groups: object) -> tuple[str, ...]:
@@ -109,21 +109,25 @@ def refuse_uncounted(
     groups: Iterable[str],
     counts: Int64[Tensor, " group"],
     advice: str,
-    what: str = "token was counted",
+    lacking: str = "token was counted",
     condition: object = None,
 ) -> None:
-    """Make sure that every group has something to go by; ``advice`` says how one is left out, and what else helps.
+    """Make sure that every group has something to go by.
 
-    ``condition`` is that of the questions that were counted, where it is known.
+    Args:
+        groups: names of the groups.
+        counts: how much each has.
+        advice: how a group is left out, and what else helps, for the error.
+        lacking: what there is none of.
+        condition: of the questions that were counted, where it is known.
 
     Raises:
         SelectionError: some have nothing; the message names them.
     """
     missing = [group for group, count in zip(groups, counts.tolist(), strict=True) if count == 0]
     if missing:
-        told = "perhaps none met the condition"
+        reason = "perhaps none met the condition"
         if condition in ("correct", "wrong"):
-            told = f"perhaps the model's answers there are never {condition}; condition='all' counts every question"
-        raise SelectionError(
-            f"no {what} for {', '.join(missing)}: leave {'it' if len(missing) == 1 else 'them'} out {advice} ({told})"
-        )
+            reason = f"perhaps the model's answers there are never {condition}; condition='all' counts every question"
+        pronoun = "it" if len(missing) == 1 else "them"
+        raise SelectionError(f"no {lacking} for {', '.join(missing)}: leave {pronoun} out {advice} ({reason})")

@@ -103,13 +103,13 @@ def from_hub(repo_id: str, *, revision: str | None = None, kind: str | None = No
 
     api = huggingface_hub.HfApi(token=token, library_name="vlmneurons", library_version=__version__)
     files = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
-    there = [name for name in KINDS if f"{name}.safetensors" in files]
-    wanted = [name for name in there if kind in (None, name)]
-    if len(wanted) != 1:
-        has = ", ".join(there) or "none of the library's files"
-        raise FileFormatError(f"{repo_id} holds {has}; {'say which: kind=…' if wanted else 'nothing fits'}")
-    path = api.hf_hub_download(repo_id, f"{wanted[0]}.safetensors", repo_type="dataset", revision=revision)
-    return KINDS[wanted[0]].load(path)
+    kinds = [name for name in KINDS if f"{name}.safetensors" in files]
+    fitting = [name for name in kinds if kind in (None, name)]
+    if len(fitting) != 1:
+        held = ", ".join(kinds) or "none of the library's files"
+        raise FileFormatError(f"{repo_id} holds {held}; {'say which: kind=…' if fitting else 'nothing fits'}")
+    path = api.hf_hub_download(repo_id, f"{fitting[0]}.safetensors", repo_type="dataset", revision=revision)
+    return KINDS[fitting[0]].load(path)
 
 
 def card(thing: Shared, repo_id: str, *, license: str | None = None, notes: str = "") -> str:
@@ -146,7 +146,7 @@ def card(thing: Shared, repo_id: str, *, license: str | None = None, notes: str 
 
 
 def _kind_of(thing: object) -> str:
-    kind = next((name for name, own in KINDS.items() if isinstance(thing, own)), None)
+    kind = next((name for name, shareable in KINDS.items() if isinstance(thing, shareable)), None)
     if kind is None:
         raise VLMNeuronsError(f"a {type(thing).__name__} cannot be shared; choose from {', '.join(KINDS)}")
     return kind
@@ -155,6 +155,4 @@ def _kind_of(thing: object) -> str:
 def _text(value: object) -> str:
     """A value for a cell of a table: one line, nothing that Markdown or HTML would take for markup."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    for bad, good in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " "), ("\r", " ")):
-        text = text.replace(bad, good)
-    return text
+    return text.translate({ord("&"): "&amp;", ord("<"): "&lt;", ord("|"): "\\|", ord("\n"): " ", ord("\r"): " "})

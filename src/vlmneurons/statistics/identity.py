@@ -1,9 +1,9 @@
 """What makes two numbers comparable: the setting that they were made under, as typed data, compared in one place.
 
-Counts, attributions and answers carry their setting in their provenance, under ``"setting"``. Two of them are added
-only if their settings are equal; a run's folder is gone on with only if setting and content (the questions and
-pictures, see `vlmneurons.questions.identity`) are; parts are joined only if the setting is equal and the content
-disjoint.
+Counts, attributions and answers carry their setting in their provenance, under ``"setting"``. Two tables are added only
+if their settings are equal. A run's folder is gone on with only if setting and content are equal; the content is the
+questions and pictures, see `vlmneurons.questions.identity`. Parts are joined only if they have the same setting, and no
+question in common.
 """
 
 from collections.abc import Iterator, Mapping
@@ -84,25 +84,25 @@ def setting_of(provenance: JSONMapping) -> Setting | None:
     return None
 
 
-def check_addable(first: Mapping[str, object], second: Mapping[str, object], what: str = "statistics") -> None:
+def check_addable(first: Mapping[str, object], second: Mapping[str, object], noun: str = "statistics") -> None:
     """Refuse to add two tables of different settings.
 
     Args:
-        first: the provenance of one.
-        second: that of the other.
-        what: what they are called in errors.
+        first: the provenance of the first table.
+        second: that of the second.
+        noun: what tables are called in errors.
 
     Raises:
         MismatchError: settings differ, or one is not known; the message says what.
     """
     try:
-        one, other = setting_of(first), setting_of(second)
+        setting, second_setting = setting_of(first), setting_of(second)
     except MismatchError as error:
-        raise MismatchError(f"these {what} cannot be added: of one of them, {error}") from None
-    if (one is None) != (other is None):
+        raise MismatchError(f"these {noun} cannot be added: of one of them, {error}") from None
+    if (setting is None) != (second_setting is None):
         raise MismatchError(
-            f"these {what} cannot be added: one was recorded by the library, the other has no setting that says of "
+            f"these {noun} cannot be added: one was recorded by the library, the other has no setting that says of "
             "which model it is. Give from_counts(…, provenance=…) that of the recording if model and rules are its own"
         )
-    if one is not None and other is not None and (differs := list(one.differences(other))):
-        raise MismatchError(f"{what} of different settings cannot be added: of the second, {'; '.join(differs[:3])}")
+    if setting is not None and second_setting is not None and (differs := list(setting.differences(second_setting))):
+        raise MismatchError(f"{noun} of different settings cannot be added: of the second, {'; '.join(differs[:3])}")

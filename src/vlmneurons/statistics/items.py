@@ -4,16 +4,12 @@
 1 MB a question for a 7B model, so that another grouping (language, category, right against wrong, shuffled labels) or a
 bootstrap resample is a matter of adding rows up, not of running the model again.
 
-A folder holds ``manifest.json`` (written once, whole), ``items.bin`` (one small record a question) and a file for each
-table, one row a question: ``positive.bin`` (the counts) and, if asked for, ``total.bin`` and ``maximum.bin``. A row is
-written before the record that says it is there, so a recording that is killed at any moment can be resumed with nothing
-lost but the batch it was at and nothing counted twice.
+A recording is a folder: ``manifest.json`` (written once, whole) says what was asked, and `ItemFiles` hold the counts.
 """
 
 import contextlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,30 +21,26 @@ from jaxtyping import Bool, Float64, Int64
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vlmneurons.checks import JSON, JSONMapping, as_names, as_path, as_whole, check_choice, check_ordered, is_missing
-from vlmneurons.errors import FileFormatError, GroupError, MismatchError, QuestionError, SelectionError
-from vlmneurons.files import tables as _files
+from vlmneurons.checks import JSON, JSONMapping, as_path, as_whole, check_choice, check_ordered, is_missing, quoted
+from vlmneurons.errors import FileFormatError, MismatchError, QuestionError, SelectionError
 from vlmneurons.files.atomic import write_json
 from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import VERSION, RunFolder
 from vlmneurons.files.locks import locked
 from vlmneurons.files.parts import parts_of
+from vlmneurons.files.tables import parse, unsealed
 from vlmneurons.neurons.sets import check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.questions.question import Question, hash_of
+from vlmneurons.questions.question import Question
 from vlmneurons.statistics.counts import ActivationStatistics
-from vlmneurons.statistics.evidence import refuse_uncounted
+from vlmneurons.statistics.grouped import GroupedItems
+from vlmneurons.statistics.item_files import TABLES, ItemFiles, StackedFiles, Tables
 from vlmneurons.statistics.tables import merged_provenance
 
 _KIND = "vlmneurons items"
-_RECORD = np.dtype([("done", "u1"), ("chosen", "<i4"), ("tokens", "<i8"), ("margin", "<f8"), ("checksum", "<u4")])
-_FILES = {"positive": np.dtype("<u2"), "reached": np.dtype("<u4"), "total": np.dtype("<f4"), "maximum": np.dtype("<f4")}
-_MOST = np.iinfo(np.uint16).max
 
-VALUES = ("mean", "probability", "maximum")
-"""What can be said of a neuron for one question; see `GroupedItems.values`."""
-
-Tables = Mapping[str, ArrayLike]
+CONDITIONS = ("correct", "wrong", "all")
+"""Which questions enter statistics: those answered right, those answered wrong, or every one."""
 
 ItemStatistic = Callable[..., Tensor]
 """What values of questions become: ``f(values [row, token, neuron], counted [row, token]) -> [row, neuron]``."""
@@ -85,22 +77,17 @@ class Item:
 
         """
         try:
-            named = question.image_id is not None
-            pictures: tuple[str, ...] = (question.image_key,) if named else question.source_keys
-        except QuestionError:  # it is raised, or left out, when its turn comes
+            has_name = question.image_id is not None
+            pictures: tuple[str, ...] = (question.image_key,) if has_name else question.source_keys
+        except QuestionError:  # the question is refused, or left out, when its turn comes
             pictures = (f"unreadable: {question.id}",)
         return cls(question.id, question.group, question.answer, question.metadata, pictures)
 
     def to_json(self) -> JSON:
         """What a recording's manifest says of the question."""
-        known = {} if self.pictures is None else {"pictures": list(self.pictures)}
-        return {
-            "id": self.id,
-            "group": self.group,
-            "answer": self.answer,
-            **known,
-            "metadata": _plain(dict(self.metadata)),
-        }
+        pictures = {} if self.pictures is None else {"pictures": list(self.pictures)}
+        metadata = _plain(dict(self.metadata))
+        return {"id": self.id, "group": self.group, "answer": self.answer, **pictures, "metadata": metadata}
 
     @classmethod
     def from_json(cls, data: JSONMapping) -> "Item":
@@ -131,15 +118,23 @@ class ItemStatistics:
         ``ItemStatistics.load("run/items").group_by("category", condition="all")``
     """
 
-    def __init__(self, folder: Path, manifest: JSONMapping, space: NeuronSpace) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        files: ItemFiles,
+        space: NeuronSpace,
+        items: Sequence[Item],
+        provenance: JSONMapping,
+        digests: Mapping[str, str],
+        part: str | None = None,
+    ) -> None:
+        self._files, self.folder = files, files.folder
+        self.tables: tuple[str, ...] = tuple(files.columns)
         self.space = space
-        self.provenance: JSON = dict(manifest["provenance"])
-        self.tables: tuple[str, ...] = tuple(manifest["tables"])
-        self.statistics: tuple[str, ...] = tuple(manifest.get("statistics", ()))
-        self._rules = dict(manifest.get("statistics", {}))  # with what identifies each
-        self.items = tuple(map(Item.from_json, manifest["items"]))
-        self.part: str | None = manifest.get("part")
+        self.items: tuple[Item, ...] = tuple(items)
+        self.provenance: JSON = dict(provenance)
+        self.statistics: tuple[str, ...] = tuple(digests)
+        self._digests = dict(digests)  # of the code of each of the user's statistics
+        self.part = part
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -159,39 +154,37 @@ class ItemStatistics:
         """
         folder = as_path("folder", folder, FileFormatError)
         try:
-            manifest = _files.parse((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = parse((folder / "manifest.json").read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
                 raise ValueError("not a recording of items")
             if manifest.get("version") not in (1, VERSION):
                 raise ValueError(
                     f"version {manifest.get('version')!r} is not one that this release reads (1, {VERSION})"
                 )
-            manifest = _files.unsealed(manifest)
+            manifest = unsealed(manifest)
             manifest = {**manifest, **manifest.get("about", {})}
-            known = {*_FILES, *map(str, manifest.get("statistics", {}))}
-            if not set(manifest["tables"]) <= known or "positive" not in manifest["tables"]:
+            allowed = {*TABLES, *map(str, manifest.get("statistics", {}))}
+            if not set(manifest["tables"]) <= allowed or "positive" not in manifest["tables"]:
                 raise ValueError(f"tables {manifest['tables']!r}")
-            statistics = cls(folder, manifest, NeuronSpace.from_json(manifest["space"]))
-            if (folder / "halved.json").exists():
-                halved = _files.parse((folder / "halved.json").read_text(encoding="utf-8"))
-                statistics.provenance["halved"] = [
-                    {name: one[name] for name in ("from", "to", "first")} for one in halved
-                ]
-            if (folder / "skipped.json").exists():
-                skipped = _files.parse((folder / "skipped.json").read_text(encoding="utf-8"))
-                statistics.provenance["skipped"] = list(map(str, skipped))
+            recording = cls._of_manifest(folder, manifest)
+            for name, read in (("halved", _halving), ("skipped", str)):
+                if (folder / f"{name}.json").exists():
+                    entries = parse((folder / f"{name}.json").read_text(encoding="utf-8"))
+                    recording.provenance[name] = [read(entry) for entry in entries]
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold item statistics: {error}") from error
-        for name, size in statistics._sizes().items():
-            path = folder / f"{name}.bin"
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                raise FileFormatError(
-                    f"{path} should have {size:,} bytes; it has {found if found is None else f'{found:,}'}"
-                )
+        recording._files.check_sizes()
         if verify:
-            statistics.verify()
-        return statistics
+            recording.verify()
+        return recording
+
+    @classmethod
+    def _of_manifest(cls, folder: Path, manifest: JSONMapping) -> "ItemStatistics":
+        space = NeuronSpace.from_json(manifest["space"])
+        items = [Item.from_json(item) for item in manifest["items"]]
+        columns = {name: len(space.sites) if name == "reached" else len(space) for name in manifest["tables"]}
+        files = ItemFiles(folder, len(items), columns)
+        return cls(files, space, items, manifest["provenance"], manifest.get("statistics", {}), manifest.get("part"))
 
     @classmethod
     def create(
@@ -220,15 +213,19 @@ class ItemStatistics:
         Raises:
             MismatchError: the folder holds another recording; the message says what differs.
         """
-        metadata = {item.id: digest_of(_plain(dict(item.metadata)))[:8] for item in items}
-        showing: dict[str, list[str]] = {}  # of pictures who shares them counts, and not where they lie
+        # Of pictures, the content says which questions share them, and not where they lie.
+        questions_with: dict[str, list[str]] = {}
         for item in items:
-            for key in item.pictures or ():
-                showing.setdefault(key, []).append(item.id)
+            for picture in item.pictures or ():
+                questions_with.setdefault(picture, []).append(item.id)
+        details = {}
         for item in items:
-            shared = sorted(sorted(showing[key]) for key in item.pictures or () if len(showing[key]) > 1)
-            number = "unknown" if item.pictures is None else len(item.pictures)
-            metadata[item.id] += f" {number} {digest_of(shared)[:8] if shared else '-'}"
+            metadata = digest_of(_plain(dict(item.metadata)))[:8]
+            n_pictures = "unknown" if item.pictures is None else len(item.pictures)
+            sharing = [sorted(questions_with[picture]) for picture in item.pictures or ()]
+            shared = sorted(ids for ids in sharing if len(ids) > 1)
+            details[item.id] = f"{metadata} {n_pictures} {digest_of(shared)[:8] if shared else '-'}"
+        content = content or dict.fromkeys(details, "")
         manifest = {
             "kind": _KIND,
             "space": space.to_json(),
@@ -236,34 +233,22 @@ class ItemStatistics:
             **({"statistics": dict(statistics)} if statistics else {}),
             "setting": provenance.get("setting"),
             "versions": provenance.get("versions"),
-            "content": {
-                name: f"{digest} {metadata[name]}" for name, digest in (content or dict.fromkeys(metadata, "")).items()
-            },
+            "content": {question_id: f"{digest} {details[question_id]}" for question_id, digest in content.items()},
             **part[0],
         }
-        about = {
-            "items": [item.to_json() for item in items],
-            "provenance": _plain(dict(provenance)),
-            **part[1],
-        }
+        about = {"items": [item.to_json() for item in items], "provenance": _plain(dict(provenance)), **part[1]}
         return cls._begun(RunFolder(folder, manifest, about))
 
     @classmethod
     def _begun(cls, run: RunFolder) -> "ItemStatistics":
         """The recording of a folder, made with nothing in it if it is not there."""
-        folder = run.folder
-        if run.path.exists():
-            return cls.load(folder)
-        with locked(folder):
-            if not run.path.exists():  # no other process was faster
-                told = {**run.manifest, **run.about}
-                statistics = cls(folder, told, NeuronSpace.from_json(told["space"]))
-                for name, size in statistics._sizes().items():
-                    with open(folder / f"{name}.bin", "wb") as file:
-                        file.truncate(size)  # sparse: disk is used as rows are written
-                run.begin()
-        run.check()
-        return cls.load(folder)
+        if not run.path.exists():
+            with locked(run.folder):
+                if not run.path.exists():  # no other process was faster
+                    cls._of_manifest(run.folder, {**run.manifest, **run.about})._files.make()
+                    run.begin()
+            run.check()
+        return cls.load(run.folder)
 
     @classmethod
     def join(cls, folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> "ItemStatistics":
@@ -287,15 +272,14 @@ class ItemStatistics:
         Example:
             ``ItemStatistics.join([f"run/items-{n}" for n in range(1, 9)], "run/items")``
         """
-        where = as_path("out", out, MismatchError)
+        folder = as_path("out", out, MismatchError)
         parts, manifest, about = parts_of(folders, _KIND)
         recordings = [cls.load(part.folder, verify=True) for part in parts]
-        for part, one in zip(parts, recordings, strict=True):
-            done = [one.items[row].id for row in np.flatnonzero(one._records["done"])]
-            part.refuse_unfinished([*done, *one.provenance.get("skipped", ())])
-        whole = cls._begun(RunFolder(where, manifest, about))
-        whole.take_over(recordings)
-        return cls.load(where)
+        for part, recording in zip(parts, recordings, strict=True):
+            done = [item.id for item, is_done in zip(recording.items, recording.done.tolist(), strict=True) if is_done]
+            part.refuse_unfinished([*done, *recording.provenance.get("skipped", ())])
+        cls._begun(RunFolder(folder, manifest, about)).take_over(recordings)
+        return cls.load(folder)
 
     def __add__(self, other: "ItemStatistics") -> "ItemStatistics":
         """The questions of both recordings, in their order, read from both folders: nothing is copied.
@@ -307,31 +291,43 @@ class ItemStatistics:
             MismatchError: another space or setting (see `vlmneurons.statistics.identity.Setting`), other tables, a
                 question that both have, or a part, which is put together with `join`.
         """
-        return _Added((self, other)) if isinstance(other, ItemStatistics) else NotImplemented
+        if not isinstance(other, ItemStatistics):
+            return NotImplemented
+        check_same_space(self.space, other.space)
+        provenance = merged_provenance(self.provenance, other.provenance)
+        for recording in (self, other):
+            if recording.part is not None:
+                raise MismatchError(
+                    f"{recording.folder} is part {recording.part} of a recording: ItemStatistics.join puts it together "
+                    "with the others, and sees that none lacks"
+                )
+        tables = sorted(self.tables), sorted(other.tables)
+        for noun, (first, second) in (("tables", tables), ("statistics", (self._digests, other._digests))):
+            if first != second:
+                raise MismatchError(f"recordings with different {noun} cannot be added: {first} and {second}")
+        ids = {item.id for item in self.items}
+        if twice := [item.id for item in other.items if item.id in ids]:
+            raise MismatchError(
+                f"{len(twice)} questions are in both recordings ({quoted(twice)}) and would count twice: leave them "
+                "out of one"
+            )
+        for name in ("halved", "skipped"):
+            if entries := [*self.provenance.get(name, ()), *other.provenance.get(name, ())]:
+                provenance[name] = entries
+        files = StackedFiles([self._files, other._files])
+        return ItemStatistics(files, self.space, self.items + other.items, provenance, self._digests)
 
     def __radd__(self, other: object) -> "ItemStatistics":
         # sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    def _sizes(self) -> dict[str, int]:
-        sizes = {name: len(self.items) * self._columns(name) * _dtype(name).itemsize for name in self.tables}
-        return {"items": len(self.items) * _RECORD.itemsize, **sizes}
-
     def _columns(self, name: str) -> int:
-        return len(self.space.sites) if name == "reached" else len(self.space)
-
-    def _table(self, name: str) -> "np.memmap | _Stacked":
-        shape = (len(self.items), self._columns(name))
-        return np.memmap(self.folder / f"{name}.bin", dtype=_dtype(name), mode="r", shape=shape)
-
-    @property
-    def _records(self) -> np.ndarray:
-        return np.fromfile(self.folder / "items.bin", dtype=_RECORD)
+        return self._files.columns[name]
 
     def write(
         self, rows: Sequence[int], chosen: Sequence[int], tokens: ArrayLike, margins: ArrayLike, tables: Tables
     ) -> None:
-        """Write finished questions: first all of their rows, then the records that say so.
+        """Write finished questions.
 
         Args:
             rows: which questions.
@@ -343,29 +339,7 @@ class ItemStatistics:
         Raises:
             MismatchError: a question has more counted tokens than the files hold.
         """
-        places = np.asarray(rows)
-        blocks = {}
-        for name in self.tables:
-            values = np.asarray(tables[name])
-            if name == "positive" and values.size and values.max() > _MOST:
-                raise MismatchError(f"a question has more than {_MOST:,} counted tokens; item statistics hold no more")
-            blocks[name] = np.ascontiguousarray(values.astype(_dtype(name)))
-            self._put(name, places, blocks[name])
-        records = np.zeros(len(places), dtype=_RECORD)
-        records["done"], records["chosen"] = 1, np.asarray(chosen)
-        records["tokens"], records["margin"] = np.asarray(tokens), np.asarray(margins)
-        for n in range(len(places)):
-            records["checksum"][n] = _checksum(records[n], [blocks[name][n] for name in self.tables])
-        self._put("items", places, records)
-
-    def _put(self, name: str, places: np.ndarray, rows: np.ndarray) -> None:
-        """Write rows of a file at their places, and have them on disk."""
-        with open(self.folder / f"{name}.bin", "r+b") as file:
-            for place, row in zip(places.tolist(), rows, strict=True):
-                file.seek(place * row.nbytes)
-                file.write(row.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        self._files.write(rows, tables, chosen=chosen, tokens=tokens, margin=margins)
 
     def note(self, halved: Sequence[JSONMapping], skipped: Sequence[str] = ()) -> None:
         """Keep what was learnt on the way beside the manifest, which says what was asked for.
@@ -374,25 +348,23 @@ class ItemStatistics:
             halved: how batches were halved; see `vlmneurons.run.memory.MemoryLimit`.
             skipped: ids of questions that could not be asked; those that could in the end are left out.
         """
-        if known := {*skipped, *self.provenance.get("skipped", ())}:
-            rows = zip(self.items, self._records["done"], strict=True)
-            left = [item.id for item, done in rows if item.id in known and not done]
-            if left != self.provenance.get("skipped"):
-                self.provenance = {**self.provenance, "skipped": left}
-                write_json(self.folder / "skipped.json", left)
+        if ever_skipped := {*skipped, *self.provenance.get("skipped", ())}:
+            rows = zip(self.items, self.done.tolist(), strict=True)
+            not_asked = [item.id for item, is_done in rows if item.id in ever_skipped and not is_done]
+            if not_asked != self.provenance.get("skipped"):
+                self.provenance = {**self.provenance, "skipped": not_asked}
+                write_json(self.folder / "skipped.json", not_asked)
         if halved and list(halved) != self.provenance.get("halved"):
             self.provenance = {**self.provenance, "halved": list(halved)}
             write_json(self.folder / "halved.json", list(halved))
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Refuse a second recording into one folder; the lock ends with the process, however it ends.
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Within, no other process can record into the folder; the lock ends with the process, however it ends.
 
         Raises:
             MismatchError: another process is recording into it.
         """
-        with locked(self.folder):
-            yield
+        return locked(self.folder)
 
     def take_over(self, parts: Sequence["ItemStatistics"]) -> None:
         """Write the rows of recordings of some of the questions each, such as those of several processes.
@@ -400,23 +372,23 @@ class ItemStatistics:
         Args:
             parts: recordings over the same space with the same tables.
         """
-        place = {item.id: row for row, item in enumerate(self.items)}
+        row_of = {item.id: row for row, item in enumerate(self.items)}
         with self.locked():
             halved, skipped = (
-                [one for part in parts for one in part.provenance.get(name, ())] for name in ("halved", "skipped")
+                [entry for part in parts for entry in part.provenance.get(name, ())] for name in ("halved", "skipped")
             )
             self.note(halved, skipped)
             for part in parts:
-                records = part._records
+                records = part._files.records
                 done = np.flatnonzero(records["done"])
                 for start in range(0, len(done), 64):
                     rows = done[start : start + 64]
                     self.write(
-                        [place[part.items[row].id] for row in rows],
+                        [row_of[part.items[row].id] for row in rows],
                         records["chosen"][rows].tolist(),
                         records["tokens"][rows],
                         records["margin"][rows],
-                        {name: part._table(name)[rows] for name in part.tables},
+                        {name: part._files.table(name)[rows] for name in part.tables},
                     )
 
     def verify(self) -> None:
@@ -425,10 +397,8 @@ class ItemStatistics:
         Raises:
             FileFormatError: a row is not what was written.
         """
-        tables = [self._table(name) for name in self.tables]
-        for row, entry in enumerate(self._records):
-            if entry["done"] and _checksum(entry, [table[row] for table in tables]) != entry["checksum"]:
-                raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
+        for row in self._files.damaged_rows():
+            raise FileFormatError(f"{self.folder}: the counts of question {self.items[row].id!r} are damaged")
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -438,7 +408,7 @@ class ItemStatistics:
     @property
     def done(self) -> Bool[Tensor, " item"]:
         """Which questions are recorded."""
-        return torch.from_numpy(self._records["done"].astype(bool))
+        return torch.from_numpy(self._files.records["done"].astype(bool))
 
     @property
     def complete(self) -> bool:
@@ -448,18 +418,18 @@ class ItemStatistics:
     @property
     def tokens(self) -> Int64[Tensor, " item"]:
         """Number of counted tokens of each question."""
-        return torch.from_numpy(self._records["tokens"].astype(np.int64))
+        return torch.from_numpy(self._files.records["tokens"].astype(np.int64))
 
     @property
     def correct(self) -> Bool[Tensor, " item"]:
         """Whether each question was answered right."""
         answers = np.array([item.answer for item in self.items])
-        return torch.from_numpy(self._records["chosen"] == answers)
+        return torch.from_numpy(self._files.records["chosen"] == answers)
 
     @property
     def margins(self) -> Float64[Tensor, " item"]:
         """Log-probability of the right option less that of the best other one, in nats; NaN for generated answers."""
-        return torch.from_numpy(self._records["margin"].astype(np.float64))
+        return torch.from_numpy(self._files.records["margin"].astype(np.float64))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -484,18 +454,19 @@ class ItemStatistics:
                     f"by is a column, a function, or a label for each question; got a {type(by).__name__}: give "
                     "lambda row: labels[row['id']]"
                 )
-            labels = [_label(label) for label in by]
+            labels = list(by)
             if len(labels) != len(self.items):
                 raise MismatchError(f"{len(labels)} labels were given for {len(self.items)} questions")
-            return labels
-        if isinstance(by, str) and by not in self.columns:
+        elif isinstance(by, str) and by not in self.columns:
             raise MismatchError(f"there is no column {by!r}; there are {', '.join(self.columns)}")
-        labels = []
-        for item, right in zip(self.items, self.correct.tolist(), strict=True):
-            row = {**item.metadata, "id": item.id, "group": item.group, "answer": item.answer, "correct": right}
-            label = by(row) if callable(by) else row.get(by)
-            labels.append(_label(label))
-        return labels
+        else:
+            rows = (
+                {**item.metadata, "id": item.id, "group": item.group, "answer": item.answer, "correct": is_right}
+                for item, is_right in zip(self.items, self.correct.tolist(), strict=True)
+            )
+            labels = [by(row) if callable(by) else row.get(by) for row in rows]
+        # A table has NaN where it has no label.
+        return [None if is_missing(label) else str(label) for label in labels]
 
     def kept(self, condition: str = "correct") -> Bool[Tensor, " item"]:
         """Which recorded questions meet a condition: ``"correct"``, ``"wrong"`` or ``"all"``.
@@ -506,7 +477,7 @@ class ItemStatistics:
         Raises:
             MismatchError: no such condition.
         """
-        check_choice("condition", condition, ("correct", "wrong", "all"), MismatchError)
+        check_choice("condition", condition, CONDITIONS, MismatchError)
         if condition == "all":
             return self.done
         return self.done & (self.correct == (condition == "correct"))
@@ -530,7 +501,7 @@ class ItemStatistics:
         numbers = np.asarray(rows)
         if len(numbers) and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(self)):
             raise MismatchError(f"rows are numbers of questions, from 0 to {len(self) - 1}; got {rows!r}")
-        values = self._table(table)
+        values = self._files.table(table)
         for start in range(0, len(numbers), size):
             yield slice(start, start + size), values[numbers[start : start + size]]
 
@@ -542,7 +513,7 @@ class ItemStatistics:
         balanced: bool | int = False,
         minimum: int = 0,
         seed: int = 0,
-    ) -> "GroupedItems":
+    ) -> GroupedItems:
         """The questions of each group: a pool to select from, to resample, or to add up.
 
         Args:
@@ -567,10 +538,10 @@ class ItemStatistics:
         groups = tuple(sorted({label for label in labels if label is not None}))
         if not groups:
             raise SelectionError("no question has a label")
-        index = {group: n for n, group in enumerate(groups)}
+        number_of = {group: number for number, group in enumerate(groups)}
         kept = self.kept(condition).tolist()
-        owners = {row: index[label] for row, label in enumerate(labels) if label is not None and kept[row]}
-        rows, owner = (np.array(list(one), dtype=np.int64) for one in (owners.keys(), owners.values()))
+        owners = {row: number_of[label] for row, label in enumerate(labels) if label is not None and kept[row]}
+        rows, owner = (np.array(list(numbers), dtype=np.int64) for numbers in (owners.keys(), owners.values()))
         pool = GroupedItems(self, rows, owner, groups, condition)
         pool.check_size(minimum)
         return pool.balanced(None if balanced is True else balanced, seed=seed) if balanced is not False else pool
@@ -608,275 +579,15 @@ class ItemStatistics:
         return f"ItemStatistics({len(self)} questions{state}; {', '.join(self.tables)} over {self.space!r})"
 
 
-class _Added(ItemStatistics):
-    """Recordings of different questions as one; see `ItemStatistics.__add__`. Its folder is none, and never written."""
-
-    def __init__(self, recordings: Sequence[ItemStatistics]) -> None:
-        first, second = recordings
-        check_same_space(first.space, second.space)
-        provenance = merged_provenance(first.provenance, second.provenance)
-        for one in recordings:
-            if one.part is not None:
-                raise MismatchError(
-                    f"{one.folder} is part {one.part} of a recording: ItemStatistics.join puts it together with the "
-                    "others, and sees that none lacks"
-                )
-        for what, own in (("tables", lambda one: sorted(one.tables)), ("statistics", lambda one: one._rules)):
-            if own(first) != own(second):
-                raise MismatchError(f"recordings with different {what} cannot be added: {own(first)} and {own(second)}")
-        known = {item.id for item in first.items}
-        if twice := [item.id for item in second.items if item.id in known]:
-            raise MismatchError(
-                f"{len(twice)} questions are in both recordings ({', '.join(map(repr, twice[:3]))}"
-                f"{', …' if len(twice) > 3 else ''}) and would count twice: leave them out of one"
-            )
-        for name in ("halved", "skipped"):
-            if told := [entry for one in recordings for entry in one.provenance.get(name, ())]:
-                provenance[name] = told
-        self.recordings: list[ItemStatistics] = []
-        for one in recordings:
-            self.recordings += one.recordings if isinstance(one, _Added) else [one]
-        self.folder = Path(" + ".join(str(one.folder) for one in self.recordings))
-        self.space, self.provenance, self.part = first.space, provenance, None
-        self.tables, self.statistics, self._rules = first.tables, first.statistics, first._rules
-        self.items = tuple(item for one in self.recordings for item in one.items)
-
-    def _table(self, name: str) -> "_Stacked":
-        tables = (one._table(name) for one in self.recordings)
-        return _Stacked([table for table in tables if isinstance(table, np.memmap)])
-
-    @property
-    def _records(self) -> np.ndarray:
-        return np.concatenate([one._records for one in self.recordings])
-
-
-class _Stacked:
-    """The same table of several recordings, one below the other; rows are read from theirs."""
-
-    def __init__(self, tables: Sequence[np.memmap]) -> None:
-        self._tables = tables
-        self._starts = np.cumsum([0, *(len(table) for table in tables)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, key: int | np.ndarray | tuple[np.ndarray, slice]) -> np.ndarray:
-        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
-        numbers = np.atleast_1d(rows)
-        owner = np.searchsorted(self._starts, numbers, side="right") - 1
-        like = self._tables[0][:0, columns]
-        found = np.empty((len(numbers), *like.shape[1:]), dtype=like.dtype)
-        for n, table in enumerate(self._tables):
-            own = owner == n
-            found[own] = table[numbers[own] - self._starts[n], columns]
-        return found if np.ndim(rows) else found[0]
-
-
-@dataclass(frozen=True, eq=False)
-class GroupedItems:
-    """Questions of a recording, each in a group; made by `ItemStatistics.grouped`.
-
-    What rules that look at single questions select from (`vlmneurons.AveragePrecision`), and what the functions of
-    `vlmneurons.trust` resample and shuffle. Rules that need only the groups' counts select from its `statistics`.
-
-    Attributes:
-        recording: where the counts are.
-        rows: rows of the recording; one may stand several times, as in a bootstrap.
-        owner: for each of the rows the number of its group.
-        groups: names of the groups.
-        condition: which questions entered.
-    """
-
-    recording: ItemStatistics
-    rows: np.ndarray
-    owner: np.ndarray
-    groups: tuple[str, ...]
-    condition: str = "correct"
-
-    @property
-    def space(self) -> NeuronSpace:
-        """The neurons."""
-        return self.recording.space
-
-    @property
-    def provenance(self) -> JSON:
-        """What the recording says, and the condition."""
-        return {**self.recording.provenance, "condition": self.condition}
-
-    @property
-    def items(self) -> Int64[Tensor, " group"]:
-        """Number of questions of each group."""
-        return torch.from_numpy(np.bincount(self.owner, minlength=len(self.groups)).astype(np.int64))
-
-    @property
-    def tokens(self) -> Int64[Tensor, " group"]:
-        """Number of counted tokens of each group."""
-        tokens = np.zeros(len(self.groups), dtype=np.int64)
-        np.add.at(tokens, self.owner, self.recording.tokens.numpy()[self.rows])
-        return torch.from_numpy(tokens)
-
-    def check_size(self, minimum: int) -> None:
-        """Make sure that every group has questions enough.
-
-        Args:
-            minimum: least number of questions of every group.
-
-        Raises:
-            SelectionError: some have fewer; the message names them and says how many they have.
-        """
-        minimum = as_whole("minimum", minimum, SelectionError)
-        thin = [f"{group} ({n})" for group, n in zip(self.groups, self.items.tolist(), strict=True) if n < minimum]
-        if thin:
-            answered = {"correct": "right"}.get(self.condition, self.condition)
-            condition = "" if self.condition == "all" else f" that were answered {answered}"
-            raise SelectionError(
-                f"at least {minimum} questions a group{condition} are needed; fewer are in {', '.join(thin)}: leave "
-                "them out, or record more"
-            )
-
-    def check_counted(self) -> None:
-        """Make sure that every group has counted tokens.
-
-        Raises:
-            SelectionError: some have none; the message names them.
-        """
-        advice = "of the grouping, or record more questions"
-        refuse_uncounted(self.groups, self.tokens, advice, condition=self.condition)
-
-    def balanced(self, size: int | None = None, *, seed: int = 0) -> "GroupedItems":
-        """The same number of questions of every group, chosen by a seeded hash of their ids.
-
-        Args:
-            size: questions per group; by default as many as the smallest group has.
-            seed: of the choice.
-
-        Raises:
-            SelectionError: a group has fewer, or none; the message names the thin groups.
-        """
-        seed = as_whole("seed", seed, SelectionError)
-        if size is not None and (size := as_whole("size", size, SelectionError)) < 1:
-            raise SelectionError(f"{size} questions per group were asked for; the least is 1")
-        self.check_size(1 if size is None else size)
-        size = int(self.items.min()) if size is None else size
-        items = self.recording.items
-        rank = np.argsort([hash_of(seed, items[row].id) for row in self.rows], kind="stable")
-        kept = np.concatenate([rank[self.owner[rank] == group][:size] for group in range(len(self.groups))])
-        return self.taken(np.sort(kept))
-
-    def taken(self, places: np.ndarray, owner: np.ndarray | None = None) -> "GroupedItems":
-        """Some of the questions, by their places in `rows`, in the groups they have or in others.
-
-        Args:
-            places: places within ``rows``, repeated where a question counts twice.
-            owner: row of the group of each of them; as they are, unless given.
-        """
-        own = self.owner[places] if owner is None else owner
-        return GroupedItems(self.recording, self.rows[places], own, self.groups, self.condition)
-
-    def select_groups(self, groups: Sequence[str]) -> "GroupedItems":
-        """The questions of some groups, in the given order of groups.
-
-        Args:
-            groups: names of groups.
-
-        Raises:
-            GroupError: no such group.
-            MismatchError: a group twice, or none.
-        """
-        groups = as_names("groups", groups, MismatchError)
-        if not groups or len(set(groups)) < len(groups):
-            raise MismatchError(
-                f"groups are some of {', '.join(self.groups)}, each once; got {', '.join(groups) or 'none'}"
-            )
-        unknown = [group for group in groups if group not in self.groups]
-        if unknown:
-            raise GroupError(f"group {unknown[0]!r} is not among these questions; they have {', '.join(self.groups)}")
-        place = np.array([groups.index(g) if g in groups else -1 for g in self.groups], dtype=np.int64)
-        owner = place[self.owner]
-        kept = owner >= 0
-        return GroupedItems(self.recording, self.rows[kept], owner[kept], tuple(groups), self.condition)
-
-    @cached_property
-    def statistics(self) -> ActivationStatistics:
-        """The questions' counts added up by group, exactly."""
-        recording, n_groups = self.recording, len(self.groups)
-        sums: dict[str, np.ndarray] = {}
-        for name in recording.tables:
-            if name == "maximum" or name in recording.statistics:
-                continue
-            dtype = np.float64 if name == "total" else np.int64
-            sums[name] = np.zeros((n_groups, recording._columns(name)), dtype=dtype)
-            for group, own in enumerate(sums[name]):
-                for _, values in recording.chunks(self.rows[self.owner == group], name):
-                    own += values.sum(0, dtype=dtype)
-        return ActivationStatistics(
-            space=self.space,
-            groups=self.groups,
-            positive=torch.from_numpy(sums["positive"]),
-            tokens=self.tokens,
-            items=self.items,
-            routed=torch.from_numpy(sums["reached"]) if "reached" in sums else None,
-            total=torch.from_numpy(sums["total"]) if "total" in sums else None,
-            provenance=self.provenance,
-        )
-
-    def values(self, on: str, columns: slice) -> Float64[np.ndarray, "item neuron"]:
-        """One value for each question and neuron of a range.
-
-        Args:
-            on: ``"mean"`` (mean activation over the question's counted tokens; 0 if none reached the neuron),
-                ``"probability"`` (share of those tokens at which the neuron fired), or ``"maximum"`` (highest
-                activation among them; ``-inf`` if none reached the neuron), or the name of a statistic of your own.
-            columns: range of flat indices.
-
-        Raises:
-            SelectionError: no such value, or it was not recorded.
-        """
-        recording = self.recording
-        table = {"mean": "total", "probability": "positive", "maximum": "maximum"}.get(on)
-        if table is None:
-            check_choice("on", on, (*VALUES, *recording.statistics), SelectionError)
-        table = table or on
-        if table not in recording.tables:
-            how = "magnitudes" if on == "mean" else "maxima"
-            raise SelectionError(f"this recording holds no {on} of each question: record_items(…, {how}=True)")
-        values = recording._table(table)[self.rows, columns].astype(np.float64)
-        if on == "maximum" or table == on:
-            return values
-        if "reached" in recording.tables:
-            site = self.space.site_of[columns].numpy()
-            reached = recording._table("reached")[self.rows][:, site].astype(np.float64)
-        else:
-            reached = recording.tokens.numpy()[self.rows].astype(np.float64)[:, None]
-        return np.divide(values, reached, out=np.zeros_like(values), where=np.broadcast_to(reached > 0, values.shape))
-
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{group} {n}" for group, n in zip(self.groups, self.items.tolist(), strict=True))
-        return f"GroupedItems({len(self.rows)} questions: {counts}; {self.condition}, over {self.space!r})"
-
-
 def added_up(evidence: object) -> object:
     """Counts of groups of what is of single questions; anything else as it is."""
     grouped = evidence.grouped() if isinstance(evidence, ItemStatistics) else evidence
     return grouped.statistics if isinstance(grouped, GroupedItems) else grouped
 
 
-def _dtype(name: str) -> np.dtype:
-    """How numbers of a table are kept: statistics of the user's own as maxima are."""
-    return _FILES.get(name, _FILES["maximum"])
-
-
-def _label(value: object) -> str | None:
-    """A question's label; None, and NaN, which is what a table has for it, leave the question out."""
-    return None if is_missing(value) else str(value)
-
-
-def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
-    """Of what a question's record says, and of its row in every table."""
-    checksum = zlib.crc32(b"".join(record[name].tobytes() for name in ("chosen", "tokens", "margin")))
-    for row in rows:
-        checksum = zlib.crc32(np.ascontiguousarray(row).tobytes(), checksum)
-    return checksum
+def _halving(entry: JSONMapping) -> JSON:
+    """How a batch was halved, as a file says it; see `vlmneurons.run.memory.MemoryLimit`."""
+    return {name: entry[name] for name in ("from", "to", "first")}
 
 
 def _plain(values: JSON) -> JSON:

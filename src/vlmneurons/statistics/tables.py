@@ -1,4 +1,4 @@
-"""`TableEvidence`: tables with a row for each group, whatever was counted: chosen, added, compared, kept in a file."""
+"""`TableEvidence`: tables with a row for each group, whatever was counted; they add up, and are kept in a file."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,26 +16,16 @@ from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.statistics.evidence import checked_groups, rows_of
 from vlmneurons.statistics.identity import check_addable
 
-MUST_AGREE = (
-    "model",
-    "revision",
-    "kind",
-    "tokens",
-    "token_rule",
-    "condition",
-    "prompt",
-    "answer",
-    "dtype",
-)
+MUST_AGREE = ("model", "revision", "kind", "tokens", "token_rule", "condition", "prompt", "answer", "dtype")
 """Provenance entries that statistics must share to be added, beside the setting: other rules count other things."""
 
 
-Own = TypeVar("Own", bound="TableEvidence")
-"""The class of the tables themselves."""
+SameClass = TypeVar("SameClass", bound="TableEvidence")
+"""What is made of statistics: statistics of the same class."""
 
 
 class TableEvidence:
-    """What dataclasses of such tables have in common; they name their tables: counts, and a ``total`` in float64.
+    """What dataclasses of such tables have in common; each names its own: ``total`` is float64, the others int64.
 
     Attributes:
         space: the space that numbers the neurons.
@@ -63,25 +53,25 @@ class TableEvidence:
         named = {name: getattr(self, name) for name in (*self._required, *self._optional)}
         return {name: table for name, table in named.items() if table is not None}
 
-    def _changed(self: Own, **changes: object) -> Own:
+    def _changed(self: SameClass, **changes: object) -> SameClass:
         return replace(cast(Any, self), **changes)
 
-    def _with_rows(self: Own, groups: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> Own:
+    def _with_rows(self: SameClass, groups: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> SameClass:
         return self._changed(groups=groups, **{name: change(table) for name, table in self._tables().items()})
 
-    def _added(self: Own, other: "TableEvidence", provenance: JSONMapping) -> Own:
+    def _added(self: SameClass, other: "TableEvidence", provenance: JSONMapping) -> SameClass:
         """The rows of shared groups added up, those of other groups appended; both have the same tables."""
-        groups, theirs = tuple(dict.fromkeys(self.groups + other.groups)), other._tables()
-        ours, others = (torch.tensor([groups.index(group) for group in part.groups]) for part in (self, other))
-        added = {
+        groups, summands = tuple(dict.fromkeys(self.groups + other.groups)), other._tables()
+        rows, rows_of_other = (torch.tensor([groups.index(group) for group in part.groups]) for part in (self, other))
+        sums = {
             name: table.new_zeros((len(groups), *table.shape[1:]))
-            .index_add_(0, ours, table)
-            .index_add_(0, others, theirs[name])
+            .index_add_(0, rows, table)
+            .index_add_(0, rows_of_other, summands[name])
             for name, table in self._tables().items()
         }
-        return self._changed(groups=groups, provenance=provenance, **added)
+        return self._changed(groups=groups, provenance=provenance, **sums)
 
-    def select_groups(self: Own, groups: Iterable[str]) -> Own:
+    def select_groups(self: SameClass, groups: Iterable[str]) -> SameClass:
         """The rows of some groups, in the given order.
 
         Args:
@@ -98,9 +88,9 @@ class TableEvidence:
         """Whether space, groups (in order) and all tables are equal; provenance is not compared."""
         if not isinstance(other, type(self)):
             return NotImplemented
-        ours, theirs = self._tables(), other._tables()
-        return (self.space, self.groups, ours.keys()) == (other.space, other.groups, theirs.keys()) and all(
-            torch.equal(table, theirs[name]) for name, table in ours.items()
+        tables, tables_of_other = self._tables(), other._tables()
+        return (self.space, self.groups, tables.keys()) == (other.space, other.groups, tables_of_other.keys()) and all(
+            torch.equal(table, tables_of_other[name]) for name, table in tables.items()
         )
 
     def save(self, path: "str | os.PathLike[str]") -> None:
@@ -116,7 +106,7 @@ class TableEvidence:
         _files.write(path, self._kind, self._tables(), data)
 
     @classmethod
-    def load(cls: type[Own], path: "str | os.PathLike[str]") -> Own:
+    def load(cls: type[SameClass], path: "str | os.PathLike[str]") -> SameClass:
         """What `save` wrote.
 
         Args:
@@ -140,7 +130,9 @@ class TableEvidence:
 
 
 def merged_provenance(first: Mapping[str, object], second: Mapping[str, object]) -> JSON:
-    """What both say; where they differ in a side matter, ``{"several": [...]}`` lists the values in order.
+    """What two recordings that are added say together.
+
+    Where they differ in what numbers do not hang on, such as a device, ``{"several": [...]}`` lists both values.
 
     Raises:
         MismatchError: they differ in what makes numbers comparable.

@@ -10,26 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import Keywords, as_path, check_kind
+from vlmneurons.checks import as_path, check_kind
 from vlmneurons.errors import MismatchError
+from vlmneurons.study.effects import NO_GROUP, check_value
 from vlmneurons.study.masks import split_setting
-from vlmneurons.study.result import VALUES, KnockoutResult
+from vlmneurons.study.result import KnockoutResult
 from vlmneurons.trust.pvalues import holm
 
 _EFFECTS = ("self_effect", "cross_effect", "cross_caused", "gap")
 
-_HOW = {
-    "answer": "answers are read by",
-    "prompt": "the prompt is",
-    "others": "masks of other groups that each question met:",
+_ENDS = [f"{effect}{end}" for effect in _EFFECTS for end in ("", "_low", "_high")]
+"""Columns of the effects and their intervals."""
+
+_NOTED = {
+    "answer": "Answers are read by",
+    "prompt": "The prompt is",
+    "others": "Masks of other groups that each question met:",
 }
-"""What of a study's provenance a reader has to know where it differs, and how it is told."""
+"""The entries of a study's provenance that a reader has to know where they differ, and how a note of them begins."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,31 +61,29 @@ class Comparison:
     @property
     def selectors(self) -> tuple[str, ...]:
         """Names under which any model has masks, in the order of the models; the settings of sweeps are left out."""
-        names = [name for one in self.results.values() for name in one.selectors if split_setting(name)[1] is None]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(name for result in self.results.values() for name in _without_sweeps(result)))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What differs between the models beside the model, a sentence each; nothing where nothing does."""
+        """What differs between the models' studies apart from the model, a sentence each."""
         notes = []
-        for one, other in itertools.combinations(self.models, 2):
-            asked, also = (
-                {*zip(part.ids, part.groups, part.answers.tolist(), strict=True)}
-                for part in (self.results[one], self.results[other])
-            )
-            if asked != also:
-                same = len(asked & also)
-                notes.append(
-                    f"{one} was asked {len(asked):,} questions and {other} {len(also):,}; {same:,} are the same."
-                )
-        for name, told in _HOW.items():
-            values = {model: str(one.provenance.get(name, "all")) for model, one in self.results.items()}
-            if len(set(values.values())) > 1:
-                notes.append(f"{told[0].upper()}{told[1:]} {'; '.join(f'{v} ({one})' for one, v in values.items())}.")
-        lacking = {
-            model: [name for name in self.selectors if name not in one.selectors] for model, one in self.results.items()
+        questions = {
+            model: {*zip(result.ids, result.groups, result.answers.tolist(), strict=True)}
+            for model, result in self.results.items()
         }
-        notes += [f"{model} has no masks of {', '.join(names)}." for model, names in lacking.items() if names]
+        for (first, asked), (second, also_asked) in itertools.combinations(questions.items(), 2):
+            if asked != also_asked:
+                notes.append(
+                    f"{first} was asked {len(asked):,} questions and {second} {len(also_asked):,}; "
+                    f"{len(asked & also_asked):,} are the same."
+                )
+        for name, begin in _NOTED.items():
+            values = {model: str(result.provenance.get(name, "all")) for model, result in self.results.items()}
+            if len(set(values.values())) > 1:
+                notes.append(f"{begin} {'; '.join(f'{value} ({model})' for model, value in values.items())}.")
+        for model, result in self.results.items():
+            if lacking := [name for name in self.selectors if name not in result.selectors]:
+                notes.append(f"{model} has no masks of {', '.join(lacking)}.")
         return tuple(notes)
 
     def table(self) -> pd.DataFrame:
@@ -92,18 +93,14 @@ class Comparison:
         ``cross_caused`` and ``gap``, each with ``_low`` and ``_high``, ``few`` (see `KnockoutResult.summary`), and
         ``p``, ``cross_p`` and ``gap_p``, each with ``_holm``: corrected over the models.
         """
-        whole = self._summaries["group"] == "all"
-        rows, groups = self._summaries.loc[whole], self._summaries.loc[~whole]
-        counts = (
-            cast(pd.Series, groups.groupby(["selector", "model"], sort=False).size()).rename("groups").reset_index()
-        )
-        return _corrected(
-            rows.drop(columns="group").merge(counts, "left"), ["selector"], ("p", "cross_p", "gap_p")
-        ).loc[
-            :,
-            ["selector", "model", "groups", "n", "pictures", "clean", *_ends(), "few"]
-            + [f"{name}{end}" for name in ("p", "cross_p", "gap_p") for end in ("", "_holm")],
-        ]
+        summaries = self._summaries
+        of_all = summaries["group"] == NO_GROUP
+        rows = summaries.loc[of_all].drop(columns="group")
+        groups = summaries.loc[~of_all].groupby(["selector", "model"], sort=False)["group"].agg(groups="size")
+        tests = ("p", "cross_p", "gap_p")
+        table = _corrected(rows.merge(groups.reset_index(), "left"), ["selector"], tests)
+        first = ["selector", "model", "groups", "n", "pictures", "clean"]
+        return table.loc[:, [*first, *_ENDS, "few", *(f"{name}{end}" for name in tests for end in ("", "_holm"))]]
 
     def groups(self) -> pd.DataFrame:
         """Each group's effects in each model: which groups agree.
@@ -114,12 +111,13 @@ class Comparison:
         have a self effect below zero with ``p_holm`` below .05).
         """
         summaries = self._summaries
-        rows = _corrected(summaries.loc[summaries["group"] != "all"], ["selector", "group"], ("p",))
-        rows["models"] = rows.groupby(["selector", "group"])["model"].transform("size")
-        rows["found"] = (rows["self_effect"] < 0) & (rows["p_holm"] < 0.05)
-        rows["harmed"] = rows.groupby(["selector", "group"])["found"].transform("sum")
+        family = ["selector", "group"]
+        rows = _corrected(summaries.loc[summaries["group"] != NO_GROUP], family, ("p",))
+        rows["models"] = rows.groupby(family)["model"].transform("size")
+        rows["harmed"] = (rows["self_effect"] < 0) & (rows["p_holm"] < 0.05)
+        rows["harmed"] = rows.groupby(family)["harmed"].transform("sum")
         first = ["selector", "group", "model", "n", "pictures", "clean"]
-        return self._sorted(rows.loc[:, [*first, *_ends(), "few", "p", "p_holm", "models", "harmed"]], "group")
+        return self._sorted(rows.loc[:, [*first, *_ENDS, "few", "p", "p_holm", "models", "harmed"]], "group")
 
     def agreement(self) -> pd.DataFrame:
         """How alike two models' effects are over the groups that both have, for each selector and pair of models.
@@ -132,19 +130,17 @@ class Comparison:
         rows = []
         for name in self.selectors:
             matrices = {
-                model: one.matrix(name, value=self.value)
-                for model, one in self.results.items()
-                if name in one.selectors
+                model: result.matrix(name, value=self.value)
+                for model, result in self.results.items()
+                if name in result.selectors
             }
-            for first, second in itertools.combinations(matrices, 2):
-                a, b = matrices[first], matrices[second]
+            for (first, a), (second, b) in itertools.combinations(matrices.items(), 2):
                 shared = sorted(set(a.index) & set(a.columns) & set(b.index) & set(b.columns))
-                one, other = (table.loc[shared, shared].to_numpy(dtype=float) for table in (a, b))
-                row: dict[str, object] = {"selector": name, "first": first, "second": second, "groups": len(shared)}
-                own = np.eye(len(shared), dtype=bool)
-                row["spearman"], row["p"] = self._alike(one, other, own)
-                row["cells"], row["cells_p"] = self._alike(one, other, ~own)
-                rows.append(row)
+                effects, other_effects = (table.loc[shared, shared].to_numpy(dtype=float) for table in (a, b))
+                is_self = np.eye(len(shared), dtype=bool)
+                of_self = self._rank_correlation(effects, other_effects, is_self)
+                of_cells = self._rank_correlation(effects, other_effects, ~is_self)
+                rows.append((name, first, second, len(shared), *of_self, *of_cells))
         names = ["selector", "first", "second", "groups", "spearman", "p", "cells", "cells_p"]
         return pd.DataFrame(rows, columns=names)
 
@@ -156,21 +152,21 @@ class Comparison:
         of layers: 1 is as many as in a uniform choice among layers of one width).
         """
         rows = []
-        for name, (model, one) in itertools.product(self.selectors, self.results.items()):
-            layers = [str(layer).rpartition(" ") for layer in one.provenance.get("layers", ())]
+        for name, (model, result) in itertools.product(self.selectors, self.results.items()):
+            layers = [str(layer).rpartition(" ")[::2] for layer in result.provenance.get("layers", ())]
             masks = [
-                mask for mask in one.masks if mask.selector == name and mask.size and len(mask.layers) == len(layers)
+                mask for mask in result.masks if mask.selector == name and mask.size and len(mask.layers) == len(layers)
             ]
             if not masks or not layers:
                 continue
             shares = np.mean([np.array(mask.layers) / mask.size for mask in masks], axis=0)
-            number = {tower: sum(other == tower for other, _, _ in layers) for tower, _, _ in layers}
-            seen = dict.fromkeys(number, 0)
-            for (tower, _, layer), share in zip(layers, shares, strict=True):
-                depth = (seen[tower] + 0.5) / number[tower]
-                seen[tower] += 1
-                where = {"selector": name, "model": model, "tower": tower, "layer": int(layer), "depth": depth}
-                rows.append({**where, "share": float(share), "density": float(share) * len(layers)})
+            tower_layers: dict[str, list[tuple[str, float]]] = {}
+            for (tower, layer), share in zip(layers, shares.tolist(), strict=True):
+                tower_layers.setdefault(tower, []).append((layer, share))
+            for tower, parts in tower_layers.items():
+                for n, (layer, share) in enumerate(parts):
+                    depth = (n + 0.5) / len(parts)
+                    rows.append((name, model, tower, int(layer), depth, share, share * len(layers)))
         return pd.DataFrame(rows, columns=["selector", "model", "tower", "layer", "depth", "share", "density"])
 
     def report(self, folder: str | Path, *, main: str | None = None, title: str = "Models compared") -> Path:
@@ -193,13 +189,14 @@ class Comparison:
 
     @cached_property
     def _summaries(self) -> pd.DataFrame:
-        """Every model's summary, selector by selector; what takes time is its tests, so it is made once."""
-        how: Keywords = {"confidence": self.confidence, "permutations": self.permutations, "seed": self.seed}
-        parts = []
-        for model, one in self.results.items():
-            plain = one.select(*(name for name in one.selectors if split_setting(name)[1] is None))
-            parts.append(plain.summary(value=self.value, **how).assign(model=model))
-        return self._sorted(pd.concat(parts, ignore_index=True))
+        """Every model's summary, selector by selector; its tests take time, so it is made once."""
+        tables = []
+        for model, result in self.results.items():
+            summary = result.select(*_without_sweeps(result)).summary(
+                value=self.value, confidence=self.confidence, permutations=self.permutations, seed=self.seed
+            )
+            tables.append(summary.assign(model=model))
+        return self._sorted(pd.concat(tables, ignore_index=True))
 
     def _sorted(self, table: pd.DataFrame, *by: str) -> pd.DataFrame:
         """Rows in the order of the selectors and then by columns."""
@@ -207,27 +204,28 @@ class Comparison:
         table = table.assign(_order=table["selector"].map(order)).sort_values(["_order", *by], kind="stable")
         return table.drop(columns="_order").reset_index(drop=True)
 
-    def _alike(self, one: np.ndarray, other: np.ndarray, cells: np.ndarray) -> tuple[float, float]:
-        """Rank correlation of some cells of two matrices over the same groups, and its p."""
-        size = len(one)
+    def _rank_correlation(self, first: np.ndarray, second: np.ndarray, cells: np.ndarray) -> tuple[float, float]:
+        """Rank correlation of some cells of two matrices over the same groups, and its p by shuffles of the groups."""
+        size = len(first)
         if size < 3:
             return math.nan, math.nan
 
         def correlation(order: Sequence[int]) -> float:
-            a, b = one[cells], other[np.ix_(order, order)][cells]
-            known = ~np.isnan(a) & ~np.isnan(b)
-            a, b = scipy_stats.rankdata(a[known]), scipy_stats.rankdata(b[known])
+            a, b = first[cells], second[np.ix_(order, order)][cells]
+            both = ~np.isnan(a) & ~np.isnan(b)
+            a, b = scipy_stats.rankdata(a[both]), scipy_stats.rankdata(b[both])
             return float(np.corrcoef(a, b)[0, 1]) if a.size > 2 and np.ptp(a) and np.ptp(b) else math.nan
 
-        found = correlation(range(size))
-        if math.isnan(found) or not self.permutations:
-            return found, math.nan
-        if math.factorial(size) <= self.permutations:
-            shuffled = [correlation(order) for order in itertools.permutations(range(size))]
-            return found, float(np.mean(~(np.abs(shuffled) < abs(found) - 1e-12)))  # what has no rank tells nothing
+        measured = correlation(range(size))
+        if math.isnan(measured) or not self.permutations:
+            return measured, math.nan
+        every_order = math.factorial(size) <= self.permutations  # the order that is measured is then among them
         generator = np.random.default_rng(self.seed)
-        shuffled = [correlation(generator.permutation(size).tolist()) for _ in range(self.permutations)]
-        return found, float((1 + np.sum(~(np.abs(shuffled) < abs(found) - 1e-12))) / (1 + len(shuffled)))
+        draws = (generator.permutation(size).tolist() for _ in range(self.permutations))
+        shuffled = [correlation(order) for order in (itertools.permutations(range(size)) if every_order else draws)]
+        # A shuffle without a correlation (NaN) counts as one that is as high, so that p is never too small.
+        as_high = int(np.sum(~(np.abs(shuffled) < abs(measured) - 1e-12)))
+        return measured, as_high / len(shuffled) if every_order else (1 + as_high) / (1 + len(shuffled))
 
 
 def compare(
@@ -240,7 +238,7 @@ def compare(
 ) -> Comparison:
     """Several models' studies side by side: the table of selector by model, layer profiles, and which groups agree.
 
-    The models may have been asked different questions, and have other groups; what differs is said.
+    The models may have been asked different questions, and have different groups; `Comparison.notes` says what differs.
 
     Args:
         results: the study of each model by name: what `knockout` gave, or the folder of a study or knockout.
@@ -251,8 +249,8 @@ def compare(
         seed: of both.
 
     Raises:
-        MismatchError: fewer than two models, a name that is no text, something that is no result, a part of a run,
-            sweeps alone, or a value that one of the results does not hold.
+        MismatchError: fewer than two models, a name that is not a text, something that is not a result, a part of a
+            run, sweeps alone, or a value that one of the results does not hold.
         FileFormatError: a folder holds no result.
 
     Example:
@@ -263,16 +261,15 @@ def compare(
         raise MismatchError(f"models are compared with each other: give at least two; got {len(results)}")
     if wrong := [name for name in results if not isinstance(name, str) or not name]:
         raise MismatchError(f"the name of a model is a text that is not empty; got {wrong[0]!r}")
-    opened = {str(name): _opened(name, one) for name, one in results.items()}
-    measures = {one.measure for one in opened.values()}
+    opened = {str(name): _opened(name, entry) for name, entry in results.items()}
+    measures = {result.measure for result in opened.values()}
     value = value or (measures.pop() if len(measures) == 1 else "correct")
-    if value not in VALUES:
-        raise MismatchError(f"value={value!r} is not among those that effects are measured on: {', '.join(VALUES)}")
-    for name, one in opened.items():
-        if not one.ids or not one.masks:
+    check_value(value)
+    for name, result in opened.items():
+        if not result.ids or not result.masks:
             raise MismatchError(f"{name!r} has no questions, or no masks: there is nothing to compare")
         try:
-            one.values(value)
+            result.values(value)
         except MismatchError as error:
             raise MismatchError(f"{name!r}: {error}") from error
     compared = Comparison(opened, value, confidence, permutations, seed)
@@ -281,17 +278,21 @@ def compare(
     return compared
 
 
-def _opened(name: object, given: Any) -> KnockoutResult:
-    if not isinstance(given, KnockoutResult):
-        folder = as_path(f"results[{name!r}]", given, MismatchError)
-        given = KnockoutResult.load(folder / "knockout" if (folder / "knockout").is_dir() else folder)
-    if "part" in given.provenance:
-        raise MismatchError(f"{name!r} is part {given.provenance['part']} of a run: join it with the others first")
-    return given
+def _opened(name: object, entry: KnockoutResult | str | Path) -> KnockoutResult:
+    """A result as it is, or that of a folder of a study or a knockout."""
+    if isinstance(entry, KnockoutResult):
+        result = entry
+    else:
+        folder = as_path(f"results[{name!r}]", entry, MismatchError)
+        result = KnockoutResult.load(folder / "knockout" if (folder / "knockout").is_dir() else folder)
+    if "part" in result.provenance:
+        raise MismatchError(f"{name!r} is part {result.provenance['part']} of a run: join it with the others first")
+    return result
 
 
-def _ends() -> list[str]:
-    return [f"{effect}{end}" for effect in _EFFECTS for end in ("", "_low", "_high")]
+def _without_sweeps(result: KnockoutResult) -> list[str]:
+    """The selectors of a result that are not settings of a sweep."""
+    return [name for name in result.selectors if split_setting(name)[1] is None]
 
 
 def _corrected(table: pd.DataFrame, family: Sequence[str], names: Sequence[str]) -> pd.DataFrame:

@@ -1,6 +1,6 @@
-"""What a study is compared with, and what is varied in it: small functions that give masks or questions to `knockout`.
+"""What a study is compared with, and what is varied in it: small functions that give masks or questions for `knockout`.
 
-Those that give masks give them by name, so that they are put together with ``|``:
+Masks come by name, so that they can be put together with ``|``:
 
     chosen = {"CAS": CAS().select(stats)}
     masks = chosen | random_controls(stats, chosen) | fraction_sweep("CAS", CAS(), stats, [0.001, 0.01])
@@ -21,16 +21,14 @@ from vlmneurons.run.intervention import Intervention
 from vlmneurons.selectors import LayerMatchedRandom, RandomNeurons, Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import Grouping, ItemStatistics
+from vlmneurons.study.effects import NO_GROUP
 from vlmneurons.study.masks import setting_name
 
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-_NOTHING: Mapping[str, None] = {"image": None, "audio": None, "video": None}
-
-
 def blind(questions: QuestionSet) -> QuestionSet:
-    """The same questions without their pictures, sounds and videos: what can be answered without looking.
+    """The same questions without their pictures, sounds and videos: what can be answered without looking?
 
     Questions keep their ids, and so the order in which their options are shown.
 
@@ -38,19 +36,18 @@ def blind(questions: QuestionSet) -> QuestionSet:
         questions: any questions.
     """
     return questions.with_items(
-        replace(item, image=None, audio=None, video=None, image_id=item.image_id or item.id) for item in questions
+        replace(question, image=None, audio=None, video=None, image_id=question.image_id or question.id)
+        for question in questions
     )
 
 
 def options_only(questions: QuestionSet) -> QuestionSet:
-    """The options alone, without the question's text or picture: what the options give away by themselves.
+    """The options alone, without the question's text or picture: what do they give away by themselves?
 
     Args:
         questions: any questions.
     """
-    return questions.with_items(
-        replace(item, **_NOTHING, question="", image_id=item.image_id or item.id) for item in questions
-    )
+    return blind(questions.with_items(replace(question, question="") for question in questions))
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------
@@ -62,23 +59,23 @@ def random_controls(
     """Random neurons of the same number: uniform ones, and for each selection ones that match it layer by layer.
 
     Uniform neurons are spread over layers that a selection may not touch, and flatter it (arXiv 2406.14144); the
-    layer-matched ones are the fairer control. The neurons of the selection itself are left out of neither.
+    layer-matched ones are the fairer control. Neither control leaves out the neurons of the selection itself.
 
-    Uniform sets are exchangeable over groups, whose layers and counts they know nothing of: one set a seed serves all
-    groups, so that a question is asked once a seed whatever masks it meets (their self and cross effects are those of
-    one set, and the gap is zero). Layer-matched sets stay each group's own.
+    Uniform sets depend on no group, so one set for each seed serves all groups, and a question is asked once for each
+    seed whatever masks it meets (self and cross effects are those of one set, and the gap is zero). Layer-matched sets
+    are each group's own.
 
     Args:
         stats: the statistics that the selections were made from.
-        like: selections by name; their sizes must be equal for the uniform control, which takes the largest.
+        like: selections by name; the uniform control has as many neurons as the largest of their sets.
         repeats: seeds of each control.
-        seed: the first of them.
+        seed: the first of these seeds.
 
     Returns:
         ``"random"`` and ``"layer-matched NAME"``, each a list of ``repeats`` selections.
 
     Raises:
-        SelectionError: no selection by name, one that is called as a control is, or fewer than one repeat.
+        SelectionError: no selection by name, a selection with the name of a control, or fewer than one repeat.
     """
     if isinstance(like, Selection) or not isinstance(like, Mapping) or not like:
         raise SelectionError('like is a dictionary of one selection or more by name, such as {"CAS": selection}')
@@ -89,13 +86,17 @@ def random_controls(
     size = max(len(neurons) for selection in like.values() for neurons in selection.values())
     seed = as_whole("seed", seed, SelectionError)
     seeds = range(seed, seed + as_whole("repeats", repeats, SelectionError, least=1))
-    blank = torch.zeros((1, len(stats.space)), dtype=torch.int64)  # a uniform rule reads no counts
-    nobody = ActivationStatistics.from_counts(stats.space, ["all"], blank, [1])
-    uniform = [RandomNeurons(count=size, seed=number).select(nobody) for number in seeds]
+    zeros = torch.zeros((1, len(stats.space)), dtype=torch.int64)  # a uniform rule reads no counts
+    blank = ActivationStatistics.from_counts(stats.space, [NO_GROUP], zeros, [1])
+    uniform = [RandomNeurons(count=size, seed=number).select(blank) for number in seeds]
     controls = {
         "random": [
-            Selection(dict.fromkeys(stats.groups, one["all"]), selector=f"{one.selector}, one set for all", budget=size)
-            for one in uniform
+            Selection(
+                dict.fromkeys(stats.groups, selection[NO_GROUP]),
+                selector=f"{selection.selector}, one set for all",
+                budget=size,
+            )
+            for selection in uniform
         ]
     }
     for name, selection in like.items():
@@ -106,11 +107,11 @@ def random_controls(
 def fraction_sweep(
     name: str, selector: Selector, stats: ActivationStatistics, fractions: Sequence[float]
 ) -> dict[str, Selection]:
-    """Selections of different sizes, named ``"NAME [r=…]"``: how much must be switched off?
+    """Selections of different sizes, named ``"NAME [r=…]"``: how many neurons must be switched off?
 
     Args:
         name: what the selections are called.
-        selector: what selects; its own budget does not matter.
+        selector: what selects; its budget does not matter.
         stats: statistics that it reads.
         fractions: shares of the neurons, in (0, 1].
     """
@@ -118,7 +119,7 @@ def fraction_sweep(
 
 
 def strength_sweep(name: str, selection: Selection, alphas: Sequence[float]) -> dict[str, Intervention]:
-    """One selection scaled by ``1 + alpha``, named ``"NAME [alpha=…]"``: from zero (-1) over none (0) to steering.
+    """One selection scaled by ``1 + alpha``, named ``"NAME [alpha=…]"``: from switching off (-1) to steering.
 
     Source: Zhao et al. 2026 (arXiv 2601.03115), who steer with alpha 0.5.
 
@@ -177,7 +178,7 @@ def condition_masks(
 ) -> dict[str, Selection]:
     """Selections from questions that meet other conditions than "correct", named ``"NAME (all)"``, ``"NAME (wrong)"``.
 
-    A condition that some group has no question for is left out.
+    A condition that some group has no questions for is left out.
 
     Args:
         name: what the selections are called.

@@ -1,7 +1,7 @@
 """The whole study in one call: identify, select, switch off, control, report, in a folder that survives kills.
 
-`run_study` is a short sequence of this library's public functions; whoever wants another study copies it and changes
-what is theirs. Each step keeps its own files under the folder and is skipped where they are whole:
+`run_study` is a short sequence of this library's public functions; to run another study, copy it and change what
+differs. Each step keeps its files in a folder of its own, and is skipped where they are complete:
 
     items/        counts of every identification question        (`record_items`)
     selections/   the neurons of every selector
@@ -17,7 +17,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -50,6 +49,7 @@ from vlmneurons.study.design import crossing
 from vlmneurons.study.knockout import knockout
 from vlmneurons.study.masks import Mask, Masks
 from vlmneurons.study.result import KnockoutResult
+from vlmneurons.trust.nulls import null_distribution
 
 log = logging.getLogger(__name__)
 
@@ -60,26 +60,29 @@ SELECTORS: Mapping[str, Callable[[float], Selector]] = {
     "CAS": CAS,
     "MAD-mean": functools.partial(MAD, on="mean"),
 }
-"""The selectors of the paper, by name; of MAD also the reading that its deviations are of magnitudes."""
+"""The selectors of the paper, by name; ``"MAD-mean"`` takes the deviations of MAD to be those of magnitudes."""
+
+NULL = "null of the selection"
+"""The table of shuffled labels, by its name in a report."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The settings of a study; the defaults are those of the papers where they say them.
+    """The settings of a study; the defaults are those of the papers, where these give them.
 
     Attributes:
-        selectors: names in `SELECTORS`: of ``"MAD-mean"``, MAD on mean activations, sums are recorded too.
+        selectors: names in `SELECTORS`; for ``"MAD-mean"``, MAD on mean activations, sums are recorded too.
         fraction: share of all neurons in each mask (r).
         main: the selector that is swept and controlled.
         fractions: r of the sweep.
         alphas: strengths of the sweep; neurons are scaled by ``1 + alpha``.
         sizes: numbers of identification questions a group of the sweep; those that a group does not have are left out.
         conditions: other identification conditions to compare with.
-        others: masks of other groups that each evaluation question meets; None for all of them. 2 asks 4 runs a
-            question and selector instead of one for each group; see `vlmneurons.study.design`.
+        others: masks of other groups that each evaluation question meets; None for all of them. With 2, each question
+            is asked 4 times for a selector instead of once for each group; see `vlmneurons.study.design`.
         repeats: random masks of each kind, at least 5 for a study that is to be published.
         permutations: shuffles of the labels for the null of the selection; None for as many as a corrected p needs, 0
-            for none.
+            for no null.
         share: share of the questions that neurons are identified on.
         minimum: questions a group must have among those that identify; fewer are refused.
         tokens: which tokens count; see `record`.
@@ -131,19 +134,17 @@ class Protocol:
             if not (getattr(self, name) is None and name in ("permutations", "others")):
                 as_whole(name, getattr(self, name), SelectionError, least=least)
         as_fraction("share", self.share, SelectionError)
-        for name, given, allowed in (
+        for name, value, allowed in (
             *(("conditions", condition, CONDITIONS) for condition in self.conditions),
             ("tokens", self.tokens, TOKEN_RULES),
             ("answer", self.answer, (None, *ANSWERS)),
             ("on_error", self.on_error, ("raise", "skip")),
         ):
-            if given not in allowed:
-                raise SelectionError(
-                    f"{name}={given!r} does not exist; choose from {', '.join(str(one) for one in allowed)}"
-                )
-        for name, given in vars(self).items():  # the study's folder keeps them as JSON
-            several = isinstance(given, Sequence) and not isinstance(given, str)
-            object.__setattr__(self, name, tuple(map(as_plain, given)) if several else as_plain(given))
+            if value not in allowed:
+                raise SelectionError(f"{name}={value!r} does not exist; choose from {', '.join(map(str, allowed))}")
+        for name, value in vars(self).items():  # the study's folder keeps them as JSON
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            object.__setattr__(self, name, tuple(map(as_plain, value)) if several else as_plain(value))
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class StudyResult:
     knockout: KnockoutResult
     others: Mapping[str, KnockoutResult]
     selections: Mapping[str, Selection]
-    tables: "Mapping[str, pd.DataFrame]" = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     page: Path | None = None
 
 
@@ -177,11 +178,11 @@ def run_study(
     remote: Remote = False,
     images: bool = True,
 ) -> StudyResult:
-    """Run, or go on with, a whole study in a folder.
+    """Run a whole study in a folder, or resume it there.
 
     Args:
         model: the model.
-        questions: all questions; they are split into those that identify and those that evaluate.
+        questions: all questions; they are split into those that identify neurons and those that evaluate them.
         folder: where everything is kept. The same call goes on where a killed one stopped.
         protocol: the settings.
         general: questions that measure general ability, asked under every mask.
@@ -210,8 +211,8 @@ def run_study(
         general = None if general is None else general.asked(answer=protocol.answer)
     identify, evaluate = questions.split(protocol.share, seed=protocol.seed)
     # A design that cannot be is refused before anything is recorded, or kept.
-    own = [Mask(protocol.main, 0, group, 1) for group in questions.groups]
-    crossing(evaluate, own, others=protocol.others, seed=protocol.seed)
+    masks = [Mask(protocol.main, 0, group, 1) for group in questions.groups]
+    crossing(evaluate, masks, others=protocol.others, seed=protocol.seed)
     thin = [f"{group} ({n})" for group, n in identify.counts().items() if n < protocol.minimum]
     if thin:
         raise QuestionError(
@@ -223,18 +224,18 @@ def run_study(
     processes.wait()
     log.info("recording %d identification questions", len(identify))
     with Steps(_steps(identify, evaluate, protocol), disable=not (progress and processes.first)) as steps:
-        how: Keywords = {"distributed": distributed, "remote": remote, "images": images}
-        return _carried_out(model, identify, evaluate, folder, protocol, processes, general, steps, **how)
+        where: Keywords = {"distributed": distributed, "remote": remote}
+        return _carried_out(model, identify, evaluate, general, folder, protocol, processes, steps, where, images)
 
 
 def _steps(identify: QuestionSet, evaluate: QuestionSet, protocol: Protocol) -> list[Step]:
     """The steps of a study, and what they will cost, for its progress bar."""
-    kinds = len(protocol.selectors) + 2 * protocol.repeats + len(protocol.fractions) + len(protocol.alphas)
-    kinds += len(protocol.sizes) + len(protocol.conditions)
+    sweeps = (protocol.fractions, protocol.alphas, protocol.sizes, protocol.conditions)
+    kinds = len(protocol.selectors) + 2 * protocol.repeats + sum(map(len, sweeps))
     answers = len(evaluate) * (1 + kinds * len(evaluate.groups))
     return [
         Step("identification questions", len(identify), forwards=1.0),
-        # Masks share what lies before them; how much that spares is only known once they run.
+        # Masks share the layers before them; how much that saves is only known once they run.
         Step("answers under masks", answers, forwards=0.3),
         Step("blind questions", len(evaluate), forwards=0.7),
         Step("options only", len(evaluate), forwards=0.5),
@@ -247,29 +248,38 @@ def _carried_out(
     model: VLM,
     identify: QuestionSet,
     evaluate: QuestionSet,
+    general: QuestionSet | None,
     folder: Path,
     protocol: Protocol,
     processes: Processes,
-    general: QuestionSet | None,
     steps: Steps,
-    *,
-    distributed: bool,
-    remote: Remote,
+    where: Keywords,
     images: bool,
 ) -> StudyResult:
-    """The steps one after the other, each skipped where its files are whole."""
+    """The steps one after the other, each skipped where its files are complete.
+
+    Args:
+        model: the model.
+        identify: the questions that identify neurons.
+        evaluate: the questions that are asked under masks.
+        general: questions that measure general ability.
+        folder: where everything is kept.
+        protocol: the settings.
+        processes: those that share the work.
+        steps: the progress bar.
+        where: the keywords that say where the model runs.
+        images: whether the report shows thumbnails.
+    """
     shown = not steps.hidden
+    asking: Keywords = {"batch_size": protocol.batch_size, "on_error": protocol.on_error, **where}
     items = record_items(
         model,
         identify,
         folder / "items",
         tokens=protocol.tokens,
         magnitudes="MAD-mean" in protocol.selectors,
-        batch_size=protocol.batch_size,
-        on_error=protocol.on_error,
         progress=shown and steps["identification questions"],
-        remote=remote,
-        distributed=distributed,
+        **asking,
     )
     steps["identification questions"].finish()
     selections, masks = study_masks(items, protocol)
@@ -278,35 +288,39 @@ def _carried_out(
         for name, selection in selections.items():
             selection.save(folder / "selections" / f"{name}.safetensors")
     log.info("asking %d evaluation questions under %d kinds of masks", len(evaluate), len(masks))
-    how: Keywords = {
-        "batch_size": protocol.batch_size,
-        "on_error": protocol.on_error,
-        "distributed": distributed,
-        "remote": remote,
-    }
+    step = steps["answers under masks"]
+    result = knockout(
+        model,
+        evaluate,
+        masks,
+        controls=general,
+        others=protocol.others,
+        seed=protocol.seed,
+        folder=folder / "knockout",
+        progress=shown and step,
+        **asking,
+    )
+    step.finish()
 
-    def asked(name: str, questions: QuestionSet, masks: Masks, part: str, **more: Any) -> KnockoutResult:
-        found = knockout(model, questions, masks, folder=folder / part, progress=shown and steps[name], **how, **more)
-        steps[name].finish()
-        return found
+    def asked_clean(step: Step, questions: QuestionSet, name: str) -> KnockoutResult:
+        nothing = {"none": NeuronSet.empty(items.space)}
+        clean = knockout(model, questions, nothing, folder=folder / name, progress=shown and step, **asking)
+        step.finish()
+        return clean
 
-    crossed = {"others": protocol.others, "seed": protocol.seed}
-    result = asked("answers under masks", evaluate, masks, "knockout", controls=general, **crossed)
-    nothing = {"none": NeuronSet.empty(items.space)}
     others = {}
-    if any(item.options or item.sources for item in evaluate):
-        others["blind"] = asked("blind questions", blind(evaluate), nothing, "blind")
-    if all(item.options for item in evaluate):  # open questions have none to be asked with
-        others["options only"] = asked("options only", options_only(evaluate), nothing, "options-only")
+    if any(question.options or question.sources for question in evaluate):
+        others["blind"] = asked_clean(steps["blind questions"], blind(evaluate), "blind")
+    if all(question.options for question in evaluate):  # open questions have no options to be asked alone
+        others["options only"] = asked_clean(steps["options only"], options_only(evaluate), "options-only")
     tables = {}
     steps["shuffled labels"].start(1)
     if protocol.permutations != 0 and processes.first:
-        from vlmneurons.trust.nulls import null_distribution
-
         selector = SELECTORS[protocol.main](protocol.fraction)
-        how = {"permutations": protocol.permutations, "balanced": True, "seed": protocol.seed}
         try:
-            tables[NULL] = null_distribution(items, selector, **how)
+            tables[NULL] = null_distribution(
+                items, selector, balanced=True, permutations=protocol.permutations, seed=protocol.seed
+            )
         except SelectionError as error:  # too few pictures for any p: the study's other results stand without it
             log.warning("the selection has no null: %s", error)
             tables[NULL] = pd.DataFrame({"there is none": [str(error)]})
@@ -315,21 +329,23 @@ def _carried_out(
     steps["report"].start(1)
     if processes.first:
         log.info("writing the report")
-        given: Keywords = {"others": others, "tables": tables, "selections": selections, "images": images}
-        every = evaluate if general is None else evaluate + general
-        given |= {"main": protocol.main, "questions": every, "settings": told_of(protocol)}
-        page = result.report(folder / "report", **given)
+        page = result.report(
+            folder / "report",
+            others=others,
+            tables=tables,
+            selections=selections,
+            images=images,
+            main=protocol.main,
+            questions=evaluate if general is None else evaluate + general,
+            settings=report_settings(protocol),
+        )
     steps["report"].finish()
     processes.wait()
     return StudyResult(result, others, selections, tables, page)
 
 
-NULL = "null of the selection"
-"""The table of shuffled labels, by its name in a report."""
-
-
-def told_of(protocol: Protocol) -> dict[str, str]:
-    """Lines of a report's head: the split, and the seeds of all that is drawn.
+def report_settings(protocol: Protocol) -> dict[str, str]:
+    """Lines at the head of a report: the split, and the seeds of all that is drawn.
 
     Args:
         protocol: the settings.
@@ -369,16 +385,20 @@ def study_masks(items: ItemStatistics, protocol: Protocol) -> tuple[dict[str, Se
 
 
 def _note_protocol(folder: Path, protocol: Protocol) -> None:
-    """Write the settings, or make sure that they are those of the study that is there."""
+    """Write the settings into the study's folder, or make sure that they are those that are there.
+
+    Raises:
+        MismatchError: the folder holds a study of other settings.
+    """
     path = folder / "protocol.json"
-    ours = json.loads(json.dumps(asdict(protocol)))
-    if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))["protocol"]
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise MismatchError(
-                    f"{folder} holds a study with {name}={theirs.get(name)!r}, not {value!r}: give another folder, or "
-                    "the same settings to go on"
-                )
+    settings = json.loads(json.dumps(asdict(protocol)))
+    if not path.exists():
+        write_text(path, json.dumps({"protocol": settings, "git": git_state()}, indent=1))
         return
-    write_text(path, json.dumps({"protocol": ours, "git": git_state()}, indent=1))
+    kept = json.loads(path.read_text(encoding="utf-8"))["protocol"]
+    for name, value in settings.items():
+        if kept.get(name) != value:
+            raise MismatchError(
+                f"{folder} holds a study with {name}={kept.get(name)!r}, not {value!r}: give another folder, or the "
+                "same settings to go on"
+            )

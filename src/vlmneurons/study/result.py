@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike
 
-from vlmneurons.checks import JSONMapping, as_path, check_choice
+from vlmneurons.checks import JSONMapping, as_path, check_choice, quoted
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import read_parquet, write_parquet, write_text
 from vlmneurons.files.digests import digest_of_file
 from vlmneurons.study import tables
+from vlmneurons.study.effects import check_value
 from vlmneurons.study.masks import Mask, split_setting
 from vlmneurons.study.tables import Inference
 
@@ -37,11 +38,17 @@ _KIND, _VERSION, _READABLE = "vlmneurons knockout", 4, (3, 4)
 CONDITIONS = ("all", "correct", "wrong")
 """Which questions enter a table: all, or those that the clean model answers right or wrong."""
 
-VALUES = ("correct", "margin", "score")
-"""What an effect is measured on: whether the answer is right (shares of 1), its margin (nats), or its score."""
-
 NOT_ASKED = -2
 """Stands for the chosen option where a question was not asked under a mask."""
+
+TABLES: Mapping[str, tuple[DTypeLike, object]] = {
+    "chosen": (np.int64, NOT_ASKED),
+    "margins": (np.float64, np.nan),
+    "texts": (object, None),
+    "scores": (np.float64, np.nan),
+    "asked": (bool, True),
+}
+"""The attributes of a result that are ``[1 + mask, question]``: their type, and what stands for nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +63,9 @@ class KnockoutResult:
         chosen: ``[1 + mask, question]`` index of the chosen option, row 0 clean; -1 where a generated text names none,
             -2 where the question was not asked under the mask.
         margins: ``[1 + mask, question]`` log-probability of the right option less that of the best other one, in nats;
-            NaN for generated answers, and for what was not asked.
+            NaN for generated answers, and for what was not asked. Infinite where one of the two has probability 0: no
+            mean of such margins is a number, so that effects on the margin are refused (see `values`), and tables of
+            other effects say NaN in their columns of margins, and how many questions these are in ``infinite``.
         provenance: model, revision, rules, versions.
         texts: ``[1 + mask, question]`` generated texts; None for answers that are not generated.
         controls: groups that no mask is of: questions that measure general ability. They are left out of all effects
@@ -69,7 +78,8 @@ class KnockoutResult:
             ``chosen`` is 0 where the score reaches the reader's threshold, as is ``answers``, and else 1.
 
     Raises:
-        MismatchError: ``asked`` has another shape than the answers, or leaves out a clean one.
+        MismatchError: an attribute is not of as many questions as ``ids``, or not of as many masks as ``masks``, or
+            ``asked`` leaves out a clean answer.
     """
 
     ids: tuple[str, ...]
@@ -86,6 +96,7 @@ class KnockoutResult:
     scores: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        self._check_lengths()
         if self.asked is None:
             return
         asked = np.asarray(self.asked, dtype=bool)
@@ -105,6 +116,17 @@ class KnockoutResult:
         }
         for name, value in kept.items():
             object.__setattr__(self, name, value)
+
+    def _check_lengths(self) -> None:
+        """Refuse an attribute that is not of these questions and masks; ``asked`` is checked with what it says."""
+        n = len(self.ids)
+        shapes = {"groups": (n,), "pictures": (n,), "answers": (n,), **dict.fromkeys(TABLES, (1 + len(self.masks), n))}
+        for name, shape in shapes.items():
+            values = getattr(self, name)
+            if values is not None and name != "asked" and (got := np.shape(values)) != shape:
+                raise MismatchError(
+                    f"{name} of {n} questions and {len(self.masks)} masks has the shape {shape}; got the shape {got}"
+                )
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -141,8 +163,9 @@ class KnockoutResult:
                 ``"margin"``, in nats, or ``"score"``.
 
         Raises:
-            MismatchError: the result holds no such value.
+            MismatchError: the result holds no such value, or some of its margins are infinite.
         """
+        check_value(value)
         if value == "correct":
             correct = self.correct.astype(float)
             return correct if self.asked is None else np.where(self.asked, correct, np.nan)
@@ -151,15 +174,20 @@ class KnockoutResult:
                 raise MismatchError(
                     "value='margin': these answers have none, as they were not read from options' logits"
                 )
-            return self.margins
-        if value == "score":
-            if self.scores is None:
+            if (infinite := tables.infinite_margins(self)).any():
+                questions = [self.ids[place] for place in np.flatnonzero(infinite.any(0))]
                 raise MismatchError(
-                    "value='score': these answers have no score; those of open questions do, read by "
-                    "vn.Generate(scorer=…), and running text"
+                    f"value='margin': {int(infinite.sum())} margins are infinite or undefined, of {len(questions)} of "
+                    f"{len(self.ids)} questions ({quoted(questions)}), as an option has probability 0: no mean of them "
+                    "is a number. Measure value='correct', or leave these questions out with `at`"
                 )
-            return self.scores
-        raise MismatchError(f"value={value!r} is not among those that effects are measured on: {', '.join(VALUES)}")
+            return self.margins
+        if self.scores is None:
+            raise MismatchError(
+                "value='score': these answers have no score; those of open questions do, read by "
+                "vn.Generate(scorer=…), and running text"
+            )
+        return self.scores
 
     def rows_of(self, selector: str) -> list[int]:
         """Rows of the answers under a selector's masks.
@@ -179,8 +207,8 @@ class KnockoutResult:
     def accuracy(self) -> dict[str, float]:
         """Clean accuracy of each group."""
         names = [*self.group_names, *self.control_names]
-        members = tables.members_of(self, names)
-        return {name: float(self.correct[0][own].mean()) for name, own in zip(names, members, strict=True)}
+        members = tables.places_by_group(self, names)
+        return {name: float(self.correct[0][places].mean()) for name, places in zip(names, members, strict=True)}
 
     def where(self, condition: str) -> "KnockoutResult":
         """The questions that the clean model answers right (``"correct"``) or wrong (``"wrong"``), or ``"all"``.
@@ -208,11 +236,7 @@ class KnockoutResult:
             groups=tuple(self.groups[n] for n in places),
             pictures=None if self.pictures is None else tuple(self.pictures[n] for n in places),
             answers=self.answers[places],
-            chosen=self.chosen[:, places],
-            margins=self.margins[:, places],
-            texts=None if self.texts is None else self.texts[:, places],
-            scores=None if self.scores is None else self.scores[:, places],
-            asked=None if self.asked is None else self.asked[:, places],
+            **{name: table[:, places] for name, table in tables_in(self).items()},
         )
 
     def select(self, *selectors: str) -> "KnockoutResult":
@@ -222,18 +246,11 @@ class KnockoutResult:
             MismatchError: there is no such selector.
         """
         rows = [row for name in selectors for row in self.rows_of(name)]
-        return replace(
-            self,
-            masks=tuple(self.masks[row - 1] for row in rows),
-            chosen=self.chosen[[0, *rows]],
-            margins=self.margins[[0, *rows]],
-            texts=None if self.texts is None else self.texts[[0, *rows]],
-            scores=None if self.scores is None else self.scores[[0, *rows]],
-            asked=None if self.asked is None else self.asked[[0, *rows]],
-        )
+        masks = tuple(self.masks[row - 1] for row in rows)
+        return replace(self, masks=masks, **{name: table[[0, *rows]] for name, table in tables_in(self).items()})
 
     def answer_table(self) -> pd.DataFrame:
-        """Every answer, one row for each run and question that was asked: all that any statistic can be computed from.
+        """Every answer, a row for each run and question that was asked: any statistic can be computed from these.
 
         Columns: ``run`` (0 is the clean model), ``selector``, ``repeat``, ``mask``, ``intervention``, ``neurons``
         (empty names and 0 for the clean run), ``id``, ``group``, ``picture`` (empty where not known), ``answer`` (the
@@ -251,7 +268,9 @@ class KnockoutResult:
         ``neurons``, ``n`` (questions that were asked; where it is 0, all that follows is NaN), ``clean`` and
         ``ablated`` (accuracy on these), ``delta``, ``flips`` (share of answers that changed), ``right_to_wrong``,
         ``wrong_to_right``, ``wrong_to_wrong`` (their shares), ``failures`` (share of ablated answers that could not be
-        parsed), ``margin`` (mean change of the log-probability margin, nats); where answers are graded also
+        parsed), ``margin`` (mean change of the log-probability margin, nats); where any margin of the result is
+        infinite or undefined, as an option has probability 0, also ``infinite``: the questions of the row that this is
+        true of, clean or under the mask, and ``margin`` is NaN where there are any; where answers are graded also
         ``clean_score`` and ``score`` (mean change of the score).
 
         Args:
@@ -273,10 +292,12 @@ class KnockoutResult:
             condition: which questions enter; see `table`.
 
         Raises:
-            MismatchError: no such selector, column or condition.
+            MismatchError: no such selector, column or condition, or infinite margins (see `values`).
         """
         part = self.select(selector).where(condition)
         table = part.table()
+        if value == "margin" and "infinite" in table:
+            part.values(value)  # refuses them, as every effect on the margin does
         value = "delta" if (value or self.measure) == "correct" else value or self.measure
         columns = [name for name in table.columns if name not in ("selector", "repeat", "mask", "group")]
         if value not in columns:
@@ -302,7 +323,7 @@ class KnockoutResult:
         control group), ``n`` (questions asked), ``units`` (pictures that they are about), ``changed`` (questions among
         them with an effect that is not 0), ``effect``, ``low`` and ``high`` (its t interval, linearised by picture),
         ``few`` (whether there is no interval, for want of 12 units or, for ``"correct"``, of 20 changed answers),
-        ``p`` (sign flips of pictures; of other effects than self effects only from 12 units on), ``p_holm`` and
+        ``p`` (sign flips of pictures; other effects than self effects are tested from 12 units on), ``p_holm`` and
         ``p_bh`` (corrected over the rows of the selector that are of the same kind: Holm bounds the chance of any false
         finding, Benjamini & Hochberg the share of false ones), ``exploratory`` (one setting of a sweep) and
         ``settings`` (how many settings of this selector the study was given, which no p is corrected for).
@@ -321,10 +342,11 @@ class KnockoutResult:
         Raises:
             MismatchError: no such selector, value or condition, or a confidence outside (0, 1).
         """
-        how = Inference(value or self.measure, confidence, permutations, seed, cluster)
+        inference = Inference(value or self.measure, confidence, permutations, seed, cluster)
         if selector is not None:
             self.rows_of(selector)
-        return tables.effect_table(self.where(condition), [selector] if selector else self.selectors, how)
+        selectors = self.selectors if selector is None else [selector]
+        return tables.effect_table(self.where(condition), selectors, inference)
 
     def summary(
         self,
@@ -342,18 +364,20 @@ class KnockoutResult:
         groups are not those of the questions, have no self effect: their rows are all groups, and their cross effect is
         what they do to the group.
 
-        Columns: ``selector``, ``group``, ``n``, ``pictures``, ``clean`` (accuracy; of ``"score"`` the mean score),
-        ``self_effect`` (SE), ``cross_effect`` (ACE:
-        other masks on this group, of those that each question met), ``cross_caused`` (this mask on other groups, of
-        those in whose questions it was met: ``cross_groups`` of them), ``gap`` (SE - ACE, question by question), each
-        followed by ``_low`` and ``_high``, the bounds of its t interval, linearised by picture (repeats of a random
-        control are averaged, so the interval is about questions, not seeds), and ``few``, the names of those that have
-        no interval, for want of 12 pictures or, for ``"correct"``, of 20 changed answers; ``self_margin`` and
-        ``cross_margin``, the same effects on the log-probability margin (nats); ``flips``, ``right_to_wrong``,
-        ``wrong_to_right`` and ``failures`` of the group's own mask, or of the masks there are; ``p``, ``cross_p`` and
-        ``gap_p``, of the self effect, the cross effect and the gap, by flipping the signs of the pictures' changes (see
-        `vlmneurons.trust.pvalues.flip_pvalues`); and each p corrected over the selector's groups, ``_holm`` (any false
-        finding) and ``_bh`` (share of false findings); ``exploratory`` (one setting of a sweep) and ``settings`` (how
+        Columns: ``selector``, ``group``, ``n``, ``pictures``, ``clean`` (accuracy; of ``"score"`` the mean score).
+        ``self_effect`` (SE), ``cross_effect`` (ACE: what other masks do to this group, of the masks that each question
+        met), ``cross_caused`` (what this mask does to other groups, of those whose questions met it: there are
+        ``cross_groups`` of them) and ``gap`` (SE - ACE, question by question), each followed by ``_low`` and ``_high``,
+        the bounds of its t interval, linearised by picture; repeats of a random control are averaged, so the interval
+        is about questions, not seeds. ``few``, the names of the effects that have no interval, for want of 12 pictures
+        or, for ``"correct"``, of 20 changed answers. ``self_margin`` and ``cross_margin``, the same effects on the
+        log-probability margin (nats); where any margin of the result is infinite or undefined, as an option has
+        probability 0, also ``infinite``: the questions of the group that this is true of, clean or under a mask of the
+        selector, and both effects are NaN where there are any. ``flips``, ``right_to_wrong``, ``wrong_to_right`` and
+        ``failures`` under the group's own mask, or under the masks there are. ``p``, ``cross_p`` and ``gap_p``, of the
+        self effect, the cross effect and the gap, by flipping the signs of the pictures' changes (see
+        `vlmneurons.trust.pvalues.flip_pvalues`), and each p corrected over the selector's groups, ``_holm`` (any false
+        finding) and ``_bh`` (share of false findings). ``exploratory`` (one setting of a sweep) and ``settings`` (how
         many settings of this selector the study was given, which no p is corrected for). With control groups also
         ``control_effect``, the mean over control groups of what this mask does to them, and its bounds.
 
@@ -369,8 +393,8 @@ class KnockoutResult:
         Raises:
             MismatchError: no such value or condition, or a confidence outside (0, 1).
         """
-        how = Inference(value or self.measure, confidence, permutations, seed, cluster)
-        return tables.summary_table(self.where(condition), self.selectors, how)
+        inference = Inference(value or self.measure, confidence, permutations, seed, cluster)
+        return tables.summary_table(self.where(condition), self.selectors, inference)
 
     def pairs(
         self,
@@ -403,9 +427,9 @@ class KnockoutResult:
         Raises:
             MismatchError: no such selector, value or condition.
         """
-        how = Inference(value or self.measure, confidence, permutations, seed, cluster)
+        inference = Inference(value or self.measure, confidence, permutations, seed, cluster)
         self.rows_of(selector)
-        return tables.pair_table(self.where(condition), selector, how)
+        return tables.pair_table(self.where(condition), selector, inference)
 
     def difference(
         self,
@@ -443,15 +467,15 @@ class KnockoutResult:
         Example:
             ``result.difference("CAS", "MAD").query("group == 'all'")``
         """
-        how = Inference(value or self.measure, confidence, permutations, seed, cluster)
-        return tables.difference_table(self.where(condition), first, second, how)
+        inference = Inference(value or self.measure, confidence, permutations, seed, cluster)
+        return tables.difference_table(self.where(condition), first, second, inference)
 
     def against_random(self, selector: str, control: str, *, value: str | None = None) -> pd.DataFrame:
         """A selector's effects among those of a random control's repeats, per group and over all groups.
 
         Columns: ``group``, ``effect`` (``self_effect``, ``cross_effect`` or ``gap``), ``value``, ``control_mean``,
         ``control_sd``, ``control_low`` and ``control_high`` (smallest and largest), ``repeats``, and ``p``: the share
-        of repeats, ours included, whose effect is at most ours, which is never below ``1 / (1 + repeats)``.
+        of the selector and the repeats together whose effect is at most the selector's, at least ``1 / (1 + repeats)``.
 
         Args:
             selector: name of the selector.
@@ -463,7 +487,7 @@ class KnockoutResult:
         """
         return tables.random_table(self, selector, control, value or self.measure)
 
-    def curve(self, selector: str, axis: str, *, condition: str = "all", **how: Any) -> pd.DataFrame:
+    def curve(self, selector: str, axis: str, *, condition: str = "all", **options: Any) -> pd.DataFrame:
         """Effects of a selector along a sweep: the `summary` of its masks named by `setting_name`, with the setting.
 
         A sweep explores: its p-values are not corrected for the number of settings.
@@ -472,7 +496,7 @@ class KnockoutResult:
             selector: the name before the setting.
             axis: what was varied, such as ``"r"``, ``"alpha"`` or ``"items"``.
             condition: which questions enter; see `table`.
-            **how: of `summary`.
+            **options: of `summary`.
 
         Returns:
             The rows of `summary`, with the selector's bare name and the column ``axis`` first, in its order.
@@ -483,54 +507,54 @@ class KnockoutResult:
         Example:
             ``result.curve("CAS", "r")``, from masks named ``"CAS [r=0.001]"``, ``"CAS [r=0.005]"`` …
         """
-        values = {}
+        settings = {}
         for name in self.selectors:
             base, setting = split_setting(name)
             if base == selector and setting is not None and setting[0] == axis:
-                values[name] = setting[1]
-        if not values:
+                settings[name] = setting[1]
+        if not settings:
             raise MismatchError(
                 f"there is no sweep of {selector!r} over {axis!r} here; there are {', '.join(self.selectors)}"
             )
-        ordered = sorted(values, key=lambda name: values[name])
-        table = tables.summary_table(self.where(condition), ordered, Inference(**{"value": self.measure, **how}))
-        table.insert(0, axis, [values[name] for name in table["selector"]])
+        ordered = sorted(settings, key=lambda name: settings[name])
+        table = tables.summary_table(self.where(condition), ordered, Inference(**{"value": self.measure, **options}))
+        table.insert(0, axis, [settings[name] for name in table["selector"]])
         return table.assign(selector=selector)
 
     def plot_matrix(
-        self, selector: str | Sequence[str] | None = None, *, value: str | None = None, **how: Any
+        self, selector: str | Sequence[str] | None = None, *, value: str | None = None, **options: Any
     ) -> "Figure":
         """Heat maps of `matrix`, masks by groups of questions; see `vlmneurons.plot_matrix`.
 
         Args:
             selector: one of `selectors`, or several side by side; all of them unless given.
             value: what is shown; see `matrix`.
-            how: further arguments of `vlmneurons.plot_matrix`: ``order``, ``width``, ``ax``, ``limit``.
+            options: further arguments of `vlmneurons.plot_matrix`: ``order``, ``width``, ``ax``, ``limit``.
         """
         from vlmneurons.look.plots.matrices import plot_matrix
 
-        return plot_matrix(self, selector, value=value, **how)
+        return plot_matrix(self, selector, value=value, **options)
 
-    def report(self, folder: str | Path, **how: Any) -> Path:
+    def report(self, folder: str | Path, **options: Any) -> Path:
         """A page with every figure and table, and their files, into a folder; see `vlmneurons.look.report`.
 
         Args:
             folder: where the page, pictures and tables go.
-            how: further arguments of `vlmneurons.look.report.write_report`.
+            options: further arguments of `vlmneurons.look.report.write_report`.
 
         Returns:
             The path of the page.
         """
         from vlmneurons.look.report import write_report
 
-        return write_report(self, folder, **how)
+        return write_report(self, folder, **options)
 
     def explore(
         self,
         folder: str | Path,
         questions: "QuestionSet | Sequence[Question]",
         selections: "Mapping[str, Selection]",
-        **how: Any,
+        **options: Any,
     ) -> Path:
         """A folder to click through, from effects to changed answers, neurons, pictures and words; opens from disk.
 
@@ -538,31 +562,32 @@ class KnockoutResult:
             folder: a new one, or an explorer's.
             questions: those of this result.
             selections: the neurons of each selector, by its name here.
-            how: further arguments of `vlmneurons.look.explorer.write_explorer`, such as ``model`` and ``stats``.
+            options: further arguments of `vlmneurons.look.explorer.write_explorer`, such as ``model`` and ``stats``.
 
         Returns:
             The path of the page.
         """
         from vlmneurons.look.explorer import write_explorer
 
-        return write_explorer(self, folder, questions, selections, **how)
+        return write_explorer(self, folder, questions, selections, **options)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
         """Write every answer (``answers.parquet``), what they are of (``knockout.json``) and the tables (CSV).
 
-        What was not asked has no row. Everything is written beside what is there before anything is replaced: on a full
-        disk, or killed at any moment, an older result in the folder stays whole until the new one is. Where
-        ``knockout.json`` is, the result is complete. It has checksums of itself and of the answers, so that an answer
-        that has changed since is noticed. A part of a run (`join`) has no tables, which would be of too few questions.
+        What was not asked has no row. All files are written under other names before any of them takes the place of an
+        older one: on a full disk, or killed at any moment, an older result in the folder stays whole until the new one
+        is. Where ``knockout.json`` is, the result is complete. It has checksums of itself and of the answers, so that
+        an answer that was changed later is noticed. A part of a run (`join`) has no tables, which would be of too few
+        questions.
 
         Args:
             folder: where the files go; it is made if it is not there.
         """
         folder = as_path("folder", folder, MismatchError)
         folder.mkdir(parents=True, exist_ok=True)
-        _finish(folder)
+        _finish_earlier_save(folder)
         names = () if "part" in self.provenance else ("table.csv", "summary.csv")
         beside = {name: folder / f".new-{name}" for name in (*names, "knockout.json", _ANSWERS)}
         try:
@@ -587,7 +612,8 @@ class KnockoutResult:
             for path in beside.values():
                 path.unlink(missing_ok=True)
             raise
-        # The index decides which answers are the result's: from here on, `load` finds the new ones under either name.
+        # The index says by a checksum which answers are the result's: once it is replaced, `load` finds the new answers
+        # under either name.
         for name, path in beside.items():
             os.replace(path, folder / name)
 
@@ -607,76 +633,79 @@ class KnockoutResult:
             if about["kind"] != _KIND or about["version"] not in _READABLE:
                 raise ValueError(f"kind {about['kind']!r}, version {about['version']!r}")
             about = _files.unsealed(about)
-            kept = _kept_answers(folder, about["answers"])
+            answers = _kept_answers(folder, about["answers"])
             masks = tuple(
                 Mask(
-                    str(m["selector"]),
-                    int(m["repeat"]),
-                    str(m["group"]),
-                    int(m["size"]),
-                    str(m["intervention"]),
-                    tuple(int(n) for n in m["layers"]),
+                    str(mask["selector"]),
+                    int(mask["repeat"]),
+                    str(mask["group"]),
+                    int(mask["size"]),
+                    str(mask["intervention"]),
+                    tuple(int(n) for n in mask["layers"]),
                 )
-                for m in about["masks"]
+                for mask in about["masks"]
             )
             ids, groups = tuple(map(str, about["ids"])), tuple(map(str, about["groups"]))
             controls, provenance = tuple(map(str, about["controls"])), dict(about["provenance"])
             pictures = None if about["pictures"] is None else tuple(map(str, about["pictures"]))
-            runs = kept["run"].to_numpy(np.int64)
-            found = (int(runs.max()) + 1 if len(runs) else 1 + len(masks), int((runs == 0).sum()))
+            runs = answers["run"].to_numpy(np.int64)
+            kept = (int(runs.max()) + 1 if len(runs) else 1 + len(masks), int((runs == 0).sum()))
         except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{folder} does not hold a knockout result: {error}") from error
         shape = (1 + len(masks), len(ids))
-        full = about["version"] == 3  # which knew no other
-        if found[1] != shape[1] or found[0] > shape[0] or (full and (found != shape or len(kept) != np.prod(shape))):
-            raise FileFormatError(f"{folder}: answers of shape {found} where the index says {shape}")
+        full = about["version"] == 3  # which had no incomplete crossing
+        if kept[1] != shape[1] or kept[0] > shape[0] or (full and (kept != shape or len(answers) != np.prod(shape))):
+            raise FileFormatError(f"{folder}: answers of shape {kept} where the index says {shape}")
         if pictures is not None and len(pictures) != len(ids):
             raise FileFormatError(f"{folder}: {len(ids)} questions with {len(pictures)} pictures")
         if len(groups) != len(ids):
             raise FileFormatError(f"{folder}: {len(ids)} questions with {len(groups)} groups")
-        number = {name: place for place, name in enumerate(ids)}
-        places = np.array([number.get(name, -1) for name in kept["id"].to_numpy(object)], dtype=np.int64)
+        place = {name: number for number, name in enumerate(ids)}
+        places = np.array([place.get(name, -1) for name in answers["id"].to_numpy(object)], dtype=np.int64)
         asked = np.zeros(shape, dtype=bool)
         asked[runs, places] = True
+        # Answers are in the order of runs and then of questions. Where one is there twice, or of an unknown question,
+        # the columns differ from those of what was asked.
         expected = {
             "run": np.nonzero(asked)[0],
             "id": np.array(ids, dtype=object)[np.nonzero(asked)[1]],
             "group": np.array(groups, dtype=object)[np.nonzero(asked)[1]],
         }
         for name, values in expected.items():
-            if not np.array_equal(kept[name].to_numpy(dtype=values.dtype), values):
+            if not np.array_equal(answers[name].to_numpy(dtype=values.dtype), values):
                 raise FileFormatError(f"{folder}: the column {name!r} of answers.parquet is not that of knockout.json")
 
-        def table(name: str, dtype: DTypeLike, missing: object, **how: Any) -> np.ndarray:
+        def table(attribute: str, column: str, **options: Any) -> np.ndarray:
+            dtype, missing = TABLES[attribute]
             values = np.full(shape, missing, dtype=dtype)
-            values[asked] = kept[name].to_numpy(dtype, **how)
+            values[asked] = answers[column].to_numpy(dtype, **options)
             return values
 
-        texts = table("text", object, None, na_value=None)
+        texts = table("texts", "text", na_value=None)
         return cls(
-            ids,
-            groups,
-            kept["answer"].to_numpy(np.int64)[: shape[1]].copy(),
-            masks,
-            table("chosen", np.int64, NOT_ASKED),
-            table("margin", np.float64, np.nan),
-            provenance,
-            None if all(text is None for text in texts.flat) else texts,
-            controls,
-            pictures,
-            asked,
-            table("score", np.float64, np.nan) if "score" in kept else None,
+            ids=ids,
+            groups=groups,
+            answers=answers["answer"].to_numpy(np.int64)[: shape[1]].copy(),
+            masks=masks,
+            chosen=table("chosen", "chosen"),
+            margins=table("margins", "margin"),
+            provenance=provenance,
+            texts=None if all(text is None for text in texts.flat) else texts,
+            controls=controls,
+            pictures=pictures,
+            asked=asked,
+            scores=table("scores", "score") if "score" in answers else None,
         )
 
     @classmethod
     def join(cls, folders: Sequence[str | Path], out: str | Path) -> "KnockoutResult":
         """Put the parts of a run together, each made by ``knockout(…, part="3/8", folder=…)``.
 
-        Or undivided runs of the same questions under different masks, such as one run a selector: their sum is saved.
+        Undivided runs of the same questions under different masks, such as one run for each selector, can be put
+        together too: their sum is saved.
 
-        The files are those of an undivided run, byte for byte; only what sessions have noted of themselves
-        (``sessions.jsonl``, and how batches were halved for want of memory) is their own. A join that was killed is
-        done again by the same call.
+        The files are those of an undivided run, byte for byte, apart from the notes of sessions (``sessions.jsonl``,
+        and how batches were halved for want of memory). A join that was killed is done again by the same call.
 
         Args:
             folders: of all parts, in any order.
@@ -686,8 +715,8 @@ class KnockoutResult:
             The whole result.
 
         Raises:
-            MismatchError: parts of other settings, questions or masks; one that is there twice, lacks, or is not
-                finished; or ``out`` holds another run.
+            MismatchError: the parts are of different settings, questions or masks; one is there twice, is lacking, or
+                is not finished; or ``out`` holds another run.
             FileFormatError: a part is damaged.
 
         Example:
@@ -700,21 +729,22 @@ class KnockoutResult:
     def __add__(self, other: "KnockoutResult") -> "KnockoutResult":
         """Both results as one: the same questions under further masks, or further questions under the same masks.
 
-        Of runs of one setting, choices are those of one run, and margins within 1e-5 nats. The clean answers to the
-        same questions must be the same; the first result's are kept. Questions that share a picture do so across
-        results too; questions of several pictures are known to share one only within a result.
+        Runs of one setting give the choices that a single run would give, and its margins within 1e-5 nats. The clean
+        answers to the same questions must be the same; the first result's are kept. Questions about one picture share
+        it across results too; of questions that have several pictures, only those within a result are known to share
+        one.
 
         Raises:
-            MismatchError: other settings, plans or control groups; a mask or a question that both have; questions that
-                only one of them asked under its masks, which would leave gaps; clean answers that differ; or a part,
-                which is put together with `join`.
+            MismatchError: settings, plans or control groups differ; both have a mask and a question in common; only one
+                of them asked some questions under its masks, which would leave gaps; clean answers differ; or one is a
+                part of a run, which is put together with `join`.
 
         Example:
             ``sum(vn.KnockoutResult.load(f"run/{name}") for name in ("CAS", "MAD"))``
         """
-        from vlmneurons.study.joining import added
+        from vlmneurons.study.joining import total
 
-        return added(self, other) if isinstance(other, KnockoutResult) else NotImplemented
+        return total(self, other) if isinstance(other, KnockoutResult) else NotImplemented
 
     def __radd__(self, other: object) -> "KnockoutResult":
         # sum() starts from 0.
@@ -730,11 +760,16 @@ class KnockoutResult:
         )
 
 
-def chance_of(options: Sequence[int]) -> float | None:
-    """The accuracy of a guess among so many options of each question; None without questions, or with open ones.
+def tables_in(result: KnockoutResult) -> dict[str, np.ndarray]:
+    """The attributes of a result that are ``[1 + mask, question]``, by name, without those that are None."""
+    return {name: table for name in TABLES if (table := getattr(result, name)) is not None}
+
+
+def chance_accuracy(options: Sequence[int]) -> float | None:
+    """The accuracy of guesses; None without questions, or with open ones.
 
     Args:
-        options: their numbers.
+        options: the number of options of each question, 0 for an open one.
     """
     return float(np.mean([1 / number for number in options])) if options and all(options) else None
 
@@ -743,10 +778,10 @@ _ANSWERS = "answers.parquet"
 
 
 def _kept_answers(folder: Path, digest: str) -> pd.DataFrame:
-    """The answers that an index is of: where `save` was killed between the two, they are still beside their place.
+    """The answers that an index is of: where `save` was killed between the two, they still have their other name.
 
     Raises:
-        ValueError: there are only others.
+        ValueError: there are only answers of another digest.
     """
     for path in (folder / _ANSWERS, folder / f".new-{_ANSWERS}"):
         if path.exists() and digest_of_file(path) == digest:
@@ -756,8 +791,8 @@ def _kept_answers(folder: Path, digest: str) -> pd.DataFrame:
     raise ValueError("answers.parquet does not agree with its checksum in knockout.json; it was changed")
 
 
-def _finish(folder: Path) -> None:
-    """Put answers in their place that a killed `save` had yet to put there, so that the next one can write beside."""
+def _finish_earlier_save(folder: Path) -> None:
+    """Give answers their name where a `save` was killed before it could, so that the next can use the other name."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         about = json.loads((folder / "knockout.json").read_text(encoding="utf-8"))
         if digest_of_file(folder / f".new-{_ANSWERS}") == about["answers"]:

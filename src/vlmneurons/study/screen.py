@@ -4,15 +4,15 @@ Switching off a set of neurons moves a question's margin, to first order, by
 
     sum over its neurons and all tokens of  - value * d margin / d value
 
-with the values at ``post``. One backward gives that for all neurons at once, so thousands of masks cost what one does.
-It is an estimate: what neurons do together, and what is not linear, is missing. Rank with it, then run `knockout`.
+with the values at ``post``. One backward gives this for all neurons at once, so thousands of masks cost what one does.
+It is an estimate: it lacks what neurons do together, and what is not linear. Rank masks with it, then run `knockout`.
 
 Source: attribution patching with zeros as the other input, Nanda 2023 ("Attribution patching"); for pruning the same
 first-order term is in Molchanov et al. 2017 (arXiv 1611.06440).
 """
 
 import functools
-import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -54,7 +54,7 @@ def screen(
     remote: Remote = False,
     distributed: bool = False,
 ) -> pd.DataFrame:
-    """The first-order estimate of what switching off each mask does to the margin, for each group of questions.
+    """A first-order estimate of what switching off each mask does to the margin, for each group of questions.
 
     On the demo's 8 x 3 masks the estimate and the exact effect of `knockout` are compared in ``docs/benchmarks.md``.
 
@@ -77,7 +77,8 @@ def screen(
         estimated mean change of the log-probability margin in nats (there ``margin``).
 
     Raises:
-        QuestionError: no questions; generated answers, which have no margin.
+        QuestionError: no questions; generated answers, which have no margin; a margin that is infinite, as an option
+            has probability 0, and so has no gradient.
         MismatchError: neurons of another model, or outside the decoder.
 
     Example:
@@ -94,20 +95,23 @@ def screen(
     space = model.space("language", "post")
     listed = listed_masks(masks, questions.groups, Intervention(NeuronSet.empty(space), "zero"))
     sets = []
-    for mask, one in listed:
-        if not one.neurons.space.same_neurons(space):
-            raise MismatchError(f"a mask is of {one.neurons.space}; screening is of the decoder's neurons, {space}")
-        if one.mode != "zero":
-            raise MismatchError(f"mask {mask.selector!r} is to {one.name}; the estimate is of neurons set to zero")
-        sets.append(cast(NeuronSet, one.neurons).indices)
+    for mask, intervention in listed:
+        neurons = cast(NeuronSet, intervention.neurons)
+        if not neurons.space.same_neurons(space):
+            raise MismatchError(f"a mask is of {neurons.space}; screening is of the decoder's neurons, {space}")
+        if intervention.mode != "zero":
+            raise MismatchError(
+                f"mask {mask.selector!r} is to {intervention.name}; the estimate is of neurons set to zero"
+            )
+        sets.append(neurons.indices)
     job = _ScreeningJob(engine, space, sets)
     ask(job, questions, options)
     estimates = {name: row for part in options.processes.gather(job.estimates) for name, row in part.items()}
-    kept = [item for item in questions if item.id in estimates]
-    if not kept:
+    asked = [question for question in questions if question.id in estimates]
+    if not asked:
         raise QuestionError("no question could be asked")
-    table = np.stack([estimates[item.id] for item in kept])
-    groups = np.array([item.group for item in kept])
+    table = np.stack([estimates[question.id] for question in asked])
+    groups = np.array([question.group for question in asked])
     return pd.DataFrame(
         {
             "selector": mask.selector,
@@ -142,7 +146,7 @@ class _ScreeningJob(Job[np.ndarray]):
 
     def take(self, number: int, questions: QuestionSet, made: np.ndarray) -> int:
         """See `Job.take`."""
-        self.estimates.update(zip((item.id for item in questions), made, strict=True))
+        self.estimates.update(zip((question.id for question in questions), made, strict=True))
         return len(questions)
 
 
@@ -157,6 +161,9 @@ def first_order_effects(
         questions: one batch.
         space: the neurons; their values at ``post`` are used.
         encoded: what the reader made of the batch, if it has.
+
+    Raises:
+        QuestionError: a margin is infinite, and so has no gradient.
     """
     encoded = reader.encode(model, questions) if encoded is None else encoded
     wanted = reader.wants(encoded)
@@ -164,15 +171,21 @@ def first_order_effects(
     # The rows of a question follow the one that stands for it.
     owner = torch.searchsorted(torch.tensor(wanted.questions), torch.arange(n_rows), right=True) - 1
     effects = torch.zeros((len(questions), len(space)), dtype=torch.float64)
-    with torch.enable_grad(), _values(model, space) as seen:
-        reading = reader.read(model, questions, encoded)
-        values = [value for calls in seen.values() for value, _ in calls]
-        gradients = iter(torch.autograd.grad(reading.margins(questions).sum(), values, allow_unused=True))
-    for position, calls in seen.items():
-        columns = slice(*list(itertools.pairwise(space.offsets))[position])
+    with torch.enable_grad(), _site_values(model, space) as site_values:
+        margins = reader.read(model, questions, encoded).margins(questions)
+        for question, margin in zip(questions, margins.tolist(), strict=True):
+            if not math.isfinite(margin):
+                raise QuestionError(
+                    f"question {question.id!r} has the margin {margin}, as an option has probability 0: it has no "
+                    "gradient to estimate with. Leave the question out, or run knockout"
+                )
+        values = [value for calls in site_values.values() for value, _ in calls]
+        gradients = iter(torch.autograd.grad(margins.sum(), values, allow_unused=True))
+    for position, calls in site_values.items():
+        columns = slice(*space.offsets[position : position + 2])
         for value, tokens in calls:
             gradient = next(gradients)
-            if gradient is None:  # nothing that is read depends on it
+            if gradient is None:  # no answer depends on the value
                 continue
             change = -(value.detach().double() * gradient.double()).cpu()
             if tokens is None:
@@ -184,16 +197,19 @@ def first_order_effects(
 
 
 @contextmanager
-def _values(model: VLM, space: NeuronSpace) -> Iterator[dict[int, list[tuple[Tensor, Tensor | None]]]]:
-    """Within, the values of every site of a run, as parts of its graph: by position in the space."""
-    seen: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+def _site_values(model: VLM, space: NeuronSpace) -> Iterator[dict[int, list[tuple[Tensor, Tensor | None]]]]:
+    """Within, the values of every site of a run, as parts of its graph.
+
+    They are kept by the site's position in the space, for each call with the tokens that it was of; None for all.
+    """
+    site_values: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
     def keep(position: int, values: Tensor, tokens: Tensor | None = None) -> Tensor:
         if not values.requires_grad:  # frozen weights: the graph begins here
             values = values.detach().requires_grad_()
-        seen.setdefault(position, []).append((values, tokens))
+        site_values.setdefault(position, []).append((values, tokens))
         return values
 
     edits = ((model.mlp_of(site), functools.partial(keep, position)) for position, site in enumerate(space.sites))
     with hooked(write(model.hf, mlp, "post", edit) for mlp, edit in edits):
-        yield seen
+        yield site_values

@@ -2,9 +2,9 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from scipy import stats as scipy_stats
 
 from vlmneurons.checks import check_kind
@@ -15,18 +15,15 @@ from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.items import added_up
 from vlmneurons.trust.resampling import check_selector
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-
-def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
+def agreement(selections: Mapping[str, Selection]) -> pd.DataFrame:
     """How far selectors agree: for each pair and group the Jaccard overlap, and what chance would give.
 
-    Selections of the same groups are compared group by group. Where the groups are others, such as languages against
-    cultures, each group of the one is compared with each of the other.
+    Selections of the same groups are compared group by group. Where their groups differ, such as languages and
+    cultures, each group of the first is compared with each group of the second.
 
-    Columns: ``first``, ``second``, ``group``, ``second_group`` (of the second; mostly the same), ``jaccard``,
-    ``chance``.
+    Columns: ``first``, ``second``, ``group``, ``second_group`` (the second selection's group; mostly the same),
+    ``jaccard``, ``chance`` (the overlap of two random sets of these sizes).
 
     Args:
         selections: selections over one space, by name.
@@ -34,25 +31,19 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     Raises:
         MismatchError: the selections are of different spaces.
     """
-    import pandas as pd
-
     check_kind("selections", selections, Mapping, MismatchError, "a dictionary of selections by name")
-    for name, one in selections.items():
-        check_kind(f"selections[{name!r}]", one, Selection, MismatchError)
-    names = list(selections)
-    rows: list[dict[str, object]] = []
-    for n, first in enumerate(names):
-        for second in names[n + 1 :]:
-            a, b = selections[first], selections[second]
-            same = set(a) == set(b)
-            for group, other in [(group, group) for group in a] if same else itertools.product(a, b):
-                row: dict[str, object] = {"first": first, "second": second, "group": group, "second_group": other}
-                row |= {"jaccard": a[group].jaccard(b[other]), "chance": a[group].expected_jaccard(b[other])}
-                rows.append(row)
+    for name, selection in selections.items():
+        check_kind(f"selections[{name!r}]", selection, Selection, MismatchError)
+    rows = []
+    for (first, a), (second, b) in itertools.combinations(selections.items(), 2):
+        for group, second_group in zip(a, a, strict=True) if set(a) == set(b) else itertools.product(a, b):
+            neurons, second_neurons = a[group], b[second_group]
+            overlap, chance = neurons.jaccard(second_neurons), neurons.expected_jaccard(second_neurons)
+            rows.append((first, second, group, second_group, overlap, chance))
     return pd.DataFrame(rows, columns=["first", "second", "group", "second_group", "jaccard", "chance"])
 
 
-def relatedness(evidence: Readable, selector: Selector) -> "pd.DataFrame":
+def relatedness(evidence: Readable, selector: Selector) -> pd.DataFrame:
     """Whose neurons resemble whose? For each pair of groups, how alike their sets and their scores are.
 
     Args:
@@ -66,8 +57,6 @@ def relatedness(evidence: Readable, selector: Selector) -> "pd.DataFrame":
         ``profile`` (correlation, over neurons, of the groups' activation probabilities less the mean over groups; NaN
         where there are no counts). With ``n`` unrelated groups the profiles correlate by ``-1 / (n - 1)``, not by 0.
     """
-    import pandas as pd
-
     check_selector(selector)
     selection = selector.select(evidence)
     ranks = score_ranks(selector, evidence)
@@ -75,30 +64,18 @@ def relatedness(evidence: Readable, selector: Selector) -> "pd.DataFrame":
     profile = None
     if isinstance(stats, ActivationStatistics):
         profile = stats.probability.numpy()
-        profile -= profile.mean(0)
-        profile -= profile.mean(1, keepdims=True)
-        length = np.linalg.norm(profile, axis=1, keepdims=True)
-        profile = np.divide(profile, length, out=np.zeros_like(profile), where=length > 0)
+        profile = _standardised(profile - profile.mean(0))
     rows = []
-    for n, first in enumerate(selection.groups):
-        for m, second in enumerate(selection.groups[n + 1 :], start=n + 1):
-            rows.append(
-                {
-                    "first": first,
-                    "second": second,
-                    "jaccard": selection[first].jaccard(selection[second]),
-                    "chance": selection[first].expected_jaccard(selection[second]),
-                    "spearman": float("nan") if ranks is None else float(ranks[n] @ ranks[m]),
-                    "profile": float("nan") if profile is None else float(profile[n] @ profile[m]),
-                }
-            )
+    for (n, (first, a)), (m, (second, b)) in itertools.combinations(enumerate(selection.items()), 2):
+        spearman, correlation = (np.nan if table is None else float(table[n] @ table[m]) for table in (ranks, profile))
+        rows.append((first, second, a.jaccard(b), a.expected_jaccard(b), spearman, correlation))
     return pd.DataFrame(rows, columns=["first", "second", "jaccard", "chance", "spearman", "profile"])
 
 
 def score_ranks(selector: Selector, evidence: Readable) -> np.ndarray | None:
-    """Standardised ranks of all neurons, ``[group, neuron]``, whose products are rank correlations.
+    """Standardised ranks of all neurons, ``[group, neuron]``: the product of two groups' is their rank correlation.
 
-    None for combinations of sets, which have no scores.
+    Combinations of sets have no scores; for these it is None.
 
     Args:
         selector: what scores.
@@ -106,8 +83,11 @@ def score_ranks(selector: Selector, evidence: Readable) -> np.ndarray | None:
     """
     if isinstance(selector, CombinedSelector):
         return None
-    scores = selector.score(selector.read(evidence)).numpy()
-    ranks = scipy_stats.rankdata(scores, axis=1)
-    ranks -= ranks.mean(1, keepdims=True)
-    length = np.sqrt((ranks**2).sum(1, keepdims=True))
-    return np.divide(ranks, length, out=np.zeros_like(ranks), where=length > 0)
+    return _standardised(scipy_stats.rankdata(selector.score(selector.read(evidence)).numpy(), axis=1))
+
+
+def _standardised(table: np.ndarray) -> np.ndarray:
+    """Rows less their mean, of length 1: the product of two is their correlation. A row of one number is zero."""
+    table = table - table.mean(1, keepdims=True)
+    length = np.linalg.norm(table, axis=1, keepdims=True)
+    return np.divide(table, length, out=np.zeros_like(table), where=length > 0)

@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from scipy import stats as scipy_stats
 
 from vlmneurons.checks import as_fraction, as_whole, check_kind
@@ -12,11 +12,8 @@ from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-
-def layer_counts(selection: Selection, *, confidence: float = 0.95) -> "pd.DataFrame":
+def layer_counts(selection: Selection, *, confidence: float = 0.95) -> pd.DataFrame:
     """How many of each group's neurons lie in each layer, against a uniform choice of as many neurons.
 
     Args:
@@ -25,21 +22,19 @@ def layer_counts(selection: Selection, *, confidence: float = 0.95) -> "pd.DataF
 
     Returns:
         A row for each group and layer with ``group``, ``tower``, ``layer``, ``neurons``, ``expected`` under uniform
-        choice, ``low`` and ``high`` (the interval that a uniform choice falls into; hypergeometric, exact for one
+        choice, ``low`` and ``high`` (the interval that a uniform choice falls into; hypergeometric, exact for a single
         layer, not for all of them at once) and ``ratio``, neurons over expected.
     """
-    import pandas as pd
-
     check_kind("selection", selection, Selection, MismatchError)
     confidence = as_fraction("confidence", confidence, SelectionError)
-    labels, sizes = tuple(selection.space.tower_layers), selection.space.count_by_layer().numpy()
+    sizes = selection.space.count_by_layer().numpy()
     tail = (1 - confidence) / 2
     rows = []
     for group, neurons in selection.items():
         counts = selection.space.count_by_layer(neurons.indices).numpy()
         low, high = scipy_stats.hypergeom.ppf([[tail], [1 - tail]], sizes.sum(), sizes, len(neurons))
         expected = len(neurons) * sizes / sizes.sum()
-        for n, (tower, layer) in enumerate(labels):
+        for n, (tower, layer) in enumerate(selection.space.tower_layers):
             rows.append(
                 {
                     "group": group,
@@ -62,7 +57,7 @@ def layer_profile(
     uniform: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """How concentrated each group's neurons are in a few layers, against a uniform choice of as many neurons.
 
     Args:
@@ -82,10 +77,8 @@ def layer_profile(
 
     Raises:
         MismatchError: something else than selections, or selections of different spaces.
-        SelectionError: a confidence, number of choices or seed that is none.
+        SelectionError: a confidence outside (0, 1), no uniform choice, or a negative seed.
     """
-    import pandas as pd
-
     check_kind("selection", selection, Selection, MismatchError)
     if isinstance(resampled, Selection):
         raise MismatchError("resampled is several selections, such as resampled_selections gives; got a single one")
@@ -101,26 +94,27 @@ def layer_profile(
     def counted(neurons: NeuronSet) -> np.ndarray:
         return selection.space.count_by_layer(neurons.indices).numpy()
 
-    again: dict[str, list[np.ndarray]] = {group: [] for group in selection}
-    for other in resampled:
-        check_kind("each of resampled", other, Selection, MismatchError)
-        check_same_space(selection.space, other.space)
+    resampled_counts: dict[str, list[np.ndarray]] = {group: [] for group in selection}
+    for resample in resampled:
+        check_kind("each of resampled", resample, Selection, MismatchError)
+        check_same_space(selection.space, resample.space)
         for group in selection:
-            if len(other[group]):
-                again[group].append(counted(other[group]))
-    known: dict[int, np.ndarray] = {}
+            if len(resample[group]):
+                resampled_counts[group].append(counted(resample[group]))
+    uniform_counts: dict[int, np.ndarray] = {}  # by the size of the set: groups of one size share the draws
     rows = []
     for group, neurons in selection.items():
         counts, size = counted(neurons), len(neurons)
         row: dict[str, object] = {"group": group, "neurons": size}
         if size:
-            if size not in known:
-                known[size] = generator.multivariate_hypergeometric(sizes, size, uniform, method="marginals")
+            if size not in uniform_counts:
+                uniform_counts[size] = generator.multivariate_hypergeometric(sizes, size, uniform, method="marginals")
             for name, measure in (("gini", _gini), ("entropy", functools.partial(scipy_stats.entropy, axis=-1))):
                 row[name] = float(measure(counts))
-                row[f"{name}_uniform_low"], row[f"{name}_uniform_high"] = np.percentile(measure(known[size]), tails)
-                if again[group]:
-                    row[f"{name}_low"], row[f"{name}_high"] = np.percentile(measure(np.stack(again[group])), tails)
+                for ends, sample in (("uniform_", uniform_counts[size]), ("", resampled_counts[group])):
+                    if len(sample):
+                        low, high = np.percentile(measure(np.asarray(sample)), tails)
+                        row |= {f"{name}_{ends}low": low, f"{name}_{ends}high": high}
             top = int(counts.argmax())
             row |= {
                 "top_tower": labels[top][0],
@@ -140,7 +134,7 @@ def _gini(counts: np.ndarray) -> np.ndarray | np.number:
     return (ordered * weight).sum(-1) / (n * ordered.sum(-1))
 
 
-def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> "pd.DataFrame":
+def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> pd.DataFrame:
     """Where two sets overlap: a row for each layer with the size of either set, of both, and what chance would share.
 
     Columns: ``tower``, ``layer``, ``first``, ``second``, ``both``, ``expected`` (of two random sets of these sizes in
@@ -153,20 +147,10 @@ def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> "pd.DataFrame":
     Raises:
         MismatchError: the sets are of different spaces.
     """
-    import pandas as pd
-
-    for name, one in (("first", first), ("second", second)):
-        check_kind(name, one, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
-    both = first & second
-    labels, sizes = tuple(first.space.tower_layers), first.space.count_by_layer().numpy()
-    ours, theirs, shared = (first.space.count_by_layer(neurons.indices).numpy() for neurons in (first, second, both))
-    return pd.DataFrame(
-        {
-            "tower": [tower for tower, _ in labels],
-            "layer": [layer for _, layer in labels],
-            "first": ours,
-            "second": theirs,
-            "both": shared,
-            "expected": ours * theirs / sizes,
-        }
-    )
+    for name, neurons in (("first", first), ("second", second)):
+        check_kind(name, neurons, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
+    table = pd.DataFrame(list(first.space.tower_layers), columns=["tower", "layer"])
+    for name, neurons in (("first", first), ("second", second), ("both", first & second)):
+        table[name] = first.space.count_by_layer(neurons.indices).numpy()
+    table["expected"] = table["first"] * table["second"] / first.space.count_by_layer().numpy()
+    return table
