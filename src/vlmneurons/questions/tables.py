@@ -24,7 +24,7 @@ from vlmneurons.checks import JSON, JSONMapping, is_missing, nearest, of_kind
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import media, streams
 from vlmneurons.questions.media import Base64Picture, DatasetPicture
-from vlmneurons.questions.question import LETTERS, Question, derived_id
+from vlmneurons.questions.question import LETTERS, Question, derived_id, normalize
 
 FIELDS = ("image", "question", "options", "answer", "group", "id", "image_id", "audio", "video", "answers")
 """What a table says of a question; every further column is metadata, as are answers that ``columns`` does not name."""
@@ -517,11 +517,20 @@ def literal_list(text: str, what: str, advice: str = "") -> Any:
     raise QuestionError(f"{what}; got {text!r:.200}{advice}") from found
 
 
+_TRUE_FIRST = {
+    *(("yes", "no"), ("true", "false"), ("correct", "incorrect"), ("right", "wrong"), ("y", "n"), ("t", "f")),
+    *(("sí", "no"), ("si", "no"), ("sì", "no"), ("sim", "não"), ("oui", "non"), ("ja", "nein"), ("ja", "nee")),
+    *(("ja", "nej"), ("да", "нет"), ("是", "否"), ("对", "错"), ("はい", "いいえ"), ("예", "아니요"), ("네", "아니요")),
+    *(("ya", "tidak"), ("evet", "hayır"), ("हाँ", "नहीं"), ("نعم", "لا"), ("có", "không"), ("tak", "nie")),
+}
+"""Two options of which the one that 1 stands for, as a truth value, is not the one at place 1."""
+
+
 def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
     """The index of the right option, from an index, a letter or the option's text.
 
     Raises:
-        QuestionError: it is none of these, or two of them, and of different options.
+        QuestionError: it is none of these, or two of them, and of different options; or 0 or 1 among "yes" and "no".
     """
     if isinstance(answer, bool | np.bool_) or is_missing(answer):
         raise QuestionError(f"{where}: answer {answer!r} is neither an index, a letter nor an option's text")
@@ -539,6 +548,12 @@ def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
         raise QuestionError(
             f"{where}: answer {answer!r} may mean the text of an option or its place; among options that are numbers "
             "give its letter, among letters its index"
+        )
+    if text in ("0", "1") and not same and tuple(normalize(str(option)) for option in options) in _TRUE_FIRST:
+        by_place, by_truth = (options[0], options[1])[:: 1 if text == "0" else -1]
+        raise QuestionError(
+            f"{where}: answer {answer!r} may mean {by_place!r}, by its place, or {by_truth!r}, where 1 stands for true: "
+            f"give the option's text or its letter, or the options as {options[1]!r}, {options[0]!r}"
         )
     found = same[0] if same else place
     if found is not None:
