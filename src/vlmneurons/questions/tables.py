@@ -550,10 +550,10 @@ def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
             "give its letter, among letters its index"
         )
     if text in ("0", "1") and not same and tuple(normalize(str(option)) for option in options) in _TRUE_FIRST:
-        by_place, by_truth = (options[0], options[1])[:: 1 if text == "0" else -1]
+        by_place, by_truth = options if text == "0" else reversed(options)
         raise QuestionError(
-            f"{where}: answer {answer!r} may mean {by_place!r}, by its place, or {by_truth!r}, where 1 stands for true: "
-            f"give the option's text or its letter, or the options as {options[1]!r}, {options[0]!r}"
+            f"{where}: answer {answer!r} may mean {by_place!r}, by its place, or {by_truth!r}, where 1 stands for "
+            f"true: give the option's text or its letter, or the options as {options[1]!r}, {options[0]!r}"
         )
     found = same[0] if same else place
     if found is not None:
