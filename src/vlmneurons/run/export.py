@@ -384,9 +384,9 @@ def _place(hf: nn.Module, stored: _Stored, names: Sequence[str], mlp: MLP, down:
     return best[0][1:]
 
 
-def _n_alike(name: str, other: str) -> int:
-    """How many characters the longest end has that two dotted names share, of whole parts."""
-    return next((len(tail) for tail in _tails(name) if f".{other}".endswith(f".{tail}")), 0)
+def _n_alike(a: str, b: str) -> int:
+    """How many characters the longest end of whole parts has that two dotted names share."""
+    return next((len(tail) for tail in _tails(a) if f".{b}".endswith(f".{tail}")), 0)
 
 
 def _ways(
