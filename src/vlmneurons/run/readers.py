@@ -86,46 +86,6 @@ class Reading:
         return Reading(tuple(self.chosen[row] for row in rows), scores, texts, graded)
 
 
-def checked(reading: object, reader: "AnswerReader", questions: Sequence[Question]) -> Reading:
-    """A reading, checked, as the reader may be the user's own: one answer to each question, and only finite numbers.
-
-    Args:
-        reading: what `AnswerReader.read` gave.
-        reader: the reader, for the error.
-        questions: the questions that were asked.
-
-    Raises:
-        QuestionError: it is not of these questions, names an option that does not exist, lacks a score, or has NaN in
-            place of one; the message names the question, if it is about one.
-    """
-    of_kind(f"what {reader!r} gives", reading, Reading, QuestionError)
-    assert isinstance(reading, Reading)
-    for name, dimensions in (("chosen", 1), ("scores", 2), ("texts", 1), ("graded", 1)):
-        values = getattr(reading, name)
-        shape = None if values is None else tuple(getattr(values, "shape", (len(values),)))
-        if shape is not None and (len(shape) != dimensions or shape[0] != len(questions)):
-            raise QuestionError(
-                f"{reader!r} gave {name} of the shape {list(shape)} to {len(questions)} questions: one for each is "
-                "wanted"
-            )
-    if reader.grades and reading.graded is None:
-        raise QuestionError(f"{reader!r} grades answers, and gave no scores: Reading(…, graded=a tensor [question])")
-    scores = None if reading.scores is None else torch.as_tensor(reading.scores)
-    graded = None if reading.graded is None else torch.as_tensor(reading.graded).tolist()
-    for row, (choice, item) in enumerate(zip(reading.chosen, questions, strict=True)):
-        gave = f"question {item.id!r}: {reader!r} gave"
-        n = len(item.options) or 2  # of an open question 0 is right and 1 wrong
-        if choice is not None and not -1 <= whole(f"{gave} a choice, which", choice, QuestionError) < n:
-            raise QuestionError(f"{gave} the choice {choice}, and there are 0 to {n - 1}; None names no option")
-        if graded is not None and not np.isfinite(graded[row]):
-            raise QuestionError(f"{gave} the score {graded[row]}, which is no number")
-        if scores is None or item.is_open:
-            continue
-        if scores.shape[1] < n or bool(scores[row, :n].isnan().any()):
-            raise QuestionError(f"{gave} the scores {scores[row].tolist()}: a number for each of {n} options is wanted")
-    return reading
-
-
 class AnswerReader(ABC, Generic[Encoded]):
     """A way of reading answers. A subclass that defines `read` is another one."""
 
@@ -256,20 +216,6 @@ class LogitReader(AnswerReader[Encoded]):
         return self.score(model, questions, encoded, logits)
 
 
-def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
-    """Refuse to read answers at the end of prompts, if the model would begin to think there.
-
-    Args:
-        model: the model.
-        questions: the questions.
-
-    Raises:
-        QuestionError: the chat template opens a thought, or lets the model think.
-    """
-    for n_media in () if questions.prompt is bare_prompt else sorted({item.n_media for item in questions}):
-        model.prompts.refuse_thought(*n_media)
-
-
 @dataclass(frozen=True)
 class Wanted:
     """One forward, and the positions at which its logits are read.
@@ -299,135 +245,6 @@ class Wanted:
         # Without owners, row n is known to be question n: the rows that stand for questions are all rows, in order.
         wanted = set(questions)
         return [row for row, owner in enumerate(self.questions if owners is None else owners) if owner in wanted]
-
-
-def reads_logits(reader: AnswerReader) -> TypeGuard[LogitReader]:
-    """Whether the logits of one forward are all that a reader needs; its class may run the model in another way."""
-    return isinstance(reader, LogitReader) and type(reader).read is LogitReader.read
-
-
-def names_its_tokens(reader: LogitReader) -> bool:
-    """Whether a reader's `tokens` are all that its `score` looks at: a subclass may have redefined one of them only."""
-    owners = {
-        next(cls for cls in type(reader).__mro__ if name in vars(cls)) for name in ("score", "score_shares", "tokens")
-    }
-    return len(owners) == 1 and LogitReader not in owners
-
-
-def reading_of_shares(
-    reader: LogitReader,
-    model: "VLM",
-    questions: QuestionSet,
-    encoded: Any,
-    tokens: list[int],
-    rows: Sequence[Tensor],
-) -> Reading:
-    """The answers, from the log-probabilities of the tokens that a reader names: ``[position, token]`` for each row.
-
-    Args:
-        reader: the reader.
-        model: the model.
-        questions: the questions.
-        encoded: what `AnswerReader.encode` made of them.
-        tokens: the tokens, in the order of the columns.
-        rows: the log-probabilities (nats).
-    """
-    size = max(len(model.tokenizer), max(tokens) + 1)
-    shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
-    return reader.score_shares(model, questions, encoded, shares)
-
-
-def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
-def logits_at(
-    model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]
-) -> list[Float[Tensor, "position vocabulary"]]:
-    """Run the model once and give each row's logits at some positions, in float32 on the CPU.
-
-    Only the positions that some row needs are projected to the vocabulary, where the model allows it.
-
-    Args:
-        model: the model.
-        batch: its inputs.
-        positions: for each row of the batch the wanted positions.
-
-    Raises:
-        QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
-    """
-    inputs, wanted = forward_inputs(model, batch, positions)
-    with each_once(model.hf, batch), _one_to_one(model, batch, "logits_to_keep" in inputs):
-        output = model.hf(**inputs)
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise QuestionError(
-            f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
-            "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
-        )
-    place = places_of(model, batch, wanted, logits.shape[1])
-    return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
-
-
-_ONE_TO_ONE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Models whose decoder was seen to run on the tokens of its input, and no others."""
-
-
-@contextlib.contextmanager
-def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
-    """Within, refuse a decoder that runs on more than the input's tokens, where only chosen positions give logits.
-
-    A position would then be another token's: GIT, for one, puts a picture's vectors before the words itself.
-    """
-    if not chosen or model.hf in _ONE_TO_ONE or "language" not in model.towers:
-        yield
-        return
-
-    def check(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if hidden is not None and hidden.ndim == 3 and hidden.shape[1] != batch["input_ids"].shape[1]:
-            raise _misplaced(model, batch, hidden.shape[1])
-
-    first = model.hf.get_submodule(model.towers["language"].layer_paths[0])
-    with UndividedStack() as stack:
-        with Undivided():
-            stack.callback(first.register_forward_pre_hook(Hook(check), with_kwargs=True).remove)
-        yield
-    _ONE_TO_ONE.add(model.hf)
-
-
-def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[Keywords, list[int]]:
-    """The arguments of the forward that `logits_at` makes, and in order the positions that any row wants."""
-    wanted = sorted({position for row in positions for position in row})
-    if model.is_encoder_decoder:
-        raise QuestionError(
-            f"{type(model.hf).__name__} is an encoder-decoder model: its answer begins in the decoder, not after the "
-            "question, so the question's logits do not hold it; read answers by generation (answer='generate')"
-        )
-    inputs = dict(batch)
-    parameters = inspect.signature(type(model.hf).forward).parameters
-    if "logits_to_keep" in parameters:
-        inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    if takes_any or "use_cache" in parameters:
-        inputs["use_cache"] = False
-    return inputs, wanted
-
-
-def places_of(model: "VLM", batch: Batch, wanted: list[int], n_positions: int) -> dict[int, int]:
-    """Where the logits of each wanted position are, in a forward that gives them at ``n_positions``."""
-    if n_positions == len(wanted):
-        return {position: index for index, position in enumerate(wanted)}
-    if n_positions == batch["input_ids"].shape[1]:
-        return {position: position for position in wanted}
-    raise _misplaced(model, batch, n_positions)
-
-
-def _misplaced(model: "VLM", batch: Batch, n_positions: int) -> QuestionError:
-    return QuestionError(
-        f"{type(model.hf).__name__} gives logits at {n_positions} positions for a prompt of "
-        f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
-    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -741,19 +558,6 @@ class Generate(AnswerReader[Batch]):
         return Reading(tuple(chosen), None, texts)
 
 
-def _decoded(model: "VLM", ids: Sequence[Sequence[int]] | Tensor) -> tuple[str, ...]:
-    """Generated tokens as texts without special tokens, but with the tags between a thought and the answer."""
-    tokenizer = model.tokenizer
-    special = set(tokenizer.all_special_ids)
-    tags = {number for number in special if THOUGHT.fullmatch(str(tokenizer.convert_ids_to_tokens(number)))}
-    rows = [[int(number) for number in row] for row in ids]
-    with TOKENIZING:
-        if not tags:
-            return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
-        kept = [[number for number in row if number not in special - tags] for row in rows]
-        return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
-
-
 _READERS: dict[str, Callable[[], AnswerReader]] = {
     "letters": Letters,
     "generate": Generate,
@@ -769,6 +573,219 @@ def reader_of(answer: object) -> AnswerReader:
     if isinstance(answer, str) and answer in _READERS:
         return _READERS[answer]()
     raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(_READERS)}")
+
+
+# -- what is known of a reader, and of what it gives -------------------------------------------------------------------
+
+
+def reads_logits(reader: AnswerReader) -> TypeGuard[LogitReader]:
+    """Whether the logits of one forward are all that a reader needs; its class may run the model in another way."""
+    return isinstance(reader, LogitReader) and type(reader).read is LogitReader.read
+
+
+def names_its_tokens(reader: LogitReader) -> bool:
+    """Whether a reader's `tokens` are all that its `score` looks at: a subclass may have redefined one of them only."""
+    owners = {
+        next(cls for cls in type(reader).__mro__ if name in vars(cls)) for name in ("score", "score_shares", "tokens")
+    }
+    return len(owners) == 1 and LogitReader not in owners
+
+
+def reading_of_shares(
+    reader: LogitReader,
+    model: "VLM",
+    questions: QuestionSet,
+    encoded: Any,
+    tokens: list[int],
+    rows: Sequence[Tensor],
+) -> Reading:
+    """The answers, from the log-probabilities of the tokens that a reader names: ``[position, token]`` for each row.
+
+    Args:
+        reader: the reader.
+        model: the model.
+        questions: the questions.
+        encoded: what `AnswerReader.encode` made of them.
+        tokens: the tokens, in the order of the columns.
+        rows: the log-probabilities (nats).
+    """
+    size = max(len(model.tokenizer), max(tokens) + 1)
+    shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
+    return reader.score_shares(model, questions, encoded, shares)
+
+
+def checked(reading: object, reader: "AnswerReader", questions: Sequence[Question]) -> Reading:
+    """A reading, checked, as the reader may be the user's own: one answer to each question, and only finite numbers.
+
+    Args:
+        reading: what `AnswerReader.read` gave.
+        reader: the reader, for the error.
+        questions: the questions that were asked.
+
+    Raises:
+        QuestionError: it is not of these questions, names an option that does not exist, lacks a score, or has NaN in
+            place of one; the message names the question, if it is about one.
+    """
+    of_kind(f"what {reader!r} gives", reading, Reading, QuestionError)
+    assert isinstance(reading, Reading)
+    for name, dimensions in (("chosen", 1), ("scores", 2), ("texts", 1), ("graded", 1)):
+        values = getattr(reading, name)
+        shape = None if values is None else tuple(getattr(values, "shape", (len(values),)))
+        if shape is not None and (len(shape) != dimensions or shape[0] != len(questions)):
+            raise QuestionError(
+                f"{reader!r} gave {name} of the shape {list(shape)} to {len(questions)} questions: one for each is "
+                "wanted"
+            )
+    if reader.grades and reading.graded is None:
+        raise QuestionError(f"{reader!r} grades answers, and gave no scores: Reading(…, graded=a tensor [question])")
+    scores = None if reading.scores is None else torch.as_tensor(reading.scores)
+    graded = None if reading.graded is None else torch.as_tensor(reading.graded).tolist()
+    for row, (choice, item) in enumerate(zip(reading.chosen, questions, strict=True)):
+        gave = f"question {item.id!r}: {reader!r} gave"
+        n = len(item.options) or 2  # of an open question 0 is right and 1 wrong
+        if choice is not None and not -1 <= whole(f"{gave} a choice, which", choice, QuestionError) < n:
+            raise QuestionError(f"{gave} the choice {choice}, and there are 0 to {n - 1}; None names no option")
+        if graded is not None and not np.isfinite(graded[row]):
+            raise QuestionError(f"{gave} the score {graded[row]}, which is no number")
+        if scores is None or item.is_open:
+            continue
+        if scores.shape[1] < n or bool(scores[row, :n].isnan().any()):
+            raise QuestionError(f"{gave} the scores {scores[row].tolist()}: a number for each of {n} options is wanted")
+    return reading
+
+
+def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
+    """Refuse to read answers at the end of prompts, if the model would begin to think there.
+
+    Args:
+        model: the model.
+        questions: the questions.
+
+    Raises:
+        QuestionError: the chat template opens a thought, or lets the model think.
+    """
+    for n_media in () if questions.prompt is bare_prompt else sorted({item.n_media for item in questions}):
+        model.prompts.refuse_thought(*n_media)
+
+
+# -- one forward -------------------------------------------------------------------------------------------------------
+
+
+def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def logits_at(
+    model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "position vocabulary"]]:
+    """Run the model once and give each row's logits at some positions, in float32 on the CPU.
+
+    Only the positions that some row needs are projected to the vocabulary, where the model allows it.
+
+    Args:
+        model: the model.
+        batch: its inputs.
+        positions: for each row of the batch the wanted positions.
+
+    Raises:
+        QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
+    """
+    inputs, wanted = forward_inputs(model, batch, positions)
+    with each_once(model.hf, batch), _one_to_one(model, batch, "logits_to_keep" in inputs):
+        output = model.hf(**inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise QuestionError(
+            f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
+            "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
+        )
+    place = places_of(model, batch, wanted, logits.shape[1])
+    return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
+
+
+_ONE_TO_ONE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models whose decoder was seen to run on the tokens of its input, and no others."""
+
+
+@contextlib.contextmanager
+def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
+    """Within, refuse a decoder that runs on more than the input's tokens, where only chosen positions give logits.
+
+    A position would then be another token's: GIT, for one, puts a picture's vectors before the words itself.
+    """
+    if not chosen or model.hf in _ONE_TO_ONE or "language" not in model.towers:
+        yield
+        return
+
+    def check(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if hidden is not None and hidden.ndim == 3 and hidden.shape[1] != batch["input_ids"].shape[1]:
+            raise _misplaced(model, batch, hidden.shape[1])
+
+    first = model.hf.get_submodule(model.towers["language"].layer_paths[0])
+    with UndividedStack() as stack:
+        with Undivided():
+            stack.callback(first.register_forward_pre_hook(Hook(check), with_kwargs=True).remove)
+        yield
+    _ONE_TO_ONE.add(model.hf)
+
+
+def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[Keywords, list[int]]:
+    """The arguments of the forward that `logits_at` makes, and in order the positions that any row wants."""
+    wanted = sorted({position for row in positions for position in row})
+    if model.is_encoder_decoder:
+        raise QuestionError(
+            f"{type(model.hf).__name__} is an encoder-decoder model: its answer begins in the decoder, not after the "
+            "question, so the question's logits do not hold it; read answers by generation (answer='generate')"
+        )
+    inputs = dict(batch)
+    parameters = inspect.signature(type(model.hf).forward).parameters
+    if "logits_to_keep" in parameters:
+        inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if takes_any or "use_cache" in parameters:
+        inputs["use_cache"] = False
+    return inputs, wanted
+
+
+def places_of(model: "VLM", batch: Batch, wanted: list[int], n_positions: int) -> dict[int, int]:
+    """Where the logits of each wanted position are, in a forward that gives them at ``n_positions``."""
+    if n_positions == len(wanted):
+        return {position: index for index, position in enumerate(wanted)}
+    if n_positions == batch["input_ids"].shape[1]:
+        return {position: position for position in wanted}
+    raise _misplaced(model, batch, n_positions)
+
+
+def _misplaced(model: "VLM", batch: Batch, n_positions: int) -> QuestionError:
+    return QuestionError(
+        f"{type(model.hf).__name__} gives logits at {n_positions} positions for a prompt of "
+        f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
+    )
+
+
+# -- from scores and tokens to answers ---------------------------------------------------------------------------------
+
+
+def _graded_reading(scores: Tensor, threshold: float | None, texts: tuple[str, ...] | None = None) -> Reading:
+    """The answers to open questions, from their scores."""
+    chosen = tuple(0 if threshold is None or score >= threshold else 1 for score in scores.tolist())
+    return Reading(chosen, None, texts, scores)
+
+
+def _option_reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:
+    """The answers, from scores by option in shown or the question's own order; of equal scores the first shown wins."""
+    most = max(len(item.options) for item in questions)
+    table = torch.full((len(questions), most), float("nan"), dtype=torch.float64)
+    chosen = []
+    for row, (item, values) in enumerate(zip(questions, scores, strict=True)):
+        if torch.isnan(values).any():
+            raise ActivationError(f"the logits of question {item.id!r} are NaN, so no option can be told the likeliest")
+        order = questions.order(item)
+        by_place = values[: len(order)].double() if shown else values.double()[list(order)]
+        chosen.append(order[int(by_place.argmax())])
+        table[row, list(order)] = by_place
+    return Reading(tuple(chosen), table)
 
 
 def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
@@ -794,22 +811,14 @@ def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
 _LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, list[list[Any]]]]" = weakref.WeakKeyDictionary()
 
 
-def _graded_reading(scores: Tensor, threshold: float | None, texts: tuple[str, ...] | None = None) -> Reading:
-    """The answers to open questions, from their scores."""
-    chosen = tuple(0 if threshold is None or score >= threshold else 1 for score in scores.tolist())
-    return Reading(chosen, None, texts, scores)
-
-
-def _option_reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:
-    """The answers, from scores by option in shown or the question's own order; of equal scores the first shown wins."""
-    most = max(len(item.options) for item in questions)
-    table = torch.full((len(questions), most), float("nan"), dtype=torch.float64)
-    chosen = []
-    for row, (item, values) in enumerate(zip(questions, scores, strict=True)):
-        if torch.isnan(values).any():
-            raise ActivationError(f"the logits of question {item.id!r} are NaN, so no option can be told the likeliest")
-        order = questions.order(item)
-        by_place = values[: len(order)].double() if shown else values.double()[list(order)]
-        chosen.append(order[int(by_place.argmax())])
-        table[row, list(order)] = by_place
-    return Reading(tuple(chosen), table)
+def _decoded(model: "VLM", ids: Sequence[Sequence[int]] | Tensor) -> tuple[str, ...]:
+    """Generated tokens as texts without special tokens, but with the tags between a thought and the answer."""
+    tokenizer = model.tokenizer
+    special = set(tokenizer.all_special_ids)
+    tags = {number for number in special if THOUGHT.fullmatch(str(tokenizer.convert_ids_to_tokens(number)))}
+    rows = [[int(number) for number in row] for row in ids]
+    with TOKENIZING:
+        if not tags:
+            return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
+        kept = [[number for number in row if number not in special - tags] for row in rows]
+        return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))

@@ -7,15 +7,14 @@ they are put in order. What cannot be had raises.
 """
 
 import functools
-import re
 from typing import TYPE_CHECKING, cast, no_type_check
 
 from nnsight.intervention.envoy import Envoy
-from torch import nn
 
 from vlmneurons.errors import MismatchError
 from vlmneurons.model.travel import PART
 from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.run.vllm.mlps import decoder_mlps
 
 if TYPE_CHECKING:
     from nnsight.modeling.vllm import VLLM
@@ -114,14 +113,7 @@ def named_in_vllm(model: VLM, held: "VLLM") -> "NamedTower":
     ranks, root = int(spread.tensor_parallel_size), held._module
     if spread.pipeline_parallel_size != 1:
         raise MismatchError("pipeline_parallel_size: a trace sees the layers of one stage; leave it at 1")
-    decoder = cast(nn.Module, getattr(root, "get_language_model", lambda: root)())
-    inside = {id(module) for module in decoder.modules()}
-    paths_of: dict[int, list[str]] = {}
-    for path, module in root.named_modules():
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
-        merged = all(hasattr(module, name) for name in ("gate_up_proj", "act_fn", "down_proj"))
-        if layer and merged and id(module) in inside:
-            paths_of.setdefault(int(layer[1]), []).append(path)
+    paths_of = decoder_mlps(root)
     layers = {}
     for mlp in model.language.tower.mlps:
         where, paths = f"layer {mlp.layer} has {mlp.name}", paths_of.get(mlp.layer, [])

@@ -11,7 +11,6 @@ nnsight mounts `save` on every object, which vLLM takes for a method that both d
 """
 
 import importlib
-import re
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlmneurons.checks import Keywords, Wire
+from vlmneurons.run.vllm.mlps import decoder_mlps
 from vlmneurons.statistics.counting import count_patches
 
 _ON_CPU = importlib.import_module("vllm.platforms").current_platform.is_cpu()
@@ -45,13 +45,9 @@ class Worker(_BASE):
             What is wrong, in words (empty if nothing is); precision; number of ranks; the longest prompt; the kind of
             device.
         """
-        runner, mlps = self.model_runner, {}
+        runner = self.model_runner
         model = runner.get_model()
-        decoder = model.get_language_model() if hasattr(model, "get_language_model") else model
-        for path, module in decoder.named_modules():
-            layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
-            if layer and all(hasattr(module, name) for name in ("gate_up_proj", "act_fn", "down_proj")):
-                mlps.setdefault(int(layer[1]), []).append(module)
+        mlps = {n: [model.get_submodule(path) for path in paths] for n, paths in decoder_mlps(model).items()}
         ranks = self.parallel_config.tensor_parallel_size
         held = [
             ranks * sum(mlp.down_proj.input_size_per_partition for mlp in mlps.get(n, ())) for n in range(len(widths))
