@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlmneurons.checks import Keywords, of_kind
+from vlmneurons.checks import Keywords, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import GREEN, GREY, PURPLE, ordered
 from vlmneurons.look.plots.canvas import STYLES, Canvas, check_rows, draw_frame, draw_points, plain_names, spaced
@@ -91,7 +91,7 @@ def plot_profiles(
     Raises:
         MismatchError: no such selector, or a width that is too narrow.
     """
-    of_kind("profiles", profiles, pd.DataFrame, MismatchError, "the table that Comparison.profiles gives")
+    check_kind("profiles", profiles, pd.DataFrame, MismatchError, "the table that Comparison.profiles gives")
     there = list(dict.fromkeys(profiles["selector"]))
     if (selector or "") not in there and (selector is not None or not there):
         raise MismatchError(f"no profile of {selector!r}; there are those of {', '.join(there) or 'no selector'}")
@@ -293,7 +293,7 @@ def plot_values(
 
     kind = "what inspect_neuron gives, or a dictionary of numbers by group"
     by_group = values.values if isinstance(values, NeuronView) else values
-    of_kind("values", by_group, Mapping, MismatchError, kind)
+    check_kind("values", by_group, Mapping, MismatchError, kind)
     numbers = {str(group): np.asarray(one, dtype=float).ravel() for group, one in by_group.items()}
     wrong = [group for group, one in numbers.items() if not len(one) or not np.isfinite(one).all()]
     if wrong or not numbers:
