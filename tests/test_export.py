@@ -446,12 +446,25 @@ def test_an_export_that_was_killed_leaves_no_checkpoint_and_the_next_one_clears_
     (left,) = (path for path in tmp_path.iterdir() if path.name.startswith("."))
     (left / "of-the-killed-one.json").write_text("{}")
     (left / "folder").mkdir()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    (left / "link").symlink_to(tmp_path / "kept")
     folder, expected = vn.export(model, neurons, tmp_path / "out"), vn.export(model, neurons, tmp_path / "expected")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         path.name: path.read_bytes() for path in expected.iterdir()
     }
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model", "neurons.safetensors", "out", "expected"}
+    assert (tmp_path / "kept" / "file").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "neurons.safetensors", "out", "expected", "kept"}
+
+
+def test_a_link_where_an_export_writes_is_not_followed(tmp_path):
+    model = loaded("llava_next_mistral", tmp_path / "model")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    (tmp_path / ".out-unfinished").symlink_to(tmp_path / "precious")
+    vn.export(model, some(model), tmp_path / "out")
+    assert (tmp_path / "precious" / "file").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "precious"]
 
 
 def test_two_exports_into_one_folder_do_not_mix(tmp_path, monkeypatch):

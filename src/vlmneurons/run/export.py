@@ -2,8 +2,8 @@
 
 A neuron at ``post`` that is zero, or scaled, is the same as its column of the down projection being zero, or scaled.
 So the columns are changed in a copy of the checkpoint's own files, tensor by tensor in their place: names, shards and
-every other byte stay. Which tensor is which column is settled by the values of the model in memory, not by names alone,
-as checkpoints keep names (and experts) otherwise than models do.
+every other byte stay. The values of the model in memory, and not names alone, decide which tensor holds which columns,
+because checkpoints may keep names (and experts) otherwise than models do.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from vlmneurons.checks import JSON, as_path, check_kind
 from vlmneurons.errors import AblationError, FileFormatError, MismatchError
 from vlmneurons.files.locks import locked
 from vlmneurons.model.architectures.layout import MLP
-from vlmneurons.model.down import Down, down_of
+from vlmneurons.model.down import Down, down_of, is_plain
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.run.ablation import Ablation, ablations_in_force
@@ -51,13 +51,14 @@ def export(
     """Write a checkpoint in which neurons are zero, or scaled, for good: an `Ablation` for every other program.
 
     The columns of the down projections (those of experts too) are changed in a copy of the checkpoint that the model
-    was loaded from, one tensor in memory at a time; where the model in memory is not that checkpoint any more, or has
+    was loaded from, one tensor in memory at a time. Where the model in memory is not that checkpoint any more, or has
     none, it is saved first, by ``save_pretrained``. The processor is saved beside it, and ``vlmneurons-export.json``
-    says what was done. In float32, zero is the same as the ablation bit for bit; else the two agree to rounding.
+    says what was done. In float32, zero is the same as the ablation bit for bit; otherwise the two agree to rounding.
+    The folder is there when it is whole; what a killed export left beside it, the next one to the same folder clears.
 
     Args:
         model: the model. Made with ``weights=False``, it is exported from its checkpoint without being loaded; tensors
-            are then told by their names and shapes.
+            are then found by their names and shapes.
         neurons: the neurons, of any tower, at any kind of site.
         folder: where to write; it must be new, or empty.
         mode: ``"zero"`` or ``"scale"``. The other modes of `Ablation` add to the activations, which no weight of a
@@ -68,10 +69,11 @@ def export(
         The folder, which loads as any other does, by ``VLM.from_pretrained(folder)``.
 
     Raises:
-        AblationError: another mode, or one without what it needs; weights that several parts share, that are quantised,
-            or that have an adapter; a factor that makes weights infinite.
-        MismatchError: the neurons are not of this model.
-        FileFormatError: the folder holds something; the checkpoint does not hold the columns as the model does.
+        AblationError: another mode, or one without what it needs; a model that is being ablated; weights that several
+            parts share, that are quantised, or that have an adapter; a factor that makes weights infinite.
+        MismatchError: the neurons are not of this model; another process is exporting to this folder.
+        FileFormatError: the folder holds something; the checkpoint does not hold the columns as the model does; without
+            all weights in memory, the checkpoint is not on disk, or the model differs from it.
 
     Example:
         ``vn.export(model, selection["Egypt"], "qwen-without-egypt")``
@@ -89,6 +91,7 @@ def export(
     _refuse_changed(model.hf)
     by_site = {site: columns for site, columns in neurons.by_site().items() if len(columns)}
     edits = [(mlp, _down(model.hf, mlp), by_site[site]) for site in by_site for mlp in [model.mlp_of(site)]]
+    _refuse_shared(model.hf, [down for _, down, _ in edits])
     times = 0.0 if mode == "zero" else ablation.factor
     with _written_whole(place) as new:
         source = _source(model)
@@ -129,11 +132,13 @@ def _written_whole(place: Path) -> Iterator[Path]:
         FileFormatError: something was written to ``place`` meanwhile.
     """
     new = place.with_name(f".{place.name}-unfinished")
+    if new.is_symlink():
+        new.unlink()  # what it leads to is nobody's leftover
     new.mkdir(parents=True, exist_ok=True)
     with locked(new):
         try:
             for leftover in [path for path in new.iterdir() if path.name not in _LOCKS]:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
             yield new
             for file in filter(Path.is_file, new.iterdir()):
                 file.chmod(new.stat().st_mode & 0o666)  # as the user's umask has it: safetensors makes private files
@@ -164,20 +169,31 @@ def _refuse_changed(hf: nn.Module) -> None:
 
 
 def _down(hf: nn.Module, mlp: MLP) -> Down:
-    """Where an MLP's columns are, if no other part of the model uses the same tensor."""
+    """Where an MLP's columns are."""
     down = down_of(hf, mlp)
     if down is None:
         raise AblationError(
             f"{mlp.path}.{mlp.layout.down} is not a plain matrix of floating-point numbers (nn.Linear, Conv1D, or a "
             "parameter of experts), so scaling its columns need not be the same as the ablation"
         )
-    weight = hf.get_parameter(down.name)
-    for name, parameter in hf.named_parameters(remove_duplicate=False):
-        # Two parameters may also share their memory. On "meta", where there is none, all addresses are 0.
-        shared = parameter is weight or parameter.data_ptr() == weight.data_ptr() != 0
-        if shared and name != down.name:
-            raise AblationError(f"{down.name} is also {name}: scaled columns would change more than these neurons")
     return down
+
+
+def _refuse_shared(hf: nn.Module, downs: Iterable[Down]) -> None:
+    """Refuse columns that other parts of the model use too: one parameter of two names, or two of the same memory."""
+    names_at: dict[int, list[str]] = {}
+    parameters = dict(hf.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names_at.setdefault(_memory(parameter), []).append(name)
+    for down in downs:
+        for name in names_at[_memory(parameters[down.name])]:
+            if name != down.name:
+                raise AblationError(f"{down.name} is also {name}: scaled columns would change more than these neurons")
+
+
+def _memory(parameter: Tensor) -> int:
+    """Where a parameter is in memory; another number for each that has no memory (on "meta") or hides it."""
+    return (parameter.data_ptr() if is_plain(parameter) else 0) or id(parameter)
 
 
 # -- the checkpoint ----------------------------------------------------------------------------------------------------
