@@ -22,6 +22,7 @@ from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
 from vlmneurons.model.architectures.hooks import read, read_experts, write, write_experts
 from vlmneurons.model.architectures.layout import MLP, MLPLayout, Tower
+from vlmneurons.model.down import Down, down_of
 from vlmneurons.testing import tiny_inputs, tiny_model, tiny_template
 from vlmneurons.testing.architectures import check_architecture
 
@@ -151,6 +152,11 @@ def test_names_that_lie_are_not_believed() -> None:
         (lambda m, x: (lambda h: m.c(F.silu(h[..., ::2]) * h[..., 1::2]))(m.a(x)), "interleaved"),
         (lambda m, x: (lambda h: m.c(h[..., ::2] * F.silu(h[..., 1::2])))(m.a(x)), "interleaved_up"),
         (lambda m, x: (lambda h: m.c(F.silu(h[..., :WIDTH]) * h[..., WIDTH:]))(m.a(x)), "gate_up"),
+        (lambda m, x: (lambda h: m.c(F.silu(h[..., :WIDTH]) * h[..., WIDTH : 2 * WIDTH]))(m.a(x)), "gate_up"),
+        (lambda m, x: (lambda g, u: m.c(F.silu(g) * u))(*torch.split(m.a(x), [WIDTH, WIDTH], -1)), "gate_up"),
+        (lambda m, x: (lambda h: m.c(F.silu(h[0]) * h[-1]))(m.a(x).tensor_split(2, dim=-1)), "gate_up"),
+        (lambda m, x: (lambda h: m.c(F.silu(h[-2]) * h[1]))(torch.chunk(input=m.a(x), chunks=2, dim=-1)), "gate_up"),
+        (lambda m, x: (lambda h: m.c(h[..., :WIDTH] * h[..., :WIDTH].sigmoid() * h[..., WIDTH:]))(m.a(x)), "gate_up"),
     ],
 )
 def test_fused_projections_are_told_by_how_they_are_split(compute: Callable[..., Tensor], split: str | None) -> None:
@@ -173,8 +179,13 @@ def test_an_activation_written_out_is_kept_as_an_expression_and_repeated_bit_for
 
 
 def test_a_clamped_up_branch_is_not_taken_for_the_gate() -> None:
-    layout = layout_of(lambda m, x: m.c(F.silu(m.a(x).clamp(max=7)) * m.b(x).clamp(-7, 7)))
-    assert (layout.gate, layout.up) == ("a", "b")
+    for compute in (
+        lambda m, x: m.c(F.silu(m.a(x).clamp(max=7)) * m.b(x).clamp(-7, 7)),
+        lambda m, x: m.c(F.silu(m.a(x)) * 7 * torch.tanh(m.b(x) / 7)),
+        lambda m, x: m.c(F.silu(m.a(x)) * m.act(m.b(x))),
+    ):
+        layout = layout_of(compute, activation=nn.Tanh())
+        assert (layout.gate, layout.up) == ("a", "b")
 
 
 def test_an_ungated_mlp_has_three_sites_and_no_up() -> None:
@@ -185,6 +196,7 @@ def test_an_ungated_mlp_has_three_sites_and_no_up() -> None:
     tower = find_towers(Toy(Plain))["language"]
     assert tower.mlps[0].layout.kinds == ("pre", "gate", "post")
     assert tower.mlps[0].layout.product is None
+    assert tower.mlps[0].layout.activation == "1"
     with pytest.raises(SiteError, match="has no 'up'; it has pre, gate, post"):
         tower.mlps[0].site("up")
 
@@ -224,6 +236,9 @@ def test_linear_layers_in_the_block_itself_are_its_mlp() -> None:
         lambda table, x: F.pad(table[1:], (0, x.shape[1] - 4), value=3.0)[:, None],
         lambda table, x: table.to(dtype=x.dtype)[:, None],
         lambda table, x: table.view(x.shape[1], 1),
+        lambda table, x: table.reshape(x.shape[1], 1),
+        lambda table, x: torch.triu(torch.ones(5, 5), x.shape[0] - 2).sum(0)[:, None],
+        lambda table, x: torch.split(table, x.shape[1])[0][:, None],
         lambda table, x: table.repeat(x.shape[0], 1)[..., None],
         lambda table, x: table[:, None].expand(x.shape[1], x.shape[2]),
     ],
@@ -347,12 +362,56 @@ def test_a_forward_that_cannot_be_followed_is_refused_with_what_was_seen_and_wha
     text = str(refused.value)
     assert "language_model.layers" in text
     assert "register_architecture('Toy', Architecture(" in text
+    (advice,) = (line for line in text.splitlines() if line.strip().startswith("from vlmneurons"))
+    exec(advice.strip(), names := {})
+    assert names["register_architecture"] is register_architecture
     assert "Gated" in text or "mlp" in text
+
+
+TWO_GATES = lambda m, x: m.c(F.silu(m.a(x)) * F.gelu(m.b(x)))  # noqa: E731
 
 
 def test_two_activated_branches_are_refused() -> None:
     with pytest.raises(ArchitectureError, match="fit together like an MLP"):
-        layout_of(lambda m, x: m.c(F.silu(m.a(x)) * F.gelu(m.b(x))))
+        layout_of(TWO_GATES)
+
+
+def test_two_activated_branches_beside_an_mlp_that_is_found_are_refused_and_not_left_out() -> None:
+    model = Toy(lambda: nn.Sequential(SHAPES["plain function"](), Gated(TWO_GATES)))
+    with pytest.raises(ArchitectureError, match=r"layers.1.mlp.1: a and c fit together like an MLP's projections"):
+        find_towers(model)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)) + m.c(m.b(x)),  # which of its inputs is post?
+        lambda m, x: m.c(F.silu(m.a(x) - m.a(-x)) * m.b(x)),
+        lambda m, x: m.c(F.silu(m.a(x)) * m.b(x) * (1 + m.b(-x))),
+        lambda m, x: m.c(F.gelu(m.a(x) - m.a(-x))),
+        lambda m, x: m.c(F.gelu(m.a(x) + m.b(x))),
+        lambda m, x: (lambda g: (g.mul_(2), m.c(g * m.b(x)))[1])(F.silu(m.a(x))),  # no gate is silu(pre) here
+    ],
+)
+def test_an_mlp_whose_sites_no_hook_could_tell_is_refused(compute: Callable[..., Tensor]) -> None:
+    with pytest.raises(ArchitectureError, match="fit together like an MLP's projections"):
+        layout_of(compute)
+
+
+@pytest.mark.parametrize("other", [F.gelu, lambda gate: F.silu(gate) * 2, lambda gate: gate])
+def test_an_mlp_that_computes_otherwise_for_some_inputs_is_refused(other: Callable[..., Tensor]) -> None:
+    def compute(m: nn.Module, x: Tensor) -> Tensor:
+        return m.c(other(m.a(x)) * m.b(x)) if x.shape[1] > 99 else m.c(F.silu(m.a(x)) * m.b(x))
+
+    with pytest.raises(ArchitectureError, match=r"Gated uses c in two ways\. Seen:\n.*silu.*\n  (MLPLayout|no MLP)"):
+        layout_of(compute)
+    both = layout_of(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)) * (1 if x.shape[1] > 1 else 2))
+    assert (both.gate, both.up, both.down) == ("a", "b", "c")
+
+
+def test_a_normalisation_before_the_last_projection_is_told_of() -> None:
+    layout = layout_of(lambda m, x: m.c(m.act(F.silu(m.a(x)) * m.b(x))), activation=nn.LayerNorm(WIDTH))
+    assert (layout.gate, layout.up, layout.normed) == ("a", "b", True)
 
 
 def kept(x: Tensor, values: Callable[[Tensor], Any]) -> Tensor:
@@ -447,6 +506,9 @@ def test_a_forward_that_was_replaced_on_one_object_is_refused() -> None:
     clean = model(IDS)
     mlp.forward = lambda x: mlp.c(torch.tanh(mlp.a(x)) * mlp.b(x))
     assert not torch.equal(model(IDS), clean)
+    with pytest.raises(ArchitectureError, match=r"the forward of .*layers.1.mlp was replaced on this one object"):
+        find_towers(model)
+    mlp.forward = torch.compile(functools.partial(type(mlp).forward, mlp))  # its code would see no hook within
     with pytest.raises(ArchitectureError, match=r"the forward of .*layers.1.mlp was replaced on this one object"):
         find_towers(model)
 
@@ -980,6 +1042,28 @@ def test_all_experts_can_be_edited_at_once() -> None:
             assert torch.equal(model(**TOKENS).logits, one)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_edits_before_the_activation_of_experts_reach_what_comes_later(implementation: str) -> None:
+    model = moe(implementation)
+    mlp = find_towers(model)["language"].mlps[0]
+    outcomes = []
+    for kind, factor in (("post", 1.5), ("up", 1.5), ("post", 0.0), ("pre", 0.0)):  # post = silu(pre) * up
+        with torch.no_grad(), write(model, mlp, kind, lambda values, tokens, factor=factor: values * factor):
+            outcomes.append(model(**TOKENS).logits)
+    torch.testing.assert_close(outcomes[1], outcomes[0])
+    torch.testing.assert_close(outcomes[3], outcomes[2])
+    assert not torch.allclose(outcomes[0], outcomes[2])
+
+
+def test_experts_that_are_spread_over_processes_are_refused_when_they_run() -> None:
+    model = moe("grouped_mm")
+    mlp = find_towers(model)["language"].mlps[0]
+    model.get_submodule(mlp.path)._is_expert_parallel = True
+    spread = pytest.raises(ArchitectureError, match="experts that are spread over several processes cannot be read")
+    with read(model, mlp, "gate", lambda *_: None), spread:
+        model(**TOKENS)
+
+
 class Router(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -990,44 +1074,127 @@ class Router(nn.Module):
 
 
 class ListOfExperts(nn.Module):
-    """Experts as modules of their own, as models on the Hub have them."""
+    """Experts as modules of their own, as models on the Hub have them, and one that sees every token."""
 
-    def __init__(self) -> None:
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor], table: bool = False) -> None:
         super().__init__()
-        self.router = Router()
-        self.experts = nn.ModuleList([Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))) for _ in range(3)])
+        self.router, self.pick = Router(), pick
+        experts = [Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))) for _ in range(4)]
+        self.shared_experts = nn.ModuleList(experts[3:])
+        self.experts = nn.ModuleDict(dict(zip("xyz", experts))) if table else nn.ModuleList(experts[:3])
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, HIDDEN)
-        chosen, result = self.router(flat), torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            places = (chosen == number).nonzero().flatten()
-            if len(places):
-                result[places] = expert(flat[places])
+        chosen, result = self.router(flat), self.shared_experts[0](flat)
+        for number, expert in enumerate(self.experts.children()):
+            mask = chosen == number
+            if mask.any():
+                result[mask] += expert(self.pick(flat, mask))
         return result.reshape(x.shape)
 
 
-def test_experts_that_are_modules_tell_their_tokens_too() -> None:
-    model = Toy(ListOfExperts)
+PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "by number": lambda flat, mask: flat[mask.nonzero().flatten()],
+    "by number, of another kind": lambda flat, mask: flat[mask.nonzero().flatten().int()],
+    "by mask": lambda flat, mask: flat[mask],
+    "as Mixtral": lambda flat, mask: flat[None, mask.nonzero().flatten()].reshape(-1, HIDDEN),
+    "selected": lambda flat, mask: flat.index_select(0, mask.nonzero().flatten()).to(torch.float32),
+    "selected by a function": lambda flat, mask: torch.index_select(flat, 0, mask.nonzero().flatten()).contiguous(),
+    "laid out anew": lambda flat, mask: torch.squeeze(flat[mask.nonzero()], 1).view(-1, HIDDEN),
+}
+
+
+@pytest.mark.parametrize("pick", [*PICKS, "in a table"])
+def test_experts_that_are_modules_tell_their_tokens_too(pick: str) -> None:
+    model = Toy(lambda: ListOfExperts(PICKS.get(pick, PICKS["by number"]), table=pick == "in a table"))
     tower = find_towers(model)["language"]
-    assert [mlp.name for mlp in tower.mlps[:3]] == ["mlp.experts.0", "mlp.experts.1", "mlp.experts.2"]
-    assert all(mlp.routed and mlp.expert is None for mlp in tower.mlps)
+    names = [f"experts.{name}" for name in ("xyz" if pick == "in a table" else "012")]
+    assert {mlp.name for mlp in tower.mlps} == {f"mlp.{name}" for name in (*names, "shared_experts.0")}
+    experts = [mlp for mlp in tower.mlps if "shared" not in mlp.name]
+    assert all(mlp.expert is None and mlp.routed == (mlp in experts) for mlp in tower.mlps)
     found: dict[str, list[int]] = {}
     handles = [
         read(model, mlp, "gate", lambda values, tokens, mlp=mlp: found.__setitem__(mlp.name, tokens.tolist()))
-        for mlp in tower.mlps[:3]
+        for mlp in experts[:3]
     ]
     clean = model(IDS)
     for handle in handles:
         handle.remove()
     assert sorted(token for tokens in found.values() for token in tokens) == list(range(10))
-    busy = next(mlp for mlp in tower.mlps[:3] if mlp.name in found)
+    busy = next(mlp for mlp in experts[:3] if mlp.name in found)
     with write(model, busy, "gate", zero(0)):
         one = model(IDS)
     with write(model, busy, "post", zero(0)):
         assert torch.equal(model(IDS), one)
     assert torch.equal(model(IDS), clean)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class LoopOfExperts(nn.Module):
+    """Experts that lie in two parameters and run one after the other: which is which must be registered."""
+
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], in_out: bool) -> None:
+        super().__init__()
+        self.router, self.multiply = Router(), multiply
+        sizes = [(HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN)]
+        self.both, self.down = (nn.Parameter(torch.randn(3, *(size if in_out else size[::-1]))) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, HIDDEN)
+        chosen, result = self.router(flat), torch.zeros_like(flat)
+        for number in torch.arange(3):
+            mask = chosen == number
+            if mask.any():
+                gate, up = self.multiply(flat[mask], self.both[number]).chunk(2, -1)
+                result[mask] = self.multiply(F.silu(gate) * up, self.down[number])
+        return result.reshape(x.shape)
+
+
+MULTIPLIED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "x @ w": (lambda x, w: x @ w, True),
+    "matmul": (torch.matmul, True),
+    "matmul of x": (lambda x, w: x.matmul(w), True),
+    "mm": (torch.mm, True),
+    "mm of x": (lambda x, w: x.mm(w), True),
+    "linear": (F.linear, False),
+    "T": (lambda x, w: x @ w.T, False),
+    "mT": (lambda x, w: x @ w.mT, False),
+    "t": (lambda x, w: x @ w.t(), False),
+    "torch.t": (lambda x, w: x @ torch.t(w), False),
+    "transpose": (lambda x, w: x @ w.transpose(0, 1), False),
+    "torch.transpose": (lambda x, w: x @ torch.transpose(w, 0, 1), False),
+}
+
+
+@pytest.mark.parametrize("product", MULTIPLIED)
+def test_experts_in_parameters_that_are_registered_are_read_and_written(product: str) -> None:
+    multiply, in_out = MULTIPLIED[product]
+    model, known = Toy(lambda: LoopOfExperts(multiply, in_out)), len(finding._REGISTERED)
+    layout = MLPLayout(fused="both", split="gate_up", down="down", function=F.silu, parameters=True)
+    try:
+        register_architecture("Toy", Architecture({"language": "language_model.layers"}, mlps={"mlp": layout}))
+        mlps = find_towers(model)["language"].mlps
+    finally:
+        del finding._REGISTERED[: len(finding._REGISTERED) - known]
+    assert [(mlp.name, mlp.width) for mlp in mlps[:3]] == [(f"mlp.{expert}", WIDTH) for expert in range(3)]
+    assert down_of(model, mlps[1]) == Down("language_model.layers.0.mlp.down", 1 if in_out else 2, 1)
+    tokens: dict[int, list[int]] = {}
+    handles = [
+        read(model, mlp, "post", lambda values, rows, mlp=mlp: tokens.__setitem__(mlp.expert, rows.tolist()))
+        for mlp in mlps[:3]
+    ]
+    clean = model(IDS)
+    for handle in handles:
+        handle.remove()
+    assert sorted(token for rows in tokens.values() for token in rows) == list(range(10))
+    busy = mlps[next(iter(tokens))]
+    outcomes = []
+    for kind in ("gate", "post", "up"):
+        with write(model, busy, kind, zero(3)):
+            outcomes.append(model(IDS))
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert torch.equal(outcomes[0], outcomes[2])
+    assert not torch.equal(outcomes[0], clean)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -1,6 +1,7 @@
 """What the search must not be fooled by: halves of MLPs in modules of their own, names, tensors made on the way."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
 from vlmneurons.model.architectures.hooks import read, write
 from vlmneurons.model.architectures.layout import MLPLayout
+from vlmneurons.model.down import Down, down_of
 from vlmneurons.testing import tiny_inputs, tiny_model
 from vlmneurons.testing.architectures import check_architecture
 
@@ -65,13 +67,22 @@ class InTwo(nn.Module):
 class Scaled(nn.Module):
     """An MLP whose neurons are weighed besides."""
 
-    def __init__(self, by_input: bool = False) -> None:
+    def __init__(self, scale: Callable[[Tensor, Tensor], Tensor] = lambda scale, x: scale) -> None:
         super().__init__()
-        self.first, self.second, self.by_input = up(), down(), by_input
+        self.first, self.second, self.weigh = up(), down(), scale
         self.register_buffer("scale", torch.linspace(1, 2, WIDTH)[None])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.gelu(self.first(x)) * (x.mean(-1, keepdim=True) if self.by_input else self.scale))
+        return self.second(F.gelu(self.first(x)) * self.weigh(self.scale, x))
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.act = nn.Parameter(torch.linspace(-1, 1, WIDTH)), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x + self.bias)
 
 
 def up() -> nn.Linear:
@@ -90,6 +101,9 @@ NAMED: dict[str, Callable[[], nn.Module]] = {
     "dropouts around": lambda: InTwo(Half(up(), after=lambda x: F.dropout(F.relu(x), 0.1, False)), Half(down())),
     "scaled by a buffer": lambda: Scaled(),
     "in a module between": lambda: InTwo(Half(up()), Half(down()), nn.Sequential(nn.GELU(), nn.Dropout(0.1))),
+    "a square": lambda: InTwo(Half(up(), after=lambda x: x * x), down()),
+    "a bias of its own": lambda: InTwo(up(), down(), Shifted()),
+    "in single precision": lambda: InTwo(up(), Half(down(), before=lambda x: F.gelu(x.float()))),
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "a linear layer that activates": lambda: InTwo(Activated(HIDDEN, WIDTH), down()),
@@ -97,8 +111,16 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "a norm that activates": lambda: InTwo(up(), down(), NormActivated(WIDTH)),
     "a function that looks": lambda: InTwo(Half(up(), after=lambda x: F.gelu(x) if float(x.sum()) < 9 else x), down()),
     "glu of one projection": lambda: InTwo(Half(nn.Linear(HIDDEN, 2 * WIDTH), after=F.glu), down()),
-    "weighed by what comes in": lambda: Scaled(by_input=True),
+    "weighed by what comes in": lambda: Scaled(lambda scale, x: x.mean(-1, keepdim=True)),
+    "as long as what comes in": lambda: Scaled(lambda scale, x: scale.expand(x.shape[1], WIDTH)),
     "a softmax": lambda: InTwo(Half(up(), after=lambda x: x.softmax(-1)), down()),
+    "a glu that looks": lambda: InTwo(
+        Half(nn.Linear(HIDDEN, 2 * WIDTH), after=lambda x: F.glu(x) if float(x.sum()) < 9 else x[..., :WIDTH]), down()
+    ),
+    "half of a projection": lambda: InTwo(
+        Half(nn.Linear(HIDDEN, 2 * WIDTH), after=lambda x: x[..., :WIDTH].relu()), down()
+    ),
+    "by a number made on the way": lambda: InTwo(Half(up(), after=lambda x: F.gelu(x) * torch.tensor([2.0])), down()),
 }
 
 
@@ -192,19 +214,20 @@ def test_an_attention_by_any_name_is_no_mlp(how: str) -> None:
 class AdapterAttention(Sums):
     """An attention by its name, with an MLP: in a module of its own, or in its own forward."""
 
-    def __init__(self, inline: bool, looks: bool = False) -> None:
+    def __init__(self, inline: bool, looks: bool = False, ranks: bool = False) -> None:
         super().__init__(SCORES["sdpa"])
         self.query = nn.Linear(HIDDEN, HIDDEN)
         self.ff = nn.Identity() if inline else Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)))
         if inline:
             self.fc1, self.fc2 = up(), down()
-        self.inline, self.looks = inline, looks
+        self.inline, self.looks, self.ranks = inline, looks, ranks
 
     def forward(self, x: Tensor) -> Tensor:
         if self.looks and float(x.sum()) == 0.123:
             return x
         x = self.query(x) + self.attend(x)
-        return x + (self.fc2(F.gelu(self.fc1(x))) if self.inline else self.ff(x))
+        act = functools.partial(torch.softmax, dim=-1) if self.ranks else F.gelu
+        return x + (self.fc2(act(self.fc1(x))) if self.inline else self.ff(x))
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -216,9 +239,10 @@ def test_an_mlp_in_what_is_called_an_attention_is_found(inline: bool) -> None:
     assert {mlp.path for mlp in tower.mlps if mlp.layer == 1} == {"language_model.layers.1.mlp", inside}
 
 
-def test_an_mlp_in_an_attention_that_cannot_be_followed_is_refused() -> None:
+@pytest.mark.parametrize("setting", ["looks", "ranks"])
+def test_an_mlp_in_an_attention_that_cannot_be_followed_or_told_for_certain_is_refused(setting: str) -> None:
     model = Toy(lambda: Gated(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
-    model.language_model.layers[1].self_attn = AdapterAttention(True, looks=True)
+    model.language_model.layers[1].self_attn = AdapterAttention(True, **{setting: True})
     with pytest.raises(ArchitectureError, match=r"self_attn\.\w+ and self_attn\.fc2 fit together"):
         find_towers(model)
 
@@ -259,6 +283,8 @@ def test_the_adapters_and_the_protein_encoder_of_evolla_are_found() -> None:
         lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)).clamp(min=torch.finfo(x.dtype).min),
         lambda m, x: m.c(nn.SiLU()(m.a(x)) * m.b(x)),
         lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)) * torch.tensor([0.5]),
+        lambda m, x: m.c((F.silu(m.a(x).float()) * m.b(x)).to(x.dtype)),
+        lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)) * torch.sigmoid(x @ m.c.bias)[..., None],  # a vector is no layer
     ],
 )
 def test_limits_of_a_dtype_and_modules_and_tensors_made_on_the_way_are_followed(compute: Callable[..., Tensor]) -> None:
@@ -314,6 +340,7 @@ def test_experts_that_lie_the_other_way_round_have_their_own_width() -> None:
     model = Toy(OutIn)
     mlps = find_towers(model)["language"].mlps
     assert [mlp.width for mlp in mlps] == [WIDTH] * 4
+    assert down_of(model, mlps[1]) == Down("language_model.layers.0.mlp.down_proj", 2, 1)
     seen: list[torch.Size] = []
     with read(model, mlps[1], "post", lambda values, tokens: seen.append(values.shape)):
         clean = model(IDS)

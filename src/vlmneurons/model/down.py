@@ -49,18 +49,16 @@ def down_of(hf_model: nn.Module, mlp: MLP) -> Down | None:
         if not down.is_floating_point():
             return None
         turned = getattr(module, "is_transposed", None)
-        if turned is None:  # [expert, in, out] or [expert, out, in]: the other projection tells, unless all are equal
-            parts = 2 if layout.fused else 1
-            fits = [
-                first.shape[2] == parts * down.shape[1] and first.shape[1] == down.shape[2],
-                first.shape[1] == parts * down.shape[2] and first.shape[2] == down.shape[1],
-            ]
-            if sum(fits) != 1:
+        if (
+            turned is None
+        ):  # [expert, in, out] or [expert, out, in]: the axis as long as the MLP is wide is the neurons'
+            tensor = down if down.shape[1] != down.shape[2] else first  # of a square one, that of a fused one beside it
+            if tensor.shape[1] == tensor.shape[2]:
                 raise ArchitectureError(
                     f"{mlp.path}.{layout.down} has the shape {tuple(down.shape)}: along which axis its neurons lie "
                     "cannot be told for certain"
                 )
-            turned = fits[0]
+            turned = tensor.shape[1] == mlp.width
         return Down(f"{mlp.path}.{layout.down}", 1 if turned else 2, mlp.expert)
     projection = module.get_submodule(layout.down)
     path = ".".join(part for part in (mlp.path, layout.down) if part)
@@ -107,11 +105,11 @@ def written(hf_model: nn.Module, mlp: MLP, neurons: Tensor) -> Float[Tensor, "ne
     projection = hf_model.get_submodule(mlp.path).get_submodule(mlp.layout.down)
     for name, tensor in [*projection.named_parameters(), *projection.named_buffers()]:
         _refuse_absent(tensor, name)
-    at: Any = next((one for one in [*projection.parameters(), *projection.buffers()]), None)
-    alone = torch.zeros(len(neurons) + 1, mlp.width, device=at.device, dtype=getattr(hf_model, "dtype", torch.float32))
-    alone[torch.arange(len(neurons)), neurons.to(at.device)] = 1
-    made = projection(alone).float()
-    return made[:-1] - made[-1]
+    device = next(iter([*projection.parameters(), *projection.buffers()])).device
+    alone = torch.zeros(len(neurons) + 1, mlp.width, device=device, dtype=getattr(hf_model, "dtype", torch.float32))
+    alone[torch.arange(len(neurons)), neurons.to(device)] = 1
+    output = projection(alone).float()
+    return output[:-1] - output[-1]
 
 
 def _refuse_absent(tensor: Tensor, name: str) -> None:

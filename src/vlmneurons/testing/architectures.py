@@ -272,13 +272,13 @@ class _Runner:
 
     def expect_clean(self, when: str) -> None:
         try:
-            found = self()
+            logits = self()
         except Exception as error:
             raise ContractError(
                 f"{type(self.hf).__name__} does not run {when}: {type(error).__name__}: {error}"
             ) from error
-        if not torch.equal(found, self.clean):
-            most = (found - self.clean).abs().max().item()
+        if not torch.equal(logits, self.clean):
+            most = (logits - self.clean).abs().max().item()
             raise ContractError(f"{type(self.hf).__name__}: logits differ by up to {most:g} {when}")
 
 
@@ -332,11 +332,11 @@ def _check_values(run: _Runner, towers: Mapping[str, Tower], notes: list[str]) -
         for mlp in modules:
             for kind in mlp.layout.kinds:
                 kept = values.setdefault((mlp, kind), [])
-                stack.enter_context(read(run.hf, mlp, kind, lambda found, *_, kept=kept: kept.append(found.clone())))
+                stack.enter_context(read(run.hf, mlp, kind, lambda rows, *_, kept=kept: kept.append(rows.clone())))
         for mlp in tensors:
             for kind in mlp.layout.kinds:
                 kept = rows.setdefault((mlp, kind), [])
-                keep = lambda found, experts, tokens, kept=kept: kept.append((found.clone(), experts, tokens))  # noqa: E731
+                keep = lambda part, experts, tokens, kept=kept: kept.append((part.clone(), experts, tokens))  # noqa: E731
                 stack.enter_context(read_experts(run.hf, mlp.path, mlp.layout, kind, keep))
             stack.enter_context(_watch_calls(run.hf.get_submodule(mlp.path), calls.setdefault(mlp, [])))
         with ExitStack() as plain:
@@ -351,8 +351,8 @@ def _check_values(run: _Runner, towers: Mapping[str, Tower], notes: list[str]) -
         references[mlp].compare({kind: values[mlp, kind] for kind in mlp.layout.kinds})
     for mlp in tensors:
         _compare_experts(run.hf, mlp, {kind: rows[mlp, kind] for kind in mlp.layout.kinds}, calls[mlp])
-        for other in (other for tower in towers.values() for other in tower.mlps if other.path == mlp.path):
-            ran[other] = any((experts == other.expert).any().item() for _, experts, _ in rows[mlp, "post"])
+        for expert in (expert for tower in towers.values() for expert in tower.mlps if expert.path == mlp.path):
+            ran[expert] = any((experts == expert.expert).any().item() for _, experts, _ in rows[mlp, "post"])
 
     reports = []
     _note_other_tokens(run, towers["language"], values, notes)
@@ -376,11 +376,11 @@ def _note_other_tokens(
     if not isinstance(ids, Tensor) or getattr(run.hf.config, "is_encoder_decoder", False):
         return
     for mlp in tower.mlps:
-        seen = sum(one.numel() // mlp.width for one in values.get((mlp, "post"), ()))
-        if seen and not mlp.routed and seen != ids.numel():
+        n_rows = sum(rows.numel() // mlp.width for rows in values.get((mlp, "post"), ()))
+        if n_rows and not mlp.routed and n_rows != ids.numel():
             notes.append(
-                f"language: {mlp.path} sees {seen} rows where the input has {ids.numel()} tokens: is {tower.path} the "
-                "text decoder? Its neurons cannot be counted by tokens"
+                f"language: {mlp.path} sees {n_rows} rows where the input has {ids.numel()} tokens: is {tower.path} "
+                "the text decoder? Its neurons cannot be counted by tokens"
             )
             return
 
@@ -412,7 +412,7 @@ class _Reference:
         while self.handles:
             self.handles.pop().remove()
 
-    def compare(self, found: Mapping[str, Sequence[Tensor]]) -> None:
+    def compare(self, values: Mapping[str, Sequence[Tensor]]) -> None:
         """Compares what `read` gave with what the hooks saw."""
         layout, mlp = self.layout, self.mlp
         runs = {len(self.inputs[name]) for name in self.inputs}
@@ -448,14 +448,15 @@ class _Reference:
             post = layout.product if layout.product is not None else "gate * up" if layout.gated else "gate"
             self._same("post", computed, expected["post"], str(post))
         for kind in layout.kinds:
-            if len(found[kind]) != len(self.inputs[layout.down]):
+            if len(values[kind]) != len(self.inputs[layout.down]):
                 raise ContractError(
-                    f"{mlp.site(kind)} was read {len(found[kind])} times in {len(self.inputs[layout.down])} forwards"
+                    f"{mlp.site(kind)} was read {len(values[kind])} times in {len(self.inputs[layout.down])} forwards"
                 )
-            for ours, theirs in zip(found[kind], expected.get(kind, found[kind]), strict=True):
-                if ours.shape[-1] != mlp.width:
-                    raise ContractError(f"{mlp.site(kind)} has {ours.shape[-1]} neurons; {mlp.width} were announced")
-                if not torch.equal(ours.reshape(-1, mlp.width), theirs.reshape(-1, mlp.width)):
+            for read_rows, hooked_rows in zip(values[kind], expected.get(kind, values[kind]), strict=True):
+                width = read_rows.shape[-1]
+                if width != mlp.width:
+                    raise ContractError(f"{mlp.site(kind)} has {width} neurons; {mlp.width} were announced")
+                if not torch.equal(read_rows.reshape(-1, width), hooked_rows.reshape(-1, width)):
                     raise ContractError(f"{mlp.site(kind)} differs from what a plain hook sees")
 
     def _computed(self, kind: str, compute: Callable[..., Tensor], *values: Tensor | None) -> Tensor:
@@ -468,13 +469,13 @@ class _Reference:
                 f"{self.mlp.site(kind)} cannot be computed as the layout says: {type(error).__name__}: {error}"
             ) from error
 
-    def _same(self, kind: str, computed: Sequence[Tensor], seen: Sequence[Tensor], what: str) -> None:
+    def _same(self, kind: str, computed: Sequence[Tensor], hooked: Sequence[Tensor], formula: str) -> None:
         """Refuses a layout by which the MLP would compute other values than it does."""
-        for ours, theirs in zip(computed, seen, strict=True):
-            if ours.shape[-1] != theirs.shape[-1] or not torch.equal(ours.reshape(theirs.shape), theirs):
+        for made, rows in zip(computed, hooked, strict=True):
+            if made.shape[-1] != rows.shape[-1] or not torch.equal(made.reshape(rows.shape), rows):
                 raise ContractError(
-                    f"{self.mlp.site(kind)} is not {what}, as the layout says: it names other projections than the MLP "
-                    "computes with, or not all of them, or another function"
+                    f"{self.mlp.site(kind)} is not {formula}, as the layout says: it names other projections than the "
+                    "MLP computes with, or not all of them, or another function"
                 )
 
 
@@ -492,8 +493,8 @@ def _copied(values: Tensor) -> Tensor:
 
 def _watch_calls(module: nn.Module, calls: list[list[object]]) -> Handle:
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        calls.append(list(given.values())[1:])
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        calls.append(list(bound.arguments.values())[1:])
 
     return Handle([module.register_forward_pre_hook(hook, with_kwargs=True)])
 
@@ -501,19 +502,19 @@ def _watch_calls(module: nn.Module, calls: list[list[object]]) -> Handle:
 def _compare_experts(
     hf: nn.Module,
     mlp: MLP,
-    found: Mapping[str, Sequence[tuple[Tensor, Tensor, Tensor]]],
+    parts: Mapping[str, Sequence[tuple[Tensor, Tensor, Tensor]]],
     calls: Sequence[Sequence[Any]],
 ) -> None:
     """Compares the rows of experts with what each expert makes of the tokens that were sent to it."""
     module = hf.get_submodule(mlp.path)
-    got = {kind: _joined(parts) for kind, parts in found.items()}
+    rows = {kind: _joined(calls_parts) for kind, calls_parts in parts.items()}
     if len(calls) != 1:
         return  # rows of several calls are not told apart here
     hidden, chosen = calls[0][0], next((value for value in calls[0][1:2] if value.dtype == torch.int64), None)
     # Weights are [expert, in, out] or [expert, out, in]. Where the module does not say which, their shapes do; and
     # where these fit both ways, as those of square ones do, all experts must compute one way or the other.
     ways = (bool(module.is_transposed),) if hasattr(module, "is_transposed") else (True, False)
-    problems = [_misfit(module, mlp, got, hidden, chosen, in_out) for in_out in ways]
+    problems = [_misfit(module, mlp, rows, hidden, chosen, in_out) for in_out in ways]
     if all(problem is not None for problem in problems):
         raise ContractError(f"{mlp.path}: {max(filter(None, problems), key=lambda text: 'expert ' in text)}")
 
@@ -521,14 +522,14 @@ def _compare_experts(
 def _misfit(
     module: nn.Module,
     mlp: MLP,
-    got: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    rows: Mapping[str, tuple[Tensor, Tensor, Tensor]],
     hidden: Tensor,
     chosen: Tensor | None,
     in_out: bool,
 ) -> str | None:
     """Where the rows of experts are not what their weights make of their tokens, if weights lie like this."""
     layout, count = mlp.layout, getattr(module, mlp.layout.down).shape[0]
-    seen = 0
+    routed = 0
 
     def times(name: str, states: Tensor, expert: int) -> Tensor:
         weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
@@ -545,7 +546,7 @@ def _misfit(
             states = laid[tokens]
         if not len(tokens):
             continue
-        seen += len(tokens)
+        routed += len(tokens)
         if getattr(module, layout.first)[expert].shape[0 if in_out else 1] != states.shape[-1]:
             return "its weights do not fit the tokens, whichever of their axes is the input's"
         if layout.fused is not None:
@@ -560,23 +561,24 @@ def _misfit(
         if layout.repeatable:
             expected["post"] = layout.post_of(module, expected["gate"], up)
         for kind, value in expected.items():
-            values, experts, places = got[kind]
-            mine = experts == expert
-            if not torch.equal(places[mine].sort().values, tokens.sort().values):
+            values, experts, places = rows[kind]
+            chosen_rows = experts == expert
+            if not torch.equal(places[chosen_rows].sort().values, tokens.sort().values):
                 return f"expert {expert} was read on other tokens than were sent to it"
-            ours, made = values[mine][places[mine].argsort()].float(), value[tokens.argsort()].float()
-            if not ours.shape[-1] == made.shape[-1] == mlp.width:
-                return f"{kind} of expert {expert} has {ours.shape[-1]} neurons; {mlp.width} were announced"
-            if not torch.allclose(ours, made, rtol=1e-3, atol=1e-3 * ours.abs().max().item()):
+            read_rows = values[chosen_rows][places[chosen_rows].argsort()].float()
+            made = value[tokens.argsort()].float()
+            if not read_rows.shape[-1] == made.shape[-1] == mlp.width:
+                return f"{kind} of expert {expert} has {read_rows.shape[-1]} neurons; {mlp.width} were announced"
+            if not torch.allclose(read_rows, made, rtol=1e-3, atol=1e-3 * read_rows.abs().max().item()):
                 return f"{kind} of expert {expert} is not what its weights make of its tokens"
-    lengths = {kind: len(values) for kind, (values, _, _) in got.items() if len(values) != seen}
-    return next((f"{rows} rows of {kind} were read; {seen} were routed" for kind, rows in lengths.items()), None)
+    lengths = {kind: len(values) for kind, (values, _, _) in rows.items() if len(values) != routed}
+    return next((f"{n} rows of {kind} were read; {routed} were routed" for kind, n in lengths.items()), None)
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     if not parts:
         return torch.empty(0, 0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    values, experts, tokens = (torch.cat(one) for one in zip(*parts, strict=True))
+    values, experts, tokens = map(torch.cat, zip(*parts, strict=True))
     return values, experts, tokens
 
 
@@ -629,11 +631,11 @@ def _check_stable(hf: nn.Module, towers: Mapping[str, Tower], notes: list[str]) 
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            again = type(hf)(copy.deepcopy(hf.config))
+            twin = type(hf)(copy.deepcopy(hf.config))
     except Exception as error:  # wrapped, adapted and remote models cannot all be built from a configuration
         notes.append(f"numbering was not compared with a model built anew ({type(error).__name__})")
         return
-    if {name: _numbering(tower) for name, tower in find_towers(again).items()} != {
+    if {name: _numbering(tower) for name, tower in find_towers(twin).items()} != {
         name: _numbering(tower) for name, tower in towers.items()
     }:
         raise ContractError(

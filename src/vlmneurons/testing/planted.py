@@ -152,7 +152,7 @@ def _questions(medium: Medium, groups: tuple[str, ...], n_questions: int, seed: 
     for number, group in enumerate(groups):
         for count in range(n_questions):
             others = rng.choice(
-                [other for other in groups if other != group], min(3, len(groups) - 1), replace=False
+                [name for name in groups if name != group], min(3, len(groups) - 1), replace=False
             ).tolist()
             options = tuple(rng.permutation([group, *others]).tolist())
             questions.append(
@@ -171,7 +171,8 @@ def _questions(medium: Medium, groups: tuple[str, ...], n_questions: int, seed: 
 
 def _write_background(model: PreTrainedModel, groups: tuple[str, ...], generator: torch.Generator) -> None:
     """Embeddings of constant and noise; busy neurons that react to noise and write where nothing reads."""
-    n, one, noise = len(groups), 2 * len(groups), slice(2 * len(groups) + 1, 2 * len(groups) + 1 + NOISE)
+    n, constant = len(groups), 2 * len(groups)
+    noise = slice(constant + 1, constant + 1 + NOISE)
     junk = slice(noise.stop, noise.stop + JUNK)
     decoder = model.model.language_model
 
@@ -179,16 +180,16 @@ def _write_background(model: PreTrainedModel, groups: tuple[str, ...], generator
         return torch.randn(*shape, generator=generator)
 
     embedding = decoder.embed_tokens.weight
-    embedding[:, one] = 1.0
+    embedding[:, constant] = 1.0
     embedding[:, noise] = 0.5 * normal(len(embedding), NOISE)
     if hasattr(model.model, "image_newline"):
         model.model.image_newline.zero_()
-        model.model.image_newline[one] = 1.0
+        model.model.image_newline[constant] = 1.0
     for layer in decoder.layers:
         layer.input_layernorm.weight.fill_(1.0)
         layer.post_attention_layernorm.weight.fill_(1.0)
         layer.mlp.gate_proj.weight[:, noise] = 0.4 * normal(layer.mlp.gate_proj.out_features, NOISE)
-        layer.mlp.gate_proj.weight[:, one] = 0.8 * normal(layer.mlp.gate_proj.out_features)
+        layer.mlp.gate_proj.weight[:, constant] = 0.8 * normal(layer.mlp.gate_proj.out_features)
         layer.mlp.up_proj.weight[:, noise] = 0.2 * normal(layer.mlp.up_proj.out_features, NOISE)
         layer.mlp.down_proj.weight[junk] = 0.2 * normal(JUNK, layer.mlp.down_proj.in_features)
     decoder.norm.weight.fill_(1.0)
@@ -204,12 +205,12 @@ def _mlp(model: PreTrainedModel, neuron: int, width: int) -> tuple[Any, int]:
 
 def _write_planted(model: PreTrainedModel, neuron: int, width: int, number: int, n_groups: int) -> None:
     mlp, place = _mlp(model, neuron, width)
-    one = 2 * n_groups
+    constant = 2 * n_groups
     mlp.gate_proj.weight[place] = 0.0
     mlp.gate_proj.weight[place, number] = 120.0
-    mlp.gate_proj.weight[place, one] = -160.0
+    mlp.gate_proj.weight[place, constant] = -160.0
     mlp.up_proj.weight[place] = 0.0
-    mlp.up_proj.weight[place, one] = 1.0
+    mlp.up_proj.weight[place, constant] = 1.0
     mlp.down_proj.weight[:, place] = 0.0
     mlp.down_proj.weight[n_groups + number, place] = 1.0
 
@@ -224,23 +225,23 @@ def _write_decoy(
 ) -> None:
     """A gate that looks telling, on a neuron that writes where nothing reads."""
     mlp, place = _mlp(model, neuron, width)
-    one = 2 * n_groups
-    noise = slice(one + 1, one + 1 + NOISE)
+    constant = 2 * n_groups
+    noise = slice(constant + 1, constant + 1 + NOISE)
     weight = torch.zeros_like(mlp.gate_proj.weight[place])
     first = int(torch.randint(n_groups, (1,), generator=generator))
     if kind == "always":
-        weight[one] = 5.0
+        weight[constant] = 5.0
     elif kind == "shared":
         weight[[first, (first + 1) % n_groups]] = 120.0
-        weight[one] = -160.0
+        weight[constant] = -160.0
     elif kind == "graded":
         weight[:n_groups] = 3.0 * torch.rand(n_groups, generator=generator)
-        weight[one] = -0.5
+        weight[constant] = -0.5
         weight[noise] = 0.4 * torch.randn(NOISE, generator=generator)
     else:
         weight[first] = 4.0
         weight[noise] = 30.0 * torch.randn(NOISE, generator=generator)
-        weight[one] = -200.0
+        weight[constant] = -200.0
     mlp.gate_proj.weight[place] = weight
 
 

@@ -49,10 +49,10 @@ class Medium(NamedTuple):
 
 def _picture(number: int, rng: np.random.Generator) -> Image.Image:
     """A square of the group's colour (a corner of the colour cube), with some noise; from the ninth on, of two."""
-    corner, other = (np.array([k >> bit & 1 for bit in range(3)]) * 200 + 28 for k in (number, number + number // 8))
+    corner, second = (np.array([k >> bit & 1 for bit in range(3)]) * 200 + 28 for k in (number, number + number // 8))
     stripes = (np.arange(_SIDE) // 4 % 2)[:, None]  # a patch of the vision tower has one of each
     noise = 8 if number < 8 else 4
-    pixels = corner * (1 - stripes) + other * stripes + rng.integers(-noise, noise + 1, size=(_SIDE, _SIDE, 3))
+    pixels = corner * (1 - stripes) + second * stripes + rng.integers(-noise, noise + 1, size=(_SIDE, _SIDE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -248,22 +248,25 @@ def _draw(linear: nn.Linear, generator: torch.Generator) -> None:
 
 
 def _fit(
-    last: nn.Linear, run: Callable[[], object], groups: tuple[str, ...], what: str, places: int | None = None
+    last: nn.Linear, run: Callable[[], object], groups: tuple[str, ...], media: str, places: int | None = None
 ) -> None:
-    """Writes the last projection so that what `run` sees, as much of each group after the other, becomes its code."""
-    seen: list[Tensor] = []
+    """Writes the last projection so that each group's inputs become the group's code.
+
+    `run` shows it the inputs, group after group, as many of each.
+    """
+    states: list[Tensor] = []
     handle = last.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0][..., :places, :].flatten(0, -2).double())
+        lambda _, args: states.append(args[0][..., :places, :].flatten(0, -2).double())
     )
     run()
     handle.remove()
-    hidden = torch.cat([*seen, torch.ones(len(seen[0]), 1, dtype=torch.float64)], 1)
+    hidden = torch.cat([*states, torch.ones(len(states[0]), 1, dtype=torch.float64)], 1)
     code = torch.eye(len(groups), dtype=torch.float64).repeat_interleave(len(hidden) // len(groups), 0)
     solution = torch.linalg.solve(hidden.T @ hidden + 1e-6 * torch.eye(hidden.shape[1]).double(), hidden.T @ code)
     worst = (hidden @ solution - code).abs().max()
     if worst > 0.1:  # after attention a token holds nine times its share: the gates open at 4/3
         raise VLMNeuronsError(
-            f"the {what}' groups could not be told apart (worst error {worst:.2f}); change the seed"
+            f"the {media}' groups could not be told apart (worst error {worst:.2f}); change the seed"
         )  # fmt: skip
     last.weight.zero_()
     last.bias.zero_()

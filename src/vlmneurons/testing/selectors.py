@@ -133,7 +133,7 @@ def _tables_for(selector: Selector) -> dict[str, Evidence]:
         kinds = {part.reads for part in _leaves(selector)}
         if kinds <= {ActivationStatistics}:
             return dict(selector_tables())
-        of_each = [_tables_of(one) for one in sorted(kinds, key=lambda one: one.__name__)]
+        of_each = [_tables_of(kind) for kind in sorted(kinds, key=lambda kind: kind.__name__)]
         return {title: Bundle([tables[title] for tables in of_each]) for title in of_each[0]}
     return _tables_of(kind)
 
@@ -155,8 +155,8 @@ def _tables_of(kind: type) -> dict[str, Evidence]:
     if kind is GroupedItems:
         return dict(_grouped_tables())
     if kind is Conditions:
-        other = {title: dataclasses.replace(stats, positive=stats.positive // 2) for title, stats in plain.items()}
-        return {title: Conditions({"one": stats, "other": other[title]}) for title, stats in plain.items()}
+        halved = {title: dataclasses.replace(stats, positive=stats.positive // 2) for title, stats in plain.items()}
+        return {title: Conditions({"one": stats, "other": halved[title]}) for title, stats in plain.items()}
     if kind is AttributionStatistics:
         return {title: _attributions_of(stats) for title, stats in plain.items()}
     raise ContractError(f"check_selector has no tables of {kind.__name__} to check a selector on")
@@ -194,14 +194,14 @@ _KEPT: list[object] = []
 
 
 @contextmanager
-def _clause(what: str) -> Iterator[None]:
+def _clause(expectation: str) -> Iterator[None]:
     """Turn whatever goes wrong inside into a ContractError that says what should have worked."""
     try:
         yield
     except ContractError:
         raise
     except Exception as error:
-        raise ContractError(f"this must work: {what}; it raised {type(error).__name__}: {error}") from error
+        raise ContractError(f"this must work: {expectation}; it raised {type(error).__name__}: {error}") from error
 
 
 def _require(holds: object, message: str) -> None:
@@ -231,14 +231,14 @@ def _check_scores(selector: Selector, stats: Evidence, where: str) -> None:
     _require(not torch.isnan(scores).any(), f"{where}: score must not be NaN (-inf leaves a neuron out)")
     _require(not (scores == torch.inf).any(), f"{where}: score must not be inf (-inf leaves a neuron out)")
     _check_unchanged(stats, before, f"{where}: score")
-    for name, own in _tables(stats).items():
+    for name, table in _tables(stats).items():
         _require(
-            scores.untyped_storage().data_ptr() != own.untyped_storage().data_ptr(),
+            scores.untyped_storage().data_ptr() != table.untyped_storage().data_ptr(),
             f"{where}: score must return a tensor of its own, not the statistics' table {name!r}",
         )
     with _clause(f"score a second time, {where}"):
-        again = selector.score(stats)
-    _require(torch.equal(scores, again), f"{where}: score must be the same each time for the same statistics")
+        second_scores = selector.score(stats)
+    _require(torch.equal(scores, second_scores), f"{where}: score must be the same each time for the same statistics")
 
 
 def _check_select(selector: Selector, stats: Evidence, where: str) -> None:
@@ -253,8 +253,8 @@ def _check_select(selector: Selector, stats: Evidence, where: str) -> None:
     )
     _require(selection.space == stats.space, f"{where}: select must keep to the space of the statistics")
     with _clause(f"select a second time, {where}"):
-        again = selector.select(stats)
-    _require(dict(selection) == dict(again), f"{where}: select must give the same sets each time")
+        second_selection = selector.select(stats)
+    _require(dict(selection) == dict(second_selection), f"{where}: select must give the same sets each time")
 
 
 def _check_budget(selector: Selector, stats: Evidence, where: str) -> None:
@@ -396,7 +396,7 @@ def _without_counts(stats: Any, row: int) -> Any:
     if isinstance(stats, Bundle):
         return Bundle([_without_counts(table, row) for table in stats.tables])
     if isinstance(stats, Conditions):
-        return Conditions({name: _without_counts(one, row) for name, one in stats.statistics.items()})
+        return Conditions({name: _without_counts(table, row) for name, table in stats.statistics.items()})
     if isinstance(stats, GroupedItems):
         return stats.taken(np.flatnonzero(stats.owner != row))
     empty = {
@@ -422,28 +422,28 @@ def _refusal(select: Callable[[], object]) -> str | None:
 
 def _check_combining(selector: Selector, name: str) -> None:
     stats = selector_tables()["ordinary"]
-    other = LAP(0.1)
+    second = LAP(0.1)
     with _clause(f"combine with &, | and -, {name}"):
-        mine, theirs = selector.select(stats), other.select(stats)
+        sets, second_sets = selector.select(stats), second.select(stats)
         combined: Mapping[str, tuple[Selector, Callable[[NeuronSet, NeuronSet], NeuronSet]]] = {
-            "&": (selector & other, lambda a, b: a & b),
-            "|": (selector | other, lambda a, b: a | b),
-            "-": (selector - other, lambda a, b: a - b),
+            "&": (selector & second, lambda a, b: a & b),
+            "|": (selector | second, lambda a, b: a | b),
+            "-": (selector - second, lambda a, b: a - b),
         }
-        for symbol, (both, operation) in combined.items():
-            for group, neurons in both.select(stats).items():
+        for symbol, (combination, operation) in combined.items():
+            for group, neurons in combination.select(stats).items():
                 _require(
-                    neurons == operation(mine[group], theirs[group]),
+                    neurons == operation(sets[group], second_sets[group]),
                     f"{name}: selector {symbol} other must give each group the {symbol} of both sets",
                 )
     if isinstance(selector, CombinedSelector) or (selector.fraction is None and selector.count is None):
         return
     with _clause(f"take another budget of a combination, {name}"):
-        union = (selector | other).take(count=5).select(stats)
-        first, second = selector.take(count=5).select(stats), other.take(count=5).select(stats)
+        union = (selector | second).take(count=5).select(stats)
+        parts = [part.take(count=5).select(stats) for part in (selector, second)]
     for group, neurons in union.items():
         _require(
-            neurons == first[group] | second[group],
+            neurons == parts[0][group] | parts[1][group],
             f"{name}: (selector | other).take(count=5) must be that of both parts, for every group",
         )
 
@@ -475,7 +475,11 @@ def _tables(stats: object) -> dict[str, Tensor]:
     if isinstance(stats, Bundle):
         return {f"{n}.{name}": t for n, table in enumerate(stats.tables) for name, t in _tables(table).items()}
     if isinstance(stats, Conditions):
-        return {f"{one}.{name}": t for one, table in stats.statistics.items() for name, t in _tables(table).items()}
+        return {
+            f"{condition}.{name}": t
+            for condition, table in stats.statistics.items()
+            for name, t in _tables(table).items()
+        }
     names = ("positive", "tokens", "items", "routed", "total", "strong")
     if isinstance(stats, GroupedItems):
         names = ("tokens", "items")
@@ -487,6 +491,6 @@ def _copied(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: table.clone() for name, table in tables.items()}
 
 
-def _check_unchanged(stats: object, before: Mapping[str, Tensor], what: str) -> None:
+def _check_unchanged(stats: object, before: Mapping[str, Tensor], call: str) -> None:
     for name, table in _tables(stats).items():
-        _require(torch.equal(table, before[name]), f"{what} must not write to the statistics; it changed {name!r}")
+        _require(torch.equal(table, before[name]), f"{call} must not write to the statistics; it changed {name!r}")

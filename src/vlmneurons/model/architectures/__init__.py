@@ -13,3 +13,8 @@ In the order in which one reads them: `layout` (what an MLP is), `operations` an
 `symbols` (following a forward), `flow` (MLPs in what was followed), `probe` (trying out what cannot be), `search` (a
 whole model), `towers` (names), `find` (what a user calls); `experts` and `hooks` read and write what was found.
 """
+
+from vlmneurons.model.architectures.find import Architecture, register_architecture
+from vlmneurons.model.architectures.layout import MLPLayout
+
+__all__ = ["Architecture", "MLPLayout", "register_architecture"]

@@ -1,8 +1,8 @@
 """Reading and writing the neurons of experts, which see only the tokens that a router sends to them.
 
-transformers keeps all experts of a layer in one module, as 3-D parameters, and has several ways to run it. Each is
-watched while it runs, and computes what it always computes: rows (one for each token and expert it goes to) are picked
-up where the model itself makes them, so that values and clean logits are the model's own, bit for bit.
+transformers keeps all experts of a layer in one module, as 3-D parameters, and has several ways to run it. Each way is
+watched while it runs. Rows (one for each token and each expert that it goes to) are picked up where the model itself
+makes them, so values and clean logits are the model's own, bit for bit.
 """
 
 import functools
@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import ArchitectureError
-from vlmneurons.model.architectures.inside import Hook, Removable, change_input, see_output
+from vlmneurons.model.architectures.inside import Hook, Removable, change_input, first_input, see_output
 from vlmneurons.model.architectures.layout import MLPLayout
 
 _IN_ROWS = ("grouped_mm", "batched_mm")
@@ -37,6 +38,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Visitor:
+    """Who reads or writes a site of one expert, or (``expert`` is None) of all experts in a module."""
+
     kind: str
     expert: int | None
     visit: Callable[..., Tensor | None]
@@ -64,8 +67,6 @@ class Experts:
 
     def add(self, visitor: Visitor) -> Callable[[], None]:
         """Puts a visitor on; gives what takes it off."""
-        if visitor.writes and visitor.kind != "post" and not self.layout.repeatable and self.layout.activation is None:
-            raise ArchitectureError(f"post = {self.layout.product} cannot be repeated; write at 'post' instead")
         if not self.visitors:
             module = self.module()
             self.hooks = [
@@ -87,7 +88,8 @@ class Experts:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, object]) -> None:
         self._end()
-        given = list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        hidden, *further = list(bound.arguments.values())[1:]
         implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
         if not hasattr(module, "is_concatenated"):  # not one of those that transformers can run in several ways
             implementation = "eager"
@@ -96,20 +98,20 @@ class Experts:
                 "experts that are spread over several processes cannot be read or written one by one"
             )
         if implementation in _IN_ROWS:
-            self.rows = _rows(given[0], given[1], implementation)
+            self.rows = _rows(hidden, further[0], implementation)
             if getattr(module, "has_gate", True):
                 self._patch_gating(module)
             else:
                 self._hook_activation(module, through=True)
         elif implementation in (None, "eager"):
-            own = getattr(type(module), "_apply_gate", None)
-            if own is not None and own.__name__ != "_default_apply_gate" and getattr(module, "has_gate", True):
+            gating = getattr(type(module), "_apply_gate", None)
+            if gating is not None and gating.__name__ != "_default_apply_gate":
                 self._patch_gating(module)
-                watch = _Watch(self, given[0], points=False)
+                watch = _Watch(self, hidden, points=False)
             else:
                 if self.layout.activation is not None:
                     self._hook_activation(module, through=False)
-                watch = _Watch(self, given[0], points=True)
+                watch = _Watch(self, hidden, points=True)
             watch.__enter__()
             self.undo.append(lambda: watch.__exit__(None, None, None))
         else:
@@ -125,20 +127,15 @@ class Experts:
 
     def _patch_gating(self, module: nn.Module) -> None:
         """Stands between the projections while this forward runs."""
-        original, before = cast(Callable, module._apply_gate), vars(module).get("_apply_gate")
+        original = cast(Callable, module._apply_gate)
 
         def gating(fused: Tensor) -> Tensor:
             post = self.through(fused)
             return original(fused) if post is None else post
 
-        def restore() -> None:
-            if before is None:
-                vars(module).pop("_apply_gate", None)
-            else:
-                vars(module)["_apply_gate"] = before
-
-        vars(module)["_apply_gate"] = gating
-        self.undo.append(restore)
+        patch = mock.patch.object(module, "_apply_gate", gating)
+        patch.start()
+        self.undo.append(patch.stop)
 
     def _hook_activation(self, module: nn.Module, through: bool) -> None:
         activation = module.get_submodule(cast(str, self.layout.activation))
@@ -158,15 +155,15 @@ class Experts:
         pre, changed = self._visit("pre", layout.part(first, "pre") if layout.gated else first)
         if not changed and not wanted & {"gate", "up", "post"}:
             return None
-        gate, here = self._visit("gate", layout.gate_of(module, pre))
-        changed |= here
+        gate, gate_changed = self._visit("gate", layout.gate_of(module, pre))
+        changed |= gate_changed
         if up is not None:
-            up, here = self._visit("up", up)
-            changed |= here
+            up, up_changed = self._visit("up", up)
+            changed |= up_changed
         if not changed and "post" not in wanted:
             return None
-        post, here = self._visit("post", layout.post_of(module, gate, up))
-        return post if changed or here else None
+        post, post_changed = self._visit("post", layout.post_of(module, gate, up))
+        return post if changed or post_changed else None
 
     def point(self, kind: str, values: Tensor) -> Tensor | None:
         """One point of the way; values may have an axis of experts before that of tokens. None if not changed."""
@@ -232,7 +229,10 @@ _MULTIPLIED = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.m
 
 
 class _Gathered(TorchFunctionMode):
-    """Follows which tokens a model picks from a tensor: results of indexing it are remembered with their indices."""
+    """Follows which tokens a model picks from a tensor: results of indexing it are remembered with their indices.
+
+    Results are kept by their ids, together with themselves: an id is free for another tensor once its own is gone.
+    """
 
     def __init__(self, source: Tensor | None = None) -> None:
         super().__init__()
@@ -241,20 +241,23 @@ class _Gathered(TorchFunctionMode):
 
     def tokens(self, value: object) -> Tensor | None:
         """Which tokens a tensor holds, if it was picked by index."""
-        found = self.picked.get(id(value))
-        return None if found is None else found[1]
+        _, tokens = self.picked.get(id(value), (None, None))
+        return tokens
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if not args or not isinstance(result, Tensor):
+            return result
         if func in _INDEXED and (args[0] is self.source or self.source is None):
             parts = args[-1] if isinstance(args[-1], tuple) else (args[-1],)
-            indices = [part for part in parts if isinstance(part, Tensor)]
-            if len(indices) == 1 and indices[0].dtype in (torch.int64, torch.int32) and isinstance(result, Tensor):
-                self.picked[id(result)] = (result, indices[0].flatten())
-            elif len(indices) == 1 and indices[0].dtype == torch.bool and isinstance(result, Tensor):
-                self.picked[id(result)] = (result, indices[0].flatten().nonzero().flatten())
+            indices = [part.flatten() for part in parts if isinstance(part, Tensor)]
+            if len(indices) == 1 and indices[0].dtype in (torch.bool, torch.int32, torch.int64):
+                tokens = indices[0].nonzero().flatten() if indices[0].dtype == torch.bool else indices[0].long()
+                self.picked[id(result)] = (result, tokens)
         elif func in _RESHAPED and id(args[0]) in self.picked:
             self.picked[id(result)] = (result, self.picked[id(args[0])][1])
+        elif func in _RESHAPED and args[0] is self.source and result.ndim == 2 and result.shape[1] == args[0].shape[-1]:
+            self.source = result  # all tokens in a row, from which the model goes on picking
         return result
 
 
@@ -273,8 +276,8 @@ class _Watch(_Gathered):
         for name in filter(None, (layout.down, layout.fused, layout.gate, layout.up)):
             if value is getattr(module, name, None):
                 return name, None
-        found = self.slices.get(id(value))
-        return None if found is None else found[1:]
+        kept = self.slices.get(id(value))
+        return None if kept is None else kept[1:]
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -322,10 +325,7 @@ class _Watch(_Gathered):
     def _gate(self) -> Tensor | None:
         """``post`` made anew of an edited gate that no module computes; None if it was not edited."""
         layout, module = self.experts.layout, self.experts.module()
-        if layout.fused:
-            pre, up = (layout.part(self.outputs[layout.fused], kind) for kind in ("pre", "up"))
-        else:
-            pre, up = self.outputs[layout.first], self.outputs.get(layout.up or "")
+        pre, up = layout.pre_and_up(self.outputs)
         new = self.experts.point("gate", layout.gate_of(module, pre))
         return None if new is None else layout.post_of(module, new, up)
 
@@ -369,13 +369,8 @@ class Routing:
             ]
         self.users += 1
         hook = change_input(expert, self._enter, first=True)
-        removed = False
 
         def stop() -> None:
-            nonlocal removed
-            if removed:
-                return
-            removed = True
             hook.remove()
             self.users -= 1
             if not self.users:
@@ -401,7 +396,7 @@ class Routing:
         self.tokens.clear()
 
     def _enter(self, expert: nn.Module, args: tuple, kwargs: Keywords) -> None:
-        rows = args[0] if args else next(iter(kwargs.values()))
+        rows = first_input(args, kwargs)
         tokens = None if self.watch is None else self.watch.tokens(rows)
         if tokens is None or len(tokens) != rows.shape[:-1].numel():
             raise ArchitectureError(

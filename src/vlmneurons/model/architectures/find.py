@@ -47,7 +47,9 @@ class Architecture:
             raise ArchitectureError("mlps= has either a layout for each path, or such a mapping for each tower's name")
         for name in by_tower:
             of_tower = self.mlps[name]
-            if not isinstance(of_tower, Mapping) or not all(isinstance(one, MLPLayout) for one in of_tower.values()):
+            if not isinstance(of_tower, Mapping) or not all(
+                isinstance(layout, MLPLayout) for layout in of_tower.values()
+            ):
                 raise ArchitectureError(
                     "mlps= has an MLPLayout for each path, or a mapping from paths to layouts for each tower's name; "
                     f"got {of_tower!r} for {name!r}"
@@ -116,7 +118,7 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
             f"{type(hf_model).__name__} is compiled (model.compile()), and its code sees no hooks that come later; "
             "give the model as it was before torch.compile"
         )
-    known = next(
+    registered = next(
         (
             architecture
             for which, architecture in _REGISTERED
@@ -124,63 +126,65 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
         ),
         Architecture(),
     )
-    search = Search(hf_model, known.layouts())
-    stacks = _registered(search, known) if known.towers else named_towers(search)
-    for path, blocks in {} if known.towers else search.passed_over.items():
-        doubts = [doubt for block in blocks for doubt in search.doubts(block)]
-        if doubts:
-            raise ArchitectureError(search.explain(f"the list {path} holds what may be MLPs", doubts))
-    if not any(block.mlps for tower in stacks.values() for block in tower[1]):
-        raise ArchitectureError(search.explain("no MLP was found in any list of blocks", []))
+    search = Search(hf_model, registered.layouts())
+    stacks = _registered_towers(search, registered) if registered.towers else named_towers(search)
+    for path, blocks in {} if registered.towers else search.passed_over.items():
+        _refuse_doubts(search, blocks, f"the list {path} holds what may be MLPs")
+    if not any(block.mlps for _, blocks in stacks.values() for block in blocks):
+        raise search.refusal("no MLP was found in any list of blocks")
     stacks = {name: (path, search.settled(blocks)) for name, (path, blocks) in stacks.items()}
     towers = {}
     for name, (path, blocks) in stacks.items():
-        doubts = [doubt for block in blocks for doubt in search.doubts(block)]
-        if doubts:
-            raise ArchitectureError(search.explain(f"the blocks of tower {name!r} hold what may be an MLP", doubts))
-        mlps = tuple(mlp for layer, block in enumerate(blocks) for mlp in search.named(name, layer, block, known.names))
-        towers[name] = Tower(name, path, tuple(block.path for block in blocks), mlps)
+        _refuse_doubts(search, blocks, f"the blocks of tower {name!r} hold what may be an MLP")
+        mlps = [mlp for layer, block in enumerate(blocks) for mlp in search.named(name, layer, block, registered.names)]
+        towers[name] = Tower(name, path, tuple(block.path for block in blocks), tuple(mlps))
     if "language" not in towers:
-        raise ArchitectureError(search.explain(f"no language model was told among {', '.join(towers)}", []))
+        raise search.refusal(f"no language model was told among {', '.join(towers)}")
     return towers
+
+
+def _refuse_doubts(search: Search, blocks: Sequence[Block], problem: str) -> None:
+    """Refuses blocks in which something may be an MLP and was not told to be one: it would be left out unsaid."""
+    doubts = [doubt for block in blocks for doubt in search.doubts(block)]
+    if doubts:
+        raise search.refusal(problem, doubts)
 
 
 # --- what was registered ---
 
 
-def _registered(search: Search, known: Architecture) -> dict[str, tuple[str, list[Block]]]:
+def _registered_towers(search: Search, registered: Architecture) -> dict[str, tuple[str, list[Block]]]:
     """The towers of a registered architecture."""
     towers: dict[str, tuple[str, list[Block]]] = {}
     tower_of: dict[str, str] = {}
-    for name, given in known.towers.items():
-        paths = (given,) if isinstance(given, str) else tuple(given)
+    for name, places in registered.towers.items():
+        paths = (places,) if isinstance(places, str) else tuple(places)
         blocks = []
         for path in paths:
             try:
                 module = search.model.get_submodule(path)
             except AttributeError:
-                what = f"the Architecture has tower {name!r} at {path!r}, which does not exist"
-                raise ArchitectureError(search.explain(what, [])) from None
+                problem = f"the Architecture has tower {name!r} at {path!r}, which does not exist"
+                raise search.refusal(problem) from None
             # A list is a block for each of its modules; any other module, such as a projector, is one block itself.
             listed = {f"{path}.{key}": child for key, child in module._modules.items()}
             for place, child in (listed if isinstance(module, LISTS) else {path: module}).items():
                 if place in tower_of:
-                    what = f"the Architecture has {place} in tower {name!r}, and in {tower_of[place]!r} already"
-                    raise ArchitectureError(search.explain(what, []))
+                    problem = f"the Architecture has {place} in tower {name!r}, and in {tower_of[place]!r} already"
+                    raise search.refusal(problem)
                 tower_of[place] = name
-                blocks.append(search.block(place, cast(nn.Module, child), known.layouts(name)))
+                blocks.append(search.block(place, cast(nn.Module, child), registered.layouts(name)))
         towers[name] = (common_path(paths), blocks)
-    _check_paths(search, known, towers)
+    _check_paths(search, registered, towers)
     return towers
 
 
-def _check_paths(search: Search, known: Architecture, towers: Mapping[str, tuple[str, list[Block]]]) -> None:
+def _check_paths(search: Search, registered: Architecture, towers: Mapping[str, tuple[str, list[Block]]]) -> None:
     """Refuses an architecture that names an MLP which no block has."""
-    for_all = any(isinstance(value, MLPLayout) for value in known.mlps.values())
+    for_all = any(isinstance(value, MLPLayout) for value in registered.mlps.values())
     for names in [list(towers)] if for_all else [[name] for name in towers]:
         held = {mlp.inner for name in names for block in towers[name][1] for mlp in block.mlps}
-        absent = set(known.layouts(names[0])) - held
+        absent = set(registered.layouts(names[0])) - held
         if absent:
             where = ", ".join(map(repr, names))
-            what = f"the Architecture names an MLP at {min(absent)!r}, which no block of {where} has"
-            raise ArchitectureError(search.explain(what, []))
+            raise search.refusal(f"the Architecture names an MLP at {min(absent)!r}, which no block of {where} has")

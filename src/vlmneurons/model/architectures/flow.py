@@ -1,8 +1,13 @@
 """What a module's ``forward`` computes, read as a data flow: which of its linear layers make up an MLP.
 
-A flow is a list of steps, each made of earlier ones (`follow` gives it). It is read backwards: from the input of a
-linear layer, ``post``, over steps that treat each number on its own, to the outputs of other linear layers, which are
-then ``pre`` and ``up``. What lies between is kept as an `Expression`. No number is computed.
+A flow is a list of steps, each made of earlier ones (`follow` gives it). It is read backwards. A reader starts at the
+input of a linear layer, which may be ``post``, and goes over steps that treat each number on its own, until it meets
+the outputs of other linear layers. If there are one or two of them, they may be ``pre`` and ``up``, and the steps
+between are kept as an `Expression`. No number is computed.
+
+Two questions are asked of each pair of linear layers. `Flow.layout` says that they are an MLP only if every step
+between them is understood. `Flow.refutes` says that they are none only if every step is understood, too. A pair of
+which neither can be said is a doubt, and the search refuses the model.
 """
 
 import collections
@@ -55,14 +60,6 @@ class _Source:
     part: str | None = None
 
 
-@dataclass(frozen=True)
-class _Opaque:
-    """What is asked of the ways from a linear layer: whether one has a step not understood, or (``bends``) a bend."""
-
-    first: str
-    bends: bool
-
-
 class Flow:
     """The data flow of one module, asked for MLPs.
 
@@ -105,14 +102,15 @@ class Flow:
     # --- what nodes are ---
 
     def _find_writers(self) -> dict[fx.Node, list[fx.Node]]:
-        """The steps that write into a value which is used besides, by that value: it is then not what made it.
+        """For each value, the steps that write into it though it is used elsewhere too.
 
-        Whoever only goes on with the result of such a step (``relu_()``) might as well have had it elsewhere.
+        Such a value is not what the step that made it says. Where only the result of a write is used, as in
+        ``h = h.relu_()``, nothing is hidden: the result might as well be a new tensor.
         """
         writers: dict[fx.Node, list[fx.Node]] = {}
         for node in self.nodes:
             value = self._written(node)
-            while isinstance(value, fx.Node):
+            while isinstance(value, fx.Node):  # a write into a view is one into what it is a view of
                 used = any(
                     self.places[user] > self.places[node] or is_view(user) for user in value.users if user is not node
                 )
@@ -181,8 +179,8 @@ class Flow:
         if node in self.projections:
             name, _ = self.projections[node]
             if node.op == "call_module":
-                module, size = self._module(node), self.modules.size(self._module(node))
-                return None if size is None or self.modules.bends_itself(module) else _Source(name, size[1])
+                size = self.modules.size(self._module(node))
+                return None if size is None else _Source(name, size[1])
             # A product with [expert, in, out]; `F.linear`, and a transposition before it, take [expert, out, in].
             operand = [*node.args, *node.kwargs.values()][1]
             turns = (node.target is F.linear) + _is_turn(operand)
@@ -215,18 +213,14 @@ class Flow:
         name = name_of(base)
         if not is_call(base) or name not in ("chunk", "split", "tensor_split"):
             return None
-        inner = base.args[0] if base.args else base.kwargs.get("input", base.kwargs.get("tensor"))
-        whole = self._source(inner) if isinstance(inner, fx.Node) else None
-        axis = base.args[2] if len(base.args) > 2 else base.kwargs.get("dim", 0)
-        if whole is None or whole.part is not None or axis != -1 or index not in (0, 1, -1, -2):
+        operands: dict[str, Any] = dict(zip(("input", "sizes", "dim"), base.args))
+        for key, value in base.kwargs.items():
+            operands["dim" if key == "dim" else "input" if key in ("input", "tensor") else "sizes"] = value
+        whole = self._source(operands["input"]) if isinstance(operands.get("input"), fx.Node) else None
+        if whole is None or whole.part is not None or operands.get("dim") != -1 or index not in (0, 1, -1, -2):
             return None
-        sizes = [base.args[1]] if len(base.args) > 1 else []
-        sizes += [value for key, value in base.kwargs.items() if key not in ("dim", "input", "tensor")]
-        half = whole.width // 2
-        in_two = sizes == [2]
-        if name == "split":
-            listed = list(sizes[0]) if sizes and isinstance(sizes[0], list | tuple) else []
-            in_two = bool(sizes) and (sizes[0] == half or listed == [half] * 2)
+        half, sizes = whole.width // 2, operands.get("sizes")
+        in_two = sizes in (half, [half, half], (half, half)) if name == "split" else sizes == 2
         return _Source(whole.name, whole.width, "first" if index in (0, -2) else "second") if in_two else None
 
     def _is_elementwise(self, node: fx.Node) -> bool:
@@ -254,7 +248,7 @@ class Flow:
         if not isinstance(node, fx.Node) or _is_setting(node):
             return frozenset()
         if node not in self._sources:
-            self._sources[node] = None  # and so it stays, if parts of it are written from elsewhere
+            self._sources[node] = None  # and so it stays if something is written into it
             source = self._source(node)
             if node in self.writers:
                 pass
@@ -271,8 +265,8 @@ class Flow:
     def _bend(self, node: object) -> int:
         """How far an elementwise expression of one source is from a multiple of it.
 
-        0: it is one. 1: it is clamped. 2: it is bent evenly to both sides, like tanh, as a soft clamp is. 3: it is bent
-        like an activation.
+        0: it is a multiple. 1: it is clamped. 2: it is an odd function, such as tanh, which may be a soft clamp. 3: it
+        is bent like an activation.
         """
         if not isinstance(node, fx.Node) or self._source(node) is not None or not self.sources(node):
             return 0
@@ -284,7 +278,7 @@ class Flow:
         if node.target in CLAMPS:
             return 3 if is_clamp_at_zero(node) else max(inner, 1)
         if node.target in PRODUCTS | AFFINE:
-            several = sum(bool(self.sources(argument)) for argument in node.all_input_nodes) > 1
+            several = sum(bool(self.sources(argument)) for argument in node.args) > 1  # x * x has two, too
             return 3 if several and node.target in PRODUCTS else inner
         return max(inner, 2) if node.target in (torch.tanh, F.tanh, "tanh") else 3
 
@@ -309,31 +303,35 @@ class Flow:
 
     # --- what is no MLP ---
 
-    def _bends_here(self, node: fx.Node) -> bool:
+    def _is_bent(self, node: fx.Node) -> bool:
+        """Whether a step is an activation function, or part of one."""
         return node.target in BENDING or self._character(node) in ("odd", "bent")
 
     def ends_straight(self) -> bool:
-        """Whether no activation follows the flow's last linear layers: none that would be an MLP's with a later one."""
+        """Whether no activation follows the flow's last linear layers.
+
+        If one does, the module may be the first half of an MLP, whose last projection comes after the module.
+        """
+        visited: set[fx.Node] = set()
 
         def bent(node: fx.Node) -> bool:
-            if node in seen or node in self.projections or mixes_tokens(node, self._is_weight):
+            if node in visited or node in self.projections or mixes_tokens(node, self._is_weight):
                 return False
-            seen.add(node)
-            return self._bends_here(node) or any(map(bent, node.all_input_nodes))
+            visited.add(node)
+            return self._is_bent(node) or any(map(bent, node.all_input_nodes))
 
-        seen: set[fx.Node] = set()
         return not any(bent(end) for node in self.nodes if node.op == "output" for end in node.all_input_nodes)
 
     def refutes(self, first: str, second: str, strict: bool = False) -> bool:
-        """Whether two linear layers are no MLP for certain: both are in the flow, and what is between them is known.
+        """Whether two linear layers are certainly no MLP: both are in the flow, and each step between is understood.
 
         It is not enough that no MLP was found: a step that is not understood may be an activation function.
 
         Args:
             first: name of the layer whose output would be ``pre``.
             second: name of the layer whose input would be ``post``.
-            strict: whether an activation between them is enough for a doubt, though its product with something given
-                from outside (a mask, an embedding of the layer) is nothing that `layout` takes for an MLP.
+            strict: whether an activation between them is enough for a doubt. Without it, a layer whose activation is
+                multiplied by something given from outside (a mask, an embedding of the layer) is not taken for an MLP.
         """
         inputs = {node: value for node, (name, value) in self.projections.items() if name == second}
         if not inputs or not any(name == first for name, _ in self.projections.values()):
@@ -341,69 +339,80 @@ class Flow:
         if any(self.modules.bends_itself(self.root.get_submodule(name)) for name in (first, second)):
             return False  # the activation is inside of a layer, and cannot be told from it
         return all(
-            not isinstance(value, fx.Node) or self._is_no_post(value, first, node, strict)
-            for node, value in inputs.items()
+            not isinstance(value, fx.Node) or self._is_no_post(value, first, down, strict)
+            for down, value in inputs.items()
         )
 
     def _is_no_post(self, value: fx.Node, first: str, down: fx.Node, strict: bool) -> bool:
-        # What is known by now: `layout` did not take this for an MLP. So a product of several layers' outputs of which
-        # some are bent (an MLP with two gates, say) is not dismissed, nor a layer that is reached by unknown steps.
+        # By now we know that `layout` did not take this for an MLP. A product of several layers' outputs of which some
+        # are bent may still be one, with two gates say, so it is not dismissed.
         factors = self._factors(value)
-        alone = {source for factor in factors for source in self.sources(factor) or ()}
-        several_bent = len(alone) > 1 and any(self._bend(factor) for factor in factors)
-        opaque = _Opaque(first, strict and not self._weighs(self.projections[down][0]))
-        return not several_bent and not self._reaches(value, opaque, down, False, set())
+        sources = {source for factor in factors for source in self.sources(factor) or ()}
+        if len(sources) > 1 and any(self._bend(factor) for factor in factors):
+            return False
+        return not self._may_hide(value, first, down, strict)
 
-    def _reaches(
-        self, node: fx.Node, way: _Opaque, reader: fx.Node, unknown: bool, seen: set[tuple[fx.Node, fx.Node, bool]]
-    ) -> bool:
-        """Whether a linear layer's output reaches a node on a way that has a step which is not understood.
+    def _may_hide(self, value: fx.Node, first: str, down: fx.Node, bends: bool) -> bool:
+        """Whether a linear layer's output reaches a value by a step that is not understood.
 
-        What has been written into the node by the time of its reader is on the way, and not understood.
+        Args:
+            value: the input of another linear layer.
+            first: name of the linear layer.
+            down: where that input is used.
+            bends: whether an activation on the way is enough.
         """
-        if (node, reader, unknown) in seen or _is_setting(node) or is_shape(node):
-            return False
-        seen.add((node, reader, unknown))
-        writers = [writer for writer in self.writers.get(node, ()) if self.places[writer] < self.places[reader]]
-        if node in self.projections:  # of the other layers we know that what goes in does not come out as it was
-            return self.projections[node][0] == way.first and (unknown or bool(writers))
-        # What attention gives is no token's own number; and what only weighs it, element by element, is no neuron.
-        if mixes_tokens(node, self._is_weight) or (node.target in PRODUCTS and node in self.mixed):
-            return False
-        if node.op == "call_module":
-            module = self._module(node)
-            if isinstance(module, nn.modules.conv._ConvNd) or self.explained(module):
+        visited: set[tuple[fx.Node, fx.Node, bool]] = set()
+
+        def reaches(node: fx.Node, reader: fx.Node, unknown: bool) -> bool:
+            """Whether the output reaches a node, as its reader sees it; ``unknown`` if a step after it already is."""
+            if (node, reader, unknown) in visited or _is_setting(node) or is_shape(node):
                 return False
-        known = self._is_elementwise(node) or self._source(node) is not None or self._is_norm(node)
-        known |= lacks_operand(node) or node.op in ("placeholder", "get_attr")
-        unknown |= not known or bool(writers) or (way.bends and self._bends_here(node))
-        if any(self._reaches(value, way, writer, True, seen) for writer in writers for value in writer.all_input_nodes):
-            return True
-        later = reader if is_view(node) else node  # a view shows what is written later, too
-        return any(self._reaches(argument, way, later, unknown, seen) for argument in node.all_input_nodes)
+            visited.add((node, reader, unknown))
+            # What was written into the node before its reader came is on the way, too, and is not understood.
+            writers = [writer for writer in self.writers.get(node, ()) if self.places[writer] < self.places[reader]]
+            if node in self.projections:  # through another linear layer no number comes as it was
+                return self.projections[node][0] == first and (unknown or bool(writers))
+            # What attention gives is no token's own number; and what only weighs it, element by element, is no neuron.
+            if mixes_tokens(node, self._is_weight) or (node.target in PRODUCTS and node in self.mixed):
+                return False
+            if node.op == "call_module":
+                module = self._module(node)
+                if isinstance(module, nn.modules.conv._ConvNd) or self.explained(module):
+                    return False
+            understood = self._is_elementwise(node) or self._source(node) is not None or self._is_norm(node)
+            understood |= lacks_operand(node) or node.op in ("placeholder", "get_attr")
+            unknown |= not understood or bool(writers) or (bends and self._is_bent(node))
+            if any(reaches(argument, writer, True) for writer in writers for argument in writer.all_input_nodes):
+                return True
+            later = reader if is_view(node) else node  # a view shows what is written later, too
+            return any(reaches(argument, later, unknown) for argument in node.all_input_nodes)
+
+        return reaches(value, down, False)
 
     # --- MLPs ---
 
     def layout(self, down: str, value: object) -> tuple[MLPLayout, int] | None:
         """The MLP whose down projection has this input, and its width; None if there is none to be told for certain."""
-        try:
+        with contextlib.suppress(_NotElementwise):
             return self._layout(down, value)
-        except _NotElementwise:
-            return None
+        return None
 
     def _layout(self, down: str, value: object) -> tuple[MLPLayout, int] | None:
         if not isinstance(value, fx.Node) or self.calls[down] > 1 or self._weighs(down):
             return None
-        # Behind casts, dropouts and normalisations, the core of post is a function of one layer's output, or a product
-        # of such functions. A factor of several layers' outputs that is no product is nothing that we know.
+        # The down projection is called once, so its input is post; and no sigmoid follows, so its output is not used
+        # as weights. Casts, dropouts and normalisations before it are passed over: they end at the core of post.
         core = value
         while self._is_passive(core) or self._is_norm(core):
             core = core.all_input_nodes[0]
         normed = any(self._is_norm(node) for node in _between(value, core))
         factors = self._factors(core)
         if any(len(self.sources(factor) or ()) > 1 for factor in factors):
-            return None
-        branches = [(factor, next(iter(found))) for factor in factors if (found := self.sources(factor))]
+            return None  # a sum of two layers' outputs: none of them is pre alone
+        # Each factor is now an elementwise function of one layer's output, or of none: its own sources say so. With one
+        # such branch this may be an ungated MLP, whose other factors must be weights (a scale, say). With two, of
+        # different outputs, it may be a gated one. Three or more are nothing that we know.
+        branches = [(factor, next(iter(sources))) for factor in factors if (sources := self.sources(factor))]
         others = [factor for factor in factors if not self.sources(factor)]
         parameters = {"parameters": not self._is_module(down), "normed": normed, "down": down}
         if len(branches) == 1 and all(map(self._is_weight, others)):
@@ -415,19 +424,10 @@ class Flow:
     def _ungated(
         self, value: fx.Node, core: fx.Node, gate: fx.Node, source: _Source, common: Keywords
     ) -> tuple[MLPLayout, int] | None:
-        nodes = self._source_nodes(gate)
-        if source.part is not None or len(nodes) != 1 or self._bend(gate) < 2 or self.calls[source.name] > 1:
+        if source.part is not None or self._bend(gate) < 2 or self.calls[source.name] > 1:
             return None
-        layout = MLPLayout(
-            gate=source.name,
-            activation=self._activation(gate, nodes[0]),
-            function=self.expression(gate, {nodes[0]: "pre"}),
-            product=self._beyond(value, core, {gate: "gate"})
-            if gate is core
-            else self.expression(value, {gate: "gate"}),
-            **common,
-        )
-        return layout, source.width
+        product = self._product(value, core, gate is core, {gate: "gate"})
+        return MLPLayout(gate=source.name, product=product, **self._gating(gate), **common), source.width
 
     def _gated(
         self,
@@ -442,28 +442,33 @@ class Flow:
         bends = [self._bend(factor) for factor, _ in branches]
         if max(bends) < 2 or bends[0] == bends[1]:
             return None
-        (gate, pre), (other, up) = branches if bends[0] > bends[1] else branches[::-1]
-        pre_nodes, up_nodes = self._source_nodes(gate), self._source_nodes(other)
-        if len(pre_nodes) != 1 or len(up_nodes) != 1 or self.calls[pre.name] > 1 or self.calls[up.name] > 1:
+        (gate, pre), (factor, up) = branches if bends[0] > bends[1] else branches[::-1]
+        # A layer that is called twice has two outputs, of which a hook could not tell which is which.
+        if self.calls[pre.name] > 1 or self.calls[up.name] > 1:
             return None
-        inputs = {gate: "gate", up_nodes[0]: "up", **dict.fromkeys(others, "other")}
-        plain = other is up_nodes[0] and core.target in PRODUCTS and set(core.args) == {gate, other}
-        common = {
-            "activation": self._activation(gate, pre_nodes[0]),
-            "function": self.expression(gate, {pre_nodes[0]: "pre"}),
-            "product": self._beyond(value, core, inputs) if plain else self.expression(value, inputs),
-            **common,
-        }
+        ups = self._source_nodes(factor)
+        inputs = {gate: "gate", **dict.fromkeys(ups, "up"), **dict.fromkeys(others, "other")}
+        plain = factor in ups and core.target in PRODUCTS and set(core.args) == {gate, factor}
+        common = {"product": self._product(value, core, plain, inputs), **self._gating(gate), **common}
         if pre.part is None and up.part is None:
             return MLPLayout(gate=pre.name, up=up.name, **common), pre.width
         if pre.name != up.name or (pre.part, up.part) not in SPLITS:
             return None
         return MLPLayout(fused=pre.name, split=SPLITS[pre.part, up.part], **common), pre.width // 2
 
-    def _beyond(self, value: fx.Node, core: fx.Node, inputs: Mapping[fx.Node, str]) -> Expression | None:
-        """The computation of a node, if there is more to it than another node and dropouts."""
-        same = all(self._is_identity(node) for node in _between(value, core))
-        return None if same else self.expression(value, inputs)
+    def _product(self, value: fx.Node, core: fx.Node, plain: bool, inputs: Mapping[fx.Node, str]) -> Expression | None:
+        """What makes post of gate and up; None if that is a ``plain`` core with nothing but dropouts behind it."""
+        plain &= all(self._is_identity(node) for node in _between(value, core))
+        return None if plain else self.expression(value, inputs)
+
+    def _gating(self, gate: fx.Node) -> Keywords:
+        """How gate is made of pre: all of it as an expression, and the module that does it alone, if one does."""
+        pres = self._source_nodes(
+            gate
+        )  # several steps may take the same part of one output: these are the same numbers
+        alone = gate.op == "call_module" and len(gate.args) == 1 and gate.args[0] in pres and not gate.kwargs
+        activation = str(gate.target) if alone and self.calls[gate.target] == 1 else None
+        return {"activation": activation, "function": self.expression(gate, dict.fromkeys(pres, "pre"))}
 
     def _weighs(self, down: str) -> bool:
         """Whether a projection's output is squashed, as weights for something else are: it is no MLP of the block."""
@@ -477,29 +482,24 @@ class Flow:
     def _is_module(self, name: str) -> bool:
         return any(node.target == name for node in self.projections if node.op == "call_module")
 
-    def _activation(self, gate: fx.Node, pre: fx.Node) -> str | None:
-        """Name of the module that alone makes gate of pre, if it is called once."""
-        alone = gate.op == "call_module" and list(gate.args) == [pre] and not gate.kwargs
-        return str(gate.target) if alone and self.calls[gate.target] == 1 else None
-
     def expression(self, node: fx.Node, inputs: Mapping[fx.Node, str]) -> Expression:
-        """The computation of a node from the given nodes."""
+        """The computation of a node from others, under the names that these have as its inputs."""
         steps: list[Step] = []
-        places: dict[fx.Node, Value] = {given: Value(name) for given, name in inputs.items()}
+        places: dict[fx.Node, Value] = {start: Value(name) for start, name in inputs.items()}
 
         def setting_of(owner: Any) -> Value:
             """Whose dtype or device it is: that of the projection's output where the owner itself is not at hand."""
             if owner in places:
                 return places[owner]
-            known = [name for name in ("up", "pre") if name in inputs.values()]
-            if not known:
+            projected = [name for name in ("up", "pre") if name in inputs.values()]
+            if not projected:
                 raise _NotElementwise
-            return Value(known[0])
+            return Value(projected[0])
 
         def visit(argument: object) -> Any:
             if isinstance(argument, fx.Node):
-                if argument not in places and argument.op in ("placeholder", "output"):
-                    raise _NotElementwise
+                if argument not in places and argument.op == "placeholder":
+                    raise _NotElementwise  # it depends on what comes into the module, its length say
                 if argument not in places and self._is_identity(argument):
                     places[argument] = visit(argument.all_input_nodes[0])
                 elif argument not in places and _is_setting(argument):
@@ -510,8 +510,8 @@ class Flow:
                     keywords = tuple((name, visit(value)) for name, value in argument.kwargs.items())
                     if argument.op == "get_attr" and self._held(argument) is None:
                         raise _NotElementwise
-                    how = "attribute" if argument.op == "get_attr" else argument.op.removeprefix("call_")
-                    steps.append(Step(how, argument.target, arguments, keywords))
+                    operation = "attribute" if argument.op == "get_attr" else argument.op.removeprefix("call_")
+                    steps.append(Step(operation, argument.target, arguments, keywords))
                     places[argument] = Value(len(steps) - 1)
                 return places[argument]
             return tuple(visit(value) for value in argument) if isinstance(argument, list | tuple) else argument

@@ -14,7 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import ArchitectureError, SiteError
 from vlmneurons.model.architectures.experts import Experts, Routing, Visitor
-from vlmneurons.model.architectures.inside import Removable, Removal, change_input, change_output, see_input, see_output
+from vlmneurons.model.architectures.inside import (
+    Removable,
+    Removal,
+    change_input,
+    change_output,
+    first_input,
+    see_input,
+    see_output,
+)
 from vlmneurons.model.architectures.layout import MLP, MLPLayout
 
 
@@ -57,29 +65,11 @@ def read(hf_model: nn.Module, mlp: MLP, kind: str, callback: Callable[..., Any])
         SiteError: the MLP has no such site.
         ArchitectureError: the model was compiled in place.
     """
-    mlp.site(kind)
-    _refuse_compiled(hf_model, mlp.path)
-    layout, module = mlp.layout, hf_model.get_submodule(mlp.path)
-    if layout.parameters:
-        return Handle([Removal(Experts.of(module, layout).add(Visitor(kind, mlp.expert, callback, False)))])
-    handles, show = [], callback
-    if mlp.routed:
-        routing, handles = _routing(hf_model, mlp)
 
-        def show(values: Tensor) -> object:
-            return callback(values.flatten(0, -2), routing.tokens_of(module))
+    def look(*values: Tensor) -> None:
+        callback(*values)
 
-    place = mlp.place(kind)
-    if place.computed:
-        return Handle([*handles, ComputedGate.of(module, layout).see(show)])
-    point = module.get_submodule(place.module)
-    if place.end == "input":
-        return Handle([*handles, see_input(point, lambda _, args, kwargs: show(_first(args, kwargs)))])
-
-    def seen(_: nn.Module, args: tuple, output: Tensor) -> None:
-        show(place.part(output))
-
-    return Handle([*handles, see_output(point, seen)])
+    return _visit(hf_model, mlp, kind, look, writes=False)
 
 
 def write(hf_model: nn.Module, mlp: MLP, kind: str, edit: Callable[..., Tensor | None]) -> Handle:
@@ -100,30 +90,40 @@ def write(hf_model: nn.Module, mlp: MLP, kind: str, edit: Callable[..., Tensor |
         SiteError: the MLP has no such site.
         ArchitectureError: the model is compiled, or computes the site in a way that cannot be repeated.
     """
+    return _visit(hf_model, mlp, kind, edit, writes=True)
+
+
+def _visit(hf_model: nn.Module, mlp: MLP, kind: str, visit: Callable[..., Tensor | None], *, writes: bool) -> Handle:
+    """Calls ``visit`` with the values of a site, and goes on with those that it gives; if it gives None, as before.
+
+    Reading and writing are one but for when they come (see `inside`): whoever ``writes`` comes before a trace is served
+    the values, and whoever only looks comes after it.
+    """
     mlp.site(kind)
+    if mlp.layout.parameters:
+        return _visit_experts(hf_model, mlp.path, mlp.layout, Visitor(kind, mlp.expert, visit, writes))
     _refuse_compiled(hf_model, mlp.path)
-    layout, module = mlp.layout, hf_model.get_submodule(mlp.path)
-    if layout.parameters:
-        return Handle([Removal(Experts.of(module, layout).add(Visitor(kind, mlp.expert, edit, True)))])
-    handles, change = [], edit
+    module, handles, change = hf_model.get_submodule(mlp.path), [], visit
     if mlp.routed:
-        routing, handles = _routing(hf_model, mlp)
+        routing = Routing.of(hf_model.get_submodule(_path_of_router(mlp)))
+        handles = [Removal(routing.follow(module))]
 
         def change(values: Tensor) -> Tensor | None:
-            new = edit(values.flatten(0, -2), routing.tokens_of(module))
+            new = visit(values.flatten(0, -2), routing.tokens_of(module))
             return None if new is None else new.reshape(values.shape)
 
     place = mlp.place(kind)
     if place.computed:
-        return Handle([*handles, ComputedGate.of(module, layout).change(change)])
+        gate = ComputedGate.of(module, mlp.layout)
+        return Handle([*handles, gate.change(change) if writes else gate.see(change)])
     point = module.get_submodule(place.module)
     if place.end == "input":
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            new = change(_first(args, kwargs))
+            new = change(first_input(args, kwargs))
             return None if new is None else _with_first(args, kwargs, new)
 
-        return Handle([*handles, change_input(point, before)])
+        return Handle([*handles, (change_input if writes else see_input)(point, before)])
 
     def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         new = change(place.part(output))
@@ -133,7 +133,7 @@ def write(hf_model: nn.Module, mlp: MLP, kind: str, edit: Callable[..., Tensor |
         place.part(whole).copy_(new)
         return whole
 
-    return Handle([*handles, change_output(point, after)])
+    return Handle([*handles, (change_output if writes else see_output)(point, after)])
 
 
 def read_experts(hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, callback: Callable[..., Any]) -> Handle:
@@ -147,18 +147,19 @@ def read_experts(hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, c
         callback: called as ``callback(values, experts, tokens)``: values ``[row, neuron]``, and for each row the number
             of its expert and that of its token.
     """
-    _refuse_compiled(hf_model, path)
-    experts = Experts.of(hf_model.get_submodule(path), layout)
-    return Handle([Removal(experts.add(Visitor(kind, None, callback, False)))])
+    return _visit_experts(hf_model, path, layout, Visitor(kind, None, callback, writes=False))
 
 
 def write_experts(
     hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, edit: Callable[..., Tensor | None]
 ) -> Handle:
     """As `write`, for all experts of one module at once: ``edit(values, experts, tokens)``, as in `read_experts`."""
+    return _visit_experts(hf_model, path, layout, Visitor(kind, None, edit, writes=True))
+
+
+def _visit_experts(hf_model: nn.Module, path: str, layout: MLPLayout, visitor: Visitor) -> Handle:
     _refuse_compiled(hf_model, path)
-    experts = Experts.of(hf_model.get_submodule(path), layout)
-    return Handle([Removal(experts.add(Visitor(kind, None, edit, True)))])
+    return Handle([Removal(Experts.of(hf_model.get_submodule(path), layout).add(visitor))])
 
 
 def see_number_of_tokens(hf_model: nn.Module, mlp: MLP, callback: Callable[[int], object]) -> Handle:
@@ -172,40 +173,38 @@ def see_number_of_tokens(hf_model: nn.Module, mlp: MLP, callback: Callable[[int]
         mlp: one of its experts.
         callback: what it raises stops the forward.
     """
-    path = mlp.path if mlp.layout.parameters else ".".join(mlp.path.split(".")[:-2])
+    path = mlp.path if mlp.layout.parameters else _path_of_router(mlp)
 
     def count(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        callback(_first(args, kwargs).shape[:-1].numel())
+        callback(first_input(args, kwargs).shape[:-1].numel())
 
     return Handle([see_input(hf_model.get_submodule(path), count)])
 
 
+def _path_of_router(mlp: MLP) -> str:
+    """The path of the block that sends tokens to an expert which is a module of its own, in a list of that block."""
+    return ".".join(mlp.path.split(".")[:-2])
+
+
 def _refuse_compiled(hf_model: nn.Module, path: str) -> None:
-    """Compiled code does not look for hooks that come after it was made: they would do nothing, without a word."""
-    at, parts = hf_model, path.split(".")
-    for part in [None, *parts]:
-        at = at if part is None else at.get_submodule(part)
-        if getattr(at, "_compiled_call_impl", None) is not None or hasattr(at, "_orig_mod"):
+    """Refuses to put hooks in code that was compiled before: it does not look for them, and they would do nothing."""
+    names = path.split(".")
+    for depth in range(len(names) + 1):
+        module = hf_model.get_submodule(".".join(names[:depth]))
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
             raise ArchitectureError(
-                f"{type(at).__name__} is compiled, and its code does not see hooks that come later; use the model as "
-                "it was before torch.compile"
+                f"{type(module).__name__} is compiled, and its code does not see hooks that come later; use the model "
+                "as it was before torch.compile"
             )
 
 
-def _routing(hf_model: nn.Module, mlp: MLP) -> tuple[Routing, list[Removable]]:
-    """What tells the tokens of an expert that is a module of its own in a list."""
-    block = hf_model.get_submodule(".".join(mlp.path.split(".")[:-2]))
-    routing = Routing.of(block)
-    return routing, [Removal(routing.follow(hf_model.get_submodule(mlp.path)))]
-
-
 class ComputedGate:
-    """A ``gate`` that no module computes: seen and changed where ``post`` is needed, which is then computed again.
+    """A ``gate`` that no module computes: it is computed here, and ``post`` again if somebody changed it.
 
-    One for each MLP, so that several edits follow each other. Its hooks put themselves where they belong at every
-    forward: last on the projections (they must see what others made of ``pre`` and ``up``) and first on the down
-    projection (others must see what it makes of ``post``). A trace is served the gate as soon as there is a ``pre``;
-    what it writes comes after all edits, and what looks at the gate sees it.
+    There is one for each MLP, so that several edits follow each other. At every forward its hooks move to where they
+    belong: last on the projections (to see what other hooks made of ``pre`` and ``up``), and first on the down
+    projection (so that other hooks see the new ``post``). A trace is served the gate as soon as there is a ``pre``.
+    What the trace writes comes after all edits, and before anybody who only looks at the gate.
     """
 
     _all: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
@@ -221,7 +220,7 @@ class ComputedGate:
         self.edits: dict[int, Callable[[Tensor], Tensor | None]] = {}
         self.watchers: dict[int, Callable[[Tensor], object]] = {}
         self.hooks: list[Removable] = []
-        self.seen: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
         self.served: list[_Served] = []
 
     def change(self, edit: Callable[[Tensor], Tensor | None]) -> Handle:
@@ -246,23 +245,23 @@ class ComputedGate:
         if not self.edits and not self.watchers:
             while self.hooks:
                 self.hooks.pop().remove()
-            self.seen.clear()
+            self.outputs.clear()
             self.served.clear()
 
     def _start(self) -> None:
         module, layout = self.module(), self.layout
         down = module.get_submodule(layout.down)
-        last = change_input(down, self._before_down, first=True)
-        self.hooks.append(last)
-        for name in dict.fromkeys(filter(None, (layout.fused, layout.gate, layout.up))):
-            linear = module.get_submodule(name)
-            keep = see_output(linear, functools.partial(self._after_linear, name))
+        recompute = change_input(down, self._before_down, first=True)
+        self.hooks.append(recompute)
+        for name in dict.fromkeys(filter(None, (layout.first, layout.up))):
+            projection = module.get_submodule(name)
+            keep = see_output(projection, functools.partial(self._after_projection, name))
 
-            def order(*_: object, linear: nn.Module = linear, keep: RemovableHandle = keep) -> None:
-                cast(OrderedDict, linear._forward_hooks).move_to_end(keep.id)
-                cast(OrderedDict, down._forward_pre_hooks).move_to_end(last.id, last=False)
+            def order(*_: object, projection: nn.Module = projection, keep: RemovableHandle = keep) -> None:
+                cast(OrderedDict, projection._forward_hooks).move_to_end(keep.id)
+                cast(OrderedDict, down._forward_pre_hooks).move_to_end(recompute.id, last=False)
 
-            self.hooks += [keep, change_input(linear, order)]
+            self.hooks += [keep, change_input(projection, order)]
 
     # -- in a trace ----------------------------------------------------------------------------------------------------
 
@@ -274,19 +273,19 @@ class ComputedGate:
             batcher: nnsight's batcher, where a trace has several inputs.
             rows: which rows the asking part of the trace sees; None for all of them.
         """
-        for one in self.served:
-            if one.rows == rows:
-                return one.gate
+        for served in self.served:
+            if served.rows == rows:
+                return served.gate
         gate = self._edited(self.layout.gate_of(self.module(), pre))
-        for one in self.served:
-            if one.rows is None and one.is_changed():
-                gate = batcher.narrow(one.gate, rows)
+        for served in self.served:
+            if served.rows is None and served.is_changed():
+                gate = batcher.narrow(served.gate, rows)
         self.served.append(_Served(gate, pre, batcher, rows))
         return gate
 
     def assign(self, gate: Tensor, pre: Tensor, batcher: Any = None, rows: object = None) -> None:
         """Puts a trace's gate in place of this forward's; see `serve`."""
-        self.served = [one for one in self.served if one.rows != rows]
+        self.served = [served for served in self.served if served.rows != rows]
         self.served.append(_Served(gate, pre, batcher, rows, assigned=True))
 
     # -- one forward ---------------------------------------------------------------------------------------------------
@@ -297,22 +296,20 @@ class ComputedGate:
             gate = gate if new is None else new
         return gate
 
-    def _after_linear(self, name: str, linear: nn.Module, args: tuple, output: Tensor) -> None:
-        self.seen[name] = output
+    def _after_projection(self, name: str, projection: nn.Module, args: tuple, output: Tensor) -> None:
+        self.outputs[name] = output
 
     def _before_down(self, down: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         layout, module = self.layout, self.module()
-        if layout.fused is not None:
-            fused = self.seen.pop(layout.fused)
-            pre, up = layout.part(fused, "pre"), layout.part(fused, "up")
-        else:
-            pre, up = self.seen.pop(layout.first), self.seen.pop(layout.up or "", None)
+        pre, up = layout.pre_and_up(self.outputs)
+        self.outputs.clear()
         computed = layout.gate_of(module, pre)
         gate = self._edited(computed)
-        served, self.served = self.served, []
-        for one in served:
-            if one.is_changed() or one.is_differentiated(pre):
-                gate = one.gate if one.rows is None else one.batcher.widen(gate, one.rows, one.gate)
+        all_served, self.served = self.served, []
+        for served in all_served:
+            if served.is_changed() or served.is_differentiated(pre):
+                whole = served.rows is None
+                gate = served.gate if whole else served.batcher.widen(gate, served.rows, served.gate)
         for watcher in tuple(self.watchers.values()):
             watcher(gate)
         if gate is computed:
@@ -343,11 +340,6 @@ class _Served:
     def is_differentiated(self, pre: Tensor) -> bool:
         """Whether gradients should flow through it: only if nothing was written to what it was computed from."""
         return self.gate.requires_grad and self.source == (pre.untyped_storage()._cdata, pre._version)
-
-
-def _first(args: tuple, kwargs: Keywords) -> Tensor:
-    """The input of a projection, however its caller names it."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _with_first(args: tuple, kwargs: Mapping[str, object], new: Tensor) -> tuple[tuple, Keywords]:

@@ -1,9 +1,10 @@
 """Hooks that stand where the model itself does, within nnsight's handoff of a module's values to a trace.
 
 nnsight runs *inside* PyTorch's hooks: a trace is served a module's input after all forward pre-hooks, and its output
-before any forward hook. So an input is best changed by a pre-hook, and an output best read by a hook; the other two
-have to stand further in, next to the module's own code. Then the order is one everywhere: what changes a value comes
-first, a trace reads and writes it next, and what only looks at it sees what the model goes on with.
+before any forward hook. So a pre-hook is the place to change an input, and a hook the place to read an output. To read
+an input, or to change an output, one has to stand further in, next to the module's own code. Then one order holds
+everywhere: first comes whatever changes a value, then a trace that reads and writes it, and last whatever only looks,
+which so sees what the model goes on with.
 """
 
 import functools
@@ -35,8 +36,8 @@ class _HookedState(State):
     @property
     def body(self) -> Callable:
         """The module's forward, with what stands around it."""
-        body, known = _BODY.__get__(self), _HOOKS.get(id(self))
-        return body if known is None else functools.partial(_run, tuple(known[1].values()), body)
+        body, entry = _BODY.__get__(self), _HOOKS.get(id(self))
+        return body if entry is None else functools.partial(_run, tuple(entry[1].values()), body)
 
     @body.setter
     def body(self, value: Callable) -> None:
@@ -79,6 +80,11 @@ class Removal:
 
     def __init__(self, remove: Callable[[], object]) -> None:
         self.remove = remove
+
+
+def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """The first of a module's arguments, whether its caller gives it by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def change_input(module: nn.Module, hook: Before, *, first: bool = False) -> RemovableHandle:
@@ -135,14 +141,11 @@ def hooks_of(module: nn.Module) -> list[Callable]:
     ]
 
 
-def is_watched(module: nn.Module, *, ours: bool = True) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether a module has hooks of the user, or of a recorder or an ablation that is in force.
 
-    Hooks that nnsight, transformers, accelerate and torch put on a model for good do not count.
-
-    Args:
-        module: one module; those within it are not looked at.
-        ours: whether hooks of this library count; else only those of the user.
+    Hooks that nnsight, transformers, accelerate and torch put on a model for good do not count, nor do hooks of the
+    modules within it.
     """
     makers = {(getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0] for hook in hooks_of(module)}
-    return bool(makers - {"nnsight", "transformers", "accelerate", "torch", *(() if ours else ("vlmneurons",))})
+    return not makers <= {"nnsight", "transformers", "accelerate", "torch"}

@@ -1,7 +1,7 @@
 """What an MLP is made of: plain values that name modules, and know nothing of models."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,13 +17,13 @@ class Step:
     """One operation of an `Expression`: ``target`` applied to earlier values.
 
     Attributes:
-        how: ``"function"``, ``"method"``, ``"module"`` or ``"attribute"``.
+        operation: ``"function"``, ``"method"``, ``"module"`` or ``"attribute"``.
         target: the function, the name of the method, or that of the module or attribute, relative to the MLP.
         arguments: each a constant, or a `Value`.
         keywords: pairs of a name and such an argument.
     """
 
-    how: str
+    operation: str
     target: Callable | str
     arguments: tuple = ()
     keywords: tuple[tuple[str, object], ...] = ()
@@ -36,16 +36,25 @@ class Value:
     of: str | int
 
 
+def _values(arguments: object) -> Iterator[Value]:
+    """Every `Value` among the arguments of a step, in tuples too."""
+    if isinstance(arguments, Value):
+        yield arguments
+    elif isinstance(arguments, tuple):
+        for argument in arguments:
+            yield from _values(argument)
+
+
 @dataclass(frozen=True)
 class Expression:
     """An elementwise computation of the MLP, kept so that it can be repeated on other values, bit for bit.
 
-    Equal for MLPs that compute alike, and hashable: it names modules, and looks them up in the MLP it is called with.
+    It names modules and looks them up in the MLP it is called with. So it is equal for MLPs that compute alike.
     """
 
     steps: tuple[Step, ...]
 
-    def __call__(self, module: nn.Module, **inputs: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, **inputs: Tensor | None) -> Tensor:
         results: list[Any] = []
 
         def value(argument: object) -> Any:
@@ -58,9 +67,9 @@ class Expression:
             keywords = {name: value(argument) for name, argument in step.keywords}
             if not isinstance(step.target, str):
                 results.append(step.target(*arguments, **keywords))
-            elif step.how == "method":
+            elif step.operation == "method":
                 results.append(getattr(arguments[0], step.target)(*arguments[1:], **keywords))
-            elif step.how == "attribute":
+            elif step.operation == "attribute":
                 results.append(operator.attrgetter(step.target)(module))
             else:  # forward, not a call: nobody else's hooks should see a repetition
                 results.append(module.get_submodule(step.target).forward(*arguments, **keywords))
@@ -69,16 +78,8 @@ class Expression:
     @property
     def inputs(self) -> frozenset[str]:
         """The names of its inputs."""
-
-        def names(argument: object) -> Iterator[str]:
-            if isinstance(argument, Value) and isinstance(argument.of, str):
-                yield argument.of
-            elif isinstance(argument, tuple):
-                for inner in argument:
-                    yield from names(inner)
-
-        steps = [(*step.arguments, *(value for _, value in step.keywords)) for step in self.steps]
-        return frozenset(name for arguments in steps for name in names(arguments))
+        values = (value for step in self.steps for value in _values((step.arguments, step.keywords)))
+        return frozenset(value.of for value in values if isinstance(value.of, str))
 
     def __str__(self) -> str:
         results: list[str] = []
@@ -90,16 +91,13 @@ class Expression:
 
         for step in self.steps:
             name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", str(step.target))
-            given = [text(argument) for argument in step.arguments]
-            given += [f"{key}={text(value)}" for key, value in step.keywords if value is not None]
-            if name in _SYMBOLS and len(given) == 2:
-                results.append(
-                    f"{given[0]} {_SYMBOLS[name]} {given[1]}"
-                    if name == "mul"
-                    else f"({given[0]} {_SYMBOLS[name]} {given[1]})"
-                )
+            texts = [text(argument) for argument in step.arguments]
+            texts += [f"{key}={text(value)}" for key, value in step.keywords if value is not None]
+            if name in _SYMBOLS and len(texts) == 2:
+                infix = f"{texts[0]} {_SYMBOLS[name]} {texts[1]}"
+                results.append(infix if name == "mul" else f"({infix})")
             else:
-                results.append(name if step.how == "attribute" else f"{name}({', '.join(given)})")
+                results.append(name if step.operation == "attribute" else f"{name}({', '.join(texts)})")
         return results[-1]
 
 
@@ -177,15 +175,16 @@ class MLPLayout:
     def __post_init__(self) -> None:
         if self.function is None and self.activation is not None:
             object.__setattr__(self, "function", Expression((Step("module", self.activation, (Value("pre"),)),)))
-        elif self.function is not None and not callable(self.function):
-            raise ArchitectureError(f"function= computes gate from pre, such as F.silu; got {self.function!r}")
-        elif self.function is not None and not isinstance(self.function, Expression):
-            object.__setattr__(self, "function", Expression((Step("function", self.function, (Value("pre"),)),)))
-        if self.product is not None and not isinstance(self.product, Expression):
-            if not callable(self.product):
-                raise ArchitectureError(f"product= computes post from gate and up; got {self.product!r}")
-            given = (Value("gate"), Value("up")) if self.gated else (Value("gate"),)
-            object.__setattr__(self, "product", Expression((Step("function", self.product, given),)))
+        for name, purpose, inputs in (
+            ("function", "gate from pre, such as F.silu", ("pre",)),
+            ("product", "post from gate and up", ("gate", "up") if self.gated else ("gate",)),
+        ):
+            compute = getattr(self, name)
+            if compute is None or isinstance(compute, Expression):
+                continue
+            if not callable(compute):
+                raise ArchitectureError(f"{name}= computes {purpose}; got {compute!r}")
+            object.__setattr__(self, name, Expression((Step("function", compute, tuple(map(Value, inputs))),)))
         if (self.gate is None) == (self.fused is None):
             raise ArchitectureError("an MLPLayout names the projection before its activation: give gate=, or fused=")
         if (self.fused is None) != (self.split is None) or self.split not in (None, *SPLITS.values()):
@@ -243,13 +242,25 @@ class MLPLayout:
         if not self.repeatable:
             raise ArchitectureError(f"post = {self.product} depends on more than gate and up, and cannot be repeated")
         if self.product is not None:
-            return self.product(module, gate=gate, up=up) if self.gated else self.product(module, gate=gate)
+            return self.product(module, gate=gate, up=up)
         return gate * cast(Tensor, up) if self.gated else gate
 
     @property
     def repeatable(self) -> bool:
         """Whether ``post`` is a function of ``gate`` and ``up`` alone."""
         return self.product is None or "other" not in cast(Expression, self.product).inputs
+
+    def pre_and_up(
+        self, outputs: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "... neuron"], Float[Tensor, "... neuron"] | None]:
+        """``pre`` and ``up`` (None for an MLP without one), taken from what the projections gave: activations.
+
+        Args:
+            outputs: the output of each projection that ran, by its name.
+        """
+        if self.fused is not None:
+            return self.part(outputs[self.fused], "pre"), self.part(outputs[self.fused], "up")
+        return outputs[self.first], outputs.get(self.up or "")
 
     def part(self, fused: Float[Tensor, "... both"], kind: str) -> Float[Tensor, "... neuron"]:
         """The view of a fused projection's output that is ``pre`` or ``up``.

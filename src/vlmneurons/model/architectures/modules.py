@@ -1,7 +1,8 @@
 """What single modules do: project linearly, bend each number on its own, normalise, or hand on what they get.
 
-Names are not asked. What a module declares is believed (``in_features``), what it wraps is followed, and what has no
-more than small weights is tried out on made-up numbers, in a copy.
+The name of a class is not asked. A module that declares its sizes (``in_features``) is believed to be a linear layer.
+One that stands around another is followed. One with weights of at most one axis is copied, and the copy is run on
+made-up numbers.
 """
 
 import copy
@@ -30,7 +31,7 @@ def declared_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _setting(module: nn.Module, name: str) -> Any:
-    """An attribute, looked for where it may be: most modules lack most names, and torch is slow to say so."""
+    """An attribute of a module, or None: most modules lack most of these, and torch is slow to say so."""
     if name in vars(module):
         return vars(module)[name]
     return getattr(module, name, None) if hasattr(type(module), name) else None
@@ -38,7 +39,7 @@ def _setting(module: nn.Module, name: str) -> Any:
 
 @functools.cache
 def names_used(kind: type) -> frozenset[str]:
-    """Every name that the code of a class mentions, but for where it is made: what its forward may depend on."""
+    """Every name that the code of a class mentions outside of ``__init__``: what its forward may depend on."""
     names: set[str] = set()
     codes = [
         inspect.unwrap(value).__code__
@@ -55,7 +56,7 @@ def names_used(kind: type) -> frozenset[str]:
 
 
 def _comparable(value: object, numbers: bool) -> object:
-    """Equal for settings that mean the same to a forward; objects that we do not know are each their own."""
+    """Equal for settings that mean the same to a forward; an object of another kind equals itself alone."""
     if type(value) is int and not numbers:
         return int
     if isinstance(value, int | float | str | bool | type(None)):
@@ -138,8 +139,6 @@ class Modules:
         for node in reversed(list(graphs[0].nodes)):
             if set(node.users) & before:
                 before.add(node)
-        if results[0] not in after:
-            return False
         return all(
             keeps_straight(node, after)
             or (node.op == "call_module" and self.character(module.get_submodule(node.target)) in ("same", "affine"))
@@ -148,9 +147,9 @@ class Modules:
         )
 
     def bends_itself(self, module: nn.Module) -> bool:
-        """Whether a module that declares itself linear applies an activation: then its output is nobody's ``pre``.
+        """Whether a module that declares itself linear applies an activation.
 
-        What torch and quantised layers do in their own way cannot be followed, and is believed.
+        What cannot be followed, as torch's own and quantised layers, is believed to be linear.
         """
         if type(module).forward is nn.Linear.forward or declared_size(module) is None:
             return False
@@ -169,11 +168,12 @@ class Modules:
     # --- tried out ---
 
     def character(self, module: nn.Module) -> str:
-        """What a module without children does to a tensor when the model is evaluated, by trying it out.
+        """What a module without children does to a tensor when the model is evaluated.
 
-        ``"same"``: it hands it on. ``"affine"``: each number is stretched and shifted. ``"odd"`` and ``"bent"``: each
-        number is bent, evenly to both sides or not. ``"norm"``: numbers are divided by what depends on all of them.
-        ``"unknown"``: anything else, or more than it can be asked here.
+        Returns:
+            ``"same"``: it hands the tensor on. ``"affine"``: it stretches and shifts each number. ``"odd"``: it bends
+                each number, alike on both sides of a shift. ``"bent"``: it bends each number otherwise. ``"norm"``: it
+                divides numbers by what depends on all of them. ``"unknown"``: anything else, or it could not be run.
         """
         if type(module).forward.__module__.startswith("torch.nn."):  # not what a subclass may do besides
             if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
@@ -204,23 +204,24 @@ def _tried(module: nn.Module) -> str:
             name: None if value is None else nn.Parameter(drawn(*value.shape) + 0.5, requires_grad=False)
             for name, value in vars(module)[group].items()
         }
-    x, other = 6 * drawn(2, 3, max(wide, default=24)) - 3, 6 * drawn(2, 3, max(wide, default=24)) - 3
+    x, y = (6 * drawn(2, 3, max(wide, default=24)) - 3 for _ in range(2))
     changed = x.clone()
     changed[1, 2, -1] += 0.5
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            of_x, of_other, of_changed, minus, minus_other, twice = (
-                type(module).forward(clone, value.clone()) for value in (x, other, changed, -x, -other, 2 * x)
+            of_x, of_y, of_changed, of_minus_x, of_minus_y, of_twice_x = (
+                type(module).forward(clone, value.clone()) for value in (x, y, changed, -x, -y, 2 * x)
             )
         if of_x.shape != x.shape:
             return "unknown"
-        even = torch.allclose(of_x + minus, of_other + minus_other, rtol=1e-3, atol=1e-3)  # to both sides of a shift
+        # An odd function (tanh, say), shifted by a constant, gives the same sum at x and -x, whatever x is.
+        odd = torch.allclose(of_x + of_minus_x, of_y + of_minus_y, rtol=1e-3, atol=1e-3)
         if torch.equal(of_x, x):
             return "same"
-        if not torch.equal(of_x.flatten()[:-1], of_changed.flatten()[:-1]):
-            return "norm" if even and torch.allclose(of_x, twice, rtol=1e-2, atol=1e-2) else "unknown"
-        shift = (of_x + minus) / 2
-        straight = even and torch.allclose(twice - shift, 2 * (of_x - shift), rtol=1e-3, atol=1e-3)
-        return "affine" if straight else "odd" if even else "bent"
+        if not torch.equal(of_x.flatten()[:-1], of_changed.flatten()[:-1]):  # the last number alone was changed
+            return "norm" if odd and torch.allclose(of_x, of_twice_x, rtol=1e-2, atol=1e-2) else "unknown"
+        shift = (of_x + of_minus_x) / 2
+        straight = odd and torch.allclose(of_twice_x - shift, 2 * (of_x - shift), rtol=1e-3, atol=1e-3)
+        return "affine" if straight else "odd" if odd else "bent"
     except Exception:  # it asks for something else than a tensor, or for its own device
         return "unknown"

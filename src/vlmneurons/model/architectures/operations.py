@@ -58,12 +58,14 @@ def is_clamp_at_zero(node: fx.Node) -> bool:
     return 0 in [bound for bound in (*node.args[1:], *node.kwargs.values()) if not isinstance(bound, fx.Node)]
 
 
-def keeps_straight(node: fx.Node, ours: Container[fx.Node]) -> bool:
-    """Whether a step leaves multiples of ``ours`` multiples, clamps aside: it shifts, stretches, lays out or casts."""
+def keeps_straight(node: fx.Node, inputs: Container[fx.Node]) -> bool:
+    """Whether a step only shifts, stretches, clamps, lays out or casts ``inputs``: it bends none of them."""
     if node.target in CLAMPS:
         return not is_clamp_at_zero(node)
     if node.target in PRODUCTS:
-        return sum(argument in ours for argument in node.all_input_nodes) < 2 and len(set(node.args)) == len(node.args)
+        return sum(argument in inputs for argument in node.all_input_nodes) < 2 and len(set(node.args)) == len(
+            node.args
+        )
     return node.target in AFFINE | PASSIVE or node.target is getattr or is_view(node)
 
 
@@ -75,7 +77,7 @@ def mixes_tokens(node: fx.Node, is_weight: Callable[[fx.Node], bool]) -> bool:
     if not is_call(node):
         return False
     name = name_of(node)
-    if name == "scaled_dot_product_attention" or name.startswith("flash_attn"):
+    if name == "scaled_dot_product_attention":
         return True
     if name == "cumsum":  # along the tokens, and not along the neurons
         return [*node.args[1:], *node.kwargs.values()][:1] in ([-2], [0], [1])

@@ -1,4 +1,11 @@
-"""Looking through one model for MLPs, for lists of blocks that hold them, and for what may be one and is not told."""
+"""Looking through one model for MLPs, for the lists of blocks that hold them, and for what may be an MLP.
+
+Each module is looked at from the inside out. `Search.layouts` gives the MLPs that its own forward computes, and
+`Search.below` these together with those of the modules inside. `Search.stacks` gives the lists of blocks. What then
+remains is checked the other way round: any two linear layers of a block that fit together like the two ends of an MLP
+must be in one that was found, in a module that mixes tokens, or refuted by the flow. If not, `Search.doubts` names
+them, and the model is refused: an MLP is not left out unsaid.
+"""
 
 import collections
 import dataclasses
@@ -75,7 +82,7 @@ class Search:
         self.size = self.modules.size
         self.passed_over: dict[str, list[Block]] = {}
         self._flows: dict[tuple[int, bool], list[Flow]] = {}
-        self._lost: set[tuple[int, bool]] = set()  # what cannot be followed, in no layer: those are tried longest
+        self._lost: set[tuple[int, bool]] = set()  # what cannot be followed takes longest, so it is tried in one layer
         self._layouts: dict[int, tuple[tuple[MLPLayout, int], ...]] = {}
         self._experts: dict[int, FoundMLP | None] = {}
         self._mixers: dict[int, bool] = {}
@@ -92,7 +99,7 @@ class Search:
         if (self.modules.fingerprint(module, numbers=False), everywhere) in self._lost:
             return []
         if key not in self._flows:
-            # settled before the trace: while it runs, parameters of modules are symbols
+            # Which modules are steps is settled before the trace: while that runs, their parameters are symbols.
             steps = {child for child in module.modules() if child is not module and self._is_step(child)}
 
             def explained(child: nn.Module) -> bool:
@@ -108,7 +115,10 @@ class Search:
         return any(True for _ in module.children()) and not isinstance(module, LISTS) and self.size(module) is None
 
     def _is_step(self, module: nn.Module) -> bool:
-        """Whether a module is to be one step in the flow of those around it."""
+        """Whether a module is to be one step in the flow of those around it.
+
+        Either all its neurons are known, so nothing inside belongs to an MLP around it; or it cannot be followed.
+        """
         return self._holds_others(module) and (
             self.is_mixer(module)
             or self.experts(module) is not None
@@ -117,15 +127,15 @@ class Search:
         )
 
     def is_mixer(self, module: nn.Module) -> bool:
-        """Whether a module sums over tokens, as attention does, and neither is nor hides an MLP or half of one.
+        """Whether a module sums over tokens, as attention does, and neither holds nor hides an MLP or half of one.
 
-        Such a module is one step for those around it. Its class's name is not asked.
+        The name of its class is not asked.
         """
         if not self._holds_others(module):
             return False
         key = self.modules.fingerprint(module, numbers=False)
         if key not in self._mixers:
-            self._mixers[key] = False  # for `_pairs`, which asks of the module itself, too
+            self._mixers[key] = False  # an answer for `_pairs`, which asks about the module itself, too
             self._mixers[key] = self._mixes(module)
         return self._mixers[key]
 
@@ -134,9 +144,11 @@ class Search:
             return False
         pairs, flows = self._pairs(module, ()), self.flows(module)
         if flows:
+            # It sums over tokens, is no first half of an MLP, and no two of its layers may be both ends of one.
             return bool(flows[0].mixed) and flows[0].ends_straight() and all(self._refuted(module, *p) for p in pairs)
-        # What cannot be followed is believed to sum over tokens if its code calls something of the kind; yet a pair of
-        # layers from the module's own size and back to it, neither of them called like attention's, stays in doubt.
+        # A module that cannot be followed is believed to sum over tokens if its code calls something of the kind. But
+        # it may hide an MLP if two layers lead from the module's own size and back to it, and neither of them has a
+        # name that layers of attention have.
         linears = [(name, size) for name, child in module.named_modules() if (size := self.size(child)) is not None]
         hidden = collections.Counter(size[0] for _, size in linears).most_common(1)
         sizes = dict(linears)
@@ -154,19 +166,25 @@ class Search:
         """
         key = self.modules.fingerprint(module)
         if key not in self._layouts:
-            # The first way through the forward is enough if it leaves nothing open; else the others are gone, too.
+            # By the name of the down projection: what goes into it is computed in one way only.
             by_down = {layout.down: (layout, width) for flow in self.flows(module) for layout, width in flow.mlps}
             tried = None if by_down else probe(module, self.modules)
             if tried is not None:
-                by_down = {tried[0].down: tried}
-            named = [FoundMLP("", module, *mlp) for mlp in by_down.values()]
-            pairs = self._pairs(module, [*named, *self._deeper(module)])
-            if self.flows(module) and not all(self._refuted(module, *pair) for pair in pairs):
-                for layout, width in (mlp for flow in self.flows(module, True) for mlp in flow.mlps):
-                    before, _ = by_down.setdefault(layout.down, (layout, width))
-                    if before != layout:
-                        what = f"{type(module).__name__} uses {layout.down} in two ways"
-                        raise ArchitectureError(self.explain(what, [str(before), str(layout)]))
+                self._layouts[key] = (tried,)
+                return self._layouts[key]
+            # So far one way through the forward was followed. Comparisons and optional arguments may lead other ways.
+            # They are followed too if the first has an MLP, which must then be the same in each way that has its down
+            # projection, and if it leaves open whether two layers are an MLP. Else every pair is refuted already.
+            pairs = [] if by_down else self._pairs(module, self._deeper(module))
+            if by_down or (self.flows(module) and not all(self._refuted(module, *pair) for pair in pairs)):
+                ways = self.flows(module, True)
+                for layout, width in (mlp for way in ways for mlp in way.mlps):
+                    by_down.setdefault(layout.down, (layout, width))
+                for down, (layout, _) in by_down.items():
+                    for others in (dict((mlp.down, mlp) for mlp, _ in way.mlps) for way in ways if way.calls[down]):
+                        if others.get(down) != layout:
+                            problem = f"{type(module).__name__} uses {down} in two ways"
+                            raise self.refusal(problem, [str(layout), str(others.get(down, "no MLP"))])
             self._layouts[key] = tuple(by_down.values())
         return self._layouts[key]
 
@@ -246,30 +264,28 @@ class Search:
         projections = {name: operator.attrgetter(name)(module) for name in (first, layout.up, layout.down) if name}
         bare = [name for name, value in projections.items() if isinstance(value, nn.Parameter)]
         if bare and (len(bare) < len(projections) or any(value.ndim != 3 for value in projections.values())):
-            what = f"the projections of the MLP at {where} are parameters and no modules: its values cannot be read"
-            raise ArchitectureError(self.explain(what, [", ".join(bare)]))
+            problem = f"the projections of the MLP at {where} are parameters and no modules: its values cannot be read"
+            raise self.refusal(problem, [", ".join(bare)])
         if layout.parameters:
             down, into = projections[layout.down], projections[first]
             if width is None:
                 width = self._width_of_parameters(module, layout, into, down)
             return FoundMLP(path, module, layout, width, down.shape[0])
-        sizes = [(layout.down, 0, 1), (first, 1, 2 if layout.fused else 1)]
+        sides = [(layout.down, 0, 1), (first, 1, 2 if layout.fused else 1)]
         if layout.up is not None:
-            sizes.append((layout.up, 1, 1))
+            sides.append((layout.up, 1, 1))
         widths = []
-        for name, side, parts in sizes:
+        for name, side, parts in sides:
             projection = module.get_submodule(name)
             size = self.size(projection)
             if size is not None:
                 widths.append((name, size[side] // parts))
             elif not [*projection.parameters(), *projection.buffers()]:
-                what = f"{name!r} of the MLP at {where} is a {type(projection).__name__}, and no projection"
-                raise ArchitectureError(self.explain(what, []))
+                problem = f"{name!r} of the MLP at {where} is a {type(projection).__name__}, and no projection"
+                raise self.refusal(problem)
         if len({width for _, width in widths}) != 1:
-            seen = ", ".join(f"{name}: {width}" for name, width in widths) or "no size at all"
-            raise ArchitectureError(
-                self.explain(f"the projections of the MLP at {where} do not agree on its width", [seen])
-            )
+            sizes = ", ".join(f"{name}: {width}" for name, width in widths) or "no size at all"
+            raise self.refusal(f"the projections of the MLP at {where} do not agree on its width", [sizes])
         return FoundMLP(path, module, layout, widths[0][1])
 
     def _width_of_parameters(self, module: nn.Module, layout: MLPLayout, into: Tensor, down: Tensor) -> int:
@@ -289,8 +305,8 @@ class Search:
         }
         widths = followed or shaped
         if len(widths) != 1:
-            what = f"parameters of shapes {tuple(into.shape)} and {tuple(down.shape)} do not tell the number of neurons"
-            raise ArchitectureError(self.explain(what, []))
+            shapes = f"{tuple(into.shape)} and {tuple(down.shape)}"
+            raise self.refusal(f"parameters of shapes {shapes} do not tell the number of neurons")
         return widths.pop()
 
     # --- what may be an MLP ---
@@ -396,8 +412,8 @@ class Search:
                     held(name)
                 except AttributeError:
                     has = ", ".join(child for child, _ in place.named_children())
-                    what = f"the Architecture names {name!r} in {path}.{inner}, which has {has or 'no modules'}"
-                    raise ArchitectureError(self.explain(what, [])) from None
+                    problem = f"the Architecture names {name!r} in {path}.{inner}, which has {has or 'no modules'}"
+                    raise self.refusal(problem) from None
             mlps.append(self.measured(inner, place, layout))
         return Block(path, module, tuple(mlps), registered=True)
 
@@ -416,7 +432,7 @@ class Search:
             blocks = self._blocks(module, path)
             if self._is_stack(blocks):
                 return {path: blocks}
-            if not any(block.mlps for block in blocks) and any(self._computes_besides(block) for block in blocks):
+            if not any(block.mlps for block in blocks):
                 self.passed_over[path] = [block for block in blocks if any(True for _ in block.module.children())]
         stacks: dict[str, list[Block]] = {}
         for name, child in module.named_children():
@@ -469,11 +485,11 @@ class Search:
         """Whether a block has weights beside its MLPs: a transformer block does, a projector does not."""
         inside: set[nn.Module] = set()
         for mlp in block.mlps:
-            own = mlp.projections if mlp.module is block.module else [mlp.module]
+            parts = mlp.projections if mlp.module is block.module else [mlp.module]
             if mlp.experts is not None or _is_routed(mlp, block):  # what routes to experts belongs to them
                 above = mlp.inner.split(".")[: -1 if mlp.experts else -2]
-                own += [block.module.get_submodule(".".join(above))] if above else []
-            inside |= {mlp.module, *(child for module in own for child in module.modules())}
+                parts += [block.module.get_submodule(".".join(above))] if above else []
+            inside |= {mlp.module, *(child for part in parts for child in part.modules())}
         return any(
             self.size(child) is not None or any(p.ndim >= 2 for p in child.parameters(recurse=False))
             for child in block.module.modules()
@@ -509,8 +525,8 @@ class Search:
                 place = f"{block.path}.{mlp.inner}" if mlp.inner else block.path
                 before = self._places.setdefault((id(mlp.module), mlp.layout.down), place)
                 if before != place:
-                    what = f"{before} and {place} are one module, whose neurons cannot be told apart by layer"
-                    raise ArchitectureError(self.explain(what, []))
+                    problem = f"{before} and {place} are one module, whose neurons cannot be told apart by layer"
+                    raise self.refusal(problem)
                 self._refuse_strange(place, mlp, block.registered)
                 name, layout = mlp.layout.activation, mlp.layout
                 if name and not layout.parameters and self._uses[id(mlp.module.get_submodule(name))] > 1:
@@ -522,16 +538,14 @@ class Search:
     def _refuse_strange(self, place: str, mlp: FoundMLP, registered: bool) -> None:
         """Raises where hooks on an MLP's modules would tell of something else than its class's ``forward``."""
         if _is_replaced(mlp.module) and not registered:
-            what = (
-                f"the forward of {place} was replaced on this one object, so its class does not tell what it computes"
-            )
-            raise ArchitectureError(self.explain(what, []))
+            problem = "was replaced on this one object, so its class does not tell what it computes"
+            raise self.refusal(f"the forward of {place} {problem}")
         layout = mlp.layout
         for name in () if layout.parameters else filter(None, (layout.down, layout.gate, layout.up, layout.fused)):
             before = self._places.setdefault((id(mlp.module.get_submodule(name)), ""), place)
             if before != place:
-                what = f"{before} and {place} share {name!r}, one module, whose values cannot be told apart by layer"
-                raise ArchitectureError(self.explain(what, []))
+                problem = f"{before} and {place} share {name!r}, one module, whose values cannot be told apart by layer"
+                raise self.refusal(problem)
 
     @staticmethod
     def named(tower: str, layer: int, block: Block, names: Mapping[str, str]) -> Iterator[MLP]:
@@ -561,20 +575,24 @@ class Search:
             for expert in range(mlp.experts or 0):
                 yield MLP(tower, layer, f"{name}.{expert}", path, mlp.layout, mlp.width, expert, True)
 
-    # --- what was seen ---
+    # --- errors ---
 
-    def explain(self, what: str, doubts: Sequence[str]) -> str:
-        """The text of an error: what is wrong, what was seen, and how a user can say what is known."""
+    def refusal(self, problem: str, doubts: Sequence[str] = ()) -> ArchitectureError:
+        """The error to raise: what is wrong, what was seen, and how a user can say what is known.
+
+        Args:
+            problem: what is wrong.
+            doubts: the places in the model that it is about.
+        """
         name = type(self.model).__name__
-        lists = self._lists()
-        seen = "\n".join(f"  {line}" for line in [*doubts[:6], *lists[:12]]) or "  no list of blocks"
+        lines = "\n".join(f"  {line}" for line in [*doubts[:6], *self._lists()[:12]]) or "  no list of blocks"
         more = f"\n  and {len(doubts) - 6} more" if len(doubts) > 6 else ""
         if any(hasattr(module, "lora_A") for module in self.model.modules()):
             more += (
                 "\nAdapters lie on this model; where one hides what it is on, model.merge_and_unload() puts it inside."
             )
-        return (
-            f"{name}: {what}. Seen:\n{seen}{more}\n"
+        return ArchitectureError(
+            f"{name}: {problem}. Seen:\n{lines}{more}\n"
             "If you know how it computes, say so once, before the model is wrapped:\n"
             "  from vlmneurons.model.architectures import Architecture, MLPLayout, register_architecture\n"
             f"  register_architecture({name!r}, Architecture(\n"
@@ -589,11 +607,11 @@ class Search:
 
     def _lists(self) -> list[str]:
         """A line for every list of several modules: where it is, and what its first block is made of."""
-        lines, inside = [], []
+        lines, listed = [], []
         for path, module in self.model.named_modules():
-            outer = any(path.startswith(f"{other}.") for other in inside)
-            if isinstance(module, LISTS) and len(module) > 1 and not outer:
-                inside.append(path)
+            nested = any(path.startswith(f"{outer}.") for outer in listed)
+            if isinstance(module, LISTS) and len(module) > 1 and not nested:
+                listed.append(path)
                 block = next(iter(module.children()))
                 parts = [
                     f"{key}: {size[0]}->{size[1]}" if size is not None else f"{key}: {type(child).__name__}"

@@ -1,7 +1,7 @@
 """Following a module's ``forward`` with symbols in place of tensors: nothing is computed, and no weight is read.
 
-`torch.fx` does the work. Here is what a model's code does besides, and `torch.fx` alone stops at: tensors made as long
-as the input, properties of dtypes, stars before a symbol, comparisons, and tensors and modules made on the way.
+`torch.fx` does the work. This file adds what the code of models does and `torch.fx` alone stops at: tensors made as
+long as the input, properties of dtypes, stars before a symbol, comparisons, and tensors and modules made on the way.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ UNNAMED = "_a_tensor_made_on_the_way"
 
 
 class _Symbol(fx.Proxy):
-    """Stands in for a tensor. Its length is not known, which `*` takes from a TypeError and from nothing else."""
+    """Stands in for a tensor. Its length is not known; ``*`` understands only a TypeError as saying so."""
 
     def __getattr__(self, name: str) -> "_Property":
         return _Property(self, name)
@@ -45,19 +45,18 @@ _TAKE_NUMBERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (
         torch,
         (
-            *("arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"),
-            *("randperm", "scalar_tensor", "tensor", "zeros"),
-            *("chunk", "roll", "split", "tril", "triu", "finfo", "iinfo"),
+            *("arange", "eye", "full", "linspace", "ones", "scalar_tensor", "tensor", "zeros"),
+            *("chunk", "roll", "split", "triu", "finfo"),
         ),
     ),
     (F, ("pad", "scaled_dot_product_attention")),
-    (Tensor, ("chunk", "expand", "repeat", "reshape", "roll", "split", "to", "tril", "triu", "view")),
+    (Tensor, ("expand", "repeat", "reshape", "to", "view")),
 )
-"""What takes a length, a dtype or a device, and may be called with no symbol in the place of a tensor.
+"""Functions and methods that take a length, a dtype or a device, and may get a symbol for it and none for a tensor.
 
-torch tells `torch.fx` of a call for the sake of its tensors. Whether also for that of a number differs by its version
-and by the function: 2.6 refuses ``torch.arange(x.shape[1])``, 2.14 still ``torch.ones(x.shape[1], 1)`` and every
-``torch.finfo(x.dtype)``. A name that only an old version needs costs no more than its place in this list.
+torch tells `torch.fx` of a call that has a symbol among its tensors. Whether it also does for a symbol among the
+numbers differs by its version and by the function: 2.6 refuses ``torch.arange(x.shape[1])``, and 2.14 still refuses
+``torch.ones(x.shape[1], 1)`` and every ``torch.finfo(x.dtype)``.
 """
 _IN_PARTS = ("chunk", "split", torch.chunk, torch.split)  # torch's own, whatever its names are while a flow is followed
 _TRACING = threading.RLock()
@@ -97,17 +96,19 @@ _MOST_WAYS = 12
 @contextlib.contextmanager
 def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
     """After it the modules have what they had: some keep a value of their forward, as Switch's router does a dtype."""
-    held: list[tuple[Any, Any]] = [(vars(module), vars(module).copy()) for module in modules]
-    named = [(name, one) for _, had in held for name, one in had.items() if type(one) in (dict, list, set)]
-    held += [(one, one.copy()) for name, one in named if one or name[0] != "_"]  # none of PyTorch's empty ones
+    before: list[tuple[Any, Any]] = [(vars(module), vars(module).copy()) for module in modules]
+    attributes = [item for _, content in before for item in content.items() if type(item[1]) in (dict, list, set)]
+    before += [
+        (value, value.copy()) for name, value in attributes if value or name[0] != "_"
+    ]  # not PyTorch's empty ones
     try:
         yield
     finally:
-        for one, content in held:
-            now, then = ((each.items() if isinstance(each, dict) else each) for each in (one, content))
+        for container, content in before:
+            now, then = (values.items() if isinstance(values, dict) else values for values in (container, content))
             if [*map(_ids, now)] != [*map(_ids, then)]:
-                one.clear()
-                one.extend(content) if isinstance(one, list) else one.update(content)
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def _ids(value: Any) -> Any:

@@ -43,18 +43,21 @@ def named_towers(search: Search) -> dict[str, tuple[str, list[Block]]]:
     """
     model, stacks = search.model, search.stacks()
     decoder = _asked(model, "get_decoder")
+    # A model that embeds no tokens has no language model: all that it has sees, or hears.
     only = None if _reads_text(model, decoder) else "vision" if "pixel" in str(model.main_input_name) else "audio"
-    at = None if only else next((path for path, module in model.named_modules() if module is decoder), None)
-    sensed = {path: only or _sense(model, path, at) for path in stacks}
-    main = _language([path for path, sense in sensed.items() if sense is None], at, search)
-    groups: dict[tuple[str, str], list[str]] = {}
+    decoder_path = None if only else next((path for path, module in model.named_modules() if module is decoder), None)
+    senses = {path: only or _sense(model, path, decoder_path) for path in stacks}
+    language = _language([path for path, sense in senses.items() if sense is None], decoder_path, search)
+    groups: dict[tuple[str, str], list[str]] = {}  # by the kind of tower, and the part of the model that holds it
     for path in stacks:
-        kind = "language" if path == main else sensed[path] or _role(path, main)
+        kind = "language" if path == language else senses[path] or _role(path, language)
         groups.setdefault((kind, _component(path)), []).append(path)
-    if main is not None and any(sensed.values()):
+    if language is not None and any(senses.values()):
+        # What lies in no list and gives vectors of the decoder's size hands on what another tower sees or hears.
         for block in search.outside(stacks):
-            if search.gives(block) == search.gives(*stacks[main]) and not (at and block.path.startswith(f"{at}.")):
-                kind = "audio_projector" if _sense(model, block.path, at) == "audio" else "projector"
+            inside = decoder_path and block.path.startswith(f"{decoder_path}.")
+            if search.gives(block) == search.gives(*stacks[language]) and not inside:
+                kind = "audio_projector" if _sense(model, block.path, decoder_path) == "audio" else "projector"
                 groups.setdefault((kind, kind), []).append(block.path)
                 stacks[block.path] = [block]
     towers: dict[str, tuple[str, list[Block]]] = {}
@@ -72,14 +75,13 @@ def named_towers(search: Search) -> dict[str, tuple[str, list[Block]]]:
 
 def _sense(model: nn.Module, path: str, decoder: str | None) -> str | None:
     """``"vision"`` or ``"audio"``, by the names on the way down to a module, and those of the classes."""
-    at, parts = model, path.split(".")
-    for depth, part in enumerate(parts):
-        here = ".".join(parts[: depth + 1])
-        at = at.get_submodule(part)
-        if decoder is not None and (decoder == here or decoder.startswith(f"{here}.")):
+    module, names = model, path.split(".")
+    for depth, name in enumerate(names):
+        prefix, module = ".".join(names[: depth + 1]), module.get_submodule(name)
+        if decoder is not None and f"{decoder}.".startswith(f"{prefix}."):
             continue  # the language model is in here as well
-        for sense, name, kind in (("audio", _AUDIO, _AUDIO), ("vision", _VISION, _VISION_CLASS)):
-            if name.search(part) or (depth < len(parts) - 1 and kind.search(type(at).__name__)):
+        for sense, in_name, in_class in (("audio", _AUDIO, _AUDIO), ("vision", _VISION, _VISION_CLASS)):
+            if in_name.search(name) or (depth < len(names) - 1 and in_class.search(type(module).__name__)):
                 return sense
     return None
 
@@ -103,8 +105,8 @@ def _asked(model: nn.Module | None, method: str) -> Any:
 def _language(texts: list[str], decoder: str | None, search: Search) -> str | None:
     """The list of blocks of the text decoder, among those that neither see nor hear."""
     embedding = _asked(search.model, "get_input_embeddings")
-    at = next((path for path, module in search.model.named_modules() if module is embedding), "")
-    home, chosen = at.rpartition(".")[0], texts
+    table = next((path for path, module in search.model.named_modules() if module is embedding), "")
+    home, chosen = table.rpartition(".")[0], texts
     for narrow in (
         lambda path: decoder is not None and (not decoder or path.startswith(f"{decoder}.")),
         lambda path: "decoder" in path.split("."),
@@ -118,28 +120,25 @@ def _language(texts: list[str], decoder: str | None, search: Search) -> str | No
         if len(chosen) == 1:
             return chosen[0]
     if chosen:
-        what = f"{', '.join(chosen)} could each be the language model; say which is"
         raise ArchitectureError(
-            f"{type(search.model).__name__}: {what}, with "
+            f"{type(search.model).__name__}: {', '.join(chosen)} could each be the language model; say which is, with "
             "register_architecture(..., Architecture(towers={'language': '<path>', ...}))"
         )
     return None
 
 
-def _role(path: str, main: str | None) -> str:
+def _role(path: str, language: str | None) -> str:
     """Name of a tower that is neither the language model nor a sense: ``"encoder"`` beside a decoder, or its own."""
-    component = _component(path)
-    beside = path.removeprefix(f"{common_path([main, path])}.") if main is not None else path
-    if main is not None and beside.split(".")[0] == "encoder" and "decoder" in main.split("."):
-        return "encoder"
-    if main is not None and main.rpartition(".")[0] == path.rpartition(".")[0]:
-        return path.rpartition(".")[2]
-    return component
+    if language is not None:
+        beside = path.removeprefix(f"{common_path([language, path])}.")
+        if beside.split(".")[0] == "encoder" and "decoder" in language.split("."):
+            return "encoder"
+        if language.rpartition(".")[0] == path.rpartition(".")[0]:
+            return path.rpartition(".")[2]
+    return _component(path)
 
 
 def _component(path: str) -> str:
     """The part of the model that a list belongs to, by its name: ``vision_tower`` in ``model.vision_tower.layers``."""
-    parts = path.split(".")
-    return next(
-        (part for part in parts if part not in _PLAIN and not part.isdigit() and part != "_orig_mod"), parts[-1]
-    )
+    names = path.split(".")
+    return next((name for name in names if name not in _PLAIN and not name.isdigit()), names[-1])
