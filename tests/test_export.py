@@ -1,7 +1,12 @@
 """Exported checkpoints: equal to the ablation in plain transformers, and every byte beside the columns as it was."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,3 +278,236 @@ def test_a_folder_that_is_a_link_is_written_where_it_leads(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(FileFormatError, match="is where this process is, which cannot be put in its place"):
         vn.export(model, neurons, ".")
+
+
+# -- tied weights, and a model that is not quite its checkpoint --------------------------------------------------------
+
+
+def tied(folder) -> vn.VLM:
+    """A model whose output embeddings are its input embeddings, loaded from a checkpoint that holds them once."""
+    hf, processor = tiny_model("qwen2_5_vl")
+    hf.config.tie_word_embeddings = hf.config.get_text_config().tie_word_embeddings = True
+    hf.lm_head.weight = hf.get_input_embeddings().weight
+    hf.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    return loaded("qwen2_5_vl", folder)
+
+
+def written_from(folder) -> str:
+    return json.loads((folder / NOTE).read_text())["from"]
+
+
+def test_tied_embeddings_stay_tied_and_embeddings_that_were_parted_stay_parted(tmp_path):
+    inputs = tiny_inputs("qwen2_5_vl")
+    model = tied(tmp_path / "model")
+    for parted in (False, True):
+        if parted:
+            model.hf.lm_head.weight = nn.Parameter(model.hf.lm_head.weight.detach() * 1.5)
+        neurons = some(model, ["language"])
+        folder = vn.export(model, neurons, tmp_path / f"parted {parted}")
+        assert written_from(folder) == ("memory" if parted else "checkpoint")
+        again = loaded("qwen2_5_vl", folder)
+        assert (again.hf.lm_head.weight is again.hf.get_input_embeddings().weight) != parted
+        with torch.no_grad(), vn.Ablation(model, neurons):
+            expected = model.hf(**inputs).logits
+        with torch.no_grad():
+            assert torch.equal(again.hf(**inputs).logits, expected)
+
+
+def test_columns_whose_memory_another_layer_shares_are_refused(tmp_path):
+    model = loaded("qwen2_5_vl", tmp_path / "model")
+    first, second = (layer.mlp.down_proj.weight for layer in model.hf.model.language_model.layers[:2])
+    second.data = first.data
+    assert second is not first
+    with pytest.raises(AblationError, match=r"layers\.0\..*down_proj.weight is also .*layers\.1\..*down_proj.weight"):
+        vn.export(model, vn.NeuronSet.from_indices(model.space(), {0: [1]}), tmp_path / "out")
+
+
+def test_an_ablated_model_is_not_exported_as_if_it_were_not(tmp_path):
+    model = loaded("qwen2_5_vl", tmp_path / "model")
+    first, second = (vn.NeuronSet.from_indices(model.space(), {layer: [1]}) for layer in (0, 1))
+    with (
+        vn.Ablation(model, first),
+        pytest.raises(AblationError, match=r"is being ablated, .* export it outside of the ablation, and give all the"),
+    ):
+        vn.export(model, second, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    vn.export(model, first | second, tmp_path / "out")
+
+
+def test_without_all_weights_in_memory_what_differs_from_the_checkpoint_is_refused(tmp_path):
+    changed = "neither in memory nor in a checkpoint on disk that is as the model is now: load the model whole"
+    whole = loaded("qwen2_5_vl", tmp_path / "model")
+    neurons = vn.NeuronSet.from_indices(whole.space(), {0: [1]})
+    bare = vn.VLM.from_pretrained(tmp_path / "model", weights=False)
+    bare.hf.config.get_text_config().rms_norm_eps = 0.5
+    whole.hf.model.language_model.layers[3].to("meta")  # as one that was offloaded
+    vn.export(whole, neurons, tmp_path / "offloaded")
+    with torch.no_grad():
+        whole.hf.lm_head.weight += 1
+    for model in (bare, whole):
+        with pytest.raises(FileFormatError, match=changed):
+            vn.export(model, neurons, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "offloaded"]
+
+
+def test_of_weights_that_a_folder_holds_twice_those_are_exported_that_transformers_loads(tmp_path):
+    hf, processor = tiny_model("qwen2_5_vl")
+    hf.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    processor.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        hf.lm_head.weight += 1
+    hf.save_pretrained(tmp_path / "changed")
+    single = (tmp_path / "changed" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").write_bytes(single)
+    bare = vn.VLM.from_pretrained(tmp_path / "model", weights=False)
+    folder = vn.export(bare, vn.NeuronSet.from_indices(bare.space(), {0: [1]}), tmp_path / "out")
+    assert sorted(path.name for path in folder.glob("*.safetensors*")) == ["model.safetensors"]
+    assert torch.equal(load_file(folder / "model.safetensors")["lm_head.weight"], hf.lm_head.weight.detach())
+
+
+def test_a_checkpoint_that_lacks_a_file_is_exported_from_memory_or_refused(tmp_path):
+    hf, processor = tiny_model("qwen2_5_vl")
+    hf.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    processor.save_pretrained(tmp_path / "model")
+    whole, bare = loaded("qwen2_5_vl", tmp_path / "model"), vn.VLM.from_pretrained(tmp_path / "model", weights=False)
+    sorted((tmp_path / "model").glob("*.safetensors"))[1].unlink()
+    neurons = vn.NeuronSet.from_indices(whole.space(), {0: [1]})
+    assert written_from(vn.export(whole, neurons, tmp_path / "out")) == "memory"
+    with pytest.raises(FileFormatError, match="are neither in memory nor in a checkpoint on disk"):
+        vn.export(bare, neurons, tmp_path / "bare")
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "llama4"])
+def test_experts_with_equal_weights_are_told_apart_with_and_without_weights_in_memory(name, tmp_path):
+    hf, processor = tiny_model(name)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.ndim == 3 and parameter.shape[0] == 4:  # of all experts
+                parameter[1] = parameter[0]
+                parameter[3] = 0
+    hf.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model = loaded(name, tmp_path / "model")
+    space = model.space("language", "gate")
+    experts = [site for site in space if re.search(r"experts\.\d", site.mlp)]
+    assert len({site.mlp for site in experts}) == 4
+    neurons = vn.NeuronSet(space, [space.flat(site, 2 * place) for place, site in enumerate(experts) if place != 1])
+    folder = vn.export(model, neurons, tmp_path / "out")
+    with torch.no_grad(), vn.Ablation(model, neurons):
+        expected = model.hf(**tiny_inputs(name)).logits
+    with torch.no_grad():
+        assert torch.equal(loaded(name, folder).hf(**tiny_inputs(name)).logits, expected)
+    bare = vn.VLM.from_pretrained(tmp_path / "model", weights=False)
+    by_name = vn.export(bare, neurons, tmp_path / "bare")
+    ours, before = load_file(by_name / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    theirs = load_file(folder / "model.safetensors")
+    assert all(torch.equal(ours[key], theirs[key]) for key in before)
+    assert any(not torch.equal(ours[key], before[key]) for key in before)
+
+
+# -- killed in the middle ----------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import vlmneurons as vn
+from vlmneurons.run import export
+
+folder, where = Path(sys.argv[1]), sys.argv[2]
+before = getattr(export, where)
+def then_die(*arguments):
+    before(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(export, where, then_die)
+model = vn.VLM.from_pretrained(folder / "model", weights=False)
+vn.export(model, vn.NeuronSet.load(folder / "neurons.safetensors"), folder / "out")
+"""
+
+
+@pytest.mark.parametrize("where", ["_copy", "_scale"])
+def test_an_export_that_was_killed_leaves_no_checkpoint_and_the_next_one_clears_what_it_left(where, tmp_path):
+    model = loaded("llava_next_mistral", tmp_path / "model")
+    neurons = some(model)
+    neurons.save(tmp_path / "neurons.safetensors")
+    source = str(Path(vn.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), where],
+        env={**os.environ, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists()
+    (left,) = (path for path in tmp_path.iterdir() if path.name.startswith("."))
+    (left / "of-the-killed-one.json").write_text("{}")
+    (left / "folder").mkdir()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    (left / "link").symlink_to(tmp_path / "kept")
+    folder, expected = vn.export(model, neurons, tmp_path / "out"), vn.export(model, neurons, tmp_path / "expected")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in expected.iterdir()
+    }
+    assert (tmp_path / "kept" / "file").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "neurons.safetensors", "out", "expected", "kept"}
+
+
+def test_a_link_where_an_export_writes_is_not_followed(tmp_path):
+    model = loaded("llava_next_mistral", tmp_path / "model")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    (tmp_path / ".out-unfinished").symlink_to(tmp_path / "precious")
+    vn.export(model, some(model), tmp_path / "out")
+    assert (tmp_path / "precious" / "file").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "precious"]
+
+
+def test_two_exports_into_one_folder_do_not_mix(tmp_path, monkeypatch):
+    from vlmneurons.run import export
+
+    model = loaded("llava_next_mistral", tmp_path / "model")
+    neurons = some(model)
+    scale, refused = export._scale, []
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(export, "_scale", scale)
+        with pytest.raises(
+            MismatchError, match=r"out-unfinished is in use by another process; wait for it, or give an"
+        ):
+            vn.export(model, neurons, tmp_path / "out")
+        refused.append(True)
+        return scale(*arguments)
+
+    monkeypatch.setattr(export, "_scale", meanwhile)
+    vn.export(model, neurons, tmp_path / "out")
+    assert refused
+
+    def written_meanwhile(*arguments):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "file").touch()
+        return scale(*arguments)
+
+    monkeypatch.setattr(export, "_scale", written_meanwhile)
+    with pytest.raises(FileFormatError, match="other was written to by another process: give a new folder"):
+        vn.export(model, neurons, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other", "out"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_files_have_the_rights_that_the_user_gives_to_new_files(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        model = loaded("llava_next_mistral", tmp_path / "model")
+        with torch.no_grad():
+            model.hf.lm_head.weight += 1
+        for name in ("checkpoint", "memory"):
+            folder = vn.export(model, some(model), tmp_path / name)
+            assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+            assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
+    finally:
+        os.umask(before)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import re
 
 import datasets
 import numpy as np
@@ -338,6 +339,25 @@ def given_as(source: str, folder, **fields) -> vn.QuestionSet:
     if source == "rows":
         return vn.QuestionSet.from_rows(list(dataset))
     return vn.QuestionSet.from_dataset(dataset.to_iterable_dataset() if source == "stream" else dataset)
+
+
+@pytest.mark.parametrize("options", [["Yes", "No"], ["true", "false"], ["Sí.", "No."], ["是", "否"]])
+def test_zero_and_one_among_yes_and_no_are_refused_as_places_or_truth_values(options):
+    row = {"question": "Is it hot?", "group": "warm", "options": options}
+    first, second = options
+    for answer in (1, "1", 1.0, np.int64(1)):
+        text = f"may mean {second!r}, by its place, or {first!r}, where 1 stands for true: give the option's"
+        with pytest.raises(QuestionError, match=re.escape(text)):
+            vn.QuestionSet.from_rows([{**row, "answer": answer}])
+    with pytest.raises(QuestionError, match=re.escape(f"answer 0 may mean {first!r}, by its place, or {second!r}")):
+        vn.QuestionSet.from_rows([{**row, "answer": 0}])
+    for answer in (second, "B", "b"):
+        assert vn.QuestionSet.from_rows([{**row, "answer": answer}])[0].answer == 1
+    turned = {**row, "options": [second, first]}  # here places and truth values agree
+    assert [vn.QuestionSet.from_rows([{**turned, "answer": answer}])[0].right for answer in (0, 1)] == [second, first]
+    assert vn.Question(None, "Is it hot?", options, 1, "warm").right == second  # an index by its name
+    three = {**row, "options": [*options, "perhaps"], "answer": 1}
+    assert vn.QuestionSet.from_rows([three])[0].right == second
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -134,14 +134,6 @@ class RunFolder:
         """Where the manifest is."""
         return self.folder / "manifest.json"
 
-    def known(self) -> JSON | None:
-        """The manifest that is there, if one is.
-
-        Raises:
-            FileFormatError: it is damaged.
-        """
-        return manifest_in(self.folder)
-
     def check(self) -> None:
         """Refuse a folder of another run.
 
@@ -149,7 +141,7 @@ class RunFolder:
             MismatchError: it is; the message says what differs.
             FileFormatError: its manifest is damaged.
         """
-        kept = self.known()
+        kept = manifest_in(self.folder)
         if kept is None:
             return
         if kept.get("version") != VERSION:
@@ -186,7 +178,7 @@ class RunFolder:
 
     def begin(self) -> None:
         """Write the manifest if there is none, or what it could not know yet; whoever calls this holds the folder."""
-        kept = self.known()
+        kept = manifest_in(self.folder)
         if kept is None:
             about = {"about": self.about} if self.about else {}
             write_json(self.path, sealed({**self.manifest, **about}), indent=1)

@@ -154,7 +154,7 @@ class _AttributionJob(Job["Tensor | None"]):
         with self._factors.attached():
             yield
 
-    def run(self, questions: QuestionSet, encoded: Any, told: Callable[[int], object]) -> Tensor | None:
+    def run(self, questions: QuestionSet, encoded: Any, move_bar: Callable[[int], object], /) -> Tensor | None:
         """Attributions of one question to every neuron; None if it does not meet the condition."""
         factors, rules = self._factors, self._rules
         everywhere = list(range(len(factors.space.sites)))

@@ -315,13 +315,13 @@ class Counter:
                 "no forward was run within `watch`, so nothing was counted: the reader runs it elsewhere"
             )
 
-    def take(self, counts: Mapping[int, Counts], seen: Mapping[int, int]) -> None:
+    def take(self, counts: Mapping[int, Counts], n_pictures: Mapping[int, int], /) -> None:
         """Take over what was counted elsewhere in the watched run, as if it had been counted here."""
         self._begin()
         assert self.frame is not None
         for number, of_site in counts.items():
             state = self.sites[number]
-            state.passed = seen.get(number, 0) if state.of_media else 0
+            state.passed = n_pictures.get(number, 0) if state.of_media else 0
             self._add(state, of_site)
         self.check_finite()
 

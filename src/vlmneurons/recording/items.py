@@ -210,19 +210,19 @@ class _ItemsJob(CountingJob):
             self._done = self.recording.done.numpy()
             yield
 
-    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> Reading:
+    def run(self, questions: QuestionSet, encoded: object, move_bar: Callable[[int], object], /) -> Reading:
         """See `Job.run`.
 
         Raises:
             ActivationError: a statistic of another shape, or NaN; the message names the question.
         """
         try:
-            return super().run(questions, encoded, told)
+            return super().run(questions, encoded, move_bar)
         except BadStatistic as error:
             raise ActivationError(f"question {self.question_in(questions, error.row).id!r}: {error}") from error
 
     def is_finished(self, number: int, batch: QuestionSet) -> bool:
-        """See `Job.known`."""
+        """See `Job.is_finished`."""
         return bool(self._done[self._rows_of(batch)].all())
 
     def take(self, number: int, questions: QuestionSet, made: Reading) -> int:

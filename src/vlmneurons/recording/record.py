@@ -122,7 +122,7 @@ class CountingJob(Job[Reading]):
         with self.engine.attached(self.counter):
             yield
 
-    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> Reading:
+    def run(self, questions: QuestionSet, encoded: object, move_bar: Callable[[int], object], /) -> Reading:
         """See `Job.run`.
 
         Raises:

@@ -62,18 +62,19 @@ class Owners:
                 if not holder.uses:
                     del self._held[hf]
 
-    def guard(self, hf: nn.Module) -> RemovableHandle:
-        """A hook that refuses runs of the model by anybody else than who has it.
+    def check(self, hf: nn.Module) -> None:
+        """Refuse a run of the model by anybody else than who has it.
 
-        Such a run raises an AblationError while the model is being ablated, and a MismatchError while it is being
-        recorded or asked.
+        Raises:
+            AblationError: the model is being ablated elsewhere.
+            MismatchError: it is being recorded or asked elsewhere.
         """
         ran = ", and ran in another one: that run would have been"
+        self._refuse_others(hf, f"{ran} ablated too", f"{ran} counted")
 
-        def check(module: nn.Module, args: tuple) -> None:
-            self._refuse_others(module, f"{ran} ablated too", f"{ran} counted")
-
-        return hf.register_forward_pre_hook(Hook(check))
+    def guard(self, hf: nn.Module) -> RemovableHandle:
+        """A hook on the model that makes this `check` whenever a run of it begins."""
+        return hf.register_forward_pre_hook(Hook(lambda module, args: self.check(module)))
 
     def _refuse_others(self, hf: nn.Module, of_ablated: str, of_counted: str) -> None:
         holder = self._held.get(hf)

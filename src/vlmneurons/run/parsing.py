@@ -1,18 +1,18 @@
 """Which option a generated text names: by rules that read an answer only where it is said in so many words.
 
-A wrong letter is worse than none: a failure to parse is counted and reported, a letter that was not meant is seen by
-nobody. So the rules do not look for what would rule an answer out (no list of denials is ever complete) but for
+A wrong letter is worse than none: a failure to parse is counted and reported, but nobody notices a letter that was not
+meant. So the rules do not look for what would rule an answer out (no list of denials is ever complete). They look for
 sentences that hold nothing besides an answer: a letter, and words that announce one. ``answer_words.tsv`` is the table
-of these words, a row a language, for the languages of CVQA and some more. Its columns, entries apart by commas:
+of these words, with a row for each language of CVQA and some more. Commas separate the entries of its columns:
 
-- *nouns* announce an answer: what follows is it, whatever else stood before ("I see a tower, so the answer is B"),
+- *nouns* announce the answer that follows, whatever stood before ("I see a tower, so the answer is B"),
 - *options* do so beside a closer ("so the correct option is B"; but "I looked at option B"), or as *leads* do,
-- *leads* announce one if the sentence holds nothing else before it ("it is B"),
+- *leads* announce an answer if nothing else stands before it in the sentence ("it is B"),
 - *fillers* may stand between ("the correct answer is B"),
 - *closers* may end what follows a letter ("B is correct", "उत्तर B है"),
-- *negations*, and *doubts* with conditions and "or", speak against an answer; with ``*`` they are common words of
-  another language too, and so looked for only where the language is known,
-- *reasons* begin the why of an answer: what they introduce says no longer which.
+- *negations* and *doubts* (also conditions, and "or") speak against an answer; those with ``*`` are common words of
+  another language too, and count only where the language is known,
+- *reasons* begin an explanation of the answer: what follows them no longer says which it is.
 
 A word that is missing there costs a parse failure, not a wrong answer.
 """
@@ -56,11 +56,11 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     if not options:
         raise QuestionError("there are no options that the text could name")
     said = _after_thought(_cleaned(text))
-    return None if said is None or not said.strip() else _parsed(said, options)  # nothing is no option's text
+    return None if said is None or not said.strip() else _named_option(said, options)  # nothing is no option's text
 
 
 def stated(text: str) -> str:
-    """What a generated text states: what follows the model's thought, and within the tags of an answer if it has any.
+    """What a generated text states: what follows the model's thought, or stands within the tags of an answer in it.
 
     Args:
         text: what the model wrote.
@@ -69,21 +69,20 @@ def stated(text: str) -> str:
         The text without what is no answer; empty if a thought was not ended, or if several tags differ.
     """
     said = _after_thought(_cleaned(text)) or ""
-    marked = {part.strip() for found in _MARKED.finditer(said) for part in found.groups() if part is not None}
+    marked = {part.strip() for part in _marked_parts(said)}
     if not marked:
         return said.strip()
     return marked.pop() if len(marked) == 1 else ""
 
 
-def _parsed(said: str, options: Sequence[str]) -> int | None:
-    marked = [part for found in _MARKED.finditer(said) for part in found.groups() if part is not None]
+def _named_option(said: str, options: Sequence[str]) -> int | None:
+    marked = _marked_parts(said)
     if marked:
-        read = {_parsed(part, options) for part in marked}
-        return read.pop() if len(read) == 1 else None
+        indices = {_named_option(part, options) for part in marked}
+        return indices.pop() if len(indices) == 1 else None
     plain = normalize(said)
     whole = [index for index, option in enumerate(options) if normalize(_cleaned(option)) == plain]
-    letter = re.fullmatch("[a-z]", plain)
-    if whole and not letter:
+    if whole and not re.fullmatch("[a-z]", plain):  # a lone letter is that of an option, and never its text
         return whole[0] if len(whole) == 1 else None
     if not plain:
         return None
@@ -101,21 +100,25 @@ def _parsed(said: str, options: Sequence[str]) -> int | None:
     return None if contradicted else index
 
 
+def _marked_parts(said: str) -> list[str]:
+    return [part for match in _MARKED.finditer(said) for part in match.groups() if part is not None]
+
+
 # -- what is read at all -----------------------------------------------------------------------------------------------
 
 _MARKED = re.compile(
     r"<answer>(.*?)</answer>|<\|begin_of_box\|>(.*?)<\|end_of_box\|>|\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", re.S | re.I
 )
-"""What a model was taught to put its answer in: tags, GLM's box, LaTeX's box."""
+"""What models are taught to put their answer in: tags, GLM's box, LaTeX's box."""
 
 _NEXT_QUESTION = re.compile(
     r"\n\s*(?:question|q|user|human|problem|pregunta|pergunta|frage|问题|問題|질문)\s*\d*\s*:", re.I
 )
-"""A model that was not stopped goes on with a question of its own making."""
+"""Where a model that was not stopped goes on with a question of its own making."""
 
 
 def _cleaned(text: str) -> str:
-    """NFKC, decimal digits of every script as ASCII, no invisible characters, no marks of a turn's end."""
+    """A text in NFKC, every script's digits as ASCII, without invisible characters and marks of a turn's end."""
     text = unicodedata.normalize("NFKC", re.split(r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|</s>", text)[0])
     kept = []
     for character in text.replace("’", "'"):
@@ -129,10 +132,10 @@ def _cleaned(text: str) -> str:
 
 def _after_thought(text: str) -> str | None:
     """What follows the model's thought; None if the thought did not end."""
-    found = list(THOUGHT.finditer(text))
-    if not found:
+    tags = list(THOUGHT.finditer(text))
+    if not tags:
         return text
-    return text[found[-1].end() :] if found[-1][1] else None
+    return text[tags[-1].end() :] if tags[-1][1] else None
 
 
 # -- letters and numbers -----------------------------------------------------------------------------------------------
@@ -156,12 +159,12 @@ class _Label:
     """A letter or number that may name an option.
 
     Attributes:
-        index: the option's; -1 if there is none of this label.
+        index: that of the option; -1 if no option has this label.
         start, end: where it stands, with its brackets and the option's own text beside it.
-        word: what it is as a word ("A dog", Spanish "a"), if it may be one.
-        small: it is written small, without brackets.
-        marked: it stands in brackets, or a stop or bracket follows.
-        named: the option's own text stands beside it.
+        word: the word that it may be instead ("A dog", Spanish "a"); None if it cannot be one.
+        small: whether it is a small letter without brackets.
+        marked: whether it stands in brackets, or a full stop or bracket follows.
+        named: whether the option's own text stands beside it.
     """
 
     index: int
@@ -174,39 +177,40 @@ class _Label:
 
 
 def _by_label(text: str, options: Sequence[str], kind: "re.Pattern[str]") -> tuple[bool, int | None]:
-    """Whether letters, or numbers, settle the answer, and which it is; settled without an answer is a contradiction."""
+    """Whether letters, or numbers, settle the answer, and which it is; None, though settled, if they contradict."""
     labels, contradicted = _labels(text, options, kind)
     if contradicted or len(labels) > _MOST:
         return True, None
-    reading, pieces, reached = _Reading(labels, kind is _LETTER), [], 0
+    statements, pieces, reached = _Statements(labels, kind is _LETTER), [], 0
+    # For each label, with its brackets and its option's text, stands a character that no text holds.
     for number, label in enumerate(labels):
         pieces += [text[reached : label.start], chr(_FIRST + number)]
         reached = label.end
     for sentence in _SENTENCE.split("".join(pieces) + text[reached:]) if labels else []:
-        reading.take(sentence)
-    chosen = reading.outcome()
+        statements.take(sentence)
+    chosen = statements.outcome()
     if chosen is None:
-        return reading.answered, None
+        return statements.answered, None
     # Where options have letters of their own, in another order, a bare letter means two things.
-    own = [re.match(r"\(?([A-Za-z])[.):]\s", option) for option in options]
-    moved = any(found and ord(found[1].upper()) - ord("A") != place for place, found in enumerate(own))
+    letters = [re.match(r"\(?([A-Za-z])[.):]\s", option) for option in options]
+    moved = any(letter and ord(letter[1].upper()) - ord("A") != place for place, letter in enumerate(letters))
     if moved and not any(label.named and label.index == chosen for label in labels):
         return True, None
     return True, chosen if chosen >= 0 else None
 
 
 def _labels(text: str, options: Sequence[str], kind: "re.Pattern[str]") -> tuple[list[_Label], bool]:
-    """The labels of a text, and whether the text of another option beside one contradicts it."""
+    """The labels of a text, and whether another option's text stands beside one of them, and so contradicts it."""
     labels: list[_Label] = []
     contradicted, reached = False, 0
-    for found in kind.finditer(text):
-        label, index = found["label"], _index_of(found["label"], options)
-        if found.start() < reached or index is None:
+    for match in kind.finditer(text):
+        label, index = match["label"], _index_of(match["label"], options)
+        if match.start() < reached or index is None:
             continue  # within an option's text that was read with its letter; or a number that may mean two things
-        start, end = found.start(), found.end()
-        bracketed = bool(re.search(r"[(\[{<]", found["open"])) and bool(found["close"])
+        start, end = match.start(), match.end()
+        bracketed = bool(re.search(r"[(\[{<]", match["open"])) and bool(match["close"])
         stop = re.match(r"[.:)\]、]", text[end:])
-        marked = bracketed or stop is not None or bool(re.search(r"[)\]]", found["close"] or ""))
+        marked = bracketed or stop is not None or bool(re.search(r"[)\]]", match["close"] or ""))
         small = label.islower() and not bracketed
         before_word = re.match(rf"\s+[{_WORD}]", text[end:]) is not None and not bracketed
         spoken = label == "I" and not marked and text[end:].strip() != ""
@@ -239,16 +243,16 @@ def _index_of(label: str, options: Sequence[str]) -> int | None:
         index = ord(label.upper()) - ord("A")
         return index if index < len(options) else -1
     # Among 2, 4, 6 and 8 "the answer is 4" means the option that reads 4, not the fourth.
-    same = [index for index, option in enumerate(options) if normalize(option) == str(int(label))]
-    if len(same) == 1:
-        return same[0]
-    if same or any(re.search(rf"(?<!\d){int(label)}(?!\d)", option) for option in options):
+    alike = [index for index, option in enumerate(options) if normalize(option) == str(int(label))]
+    if len(alike) == 1:
+        return alike[0]
+    if alike or any(re.search(rf"(?<!\d){int(label)}(?!\d)", option) for option in options):
         return None
     return int(label) - 1 if 1 <= int(label) <= len(options) else -1
 
 
 def _option_at(text: str, place: int, options: Sequence[str]) -> list[int] | None:
-    """The options, if any, whose text is the longest that stands at a place as words of its own."""
+    """Of the options whose text stands at a place, as whole words, those with the longest; None if there are none."""
 
     def stands(option: str) -> bool:
         end = place + len(option)
@@ -258,7 +262,7 @@ def _option_at(text: str, place: int, options: Sequence[str]) -> list[int] | Non
 
 
 def _option_before(text: str, options: Sequence[str]) -> list[int] | None:
-    """The options, if any, whose text is the longest that a text ends with."""
+    """Of the options with whose text, as whole words, a text ends, those with the longest; None if there are none."""
     text = text.rstrip(" ,:–—-")
 
     def stands(option: str) -> bool:
@@ -269,9 +273,9 @@ def _option_before(text: str, options: Sequence[str]) -> list[int] | None:
 
 
 def _longest(options: Sequence[str], stands: Callable[[str], bool]) -> list[int] | None:
-    found = [index for index, option in enumerate(options) if option and stands(option)]
-    most = max((len(options[index]) for index in found), default=0)
-    return [index for index in found if len(options[index]) == most] or None
+    standing = [index for index, option in enumerate(options) if option and stands(option)]
+    most = max((len(options[index]) for index in standing), default=0)
+    return [index for index in standing if len(options[index]) == most] or None
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
@@ -297,14 +301,14 @@ _COPULAS = re.compile(
 _LAST = re.compile(r"\bfinal|\bendgültig|\bakhir|最终|最終|최종|окончательн|अंतिम|النهائي|نهایی|চূড়ান্ত", re.I)
 
 
-class _Reading:
+class _Statements:
     """What the sentences of a text say, one after the other.
 
     Attributes:
-        said: options that a sentence names as the answer.
-        last: the one that a sentence names as the final answer.
-        opened: options whose letter a line or sentence begins with.
-        taken_back: a later sentence takes an answer back.
+        said: the options that sentences name as the answer.
+        last: the option that a sentence names as the final answer.
+        opened: the options with whose letter a line or sentence begins.
+        taken_back: whether a later sentence takes an answer back.
     """
 
     def __init__(self, labels: Sequence[_Label], letters: bool) -> None:
@@ -316,11 +320,11 @@ class _Reading:
 
     @property
     def answered(self) -> bool:
-        """There were answers: one, or several that differ."""
+        """Whether there were answers: one, or several that differ."""
         return bool(self.said or self.opened)
 
     def outcome(self) -> int | None:
-        """The one answer of all sentences; None if there is none, or not one."""
+        """The answer on which all sentences agree; None if there is none."""
         if self.taken_back:
             return None
         if self.last is not None:
@@ -338,9 +342,9 @@ class _Reading:
             return
         clauses = _CLAUSE.split(sentence)
         for place, clause in enumerate(clauses):
-            for found in re.finditer(_LABEL, clause):
-                before, after = clause[: found.start()], clause[found.end() :]
-                index = self._statement(clauses, place, before, self._label(found[0]), after)
+            for match in re.finditer(_LABEL, clause):
+                before, after = clause[: match.start()], clause[match.end() :]
+                index = self._statement(clauses, place, before, self._label(match[0]), after)
                 if index is not None:
                     self.said.append(index)
                     self.last = index if _LAST.search(sentence) else self.last
@@ -355,8 +359,8 @@ class _Reading:
         return self.labels[ord(character) - _FIRST]
 
     def _words(self, text: str) -> str:
-        """A text in which the labels that may be words are words."""
-        return re.sub(_LABEL, lambda found: self._label(found[0]).word or found[0], text)
+        """A text in which labels that may be words are words again."""
+        return re.sub(_LABEL, lambda match: self._label(match[0]).word or match[0], text)
 
     def _statement(self, clauses: Sequence[str], place: int, before: str, label: _Label, after: str) -> int | None:
         """The option of a label, if its clause says that it is the answer and the sentence says nothing else."""
@@ -377,13 +381,12 @@ class _Reading:
             free = language.announces(before, after, alone=not any(map(_spelt, unlabelled)))
             if free is None:
                 continue
-            # What stands before must not doubt it, nor anything in the sentence hold another letter, if not to deny it.
-            beside = (language, _languages()[0])
-            doubted = any(one.opposes(part) for one in beside for part in (free, *unlabelled))
+            # What stands before must not doubt it, and the sentence may hold another letter only to deny it.
+            spoken = (language, _languages()[0])  # English words stand in answers of every language
             # "…, which is wrong": what follows in a few words is about the answer
-            few = [part for part in later[:1] if not re.search(_LABEL, part) and len(_spelt(part).split()) < 5]
-            doubted |= any(one.opposes(part) for one in beside for part in few)
-            return None if doubted or _other_label([*earlier, *later], beside) else label.index
+            remark = [part for part in later[:1] if not re.search(_LABEL, part) and len(_spelt(part).split()) < 5]
+            doubted = any(_opposed(part, spoken) for part in (free, *unlabelled, *remark))
+            return None if doubted or _other_label([*earlier, *later], spoken) else label.index
         return None
 
     def _opening(self, sentence: str) -> int | None:
@@ -404,7 +407,7 @@ class _Reading:
             if _reason(clause) == 0:
                 break
             alone = len(_spelt(clause).split()) == 1  # "B: no"
-            if not re.search(_LABEL, clause) and any(one.opposes(clause, known=alone) for one in _languages()):
+            if not re.search(_LABEL, clause) and _opposed(clause, _languages(), is_spoken=alone):
                 return None
         return label.index
 
@@ -413,13 +416,18 @@ def _other_label(clauses: Sequence[str], languages: Sequence["_Language"]) -> bo
     """Whether clauses, up to the first reason, hold a label that they do not deny."""
     for place, clause in enumerate(clauses):
         reason = _reason(clause) if place or _reason(clause) else None
-        told = clause if reason is None else clause[:reason]
-        denied = any(one.opposes(told) for one in languages) and not any(one.doubts(told) for one in languages)
-        if re.search(_LABEL, told) and not denied:
+        said = clause if reason is None else clause[:reason]
+        denied = _opposed(said, languages) and not any(language.doubts(said) for language in languages)
+        if re.search(_LABEL, said) and not denied:
             return True
         if reason is not None:
             return False
     return False
+
+
+def _opposed(text: str, languages: Sequence["_Language"], *, is_spoken: bool = True) -> bool:
+    """Whether words of a language speak against an answer; see `_Language.opposes`."""
+    return any(language.opposes(text, is_spoken=is_spoken) for language in languages)
 
 
 def _spelt(text: str) -> str:
@@ -440,7 +448,7 @@ class _Language:
     def __init__(self, row: dict[str, str]) -> None:
         self.spaced = row["spaced"] == "yes"
         entries = {name: _entries(row[name]) for name in row if name not in ("language", "spaced")}
-        before = [one for name in ("nouns", "options", "leads", "fillers") for one in entries[name]]
+        before = [entry for name in ("nouns", "options", "leads", "fillers") for entry in entries[name]]
         self._before = self._pattern(before, "*$")
         self._after = self._pattern(before + entries["closers"], "*$")
         self._nouns = self._pattern(entries["nouns"])
@@ -449,39 +457,40 @@ class _Language:
         self._closers = self._pattern(entries["closers"])
         self._ends = self._pattern(entries["closers"] + entries["nouns"], "$")
         against = entries["negations"] + entries["doubts"]
-        self._against = self._pattern([one.rstrip("*") for one in against])
-        self._elsewhere = self._pattern([one for one in against if not one.endswith("*")])
-        self._negations = self._pattern([one.rstrip("*") for one in entries["negations"]])
-        self._doubts = self._pattern([one.rstrip("*") for one in entries["doubts"]])
+        self._against = self._pattern(against)
+        self._against_in_any = self._pattern([entry for entry in against if not entry.endswith("*")])
+        self._negations = self._pattern(entries["negations"])
+        self._doubts = self._pattern(entries["doubts"])
 
     def _pattern(self, entries: Sequence[str], tail: str = "") -> "re.Pattern[str]":
-        choice = "|".join(re.escape(entry) for entry in sorted(set(entries), key=len, reverse=True)) or "(?!)"
+        texts = {entry.rstrip("*") for entry in entries}
+        choice = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"
         return re.compile(f"(?: (?:{choice})(?= |$)){tail}" if self.spaced else f"(?:{choice}){tail}")
 
     def _spelt(self, text: str) -> str:
         return " " + _spelt(text) if self.spaced else _spelt(text).replace(" ", "")
 
-    def opposes(self, text: str, *, known: bool = True) -> bool:
-        """Whether a text holds a negation, a doubt or a condition; ``known``: it is in this language."""
+    def opposes(self, text: str, *, is_spoken: bool = True) -> bool:
+        """Whether a text holds a negation, doubt or condition; ``is_spoken``: it is known to be in this language."""
         spelt = self._spelt(text)
-        return bool((self._against if known else self._elsewhere).search(spelt)) or "n't" in spelt
+        return bool((self._against if is_spoken else self._against_in_any).search(spelt)) or "n't" in spelt
 
     def doubts(self, text: str) -> bool:
         """Whether a text holds a doubt, a condition or an alternative."""
         return bool(self._doubts.search(self._spelt(text)))
 
     def announces(self, before: str, after: str, *, alone: bool) -> str | None:
-        """What stands in a clause before the words that say "the answer is" of a letter; None if none say so.
+        """What stands in a clause before the words that announce a letter as the answer; None if no words do.
 
         Args:
             before: what stands before the letter in its clause.
             after: what stands after it.
-            alone: nothing stands before the clause in its sentence.
+            alone: whether nothing stands before the clause in its sentence.
         """
-        told, follows = self._spelt(before)[-200:], self._spelt(after)
-        known = self._before.search(told)
-        assert known is not None  # it may be empty
-        free, words = told[: known.start()].strip(), known[0]
+        precedes, follows = self._spelt(before)[-200:], self._spelt(after)
+        announcing = self._before.search(precedes)
+        assert announcing is not None  # it may be empty
+        free, words = precedes[: announcing.start()].strip(), announcing[0]
         if self._negations.search(words):  # a word that holds a noun, such as 오답
             return None
         if follows.strip() and not (self._after.fullmatch(follows) and self._ends.search(follows)):
@@ -512,20 +521,20 @@ def _languages() -> tuple[_Language, ...]:
 
 @cache
 def _reasons() -> "re.Pattern[str]":
-    entries = [re.escape(_cleaned(one)) for row in _rows() for one in row["reasons"].split(", ") if one]
-    return re.compile("|".join(rf"(?<!\w){one}(?!\w)" if one.isascii() else one for one in entries), re.I)
+    words = [re.escape(_cleaned(entry)) for row in _rows() for entry in row["reasons"].split(", ") if entry]
+    return re.compile("|".join(rf"(?<!\w){word}(?!\w)" if word.isascii() else word for word in words), re.I)
 
 
 def _reason(clause: str) -> int | None:
-    """Where in a clause the words begin that say why: 0 if nothing stands before them, None if there are none."""
-    found = _reasons().search(clause)
-    return None if found is None else found.start() * bool(re.search(rf"\w|{_LABEL}", clause[: found.start()]))
+    """Where the words that say why begin in a clause: 0 if nothing stands before them, None if there are none."""
+    match = _reasons().search(clause)
+    return None if match is None else match.start() * bool(re.search(rf"\w|{_LABEL}", clause[: match.start()]))
 
 
 # -- the text of an option ---------------------------------------------------------------------------------------------
 
 _ALONE = re.compile("yes|no|sí|si|oui|non|não|sim|ja|nei|nein|да|нет|true|false|ya|both|none|all|it")
-"""Options that are words of many sentences: they count where they are a clause by themselves."""
+"""Options that stand in many sentences as mere words: they count only as a clause by themselves."""
 
 
 def _by_text(text: str, options: Sequence[str]) -> int | None:
@@ -553,8 +562,8 @@ def _by_text(text: str, options: Sequence[str]) -> int | None:
 
 
 def _affirmed(plain: str, start: int, end: int) -> bool:
-    """Whether the clause around a span neither denies nor doubts it, and its sentence does not ask."""
-    # A clause is a few words: looking at all that was said before would take a long text's length squared.
+    """Whether the clause around a span neither denies nor doubts it, and its sentence is no question."""
+    # A clause is a few words; to look at the whole text for each span would take the square of its length.
     near = slice(max(0, start - 200), end + 200)
     left = re.split(_SENTENCE, plain[near.start : start])[-1]
     right = re.split(_SENTENCE, plain[end : near.stop])[0]
@@ -565,7 +574,7 @@ def _affirmed(plain: str, start: int, end: int) -> bool:
     clause = f"{_CLAUSE.split(left)[-1]} {_CLAUSE.split(right)[0]}"
     if _ALONE.fullmatch(plain, start, end):
         return not _spelt(clause)
-    return not any(language.opposes(clause, known=False) for language in _languages())
+    return not _opposed(clause, _languages(), is_spoken=False)
 
 
 def joined(left: str, right: str) -> bool:

@@ -1,7 +1,7 @@
 """Running the vision tower once for a picture that several rows of a batch show.
 
-Questions about one picture, and the rows that show a question's options, each bring the picture's pixels. Within
-`each_once` the model computes the features of every different picture, and gives them to all rows that show it.
+Each question about a picture, and each row that shows an option of a question, brings the picture's pixels. Within
+`each_once` the model computes the features of each different picture once, and gives them to all rows that show it.
 """
 
 import contextlib
@@ -18,55 +18,56 @@ from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.encoder import Batch
 
 _WORKS: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
-"""For each model whether its features were the same; found out on its first batch that repeats a picture."""
+"""For each model whether its features were the same; this is tried out on its first batch that repeats a picture."""
 _INTERNAL = ("last_hidden_state", "hidden_states", "attentions")
-"""What a vision tower gives besides, and no decoder reads."""
+"""What a vision tower also gives, and no decoder reads."""
 
 
 @contextlib.contextmanager
 def each_once(hf: nn.Module, batch: Batch) -> Iterator[None]:
-    """Within, the model computes each picture's features once, if rows of the batch show the same ones.
+    """Within, the model computes each picture's features once, if rows of the batch show the same pictures.
 
-    The features differ by no more than rounding from those that the model computes with all pictures: this is tried
-    out on the first batch, and a model whose pictures depend on each other, or that has no ``get_image_features`` that
-    gives a list of them, is left alone. So is one with hooks of others on its vision tower, which would see fewer rows,
-    and a run that is differentiated.
+    The features differ by no more than rounding from those that the model computes of all pictures together: this is
+    tried out on the first batch. A model is left alone if its pictures depend on each other, if it has no
+    ``get_image_features`` that gives a list of them, or if its vision tower has hooks, which would see fewer rows; and
+    so is a run with gradients.
 
     Args:
         hf: the model.
-        batch: its inputs; rows show the same pictures if ``batch.pictures`` says so.
+        batch: its inputs; rows with equal entries of ``batch.pictures`` show the same pictures.
     """
     owner = _owner(hf)
     rows = batch.pictures
-    repeated = rows is not None and len(set(rows)) < len(rows)
-    known = owner is not None and repeated and batch.vision is not None and _WORKS.get(hf, True)
-    if not known or torch.is_grad_enabled() or _vision_is_watched(hf):
+    if (
+        owner is None
+        or rows is None
+        or batch.vision is None
+        or len(set(rows)) == len(rows)
+        or not _WORKS.get(hf, True)
+        or torch.is_grad_enabled()
+        or _vision_is_watched(hf)
+    ):
         yield
         return
-    assert owner is not None
-    assert rows is not None
-    assert batch.vision is not None
-    plain = owner.get_image_features
-    first = {key: row for row, key in reversed(list(enumerate(rows)))}
-    kept = sorted(first.values())
-    place = [kept.index(first[key]) for key in rows]
+    get_features = owner.get_image_features
+    first_row = {key: row for row, key in reversed(list(enumerate(rows)))}
+    kept = sorted(first_row.values())
+    place = [kept.index(first_row[key]) for key in rows]  # of each row's features among those of the kept rows
     sizes = (len(rows), sum(batch.vision))  # a picture a row, or rows of patches
 
     def once(*args: object, **kwargs: object) -> object:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not _WORKS.get(hf, True) or not all(len(value) in sizes for value in tensors):
-            return plain(*args, **kwargs)
-        fewer = (
-            [_rows_of(value, batch, kept) for value in args],
-            {name: _rows_of(value, batch, kept) for name, value in kwargs.items()},
-        )
+            return get_features(*args, **kwargs)
+        kept_args = [_rows_of(value, batch, kept) for value in args]
+        kept_kwargs = {name: _rows_of(value, batch, kept) for name, value in kwargs.items()}
         if hf in _WORKS:
-            output = plain(*fewer[0], **fewer[1])
+            output = get_features(*kept_args, **kept_kwargs)
             output.pooler_output = [output.pooler_output[at] for at in place]
             return output
-        whole = plain(*args, **kwargs)
+        whole = get_features(*args, **kwargs)
         try:
-            _WORKS[hf] = _is_repeated(whole, plain(*fewer[0], **fewer[1]), place)
+            _WORKS[hf] = _is_repeated(whole, get_features(*kept_args, **kept_kwargs), place)
         except (TypeError, ValueError, LookupError, AttributeError, AssertionError):
             _WORKS[hf] = False  # its code wants all pictures
         return whole
@@ -106,16 +107,16 @@ def _rows_of(value: object, batch: Batch, kept: Sequence[int]) -> object:
 
 
 def _is_repeated(whole: Any, fewer: Any, place: Sequence[int]) -> bool:
-    """Whether features of all pictures are those of the different ones, repeated, up to rounding."""
+    """Whether the features of all pictures are those of the different pictures, repeated, up to rounding."""
     if not isinstance(whole, ModelOutput) or not isinstance(whole.get("pooler_output"), list | tuple):
         return False
     if {name for name, value in whole.items() if value is not None} - {"pooler_output", *_INTERNAL}:
         return False  # a decoder may read more than the features
-    one, other = whole["pooler_output"], fewer["pooler_output"]
-    if len(one) != len(place) or len(other) != max(place) + 1:
+    of_all, of_different = whole["pooler_output"], fewer["pooler_output"]
+    if len(of_all) != len(place) or len(of_different) != max(place) + 1:
         return False
-    pairs = [(a.float(), other[at].float()) for a, at in zip(one, place, strict=True)]
+    pairs = [(a.float(), of_different[at].float()) for a, at in zip(of_all, place, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         return False
-    allowed = 256 * torch.finfo(one[0].dtype).eps * max(float(a.abs().max()) for a, _ in pairs)
+    allowed = 256 * torch.finfo(of_all[0].dtype).eps * max(float(a.abs().max()) for a, _ in pairs)
     return all(float((a - b).abs().max()) <= allowed for a, b in pairs)

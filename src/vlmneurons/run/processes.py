@@ -1,9 +1,9 @@
-"""Several processes, one result: questions are dealt out by whole batches, and what comes back is put together exactly.
+"""Several processes, one result: each takes whole batches of questions, and their results are put together exactly.
 
 Started by ``torchrun --nproc-per-node N`` (or accelerate, or SLURM with the same variables), each process has its own
-model, or its own share of one. Batches are the same as in a single process, so every count and every answer is too:
-which process runs a batch changes nothing. Messages between the processes are plain objects over gloo, also where the
-models are on GPUs.
+model, or its own share of a model. Batches are the same as in a single process, so every count and every answer is too:
+which process runs a batch changes nothing. Messages between the processes are plain objects, sent over gloo also where
+the models are on GPUs.
 """
 
 import atexit
@@ -27,7 +27,7 @@ _GROUP: list[Any] = []
 
 @dataclass(frozen=True)
 class Processes:
-    """A process among those that share a run.
+    """The place of this process among those that share a run.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -43,7 +43,7 @@ class Processes:
         return self.rank == 0
 
     def mine(self, batches: Sequence[T]) -> Iterator[tuple[int, T]]:
-        """Batches that fall to this process, with their numbers: every ``count``-th one."""
+        """The batches that fall to this process, every ``count``-th, with their numbers."""
         for number in range(self.rank, len(batches), self.count):
             yield number, batches[number]
 
@@ -56,13 +56,13 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes have come to this point."""
         self.gather(None)
 
 
 @dataclass(frozen=True)
 class Part(Processes):
-    """A part of a run that is asked in several, each on its own and whenever it likes: there is nobody to wait for."""
+    """A part of a run whose parts are asked apart, at any time: no part waits for another."""
 
     def __str__(self) -> str:
         return f"{self.rank + 1}/{self.count}"
@@ -90,25 +90,25 @@ class Part(Processes):
         return [value]
 
 
-def part_of(given: tuple[int, int] | str) -> Part:
-    """A part by its number, from 1, and that of all parts: ``(3, 8)`` or ``"3/8"``.
+def part_of(part: tuple[int, int] | str) -> Part:
+    """A part from its number, counted from 1, and the number of all parts: ``(3, 8)`` or ``"3/8"``.
 
     Raises:
-        QuestionError: it is none.
+        QuestionError: there is no such part.
     """
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given) if isinstance(given, str) else None
-    numbers = found.groups() if found else given
-    whole = isinstance(numbers, tuple) and len(numbers) == 2
-    if not whole or not (found or all(type(number) is int for number in numbers)):
-        raise QuestionError(f"part={given!r} is no part: give its number and that of all, such as '3/8' or (3, 8)")
-    number, count = map(int, numbers)
+    numbers: object = part
+    if isinstance(part, str) and re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", part):
+        numbers = tuple(map(int, part.split("/")))
+    if not isinstance(numbers, tuple) or [type(number) for number in numbers] != [int, int]:
+        raise QuestionError(f"part={part!r} is no part: give its number and that of all, such as '3/8' or (3, 8)")
+    number, count = numbers
     if not 1 <= number <= count:
-        raise QuestionError(f"part={given!r} is no part: of {count}, there are those from 1/{count} to {count}/{count}")
+        raise QuestionError(f"part={part!r} is no part: of {count}, there are those from 1/{count} to {count}/{count}")
     return Part(number - 1, count)
 
 
 def current_processes() -> Processes:
-    """The processes that this one was started with; a single one outside of torchrun and the like.
+    """The processes that this process was started with; outside of torchrun and the like it is alone.
 
     Raises:
         VLMNeuronsError: the environment names several processes, but not how to reach them.
@@ -124,7 +124,7 @@ def current_processes() -> Processes:
             f"WORLD_SIZE is {count}, but {', '.join(missing)} is not set: start with torchrun --nproc-per-node {count}"
         )
     dist.init_process_group("gloo", timeout=_WAIT)
-    # Python's end does not wait for gloo's threads, and a process whose work is done would then end in an abort.
+    # Python does not wait for gloo's threads when it ends, and a process whose work is done would end in an abort.
     atexit.register(_leave)
     return Processes(dist.get_rank(), dist.get_world_size())
 

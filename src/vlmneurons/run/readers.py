@@ -1,7 +1,7 @@
 """How the model's answer is read: the letters' logits, what is generated, or the likelihood of options or of a text.
 
-Each way is a small object with one method, `read`; a set of questions names the one it wants. A reader runs the model;
-whoever counts activations meanwhile gets told what each token of the run is (``watch``).
+Each way is a small object with one method, `read`; a set of questions names the reader that it wants. A reader runs the
+model, and tells whoever counts activations meanwhile which rows of the run stand for the questions (``watch``).
 """
 
 import contextlib
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from vlmneurons.model.vlm import VLM
 
 Watch = Callable[[Batch, list[int]], contextlib.AbstractContextManager[object]]
-"""Told before a run: its inputs, and which of its rows stand for the questions (one row each, in order)."""
+"""Entered around a run, and given its inputs and the rows that stand for the questions (one row each, in order)."""
 
 Encoded = TypeVar("Encoded", default=Any)
-"""What a reader runs the model on, as its `AnswerReader.encode` makes it of a batch."""
+"""What a reader's `AnswerReader.encode` makes of a batch, and what it then runs the model on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,8 @@ class Reading:
             return torch.full((len(questions),), float("nan"), dtype=torch.float64)
         scores = self.scores.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         right = torch.tensor([[item.answer] for item in questions])
-        others = scores.scatter(1, right, -torch.inf).amax(1)
-        return scores.gather(1, right).squeeze(1) - others
+        best_wrong = scores.scatter(1, right, -torch.inf).amax(1)
+        return scores.gather(1, right).squeeze(1) - best_wrong
 
     def of_rows(self, rows: Sequence[int]) -> "Reading":
         """The answers to some of the questions.
@@ -88,58 +88,20 @@ class Reading:
         return Reading(tuple(self.chosen[row] for row in rows), scores, texts, graded)
 
 
-def checked(reading: object, reader: "AnswerReader", questions: Sequence[Question]) -> Reading:
-    """A reading of a reader, which may be the user's own: one answer to each question, and nothing that is no number.
-
-    Args:
-        reading: what `AnswerReader.read` gave.
-        reader: the reader, for the error.
-        questions: the questions that were asked.
-
-    Raises:
-        QuestionError: it is not of these questions, names an option that there is none of, or lacks a score, or has
-            NaN in its place; the message says which question, where it is one.
-    """
-    check_kind(f"what {reader!r} gives", reading, Reading, QuestionError)
-    assert isinstance(reading, Reading)
-    for name, dimensions in (("chosen", 1), ("scores", 2), ("texts", 1), ("graded", 1)):
-        values = getattr(reading, name)
-        shape = None if values is None else tuple(getattr(values, "shape", (len(values),)))
-        if shape is not None and (len(shape) != dimensions or shape[0] != len(questions)):
-            told = f"{reader!r} gave {name} of the shape {list(shape)} to {len(questions)} questions"
-            raise QuestionError(f"{told}: one for each is wanted")
-    if reader.grades and reading.graded is None:
-        raise QuestionError(f"{reader!r} grades answers, and gave no scores: Reading(…, graded=a tensor [question])")
-    scores = None if reading.scores is None else torch.as_tensor(reading.scores)
-    graded = None if reading.graded is None else torch.as_tensor(reading.graded).tolist()
-    for row, (choice, item) in enumerate(zip(reading.chosen, questions, strict=True)):
-        what = f"question {item.id!r}: {reader!r} gave"
-        n = len(item.options) or 2  # of an open question 0 is right and 1 wrong
-        if choice is not None and not -1 <= as_whole(f"{what} a choice, which", choice, QuestionError) < n:
-            raise QuestionError(f"{what} the choice {choice}, and there are 0 to {n - 1}; None names no option")
-        if graded is not None and not np.isfinite(graded[row]):
-            raise QuestionError(f"{what} the score {graded[row]}, which is no number")
-        if scores is None or item.is_open:
-            continue
-        if scores.shape[1] < n or bool(scores[row, :n].isnan().any()):
-            raise QuestionError(f"{what} the scores {scores[row].tolist()}: a number for each of {n} options is wanted")
-    return reading
-
-
 class AnswerReader(ABC, Generic[Encoded]):
-    """A way of reading answers. Subclass it and define `read` for another."""
+    """A way of reading answers. A subclass that defines `read` is another one."""
 
     shows_options: bool = True
     """Whether the options have to stand in the prompt."""
 
     padding_side: str = "right"
-    """Right padding leaves every token at the position it has alone; generation needs the left."""
+    """On the right, padding leaves every token at the position that it has alone; generation needs it on the left."""
 
     grades: bool = False
-    """Whether answers get a score (`Reading.graded`) and not an option: those of open questions."""
+    """Whether answers get a score (`Reading.graded`) instead of an option, as open questions need."""
 
     def check(self, questions: QuestionSet) -> None:
-        """Refuse questions that cannot be read so, before any is asked.
+        """Refuse questions that this reader cannot read, before any is asked.
 
         Args:
             questions: all of them.
@@ -158,7 +120,7 @@ class AnswerReader(ABC, Generic[Encoded]):
             )
 
     def encode(self, model: "VLM", questions: QuestionSet) -> Encoded:
-        """What `read` runs the model on: made once for a batch, and run as often as is wanted.
+        """What `read` runs the model on. It is made once for a batch, and run as often as is wanted.
 
         Args:
             model: the model.
@@ -168,7 +130,7 @@ class AnswerReader(ABC, Generic[Encoded]):
 
     @abstractmethod
     def read(self, model: "VLM", questions: QuestionSet, encoded: Encoded, watch: "Watch | None" = None) -> Reading:
-        """Runs the model on one batch of questions.
+        """Run the model on one batch of questions.
 
         Args:
             model: the model, in inference mode.
@@ -186,10 +148,10 @@ class AnswerReader(ABC, Generic[Encoded]):
 
 
 class LogitReader(AnswerReader[Encoded]):
-    """A reader that needs one forward, and of it the logits at a few positions of each row.
+    """A reader that needs one forward, and from it the logits at a few positions of each row.
 
-    Subclass it and define `wants` and `score`. Many masks can then share what does not depend on them; a reader that
-    runs the model in a way of its own is run once for each mask.
+    Subclass it and define `wants` and `score`. Many masks can then share the work that does not depend on them; a
+    reader that runs the model in a way of its own is run once for each mask.
     """
 
     def encode(self, model: "VLM", questions: QuestionSet) -> Encoded:
@@ -203,7 +165,7 @@ class LogitReader(AnswerReader[Encoded]):
 
     @abstractmethod
     def wants(self, encoded: Encoded) -> "Wanted":
-        """The forward that is needed, and what of it.
+        """The forward that is needed, and the positions whose logits are.
 
         Args:
             encoded: what `encode` gave.
@@ -256,31 +218,16 @@ class LogitReader(AnswerReader[Encoded]):
         return self.score(model, questions, encoded, logits)
 
 
-def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
-    """Refuse to read an answer where the prompt of some question ends, if the model would think there first.
-
-    Args:
-        model: the model.
-        questions: the questions.
-
-    Raises:
-        QuestionError: the chat template opens a thought, or lets the model think.
-    """
-    for n_media in () if questions.prompt is bare_prompt else sorted({item.n_media for item in questions}):
-        model.encoder.refuse_media(*n_media)
-        model.prompts.refuse_thought(*n_media)
-
-
 @dataclass(frozen=True)
 class Wanted:
-    """One forward, and what of it is looked at.
+    """One forward, and the positions at which its logits are read.
 
     Attributes:
         batch: its inputs.
         positions: for each row the positions whose logits are wanted, at least one.
         questions: the row that stands for each question.
-        owners: the question that each row is of. None says nothing, and where there are more rows than questions, those
-            of some of the questions cannot be run alone.
+        owners: the question that each row belongs to. Left at None where there are more rows than questions, it is not
+            known, and the rows of some of the questions cannot be run alone.
     """
 
     batch: Batch
@@ -294,137 +241,12 @@ class Wanted:
         Args:
             questions: their places.
         """
-        alone = self.questions == list(range(len(self.positions)))
-        owners = self.owners if self.owners is not None else self.questions if alone else None
+        owners = self.owners
+        if owners is None and self.questions != list(range(len(self.positions))):
+            return None
+        # Without owners, row n is known to be question n: the rows that stand for questions are all rows, in order.
         wanted = set(questions)
-        return None if owners is None else [row for row, owner in enumerate(owners) if owner in wanted]
-
-
-def reads_logits(reader: AnswerReader) -> TypeGuard[LogitReader]:
-    """Whether the logits of one forward are all that a reader needs: a subclass may run the model in its own way."""
-    return isinstance(reader, LogitReader) and type(reader).read is LogitReader.read
-
-
-def names_its_tokens(reader: LogitReader) -> bool:
-    """Whether what the reader says of its tokens goes for its own `score`: a subclass may have another one."""
-    owners = {
-        name: next(one for one in type(reader).__mro__ if name in vars(one))
-        for name in ("score", "score_shares", "tokens")
-    }
-    return len(set(owners.values())) == 1 and owners["tokens"] is not LogitReader
-
-
-def reading_of_shares(
-    reader: LogitReader,
-    model: "VLM",
-    questions: QuestionSet,
-    encoded: Any,
-    tokens: list[int],
-    rows: Sequence[Tensor],
-) -> Reading:
-    """The answers, from ``[position, token]`` log-probabilities of the tokens that a reader names, for each row.
-
-    Args:
-        reader: the reader.
-        model: the model.
-        questions: the questions.
-        encoded: what `AnswerReader.encode` made of them.
-        tokens: the tokens, in the order of the columns.
-        rows: the log-probabilities (nats).
-    """
-    size = max(len(model.tokenizer), max(tokens) + 1)
-    shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
-    return reader.score_shares(model, questions, encoded, shares)
-
-
-def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
-def logits_at(
-    model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]
-) -> list[Float[Tensor, "position vocabulary"]]:
-    """Run the model once and give each row's logits at some positions, in float32 on the CPU.
-
-    Only the positions that some row needs are projected to the vocabulary, where the model allows it.
-
-    Args:
-        model: the model.
-        batch: its inputs.
-        positions: for each row of the batch the wanted positions.
-
-    Raises:
-        QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
-    """
-    inputs, wanted = forward_inputs(model, batch, positions)
-    with each_once(model.hf, batch), _one_to_one(model, batch, "logits_to_keep" in inputs):
-        output = model.hf(**inputs)
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise QuestionError(
-            f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
-            "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
-        )
-    place = places_of(model, batch, wanted, logits.shape[1])
-    return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
-
-
-_ONE_TO_ONE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Models whose decoder was seen to run on the tokens of its input, and no others."""
-
-
-@contextlib.contextmanager
-def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
-    """Within, a decoder that sees more than the input's tokens is refused: positions that are chosen are not theirs.
-
-    GIT, for one, puts a picture's vectors before the words itself.
-    """
-    if not chosen or model.hf in _ONE_TO_ONE or "language" not in model.towers:
-        yield
-        return
-
-    def check(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        hidden = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-        if hidden is not None and hidden.ndim == 3 and hidden.shape[1] != batch["input_ids"].shape[1]:
-            raise _elsewhere(model, batch, hidden.shape[1])
-
-    first = map(model.hf.get_submodule, model.towers["language"].layer_paths[:1])
-    with hooked(layer.register_forward_pre_hook(Hook(check), with_kwargs=True) for layer in first):
-        yield
-    _ONE_TO_ONE.add(model.hf)
-
-
-def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[Keywords, list[int]]:
-    """The arguments of the forward that `logits_at` makes, and the positions that some row wants, in order."""
-    wanted = sorted({position for row in positions for position in row})
-    if model.is_encoder_decoder:
-        raise QuestionError(
-            f"{type(model.hf).__name__} is an encoder-decoder model: its answer begins in the decoder, not after the "
-            "question, so the question's logits do not hold it; read answers by generation (answer='generate')"
-        )
-    inputs = dict(batch)
-    taken = inspect.signature(type(model.hf).forward).parameters
-    if "logits_to_keep" in taken:
-        inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
-    if "use_cache" in taken or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
-        inputs["use_cache"] = False
-    return inputs, wanted
-
-
-def places_of(model: "VLM", batch: Batch, wanted: list[int], given: int) -> dict[int, int]:
-    """Where the logits of each wanted position are, in a forward that gives them at so many positions."""
-    if given == len(wanted):
-        return {position: index for index, position in enumerate(wanted)}
-    if given == batch["input_ids"].shape[1]:
-        return {position: position for position in wanted}
-    raise _elsewhere(model, batch, given)
-
-
-def _elsewhere(model: "VLM", batch: Batch, given: int) -> QuestionError:
-    return QuestionError(
-        f"{type(model.hf).__name__} gives logits at {given} positions for a prompt of "
-        f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
-    )
+        return [row for row, owner in enumerate(self.questions if owners is None else owners) if owner in wanted]
 
 
 @dataclass(frozen=True, repr=False)
@@ -457,7 +279,7 @@ class Letters(LogitReader[Batch]):
             ActivationError: the log-probabilities of a question are NaN.
         """
         tokens = letter_tokens(model, max(len(item.options) for item in questions))
-        return _reading(questions, [row[0, tokens].logsumexp(-1) for row in shares])
+        return _option_reading(questions, [row[0, tokens].logsumexp(-1) for row in shares])
 
 
 @dataclass(frozen=True, repr=False)
@@ -488,45 +310,48 @@ class TextLikelihood(LogitReader["_Options"]):
         """
         refuse_thoughts(model, questions)
         encoder = model.encoder
-        rows: list[tuple[int, str]] = []  # question, continuation
-        wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
-        first_rows: list[int] = []
         prompts = [encoder.prompt_of(questions, item) for item in questions]
         shown = [
             [prompt, *(prompt + self.prefix + option for option in item.options)]
             for prompt, item in zip(prompts, questions, strict=True)
         ]
-        ids_of = iter(encoder.all_token_ids([text for texts in shown for text in texts]))
+        all_ids = iter(encoder.all_token_ids([text for texts in shown for text in texts]))
+        rows: list[tuple[int, str]] = []  # question, continuation
+        first_rows: list[int] = []
+        wanted: list[list[tuple[int, list[int]]]] = []  # per question and option: its row, its token ids
         for number, item in enumerate(questions):
-            bare = next(ids_of)
+            bare = next(all_ids)
             first_rows.append(len(rows))
+            row_of_beginning: dict[tuple[int, ...], int] = {(): len(rows)}
             rows.append((number, ""))
-            known: dict[tuple[int, ...], int] = {(): first_rows[-1]}
             per_option = []
             for option in item.options:
-                whole = next(ids_of)
-                added = whole[len(bare) :]
-                if whole[: len(bare)] != bare or not added:
+                ids = next(all_ids)
+                added = ids[len(bare) :]
+                if ids[: len(bare)] != bare or not added:
                     raise QuestionError(
                         f"question {item.id!r}: the option {option!r} does not continue the prompt token by token; "
                         f"change the prefix ({self.prefix!r})"
                     )
+                # Options that differ in their last token only share a row: each token is read before it is shown.
                 beginning = tuple(added[:-1])
-                if beginning not in known:
-                    known[beginning] = len(rows)
+                if beginning not in row_of_beginning:
+                    row_of_beginning[beginning] = len(rows)
                     rows.append((number, self.prefix + option))
-                per_option.append((known[beginning], added))
+                per_option.append((row_of_beginning[beginning], added))
             wanted.append(per_option)
-        asked = [questions[number] for number, _ in rows]
-        added = [more for _, more in rows]
-        rendered = [prompts[number] for number, _ in rows]
-        batch = encoder.rows(questions, asked, added, padding_side=self.padding_side, rendered=rendered)
+        batch = encoder.rows(
+            questions,
+            [questions[number] for number, _ in rows],
+            [continuation for _, continuation in rows],
+            padding_side=self.padding_side,
+            rendered=[prompts[number] for number, _ in rows],
+        )
         # A row shows its option's last token too, but nothing reads what follows it.
-        last = batch.tokens.last.tolist()
-        positions = []
-        for row, (number, _) in enumerate(rows):
-            depth = max((len(ids) for other, ids in wanted[number] if other == row), default=1)
-            positions.append([last[row] + step for step in range(depth)])
+        n_read = [1] * len(rows)
+        for row, ids in (pair for per_option in wanted for pair in per_option):
+            n_read[row] = max(n_read[row], len(ids))
+        positions = [list(range(last, last + n)) for last, n in zip(batch.tokens.last.tolist(), n_read, strict=True)]
         return _Options(batch, first_rows, positions, wanted)
 
     def wants(self, encoded: "_Options") -> Wanted:
@@ -560,12 +385,12 @@ class TextLikelihood(LogitReader["_Options"]):
                 steps = shares[row][: len(ids)].gather(1, torch.tensor(ids)[:, None])
                 values.append(steps.mean() if self.per_token else steps.sum())
             scores.append(torch.stack(values))
-        return _reading(questions, scores, shown=False)
+        return _option_reading(questions, scores, shown=False)
 
 
 @dataclass(frozen=True)
 class _Options:
-    """Rows that between them show every option's text: the first of each question is the bare prompt."""
+    """Rows that between them show every option's text; the first row of each question is the bare prompt."""
 
     batch: Batch
     first_rows: list[int]
@@ -614,8 +439,8 @@ class RunningText(LogitReader[Batch]):
     def wants(self, encoded: Batch) -> Wanted:
         """See `LogitReader.wants`: the positions before each token of the text."""
         table = encoded.tokens
-        read = table.attention if table.template is None else table.attention & ~table.template
-        read = read & (table.attention.cumsum(1) > 1)
+        of_text = table.attention if table.template is None else table.attention & ~table.template
+        read = of_text & (table.attention.cumsum(1) > 1)  # the first token has nothing before it
         return Wanted(encoded, [(row.nonzero().flatten() - 1).tolist() for row in read], list(range(len(read))))
 
     def score(self, model: "VLM", questions: QuestionSet, encoded: Batch, logits: list[Tensor]) -> Reading:
@@ -627,16 +452,16 @@ class RunningText(LogitReader[Batch]):
         means = []
         for row, (places, values) in enumerate(zip(self.wants(encoded).positions, logits, strict=True)):
             following = encoded.tokens.ids[row, [place + 1 for place in places]].cpu()
-            told = values.gather(1, following[:, None]).squeeze(1) - values.logsumexp(-1)
-            means.append(told.double().mean())
+            likelihoods = values.gather(1, following[:, None]).squeeze(1) - values.logsumexp(-1)
+            means.append(likelihoods.double().mean())
             if torch.isnan(means[-1]):
                 raise ActivationError(f"the logits of question {questions[row].id!r} are NaN: it has no likelihood")
-        return _graded(questions, torch.stack(means), self.threshold)
+        return _graded_reading(torch.stack(means), self.threshold)
 
 
 @dataclass(frozen=True, repr=False)
 class Generate(AnswerReader[Batch]):
-    """Greedy generation, and what the text names: letter, number, or option text; anything else is a parse failure.
+    """The option that a greedily generated text names by letter, number or text; anything else is a parse failure.
 
     Open questions have no option to name: give a scorer, and the text is graded.
 
@@ -733,8 +558,260 @@ class Generate(AnswerReader[Batch]):
             place = parse_answer(opened + text, [item.options[index] for index in order])
             chosen.append(None if place is None else order[place])
         if self.scorer is not None:
-            return _graded(questions, torch.tensor(scores, dtype=torch.float64), self.threshold, texts)
+            return _graded_reading(torch.tensor(scores, dtype=torch.float64), self.threshold, texts)
         return Reading(tuple(chosen), None, texts)
+
+
+_READERS: dict[str, Callable[[], AnswerReader]] = {
+    "letters": Letters,
+    "generate": Generate,
+    "text": TextLikelihood,
+    "running": RunningText,
+}
+
+
+def reader_of(answer: object) -> AnswerReader:
+    """The reader that the ``answer`` of a set of questions names, or is."""
+    if isinstance(answer, AnswerReader):
+        return answer
+    if isinstance(answer, str) and answer in _READERS:
+        return _READERS[answer]()
+    raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(_READERS)}")
+
+
+# -- what is known of a reader, and of what it gives -------------------------------------------------------------------
+
+
+def reads_logits(reader: AnswerReader) -> TypeGuard[LogitReader]:
+    """Whether the logits of one forward are all that a reader needs; its class may run the model in another way."""
+    return isinstance(reader, LogitReader) and type(reader).read is LogitReader.read
+
+
+def names_its_tokens(reader: LogitReader) -> bool:
+    """Whether a reader's `tokens` are all that its `score` looks at: a subclass may have redefined one of them only."""
+    owners = {
+        next(cls for cls in type(reader).__mro__ if name in vars(cls)) for name in ("score", "score_shares", "tokens")
+    }
+    return len(owners) == 1 and LogitReader not in owners
+
+
+def reading_of_shares(
+    reader: LogitReader,
+    model: "VLM",
+    questions: QuestionSet,
+    encoded: Any,
+    tokens: list[int],
+    rows: Sequence[Tensor],
+) -> Reading:
+    """The answers, from the log-probabilities of the tokens that a reader names: ``[position, token]`` for each row.
+
+    Args:
+        reader: the reader.
+        model: the model.
+        questions: the questions.
+        encoded: what `AnswerReader.encode` made of them.
+        tokens: the tokens, in the order of the columns.
+        rows: the log-probabilities (nats).
+    """
+    size = max(len(model.tokenizer), max(tokens) + 1)
+    shares = [row.new_full((len(row), size), torch.nan).index_copy_(1, torch.tensor(tokens), row) for row in rows]
+    return reader.score_shares(model, questions, encoded, shares)
+
+
+def checked(reading: object, reader: "AnswerReader", questions: Sequence[Question]) -> Reading:
+    """A reading, checked, as the reader may be the user's own: one answer to each question, and only finite numbers.
+
+    Args:
+        reading: what `AnswerReader.read` gave.
+        reader: the reader, for the error.
+        questions: the questions that were asked.
+
+    Raises:
+        QuestionError: it is not of these questions, names an option that does not exist, lacks a score, or has NaN in
+            place of one; the message names the question, if it is about one.
+    """
+    check_kind(f"what {reader!r} gives", reading, Reading, QuestionError)
+    assert isinstance(reading, Reading)
+    for name, dimensions in (("chosen", 1), ("scores", 2), ("texts", 1), ("graded", 1)):
+        values = getattr(reading, name)
+        shape = None if values is None else tuple(getattr(values, "shape", (len(values),)))
+        if shape is not None and (len(shape) != dimensions or shape[0] != len(questions)):
+            raise QuestionError(
+                f"{reader!r} gave {name} of the shape {list(shape)} to {len(questions)} questions: one for each is "
+                "wanted"
+            )
+    if reader.grades and reading.graded is None:
+        raise QuestionError(f"{reader!r} grades answers, and gave no scores: Reading(…, graded=a tensor [question])")
+    scores = None if reading.scores is None else torch.as_tensor(reading.scores)
+    graded = None if reading.graded is None else torch.as_tensor(reading.graded).tolist()
+    for row, (choice, item) in enumerate(zip(reading.chosen, questions, strict=True)):
+        gave = f"question {item.id!r}: {reader!r} gave"
+        n = len(item.options) or 2  # of an open question 0 is right and 1 wrong
+        if choice is not None and not -1 <= as_whole(f"{gave} a choice, which", choice, QuestionError) < n:
+            raise QuestionError(f"{gave} the choice {choice}, and there are 0 to {n - 1}; None names no option")
+        if graded is not None and not np.isfinite(graded[row]):
+            raise QuestionError(f"{gave} the score {graded[row]}, which is no number")
+        if scores is None or item.is_open:
+            continue
+        if scores.shape[1] < n or bool(scores[row, :n].isnan().any()):
+            raise QuestionError(f"{gave} the scores {scores[row].tolist()}: a number for each of {n} options is wanted")
+    return reading
+
+
+def refuse_thoughts(model: "VLM", questions: QuestionSet) -> None:
+    """Refuse to read answers at the end of prompts, if the model would begin to think there.
+
+    Args:
+        model: the model.
+        questions: the questions.
+
+    Raises:
+        QuestionError: the chat template opens a thought, or lets the model think.
+    """
+    for n_media in () if questions.prompt is bare_prompt else sorted({item.n_media for item in questions}):
+        model.encoder.refuse_media(*n_media)
+        model.prompts.refuse_thought(*n_media)
+
+
+# -- one forward -------------------------------------------------------------------------------------------------------
+
+
+def _no_watch(batch: Batch, rows: list[int]) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def logits_at(
+    model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "position vocabulary"]]:
+    """Run the model once and give each row's logits at some positions, in float32 on the CPU.
+
+    Only the positions that some row needs are projected to the vocabulary, where the model allows it.
+
+    Args:
+        model: the model.
+        batch: its inputs.
+        positions: for each row of the batch the wanted positions.
+
+    Raises:
+        QuestionError: the model gives no logits, or none after the question, as an encoder-decoder model.
+    """
+    inputs, wanted = forward_inputs(model, batch, positions)
+    with each_once(model.hf, batch), _one_to_one(model, batch, "logits_to_keep" in inputs):
+        output = model.hf(**inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise QuestionError(
+            f"{type(model.hf).__name__} gives {type(output).__name__} without logits; answers are read from "
+            "output.logits [row, token, vocabulary], as in transformers.modeling_outputs.CausalLMOutput"
+        )
+    place = places_of(model, batch, wanted, logits.shape[1])
+    return [logits[row, [place[p] for p in places]].float().cpu() for row, places in enumerate(positions)]
+
+
+_ONE_TO_ONE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models whose decoder was seen to run on the tokens of its input, and no others."""
+
+
+@contextlib.contextmanager
+def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
+    """Within, refuse a decoder that runs on more than the input's tokens, where only chosen positions give logits.
+
+    A position would then be another token's: GIT, for one, puts a picture's vectors before the words itself.
+    """
+    if not chosen or model.hf in _ONE_TO_ONE or "language" not in model.towers:
+        yield
+        return
+
+    def check(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if hidden is not None and hidden.ndim == 3 and hidden.shape[1] != batch["input_ids"].shape[1]:
+            raise _misplaced(model, batch, hidden.shape[1])
+
+    first = map(model.hf.get_submodule, model.towers["language"].layer_paths[:1])
+    with hooked(layer.register_forward_pre_hook(Hook(check), with_kwargs=True) for layer in first):
+        yield
+    _ONE_TO_ONE.add(model.hf)
+
+
+def forward_inputs(model: "VLM", batch: Batch, positions: Sequence[Sequence[int]]) -> tuple[Keywords, list[int]]:
+    """The arguments of the forward that `logits_at` makes, and in order the positions that any row wants."""
+    wanted = sorted({position for row in positions for position in row})
+    if model.is_encoder_decoder:
+        raise QuestionError(
+            f"{type(model.hf).__name__} is an encoder-decoder model: its answer begins in the decoder, not after the "
+            "question, so the question's logits do not hold it; read answers by generation (answer='generate')"
+        )
+    inputs = dict(batch)
+    parameters = inspect.signature(type(model.hf).forward).parameters
+    if "logits_to_keep" in parameters:
+        inputs["logits_to_keep"] = torch.tensor(wanted, device=batch["input_ids"].device)
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if takes_any or "use_cache" in parameters:
+        inputs["use_cache"] = False
+    return inputs, wanted
+
+
+def places_of(model: "VLM", batch: Batch, wanted: list[int], n_positions: int) -> dict[int, int]:
+    """Where the logits of each wanted position are, in a forward that gives them at ``n_positions``."""
+    if n_positions == len(wanted):
+        return {position: index for index, position in enumerate(wanted)}
+    if n_positions == batch["input_ids"].shape[1]:
+        return {position: position for position in wanted}
+    raise _misplaced(model, batch, n_positions)
+
+
+def _misplaced(model: "VLM", batch: Batch, n_positions: int) -> QuestionError:
+    return QuestionError(
+        f"{type(model.hf).__name__} gives logits at {n_positions} positions for a prompt of "
+        f"{batch['input_ids'].shape[1]} tokens; read answers by generation (answer='generate')"
+    )
+
+
+# -- from scores and tokens to answers ---------------------------------------------------------------------------------
+
+
+def _graded_reading(scores: Tensor, threshold: float | None, texts: tuple[str, ...] | None = None) -> Reading:
+    """The answers to open questions, from their scores."""
+    chosen = tuple(0 if threshold is None or score >= threshold else 1 for score in scores.tolist())
+    return Reading(chosen, None, texts, scores)
+
+
+def _option_reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:
+    """The answers, from scores by option in shown or the question's own order; of equal scores the first shown wins."""
+    most = max(len(item.options) for item in questions)
+    table = torch.full((len(questions), most), float("nan"), dtype=torch.float64)
+    chosen = []
+    for row, (item, values) in enumerate(zip(questions, scores, strict=True)):
+        if torch.isnan(values).any():
+            raise ActivationError(f"the logits of question {item.id!r} are NaN, so no option can be told the likeliest")
+        order = questions.order(item)
+        by_place = values[: len(order)].double() if shown else values.double()[list(order)]
+        chosen.append(order[int(by_place.argmax())])
+        table[row, list(order)] = by_place
+    return Reading(tuple(chosen), table)
+
+
+def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
+    """Ids of the tokens that are just a letter, ``[letter, form]``: only forms that every letter has.
+
+    Raises:
+        QuestionError: the tokenizer has no form in which each letter is one token.
+    """
+    forms_of = _LETTER_TOKENS.setdefault(model, {})  # listing a vocabulary takes longer than many a forward
+    if n not in forms_of:
+        vocabulary = model.tokenizer.get_vocab()
+        forms = [[vocabulary.get(before + letter) for letter in LETTERS[:n]] for before in ("", "▁", "Ġ", " ")]
+        # No tensor is kept: one made in inference mode could not be used where gradients are wanted.
+        forms_of[n] = [form for form in forms if None not in form]
+    if not forms_of[n]:
+        raise QuestionError(
+            f"the tokenizer has no single token for each of the letters {LETTERS[:n]}; "
+            "use answer='text' or answer='generate'"
+        )
+    return torch.tensor(forms_of[n]).T
+
+
+_LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, list[list[Any]]]]" = weakref.WeakKeyDictionary()
 
 
 def _decoded(model: "VLM", ids: Sequence[Sequence[int]] | Tensor) -> tuple[str, ...]:
@@ -748,67 +825,3 @@ def _decoded(model: "VLM", ids: Sequence[Sequence[int]] | Tensor) -> tuple[str, 
             return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
         kept = [[number for number in row if number not in special - tags] for row in rows]
         return tuple(tokenizer.batch_decode(kept, skip_special_tokens=False))
-
-
-_READERS: dict[str, Callable[[], AnswerReader]] = {
-    "letters": Letters,
-    "generate": Generate,
-    "text": TextLikelihood,
-    "running": RunningText,
-}
-
-
-def reader_of(answer: object) -> AnswerReader:
-    """The reader that a set of questions names by ``answer``."""
-    if isinstance(answer, AnswerReader):
-        return answer
-    if isinstance(answer, str) and answer in _READERS:
-        return _READERS[answer]()
-    raise QuestionError(f"answer={answer!r} is not a way of reading answers; choose from {', '.join(_READERS)}")
-
-
-def letter_tokens(model: "VLM", n: int) -> torch.Tensor:
-    """Ids of the tokens that are just a letter, ``[letter, form]``: only forms that every letter has.
-
-    Raises:
-        QuestionError: the tokenizer has no form in which each letter is one token.
-    """
-    known = _LETTER_TOKENS.setdefault(model, {})  # listing a vocabulary takes longer than many a forward
-    if n in known:
-        return torch.tensor(known[n]).T
-    vocabulary = model.tokenizer.get_vocab()
-    forms = [[vocabulary.get(before + letter) for letter in LETTERS[:n]] for before in ("", "▁", "Ġ", " ")]
-    whole = [form for form in forms if all(number is not None for number in form)]
-    if not whole:
-        raise QuestionError(
-            f"the tokenizer has no single token for each of the letters {LETTERS[:n]}; "
-            "use answer='text' or answer='generate'"
-        )
-    known[n] = whole  # no tensor: one made in inference mode could not be used where gradients are wanted
-    return torch.tensor(whole).T
-
-
-_LETTER_TOKENS: "weakref.WeakKeyDictionary[Any, dict[int, list[list[Any]]]]" = weakref.WeakKeyDictionary()
-
-
-def _graded(
-    questions: QuestionSet, scores: Tensor, threshold: float | None, texts: tuple[str, ...] | None = None
-) -> Reading:
-    """The answers of open questions, from their scores."""
-    right = [threshold is None or score >= threshold for score in scores.tolist()]
-    return Reading(tuple(0 if one else 1 for one in right), None, texts, scores)
-
-
-def _reading(questions: QuestionSet, scores: Sequence[Tensor], *, shown: bool = True) -> Reading:
-    """Scores by option (in shown order, or the question's own) → the choice; of equal scores the first shown wins."""
-    most = max(len(item.options) for item in questions)
-    table = torch.full((len(questions), most), float("nan"), dtype=torch.float64)
-    chosen = []
-    for row, (item, values) in enumerate(zip(questions, scores, strict=True)):
-        if torch.isnan(values).any():
-            raise ActivationError(f"the logits of question {item.id!r} are NaN, so no option can be told the likeliest")
-        order = questions.order(item)
-        by_place = values[: len(order)].double() if shown else values.double()[list(order)]
-        chosen.append(order[int(by_place.argmax())])
-        table[row, list(order)] = by_place
-    return Reading(tuple(chosen), table)

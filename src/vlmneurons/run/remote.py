@@ -1,11 +1,11 @@
 """Counting and switching off in a model that runs elsewhere: nnsight's remote execution, as on NDIF.
 
-Hooks do not travel. What does is the source of a trace, with the values that it names: so a batch of questions is sent
-as one job that reads and edits the model at the same named sites, counts there, and sends back integers and a few
+Hooks do not travel, but the source of a trace does, with the values that it names. So a batch of questions is sent as
+one job, which reads and edits the model at the same named sites, counts there, and sends back integers and a few
 log-probabilities instead of activations. The far side needs nnsight and torch, and nothing of this library.
 
-`remote="local"` sends nothing: nnsight packs the job, unpacks it with all local code hidden, and runs it here. Counts,
-totals and choices then equal those of the library's own hooks, to the last integer.
+With `remote="local"` nothing is sent: nnsight packs the job, unpacks it with all local code hidden, and runs it here.
+Counts, totals and choices then equal those of the library's own hooks, to the last integer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,24 +40,25 @@ from vlmneurons.statistics import counting as counting_functions
 from vlmneurons.statistics.counting import count_patches, count_tokens
 
 Remote = bool | str
-"""False: here. True: the host that nnsight is set up for. A URL: that one. ``"local"``: nnsight's simulation of one."""
+"""False: here. True: the host that nnsight is set up for. A URL: that host. ``"local"``: a host that nnsight simulates.
+"""
 
 _RUNS = 64
-"""Masks of one job: their questions, pictures included, are sent once for all of them."""
+"""How many masks a job has: its questions, pictures included, are sent once for all of them."""
 
 
 def refuse_unknown(model: VLM, remote: Remote) -> None:
-    """Refuse a ``remote`` that is none, and a run here of a model that has no weights.
+    """Refuse a ``remote`` that is no place to run, and a run here of a model that has no weights.
 
     Raises:
-        MismatchError: one of the two.
+        MismatchError: the place is unknown, or the weights are missing.
     """
     if not (isinstance(remote, bool) or remote == "local" or str(remote).startswith(("http://", "https://"))):
         raise MismatchError(
             f"remote={remote!r} is no place to run; choose from False, True, 'local', or the URL of a host"
         )
-    without = offloaded_to(model.hf) is None and any(one.device.type == "meta" for one in model.hf.parameters())
-    if remote in (False, "local") and without:
+    bare = offloaded_to(model.hf) is None and any(weight.device.type == "meta" for weight in model.hf.parameters())
+    if remote in (False, "local") and bare:
         raise MismatchError(
             f"{model.name} was made without its weights and cannot run here: pass remote=True, or load it whole"
         )
@@ -73,7 +74,6 @@ class RemoteEngine(Engine):
 
     Raises:
         QuestionError: a reader that runs the model in a way of its own, such as by generating.
-        MismatchError: no such place to run.
     """
 
     def __init__(self, model: VLM, reader: AnswerReader, remote: Remote) -> None:
@@ -83,10 +83,11 @@ class RemoteEngine(Engine):
                 "answer='letters' or answer='text', or run the model here"
             )
         super().__init__(model, reader)
-        self.inner, self.remote = reader, remote
+        self.logit_reader, self.remote = reader, remote
         self.name = "transformers through nnsight" if remote == "local" else f"nnsight at {remote}"
         self._sites: list[tuple[int, Site, Any, str, slice | None]] = []
-        """Sites to count in the order in which the model computes them: place in the space, and where a trace stops."""
+        """Sites to count, in the order in which the model computes them: place in the space, site, where a trace stops.
+        """
         self.dtype: str | None = None
         """The precision in which the model ran, once it has."""
 
@@ -109,34 +110,38 @@ class RemoteEngine(Engine):
             need_plain_counts(self, counting)
             sites = counting.space.sites
             placed = [(number, site, *stop(self.model, site, self.remote)) for number, site in enumerate(sites)]
-            self._sites = sorted(placed, key=lambda one: _computed(self.model, one[1]))
+            self._sites = sorted(placed, key=lambda site_and_stop: _computed(self.model, site_and_stop[1]))
 
     def count(self, questions: QuestionSet, encoded: object, counting: Counting) -> Reading:
         """See `Engine.count`."""
-        wanted = self.inner.wants(encoded)
+        wanted = self.logit_reader.wants(encoded)
         with counting.watch(wanted.batch, wanted.questions):
-            ((answers, counts, seen),) = self._run(questions, encoded, wanted, [[]], counting)
-            counting.take(counts, seen)
+            ((answers, counts, n_rows_seen),) = self._run(questions, encoded, wanted, [[]], counting)
+            counting.take(counts, n_rows_seen)
         return self._reading(questions, encoded, answers)
 
     def answers(self, questions: QuestionSet, encoded: object, runs: Sequence[Run]) -> Iterator[Reading]:
         """See `Engine.answers`; a batch's questions and pictures are sent once for many runs."""
-        wanted = self.inner.wants(encoded)
+        wanted = self.logit_reader.wants(encoded)
         for start in range(0, len(runs), _RUNS):
-            some = runs[start : start + _RUNS]
-            edits = [[] if run.ablation is None else edits_of(self.model, run.ablation, self.remote) for run in some]
-            for run, (answers, _, _) in zip(some, self._run(questions, encoded, wanted, edits, None), strict=True):
+            of_job = runs[start : start + _RUNS]
+            edits = [[] if run.ablation is None else edits_of(self.model, run.ablation, self.remote) for run in of_job]
+            for run, (answers, _, _) in zip(of_job, self._run(questions, encoded, wanted, edits, None), strict=True):
                 reading = self._reading(questions, encoded, answers)
                 yield reading if run.rows is None else reading.of_rows(run.rows)
 
     def _run(
         self, questions: QuestionSet, encoded: object, wanted: Wanted, runs: Wire, counting: Counting | None
     ) -> list[tuple[list[Tensor], dict[int, Counts], dict[int, int]]]:
-        """One job: the batch under each of some lists of edits, and in each run the counts of the sites."""
+        """Run one job: the batch under each of the lists of edits.
+
+        Returns:
+            For each run its answers, the counts of each site, and how many rows each site saw.
+        """
         model, batch = self.model, wanted.batch
         inputs, positions = forward_inputs(model, batch, wanted.positions)
         places = [
-            [list(places_of(model, batch, positions, n)[p] for p in row) for row in wanted.positions]
+            [[places_of(model, batch, positions, n)[position] for position in row] for row in wanted.positions]
             for n in (len(positions), batch["input_ids"].shape[1])
         ]
         tokens = self._tokens(questions, encoded)
@@ -149,7 +154,7 @@ class RemoteEngine(Engine):
             mask = batch.tokens.counted(cast("TokenRule", counting.tokens))
             if any(site.tower == "vision" for _, site, *_ in sites):
                 owner = _owners(batch, sites)
-        found = _job(
+        outcomes = _job(
             model.nnsight,
             inputs,
             [[edit[1:] for edit in edits] for edits in runs],
@@ -161,30 +166,30 @@ class RemoteEngine(Engine):
                 "total": counting is not None and counting.magnitudes,
                 "maximum": counting is not None and counting.maxima,
             },
-            {"given": len(positions), "places": places, "tokens": None if tokens is None else torch.tensor(tokens)},
+            {"positions": len(positions), "places": places, "tokens": None if tokens is None else torch.tensor(tokens)},
             self.remote,
         )
         results = []
-        for edits, (answers, given, visits, counts, dtype) in zip(runs, found, strict=True):
+        for edits, (answers, n_positions, visits, counts, dtype) in zip(runs, outcomes, strict=True):
             self.dtype = dtype
             self._refuse_visits([edit[0] for edit in edits] + [site for _, site, *_ in sites], visits)
             if answers is None:
-                places_of(model, batch, positions, given)  # raises
+                places_of(model, batch, positions, n_positions)  # raises
                 raise AssertionError("unreachable")
-            here = {number: _on_host(counting, batch, number, *one) for number, one in counts.items()}
-            seen = {number: shape[0] for number, (shape, _) in counts.items()}
-            results.append(([row.cpu() for row in answers], here, seen))
+            on_host = {number: _on_host(counting, batch, number, *tables) for number, tables in counts.items()}
+            n_rows_seen = {number: shape[0] for number, (shape, _) in counts.items()}
+            results.append(([row.cpu() for row in answers], on_host, n_rows_seen))
         return results
 
     def _tokens(self, questions: QuestionSet, encoded: object) -> list[int] | None:
-        return self.inner.tokens(self.model, questions, encoded) if names_its_tokens(self.inner) else None
+        return self.logit_reader.tokens(self.model, questions, encoded) if names_its_tokens(self.logit_reader) else None
 
     def _reading(self, questions: QuestionSet, encoded: object, rows: list[Tensor]) -> Reading:
         """The answers from what came back: log-probabilities of a few tokens, or logits."""
         model, tokens = self.model, self._tokens(questions, encoded)
         if tokens is None:
-            return self.inner.score(model, questions, encoded, rows)
-        return reading_of_shares(self.inner, model, questions, encoded, tokens, rows)
+            return self.logit_reader.score(model, questions, encoded, rows)
+        return reading_of_shares(self.logit_reader, model, questions, encoded, tokens, rows)
 
     def _refuse_visits(self, sites: Sequence[Site], visits: Sequence[int]) -> None:
         for site, n in zip(sites, visits, strict=True):
@@ -218,12 +223,12 @@ def stop(model: VLM, site: Site, remote: Remote = True) -> tuple[Any, str, slice
 
 
 def _computed(model: VLM, site: Site) -> tuple[bool, int]:
-    """Sorts sites by when the model computes them: pictures first, then the decoder."""
+    """A key that sorts sites by when the model computes them: pictures first, then the decoder."""
     return site.tower != "vision", model.sites.index(site)
 
 
 def edits_of(model: VLM, ablation: Ablation, remote: Remote = True) -> list[tuple[Any, ...]]:
-    """An ablation as a trace makes it: for each site in order the site, where to stop, and what to do there.
+    """An ablation as a trace makes it: in order, each site, where the trace stops for it, and what it does there.
 
     Raises:
         AblationError: neurons that differ from row to row.
@@ -252,7 +257,7 @@ def _owners(batch: Batch, sites: Sequence[Any]) -> Tensor:
 
 
 def _on_host(counting: Any, batch: Batch, number: int, shape: Sequence[int], counts: Counts | None) -> Counts:
-    """What came back of one site."""
+    """The counts that came back of one site, on the CPU."""
     if counts is None:
         raise MismatchError(
             f"{counting.space.sites[number]} has values at {tuple(shape)} places, the input has "
@@ -271,13 +276,13 @@ nnsight.register(counting_functions)
 def _job(
     nn: Any, inputs: Mapping[str, Any], runs: Wire, sites: Wire, counting: Any, reading: Any, remote: Remote
 ) -> Wire:
-    """Run one job and give, for each run, answers, number of positions, visits of each site, counts, and precision.
+    """Run one job; gives for each run answers, number of positions, visits of each site, counts, and precision.
 
     The body of the session travels as source. It names tensors, plain values, nnsight's own envoys, torch and nnsight,
     and the library's functions of tensors, which travel as source too: the far side does not have this library.
     """
     with nn.session(remote=remote):
-        found = nnsight.save([])
+        outcomes = nnsight.save([])
         for edits in runs:
             with nn.trace(**inputs):
                 started = dict(nn.interleaver.counts)
@@ -310,22 +315,23 @@ def _job(
                             fits = len(values) == len(owner) and real.shape == values.shape[:2]
                         else:
                             fits = list(values.shape[:-1]) in (list(mask.shape), [mask.numel()])
-                        one = None
+                        tables, extras = None, (counting["total"], counting["maximum"])
                         if fits and in_vision:
-                            one = count_patches(values, real, owner, len(mask), counting["total"], counting["maximum"])
+                            tables = count_patches(values, real, owner, len(mask), *extras)
                         elif fits:
-                            one = count_tokens(values, mask, counting["total"], counting["maximum"])
-                        counts[number] = (list(values.shape[:-1]), one)
+                            tables = count_tokens(values, mask, *extras)
+                        counts[number] = (list(values.shape[:-1]), tables)
                     logits = nn.output.logits
-                    given = logits.shape[1]
-                    sets = dict(zip((reading["given"], inputs["input_ids"].shape[1]), reading["places"], strict=True))
+                    # Some models give logits at the positions that are kept only, others at all: each has its places.
+                    n_positions = (reading["positions"], inputs["input_ids"].shape[1])
+                    places = dict(zip(n_positions, reading["places"], strict=True)).get(logits.shape[1])
                     answers = None
-                    if given in sets:
-                        answers = [logits[row, where].float() for row, where in enumerate(sets[given])]
+                    if places is not None:
+                        answers = [logits[row, where].float() for row, where in enumerate(places)]
                         if reading["tokens"] is not None:
                             wanted = reading["tokens"].to(logits.device)
                             answers = [row.log_softmax(-1)[:, wanted] for row in answers]
                     visits = [nn.interleaver.counts.get(name, 0) - started.get(name, 0) for name in stops]
                     dtype = logits.dtype if values is None else values.dtype  # some models give their logits in float32
-                    found.append((answers, given, visits, counts, str(dtype)))
-    return found
+                    outcomes.append((answers, logits.shape[1], visits, counts, str(dtype)))
+    return outcomes

@@ -1,8 +1,8 @@
 """How right a generated text is, between 0 and 1: scorers of open answers.
 
 A scorer is a function ``(text, question) -> float``. Those here compare with the answers that a question accepts
-(``question.answers``, or ``question.metadata["answers"]``); one's own may look at anything. Each reads what the text
-states: what follows a model's thought, and within tags of an answer where there are some (see `stated`).
+(``question.answers``, or ``question.metadata["answers"]``); a user's own may look at anything. They read what the text
+states: what follows a model's thought, or stands within the tags of an answer in it (see `stated`).
 """
 
 import functools
@@ -23,7 +23,7 @@ Scorer = Callable[[str, Question], float]
 
 
 def score_of(scorer: Scorer, text: str, question: Question) -> float:
-    """What a scorer gives, checked.
+    """The score that a scorer gives, checked.
 
     Args:
         scorer: the scorer; its attribute ``range``, if it has one, says between which numbers its scores are.
@@ -41,21 +41,25 @@ def score_of(scorer: Scorer, text: str, question: Question) -> float:
     except Exception as error:
         if isinstance(error, VLMNeuronsError) or is_out_of_memory(error):  # named; a smaller batch helps
             raise
-        told = f"the scorer {name_of(scorer)} failed on the text {text!r}: {type(error).__name__}: {error}"
-        raise QuestionError(f"question {question.id!r}: {told}") from error
+        raise QuestionError(
+            f"question {question.id!r}: the scorer {name_of(scorer)} failed on the text {text!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     low, high = range_of(scorer)
     try:
         number = float(score)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(score, str | bytes) or not low <= number <= high or math.isinf(number):
-        told = f"the scorer {name_of(scorer)} gave {score!r}; a score is between {low:g} and {high:g}"
-        raise QuestionError(f"question {question.id!r}: {told}")
+        raise QuestionError(
+            f"question {question.id!r}: the scorer {name_of(scorer)} gave {score!r}; a score is between {low:g} and "
+            f"{high:g}"
+        )
     return number
 
 
 def range_of(scorer: object) -> tuple[float, float]:
-    """The numbers between which a scorer's scores are: its attribute ``range``, or that of the function it binds.
+    """The lowest and the highest score of a scorer: its attribute ``range``, or that of the function it binds.
 
     Args:
         scorer: the scorer.
@@ -65,13 +69,13 @@ def range_of(scorer: object) -> tuple[float, float]:
     """
     while isinstance(scorer, functools.partial) and not hasattr(scorer, "range"):
         scorer = scorer.func
-    given: Any = getattr(scorer, "range", (0, 1))
+    bounds: Any = getattr(scorer, "range", (0, 1))
     try:
-        low, high = map(float, given)
+        low, high = map(float, bounds)
     except (TypeError, ValueError):
         low, high = math.nan, math.nan
     if not low < high:
-        raise QuestionError(f"the range of a scorer is its lowest and highest score; got {given!r}")
+        raise QuestionError(f"the range of a scorer is its lowest and highest score; got {bounds!r}")
     return low, high
 
 
@@ -113,25 +117,21 @@ def accepted(question: Question) -> list[str]:
     Raises:
         QuestionError: it has none, or one of them is no text.
     """
-    answers = question.answers or None
-    if answers is None:
-        answers = question.metadata.get("answers")
-    if answers is None or is_missing(answers):
-        raise QuestionError(f"question {question.id!r} has no answers that a text could be compared with")
+    answers = question.answers or question.metadata.get("answers", ())
     try:
-        found = list(as_names("answers", answers, QuestionError))
+        texts = [] if is_missing(answers) else list(as_names("answers", answers, QuestionError))
     except QuestionError as error:
         raise QuestionError(f"question {question.id!r}: {error}") from error
-    if not found:
+    if not texts:
         raise QuestionError(f"question {question.id!r} has no answers that a text could be compared with")
-    return found
+    return texts
 
 
 def exact_match(text: str, question: Question) -> float:
     """1 if the text is one of the accepted answers, else 0.
 
-    Compared are texts in Unicode NFKC, without case, with single spaces and without punctuation at their ends, in every
-    language alike: no articles or accents are left out.
+    Texts are compared in Unicode NFKC, without case, with single spaces and without punctuation at their ends, in every
+    language alike: articles and accents count.
 
     Args:
         text: what the model wrote.
@@ -164,9 +164,9 @@ def vqa_accuracy(text: str, question: Question) -> float:
             f"question {question.id!r} has {len(answers)} answers; vqa_accuracy compares with ten people's, repeated "
             "where they agree (at least 4). For a list of accepted answers use exact_match or anls"
         )
-    given = vqa_text(stated(text))
-    same = sum(answer == given for answer in answers)
-    left_out = [min((same - (answer == given)) / 3, 1.0) for answer in answers]
+    said = vqa_text(stated(text))
+    agrees = [answer == said for answer in answers]
+    left_out = [min((sum(agrees) - agree) / 3, 1.0) for agree in agrees]
     return sum(left_out) / len(left_out)
 
 
@@ -180,18 +180,18 @@ def anls(text: str, question: Question, *, threshold: float = 0.5) -> float:
     Args:
         text: what the model wrote.
         question: the question.
-        threshold: at which share of edits a text is no longer the answer.
+        threshold: the share of edits from which on a text is no longer the answer.
 
     Raises:
         QuestionError: the question has no answers, or the threshold is outside of [0, 1].
     """
     if not 0 <= as_number("threshold", threshold, QuestionError) <= 1:
         raise QuestionError(f"threshold {threshold!r} is outside of [0, 1]")
-    given = _folded(stated(text))
+    text = _folded(stated(text))
     best = 0.0
     for answer in map(_folded, accepted(question)):
-        longer = max(len(given), len(answer))
-        distance = _edits(given, answer) / longer if longer else 0.0
+        longer = max(len(text), len(answer))
+        distance = _edits(text, answer) / longer if longer else 0.0
         best = max(best, 1 - distance if distance < threshold else 0.0)
     return best
 
@@ -200,15 +200,15 @@ def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _edits(one: str, other: str) -> int:
+def _edits(a: str, b: str) -> int:
     """Levenshtein distance: insertions, deletions and substitutions."""
-    row = list(range(len(other) + 1))
-    for number, character in enumerate(one, 1):
-        new = [number]
-        for (diagonal, above), against in zip(pairwise(row), other, strict=True):
-            new.append(min(new[-1] + 1, above + 1, diagonal + (character != against)))
-        row = new
-    return row[-1]
+    distances = list(range(len(b) + 1))  # from the part of `a` that was read to each beginning of `b`
+    for number, character in enumerate(a, 1):
+        longer = [number]
+        for (diagonal, above), against in zip(pairwise(distances), b, strict=True):
+            longer.append(min(longer[-1] + 1, above + 1, diagonal + (character != against)))
+        distances = longer
+    return distances[-1]
 
 
 # -- how the VQA challenge makes texts alike ---------------------------------------------------------------------------
@@ -226,9 +226,9 @@ _SHORT_FORMS = (
     "won't would've wouldn't wouldn't've y'all you'd you'd've you'll you're you've "
 )
 _APOSTROPHES = {
-    form[: found.start()] + form[found.end() :]: form
+    form[: apostrophe.start()] + form[apostrophe.end() :]: form
     for form in _SHORT_FORMS.split()
-    for found in re.finditer("'", form)
+    for apostrophe in re.finditer("'", form)
 }
 """Short forms that lack an apostrophe, with it."""
 
@@ -236,8 +236,8 @@ _APOSTROPHES = {
 def vqa_text(text: str) -> str:
     """A text as the VQA challenge compares it: without case, punctuation and articles, numbers up to ten as digits.
 
-    Punctuation beside a space, or in a text with a comma between digits, is left out; else a space takes its place.
-    Full stops go that no digit follows. Short forms get the apostrophe that they lack.
+    Punctuation beside a space, or in a text with a comma between digits, is left out; other punctuation becomes a
+    space. Full stops are left out where no digit follows. Short forms get the apostrophe that they lack.
 
     Args:
         text: a text.

@@ -321,9 +321,6 @@ class ItemStatistics:
         # sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    def _columns(self, name: str) -> int:
-        return self._files.columns[name]
-
     def write(
         self, rows: Sequence[int], chosen: Sequence[int], tokens: ArrayLike, margins: ArrayLike, tables: Tables
     ) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 from vlmneurons.checks import JSON, JSONMapping, as_path
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.digests import digest_of
-from vlmneurons.files.folders import RunFolder
+from vlmneurons.files.folders import RunFolder, manifest_in
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
@@ -207,7 +207,7 @@ class _Study:
             result = KnockoutResult.load(folder)
             run.tidy()
             return result
-        manifest = run.known()
+        manifest = manifest_in(run.folder)
         if manifest is not None:  # batches are cut from the order that the questions had when the run began
             self.questions = in_order_of(manifest["about"]["ids"], self.questions)
         processes = self.options.processes
@@ -346,7 +346,7 @@ class _AnswersJob(Job[pd.DataFrame]):
         self._batch: list[pd.DataFrame] = []
 
     def batch_key(self, question: Question) -> tuple[int, ...]:
-        """See `Job.apart`: where the engine wants it so, questions of a batch meet the same masks."""
+        """See `Job.batch_key`: where the engine wants it so, questions of a batch meet the same masks."""
         return () if self.engine.ragged else self._study.question_runs[question.id]
 
     def weight(self, batch: QuestionSet) -> int:
@@ -354,10 +354,10 @@ class _AnswersJob(Job[pd.DataFrame]):
         return sum(len(self._study.question_runs[question.id]) for question in batch)
 
     def is_finished(self, number: int, batch: QuestionSet) -> bool:
-        """See `Job.known`."""
+        """See `Job.is_finished`."""
         return _batch_name(number) in self._finished
 
-    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> pd.DataFrame:
+    def run(self, questions: QuestionSet, encoded: object, move_bar: Callable[[int], object], /) -> pd.DataFrame:
         """See `Job.run`."""
         places: dict[int, list[int]] = {}  # of the questions that meet each run
         for place, question in enumerate(questions):
@@ -371,10 +371,10 @@ class _AnswersJob(Job[pd.DataFrame]):
             for number, reading in zip(numbers, self.engine.answers(questions, encoded, runs), strict=True):
                 asked = [questions[place] for place in places[number]]
                 answered.append((number, asked, checked(reading, self.engine.reader, asked)))
-                told(len(asked))
+                move_bar(len(asked))
             return _answer_table(answered)
         except (RuntimeError, MemoryError):  # it may be asked again in smaller parts
-            told(-sum(len(asked) for _, asked, _ in answered))
+            move_bar(-sum(len(asked) for _, asked, _ in answered))
             raise
 
     def take(self, number: int, questions: QuestionSet, made: pd.DataFrame) -> int:

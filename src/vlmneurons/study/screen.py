@@ -137,7 +137,7 @@ class _ScreeningJob(Job[np.ndarray]):
         self._space, self._sets = space, sets
         self.estimates: dict[str, np.ndarray] = {}
 
-    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> np.ndarray:
+    def run(self, questions: QuestionSet, encoded: object, move_bar: Callable[[int], object], /) -> np.ndarray:
         """See `Job.run`."""
         reader = self.engine.reader
         assert isinstance(reader, LogitReader)

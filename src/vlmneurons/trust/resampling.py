@@ -67,7 +67,7 @@ def drawn_items(
 def _summed(pool: GroupedItems, table: str, spread: torch.Tensor, *, fixed: bool) -> torch.Tensor:
     """``[draw, group, column]`` weighted sums of a table's rows, as matrix products, a chunk of rows at a time."""
     n_draws, n_groups, _ = spread.shape
-    columns = next(pool.recording.chunks(pool.rows[:1], table))[1].shape[1]
+    columns = len(pool.space.sites if table == "reached" else pool.space)
     sums = torch.zeros((n_draws, n_groups, columns), dtype=torch.float64)
     # Where questions stay in their groups, the sums of a group need its rows alone; else those of all groups need all.
     parts = [(slice(group, group + 1), np.flatnonzero(pool.owner == group)) for group in range(n_groups)]

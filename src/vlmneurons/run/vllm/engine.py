@@ -1,8 +1,8 @@
 """A model that vLLM runs: many questions and masks in one queue, each request with a mask of its own.
 
-Every answer that is read is the end of a prompt: the letters after the question, each token of an option after the
-question and the tokens before it. So a request is a prompt with one token generated, and vLLM's prefix cache spares
-what requests share, under one mask. What vLLM would do silently wrong is refused, or proved not to happen; see
+Every answer is read at the end of a prompt: the letters after the question, and each token of an option after the
+question and the tokens before it. So a request is a prompt with one generated token, and vLLM's prefix cache saves what
+requests under the same mask share. What vLLM would do silently wrong is refused, or proved not to happen; see
 `vlmneurons.run.vllm.server`.
 """
 
@@ -45,8 +45,8 @@ class VLLMEngine(Engine):
 
     Raises:
         QuestionError: a reader that needs more than a few tokens' log-probabilities, or a generated text.
-        MismatchError: vLLM is not installed, or an option that it would be silently wrong with; an ablation, a hook or
-            a changed configuration, which do not reach vLLM; or an encoder-decoder model.
+        MismatchError: vLLM is not installed, or is given an option with which it would be silently wrong; an ablation,
+            a hook or a changed configuration, which do not reach vLLM; or an encoder-decoder model.
     """
 
     ragged = True
@@ -79,7 +79,7 @@ class VLLMEngine(Engine):
 
     @property
     def own_setting(self) -> dict[str, str]:
-        """See `Engine.own_setting`: the weights are told by the checkpoint's files."""
+        """See `Engine.own_setting`: the checkpoint's files identify the weights."""
         return {} if self.server.weights is None else {"weights": self.server.weights}
 
     @property
@@ -130,8 +130,8 @@ class VLLMEngine(Engine):
                 raise QuestionError(f"question {item.id!r}: engine='vllm' takes pictures; run the model here")
         encoded = super().encode(questions)
         batch = _batch_of(encoded)
-        more = self.reader.max_new_tokens if isinstance(self.reader, Generate) else 1
-        longest = int(batch.tokens.attention.sum(1).amax()) + more
+        n_generated = self.reader.max_new_tokens if isinstance(self.reader, Generate) else 1
+        longest = int(batch.tokens.attention.sum(1).amax()) + n_generated
         if longest > self.server.longest:
             raise QuestionError(
                 f"question {questions[0].id!r} or one beside it needs {longest} tokens, and vLLM was started for "
@@ -148,18 +148,18 @@ class VLLMEngine(Engine):
         if len(asked.bare) != len(questions):
             raise QuestionError(f"engine='vllm': {self.reader!r} reads nothing where a question ends, to count")
         requests = []
-        for place, one in enumerate(asked.requests):
-            if place in asked.bare:
-                row = rows[asked.bare[place]]
+        for number, request in enumerate(asked.requests):
+            if number in asked.bare:
+                row = rows[asked.bare[number]]
                 places = counted[row][attention[row]].nonzero().flatten().tolist()
-                one = replace(one, count=(row, places))
-            requests.append(one)
+                request = replace(request, count=(row, places))
+            requests.append(request)
         self.server.prove(*asked.probe())
         self.server.load(self._masks)
         sites = [(site.layer, site.kind) for site in counting.space.sites]
-        how = (len(batch.tokens.ids), sites, counting.magnitudes, counting.maxima)
+        n_rows = len(batch.tokens.ids)
         with counting.watch(batch, rows):
-            outputs, tables = self.server.counted(requests, *how)
+            outputs, tables = self.server.counted(requests, n_rows, sites, counting.magnitudes, counting.maxima)
             counts: dict[int, Counts] = dict(enumerate(tables))
             counting.take(counts, {})
         return asked.reading(outputs)
@@ -177,11 +177,11 @@ class VLLMEngine(Engine):
             if run.rows is None or question in run.rows
         ]
         outputs = self.server.ask([replace(asked.requests[place], mask=masks[number]) for number, place in jobs])
-        found: list[list[Any]] = [[None] * len(asked.requests) for _ in runs]
+        of_runs: list[list[Any]] = [[None] * len(asked.requests) for _ in runs]
         for (number, place), output in zip(jobs, outputs, strict=True):
-            found[number][place] = output
-        for run, some in zip(runs, found, strict=True):
-            yield asked.reading(some, run.rows)
+            of_runs[number][place] = output
+        for run, of_run in zip(runs, of_runs, strict=True):
+            yield asked.reading(of_run, run.rows)
 
     def _mask_of(self, ablation: Ablation) -> int:
         """The number of a mask, by which requests name it."""
@@ -200,32 +200,33 @@ class VLLMEngine(Engine):
 
 
 def _batch_of(encoded: object) -> Batch:
-    """The batch that a reader encoded, by itself or with what it keeps beside it."""
+    """The batch that a reader encoded, by itself or in an object with more."""
     batch = encoded if isinstance(encoded, Batch) else getattr(encoded, "batch", None)
     assert isinstance(batch, Batch)
     return batch
 
 
 class _Asked:
-    """A batch of questions as requests, and the answers that are read of what comes back."""
+    """A batch of questions as requests, and the answers that are read from what comes back."""
 
     def __init__(self, engine: VLLMEngine, questions: QuestionSet, encoded: object) -> None:
         self.engine, self.questions, self.encoded = engine, questions, encoded
         self.reader, model = engine.reader, engine.model
         self.requests: list[Request] = []
         self.question_of: list[int] = []
-        """The question of each request."""
+        """For each request the place of its question."""
         self.bare: dict[int, int] = {}
-        """The requests that show a question and nothing after it, and which one."""
+        """The requests that show a question and nothing after it, with the question's place."""
         prompts = [_prompt(model, questions, item) for item in questions]
         if isinstance(self.reader, Generate):
             self.batch: Batch = _batch_of(encoded)
             self.first_rows = list(range(len(questions)))
             settings = self.reader.settings(model)
             ends = settings.get("eos_token_id", ())
-            how = (self.reader.max_new_tokens, (ends,) if isinstance(ends, int) else tuple(ends))
+            generate = (self.reader.max_new_tokens, (ends,) if isinstance(ends, int) else tuple(ends))
             for number, prompt in enumerate(prompts):
-                self._add(number, Request(prompt, self._ids(number, int(self.batch.tokens.last[number])), generate=how))
+                ids = self._ids(number, int(self.batch.tokens.last[number]))
+                self._add(number, Request(prompt, ids, generate=generate))
             return
         assert isinstance(self.reader, LogitReader)
         wanted = self.reader.wants(encoded)
@@ -237,18 +238,20 @@ class _Asked:
         owners = range(len(wanted.positions)) if wanted.owners is None else wanted.owners
         if wanted.owners is None and self.first_rows != list(owners):
             raise QuestionError(f"engine='vllm': {self.reader!r} does not say which question its rows are of (owners)")
-        known: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        # Rows of one question that begin alike ask for the same tokens at the same place: once is enough.
+        requests_at: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for row, (number, positions) in enumerate(zip(owners, wanted.positions, strict=True)):
             start, ids = int(self.batch.tokens.last[row]), self.batch.tokens.ids[row]
             self.places.append([])
             for position in positions:
                 added = tuple(ids[start + 1 : position + 1].tolist())
-                if (number, added) not in known:
+                if (number, added) not in requests_at:
                     prompt = {**prompts[number], "prompt_token_ids": [*prompts[number]["prompt_token_ids"], *added]}
                     whole = self._ids(row, position)
-                    some = [self._add(number, Request(prompt, whole, tokens=part), not added) for part in parts]
-                    known[number, added] = some
-                self.places[-1].append(known[number, added])
+                    requests_at[number, added] = [
+                        self._add(number, Request(prompt, whole, tokens=part), not added) for part in parts
+                    ]
+                self.places[-1].append(requests_at[number, added])
 
     def _ids(self, row: int, position: int) -> list[int]:
         tokens = self.batch.tokens
@@ -262,29 +265,32 @@ class _Asked:
         return len(self.requests) - 1
 
     def probe(self) -> tuple[Request, Callable[[], list[float]]]:
-        """A question to prove vLLM with; and what gives sums of its pictures' magnitudes and squares, prepared here."""
+        """A question to prove vLLM with, and a function for sums of its pictures' magnitudes and squares, made here."""
 
         def pixels() -> list[float]:
             shown = self.engine.model.encoder(self.questions[:1])
-            found = [value.double() for name, value in shown.items() if name.startswith("pixel_values")]
-            return [float(sum(one.abs().sum() for one in found)), float(sum(one.square().sum() for one in found))]
+            values = [value.double() for name, value in shown.items() if name.startswith("pixel_values")]
+            return [
+                float(sum(value.abs().sum() for value in values)),
+                float(sum(value.square().sum() for value in values)),
+            ]
 
         return self.requests[0], pixels
 
-    def reading(self, outputs: Sequence[Any], some: Sequence[int] | None = None) -> Reading:
-        """The answers to the questions, or to some of them, from what their requests gave; None of the others'."""
+    def reading(self, outputs: Sequence[Any], places: Sequence[int] | None = None) -> Reading:
+        """The answers to the questions, or to those at some places, from what requests gave: None where not asked."""
         model, questions = self.engine.model, self.questions
         if isinstance(self.reader, Generate):  # a request for each question
-            asked = range(len(questions)) if some is None else some
+            asked = range(len(questions)) if places is None else places
             ids = [list(outputs[number].outputs[0].token_ids) for number in asked]
             return self.reader.reading(model, questions.with_items([questions[number] for number in asked]), ids)
         assert isinstance(self.reader, LogitReader)
         rows: list[Tensor] = []
         for of_row in self.places:
-            found = [[_shares(outputs[n], self.requests[n].tokens) for n in of_position] for of_position in of_row]
-            rows.append(torch.tensor([list(itertools.chain(*parts)) for parts in found]))
+            parts = [[_shares(outputs[n], self.requests[n].tokens) for n in of_position] for of_position in of_row]
+            rows.append(torch.tensor([list(itertools.chain(*of_position)) for of_position in parts]))
         reading = reading_of_shares(self.reader, model, questions, self.encoded, self.tokens, rows)
-        return reading if some is None else reading.of_rows(some)
+        return reading if places is None else reading.of_rows(places)
 
 
 def _prompt(model: VLM, questions: QuestionSet, item: Question) -> Keywords:
@@ -298,5 +304,5 @@ def _prompt(model: VLM, questions: QuestionSet, item: Question) -> Keywords:
 
 
 def _shares(output: Any | None, tokens: Sequence[int]) -> list[float]:
-    """Log-probabilities of some tokens at the end of a prompt; 0 for one that was not asked."""
+    """Log-probabilities of some tokens at the end of a prompt; 0 where the prompt was not asked."""
     return [0.0 if output is None else output.outputs[0].logprobs[0][token].logprob for token in tokens]

@@ -1,21 +1,20 @@
 """Named sites in nnsight's traces of a model that vLLM runs: ``language.layers[3].mlp.post``.
 
-Traces are nnsight's own there (`nnsight.modeling.vllm`): each invoke is a request of its own, whose block runs in
-vLLM's workers, where values are ``[token, neuron]`` of that request alone. vLLM computes ``pre`` and ``up`` in one
-projection, and under tensor parallel each rank a part of both, so that their columns come as pre 0, up 0, pre 1, up 1:
-here they are put in order. What cannot be had raises.
+Traces of such a model are nnsight's own (`nnsight.modeling.vllm`): each invoke is a request, whose block runs in vLLM's
+workers, where values are ``[token, neuron]`` of that request alone. vLLM computes ``pre`` and ``up`` in one projection.
+Under tensor parallelism each rank computes a part of both, so that their columns come as pre 0, up 0, pre 1, up 1; here
+they are put in order. What cannot be had raises.
 """
 
 import functools
-import re
 from typing import TYPE_CHECKING, cast, no_type_check
 
 from nnsight.intervention.envoy import Envoy
-from torch import nn
 
 from vlmneurons.errors import MismatchError
 from vlmneurons.model.travel import PART
 from vlmneurons.model.vlm import VLM, check_model
+from vlmneurons.run.vllm.mlps import decoder_mlps
 
 if TYPE_CHECKING:
     from nnsight.modeling.vllm import VLLM
@@ -70,11 +69,11 @@ def _class() -> type:
             elif name == "gate":
                 raise ValueError("vLLM has 'gate' nowhere by itself, so that it cannot be set: set 'post' or 'pre'")
             elif name in ("pre", "up"):
-                whole, *more = self._envoy.gate_up_proj.output
+                whole, *rest = self._envoy.gate_up_proj.output
                 whole = whole.clone()
                 parts = whole.unflatten(-1, (self._ranks, 2, self._width // self._ranks))
                 parts[..., ("pre", "up").index(name), :] = value.unflatten(-1, (self._ranks, -1))
-                self._envoy.gate_up_proj.output = (whole, *more)
+                self._envoy.gate_up_proj.output = (whole, *rest)
             else:
                 setattr(self._envoy, name, value)
 
@@ -95,9 +94,9 @@ def named_in_vllm(model: VLM, held: "VLLM") -> "NamedTower":
         held: nnsight's model of it, started: ``VLLM(name, tensor_parallel_size=2, dispatch=True)``.
 
     Returns:
-        ``.layers[i].mlp`` with ``.post``, which is read, edited in place and assigned; ``.pre`` and ``.up``, which are
-        as well, but under tensor parallel only assigned; and ``.read(kind)``, a copy of any kind, ``gate`` too. All
-        else is nnsight's envoy of the module. What cannot be had raises within the trace.
+        ``.layers[i].mlp`` with ``.post``, which can be read, edited in place and assigned; ``.pre`` and ``.up``, which
+        can be too, but under tensor parallelism only assigned; and ``.read(kind)``, a copy of any kind, also ``gate``.
+        All else is nnsight's envoy of the module. What cannot be had raises within the trace.
 
     Raises:
         MismatchError: vLLM is not started; or it has other MLPs, such as experts.
@@ -114,20 +113,13 @@ def named_in_vllm(model: VLM, held: "VLLM") -> "NamedTower":
     ranks, root = int(spread.tensor_parallel_size), held._module
     if spread.pipeline_parallel_size != 1:
         raise MismatchError("pipeline_parallel_size: a trace sees the layers of one stage; leave it at 1")
-    decoder = cast(nn.Module, getattr(root, "get_language_model", lambda: root)())
-    inside = {id(module) for module in decoder.modules()}
-    found: dict[int, list[str]] = {}
-    for path, module in root.named_modules():
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
-        merged = all(hasattr(module, name) for name in ("gate_up_proj", "act_fn", "down_proj"))
-        if layer and merged and id(module) in inside:
-            found.setdefault(int(layer[1]), []).append(path)
+    paths_of = decoder_mlps(root)
     layers = {}
     for mlp in model.language.tower.mlps:
-        where, paths = f"layer {mlp.layer} has {mlp.name}", found.get(mlp.layer, [])
+        where, paths = f"layer {mlp.layer} has {mlp.name}", paths_of.get(mlp.layer, [])
         if len(paths) != 1 or mlp.expert is not None or mlp.routed:
-            others = ", ".join(paths) or "no MLP with one projection of gate and up"
-            raise MismatchError(f"{where} here, and in vLLM {others}: no site of it can be named there")
+            in_vllm = ", ".join(paths) or "no MLP with one projection of gate and up"
+            raise MismatchError(f"{where} here, and in vLLM {in_vllm}: no site of it can be named there")
         width = getattr(root.get_submodule(f"{paths[0]}.down_proj"), "input_size", 0)
         if width != mlp.width:
             raise MismatchError(f"{where} of {mlp.width} neurons here, and {width} in vLLM: another model")

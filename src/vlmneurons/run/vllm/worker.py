@@ -1,17 +1,16 @@
 """What runs inside each of vLLM's worker processes: counts of requests, and edits of some requests' neurons.
 
 vLLM runs the tokens of many requests as one flat sequence, prompts in pieces, and cuts each MLP among the ranks of
-tensor parallelism. So a hook asks the runner which request each token is of, and at which place in it: requests say in
-``extra_args["vlmneurons"]`` which of their places are counted, into which row, and which mask they are under. Each rank
+tensor parallelism. So a hook asks the runner which request each token is of, and at which place in it. A request says
+in ``extra_args["vlmneurons"]`` which of its places are counted, into which row, and which mask it is under. Each rank
 looks after its own neurons. What is counted is what the other engines count (`vlmneurons.statistics.counting`).
 
-Arguments and results are plain values and bytes, which vLLM sends without pickling. It finds the class by its name, in
-processes of their own and on other machines; a class of its own (``worker_cls``) and no extension, since nnsight mounts
-`save` on every object and vLLM takes that for a method which both have.
+Arguments and results are plain values and bytes, which vLLM sends without pickling. vLLM finds the class by its name,
+also in other processes and on other machines. It is a worker class (``worker_cls``) and no extension of one, since
+nnsight mounts `save` on every object, which vLLM takes for a method that both define.
 """
 
 import importlib
-import re
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlmneurons.checks import Keywords, Wire
+from vlmneurons.run.vllm.mlps import decoder_mlps
 from vlmneurons.statistics.counting import count_patches
 
 _ON_CPU = importlib.import_module("vllm.platforms").current_platform.is_cpu()
@@ -30,34 +30,33 @@ _BASE: Any = (
 
 
 class Worker(_BASE):
-    """A worker of vLLM that counts and edits. Methods of the library's begin with ``vn_``."""
+    """A worker of vLLM that counts and edits. The methods that the library calls begin with ``vn_``."""
 
     _step: "_Step | None" = None
     _counting: "_Counting | None" = None
 
     def vn_begin(self, widths: list[int]) -> Wire:
-        """Put the hooks into the model; what it is.
+        """Put the hooks into the model, and describe it.
 
         Args:
-            widths: neurons of each layer of the whole model.
+            widths: for each layer how many neurons it has in the whole model.
 
         Returns:
-            What is wrong, in words (empty if nothing is); precision; ranks; the longest prompt; the kind of device.
+            What is wrong, in words (empty if nothing is); precision; number of ranks; the longest prompt; the kind of
+            device.
         """
-        runner, mlps = self.model_runner, {}
+        runner = self.model_runner
         model = runner.get_model()
-        decoder = model.get_language_model() if hasattr(model, "get_language_model") else model
-        for path, module in decoder.named_modules():
-            layer = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
-            if layer and all(hasattr(module, name) for name in ("gate_up_proj", "act_fn", "down_proj")):
-                mlps.setdefault(int(layer[1]), []).append(module)
-        own = [sum(one.down_proj.input_size_per_partition for one in mlps.get(n, ())) for n in range(len(widths))]
+        mlps = {n: [model.get_submodule(path) for path in paths] for n, paths in decoder_mlps(model).items()}
         ranks = self.parallel_config.tensor_parallel_size
+        held = [
+            ranks * sum(mlp.down_proj.input_size_per_partition for mlp in mlps.get(n, ())) for n in range(len(widths))
+        ]
         fault = ""
         if not all(hasattr(runner, name) for name in ("input_batch", "query_start_loc", "requests")):
             fault = f"its runner {type(runner).__name__} does not say which token is of which request"
-        elif any(len(found) != 1 for found in mlps.values()) or [n * ranks for n in own] != widths:
-            fault = f"its MLPs have {[n * ranks for n in own]} neurons by layer, where the model has {widths}"
+        elif any(len(of_layer) != 1 for of_layer in mlps.values()) or held != widths:
+            fault = f"its MLPs have {held} neurons by layer, where the model has {widths}"
         else:
             self._mlps: list[Any] = [mlps[n][0] for n in range(len(widths))]
             self._masks: list[tuple[Tensor, Tensor | None] | None] = [None] * len(widths)
@@ -68,7 +67,7 @@ class Worker(_BASE):
                 mlp.down_proj.register_forward_pre_hook(lambda _, args, n=n: self._see_post(n, args))
             if hasattr(model, "embed_multimodal"):
                 embed = model.embed_multimodal
-                model.embed_multimodal = lambda **given: (self._see_pixels(given), embed(**given))[1]
+                model.embed_multimodal = lambda **inputs: (self._see_pixels(inputs), embed(**inputs))[1]
         return [fault, str(self.model_config.dtype), ranks, self.model_config.max_model_len, self.device.type]
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -96,12 +95,14 @@ class Worker(_BASE):
         """Stop counting.
 
         Returns:
-            The rank; for each row the tokens that it saw; for each site its tables' bytes, ``[row, own neuron]``.
+            The rank; for each row how many tokens it saw; for each site its tables' bytes, ``[row, neuron of the
+            rank]``.
         """
         counting, self._counting = self._counting, None
         assert counting is not None
         tables = [
-            {name: table.cpu().numpy().tobytes() for name, table in one.items()} for one in counting.tables.values()
+            {name: table.cpu().numpy().tobytes() for name, table in of_site.items()}
+            for of_site in counting.tables.values()
         ]
         return [self._mlps[0].down_proj.tp_rank, counting.seen, tables]
 
@@ -122,7 +123,7 @@ class Worker(_BASE):
     # -- edits ---------------------------------------------------------------------------------------------------------
 
     def vn_masks(self, masks: list[dict[str, Wire]]) -> None:
-        """Take the masks that requests are under from now on: request 0 under none, others under the mask before it.
+        """Take the masks that requests are under from now on. Requests name them by number, from 1; 0 is none.
 
         Args:
             masks: for each mask, by layer: columns (int64), factors and terms (float32, or None), in bytes.
@@ -134,10 +135,10 @@ class Worker(_BASE):
             for row, mask in enumerate(masks, 1):
                 columns, times, plus = mask.get(str(layer), [b"", b"", None])
                 places = np.frombuffer(columns, np.int64) - first
-                own = (places >= 0) & (places < width)
-                factors[row, places[own]] = torch.from_numpy(np.frombuffer(times, np.float32)[own])
+                on_rank = (places >= 0) & (places < width)
+                factors[row, places[on_rank]] = torch.from_numpy(np.frombuffer(times, np.float32)[on_rank])
                 if plus is not None:
-                    terms[row, places[own]] = torch.from_numpy(np.frombuffer(plus, np.float32)[own])
+                    terms[row, places[on_rank]] = torch.from_numpy(np.frombuffer(plus, np.float32)[on_rank])
             dtype = self.model_config.dtype
             exact = torch.equal(factors.to(dtype).float(), factors)  # else 1.1 would be rounded before it multiplies
             times = factors.to(self.device, dtype if exact else torch.float32)
@@ -167,20 +168,20 @@ class Worker(_BASE):
     # -- what a proof looks at -----------------------------------------------------------------------------------------
 
     def vn_seen(self) -> Wire:
-        """Since the last call: tokens that each layer edited; sums of magnitudes and squares of the pictures."""
-        seen = [self._edited, self._pixels]
-        self._edited, self._pixels = [0] * len(self._edited), []
-        return seen
+        """Since the last call: how many tokens each layer edited; sums of magnitudes and squares of the pictures."""
+        edited, pixels = self._edited, self._pixels
+        self._edited, self._pixels = [0] * len(edited), []
+        return [edited, pixels]
 
-    def _see_pixels(self, given: Keywords) -> None:
-        for name, value in given.items():
-            for one in value if isinstance(value, list | tuple) else [value]:
-                if name.startswith("pixel_values") and isinstance(one, Tensor):
-                    self._pixels += [float(one.double().abs().sum()), float(one.double().square().sum())]
+    def _see_pixels(self, inputs: Keywords) -> None:
+        for name, value in inputs.items():
+            for pixels in value if isinstance(value, list | tuple) else [value]:
+                if name.startswith("pixel_values") and isinstance(pixels, Tensor):
+                    self._pixels += [float(pixels.double().abs().sum()), float(pixels.double().square().sum())]
 
 
 class _Step:
-    """Which request each token of a step is of."""
+    """Which request each token of a step belongs to."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
@@ -190,45 +191,44 @@ class _Step:
 
     @property
     def spans(self) -> list[tuple[Keywords, int, int, int]]:
-        """Of each request in order: what it says, its place in the step, how many tokens, and of which place on."""
+        """For each request in order: its labels, where it begins in the step, how many tokens, and its first place."""
         if self._spans is None:  # asked for by a hook: by then the runner has laid the step out
             batch, starts = self.runner.input_batch, self.runner.query_start_loc.np
             self._spans = []
             for n, name in enumerate(batch.req_ids):
                 params = self.runner.requests[name].sampling_params
-                told = ((params and params.extra_args) or {}).get("vlmneurons", {})
+                labels = ((params and params.extra_args) or {}).get("vlmneurons", {})
                 size = int(starts[n + 1] - starts[n])
-                self._spans.append((told, int(starts[n]), size, int(batch.num_computed_tokens_cpu[n])))
+                self._spans.append((labels, int(starts[n]), size, int(batch.num_computed_tokens_cpu[n])))
         return self._spans
 
     @property
     def masked(self) -> int:
         """How many tokens are under a mask."""
-        return sum(size for told, _, size, _ in self.spans if told.get("mask"))
+        return sum(size for labels, _, size, _ in self.spans if labels.get("mask"))
 
     def mask_rows(self, device: torch.device) -> Tensor:
-        """``[token]`` the mask that each token is under; what follows is padding."""
+        """``[token]`` the mask that each token is under; further tokens of the step are padding."""
         if self._rows is None:
-            masks = torch.tensor([told.get("mask", 0) for told, *_ in self.spans])
+            masks = torch.tensor([labels.get("mask", 0) for labels, *_ in self.spans])
             sizes = torch.tensor([size for _, _, size, _ in self.spans])
             self._rows = torch.repeat_interleave(masks, sizes).to(device)
         return self._rows
 
     def counted(self, counting: "_Counting") -> tuple[list[int], Tensor, Tensor]:
-        """Rows that have counted tokens here; of which of them each token is; which tokens count."""
+        """The rows that are counted in this step, to which of them each token belongs, and which tokens count."""
         if self._counted is None:
             rows, owner, real = [], [], []
-            for told, _, size, first in self.spans:
-                places = told.get("counted")
-                here = [False] * size
-                if places is not None:
-                    row = told["row"]
+            for labels, _, size, first in self.spans:
+                counts = [False] * size
+                if "counted" in labels:
+                    row = labels["row"]
                     # Once each, also where a prompt is computed again after it had to make room.
-                    for place in counting.new_places(row, places, first, size):
-                        here[place - first] = True
+                    for place in counting.new_places(row, labels["counted"], first, size):
+                        counts[place - first] = True
                     rows.append(row)
                 owner += [max(0, len(rows) - 1)] * size
-                real += here
+                real += counts
             self._counted = rows, torch.tensor(owner), torch.tensor(real)
         return self._counted
 
@@ -251,11 +251,11 @@ class _Counting:
         return self._sites.get(layer, [])
 
     def new_places(self, row: int, places: list[int], first: int, size: int) -> list[int]:
-        """Which of a row's counted places are in a piece of it, and were in none before."""
+        """Those of a row's counted places that are in this piece of its prompt, and were in none before."""
         start, self._done[row] = max(first, self._done[row]), max(self._done[row], first + size)
-        found = [place for place in places if start <= place < first + size]
-        self.seen[row] += len(found)
-        return found
+        new = [place for place in places if start <= place < first + size]
+        self.seen[row] += len(new)
+        return new
 
     def add(self, number: int, step: _Step, values: Tensor) -> None:
         """Count one step at one site: ``values`` ``[token, neuron]``, perhaps with padding at the end."""
@@ -263,9 +263,10 @@ class _Counting:
         if not rows:
             return
         parts = values[: len(real), None]
-        how = {"totals": self.totals, "maxima": self.maxima, "scratch": self._scratch}
         with torch.no_grad():
-            counts = count_patches(parts, real[:, None], owner, len(rows), **how)
+            counts = count_patches(
+                parts, real[:, None], owner, len(rows), totals=self.totals, maxima=self.maxima, scratch=self._scratch
+            )
         tables = self.tables[number]
         for name, counted in counts.items():
             if counted is None:
