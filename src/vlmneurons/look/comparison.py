@@ -13,7 +13,8 @@ from vlmneurons.checks import Keywords, path_of
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
-from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, write_parts
+from vlmneurons.look.numbers import printed, printed_p
+from vlmneurons.look.parts import UNITS, Part, file_name, write_parts
 from vlmneurons.look.plots.canvas import VALUES, draw_frame, draw_points, plain_names
 from vlmneurons.look.plots.neurons import plot_profiles
 from vlmneurons.look.report import _effect_table, page_of

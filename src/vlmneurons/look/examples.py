@@ -7,8 +7,8 @@ import numpy as np
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.look.figures import natural
+from vlmneurons.look.numbers import printed
 from vlmneurons.look.pages import inside, thumbnail
-from vlmneurons.look.parts import printed
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.study.result import NOT_ASKED, KnockoutResult

@@ -496,7 +496,7 @@ def _firing(stats: ActivationStatistics) -> list[str]:
     return sorted(stats.groups, key=natural)
 
 
-def _number(value: Any, digits: int = 5) -> float | None:
+def _number(value: Any, digits: int = 9) -> float | None:
     """A number as JSON has it, with so many digits."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 

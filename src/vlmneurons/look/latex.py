@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Iterable
 
-import numpy as np
 import pandas as pd
+
+from vlmneurons.look.numbers import in_table
 
 _COLUMN, _LETTERS, _SMALL, _GAP = 238.0, 8.0, 6.4, 4.0
 r"""Points: of 3.3 inches, of ``\footnotesize``, of ``\tiny`` (whose letters are wide), and between columns."""
@@ -44,19 +45,6 @@ _ESCAPED = {
     "×": r"$\times$",
     "α": r"$\alpha$",
 }
-
-
-def cell_text(value: object) -> str:
-    """What stands in a cell; a number has three decimals, and a small one three digits that are not 0.
-
-    Args:
-        value: of a table.
-    """
-    if not isinstance(value, float | np.floating):
-        return re.sub(r"^-(?=[\d.]+(e-?\d+)?$)", "−", str(value))
-    if not np.isfinite(value):
-        return "–"
-    return (f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}").replace("-", "−")
 
 
 def is_text(column: pd.Series) -> bool:
@@ -104,7 +92,7 @@ class _Column:
     """A column as it is set: its texts, their width in points, and in how many lines they stand."""
 
     def __init__(self, name: str, values: pd.Series, first: bool, most: float, turned: bool) -> None:
-        self.name, self.cells = name, [cell_text(value) for value in values]
+        self.name, self.cells = name, [in_table(value) for value in values]
         self.left = first or is_text(values)
         found = [re.fullmatch(r"(−?[\d.]+) (\[.+\]|\(few\))", cell) for cell in self.cells]
         several = any(one and one[2][0] == "[" for one in found)

@@ -24,6 +24,7 @@ from torch import Tensor
 from vlmneurons.checks import Keywords, flag, of_kind, path_of, whole
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.look.numbers import significant
 from vlmneurons.look.pages import inside, page_from
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch, TokenRule
@@ -198,11 +199,16 @@ class NeuronView:
         places: dict[object, str] = {}
         for number, item in enumerate(self._shown()):
             group = item.question.group
-            card = _card(item, highest, number, places) | {"mean": _digits(self.mean[group], 3)}
+            card = _card(item, highest, number, places) | {"mean": significant(self.mean[group])}
             groups.setdefault(group, []).append(card)
         most = max([*self.mean.values(), 1e-9])
-        means = [(name, _digits(mean, 3), round(100 * max(mean, 0) / most)) for name, mean in self._by_mean()]
-        how: Keywords = {"title": f"Neuron {self.name}", "view": self, "highest": _digits(highest, 3), "groups": groups}
+        means = [(name, significant(mean), round(100 * max(mean, 0) / most)) for name, mean in self._by_mean()]
+        how: Keywords = {
+            "title": f"Neuron {self.name}",
+            "view": self,
+            "highest": significant(highest),
+            "groups": groups,
+        }
         return page_from("neuron.html", **how, means=means)
 
     def _repr_html_(self) -> str:
@@ -691,22 +697,17 @@ def _card(item: InspectedItem, highest: float, number: int, places: dict[object,
         bare = text.strip()
         before, _, after = text.partition(bare) if bare else ("", "", text)
         shown = bare or ("↵" if "\n" in text else "␣")
-        words.append((text, counted, before, shown, after, shade, _digits(value, 3)))
-    top = [(text.strip(), _digits(value, 3)) for text, value, _ in sorted(item._counted_words(), key=_height)[:-4:-1]]
+        words.append((text, counted, before, shown, after, shade, significant(value)))
+    top = [(text.strip(), significant(value)) for text, value, _ in sorted(item._counted_words(), key=_height)[:-4:-1]]
     return {
         "item": item,
-        "value": _digits(item.value, 4),
+        "value": significant(item.value, 4),
         "first": number,
         "top": top,
         "answer": [option == item.answer for option in item.question.options],
         "pictures": pictures,
         "words": words,
     }
-
-
-def _digits(value: float, number: int) -> str:
-    """A value with so many digits; a dash where the token did not reach the neuron."""
-    return "–" if math.isnan(value) else f"{value:.{number}g}".replace("-", "−")
 
 
 def _file(picture: Image.Image, kind: str) -> bytes:

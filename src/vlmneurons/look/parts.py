@@ -1,4 +1,4 @@
-"""What pages of results are made of: figures and tables with their files, and numbers as they are printed."""
+"""What pages of results are made of: figures and tables with their files."""
 
 import hashlib
 import io
@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from vlmneurons.checks import Keywords
 from vlmneurons.files.atomic import write_text
-from vlmneurons.look.latex import cell_text, is_text, latex
+from vlmneurons.look.latex import is_text, latex
+from vlmneurons.look.numbers import in_table
 from vlmneurons.look.pages import inside
 
 UNITS = {
@@ -50,33 +49,6 @@ class Part:
         if isinstance(self.content, list):
             return "examples"
         return "table" if isinstance(self.content, pd.DataFrame) else "figure"
-
-
-def printed(value: Any, digits: int = 1) -> str:
-    """A number as it is printed: with so many decimals, or as many as it takes not to be 0 where it is not.
-
-    Args:
-        value: of an effect, in its unit.
-        digits: decimals.
-    """
-    if value is None or not np.isfinite(value):
-        return "–"
-    value = round(float(value), 9)  # means of shares that cancel each other leave 1e-17
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = np.format_float_positional(float(f"{value:.1g}"), trim="-") if value else f"{0:.{digits}f}"
-    return text.replace("-", "−")
-
-
-def printed_p(value: float) -> str:
-    """A p-value as it is printed.
-
-    Args:
-        value: from 0 to 1.
-    """
-    if not np.isfinite(value):
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def file_name(name: str) -> str:
@@ -141,7 +113,7 @@ def _written(part: Part, folder: Path) -> Keywords:
     if isinstance(part.content, pd.DataFrame):
         table = part.content
         files = _printed_table(part, table, table if part.data is None else part.data, folder)
-        rows = [[cell_text(value) for value in row] for row in table.itertuples(index=False)]
+        rows = [[in_table(value) for value in row] for row in table.itertuples(index=False)]
         shown |= {
             "columns": list(table.columns),
             "text": [is_text(table[name]) for name in table.columns],

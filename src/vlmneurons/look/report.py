@@ -20,8 +20,9 @@ from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.examples import changed_answers
 from vlmneurons.look.figures import natural, ordered
+from vlmneurons.look.numbers import printed, printed_p, printed_setting
 from vlmneurons.look.pages import page_from
-from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, write_parts
+from vlmneurons.look.parts import UNITS, Part, file_name, write_parts
 from vlmneurons.look.plots.effects import plot_accuracy, plot_curve, plot_effects, plot_flips, plot_random
 from vlmneurons.look.plots.matrices import plot_matrix, plot_overlap
 from vlmneurons.look.plots.neurons import plot_depth, plot_null
@@ -530,7 +531,7 @@ def _effect_table(summary: pd.DataFrame, label: str, value: str = "correct") -> 
     _, scale, digits = UNITS[value]
     names = summary[label].to_numpy()
     if names.dtype.kind == "f":  # a setting such as 0.0005 is not 0.000
-        names = np.array([_setting(name) for name in names])
+        names = np.array([printed_setting(name) for name in names])
     table = pd.DataFrame({label: names, "n": summary["n"].to_numpy()})
     if (summary["pictures"] != summary["n"]).any():
         table["pictures"] = summary["pictures"].to_numpy()
@@ -591,11 +592,6 @@ def _points_table(table: pd.DataFrame, points: Sequence[str], scale: float = 100
         if name == "p" or str(name).startswith("p_"):
             shown[name] = [printed_p(value) for value in shown[name]]
     return shown.rename(columns={name: _TESTS.get(str(name), str(name).replace("_", " ")) for name in shown.columns})
-
-
-def _setting(value: float) -> str:
-    short = f"{value:g}"
-    return short if float(short) == value else repr(float(value))
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from matplotlib.font_manager import FontProperties
 from vlmneurons.checks import Keywords, of_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import BLUE, GREEN, ORANGE, PURPLE, PrintFigure, ems, shortened, width_of, with_fonts
+from vlmneurons.look.numbers import with_minus
 
 VALUES = {
     "delta": ("Change of accuracy (points)", 100.0, "effect"),
@@ -132,7 +133,7 @@ class Canvas:
         if log:
             self.axis.set_xscale("log")
             self.axis.minorticks_off()
-        labels = [f"{value:g}".replace("-", "−") for value in at]
+        labels = [with_minus(f"{value:g}") for value in at]
         room = 0.8 * self.points - 4 * self.size
         self.axis.set_xticks(at, spaced(np.log(at) if log else at, labels, room, self.size))
 

@@ -13,6 +13,7 @@ from matplotlib.image import AxesImage
 from vlmneurons.checks import Keywords, of_kind, one_of, real
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import COLOURS, NOT_DRAWN, PrintFigure, ems, natural, ordered, shortened, tall, with_fonts
+from vlmneurons.look.numbers import in_matrix
 from vlmneurons.look.plots.canvas import VALUES, drawn_into, figure_of, plain_names, rc_size, size_for
 from vlmneurons.neurons.selection import Selection
 
@@ -113,7 +114,7 @@ def _heat_maps(
     figure, axes, (size, cell, letters, below) = _panels(matrices, width, ax)
     meaning, most, digits = colours
     least = -most if meaning == "effect" else 0.0
-    longest = max((_shown(one, digits) for matrix in matrices.values() for one in matrix.to_numpy().flat), key=ems)
+    longest = max((in_matrix(one, digits) for matrix in matrices.values() for one in matrix.to_numpy().flat), key=ems)
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.to_numpy(dtype=float)
         image = axis.imshow(values, cmap=COLOURS[meaning], vmin=least, vmax=most)
@@ -255,14 +256,8 @@ def _numbers(axis: Axes, image: AxesImage, size: float, digits: int) -> None:
     colours = image.to_rgba(values)
     for row, column in np.ndindex(values.shape):
         light = float(colours[row, column, :3] @ (0.299, 0.587, 0.114))
-        text, colour = _shown(float(values[row, column]), digits), "black" if light > 0.5 else "white"
+        text, colour = in_matrix(float(values[row, column]), digits), "black" if light > 0.5 else "white"
         axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-
-
-def _shown(value: float, digits: int) -> str:
-    """A number of a cell; nothing where nothing was asked."""
-    text = "" if np.isnan(value) else f"{value:.{digits}f}"
-    return f"{0:.{digits if value else 0}f}" if text and float(text) == 0 else text.replace("-", "−")
 
 
 def plot_layers(

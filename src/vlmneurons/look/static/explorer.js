@@ -15,6 +15,40 @@ function load(name) {
   return waiting.get(name);
 }
 
+// -- numbers ----------------------------------------------------------------------------------------------------------
+// As vlmneurons.look.numbers prints them, text for text: what is said of a function stands there.
+
+const withMinus = text => text.replaceAll("-", "−");
+function fixed(value, digits) {
+  const text = value.toFixed(digits);
+  // toFixed takes a number that lies exactly between two away from 0, Python to the even one. A number lies exactly
+  // between two of so many decimals if it has one binary place more than that.
+  const between = Number.isInteger(value * 2 ** (digits + 1)) && !Number.isInteger(value * 2 ** digits);
+  return between && Number(text.at(-1)) % 2 ? (value - Math.sign(value) * 0.5 * 10 ** -digits).toFixed(digits) : text;
+}
+// A number with so many digits, and all before the point, without zeros at the end of its decimals.
+function shortest(value, digits) {
+  const exponent = value ? Number(value.toExponential().split("e")[1]) : 0;
+  const text = fixed(value, Math.max(digits - 1 - exponent, 0));
+  return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
+}
+function printed(value, digits = 1) {
+  if (value === null || !Number.isFinite(value)) return "–";
+  value = Number(value.toFixed(9));
+  const text = fixed(value, digits);
+  return Number(text) !== 0 ? withMinus(text) : value ? withMinus(shortest(value, 1)) : fixed(0, digits);
+}
+function inMatrix(value, digits) {
+  const text = fixed(value, digits);
+  return Number(text) === 0 ? fixed(0, value ? digits : 0) : withMinus(text);
+}
+function significant(value, digits = 3) {
+  if (value === null || !Number.isFinite(value)) return "–";
+  if (value === 0 || Math.abs(value) >= 1e-4) return withMinus(shortest(value, digits));
+  const rounded = Number(value.toPrecision(digits));
+  return withMinus(Math.abs(rounded) < 1e-4 ? rounded.toExponential().replace(/e-(\d)$/, "e-0$1") : String(rounded));
+}
+
 // -- building pages ---------------------------------------------------------------------------------------------------
 
 function make(tag, attributes = {}, ...children) {
@@ -32,15 +66,13 @@ const link = (parts, query = {}) => {
   const text = new URLSearchParams(query).toString();
   return `#/${parts.map(encodeURIComponent).join("/")}${text ? `?${text}` : ""}`;
 };
-const minus = text => text.replace("-", "−");
-const percent = value => minus(value === null ? "–" : `${(100 * value).toFixed(1)}`);
-const short = value => value === null ? "–" : minus(Number(value.toPrecision(3)).toString());
 const sign = text => text.startsWith("−") || text === "–" || Number(text) === 0 ? text : `+${text}`;
 const choose = (name, options, chosen, then) => make("label", {}, name, make("select", { "data-switch": name, onchange: event => then(event.target.value) },
   options.map(([value, text]) => make("option", { value, selected: String(value) === String(chosen) }, text))));
 const plural = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
 
-const VALUES = { correct: ["accuracy, points", value => percent(value)], margin: ["margin, nats", value => short(value)] };
+// Values by name: what a switch calls them, what they are multiplied by, and decimals in a cell and in an interval.
+const VALUES = { correct: ["accuracy, points", 100, 0, 1], margin: ["margin, nats", 1, 1, 2] };
 const CONDITIONS = { all: "all questions", correct: "answered right without a mask", wrong: "answered wrong without a mask" };
 
 // -- the matrix ---------------------------------------------------------------------------------------------------------
@@ -53,7 +85,7 @@ async function matrixView(study, _, query) {
   const table = cells[`${chosen.v} ${chosen.c}`];
   if (!table) throw new Error(`there is no value ${chosen.v} of ${chosen.c}`);
   const most = Math.max(1e-9, ...table.effect.flat().filter(value => value !== null).map(Math.abs));
-  const [unit, shown] = VALUES[chosen.v];
+  const [unit, scale, inCell, inText] = VALUES[chosen.v], shown = value => printed(value === null ? null : scale * value, inText);
   const go = (name, value) => { location.hash = link([], { ...chosen, [name]: value }); };
   const detail = make("p", { class: "detail", id: "detail" }, "Point at a cell, or walk with the arrow keys: its interval stands here.");
   const say = (row, column) => {
@@ -76,7 +108,7 @@ async function matrixView(study, _, query) {
         "aria-label": `${mask} on ${group}: ${shown(value)}`,
         style: `background-image:linear-gradient(rgba(var(${value < 0 ? "--harm" : "--gain"}),${strength.toFixed(3)}) 0 0)`,
         onmouseenter: () => say(row, column), onfocus: () => say(row, column), onkeydown: walk,
-      }, chosen.v === "correct" ? minus((100 * value).toFixed(0)) : short(Number(value.toFixed(1)))));
+      }, inMatrix(scale * value, inCell)));
     })));
   return [
     make("h1", {}, study.title),
@@ -129,7 +161,7 @@ async function cellView(study, [name, mask, group], query) {
   const most = Number(query.n ?? 50);
   const cards = shown.slice(0, most).map(one => {
     const what = Object.entries(kinds).find(([, [, fits]]) => fits(one));
-    const margins = one.margin === null ? "" : ` Margin ${short(one.margin)} → ${short(one.after)} nats.`;
+    const margins = one.margin === null ? "" : ` Margin ${printed(one.margin, 2)} → ${printed(one.after, 2)} nats.`;
     return make("article", { class: "card", id: one.id }, pictures(study, one.pictures), make("div", {},
       make("div", { dir: "auto" }, one.text),
       optionList(one, [[one.clean, "before"], [one.chosen, "under the mask"]]),
@@ -153,7 +185,7 @@ const siteName = (study, neuron) => `${study.sites[neuron.site]}[${neuron.number
 function bars(study, firing, own) {
   if (!firing) return "–";
   const most = Math.max(...firing, 1);
-  const title = study.firing.map((group, n) => `${group} ${(firing[n] / 10).toFixed(1)} %`).join("\n");
+  const title = study.firing.map((group, n) => `${group} ${fixed(firing[n] / 10, 1)} %`).join("\n");
   return make("span", { class: "bars", title, role: "img", "aria-label": title }, firing.map((value, n) =>
     make("i", { class: study.firing[n] === own ? "own" : undefined, style: `height:${(100 * value / most).toFixed(1)}%` })));
 }
@@ -180,8 +212,8 @@ async function groupView(study, [name, group], query) {
   const body = kept.slice(per * page, per * (page + 1)).map(one => make("tr", {},
     make("td", { class: "n" }, String(one.rank)),
     make("td", {}, make("a", { href: link(["neuron", study.sites[one.site], one.number]) }, siteName(study, one)), one.shown ? " ▣" : ""),
-    make("td", { class: "n" }, one.score === null ? "–" : short(one.score)),
-    make("td", {}, bars(study, one.firing, group), " ", make("span", { class: "soft" }, one.firing && own >= 0 ? `${(one.firing[own] / 10).toFixed(1)} %` : "")),
+    make("td", { class: "n" }, significant(one.score)),
+    make("td", {}, bars(study, one.firing, group), " ", make("span", { class: "soft" }, one.firing && own >= 0 ? `${fixed(one.firing[own] / 10, 1)} %` : "")),
     make("td", { class: "n" }, one.stability === null ? "–" : `${one.stability} %`),
     make("td", { class: "n" }, String(one.groups))));
   return [
@@ -211,13 +243,13 @@ function mapOver(item, map, highest) {
 }
 function shownItem(study, item, highest) {
   const words = item.words.map(([text, value]) => value === null ? make("span", { class: "off" }, text) :
-    make("span", { "data-v": value, title: short(value), style: `background:rgba(var(--fire),calc(var(--full) * ${Math.min(1, Math.max(0, value / highest)).toFixed(3)}))` }, text));
+    make("span", { "data-v": value, title: significant(value), style: `background:rgba(var(--fire),calc(var(--full) * ${Math.min(1, Math.max(0, value / highest)).toFixed(3)}))` }, text));
   const figures = item.pictures.map((n, at) => [false, true].map(over => {
     const map = item.maps.find(one => one.picture === at);
     return over && !map ? null : make("figure", {}, make("img", { class: "thumb", src: `thumbs/${n}.webp`, alt: over ? "the same picture under its map" : "picture of the question", loading: "lazy" }), over ? mapOver(item, map, highest) : null);
   }));
   return make("article", { class: "card" }, figures.length ? make("div", { class: "thumbs" }, figures) : null, make("div", {},
-    make("div", { class: "soft" }, `${item.group} · highest ${short(item.value)} · ${item.id}`),
+    make("div", { class: "soft" }, `${item.group} · highest ${significant(item.value)} · ${item.id}`),
     make("p", { class: "words", dir: "auto" }, words)));
 }
 async function neuronView(study, [site, number]) {
@@ -235,11 +267,11 @@ async function neuronView(study, [site, number]) {
       `${study.selectors[s].name} for ${study.selectors[s].groups[g]}`), ` (rank ${rank})`]), "."),
     neuron.firing ? [make("h2", {}, "How often it fires"), make("div", { class: "hbars" }, study.firing.map((group, n) => [
       make("span", { title: group }, group), make("i", { class: neuron.chosen.some(([s, g]) => study.selectors[s].groups[g] === group) ? "own" : undefined, style: `width:${(100 * neuron.firing[n] / most).toFixed(1)}%` }),
-      make("span", { class: "n" }, `${(neuron.firing[n] / 10).toFixed(1)} %`)]))] : null,
+      make("span", { class: "n" }, `${fixed(neuron.firing[n] / 10, 1)} %`)]))] : null,
     neuron.tokens ? [make("h2", {}, "What it writes"), ["Promotes", "Suppresses"].map((name, n) => make("div", {}, make("b", {}, name),
       make("ul", { class: "tokens", "data-tokens": name }, neuron.tokens[n].map(one => make("li", {}, tokens[one].replace(/\n/g, "⏎").replace(/\t/g, "⇥"))))))] : null,
     make("h2", {}, "Where it is highest"),
-    shown ? [make("p", { class: "soft" }, `At most ${shown.each} questions of a group, each about another picture, from highest to lowest; ${study.images ? "the redder, the higher" : "pictures are left out of this folder"} (full: ${short(highest)}). ${shown.note}`), shown.items.map(item => shownItem(study, item, highest))]
+    shown ? [make("p", { class: "soft" }, `At most ${shown.each} questions of a group, each about another picture, from highest to lowest; ${study.images ? "the redder, the higher" : "pictures are left out of this folder"} (full: ${significant(highest)}). ${shown.note}`), shown.items.map(item => shownItem(study, item, highest))]
       : make("p", {}, "Pictures and words were kept of the strongest neurons of each group only (▣ in the tables)."),
   ];
 }
