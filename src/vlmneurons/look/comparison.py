@@ -14,7 +14,7 @@ from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
 from vlmneurons.look.numbers import MISSING, printed, printed_p
 from vlmneurons.look.parts import UNITS, Part, explained, write_parts
-from vlmneurons.look.plots.canvas import VALUES, draw_frame, draw_points, plain_names
+from vlmneurons.look.plots.canvas import VALUES, draw_frame, draw_points, plain_names, with_ends
 from vlmneurons.look.plots.neurons import plot_profiles
 from vlmneurons.look.report import _effect_table, page_of
 from vlmneurons.study.compare import Comparison
@@ -140,8 +140,7 @@ def _draw_models(
         rows, (colour, marker) = table.loc[table["model"] == model], _STYLES[n % len(_STYLES)]
         offset = 0.7 * ((n + 0.5) / len(comparison.models) - 0.5)
         at = np.array([names.index(name) for name in rows[label]]) + offset
-        ends = [scale * rows[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
-        draw_points(axis, ends, at, colour, marker, plain_names([model])[0])
+        draw_points(axis, with_ends(rows, effect, scale), at, colour, marker, plain_names([model])[0])
     axis.set_yticks(range(len(names)), plain_names(names))
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel(unit)

@@ -16,8 +16,13 @@ _THUMB, _BYTES = 192, 2560
 
 @cache
 def _templates() -> jinja2.Environment:
-    how = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True, **how)
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(STATIC),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
 
 
 def page_from(template: str, **shown: object) -> str:

@@ -137,18 +137,24 @@ class Canvas:
         room = 0.8 * self.points - 4 * self.size
         self.axis.set_xticks(at, spaced(np.log(at) if log else at, labels, room, self.size))
 
-    def label(self, across: str, up: str = "") -> None:
+    def _label(self, across: str, up: str) -> None:
         """Name the axes, in as many lines as it takes."""
-        room = self.points - (0 if up else self.size * max((ems(one) for one in self._row_names()), default=0))
+        row_names = [label.get_text() for label in self.axis.get_yticklabels()]
+        room = self.points - (0 if up else self.size * max(map(ems, row_names), default=0))
         for text, put in ((across, self.axis.set_xlabel), (up, self.axis.set_ylabel)):
             put(_wrapped(text, room - 4 * self.size, self.size), fontsize=self.size)
         self.axis.tick_params(labelsize=self.size)
 
-    def _row_names(self) -> list[str]:
-        return [one.get_text() for one in self.axis.get_yticklabels()]
+    def done(self, grid: str, across: str, up: str = "") -> Figure:
+        """The figure, with what comes last: names of the axes, lines of the grid, the legend and fonts.
 
-    def done(self) -> Figure:
-        """Put the legend, and choose fonts."""
+        Args:
+            grid: ``"x"``, ``"y"`` or ``"both"``.
+            across: name of the horizontal axis.
+            up: of the vertical axis, where its rows have no names.
+        """
+        self._label(across, up)
+        draw_frame(self.axis, grid)
         handles, labels = self.axis.get_legend_handles_labels()
         if handles and self.given:
             self.axis.legend(handles, labels, frameon=False, fontsize=self.legend["fontsize"])
@@ -188,17 +194,16 @@ def draw_points(
     """Points with their intervals; an interval may lie to one side of its point."""
     value, low, high = drawn
     reach = np.vstack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
-    how: Keywords = {"yerr": reach} if upright else {"xerr": reach}
-    axis.errorbar(
-        *((at, value) if upright else (value, at)),
-        **how,
-        fmt=marker,
-        color=colour,
-        markersize=4.5,
-        linewidth=1.2,
-        capsize=2,
-        label=label,
-    )
+    style: Keywords = {"fmt": marker, "color": colour, "markersize": 4.5, "linewidth": 1.2, "capsize": 2}
+    if upright:
+        axis.errorbar(at, value, yerr=reach, label=label, **style)
+    else:
+        axis.errorbar(value, at, xerr=reach, label=label, **style)
+
+
+def with_ends(table: pd.DataFrame, effect: str, scale: float) -> list[np.ndarray]:
+    """An effect of a summary with the ends of its intervals, in the unit that is drawn."""
+    return [scale * table[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
 
 
 def draw_frame(axis: Axes, grid: Any) -> None:
@@ -211,7 +216,7 @@ def check_rows(table: pd.DataFrame, columns: Sequence[str], keys: Sequence[str],
     """Make sure that a table is one that can be drawn: it has the columns, and one row for each of its keys."""
     name = "summary" if source.endswith("summary") else "table"
     of_kind(name, table, pd.DataFrame, MismatchError, f"the table that {source} gives")
-    if lacking := [one for one in columns if one not in table]:
+    if lacking := [name for name in columns if name not in table]:
         raise MismatchError(f"the table has no column {', '.join(lacking)}: give the table of {source}")
     if not len(table):
         raise MismatchError(f"the table has no row to draw: give the table of {source}")

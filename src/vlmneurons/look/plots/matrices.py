@@ -89,8 +89,8 @@ class _Words(NamedTuple):
 
 def _most(matrices: Mapping[str, pd.DataFrame]) -> float:
     """The largest that is drawn; 1 where nothing is above 0."""
-    values = [np.abs(one.to_numpy(dtype=float)).ravel() for one in matrices.values()]
-    return float(np.nan_to_num(np.concatenate(values)).max()) or 1.0
+    values = [matrix.to_numpy(dtype=float).ravel() for matrix in matrices.values()]
+    return float(np.abs(np.nan_to_num(np.concatenate(values))).max()) or 1.0
 
 
 def _heat_maps(
@@ -114,7 +114,8 @@ def _heat_maps(
     figure, axes, (size, cell, letters, below) = _panels(matrices, width, ax)
     meaning, most, digits = colours
     least = -most if meaning == "effect" else 0.0
-    longest = max((in_matrix(one, digits) for matrix in matrices.values() for one in matrix.to_numpy().flat), key=ems)
+    texts = (in_matrix(value, digits) for matrix in matrices.values() for value in matrix.to_numpy().flat)
+    longest = max(texts, key=ems)
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.to_numpy(dtype=float)
         image = axis.imshow(values, cmap=COLOURS[meaning], vmin=least, vmax=most)
@@ -143,7 +144,7 @@ def _heat_maps(
 
 
 def _ticks(axis: Axes, matrix: pd.DataFrame, size: float, cell: float, letters: int) -> None:
-    columns, rows = (shortened([str(one) for one in labels], letters) for labels in (matrix.columns, matrix.index))
+    columns, rows = (shortened([*map(str, labels)], letters) for labels in (matrix.columns, matrix.index))
     upright = max(map(ems, columns)) * size > 0.9 * 72 * cell
     axis.set_xticks(range(len(columns)), plain_names(columns), rotation=90 if upright else 0, fontsize=size)
     axis.set_yticks(range(len(rows)), plain_names(rows), fontsize=size)
@@ -154,18 +155,14 @@ def _in_order(
 ) -> dict[str, pd.DataFrame]:
     """Matrices with groups in one order in rows and columns; masks of no group, and control groups, come last."""
     groups = list(result.group_names)
-    each = [one.reindex(index=groups, columns=groups).to_numpy(dtype=float) for one in matrices.values()]
-    columns = [*ordered(groups, order, np.hstack([np.hstack([one, one.T]) for one in each])), *result.control_names]
-    return {
-        name: one.loc[
-            [
-                *(group for group in columns if group in one.index),
-                *sorted((mask for mask in one.index if mask not in columns), key=natural),
-            ],
-            columns,
-        ]
-        for name, one in matrices.items()
-    }
+    squares = [matrix.reindex(index=groups, columns=groups).to_numpy(dtype=float) for matrix in matrices.values()]
+    profiles = np.hstack([np.hstack([square, square.T]) for square in squares])
+    columns = [*ordered(groups, order, profiles), *result.control_names]
+    in_order = {}
+    for name, matrix in matrices.items():
+        others = sorted((mask for mask in matrix.index if mask not in columns), key=natural)
+        in_order[name] = matrix.loc[[*(group for group in columns if group in matrix.index), *others], columns]
+    return in_order
 
 
 class _Room(NamedTuple):
@@ -360,21 +357,22 @@ def plot_overlap(
     Example:
         ``vn.plot_overlap({"MAD": mad, "LAP": lap}, order="clustered", width=6.75)``
     """
-    given = {selections.selector: selections} if isinstance(selections, Selection) else selections
-    of_kind("selections", given, Mapping, MismatchError, "a Selection, or a dictionary of selections by name")
-    for name, one in given.items():
-        of_kind(f"selections[{name!r}]", one, Selection, MismatchError)
-        if set(one) != set(next(iter(given.values()))):
+    by_name = {selections.selector: selections} if isinstance(selections, Selection) else selections
+    of_kind("selections", by_name, Mapping, MismatchError, "a Selection, or a dictionary of selections by name")
+    for name, selection in by_name.items():
+        of_kind(f"selections[{name!r}]", selection, Selection, MismatchError)
+        if set(selection) != set(next(iter(by_name.values()))):
             raise MismatchError(f"selections are drawn in one order, and {name!r} has other groups than the first")
-    if not given:
+    if not by_name:
         raise MismatchError("there is no selection to draw: selections is empty")
     one_of("value", value, ("jaccard", "shared"), MismatchError)
-    drawn_into(ax, width, len(given))
-    tables = {str(name): _overlaps(one, value) for name, one in given.items()}
+    drawn_into(ax, width, len(by_name))
+    tables = {str(name): _overlaps(selection, value) for name, selection in by_name.items()}
     first = next(iter(tables.values()))
-    groups = ordered([*first.index], order, np.hstack([one.loc[first.index, first.index] for one in tables.values()]))
+    profiles = np.hstack([table.loc[first.index, first.index] for table in tables.values()])
+    groups = ordered([*first.index], order, profiles)
     itself = np.eye(len(groups), dtype=bool)
-    tables = {name: one.loc[groups, groups].mask(itself) for name, one in tables.items()}
+    tables = {name: table.loc[groups, groups].mask(itself) for name, table in tables.items()}
     most = _most(tables)
     digits = max(0, 1 - math.floor(math.log10(most))) if value == "jaccard" else 0
     title = "Overlap of the sets (Jaccard, %)" if value == "jaccard" else "Neurons shared"
@@ -387,5 +385,5 @@ def _overlaps(selection: Selection, value: str) -> pd.DataFrame:
     """Groups by groups, in the unit that is drawn."""
     if value == "jaccard":
         return 100 * selection.overlap()["jaccard"]
-    shared = [[float(len(one & other)) for other in selection.values()] for one in selection.values()]
+    shared = [[float(len(row & column)) for column in selection.values()] for row in selection.values()]
     return pd.DataFrame(shared, index=list(selection), columns=list(selection))
