@@ -11,7 +11,7 @@ from helpers import some_questions
 from vlmneurons.errors import AblationError, ActivationError
 from vlmneurons.model.encoder import Batch, TokenTable
 from vlmneurons.run import masked, replay, replayable
-from vlmneurons.run.masked import _Turns, read_masked, read_some
+from vlmneurons.run.masked import _Turns, read_masked, read_ragged
 from vlmneurons.run.owners import OWNERS
 from vlmneurons.run.readers import Reading, reader_of
 from vlmneurons.testing import tiny as _tiny
@@ -154,7 +154,7 @@ def test_an_ablation_of_other_neurons_in_each_row_acts_in_its_tile(model, passes
 def in_part(model, questions, ablations, rows, reader):
     """The readings of some questions under each ablation: shared, and of a run for each ablation and its questions."""
     with torch.inference_mode():
-        shared = list(read_some(model, reader, questions, reader.encode(model, questions), ablations, rows))
+        shared = list(read_ragged(model, reader, questions, reader.encode(model, questions), ablations, rows))
         plain = []
         for ablation, own in zip(ablations, rows, strict=True):
             some = questions.with_items([questions[row] for row in own])
@@ -246,7 +246,7 @@ def test_questions_that_meet_different_masks_get_the_answers_of_plain_runs_whate
 
     monkeypatch.setattr(model.hf, "forward", counted)
     with torch.inference_mode():
-        list(read_some(model, reader, questions, reader.encode(model, questions), ablations, RAGGED))
+        list(read_ragged(model, reader, questions, reader.encode(model, questions), ablations, RAGGED))
     n_calls = len(calls)
     monkeypatch.undo()
     if handle is not None:

@@ -1,6 +1,7 @@
 """Counts do not depend on what stands around the call; what cannot be made harmless is refused."""
 
 import contextlib
+import functools
 import inspect
 import os
 import signal
@@ -15,6 +16,7 @@ import vlmneurons as vn
 from helpers import picture, plain_hooks, some_questions
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.run.ablation import ablations_in_force
+from vlmneurons.run.masked import read_ragged
 
 
 @pytest.fixture
@@ -342,6 +344,15 @@ def in_writes(model, questions):
     vn.neuron_writes(model, vn.NeuronSet(model.space(), [3]))
 
 
+def in_kinds_of_masks(model, questions):
+    """A generated answer to each question, one under a zeroing mask and one under an amplifying one, in one run."""
+    neurons = vn.NeuronSet(model.space(), range(0, 200, 7))
+    ablations = [vn.Ablation(model, neurons), vn.Ablation(model, neurons, "scale", factor=2.0)]
+    reader = vn.Generate(max_new_tokens=1)
+    encoded = reader.encode(model, questions)
+    assert len(list(read_ragged(model, reader, questions, encoded, ablations, [[0], [1]]))) == 2
+
+
 @pytest.fixture
 def interruptible():
     """Processes of pytest-xdist do not listen to ctrl-C."""
@@ -350,33 +361,33 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("work", [in_ablation, in_recorder, in_knockout, in_inspection, in_writes])
-def test_ctrl_c_while_hooks_are_put_on_or_taken_off_leaves_none_of_them(model, monkeypatch, work):
-    """The keyboard's signal comes right after each hook is put on, and right before each is taken off."""
-    questions, put, taken = some_questions(2), RemovableHandle.__init__, RemovableHandle.remove
+def strike_everywhere(model, work, monkeypatch, put_on, taken_off):
+    """Ctrl-C right after each call of a function that puts something on, and right before each that takes it off."""
+    questions, moments = some_questions(2), {"now": 0, "fire": -1}
     with torch.no_grad():
         before = model.hf(**model.prepare(questions)).logits
         work(model, questions)  # nnsight's own hooks are put on, and what is looked at once is known
-        known, moments = hooks_of(model.hf), {"now": 0, "fire": -1}
+        known = hooks_of(model.hf)
 
         def strike():
             moments["now"] += 1
             if moments["now"] == moments["fire"]:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        def init(self, *args, **kwargs):
-            put(self, *args, **kwargs)
+        def put(function, *args, **kwargs):
+            result = function(*args, **kwargs)
             strike()
+            return result
 
-        def remove(self):
+        def take(function, *args, **kwargs):
             strike()
-            taken(self)
+            return function(*args, **kwargs)
 
-        monkeypatch.setattr(RemovableHandle, "__init__", init)
-        monkeypatch.setattr(RemovableHandle, "remove", remove)
+        for around, (kind, name) in [(put, put_on), (take, taken_off)]:
+            monkeypatch.setattr(kind, name, functools.partialmethod(functools.partial(around, getattr(kind, name))))
         work(model, questions)
         total = moments["now"]
+        assert total
         for fire in range(1, total + 1, max(1, total // 20)):
             moments.update(now=0, fire=fire)
             with contextlib.suppress(KeyboardInterrupt):
@@ -387,3 +398,18 @@ def test_ctrl_c_while_hooks_are_put_on_or_taken_off_leaves_none_of_them(model, m
         assert torch.equal(model.hf(**model.prepare(questions)).logits, before)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         work(model, questions)  # nobody has it any more
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("work", [in_ablation, in_recorder, in_knockout, in_inspection, in_writes, in_kinds_of_masks])
+def test_ctrl_c_while_hooks_are_put_on_or_taken_off_leaves_none_of_them(model, monkeypatch, work):
+    strike_everywhere(
+        model, work, monkeypatch, put_on=(RemovableHandle, "__init__"), taken_off=(RemovableHandle, "remove")
+    )
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_between_masks_of_several_kinds_leaves_none_of_them(model, monkeypatch):
+    strike_everywhere(
+        model, in_kinds_of_masks, monkeypatch, put_on=(vn.Ablation, "__enter__"), taken_off=(vn.Ablation, "__exit__")
+    )

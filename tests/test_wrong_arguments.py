@@ -16,7 +16,7 @@ import torch
 
 import vlmneurons as vn
 from helpers import picture, some_questions
-from vlmneurons.checks import is_missing, names, of_kind, real, share, whole
+from vlmneurons.checks import as_fraction, as_names, as_number, as_whole, check_kind, is_missing
 from vlmneurons.errors import (
     AblationError,
     ArchitectureError,
@@ -631,13 +631,13 @@ def test_pictures_may_be_all_that_opens(tmp_path):
 @pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True), 1.0, "1", None, NAN, [1], torch.ones(2)])
 def test_what_is_no_whole_number(value):
     with pytest.raises(QuestionError, match="x is a whole number; got "):
-        whole("x", value, QuestionError)
+        as_whole("x", value, QuestionError)
 
 
 def test_the_checks_say_what_they_are_for():
-    assert whole("x", np.int8(3), QuestionError, least=3) == 3
+    assert as_whole("x", np.int8(3), QuestionError, least=3) == 3
     with pytest.raises(QuestionError, match="x 3 is less than 4"):
-        whole("x", 3, QuestionError, least=4)
+        as_whole("x", 3, QuestionError, least=4)
     for value, message in (
         (float("inf"), "x inf is not finite"),
         (np.array([1.0]), "x is a number; got ndarray"),
@@ -646,13 +646,13 @@ def test_the_checks_say_what_they_are_for():
         (1j, "x is a number; got complex"),
     ):
         with pytest.raises(SelectionError, match=message):
-            real("x", value, SelectionError)
+            as_number("x", value, SelectionError)
     for value in (0, 1, -1.5, NAN, float("inf")):
         with pytest.raises(SelectionError, match=r"x .* is outside \(0, 1\)"):
-            share("x", value, SelectionError)
-    assert names("x", (one for one in "ab"), QuestionError) == ("a", "b")
+            as_fraction("x", value, SelectionError)
+    assert as_names("x", (one for one in "ab"), QuestionError) == ("a", "b")
     with pytest.raises(QuestionError, match=r"x is an int or a str; got list"):
-        of_kind("x", [], (int, str), QuestionError)
+        check_kind("x", [], (int, str), QuestionError)
     with pytest.raises(QuestionError, match=r"x is a text; got '" + "y" * 58 + "…"):
-        of_kind("x", "y" * 100, int, QuestionError, "a text")
+        check_kind("x", "y" * 100, int, QuestionError, "a text")
     assert [is_missing(value) for value in (None, NAN, pd.NA, pd.NaT, 0, "", "nan", ())] == [True] * 4 + [False] * 4

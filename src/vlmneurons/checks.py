@@ -1,7 +1,8 @@
-"""Checks of what a caller gave: the library's own error at once, in place of another program's from deep below.
+"""Checks of arguments, which raise the library's own error at once, before some other code fails on them deep below.
 
-A whole number may be NumPy's or PyTorch's, as such numbers come out of tables; a boolean is none, although Python takes
-True for 1, and neither is NaN, with which every comparison is false.
+A function ``as_…`` gives the argument in the form that its name says; a function ``check_…`` gives nothing. A whole
+number may be one of NumPy or PyTorch, as numbers that come out of tables are. A boolean is no number, although Python
+takes True for 1, and neither is NaN, for which every comparison is false.
 """
 
 import difflib
@@ -18,24 +19,24 @@ from vlmneurons.errors import VLMNeuronsError
 JSON = dict[str, Any]
 """Plain values by name, as JSON holds them: settings, provenance, what a file says of itself."""
 JSONMapping = Mapping[str, Any]
-"""The same, to be read alone."""
+"""The same, for what is only read."""
 Wire = list[Any]
 """Plain values in a list, as they go from one process to another."""
 Keywords = dict[str, Any]
-"""Arguments by name, for whoever they are handed on to."""
+"""Arguments by name, which are handed on to another function."""
 
 
-def whole(name: str, value: Any, error: type[VLMNeuronsError], *, least: int | None = None) -> int:
+def as_whole(name: str, value: Any, error: type[VLMNeuronsError], *, least: int | None = None) -> int:
     """A whole number as an int.
 
     Args:
         name: of the argument, for the error.
-        value: what was given.
+        value: the argument.
         error: the kind of error to raise.
-        least: the lowest that is allowed.
+        least: the lowest number that is allowed.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is none, or less than the least.
+        VLMNeuronsError: of the given kind: the value is no whole number, or less than the least.
     """
     try:
         if _is_boolean(value):
@@ -48,16 +49,16 @@ def whole(name: str, value: Any, error: type[VLMNeuronsError], *, least: int | N
     return number
 
 
-def real(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
+def as_number(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
     """A finite number as a float.
 
     Args:
         name: of the argument, for the error.
-        value: what was given.
+        value: the argument.
         error: the kind of error to raise.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is none, NaN or infinite.
+        VLMNeuronsError: of the given kind: the value is no number, NaN or infinite.
     """
     scalar = isinstance(value, numbers.Real) or (hasattr(value, "item") and getattr(value, "shape", None) == ())
     try:
@@ -71,136 +72,135 @@ def real(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
     return number
 
 
-def share(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
-    """A number between 0 and 1, which it may not be, as a float; see `real`.
+def as_fraction(name: str, value: Any, error: type[VLMNeuronsError]) -> float:
+    """A number between 0 and 1, without the ends, as a float; see `as_number`.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is none, or outside.
+        VLMNeuronsError: of the given kind: the value is no such number.
     """
     if _is_number(value) and not 0 < value < 1:  # also NaN
         raise error(f"{name} {value} is outside (0, 1)")
-    return real(name, value, error)
+    return as_number(name, value, error)
 
 
-def flag(name: str, value: object, error: type[VLMNeuronsError]) -> bool:
-    """True or False, NumPy's too; a text such as ``"no"`` would count as true.
+def as_flag(name: str, value: object, error: type[VLMNeuronsError]) -> bool:
+    """True or False as a bool, also NumPy's. Anything else is refused: a text such as ``"no"`` would count as true.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is something else.
+        VLMNeuronsError: of the given kind: the value is something else.
     """
     if not _is_boolean(value) or getattr(value, "shape", ()) != ():
         raise error(f"{name} is True or False; got {_shown(value)}")
     return bool(value)
 
 
-def one_of(name: str, value: object, allowed: Iterable[str], error: type[VLMNeuronsError]) -> None:
-    """Refuse what is none of some names.
+def check_choice(name: str, value: object, allowed: Iterable[str], error: type[VLMNeuronsError]) -> None:
+    """Refuse a value that is not among the allowed names.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is none; the message says what there is.
+        VLMNeuronsError: of the given kind: it is not; the message says which names there are.
     """
     if value not in (names := tuple(allowed)):
         raise error(f"{name}={value!r} does not exist; choose from {', '.join(names)}")
 
 
-def path_of(name: str, value: Any, error: type[VLMNeuronsError]) -> Path:
+def as_path(name: str, value: Any, error: type[VLMNeuronsError]) -> Path:
     """A path as a `pathlib.Path`.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is no path.
+        VLMNeuronsError: of the given kind: the value is no path.
     """
-    of_kind(name, value, (str, os.PathLike), error, "a path")
+    check_kind(name, value, (str, os.PathLike), error, "a path")
     return Path(value)
 
 
-def in_order(name: str, value: object, error: type[VLMNeuronsError], what: str) -> None:
-    """Refuse what cannot be gone through, and a set where places count: its order is another in the next run.
+def check_ordered(name: str, value: object, error: type[VLMNeuronsError], allowed: str) -> None:
+    """Refuse what cannot be iterated over, and sets: the order of a set differs from run to run.
 
     Args:
         name: of the argument, for the error.
-        value: what was given.
+        value: the argument.
         error: the kind of error to raise.
-        what: how the error calls what is allowed.
+        allowed: what the error says is allowed.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is a set, or nothing to go through.
+        VLMNeuronsError: of the given kind: the value is a set, or cannot be iterated over.
     """
-    of_kind(name, value, Iterable, error, what)
-    if isinstance(value, Set) and not isinstance(value, KeysView):
-        raise error(f"{name} is {what}; got a {type(value).__name__}, which has no order: sorted(…) gives it one")
+    check_kind(name, value, Iterable, error, allowed)
+    if isinstance(value, Set) and not isinstance(value, KeysView):  # a dictionary's keys are in order
+        raise error(f"{name} is {allowed}; got a {type(value).__name__}, which has no order: sorted(…) gives it one")
 
 
-def names(name: str, value: object, error: type[VLMNeuronsError]) -> tuple[str, ...]:
-    """Several texts in order, where a single one would be taken for its letters.
+def as_names(name: str, value: object, error: type[VLMNeuronsError]) -> tuple[str, ...]:
+    """Several texts in order, as a tuple. A single text is refused, as it would be taken for its letters.
 
     Args:
         name: of the argument, for the error.
-        value: what was given.
+        value: the argument.
         error: the kind of error to raise.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is a text or a set, or holds something else.
+        VLMNeuronsError: of the given kind: the value is a text or a set, or holds something other than texts.
     """
     if isinstance(value, str):
         raise error(f"{name} must be a list of names; got the single text {value!r}")
     if not isinstance(value, Iterable):
         raise error(f"{name} must be a list of names; got {_shown(value)}")
-    in_order(name, value, error, "a list of names")
-    found = tuple(value)
-    wrong = [one for one in found if not isinstance(one, str)]
-    if wrong:
-        raise error(f"{name} must be a list of names; one is {_shown(wrong[0])}")
-    return tuple(map(str, found))  # of NumPy's texts too
+    check_ordered(name, value, error, "a list of names")
+    texts = tuple(value)
+    for text in texts:
+        if not isinstance(text, str):
+            raise error(f"{name} must be a list of names; one is {_shown(text)}")
+    return tuple(map(str, texts))  # texts of NumPy become Python's
 
 
-def of_kind(
-    name: str, value: object, kind: type | tuple[type, ...], error: type[VLMNeuronsError], what: str = ""
+def check_kind(
+    name: str, value: object, kind: type | tuple[type, ...], error: type[VLMNeuronsError], allowed: str = ""
 ) -> None:
-    """Refuse what is of another class.
+    """Refuse a value of another class.
 
     Args:
         name: of the argument, for the error.
-        value: what was given.
+        value: the argument.
         kind: the class, or several.
         error: the kind of error to raise.
-        what: how the error calls what is allowed; by default by the class's name.
+        allowed: what the error says is allowed; by default the names of the classes.
 
     Raises:
-        VLMNeuronsError: of the given kind: it is of another class.
+        VLMNeuronsError: of the given kind: the value is of another class.
     """
-    if not isinstance(value, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        allowed = what or " or ".join(
-            f"{'an' if one.__name__[0] in 'AEIOaeio' else 'a'} {one.__name__}" for one in kinds
-        )
-        raise error(f"{name} is {allowed}; got {_shown(value)}")
+    if isinstance(value, kind):
+        return
+    class_names = [cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,))]
+    allowed = allowed or " or ".join(f"{'an' if text[0] in 'AEIOaeio' else 'a'} {text}" for text in class_names)
+    raise error(f"{name} is {allowed}; got {_shown(value)}")
 
 
-def listed(names: Sequence[object], most: int = 5) -> str:
-    """Names for a message: the first few, and how many more there are."""
+def abridged(names: Sequence[object], most: int = 5) -> str:
+    """The first few names, for a message, and how many more there are: ``a, b and 3 more``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 
 
-def few(names: Sequence[str]) -> str:
-    """``'a', 'b', 'c', …``: names in quotation marks, three of them."""
+def quoted(names: Sequence[str]) -> str:
+    """At most three names in quotation marks, for a message: ``'a', 'b', 'c', …``."""
     return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
 
 
-def nearest(name: str, names: Iterable[object]) -> str | None:
-    """The name that another is most like, whatever the case of letters; None where none is."""
-    lower = {str(one).casefold(): str(one) for one in names}
-    like = difflib.get_close_matches(name.casefold(), lower, n=1)
-    return lower[like[0]] if like else None
+def nearest_name(name: str, names: Iterable[object]) -> str | None:
+    """The name that is most like a misspelt one, whatever the case of letters; None where none is like it."""
+    by_lower = {str(candidate).casefold(): str(candidate) for candidate in names}
+    matches = difflib.get_close_matches(name.casefold(), by_lower, n=1)
+    return by_lower[matches[0]] if matches else None
 
 
-def plain(value: Any) -> Any:
-    """A number of NumPy or PyTorch as Python's own, which JSON can hold; anything else as it is."""
+def as_plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch as a number of Python, which JSON can hold; anything else as it is."""
     return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
 
 
 def is_missing(value: object) -> bool:
-    """Whether a value stands for none: None, NaN, and what pandas has in their place."""
+    """Whether a value stands for "no value": None, NaN, and pandas' NA and NaT."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, numbers.Real) and bool(value != value)  # also a whole number too large for isnan
@@ -215,7 +215,9 @@ def _is_boolean(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """What was given, in a few words: the value of plain ones, and of others what they are."""
-    plain = value is None or isinstance(value, str | int | float)
-    text = repr(value) if plain else f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    """A value in a few words, for a message: texts and numbers as they are, of anything else its class."""
+    if value is None or isinstance(value, str | int | float):
+        text = repr(value)
+    else:
+        text = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
     return text if len(text) <= 60 else f"{text[:59]}…"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 import vlmneurons as vn
-from vlmneurons.checks import Keywords, nearest, whole
+from vlmneurons.checks import Keywords, as_whole, nearest_name
 from vlmneurons.errors import ArchitectureError, FileFormatError, QuestionError, VLMNeuronsError
 from vlmneurons.files.atomic import write_json
 from vlmneurons.questions.cvqa import LANGUAGES
@@ -186,7 +186,7 @@ def _processes() -> int:
 
 def _meant(given: str, names: Iterable[str]) -> str:
     """The end of a message: which of the names is like what was given."""
-    like = nearest(given, names)
+    like = nearest_name(given, names)
     return f"; did you mean {like}?" if like else ""
 
 
@@ -735,7 +735,7 @@ def _vllm_options(given: Keywords) -> Keywords:
     if _processes() > 1:
         raise ArchitectureError("--engine vllm starts its own processes: start one, without torchrun, or use --part")
     for name, value in told.items():
-        whole(f"--{name.replace('_', '-')}", value, ArchitectureError, least=1)
+        as_whole(f"--{name.replace('_', '-')}", value, ArchitectureError, least=1)
     installed_version()
     return {"engine": "vllm", **told}
 

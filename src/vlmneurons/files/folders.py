@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from vlmneurons.checks import JSON, JSONMapping, few
+from vlmneurons.checks import JSON, JSONMapping, quoted
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.atomic import leftovers, read_parquet, write_json, write_parquet
 from vlmneurons.files.locks import locked
@@ -69,7 +69,7 @@ def _some(names: Sequence[str]) -> str:
     """Some questions by name: ``question 'a'``, or ``12 questions ('a', 'b', …)``."""
     if len(names) == 1:
         return f"question {names[0]!r}"
-    return f"{len(names)} questions ({few(names)})"
+    return f"{len(names)} questions ({quoted(names)})"
 
 
 def _short(value: object) -> str:

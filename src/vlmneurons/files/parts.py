@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from vlmneurons.checks import JSON, JSONMapping, few, in_order, path_of
+from vlmneurons.checks import JSON, JSONMapping, as_path, check_ordered, quoted
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import completed, differences, manifest_in
 
@@ -53,12 +53,12 @@ class PartFolder:
         if lacking := sorted(asks - set(done)):
             raise MismatchError(
                 f"part {self.name} in {self.folder} is not finished: {len(lacking)} of its {len(asks)} questions are "
-                f"not there ({few(lacking)}). The same call goes on with it"
+                f"not there ({quoted(lacking)}). The same call goes on with it"
             )
         if foreign := sorted(set(done) - asks):
             raise MismatchError(
                 f"part {self.name} in {self.folder} holds {len(foreign)} questions that are another part's "
-                f"({few(foreign)}): its batches were cut otherwise when it was gone on with. Run it again elsewhere"
+                f"({quoted(foreign)}): its batches were cut otherwise when it was gone on with. Run it again elsewhere"
             )
 
 
@@ -73,11 +73,11 @@ def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list
         MismatchError: what is given are not the parts of one run, each once and all of them; the message says why.
         FileFormatError: a manifest is damaged.
     """
-    in_order("folders", folders, MismatchError, "the folders of the parts")
+    check_ordered("folders", folders, MismatchError, "the folders of the parts")
     folders = folders if isinstance(folders, str | os.PathLike) else list(folders)
     if isinstance(folders, str | os.PathLike) or not folders:
         raise MismatchError(f"give the folders of all parts, as a list; got {folders!r}")
-    parts = sorted((_part_in(path_of("folder", one, MismatchError), kind) for one in folders), key=lambda p: p.number)
+    parts = sorted((_part_in(as_path("folder", one, MismatchError), kind) for one in folders), key=lambda p: p.number)
     first = parts[0]
     for before, part in pairwise(parts):
         if part.number[1] != first.number[1]:
@@ -103,8 +103,8 @@ def parts_of(folders: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list
     if sorted(asked) != sorted(_order(first)):
         twice, none = {name for name, n in Counter(asked).items() if n > 1}, set(_order(first)) - set(asked)
         raise MismatchError(
-            f"the parts do not ask each question once ({few(sorted(twice | none))}): pictures that could not be read "
-            "when one of them was begun were dealt out otherwise. Run the parts again, in new folders"
+            f"the parts do not ask each question once ({quoted(sorted(twice | none))}): pictures that could not be "
+            "read when one of them was begun were dealt out otherwise. Run the parts again, in new folders"
         )
     content = dict(first.manifest["content"])
     for part in parts[1:]:
@@ -120,7 +120,7 @@ def kind_in(folder: str | os.PathLike[str]) -> str:
         MismatchError: there is none.
         FileFormatError: its manifest is damaged.
     """
-    where = path_of("folder", folder, MismatchError)
+    where = as_path("folder", folder, MismatchError)
     manifest = manifest_in(where)
     if manifest is None:
         raise MismatchError(f"{where} holds no run: there is no manifest.json")

@@ -3,8 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,13 +42,23 @@ class Undivided:
                 self._before(*self._asked)
 
 
-class UndividedStack(contextlib.ExitStack):
-    """An `contextlib.ExitStack` that ctrl-C does not stop midway when it is left."""
+@contextlib.contextmanager
+def hooked(hooks: Iterable[contextlib.AbstractContextManager[object]]) -> Iterator[None]:
+    """Within, hooks are on a model; outside, none of them is, even if ctrl-C comes while they go on or come off.
 
-    def __exit__(self, *error: Any) -> bool:
-        """See `contextlib.ExitStack`."""
+    Args:
+        hooks: a generator that puts on one hook after the other, and gives what takes each off when it is left: torch's
+            handles, an `Ablation`, or any other context manager. The last one is taken off first.
+    """
+    stack = contextlib.ExitStack()
+    try:
         with Undivided():
-            return bool(super().__exit__(*error))
+            for hook in hooks:
+                stack.enter_context(hook)
+        yield
+    finally:
+        with Undivided():
+            stack.close()
 
 
 _ASKED: list[int] = []

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmneurons.checks import JSON, path_of
+from vlmneurons.checks import JSON, as_path
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 from vlmneurons.files.atomic import replacing
 
@@ -108,7 +108,7 @@ def check_regular(path: "str | os.PathLike[str]") -> None:
         IsADirectoryError: a folder.
         FileFormatError: a pipe, socket or device.
     """
-    if path_of("path", path, FileFormatError).is_dir():
+    if as_path("path", path, FileFormatError).is_dir():
         raise IsADirectoryError(f"{os.fspath(path)} is a folder, not a file")
     if Path(path).exists() and not Path(path).is_file():
         raise FileFormatError(f"{os.fspath(path)} is a pipe, socket or device, not a file")
@@ -138,7 +138,7 @@ def write(path: "str | os.PathLike[str]", kind: str, tensors: Mapping[str, Tenso
     Raises:
         OSError: the file cannot be written, for want of space or permission.
     """
-    path = path_of("path", path, FileFormatError)
+    path = as_path("path", path, FileFormatError)
     text = json.dumps(data, allow_nan=False, sort_keys=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {

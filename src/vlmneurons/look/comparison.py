@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlmneurons._version import __version__
-from vlmneurons.checks import path_of
+from vlmneurons.checks import as_path
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, PrintFigure, natural, with_fonts
@@ -44,7 +44,7 @@ def write_comparison(
     Raises:
         MismatchError: no such selector.
     """
-    folder = path_of("folder", folder, MismatchError)
+    folder = as_path("folder", folder, MismatchError)
     main = main or next(name for name in ("CAS", *comparison.selectors) if name in comparison.selectors)
     if main not in comparison.selectors:
         raise MismatchError(f"main={main!r} has no masks here; there are {', '.join(comparison.selectors)}")

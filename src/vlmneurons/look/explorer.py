@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vlmneurons.checks import Keywords, of_kind, path_of, whole
+from vlmneurons.checks import Keywords, as_path, as_whole, check_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, SelectionError
 from vlmneurons.look.figures import natural
 from vlmneurons.look.neuron_pages import InspectedItem, NeuronView, inspect_neurons
@@ -99,13 +99,13 @@ def write_explorer(
         MismatchError: questions of the result that are not among ``questions``, or are asked in another way than they
             were; another model; selections of other names; or a folder that holds something else.
     """
-    folder = path_of("folder", folder, MismatchError)
-    of_kind("result", result, KnockoutResult, MismatchError, "a KnockoutResult, which knockout gives")
-    of_kind("selections", selections, Mapping, MismatchError, "a Selection by each selector's name")
+    folder = as_path("folder", folder, MismatchError)
+    check_kind("result", result, KnockoutResult, MismatchError, "a KnockoutResult, which knockout gives")
+    check_kind("selections", selections, Mapping, MismatchError, "a Selection by each selector's name")
     for name in selections:
         result.rows_of(name)
-    whole("strongest", strongest, MismatchError, least=0)
-    whole("top", top, MismatchError, least=1)
+    as_whole("strongest", strongest, MismatchError, least=0)
+    as_whole("top", top, MismatchError, least=1)
     by_id = {item.id: item for item in questions}
     lacking = [name for name in result.ids if name not in by_id]
     if lacking:

@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from vlmneurons.checks import names, real
+from vlmneurons.checks import as_names, as_number
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import replacing
 
@@ -101,7 +101,7 @@ def ordered(groups: Sequence[str], order: str | Sequence[str] | None, profiles: 
 
         tree = linkage(np.nan_to_num(profiles), method="average", optimal_ordering=True)
         return [groups[int(place)] for place in leaves_list(tree)]
-    wanted = names("order", order, MismatchError)
+    wanted = as_names("order", order, MismatchError)
     if sorted(wanted) != sorted(groups):
         wrong = [f"lacks {name}" for name in groups if name not in wanted]
         wrong += [f"has {name}, which is no group here" for name in wanted if name not in groups] or ["has one twice"]
@@ -166,7 +166,7 @@ def width_of(width: float | None) -> float | None:
     Raises:
         MismatchError: no number, or too small for text of 6 pt.
     """
-    if width is not None and real("width", width, MismatchError) < 2:
+    if width is not None and as_number("width", width, MismatchError) < 2:
         raise MismatchError(f"width {width} is too narrow: it is in inches, at least 2; a column has about 3.3")
     return width
 

@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from vlmneurons.checks import Keywords, flag, of_kind, path_of, whole
+from vlmneurons.checks import Keywords, as_flag, as_path, as_whole, check_kind
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.look.numbers import significant
 from vlmneurons.look.pages import inside, page_from
 from vlmneurons.model.architectures.hooks import read
@@ -181,7 +181,7 @@ class NeuronView:
         Raises:
             QuestionError: the name ends in neither.
         """
-        path = path_of("path", path, QuestionError)
+        path = as_path("path", path, QuestionError)
         suffix = path.suffix.lower()
         if suffix == ".html":
             path.write_text(self.to_html(), encoding="utf-8")
@@ -291,7 +291,7 @@ def inspect_neuron(
     check_model(model)
     if isinstance(neuron, tuple) and len(neuron) == 2:
         site = site_of("the neuron's site", neuron[0])
-        number = whole("the neuron's number", neuron[1], SiteError)
+        number = as_whole("the neuron's number", neuron[1], SiteError)
     else:
         site, number = model.space().locate(neuron)
     width = model.mlp_of(site).width
@@ -348,7 +348,7 @@ def inspect_neurons(
         ``[view.table() for view in vn.inspect_neurons(model, questions, selection["Egypt"], k=2)]``
     """
     check_model(model)
-    of_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
+    check_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
     Ablation(model, neurons)  # says what is wrong with them, and is never entered
     wanted = [(site, number) for site, part in neurons.by_site().items() for number in part.tolist()]
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
@@ -365,13 +365,13 @@ def _inspected(
     answers: bool,
 ) -> list[NeuronView]:
     """Run the questions once, and keep what is shown of each neuron; then ask what is shown."""
-    flag("answers", answers, QuestionError)
+    as_flag("answers", answers, QuestionError)
     for site, _ in neurons:
         if site.tower != "language":
             raise SiteError(
                 f"{site}: only neurons of the language tower see words and pictures as tokens; record others"
             )
-    whole("k", k, QuestionError, least=1)
+    as_whole("k", k, QuestionError, least=1)
     refuse_unobeyed(model)
     if options.remote is not False:
         raise QuestionError(f"remote={options.remote!r}: values at every token do not come back; run the model here")
@@ -527,13 +527,9 @@ def _values(model: VLM, neurons: Sequence[tuple[Site, int]], batch: Batch) -> Fl
 
         return keep
 
-    with UndividedStack() as hooks:
-        with Undivided():
-            for site, places in places_at.items():
-                hooks.enter_context(read(model.hf, model.mlp_of(site), site.kind, keeper(places)))
-        hooks.enter_context(all_tokens(model, places_at, lambda: flat.shape[1]))
-        with torch.inference_mode():
-            model.hf(**batch)
+    reads = (read(model.hf, model.mlp_of(site), site.kind, keeper(places)) for site, places in places_at.items())
+    with hooked(reads), all_tokens(model, places_at, lambda: flat.shape[1]), torch.inference_mode():
+        model.hf(**batch)
     return kept
 
 

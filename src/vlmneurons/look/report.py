@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vlmneurons._version import __version__
-from vlmneurons.checks import JSONMapping, Keywords, path_of
+from vlmneurons.checks import JSONMapping, Keywords, as_path
 from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.examples import changed_answers
@@ -93,7 +93,7 @@ def write_report(
         MismatchError: there is nothing to report: no questions, or no masks; no such main selector; or questions that
             are not those of the result.
     """
-    folder = path_of("folder", folder, MismatchError)
+    folder = as_path("folder", folder, MismatchError)
     inference: Keywords = {"confidence": confidence, "permutations": permutations, "seed": seed}
     summary = result.summary(**inference) if result.ids else pd.DataFrame()
     if not len(summary):

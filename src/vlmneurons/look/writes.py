@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vlmneurons.checks import Keywords, of_kind, whole
+from vlmneurons.checks import Keywords, as_whole, check_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, QuestionError, SelectionError, SiteError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.layout import MLP, Tower
 from vlmneurons.model.down import is_plain, written
 from vlmneurons.model.vlm import VLM
@@ -71,8 +71,8 @@ def neuron_writes(model: VLM, neurons: NeuronSet, k: int = 10) -> "pandas.DataFr
     import pandas as pd
 
     Ablation(model, neurons)  # says what is wrong with them, and is never entered
-    of_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
-    k = whole("k", k, SelectionError, least=1)
+    check_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
+    k = as_whole("k", k, SelectionError, least=1)
     if k > len(model.tokenizer):
         raise SelectionError(f"k {k} is more than the {len(model.tokenizer)} tokens that there are")
     wanted = {site: numbers for site, numbers in neurons.by_site().items() if len(numbers)}
@@ -210,10 +210,8 @@ def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> d
         value = args[0] if args else next(iter(kwargs.values()), None)
         ran[module] = (value, output[0] if isinstance(output, tuple) else output)
 
-    with UndividedStack() as stack:
-        with Undivided():
-            for module in dict.fromkeys([*needed, *further]):
-                stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
+    modules = dict.fromkeys([*needed, *further])
+    with hooked(module.register_forward_hook(watch, with_kwargs=True) for module in modules):
         for picture in (None, Image.new("RGB", (56, 56), (127, 127, 127))):
             ran.clear()
             try:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from vlmneurons.checks import Keywords, one_of
+from vlmneurons.checks import Keywords, check_choice
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.model.prompts import Prompts
 from vlmneurons.model.sound_rows import Heard, hears_alone, sound_rows
@@ -345,7 +345,7 @@ class Encoder:
         """
         if not items:
             raise QuestionError("there are no questions to encode")
-        one_of("padding_side", padding_side, ("left", "right"), QuestionError)
+        check_choice("padding_side", padding_side, ("left", "right"), QuestionError)
         if self.model.is_encoder_decoder:
             padding_side = "right"  # its encoder may count positions from the first token; its answer begins elsewhere
         with TOKENIZING:

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vlmneurons.checks import Keywords, of_kind, one_of
+from vlmneurons.checks import Keywords, check_choice, check_kind
 from vlmneurons.errors import ArchitectureError, MismatchError, SiteError
 from vlmneurons.model.architectures.find import find_towers
 from vlmneurons.model.architectures.hooks import ComputedGate
@@ -186,11 +186,13 @@ class VLM:
                 register.
             OSError: transformers finds no such model or processor.
         """
-        of_kind("name_or_path", name_or_path, (str, os.PathLike), ArchitectureError, "a name on the Hub, or a folder")
+        check_kind(
+            "name_or_path", name_or_path, (str, os.PathLike), ArchitectureError, "a name on the Hub, or a folder"
+        )
         name_or_path = os.fspath(name_or_path)
         where = {name: hf_kwargs.pop(name) for name in HUB_ARGUMENTS if name in hf_kwargs}
         shared = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {}), **where}
-        one_of("engine", engine, ("transformers", "vllm"), ArchitectureError)
+        check_choice("engine", engine, ("transformers", "vllm"), ArchitectureError)
         options = hf_kwargs if engine == "vllm" else {}
         if engine == "vllm" and where.get("subfolder"):
             raise ArchitectureError("engine='vllm' knows no subfolder=: vLLM would take what lies above it, unsaid")
@@ -323,7 +325,7 @@ class VLM:
         """
         if kind not in KINDS:
             raise SiteError(f"site kind {kind!r} does not exist; the kinds are {', '.join(KINDS)}")
-        of_kind("tower", tower, (str, Sequence), SiteError, "the name of a tower, or a list of names")
+        check_kind("tower", tower, (str, Sequence), SiteError, "the name of a tower, or a list of names")
         mlps = [mlp for name in ([tower] if isinstance(tower, str) else tower) for mlp in self.tower(name).tower.mlps]
         return NeuronSpace(tuple(mlp.site(kind) for mlp in mlps), tuple(mlp.width for mlp in mlps))
 
@@ -415,7 +417,7 @@ class VLM:
         Args:
             path: the path of a module of ``hf``, such as ``"model.language_model.norm"``.
         """
-        of_kind("path", path, str, SiteError, "the path of a module, such as 'model.language_model.norm'")
+        check_kind("path", path, str, SiteError, "the path of a module, such as 'model.language_model.norm'")
         envoy: Envoy = self.nnsight
         for part in path.split("."):
             children = envoy._child_map
@@ -583,4 +585,4 @@ def check_model(model: object) -> None:
     Raises:
         MismatchError: it is of another class.
     """
-    of_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")
+    check_kind("model", model, VLM, MismatchError, "a VLM, such as VLM.from_pretrained gives")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmneurons.checks import names, path_of
+from vlmneurons.checks import as_names, as_path
 from vlmneurons.errors import FileFormatError, MismatchError, SiteError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sets import NeuronSet, check_one_site_per_layer, check_space, layer_position
@@ -26,7 +26,7 @@ def to_lape(sets: Mapping[str, NeuronSet], path: "str | os.PathLike[str] | None"
         layers = range(max(neurons.space.layers) + 1)
         nested.append([by_layer.get(layer, torch.empty(0, dtype=torch.int64)) for layer in layers])
     if path is not None:
-        torch.save(nested, path_of("path", path, FileFormatError))
+        torch.save(nested, as_path("path", path, FileFormatError))
     return nested
 
 
@@ -38,7 +38,7 @@ def from_lape(nested: object, space: NeuronSpace, groups: Sequence[str]) -> tupl
     if isinstance(nested, (str, os.PathLike)):
         source = os.fspath(nested)
         nested = _loaded(source)
-    groups = names("groups", (groups,) if isinstance(groups, str) else groups, MismatchError)
+    groups = as_names("groups", (groups,) if isinstance(groups, str) else groups, MismatchError)
     if not isinstance(nested, (list, tuple)) or len(nested) != len(groups):
         got = f"{len(nested)} lists" if isinstance(nested, (list, tuple)) else f"a {type(nested).__name__}"
         fewer = isinstance(nested, (list, tuple)) and 0 < len(nested) < len(groups)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import check_kind
 from vlmneurons.errors import FileFormatError, MismatchError, SiteError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sites import NeuronSpace, Site
@@ -244,7 +244,7 @@ class NeuronSet(Immutable, _files.Shareable):
         return hashlib.sha256(self._space.fingerprint.encode() + little_endian.tobytes()).hexdigest()[:16]
 
     def _check_same_space(self, other: "NeuronSet") -> None:
-        of_kind("other", other, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
+        check_kind("other", other, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
         check_same_space(self._space, other._space)
 
     def _combined(self, other: object, combine: Callable[[Tensor, Tensor], Tensor]) -> "NeuronSet":

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import JSON, in_order, listed, of_kind, whole
+from vlmneurons.checks import JSON, abridged, as_whole, check_kind, check_ordered
 from vlmneurons.errors import FileFormatError, SiteError
 
 KINDS = ("pre", "gate", "up", "post")
@@ -51,7 +51,7 @@ class Site:
 
     def __post_init__(self) -> None:
         # The text "3" would make the right name, but a site that is not equal to the real one.
-        object.__setattr__(self, "layer", whole("a layer's number", self.layer, SiteError))
+        object.__setattr__(self, "layer", as_whole("a layer's number", self.layer, SiteError))
         if self.kind not in KINDS:
             raise SiteError(f"site kind {self.kind!r} does not exist; the kinds are {', '.join(KINDS)}")
         if not isinstance(self.tower, str) or not isinstance(self.mlp, str) or not _NAME.fullmatch(str(self)):
@@ -97,7 +97,7 @@ def site_of(name: str, value: Any) -> Site:
     Raises:
         SiteError: it is neither, or the text is no site's name.
     """
-    of_kind(name, value, (str, Site), SiteError, "a Site, or the name of one")
+    check_kind(name, value, (str, Site), SiteError, "a Site, or the name of one")
     return Site.parse(value) if isinstance(value, str) else value
 
 
@@ -116,8 +116,8 @@ class NeuronSpace:
     widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        in_order("sites", self.sites, SiteError, "a sequence of sites")
-        in_order("widths", self.widths, SiteError, "a sequence of numbers")
+        check_ordered("sites", self.sites, SiteError, "a sequence of sites")
+        check_ordered("widths", self.widths, SiteError, "a sequence of numbers")
         object.__setattr__(self, "sites", tuple(self.sites))
         try:
             object.__setattr__(self, "widths", tuple(operator.index(width) for width in self.widths))
@@ -148,8 +148,8 @@ class NeuronSpace:
             >>> NeuronSpace.from_widths("language", "gate", [14336] * 32)
             NeuronSpace(language.gate: 32 layers x 14,336 = 458,752 neurons)
         """
-        of_kind("widths", widths, Sized, SiteError, "a list with the width of each layer")
-        in_order("widths", widths, SiteError, "a list with the width of each layer")
+        check_kind("widths", widths, Sized, SiteError, "a list with the width of each layer")
+        check_ordered("widths", widths, SiteError, "a list with the width of each layer")
         return cls(tuple(Site(tower, layer, "mlp", kind) for layer in range(len(widths))), tuple(widths))
 
     @classmethod
@@ -170,7 +170,7 @@ class NeuronSpace:
             ('language', 'vision')
         """
         for number, space in enumerate(spaces):
-            of_kind(f"space {number}", space, NeuronSpace, SiteError)
+            check_kind(f"space {number}", space, NeuronSpace, SiteError)
         sites = [site for space in spaces for site in space.sites]
         return cls(tuple(sites), tuple(width for space in spaces for width in space.widths))
 
@@ -213,7 +213,7 @@ class NeuronSpace:
         if wanted.layer not in layers:
             raise SiteError(f"layer {wanted.layer} is not in tower {wanted.tower!r} ({ranges_of(layers)})")
         here = [str(other) for other in self.sites if (other.tower, other.layer) == (wanted.tower, wanted.layer)]
-        raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {listed(here, 6)}")
+        raise SiteError(f"site {wanted} is not in this space; layer {wanted.layer} has {abridged(here, 6)}")
 
     def slice(self, site: "Site | str") -> slice:
         """The flat indices of one site's neurons: ``table[..., space.slice(site)]`` is that site's part of a table.
@@ -235,7 +235,7 @@ class NeuronSpace:
             SiteError: no such site, or the site has no neuron of that number.
         """
         position = self.position(site)
-        number = whole("a neuron's number", neuron, SiteError)
+        number = as_whole("a neuron's number", neuron, SiteError)
         if not 0 <= number < self.widths[position]:
             raise SiteError(f"neuron {number} is not in site {self.sites[position]} (0–{self.widths[position] - 1})")
         return self.offsets[position] + number
@@ -249,7 +249,7 @@ class NeuronSpace:
         Raises:
             SiteError: the index is not in the space.
         """
-        number = whole("a neuron's number", index, SiteError)
+        number = as_whole("a neuron's number", index, SiteError)
         if not 0 <= number < len(self):
             raise SiteError(f"neuron {number} is not in this space (0–{len(self) - 1})")
         position = bisect.bisect_right(self.offsets, number) - 1
@@ -323,7 +323,7 @@ class NeuronSpace:
         Args:
             other: another space.
         """
-        of_kind("other", other, NeuronSpace, SiteError)
+        check_kind("other", other, NeuronSpace, SiteError)
         return self.widths == other.widths and all(
             (a.tower, a.layer, a.mlp) == (b.tower, b.layer, b.mlp) for a, b in zip(self.sites, other.sites, strict=True)
         )
@@ -342,7 +342,7 @@ class NeuronSpace:
         """
         kept = torch.ones(len(self), dtype=torch.bool)
         if towers is not None:
-            of_kind("towers", towers, Iterable, SiteError, "a list of names")
+            check_kind("towers", towers, Iterable, SiteError, "a list of names")
             wanted_towers = {towers} if isinstance(towers, str) else set(towers)
             missing = wanted_towers - {site.tower for site in self.sites}
             if missing:
@@ -350,8 +350,8 @@ class NeuronSpace:
                 raise SiteError(f"tower {min(missing)!r} is not in this space; it has {have}")
             kept &= torch.tensor([site.tower in wanted_towers for site in self.sites])[self.site_of]
         if layers is not None:
-            of_kind("layers", layers, Iterable, SiteError, "a list of numbers")
-            wanted_layers = {whole("a layer's number", layer, SiteError) for layer in layers}
+            check_kind("layers", layers, Iterable, SiteError, "a list of numbers")
+            wanted_layers = {as_whole("a layer's number", layer, SiteError) for layer in layers}
             unknown = wanted_layers - set(self.layers)
             if unknown:
                 raise SiteError(f"layer {min(unknown)} is not in this space ({ranges_of(list(self.layers))})")

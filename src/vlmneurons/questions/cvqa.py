@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vlmneurons.checks import JSON, listed, of_kind, one_of, whole
+from vlmneurons.checks import JSON, abridged, as_whole, check_choice, check_kind
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions.media import Base64Picture
 from vlmneurons.questions.question import Question, why_outside
@@ -83,10 +83,10 @@ def load_cvqa(
     Example:
         ``load_cvqa("cvqa_labelled.parquet", group_by="country", min_items=100, per_group=100)``
     """
-    one_of("language", language, LANGUAGES, QuestionError)
-    one_of("on_error", on_error, ("raise", "skip"), QuestionError)
-    min_items = whole("min_items", min_items, QuestionError)
-    per_group = None if per_group is None else whole("per_group", per_group, QuestionError, least=1)
+    check_choice("language", language, LANGUAGES, QuestionError)
+    check_choice("on_error", on_error, ("raise", "skip"), QuestionError)
+    min_items = as_whole("min_items", min_items, QuestionError)
+    per_group = None if per_group is None else as_whole("per_group", per_group, QuestionError, least=1)
     name, rows = _rows(source, language, revision, split)
     read = []
     for row in rows:
@@ -114,7 +114,7 @@ def load_cvqa(
     kept = grouped.at_least(min_items)
     thin = [f"{group} ({n})" for group, n in grouped.counts().items() if group not in kept.groups]
     if thin:
-        log.warning("left out, with fewer than %d questions: %s", min_items, listed(thin, 50))
+        log.warning("left out, with fewer than %d questions: %s", min_items, abridged(thin, 50))
     return kept if per_group is None else kept.balanced(per_group, seed=seed)
 
 
@@ -136,7 +136,7 @@ def _rows(source: Any, language: str, revision: str | None, split: str) -> tuple
     """What the source is called, and its rows."""
     if hasattr(source, "column_names") and hasattr(source, "features"):
         return "the dataset", _dataset_rows(source, language)
-    of_kind("source", source, (str, os.PathLike), QuestionError, "a name on the Hub, a path or a datasets.Dataset")
+    check_kind("source", source, (str, os.PathLike), QuestionError, "a name on the Hub, a path or a datasets.Dataset")
     path = Path(os.fspath(source))
     if not path.exists():
         if path.suffix in (".parquet", ".arrow", ".tsv", ".csv") or str(source).count("/") != 1 or path.is_absolute():

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from vlmneurons.checks import JSON, JSONMapping, is_missing, names, of_kind
+from vlmneurons.checks import JSON, JSONMapping, as_names, check_kind, is_missing
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import streams
 from vlmneurons.questions.media import PictureSource, is_function, open_picture, picture_key
@@ -116,7 +116,7 @@ class Question:
             )
         if not isinstance(self.group, str) or not self.group:
             raise QuestionError(f"{where}: the group is a non-empty string; got {self.group!r}")
-        of_kind(f"{where}: metadata", self.metadata, Mapping, QuestionError, "a dictionary of values by name")
+        check_kind(f"{where}: metadata", self.metadata, Mapping, QuestionError, "a dictionary of values by name")
         object.__setattr__(self, "metadata", _plain_metadata(self.metadata, where))
         self._check_pictures()
         self._check_streams()
@@ -139,7 +139,7 @@ class Question:
     def _answers(self) -> tuple[str, ...]:
         given = () if is_missing(self.answers) else self.answers
         try:
-            answers = names("answers", given, QuestionError)
+            answers = as_names("answers", given, QuestionError)
         except QuestionError as error:
             raise QuestionError(f"{self._where}: {error}") from error
         if not all(answer.strip() for answer in answers):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, overload
 
-from vlmneurons.checks import Keywords, is_missing, listed, names, of_kind, share, whole
+from vlmneurons.checks import Keywords, abridged, as_fraction, as_names, as_whole, check_kind, is_missing
 from vlmneurons.errors import GroupError, QuestionError
 from vlmneurons.questions import tables
 from vlmneurons.questions.question import LETTERS, Question, hash_of, value_of
@@ -98,14 +98,14 @@ class QuestionSet(Sequence[Question]):
                 f"shuffle is the seed of the options' order, or None to show them as they are; got {shuffle}"
             )
         if shuffle is not None:
-            shuffle = whole("shuffle", shuffle, QuestionError)
+            shuffle = as_whole("shuffle", shuffle, QuestionError)
         self._fill(questions, prompt, answer, shuffle)
         kept = [item.id for item in self._items if item.keeps_order]
         if kept and shuffle is not None:
             log.warning(
                 "%d of %d questions have options that speak of each other's letters or places (%s): their options are "
                 "shown as they are, not shuffled",
-                *(len(kept), len(self), listed(kept)),
+                *(len(kept), len(self), abridged(kept)),
             )
 
     def _fill(
@@ -118,7 +118,7 @@ class QuestionSet(Sequence[Question]):
         twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
         if twice:
             raise QuestionError(
-                f"ids must be unique; more than once there are {listed(twice)}. Give each question an id of its own"
+                f"ids must be unique; more than once there are {abridged(twice)}. Give each question an id of its own"
             )
         self._items = items
         self._prompt = prompt
@@ -283,13 +283,13 @@ class QuestionSet(Sequence[Question]):
             QuestionError: a group has fewer; the message names the thin groups.
         """
         counts = self.counts()
-        seed = whole("seed", seed, QuestionError)
-        if size is not None and (size := whole("size", size, QuestionError)) < 1:
+        seed = as_whole("seed", seed, QuestionError)
+        if size is not None and (size := as_whole("size", size, QuestionError)) < 1:
             raise QuestionError(f"{size} questions per group were asked for; the least is 1")
         size = min(counts.values(), default=0) if size is None else size
         thin = [f"{group} ({n})" for group, n in counts.items() if n < size]
         if thin:
-            raise QuestionError(f"{size} questions per group were asked for; fewer are in {listed(thin)}")
+            raise QuestionError(f"{size} questions per group were asked for; fewer are in {abridged(thin)}")
         kept = set()
         for members in self.by_group().values():
             kept.update(sorted((item.id for item in members), key=lambda name: hash_of(seed, name))[:size])
@@ -307,7 +307,7 @@ class QuestionSet(Sequence[Question]):
         Raises:
             QuestionError: no group has as many; the message names the largest.
         """
-        size = whole("size", size, QuestionError)
+        size = as_whole("size", size, QuestionError)
         counts = self.counts()
         kept = {group for group, n in counts.items() if n >= size}
         if counts and not kept:
@@ -329,7 +329,7 @@ class QuestionSet(Sequence[Question]):
         Raises:
             QuestionError: the fraction is not in (0, 1).
         """
-        fraction, seed = share("fraction", fraction, QuestionError), whole("seed", seed, QuestionError)
+        fraction, seed = as_fraction("fraction", fraction, QuestionError), as_whole("seed", seed, QuestionError)
         clusters = self._by_picture()
         wanted = {group: fraction * n for group, n in self.counts().items()}
         given = dict.fromkeys(wanted, 0)
@@ -395,7 +395,7 @@ class QuestionSet(Sequence[Question]):
         Args:
             question: one of the questions.
         """
-        of_kind("question", question, Question, QuestionError)
+        check_kind("question", question, Question, QuestionError)
         if self.shuffle is None or question.keeps_order:
             return tuple(range(len(question.options)))
         return _shuffled(self.shuffle, question.id, len(question.options))
@@ -420,8 +420,8 @@ class QuestionSet(Sequence[Question]):
         Example:
             ``QuestionSet.from_texts({"de": german, "fr": french})``
         """
-        of_kind("texts", texts, Mapping, QuestionError, "a dictionary of texts by group")
-        named = {group: names(f"texts[{group!r}]", several, QuestionError) for group, several in texts.items()}
+        check_kind("texts", texts, Mapping, QuestionError, "a dictionary of texts by group")
+        named = {group: as_names(f"texts[{group!r}]", several, QuestionError) for group, several in texts.items()}
         if bare := [group for group, own in named.items() if not own]:
             raise QuestionError(
                 f"texts[{bare[0]!r}] is empty, and the group would be missing: leave it out, or give its texts"
@@ -460,8 +460,8 @@ class QuestionSet(Sequence[Question]):
                 question (which one is said): also one with a picture that is not there, that lies outside the folder,
                 or that no column of ``image`` names, as it would be asked without it.
         """
-        of_kind("folder", folder, (str, os.PathLike), QuestionError, "a path")
-        of_kind("table", table, (str, type(None)), QuestionError, "the name of a file")
+        check_kind("folder", folder, (str, os.PathLike), QuestionError, "a path")
+        check_kind("table", table, (str, type(None)), QuestionError, "the name of a file")
         path, rows = tables.rows_of_folder(Path(folder), table)
         where: Keywords = {"start": 1, "folder": Path(folder), "options": options}
         return cls(tables.questions_of_rows(rows, columns, f"{path}, row", **where), **how)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmneurons.checks import JSON, JSONMapping, is_missing, nearest, of_kind
+from vlmneurons.checks import JSON, JSONMapping, check_kind, is_missing, nearest_name
 from vlmneurons.errors import QuestionError
 from vlmneurons.questions import media, streams
 from vlmneurons.questions.media import Base64Picture, DatasetPicture
@@ -139,7 +139,7 @@ def rows_of_table(rows: Any) -> list[JSON]:
         )
     rows = list(rows)
     for number, row in enumerate(rows):
-        of_kind(f"row {number}", row, Mapping, QuestionError, "a dictionary of values by column")
+        check_kind(f"row {number}", row, Mapping, QuestionError, "a dictionary of values by column")
     return [dict(row) for row in rows]
 
 
@@ -304,11 +304,11 @@ def questions_of_rows(
 
 
 def _columns(columns: JSONMapping | None, have: Sequence[object], *, needed: bool) -> dict[str, tuple[str, ...]]:
-    of_kind("columns", {} if columns is None else columns, Mapping, QuestionError, "a dictionary {field: column}")
+    check_kind("columns", {} if columns is None else columns, Mapping, QuestionError, "a dictionary {field: column}")
     column_of: dict[str, tuple[str, ...]] = {name: (name,) for name in FIELDS}
     for field, name in (columns or {}).items():
         if field not in column_of:
-            meant = nearest(str(field), FIELDS)
+            meant = nearest_name(str(field), FIELDS)
             hint = f". Did you mean {meant!r}?" if meant else ""
             raise QuestionError(f"columns has no field {field!r}; a question has {', '.join(FIELDS)}{hint}")
         if not isinstance(name, str) and not (isinstance(name, list | tuple) and name and field in _SEVERAL):

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmneurons.checks import Keywords, of_kind, one_of, real, whole
+from vlmneurons.checks import Keywords, as_number, as_whole, check_choice, check_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
 from vlmneurons.model.vlm import VLM, check_model
@@ -100,14 +100,16 @@ def attribute(
     """
     rules_of = (("method", method, METHODS), ("condition", condition, CONDITIONS), ("reduce", reduce, REDUCE))
     for name, given, allowed in rules_of:
-        one_of(name, given, allowed, QuestionError)
+        check_choice(name, given, allowed, QuestionError)
     check_model(model)
-    of_kind("space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')")
+    check_kind(
+        "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('language')"
+    )
     if reduce == "max" and method != "gradient":
         raise QuestionError("reduce='max' is of method='gradient': an integral is of sums over tokens")
-    if (steps := whole("steps", steps, QuestionError)) < 1:
+    if (steps := as_whole("steps", steps, QuestionError)) < 1:
         raise QuestionError(f"steps={steps} is less than 1")
-    if not 0 < (threshold := real("threshold", threshold, QuestionError)) < 1:
+    if not 0 < (threshold := as_number("threshold", threshold, QuestionError)) < 1:
         raise QuestionError(f"threshold={threshold} is not between 0 and 1")
     check_token_rule(tokens)
     options = Options(1, on_error=on_error, progress=progress, remote=remote, distributed=distributed)
@@ -217,14 +219,13 @@ class _Factors:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Within, the neurons have the factors that are active."""
-        with UndividedStack() as stack:
-            with Undivided():
-                for number, site in enumerate(self.space.sites):
-                    kind = "pre" if site.kind == "pre" else "post"
-                    mlp = self.model.mlp_of(site.at(kind))
-                    stack.enter_context(write(self.model.hf, mlp, kind, self._editor(number)))
-            words = [site for site in self.space.sites if site.tower == "language"]
-            stack.enter_context(all_tokens(self.model, words, lambda: 0 if self._mask is None else self._mask.numel()))
+        sites = [site.at("pre" if site.kind == "pre" else "post") for site in self.space.sites]
+        edits = (
+            write(self.model.hf, self.model.mlp_of(site), site.kind, self._editor(number))
+            for number, site in enumerate(sites)
+        )
+        words = [site for site in self.space.sites if site.tower == "language"]
+        with hooked(edits), all_tokens(self.model, words, lambda: 0 if self._mask is None else self._mask.numel()):
             yield
 
     @contextlib.contextmanager

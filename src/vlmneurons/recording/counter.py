@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vlmneurons.checks import Keywords, flag, of_kind
+from vlmneurons.checks import Keywords, as_flag, check_kind
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import read, see_number_of_tokens
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import Batch, TokenRule, check_token_rule
@@ -73,10 +73,7 @@ def all_tokens(model: VLM, sites: Iterable[Site], number: Callable[[], int]) -> 
 
     routed = [(mlp, site) for site in sites if (mlp := model.mlp_of(site)).routed or mlp.expert is not None]
     routers = {mlp.path.rpartition(".")[0]: (mlp, site) for mlp, site in routed}
-    with UndividedStack() as stack:
-        with Undivided():
-            for mlp, site in routers.values():
-                stack.enter_context(see_number_of_tokens(model.hf, mlp, checked(site)))
+    with hooked(see_number_of_tokens(model.hf, mlp, checked(site)) for mlp, site in routers.values()):
         yield
 
 
@@ -163,7 +160,7 @@ class Counter:
         statistics: Mapping[str, ItemStatistic] | None = None,
     ) -> None:
         check_model(model)
-        of_kind(
+        check_kind(
             "space", space, (NeuronSpace, type(None)), MismatchError, "a NeuronSpace, such as model.space('vision')"
         )
         self.model = model
@@ -195,8 +192,8 @@ class Counter:
         self.statistics: Mapping[str, ItemStatistic] = dict(statistics or {})
         if self.statistics and any(self.model.mlp_of(site).routed for site in self.space.sites):
             raise MismatchError("a statistic looks at all tokens of a question, and an expert sees some: leave it out")
-        self.magnitudes = flag("magnitudes", magnitudes, MismatchError)
-        self.maxima = flag("maxima", maxima, MismatchError)
+        self.magnitudes = as_flag("magnitudes", magnitudes, MismatchError)
+        self.maxima = as_flag("maxima", maxima, MismatchError)
         self.sites = [SiteState(site, width) for site, width in zip(self.space.sites, self.space.widths, strict=True)]
         # NaN and infinity pass from layer to layer, so a look at the last site is a look at all of them.
         decoder = [n for n, site in enumerate(self.space.sites) if site.tower == "language"]
@@ -220,22 +217,25 @@ class Counter:
             begin: called before each forward of the model, to set the frame; by default that of `watch`.
             end: called after it.
         """
+        with OWNERS.held(self.model.hf, "recorded"), hooked(self._hooks(begin or self._begin, end)):
+            try:
+                yield
+            finally:
+                self.forget()
+                self._scratch.clear()
+
+    def _hooks(
+        self, begin: Callable[..., None], end: Callable[..., None] | None
+    ) -> Iterator[contextlib.AbstractContextManager[object]]:
         hf = self.model.hf
-        with OWNERS.held(hf, "recorded"), UndividedStack() as stack:
-            with Undivided():
-                stack.callback(self._scratch.clear)
-                stack.callback(self.forget)
-                for number, site in enumerate(self.space.sites):
-                    stack.enter_context(read(hf, self.model.mlp_of(site), site.kind, self._callback(number)))
-                words = [site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses]
-                stack.enter_context(
-                    all_tokens(self.model, words, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
-                )
-                stack.callback(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))).remove)
-                stack.callback(hf.register_forward_pre_hook(Hook(begin or self._begin), with_kwargs=True).remove)
-                if end is not None:
-                    stack.callback(hf.register_forward_hook(Hook(end)).remove)
-            yield
+        for number, site in enumerate(self.space.sites):
+            yield read(hf, self.model.mlp_of(site), site.kind, self._callback(number))
+        words = [site for site, senses in zip(self.space.sites, self.senses, strict=True) if not senses]
+        yield all_tokens(self.model, words, lambda: self._masks(self.frame)[0].numel() if self.frame else 0)
+        yield hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
+        yield hf.register_forward_pre_hook(Hook(begin), with_kwargs=True)
+        if end is not None:
+            yield hf.register_forward_hook(Hook(end))
 
     def _begin(self, *_: object) -> None:
         # Later steps of a generation are not counted: only the prompt is.

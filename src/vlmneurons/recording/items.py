@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmneurons.checks import path_of
+from vlmneurons.checks import as_path
 from vlmneurons.errors import ActivationError, MismatchError, QuestionError
 from vlmneurons.files.digests import digest_of_code
 from vlmneurons.model.encoder import TokenRule
@@ -97,7 +97,7 @@ def record_items(
     """
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed, part)
     questions = to_ask(questions, answer, "to record")
-    whole = path_of("folder", folder, MismatchError)
+    whole = as_path("folder", folder, MismatchError)
     engine = engine_of(model, questions, remote)
     named = _named(statistic)
     if isinstance(tokens, Mapping):

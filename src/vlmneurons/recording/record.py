@@ -5,7 +5,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from vlmneurons.checks import one_of
+from vlmneurons.checks import check_choice
 from vlmneurons.errors import ActivationError, QuestionError
 from vlmneurons.model.encoder import TokenRule
 from vlmneurons.model.vlm import VLM
@@ -83,7 +83,7 @@ def record(
 
     Source: activation probabilities of correctly answered questions, Zhao et al. 2025 (arXiv 2510.24942).
     """
-    one_of("condition", condition, CONDITIONS, QuestionError)
+    check_choice("condition", condition, CONDITIONS, QuestionError)
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote, distributed)
     questions = to_ask(questions, answer, "to record")
     engine = engine_of(model, questions, remote)

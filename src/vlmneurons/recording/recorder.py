@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmneurons.checks import Keywords, names
+from vlmneurons.checks import Keywords, as_names
 from vlmneurons.errors import MismatchError, QuestionError, VLMNeuronsError
 from vlmneurons.files.stopping import Undivided
 from vlmneurons.model.encoder import TokenRule, free_tokens
@@ -102,7 +102,10 @@ class Recorder:
         Args:
             label: the group of all rows, or a list with the group of each row.
         """
-        before, self._labels = self._labels, label if isinstance(label, str) else names("label", label, MismatchError)
+        before, self._labels = (
+            self._labels,
+            label if isinstance(label, str) else as_names("label", label, MismatchError),
+        )
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ The intervention is a hook on the model's own modules, so it acts in every way o
 calls, and every token of every step of ``generate``. Ablations nest: each acts on what the ones entered before it left.
 """
 
+import contextlib
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vlmneurons.checks import real
+from vlmneurons.checks import as_number
 from vlmneurons.errors import AblationError, MismatchError
 from vlmneurons.files.stopping import Undivided
-from vlmneurons.model.architectures.hooks import Handle, write
+from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.architectures.inside import Hook, Removal
 from vlmneurons.model.vlm import VLM, check_model
 from vlmneurons.neurons.selection import Selection
@@ -141,7 +142,7 @@ class Ablation:
         check_model(model)
         self.model = model
         self.mode, self.at = mode, at
-        self.factor = 1.0 if factor is None else real("factor", factor, AblationError)
+        self.factor = 1.0 if factor is None else as_number("factor", factor, AblationError)
         if isinstance(neurons, Mapping):
             raise AblationError(
                 f"a {type(neurons).__name__} has a set of neurons for each group; give the one to ablate, "
@@ -164,8 +165,7 @@ class Ablation:
         self._refuse_foreign(model, self.space)
         self.edits = self._plan(sets, self._values(values, sets))
         """What is done at each site that has something to do: an engine may do it to other rows than a forward's."""
-        self._handles: list[Handle] = []
-        self._held = False
+        self._entered = contextlib.ExitStack()
         self._what: Intervention | None = None
         self._given_values = values
 
@@ -248,20 +248,20 @@ class Ablation:
     # -- being entered -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Ablation":
-        if self._handles:
+        hf, entered = self.model.hf, self._entered
+        if self in ablations_in_force(hf):
             raise AblationError("this ablation is already in force; make another one to apply it twice")
-        hf = self.model.hf
         try:
             with Undivided():
-                OWNERS.take(hf, "ablated")
-                self._held = True
+                entered.enter_context(OWNERS.held(hf, "ablated"))
                 _IN_FORCE.setdefault(hf, []).append(self)
+                entered.callback(_IN_FORCE[hf].remove, self)
                 # Entered first and removed last, so that an empty set is guarded against other threads as well.
-                guard = hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module)))
-                self._handles.append(Handle([guard, _refuse_saving(hf)]))
+                entered.enter_context(hf.register_forward_pre_hook(Hook(lambda module, args: OWNERS.check(module))))
+                entered.callback(_refuse_saving(hf).remove)
                 for site in self.edits:
                     mlp = self.model.mlp_of(site.at(self.at))
-                    self._handles.append(write(hf, mlp, self.at, self._editor(site)))
+                    entered.enter_context(write(hf, mlp, self.at, self._editor(site)))
         except BaseException:
             self.__exit__()
             raise
@@ -269,19 +269,11 @@ class Ablation:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._leave()
-        except KeyboardInterrupt:  # as it began
-            self._leave()
+            with Undivided():
+                self._entered.close()
+        except KeyboardInterrupt:  # it may have come before there was anything that waits
+            self._entered.close()
             raise
-
-    def _leave(self) -> None:
-        with Undivided():
-            while self._handles:
-                self._handles.pop().remove()
-            if self._held:
-                self._held = False
-                _IN_FORCE[self.model.hf].remove(self)
-                OWNERS.give(self.model.hf)
 
     def _editor(self, site: Site) -> Callable[..., Tensor | None]:
         """The function that gives one site's edited values."""

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from vlmneurons.checks import Keywords, flag, one_of, whole
+from vlmneurons.checks import Keywords, as_flag, as_whole, check_choice
 from vlmneurons.errors import MismatchError, OutOfMemoryError, QuestionError
 from vlmneurons.files.stopping import Stopped
 from vlmneurons.model.vlm import VLM, check_model, refuse_unobeyed
@@ -64,12 +64,12 @@ class Options:
     processes: Processes = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batch_size", int(whole("batch_size", self.batch_size, QuestionError, least=1)))
-        flag("by_length", self.by_length, QuestionError)
-        flag("distributed", self.distributed, QuestionError)
-        if self.prefetch is not None and whole("prefetch", self.prefetch, QuestionError) < 0:
+        object.__setattr__(self, "batch_size", int(as_whole("batch_size", self.batch_size, QuestionError, least=1)))
+        as_flag("by_length", self.by_length, QuestionError)
+        as_flag("distributed", self.distributed, QuestionError)
+        if self.prefetch is not None and as_whole("prefetch", self.prefetch, QuestionError) < 0:
             raise QuestionError(f"prefetch {self.prefetch} is less than 0; 0 encodes each batch when its turn comes")
-        one_of("on_error", self.on_error, ("raise", "skip"), QuestionError)
+        check_choice("on_error", self.on_error, ("raise", "skip"), QuestionError)
         alone = Processes() if self.part is None else part_of(self.part)
         if self.distributed and self.part is not None:
             raise QuestionError("part and distributed deal out the same batches: give one of the two")

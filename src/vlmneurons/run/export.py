@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vlmneurons._version import __version__
-from vlmneurons.checks import JSON, of_kind, path_of
+from vlmneurons.checks import JSON, as_path, check_kind
 from vlmneurons.errors import AblationError, FileFormatError, MismatchError
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.model.down import Down, down_of
@@ -71,8 +71,8 @@ def export(
     if mode not in ("zero", "scale"):
         raise AblationError(f"mode {mode!r} is not one of scaled columns: an export is 'zero' or 'scale'")
     checked = Ablation(model, neurons, mode, factor=factor)  # says what is wrong with them, and is never entered
-    of_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
-    target = path_of("folder", folder, FileFormatError)
+    check_kind("neurons", neurons, NeuronSet, MismatchError, "one NeuronSet, such as selection['Egypt']")
+    target = as_path("folder", folder, FileFormatError)
     place = target.resolve()  # a link stays, and what it leads to is written
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise FileFormatError(f"{target} exists already and is not empty: give a new folder")

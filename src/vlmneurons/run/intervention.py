@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmneurons.checks import real
+from vlmneurons.checks import as_number
 from vlmneurons.errors import AblationError
 from vlmneurons.files.digests import digest_of, digest_of_bytes
 from vlmneurons.neurons.selection import Selection
@@ -40,7 +40,7 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if self.factor is not None:
-            real("factor", self.factor, AblationError)
+            as_number("factor", self.factor, AblationError)
 
     def __repr__(self) -> str:
         return f"Intervention({self.neurons!r}, {self.name})"

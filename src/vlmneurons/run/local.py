@@ -11,7 +11,7 @@ from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
 from vlmneurons.run.alone import check_alone
 from vlmneurons.run.engine import Counting, Engine, Run
-from vlmneurons.run.masked import read_masked, read_some
+from vlmneurons.run.masked import read_masked, read_ragged
 from vlmneurons.run.readers import AnswerReader, Reading
 
 
@@ -62,4 +62,4 @@ class LocalEngine(Engine):
         if all(run.rows is None for run in runs):
             return read_masked(self.model, self.reader, questions, encoded, ablations)
         rows = [range(len(questions)) if run.rows is None else run.rows for run in runs]
-        return read_some(self.model, self.reader, questions, encoded, ablations, rows)
+        return read_ragged(self.model, self.reader, questions, encoded, ablations, rows)

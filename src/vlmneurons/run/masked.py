@@ -1,26 +1,26 @@
 """The answers to a batch of questions under many masks: what a study spends its time on.
 
-Where questions meet different masks (`read_some`), answers are put together in *turns*: the first turn holds the answer
-of every question under the first mask that it meets, the second those under the second, and so on. A turn is read like
-one batch, so that no reader needs to know, and there are as many as one question meets masks, not as many as there are.
+Where questions meet different masks (`read_ragged`), answers are put together in *turns*: the first turn holds each
+question's answer under the first mask that it meets, the second turn those under the second mask, and so on. A turn is
+read like any batch, so no reader needs to know of it; and there are only as many turns as one question meets masks.
 """
 
 import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vlmneurons.errors import AblationError
-from vlmneurons.files.stopping import UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.run.ablation import Ablation
-from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, reads_logits
+from vlmneurons.run.readers import AnswerReader, Generate, LogitReader, Reading, Wanted, reads_logits
 from vlmneurons.run.replay import CannotReplay, replayed
 from vlmneurons.run.replayable import structure_for
 
@@ -30,10 +30,10 @@ def read_masked(
 ) -> Iterator[Reading]:
     """What the model answers to one batch under each ablation, in order, one reading at a time.
 
-    Where the reader needs one forward's logits (`LogitReader`) and the model's decoder can be called again, all masks
-    share one forward (see `vlmneurons.run.replay`); where not, and for ablations outside the language tower, it is one
-    run for each. The chosen options are the same either way. Scores may differ by rounding, as between two batch sizes:
-    in float32 by about 1e-5 nats.
+    All masks share one forward (see `vlmneurons.run.replay`) where the reader needs the logits of one forward
+    (`LogitReader`) and the model's decoder can be called again. Otherwise, and for ablations outside the language
+    tower, there is one run for each mask. The chosen options are the same either way. Scores may differ by rounding, as
+    they do between two batch sizes: in float32 by about 1e-5 nats.
 
     An ablation of no neurons gives the reading of the untouched model, and costs next to nothing beside others.
 
@@ -44,7 +44,7 @@ def read_masked(
         encoded: what ``reader.encode`` made of it.
         ablations: what to switch off; none of them may be entered.
     """
-    shared = [one for one in ablations if all(site.tower == "language" for site in one.edits)]
+    shared = [ablation for ablation in ablations if _in_decoder(ablation)]
     readings = iter(())
     if reads_logits(reader) and len(shared) > 1:
         readings = _read_shared(model, reader, questions, encoded, shared)
@@ -56,12 +56,16 @@ def read_masked(
         yield reading
 
 
+def _in_decoder(ablation: Ablation) -> bool:
+    return all(site.tower == "language" for site in ablation.edits)
+
+
 def _read_shared(
     model: VLM, reader: LogitReader, questions: QuestionSet, encoded: object, ablations: Sequence[Ablation]
 ) -> Iterator[Reading]:
-    """The readings of one shared forward; none, or no more, where it turns out that this cannot be."""
+    """The readings of one shared forward; none, or no more, where it turns out that the masks cannot share it."""
     if any(map(is_watched, model.hf.modules())):
-        return  # whose it is wants to see one run for each mask, and none that finds out about the model
+        return  # the user's hooks are to see one run for each mask, and none that only tries out the model
     try:
         structure = structure_for(model, questions)
         for logits in replayed(model, structure, reader.wants(encoded), ablations):
@@ -73,19 +77,19 @@ def _read_shared(
 # -- questions that meet different masks -------------------------------------------------------------------------------
 
 
-def read_some(
+def read_ragged(
     model: VLM,
     reader: AnswerReader,
     questions: QuestionSet,
     encoded: object,
     ablations: Sequence[Ablation],
-    rows: Sequence[Sequence[int]],
+    asked: Sequence[Sequence[int]],
 ) -> Iterator[Reading]:
     """What the model answers to some questions of one batch under each ablation, in the order of the ablations.
 
-    Where all masks can share one forward, each is computed for its own questions alone. Where not, a run has the
-    questions of the batch under a mask of each one's own, as often as a question meets masks; and where that cannot be
-    either, as for neurons of a vision tower or of routed experts, there is a run for each mask and its questions.
+    Where all masks can share one forward, each is computed for its own questions alone. Where they cannot, the whole
+    batch is run, each question under a mask of its own, as often as a question meets masks. Where that is impossible
+    too, as for neurons of a vision tower or of routed experts, there is a run for each mask with its questions.
 
     Args:
         model: the model, in inference mode.
@@ -93,51 +97,53 @@ def read_some(
         questions: the batch.
         encoded: what ``reader.encode`` made of it.
         ablations: what to switch off; none of them may be entered.
-        rows: for each ablation the places of the questions that meet it.
+        asked: for each ablation the questions that meet it, by their places in the batch.
     """
-    alone = [one.by_row or any(site.tower != "language" for site in one.edits) for one in ablations]
-    pairs = [(one, own) for one, own, apart in zip(ablations, rows, alone, strict=True) if not apart]
-    shared: Iterator[Reading] | None = None
-    if pairs and not any(map(is_watched, model.hf.modules())):  # whose it is wants to see one run for each mask
-        turns = _Turns(questions, pairs)
-        for way in (_tiles, _by_row):
+    alone = [ablation.by_row or not _in_decoder(ablation) for ablation in ablations]
+    sharing = [pair for pair, needs_run in zip(zip(ablations, asked, strict=True), alone, strict=True) if not needs_run]
+    readings: Iterator[Reading] | None = None
+    if sharing and not any(map(is_watched, model.hf.modules())):  # the user's hooks are to see one run for each mask
+        turns = _Turns(questions, sharing)
+        for read_turns in (_turns_of_one_forward, _turns_by_row):
             with contextlib.suppress(CannotReplay):
-                shared = turns.readings(list(way(model, reader, questions, encoded, turns)))
+                readings = turns.readings(list(read_turns(model, reader, questions, encoded, turns)))
                 break
-    known: dict[tuple[int, ...], Any] = {}
-    for ablation, own, apart in zip(ablations, rows, alone, strict=True):
-        if shared is not None and not apart:
-            yield next(shared)
+    encoded_parts: dict[tuple[int, ...], Any] = {}
+    for ablation, places, needs_run in zip(ablations, asked, alone, strict=True):
+        if readings is not None and not needs_run:
+            yield next(readings)
             continue
-        some = questions.with_items([questions[row] for row in own])
-        if tuple(own) not in known:
-            known[tuple(own)] = reader.encode(model, some)
+        part = questions.with_items([questions[place] for place in places])
+        if tuple(places) not in encoded_parts:
+            encoded_parts[tuple(places)] = reader.encode(model, part)
         with ablation:
-            yield reader.read(model, some, known[tuple(own)])
+            yield reader.read(model, part, encoded_parts[tuple(places)])
 
 
 class _Turns:
     """Which ablation each question meets in each turn."""
 
-    def __init__(self, questions: QuestionSet, asked: Sequence[tuple[Ablation, Sequence[int]]]) -> None:
-        self.ablations, self.rows = [ablation for ablation, _ in asked], [rows for _, rows in asked]
-        self.places: list[list[int]] = []
-        """For each ablation the turns in which its questions meet it."""
-        met = [0] * len(questions)
+    def __init__(self, questions: QuestionSet, pairs: Sequence[tuple[Ablation, Sequence[int]]]) -> None:
+        self.ablations = [ablation for ablation, _ in pairs]
+        self.questions = [places for _, places in pairs]
+        """For each ablation the questions that meet it, by their places in the batch."""
+        self.turns_of: list[list[int]] = []
+        """For each ablation the turns in which these questions meet it."""
         self.met: list[dict[int, int]] = []
-        """For each turn the ablation of each question; in late turns some questions may have none."""
-        for number, own in enumerate(self.rows):
-            self.places.append([met[row] for row in own])
-            for row in own:
-                if met[row] == len(self.met):
+        """For each turn the ablation of each question, by its number; in late turns some questions may have none."""
+        n_met = [0] * len(questions)
+        for number, places in enumerate(self.questions):
+            self.turns_of.append([n_met[place] for place in places])
+            for place in places:
+                if n_met[place] == len(self.met):
                     self.met.append({})
-                self.met[met[row]][row] = number
-                met[row] += 1
+                self.met[n_met[place]][place] = number
+                n_met[place] += 1
 
     def readings(self, turns: Sequence[Reading]) -> Iterator[Reading]:
         """The readings of the ablations, from those of the turns."""
-        for own, places in zip(self.rows, self.places, strict=True):
-            parts = [turns[turn].of_rows([row]) for row, turn in zip(own, places, strict=True)]
+        for places, turns_of_places in zip(self.questions, self.turns_of, strict=True):
+            parts = [turns[turn].of_rows([place]) for place, turn in zip(places, turns_of_places, strict=True)]
             scores, graded, texts = (
                 [value for part in parts if (value := getattr(part, name)) is not None]
                 for name in ("scores", "graded", "texts")
@@ -150,89 +156,101 @@ class _Turns:
             )
 
 
-def _tiles(
+def _turns_of_one_forward(
     model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: object, turns: _Turns
 ) -> Iterator[Reading]:
     """The turns' readings from one shared forward.
 
     Raises:
-        CannotReplay: that cannot be.
+        CannotReplay: the masks cannot share a forward.
     """
     if not reads_logits(reader):
         raise CannotReplay("the reader runs the model in a way of its own")
     wanted = reader.wants(encoded)
-    known = [wanted.rows_of([row]) for row in range(len(questions))]
-    rows = [own for own in known if own is not None]
-    if len(rows) < len(known):
-        raise CannotReplay("it is not known which rows are a question's")
+    rows = _rows_of_questions(wanted, len(questions))
     structure = structure_for(model, questions)
-    waiting: list[dict[int, list[Tensor]]] = [{} for _ in turns.met]
-    computed = [[row for place in own for row in rows[place]] for own in turns.rows]
-    done = 0
-    logits_of = replayed(model, structure, wanted, turns.ablations, computed)
-    for own, places, logits in zip(turns.rows, turns.places, logits_of, strict=True):
-        left = iter(logits)
-        for place, turn in zip(own, places, strict=True):
-            waiting[turn][place] = [next(left) for _ in rows[place]]
-        while done < len(waiting) and len(waiting[done]) == len(turns.met[done]):
-            yield reader.score(model, questions, encoded, _filled_up(waiting[done], rows, wanted.positions))
-            waiting[done].clear()
-            done += 1
+    rows_under = [[row for question in asked for row in rows[question]] for asked in turns.questions]
+    logits_under = replayed(model, structure, wanted, turns.ablations, rows_under)
+    # The logits come mask by mask; a turn is scored as soon as those of all its questions are there.
+    collected: list[dict[int, Tensor]] = [{} for _ in turns.met]
+    n_missing = [len(met) for met in turns.met]
+    n_scored = 0
+    for asked, turns_of_asked, logits in zip(turns.questions, turns.turns_of, logits_under, strict=True):
+        logits_of_rows = iter(logits)
+        for question, turn in zip(asked, turns_of_asked, strict=True):
+            collected[turn].update({row: next(logits_of_rows) for row in rows[question]})
+            n_missing[turn] -= 1
+        while n_scored < len(n_missing) and n_missing[n_scored] == 0:
+            yield reader.score(model, questions, encoded, _filled_up(collected[n_scored], wanted.positions))
+            collected[n_scored].clear()
+            n_scored += 1
 
 
-def _filled_up(
-    known: Mapping[int, Sequence[Tensor]], rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    """Logits of all rows of a batch; zeros for questions that meet no mask in a turn, whose answers nobody takes."""
-    like = next(iter(known.values()))[0]
-    found = {row: one for place, logits in known.items() for row, one in zip(rows[place], logits, strict=True)}
-    return [found[n] if n in found else like.new_zeros(len(own), like.shape[-1]) for n, own in enumerate(positions)]
-
-
-_BY_ROW: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
-"""Models whose MLPs were seen not to tell the rows of a batch apart."""
-
-
-def _by_row(
-    model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: object, turns: _Turns
-) -> Iterator[Reading]:
-    """The turns' readings from a run each, in which every row has neurons of its own.
+def _rows_of_questions(wanted: Wanted, n_questions: int) -> list[list[int]]:
+    """For each question of a batch the rows that are asked for it.
 
     Raises:
-        CannotReplay: that cannot be.
+        CannotReplay: the reader does not say.
     """
-    owners: list[int] = list(range(len(questions)))
+    rows = [wanted.rows_of([question]) for question in range(n_questions)]
+    if any(rows_of_question is None for rows_of_question in rows):
+        raise CannotReplay("it is not known which rows are a question's")
+    return rows
+
+
+def _filled_up(logits: Mapping[int, Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of all rows of a batch; zeros for questions that meet no mask in a turn, whose answers nobody takes."""
+    like = next(iter(logits.values()))
+    return [
+        logits[row] if row in logits else like.new_zeros(len(wanted), like.shape[-1])
+        for row, wanted in enumerate(positions)
+    ]
+
+
+_MIXES_ROWS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models whose MLPs were seen not to be given one row of values for each row of a batch."""
+
+
+def _turns_by_row(
+    model: VLM, reader: AnswerReader, questions: QuestionSet, encoded: object, turns: _Turns
+) -> Iterator[Reading]:
+    """The turns' readings from one run each, in which every row of the batch is under the ablation of its question.
+
+    Raises:
+        CannotReplay: rows cannot have ablations of their own.
+    """
+    question_of_row = list(range(len(questions)))
     if reads_logits(reader):
-        wanted = reader.wants(encoded)
-        of_rows = {row: place for place in owners for row in wanted.rows_of([place]) or ()}
-        if len(of_rows) < len(wanted.positions):
-            raise CannotReplay("it is not known which rows are a question's")
-        owners = [of_rows[row] for row in range(len(wanted.positions))]
+        rows = _rows_of_questions(reader.wants(encoded), len(questions))
+        owners = {row: question for question, rows_of_question in enumerate(rows) for row in rows_of_question}
+        question_of_row = [owners[row] for row in range(len(owners))]
     elif type(reader).read is not Generate.read:
         raise CannotReplay("the reader runs the model in a way of its own")
-    mlps = [model.mlp_of(site) for one in turns.ablations for site in one.edits]
-    if any(mlp.tower != "language" or mlp.routed or mlp.expert is not None for mlp in mlps):
+    mlps = [model.mlp_of(site) for ablation in turns.ablations for site in ablation.edits]
+    if any(mlp.routed or mlp.expert is not None for mlp in mlps):
         raise CannotReplay("not all neurons are computed row by row")
-    if any(one.mode not in ("zero", "scale") for one in turns.ablations) or not _BY_ROW.get(model.hf, True):
+    if any(ablation.mode not in ("zero", "scale") for ablation in turns.ablations) or model.hf in _MIXES_ROWS:
         raise CannotReplay("this intervention cannot be another one in each row")
-    kind_of = [(one.mode, one.factor, one.at) for one in turns.ablations]
-    nothing = NeuronSet.empty(turns.ablations[0].space)
-    if not all(one.space.same_neurons(nothing.space) for one in turns.ablations):
+    space = turns.ablations[0].space
+    if not all(ablation.space.same_neurons(space) for ablation in turns.ablations):
         raise CannotReplay("rows cannot have neurons of different spaces")
     for met in turns.met:
-        with UndividedStack() as stack:
-            for mode, factor, at in sorted(set(kind_of)):
-                sets = [nothing] * len(owners)
-                for row, owner in enumerate(owners):
-                    if owner in met and kind_of[met[owner]] == (mode, factor, at):
-                        neurons = turns.ablations[met[owner]].neurons
-                        assert isinstance(neurons, NeuronSet)
-                        sets[row] = neurons
-                if any(map(len, sets)):
-                    factor = factor if mode == "scale" else None
-                    stack.enter_context(Ablation(model, sets, mode, factor=factor, at=at))
+        numbers = [met.get(question) for question in question_of_row]
+        of_rows = [None if number is None else turns.ablations[number] for number in numbers]
+        with hooked(_ablations_by_row(model, of_rows, NeuronSet.empty(space))):
             try:
                 yield reader.read(model, questions, encoded)
             except AblationError as error:
-                _BY_ROW[model.hf] = False
+                _MIXES_ROWS.add(model.hf)
                 raise CannotReplay(str(error)) from error
+
+
+def _ablations_by_row(model: VLM, of_rows: Sequence[Ablation | None], nothing: NeuronSet) -> Iterator[Ablation]:
+    """Ablations by row which together do to each row what its ablation does: one for each kind of intervention."""
+    kinds = [None if ablation is None else (ablation.mode, ablation.factor, ablation.at) for ablation in of_rows]
+    for mode, factor, at in sorted({kind for kind in kinds if kind is not None}):
+        sets = [nothing] * len(of_rows)
+        for row, (ablation, kind) in enumerate(zip(of_rows, kinds, strict=True)):
+            if ablation is not None and kind == (mode, factor, at):
+                sets[row] = cast(NeuronSet, ablation.neurons)  # by row there would be several
+        yield Ablation(model, sets, mode, factor=factor if mode == "scale" else None, at=at)

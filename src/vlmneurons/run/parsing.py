@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from vlmneurons.checks import names, of_kind
+from vlmneurons.checks import as_names, check_kind
 from vlmneurons.errors import QuestionError
 from vlmneurons.model.prompts import THOUGHT
 from vlmneurons.questions.question import normalize
@@ -51,8 +51,8 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
         >>> [parse_answer(text, options) for text in ("B", "(c) Rome", "The answer is D.", "It is Paris", "Hm")]
         [1, 2, 3, 1, None]
     """
-    of_kind("text", text, str, QuestionError, "a text")
-    options = names("options", options, QuestionError)
+    check_kind("text", text, str, QuestionError, "a text")
+    options = as_names("options", options, QuestionError)
     if not options:
         raise QuestionError("there are no options that the text could name")
     said = _after_thought(_cleaned(text))

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from vlmneurons.checks import JSON, Keywords, of_kind, real, whole
+from vlmneurons.checks import JSON, Keywords, as_number, as_whole, check_kind
 from vlmneurons.errors import ActivationError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.inside import Hook
 from vlmneurons.model.encoder import TOKENIZING, Batch
 from vlmneurons.model.prompts import THOUGHT
@@ -98,7 +98,7 @@ def checked(reading: object, reader: "AnswerReader", questions: Sequence[Questio
         QuestionError: it is not of these questions, names an option that there is none of, or lacks a score, or has
             NaN in its place; the message says which question, where it is one.
     """
-    of_kind(f"what {reader!r} gives", reading, Reading, QuestionError)
+    check_kind(f"what {reader!r} gives", reading, Reading, QuestionError)
     assert isinstance(reading, Reading)
     for name, dimensions in (("chosen", 1), ("scores", 2), ("texts", 1), ("graded", 1)):
         values = getattr(reading, name)
@@ -113,7 +113,7 @@ def checked(reading: object, reader: "AnswerReader", questions: Sequence[Questio
     for row, (choice, item) in enumerate(zip(reading.chosen, questions, strict=True)):
         what = f"question {item.id!r}: {reader!r} gave"
         n = len(item.options) or 2  # of an open question 0 is right and 1 wrong
-        if choice is not None and not -1 <= whole(f"{what} a choice, which", choice, QuestionError) < n:
+        if choice is not None and not -1 <= as_whole(f"{what} a choice, which", choice, QuestionError) < n:
             raise QuestionError(f"{what} the choice {choice}, and there are 0 to {n - 1}; None names no option")
         if graded is not None and not np.isfinite(graded[row]):
             raise QuestionError(f"{what} the score {graded[row]}, which is no number")
@@ -385,10 +385,8 @@ def _one_to_one(model: "VLM", batch: Batch, chosen: bool) -> Iterator[None]:
         if hidden is not None and hidden.ndim == 3 and hidden.shape[1] != batch["input_ids"].shape[1]:
             raise _elsewhere(model, batch, hidden.shape[1])
 
-    first = model.hf.get_submodule(model.towers["language"].layer_paths[0])
-    with UndividedStack() as stack:
-        with Undivided():
-            stack.callback(first.register_forward_pre_hook(Hook(check), with_kwargs=True).remove)
+    first = map(model.hf.get_submodule, model.towers["language"].layer_paths[:1])
+    with hooked(layer.register_forward_pre_hook(Hook(check), with_kwargs=True) for layer in first):
         yield
     _ONE_TO_ONE.add(model.hf)
 
@@ -476,8 +474,8 @@ class TextLikelihood(LogitReader["_Options"]):
     shows_options = False
 
     def __post_init__(self) -> None:
-        of_kind("prefix", self.prefix, str, QuestionError, "a text")
-        of_kind("per_token", self.per_token, bool, QuestionError, "True or False")
+        check_kind("prefix", self.prefix, str, QuestionError, "a text")
+        check_kind("per_token", self.per_token, bool, QuestionError, "True or False")
 
     def encode(self, model: "VLM", questions: QuestionSet) -> "_Options":
         """See `AnswerReader.encode`.
@@ -594,7 +592,7 @@ class RunningText(LogitReader[Batch]):
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
-            object.__setattr__(self, "threshold", real("threshold", self.threshold, QuestionError))
+            object.__setattr__(self, "threshold", as_number("threshold", self.threshold, QuestionError))
 
     def encode(self, model: "VLM", questions: QuestionSet) -> Batch:
         """See `AnswerReader.encode`.
@@ -662,10 +660,12 @@ class Generate(AnswerReader[Batch]):
         if self.scorer is not None and not callable(self.scorer):
             raise QuestionError(f"scorer is a function (text, question) -> float; got {self.scorer!r}")
         range_of(self.scorer)  # what is wrong with it is said before hours of asking
-        object.__setattr__(self, "threshold", real("threshold", self.threshold, QuestionError))
+        object.__setattr__(self, "threshold", as_number("threshold", self.threshold, QuestionError))
         object.__setattr__(self, "grades", self.scorer is not None)
         object.__setattr__(self, "shows_options", self.scorer is None)
-        object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, QuestionError, least=1))
+        object.__setattr__(
+            self, "max_new_tokens", as_whole("max_new_tokens", self.max_new_tokens, QuestionError, least=1)
+        )
 
     def check(self, questions: QuestionSet) -> None:
         """See `AnswerReader.check`.

@@ -28,9 +28,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import Handle, write
-from vlmneurons.model.architectures.inside import Removable, is_watched
+from vlmneurons.model.architectures.inside import is_watched
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.model.down import is_plain
 from vlmneurons.model.encoder import Batch
@@ -252,31 +252,24 @@ class _Pass:
 
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:
-        hf, structure = self.model.hf, self.structure
-        with OWNERS.held(hf, "asked"), UndividedStack() as stack:
-
-            def hook(handle: Removable) -> None:
-                stack.callback(handle.remove)
-
-            with Undivided():
-                self._hook_all(hook)
-                for module in structure.narrow:
-                    stack.enter_context(self.narrowing.on_module(module))
+        with OWNERS.held(self.model.hf, "asked"), hooked(self._hooks()):
             yield
 
-    def _hook_all(self, hook: Callable[[Removable], None]) -> None:
+    def _hooks(self) -> Iterator[contextlib.AbstractContextManager[object]]:
         hf, structure = self.model.hf, self.structure
-        hook(hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module)))
+        yield hf.register_forward_pre_hook(lambda module, args: OWNERS.check(module))
         for number, module in enumerate(structure.chain):
             enter = functools.partial(self._enter, number)
-            hook(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-            hook(module.register_forward_hook(functools.partial(self._leave, number)))
+            yield module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+            yield module.register_forward_hook(functools.partial(self._leave, number))
         for layer in self.behind:
             keep = functools.partial(self._keep, layer)
-            hook(self._down(layer).register_forward_pre_hook(functools.partial(keep, "post")))
-            hook(self._down(layer).register_forward_hook(functools.partial(keep, "added")))
+            yield self._down(layer).register_forward_pre_hook(functools.partial(keep, "post"))
+            yield self._down(layer).register_forward_hook(functools.partial(keep, "added"))
             norm = structure.chain[layer].get_submodule(structure.branches[layer][1])
-            hook(norm.register_forward_pre_hook(functools.partial(keep, "residual")))
+            yield norm.register_forward_pre_hook(functools.partial(keep, "residual"))
+        for module in structure.narrow:
+            yield self.narrowing.on_module(module)
 
     def _down(self, layer: int) -> nn.Module:
         """The down projection of a layer's one MLP."""
@@ -356,12 +349,12 @@ class _Pass:
         for number, ablation in enumerate(self.ablations):
             for site in ablation.edits:
                 edits.setdefault(site.at(ablation.at), {})[number] = ablation.in_place(site)
-        with UndividedStack() as stack:
-            with Undivided():
-                for site, by_ablation in edits.items():
-                    # What a down projection is given is made for it, and nobody else looks on: no copy is needed.
-                    edit_tiles = functools.partial(self._edit_tiles, by_ablation, site.kind == "post")
-                    stack.enter_context(write(self.model.hf, self.model.mlp_of(site), site.kind, edit_tiles))
+        # What a down projection is given is made for it, and nobody else looks on: no copy is needed.
+        editors = (
+            (site, functools.partial(self._edit_tiles, by_ablation, site.kind == "post"))
+            for site, by_ablation in edits.items()
+        )
+        with hooked(write(self.model.hf, self.model.mlp_of(site), site.kind, edit) for site, edit in editors):
             yield
 
     def _edit_tiles(

@@ -9,14 +9,14 @@ Qwen3-VL's) is called again as a whole; one that fails this as well is left alon
 import contextlib
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import AblationError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.layout import MLP
 from vlmneurons.model.encoder import Batch
 from vlmneurons.model.vlm import VLM
@@ -164,12 +164,12 @@ def _observed(model: VLM, chain: Sequence[nn.Module], batch: Batch) -> list[tupl
     def leave(place: int, module: nn.Module, args: tuple, output: object) -> None:
         gave[place] = hidden_of(output)
 
-    with UndividedStack() as stack:
-        with Undivided():
-            for place, module in enumerate(chain):
-                hook = functools.partial(enter, place)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(functools.partial(leave, place)).remove)
+    def hooks() -> Iterator[contextlib.AbstractContextManager[object]]:
+        for place, module in enumerate(chain):
+            yield module.register_forward_pre_hook(functools.partial(enter, place), with_kwargs=True)
+            yield module.register_forward_hook(functools.partial(leave, place))
+
+    with hooked(hooks()):
         model.hf(**inputs_of(model, batch, 2))
     if list(gave) != list(range(len(chain))):
         raise CannotReplay("the layers do not run one after the other, each once")
@@ -201,39 +201,36 @@ def _branches(
 ) -> dict[int, tuple[MLP, str]]:
     """For each layer whose output is ``x`` plus what its MLP gives, the module within it that is given ``x``."""
     found: dict[int, tuple[MLP, str]] = {}
-    with UndividedStack() as stack:  # one forward: each layer is judged, and forgotten, as soon as it is done
 
-        def watch(layer: int, mlp: MLP) -> None:
-            inputs: dict[str, Tensor] = {}
-            call = Call(((), {}))
+    def watch(layer: int, mlp: MLP) -> Iterator[contextlib.AbstractContextManager[object]]:
+        inputs: dict[str, Tensor] = {}
+        call = Call(((), {}))
 
-            def before(name: str, module: nn.Module, args: tuple) -> None:
-                if args and isinstance(args[0], Tensor):
-                    inputs.setdefault(name, args[0])
+        def before(name: str, module: nn.Module, args: tuple) -> None:
+            if args and isinstance(args[0], Tensor):
+                inputs.setdefault(name, args[0])
 
-            def after_down(module: nn.Module, args: tuple, output: Tensor) -> None:
-                call.post, call.added = args[0] if args else None, output
+        def after_down(module: nn.Module, args: tuple, output: Tensor) -> None:
+            call.post, call.added = args[0] if args else None, output
 
-            def after(module: nn.Module, args: tuple, output: object) -> None:
-                call.output = hidden_of(output)
-                for name, call.residual in inputs.items():
-                    if is_sum(call):
-                        found[layer] = (mlp, name)
-                        break
-                inputs.clear()
-                call.post = call.added = call.residual = call.output = None
+        def after(module: nn.Module, args: tuple, output: object) -> None:
+            call.output = hidden_of(output)
+            for name, call.residual in inputs.items():
+                if is_sum(call):
+                    found[layer] = (mlp, name)
+                    break
+            inputs.clear()
+            call.post = call.added = call.residual = call.output = None
 
-            for name, module in chain[layer].named_modules():
-                if name:
-                    stack.callback(module.register_forward_pre_hook(functools.partial(before, name)).remove)
-            down = model.hf.get_submodule(mlp.path).get_submodule(mlp.layout.down)
-            stack.callback(down.register_forward_hook(after_down).remove)
-            stack.callback(chain[layer].register_forward_hook(after).remove)
+        for name, module in chain[layer].named_modules():
+            if name:
+                yield module.register_forward_pre_hook(functools.partial(before, name))
+        down = model.hf.get_submodule(mlp.path).get_submodule(mlp.layout.down)
+        yield down.register_forward_hook(after_down)
+        yield chain[layer].register_forward_hook(after)
 
-        with Undivided():
-            for layer, mlp in alone.items():
-                watch(layer, mlp)
-        model.hf(**batch, use_cache=False)
+    with hooked(hook for layer, mlp in alone.items() for hook in watch(layer, mlp)):
+        model.hf(**batch, use_cache=False)  # one forward: each layer is judged, and forgotten, as soon as it is done
     return found
 
 

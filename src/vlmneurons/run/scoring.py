@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
-from vlmneurons.checks import is_missing, names, real
+from vlmneurons.checks import as_names, as_number, is_missing
 from vlmneurons.errors import QuestionError, VLMNeuronsError
 from vlmneurons.questions.question import Question, normalize
 from vlmneurons.run.memory import is_out_of_memory
@@ -119,7 +119,7 @@ def accepted(question: Question) -> list[str]:
     if answers is None or is_missing(answers):
         raise QuestionError(f"question {question.id!r} has no answers that a text could be compared with")
     try:
-        found = list(names("answers", answers, QuestionError))
+        found = list(as_names("answers", answers, QuestionError))
     except QuestionError as error:
         raise QuestionError(f"question {question.id!r}: {error}") from error
     if not found:
@@ -185,7 +185,7 @@ def anls(text: str, question: Question, *, threshold: float = 0.5) -> float:
     Raises:
         QuestionError: the question has no answers, or the threshold is outside of [0, 1].
     """
-    if not 0 <= real("threshold", threshold, QuestionError) <= 1:
+    if not 0 <= as_number("threshold", threshold, QuestionError) <= 1:
         raise QuestionError(f"threshold {threshold!r} is outside of [0, 1]")
     given = _folded(stated(text))
     best = 0.0

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from typing_extensions import TypedDict, TypeVar
 
-from vlmneurons.checks import JSON, flag, plain, whole
+from vlmneurons.checks import JSON, as_flag, as_plain, as_whole
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
@@ -287,7 +287,7 @@ class Selector(ABC, Generic[Table]):
         check_flags(self, per_layer=self.per_layer)
         for setting in {"fraction", "count"} & vars(self).keys():  # only what was given; see DerivedSelector
             # Its name, and so that of its selections and files, is that of a plain number.
-            object.__setattr__(self, setting, plain(getattr(self, setting)))
+            object.__setattr__(self, setting, as_plain(getattr(self, setting)))
 
     def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
         """What is ranked together: flat indices (None for the whole space), and how many neurons each group gets."""
@@ -542,7 +542,7 @@ def layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part"
 def check_flags(selector: Selector, **flags: bool) -> None:
     """Refuse what is neither True nor False when the selector is made."""
     for name, value in flags.items():
-        flag(f"{type(selector).__name__}: {name}", value, SelectionError)
+        as_flag(f"{type(selector).__name__}: {name}", value, SelectionError)
 
 
 def _given(name: str, fraction: object, count: object, layers: object, exclude: object, per_layer: object) -> JSON:
@@ -566,7 +566,7 @@ def layer_numbers(layers: object) -> tuple[int, ...]:
         several = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     except TypeError:  # a tensor of one number cannot be gone through
         several = (layers,)
-    numbers = tuple(whole("a layer's number", one, SelectionError) for one in several)
+    numbers = tuple(as_whole("a layer's number", one, SelectionError) for one in several)
     if not numbers:
         raise SelectionError("layers is empty: give at least one layer, or None for all")
     return tuple(sorted(set(numbers)))

@@ -6,7 +6,7 @@ from typing import Any, cast
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import JSONMapping, of_kind
+from vlmneurons.checks import JSONMapping, check_kind
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import check_same_space
@@ -58,7 +58,7 @@ class Bundle:
             raise SelectionError("there is nothing to select from: give statistics")
         tables = [_opened(table) for table in evidence]
         for table in tables:
-            of_kind("what to select from", table, Evidence, SelectionError, "statistics, questions or attributions")
+            check_kind("what to select from", table, Evidence, SelectionError, "statistics, questions or attributions")
         return cls(tables)
 
     @property

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from typing_extensions import Unpack
 
-from vlmneurons.checks import of_kind, real, whole
+from vlmneurons.checks import as_number, as_whole, check_kind
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.sets import NeuronSet
 from vlmneurons.selectors._base import Selector, Shared, budget_of, check_flags, highest, layer_numbers, layer_parts
@@ -136,9 +136,9 @@ def universal_neurons(
     Raises:
         SelectionError: a number outside (0, 1], sums were not recorded, or ``per_layer`` is less than 1.
     """
-    of_kind("items", items, GroupedItems, SelectionError, "GroupedItems, which ItemStatistics.grouped gives")
+    check_kind("items", items, GroupedItems, SelectionError, "GroupedItems, which ItemStatistics.grouped gives")
     for name, number in (("fraction", fraction), ("share", share)):
-        real(f"universal_neurons: {name}", number, SelectionError)
+        as_number(f"universal_neurons: {name}", number, SelectionError)
         if not 0 < number <= 1:
             raise SelectionError(f"universal_neurons: {name} is in (0, 1]; got {number!r}")
     size, n_items = len(items.space), len(items.rows)
@@ -146,7 +146,7 @@ def universal_neurons(
         parts, quota = [torch.arange(size)], max(1, budget_of(fraction, size))
     else:
         parts = [part for _, part in layer_parts(items.space)]
-        quota = whole("universal_neurons: per_layer", per_layer, SelectionError, least=1)
+        quota = as_whole("universal_neurons: per_layer", per_layer, SelectionError, least=1)
     often = np.zeros(size, dtype=np.int64)
     for place in range(n_items):
         one = items.taken(np.array([place]))

@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import Unpack
 
-from vlmneurons.checks import whole
+from vlmneurons.checks import as_whole
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
@@ -51,7 +51,7 @@ class RandomNeurons(Selector[ActivationStatistics]):
             SelectionError: a setting that is not allowed.
         """
         super().__init__(fraction, **shared)
-        self.seed = whole("RandomNeurons: seed", seed, SelectionError)
+        self.seed = as_whole("RandomNeurons: seed", seed, SelectionError)
 
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """Independent uniform numbers from 0 to 1."""
@@ -96,7 +96,7 @@ class LayerMatchedRandom(Selector[ActivationStatistics]):
         self.fraction = None
         super().__init__(exclude=exclude)
         self.like = like
-        self.seed = whole("LayerMatchedRandom: seed", seed, SelectionError)
+        self.seed = as_whole("LayerMatchedRandom: seed", seed, SelectionError)
 
     def _check_settings(self) -> None:
         super()._check_settings()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import JSON, of_kind
+from vlmneurons.checks import JSON, check_kind
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.sets import check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
@@ -35,7 +35,7 @@ class Conditions:
     """
 
     def __init__(self, statistics: Mapping[str, Countable]) -> None:
-        of_kind("statistics", statistics, Mapping, SelectionError, "a dictionary of statistics by condition")
+        check_kind("statistics", statistics, Mapping, SelectionError, "a dictionary of statistics by condition")
         if len(statistics) < 2:
             raise SelectionError(f"conditions are compared, so at least two are needed; got {len(statistics)}")
         made: dict[str, ActivationStatistics] = {}

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from vlmneurons.checks import JSONMapping, names, of_kind
+from vlmneurons.checks import JSONMapping, as_names, check_kind
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.neurons.sets import check_same_space
@@ -68,7 +68,7 @@ class ActivationStatistics(TableEvidence, _files.Shareable):
     _required, _optional = ("positive", "tokens", "items"), ("routed", "total")
 
     def __post_init__(self) -> None:
-        of_kind("space", self.space, NeuronSpace, MismatchError)
+        check_kind("space", self.space, NeuronSpace, MismatchError)
         self._check_head()
         groups, neurons, sites = len(self.groups), len(self.space), len(self.space.sites)
         shapes = {
@@ -143,7 +143,7 @@ class ActivationStatistics(TableEvidence, _files.Shareable):
             MismatchError: shapes that do not fit, counts that are not whole or negative, NaN, a group twice, no group,
                 or a neuron that fired for more tokens than were counted.
         """
-        groups = names("groups", groups, MismatchError)
+        groups = as_names("groups", groups, MismatchError)
         return cls(
             space,
             groups,
@@ -260,12 +260,12 @@ class ActivationStatistics(TableEvidence, _files.Shareable):
             GroupError: no such group.
             MismatchError: a group in two pools, an empty pool, or a new name that another group already has.
         """
-        of_kind("merged", merged, Mapping, MismatchError, "a dictionary, such as {'Asia': ['Japan', 'China']}")
+        check_kind("merged", merged, Mapping, MismatchError, "a dictionary, such as {'Asia': ['Japan', 'China']}")
         pool_of: dict[str, str] = {}
         for name, members in merged.items():
             if isinstance(members, (str, Set)):  # a pool has no order
                 members = [members] if isinstance(members, str) else list(members)
-            members = names(f"merged[{name!r}]", members, MismatchError)
+            members = as_names(f"merged[{name!r}]", members, MismatchError)
             if not members:
                 raise MismatchError(f"merged group {name!r} has no members")
             for group in members:

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Int64
 from torch import Tensor
 
-from vlmneurons.checks import JSONMapping, names
+from vlmneurons.checks import JSONMapping, as_names
 from vlmneurons.errors import GroupError, MismatchError, SelectionError
 from vlmneurons.neurons.sites import NeuronSpace
 
@@ -78,7 +78,7 @@ def rows_of(groups: Iterable[str], have: Sequence[str], what: str) -> list[int]:
         GroupError: no such group.
         MismatchError: no list of names, a group twice, or none.
     """
-    chosen = checked_groups(names("groups", groups, MismatchError))
+    chosen = checked_groups(as_names("groups", groups, MismatchError))
     for group in chosen:
         if group not in have:
             raise GroupError(f"group {group!r} is not {what}; they have {', '.join(have)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 
 from vlmneurons._version import __version__
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import check_kind
 from vlmneurons.errors import FileFormatError, VLMNeuronsError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
@@ -62,7 +62,7 @@ def push_to_hub(
         >>> push_to_hub(selection, "someone/culture-neurons", license="cc-by-4.0")  # doctest: +SKIP
     """
     kind = _kind_of(thing)
-    of_kind("repo_id", repo_id, str, VLMNeuronsError, _REPOSITORY)
+    check_kind("repo_id", repo_id, str, VLMNeuronsError, _REPOSITORY)
     import huggingface_hub
 
     api = huggingface_hub.HfApi(token=token, library_name="vlmneurons", library_version=__version__)
@@ -96,7 +96,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, kind: str | None = No
     Examples:
         >>> selection = from_hub("someone/culture-neurons", revision="4c1f…")  # doctest: +SKIP
     """
-    of_kind("repo_id", repo_id, str, VLMNeuronsError, _REPOSITORY)
+    check_kind("repo_id", repo_id, str, VLMNeuronsError, _REPOSITORY)
     if kind is not None and kind not in KINDS:
         raise VLMNeuronsError(f"kind={kind!r} cannot be shared; choose from {', '.join(KINDS)}")
     import huggingface_hub

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vlmneurons.checks import JSON, JSONMapping, in_order, is_missing, names, one_of, path_of, whole
+from vlmneurons.checks import JSON, JSONMapping, as_names, as_path, as_whole, check_choice, check_ordered, is_missing
 from vlmneurons.errors import FileFormatError, GroupError, MismatchError, QuestionError, SelectionError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import write_json
@@ -157,7 +157,7 @@ class ItemStatistics:
         Raises:
             FileFormatError: there is no recording there, or it is damaged.
         """
-        folder = path_of("folder", folder, FileFormatError)
+        folder = as_path("folder", folder, FileFormatError)
         try:
             manifest = _files.parse((folder / "manifest.json").read_text(encoding="utf-8"))
             if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
@@ -287,7 +287,7 @@ class ItemStatistics:
         Example:
             ``ItemStatistics.join([f"run/items-{n}" for n in range(1, 9)], "run/items")``
         """
-        where = path_of("out", out, MismatchError)
+        where = as_path("out", out, MismatchError)
         parts, manifest, about = parts_of(folders, _KIND)
         recordings = [cls.load(part.folder, verify=True) for part in parts]
         for part, one in zip(parts, recordings, strict=True):
@@ -478,7 +478,7 @@ class ItemStatistics:
             MismatchError: no such column, or labels that are of another number or have no order.
         """
         if not isinstance(by, str) and not callable(by):
-            in_order("by", by, MismatchError, "a column, a function, or a label for each question")
+            check_ordered("by", by, MismatchError, "a column, a function, or a label for each question")
             if isinstance(by, Mapping):  # whose keys would be taken for the labels
                 raise MismatchError(
                     f"by is a column, a function, or a label for each question; got a {type(by).__name__}: give "
@@ -506,7 +506,7 @@ class ItemStatistics:
         Raises:
             MismatchError: no such condition.
         """
-        one_of("condition", condition, ("correct", "wrong", "all"), MismatchError)
+        check_choice("condition", condition, ("correct", "wrong", "all"), MismatchError)
         if condition == "all":
             return self.done
         return self.done & (self.correct == (condition == "correct"))
@@ -526,7 +526,7 @@ class ItemStatistics:
         """
         if table not in self.tables:
             raise MismatchError(f"{table!r} was not recorded; there are {', '.join(self.tables)}")
-        size = whole("size", size, MismatchError, least=1)
+        size = as_whole("size", size, MismatchError, least=1)
         numbers = np.asarray(rows)
         if len(numbers) and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(self)):
             raise MismatchError(f"rows are numbers of questions, from 0 to {len(self) - 1}; got {rows!r}")
@@ -724,7 +724,7 @@ class GroupedItems:
         Raises:
             SelectionError: some have fewer; the message names them and says how many they have.
         """
-        minimum = whole("minimum", minimum, SelectionError)
+        minimum = as_whole("minimum", minimum, SelectionError)
         thin = [f"{group} ({n})" for group, n in zip(self.groups, self.items.tolist(), strict=True) if n < minimum]
         if thin:
             answered = {"correct": "right"}.get(self.condition, self.condition)
@@ -753,8 +753,8 @@ class GroupedItems:
         Raises:
             SelectionError: a group has fewer, or none; the message names the thin groups.
         """
-        seed = whole("seed", seed, SelectionError)
-        if size is not None and (size := whole("size", size, SelectionError)) < 1:
+        seed = as_whole("seed", seed, SelectionError)
+        if size is not None and (size := as_whole("size", size, SelectionError)) < 1:
             raise SelectionError(f"{size} questions per group were asked for; the least is 1")
         self.check_size(1 if size is None else size)
         size = int(self.items.min()) if size is None else size
@@ -783,7 +783,7 @@ class GroupedItems:
             GroupError: no such group.
             MismatchError: a group twice, or none.
         """
-        groups = names("groups", groups, MismatchError)
+        groups = as_names("groups", groups, MismatchError)
         if not groups or len(set(groups)) < len(groups):
             raise MismatchError(
                 f"groups are some of {', '.join(self.groups)}, each once; got {', '.join(groups) or 'none'}"
@@ -835,7 +835,7 @@ class GroupedItems:
         recording = self.recording
         table = {"mean": "total", "probability": "positive", "maximum": "maximum"}.get(on)
         if table is None:
-            one_of("on", on, (*VALUES, *recording.statistics), SelectionError)
+            check_choice("on", on, (*VALUES, *recording.statistics), SelectionError)
         table = table or on
         if table not in recording.tables:
             how = "magnitudes" if on == "mean" else "maxima"

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import Keywords, of_kind, path_of
+from vlmneurons.checks import Keywords, as_path, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.study.masks import split_setting
 from vlmneurons.study.result import VALUES, KnockoutResult
@@ -258,7 +258,7 @@ def compare(
     Example:
         ``compare({"LLaVA": "out/llava", "Qwen": "out/qwen"}).table()``
     """
-    of_kind("results", results, Mapping, MismatchError, "a dictionary of results by the name of the model")
+    check_kind("results", results, Mapping, MismatchError, "a dictionary of results by the name of the model")
     if len(results) < 2:
         raise MismatchError(f"models are compared with each other: give at least two; got {len(results)}")
     if wrong := [name for name in results if not isinstance(name, str) or not name]:
@@ -283,7 +283,7 @@ def compare(
 
 def _opened(name: object, given: Any) -> KnockoutResult:
     if not isinstance(given, KnockoutResult):
-        folder = path_of(f"results[{name!r}]", given, MismatchError)
+        folder = as_path(f"results[{name!r}]", given, MismatchError)
         given = KnockoutResult.load(folder / "knockout" if (folder / "knockout").is_dir() else folder)
     if "part" in given.provenance:
         raise MismatchError(f"{name!r} is part {given.provenance['part']} of a run: join it with the others first")

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import as_whole, check_kind
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.questions.sets import QuestionSet
@@ -83,12 +83,12 @@ def random_controls(
     if isinstance(like, Selection) or not isinstance(like, Mapping) or not like:
         raise SelectionError('like is a dictionary of one selection or more by name, such as {"CAS": selection}')
     for name, selection in like.items():
-        of_kind(f"like[{name!r}]", selection, Selection, SelectionError)
+        check_kind(f"like[{name!r}]", selection, Selection, SelectionError)
         if name == "random" or str(name).startswith("layer-matched "):
             raise SelectionError(f"a selection is called {name!r}, as its control would be: give it another name")
     size = max(len(neurons) for selection in like.values() for neurons in selection.values())
-    seed = whole("seed", seed, SelectionError)
-    seeds = range(seed, seed + whole("repeats", repeats, SelectionError, least=1))
+    seed = as_whole("seed", seed, SelectionError)
+    seeds = range(seed, seed + as_whole("repeats", repeats, SelectionError, least=1))
     blank = torch.zeros((1, len(stats.space)), dtype=torch.int64)  # a uniform rule reads no counts
     nobody = ActivationStatistics.from_counts(stats.space, ["all"], blank, [1])
     uniform = [RandomNeurons(count=size, seed=number).select(nobody) for number in seeds]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmneurons.checks import whole
+from vlmneurons.checks import as_whole
 from vlmneurons.errors import MismatchError
 from vlmneurons.questions.question import hash_of
 from vlmneurons.questions.sets import QuestionSet
@@ -69,7 +69,7 @@ def crossing(
     """
     if others is None:
         return Design(np.ones((len(masks), len(questions)), dtype=bool), None, int(seed), "full")
-    others, seed = whole("others", others, MismatchError, least=1), whole("seed", seed, MismatchError, least=0)
+    others, seed = as_whole("others", others, MismatchError, least=1), as_whole("seed", seed, MismatchError, least=0)
     decks = _decks(masks)
     own_groups = sorted(set(questions.groups) - set(controls))
     most = max((len(set(deck) - {group}) for deck in decks.values() for group in own_groups), default=0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import real, share, whole
+from vlmneurons.checks import as_fraction, as_number, as_whole
 from vlmneurons.errors import MismatchError
 from vlmneurons.trust.pvalues import flip_pvalues
 from vlmneurons.trust.resampling import Members
@@ -349,18 +349,18 @@ def detectable(
     """
     import pandas as pd
 
-    units = whole("pictures", pictures, MismatchError, least=2)
-    size = whole("questions", questions, MismatchError, least=1)
-    n_groups = whole("groups", groups, MismatchError, least=2)
-    met = n_groups - 1 if k is None else whole("k", k, MismatchError, least=1)
-    tests = whole("tests", tests, MismatchError, least=1)
+    units = as_whole("pictures", pictures, MismatchError, least=2)
+    size = as_whole("questions", questions, MismatchError, least=1)
+    n_groups = as_whole("groups", groups, MismatchError, least=2)
+    met = n_groups - 1 if k is None else as_whole("k", k, MismatchError, least=1)
+    tests = as_whole("tests", tests, MismatchError, least=1)
     if met >= n_groups:
         raise MismatchError(f"k={met} other masks are more than {n_groups} groups have; at most {n_groups - 1}")
-    power, alpha = share("power", power, MismatchError), share("alpha", alpha, MismatchError)
+    power, alpha = as_fraction("power", power, MismatchError), as_fraction("alpha", alpha, MismatchError)
     if value not in ("correct", "margin", "score"):
         raise MismatchError(f"value={value!r} is not among those that effects are measured on: correct, margin, score")
     given = {"spread": spread, "others": spread if others is None else others, "within": within, "between": between}
-    own, other, rho, common = (real(name, value, MismatchError) for name, value in given.items())
+    own, other, rho, common = (as_number(name, value, MismatchError) for name, value in given.items())
     if min(own, other) < 0:
         raise MismatchError(f"spread and others are standard deviations, and not below 0; got {own} and {other}")
     if not 0 <= rho <= 1 or not 0 <= common <= 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from vlmneurons.checks import JSON, few
+from vlmneurons.checks import JSON, quoted
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files.folders import RunFolder, differences, manifest_in
 from vlmneurons.files.parts import PartFolder, parts_of
@@ -250,12 +250,12 @@ def _same_questions(one: KnockoutResult, other: KnockoutResult, shared: Sequence
     twice = [f"{m.selector} {m.group}" for m in other.masks if (m.selector, m.repeat, m.group) in masks]
     if twice:
         raise MismatchError(
-            f"{len(shared)} questions ({few(shared)}) were asked under {len(twice)} masks in both results "
-            f"({few(twice)}), and would count twice: leave them out of one, or give its masks another name"
+            f"{len(shared)} questions ({quoted(shared)}) were asked under {len(twice)} masks in both results "
+            f"({quoted(twice)}), and would count twice: leave them out of one, or give its masks another name"
         )
     if lone := sorted({*one.ids} ^ {*other.ids}):
         raise MismatchError(
-            f"{len(lone)} questions are in one of the results alone ({few(lone)}): their sum would have gaps. Take "
+            f"{len(lone)} questions are in one of the results alone ({quoted(lone)}): their sum would have gaps. Take "
             "those that both have with `at`"
         )
     place = {name: number for number, name in enumerate(other.ids)}
@@ -269,7 +269,7 @@ def _same_questions(one: KnockoutResult, other: KnockoutResult, shared: Sequence
     alike &= np.isclose(one.margins[0], theirs.margins[0], rtol=0, atol=1e-5 if exact else 0.1, equal_nan=True)
     if differing := [name for name, same in zip(one.ids, alike, strict=True) if not same]:
         raise MismatchError(
-            f"the clean answers to {len(differing)} questions differ ({few(differing)}): the results are not of one "
+            f"the clean answers to {len(differing)} questions differ ({quoted(differing)}): the results are not of one "
             "model and one way of asking"
         )
     return columns

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike
 
-from vlmneurons.checks import JSON, JSONMapping, path_of
+from vlmneurons.checks import JSON, JSONMapping, as_path
 from vlmneurons.errors import FileFormatError, MismatchError, QuestionError
 from vlmneurons.files.digests import digest_of
 from vlmneurons.files.folders import RunFolder
@@ -119,7 +119,7 @@ def knockout(
         "selections": {str(name): _describe(one) for name, one in masks.items()},
     }
     study = _Study(engine, asked, names, listed, design, options, about)
-    return study.alone() if folder is None else study.in_folder(path_of("folder", folder, MismatchError))
+    return study.alone() if folder is None else study.in_folder(as_path("folder", folder, MismatchError))
 
 
 def _asked(questions: QuestionSet, controls: QuestionSet | None) -> QuestionSet:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmneurons.checks import plain
+from vlmneurons.checks import as_plain
 from vlmneurons.errors import MismatchError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
@@ -54,7 +54,7 @@ def setting_name(selector: str, axis: str, value: float) -> str:
         >>> setting_name("CAS", "r", 0.005)
         'CAS [r=0.005]'
     """
-    return f"{selector} [{axis}={plain(value)!r}]"  # NumPy's own repr could not be read again
+    return f"{selector} [{axis}={as_plain(value)!r}]"  # NumPy's own repr could not be read again
 
 
 def split_setting(name: str) -> tuple[str, tuple[str, float] | None]:

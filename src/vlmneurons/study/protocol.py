@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlmneurons.checks import Keywords, names, of_kind, path_of, plain, real, share, whole
+from vlmneurons.checks import Keywords, as_fraction, as_names, as_number, as_path, as_plain, as_whole, check_kind
 from vlmneurons.errors import MismatchError, QuestionError, SelectionError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.files.folders import git_state
@@ -109,9 +109,9 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for name in ("selectors", "conditions"):
-            names(name, getattr(self, name), SelectionError)
+            as_names(name, getattr(self, name), SelectionError)
         for name in ("fractions", "alphas", "sizes"):
-            of_kind(name, getattr(self, name), Sequence, SelectionError, "a list of numbers")
+            check_kind(name, getattr(self, name), Sequence, SelectionError, "a list of numbers")
         unknown = [name for name in (*self.selectors, self.main) if name not in SELECTORS]
         if unknown:
             raise SelectionError(f"selector {unknown[0]!r} does not exist; choose from {', '.join(SELECTORS)}")
@@ -119,18 +119,18 @@ class Protocol:
             raise SelectionError(f"main={self.main!r} is not among the selectors {', '.join(self.selectors)}")
         # What is wrong is said before hours of recording, not after them.
         for fraction in (self.fraction, *self.fractions):
-            if not 0 < real("fraction", fraction, SelectionError) <= 1:
+            if not 0 < as_number("fraction", fraction, SelectionError) <= 1:
                 raise SelectionError(f"fraction {fraction} is outside (0, 1]")
         for alpha in self.alphas:
-            real("each of alphas", alpha, SelectionError)
+            as_number("each of alphas", alpha, SelectionError)
         for size in self.sizes:
-            if whole("each of sizes", size, SelectionError) < 1:
+            if as_whole("each of sizes", size, SelectionError) < 1:
                 raise SelectionError(f"sizes are numbers of questions, at least 1; got {list(self.sizes)}")
         numbers = (("repeats", 0), ("permutations", 0), ("minimum", 0), ("batch_size", 1), ("seed", 0), ("others", 1))
         for name, least in numbers:
             if not (getattr(self, name) is None and name in ("permutations", "others")):
-                whole(name, getattr(self, name), SelectionError, least=least)
-        share("share", self.share, SelectionError)
+                as_whole(name, getattr(self, name), SelectionError, least=least)
+        as_fraction("share", self.share, SelectionError)
         for name, given, allowed in (
             *(("conditions", condition, CONDITIONS) for condition in self.conditions),
             ("tokens", self.tokens, TOKEN_RULES),
@@ -143,7 +143,7 @@ class Protocol:
                 )
         for name, given in vars(self).items():  # the study's folder keeps them as JSON
             several = isinstance(given, Sequence) and not isinstance(given, str)
-            object.__setattr__(self, name, tuple(map(plain, given)) if several else plain(given))
+            object.__setattr__(self, name, tuple(map(as_plain, given)) if several else as_plain(given))
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,9 @@ def run_study(
     """
     protocol = protocol or Protocol()
     check_model(model)
-    of_kind("questions", questions, QuestionSet, QuestionError)
-    of_kind("protocol", protocol, Protocol, SelectionError)
-    folder = path_of("folder", folder, MismatchError)
+    check_kind("questions", questions, QuestionSet, QuestionError)
+    check_kind("protocol", protocol, Protocol, SelectionError)
+    folder = as_path("folder", folder, MismatchError)
     processes = current_processes() if distributed else Processes()
     if protocol.answer is not None:
         questions = questions.asked(answer=protocol.answer)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike
 
-from vlmneurons.checks import JSONMapping, one_of, path_of
+from vlmneurons.checks import JSONMapping, as_path, check_choice
 from vlmneurons.errors import FileFormatError, MismatchError
 from vlmneurons.files import tables as _files
 from vlmneurons.files.atomic import read_parquet, write_parquet, write_text
@@ -191,7 +191,7 @@ class KnockoutResult:
         Raises:
             MismatchError: no such condition.
         """
-        one_of("condition", condition, CONDITIONS, MismatchError)
+        check_choice("condition", condition, CONDITIONS, MismatchError)
         if condition == "all":
             return self
         return self.at(np.flatnonzero(self.correct[0] == (condition == "correct")))
@@ -560,7 +560,7 @@ class KnockoutResult:
         Args:
             folder: where the files go; it is made if it is not there.
         """
-        folder = path_of("folder", folder, MismatchError)
+        folder = as_path("folder", folder, MismatchError)
         folder.mkdir(parents=True, exist_ok=True)
         _finish(folder)
         names = () if "part" in self.provenance else ("table.csv", "summary.csv")
@@ -601,7 +601,7 @@ class KnockoutResult:
         Raises:
             FileFormatError: the files are damaged, of another kind, or do not fit together.
         """
-        folder = path_of("folder", folder, MismatchError)
+        folder = as_path("folder", folder, MismatchError)
         try:
             about = json.loads((folder / "knockout.json").read_text(encoding="utf-8"))
             if about["kind"] != _KIND or about["version"] not in _READABLE:
@@ -695,7 +695,7 @@ class KnockoutResult:
         """
         from vlmneurons.study.joining import join_results
 
-        return join_results(folders, path_of("out", out, MismatchError))
+        return join_results(folders, as_path("out", out, MismatchError))
 
     def __add__(self, other: "KnockoutResult") -> "KnockoutResult":
         """Both results as one: the same questions under further masks, or further questions under the same masks.

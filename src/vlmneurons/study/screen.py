@@ -11,6 +11,7 @@ Source: attribution patching with zeros as the other input, Nanda 2023 ("Attribu
 first-order term is in Molchanov et al. 2017 (arXiv 1611.06440).
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmneurons.errors import MismatchError, QuestionError
-from vlmneurons.files.stopping import Undivided, UndividedStack
+from vlmneurons.files.stopping import hooked
 from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.sets import NeuronSet
@@ -193,12 +194,6 @@ def _values(model: VLM, space: NeuronSpace) -> Iterator[dict[int, list[tuple[Ten
         seen.setdefault(position, []).append((values, tokens))
         return values
 
-    with UndividedStack() as stack:
-        with Undivided():
-            for position, site in enumerate(space.sites):
-
-                def edit(values: Tensor, tokens: Tensor | None = None, position: int = position) -> Tensor:
-                    return keep(position, values, tokens)
-
-                stack.enter_context(write(model.hf, model.mlp_of(site), "post", edit))
+    edits = ((model.mlp_of(site), functools.partial(keep, position)) for position, site in enumerate(space.sites))
+    with hooked(write(model.hf, mlp, "post", edit) for mlp, edit in edits):
         yield seen

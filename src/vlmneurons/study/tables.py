@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlmneurons.checks import JSON, one_of, share, whole
+from vlmneurons.checks import JSON, as_fraction, as_whole, check_choice
 from vlmneurons.errors import MismatchError
 from vlmneurons.study.effects import (
     LEAST_UNITS,
@@ -45,10 +45,10 @@ class Inference:
     cluster: str = "picture"
 
     def __post_init__(self) -> None:
-        whole("permutations", self.permutations, MismatchError, least=0)
-        whole("seed", self.seed, MismatchError, least=0)
-        share("confidence", self.confidence, MismatchError)
-        one_of("cluster", self.cluster, CLUSTERS, MismatchError)
+        as_whole("permutations", self.permutations, MismatchError, least=0)
+        as_whole("seed", self.seed, MismatchError, least=0)
+        as_fraction("confidence", self.confidence, MismatchError)
+        check_choice("cluster", self.cluster, CLUSTERS, MismatchError)
 
     def flips(self, tests: int) -> int:
         """Number of sign flips: enough that a p corrected over so many tests can be below 0.05 at all."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import CombinedSelector, Readable, Selector
@@ -36,9 +36,9 @@ def agreement(selections: Mapping[str, Selection]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    of_kind("selections", selections, Mapping, MismatchError, "a dictionary of selections by name")
+    check_kind("selections", selections, Mapping, MismatchError, "a dictionary of selections by name")
     for name, one in selections.items():
-        of_kind(f"selections[{name!r}]", one, Selection, MismatchError)
+        check_kind(f"selections[{name!r}]", one, Selection, MismatchError)
     names = list(selections)
     rows: list[dict[str, object]] = []
     for n, first in enumerate(names):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats as scipy_stats
 
-from vlmneurons.checks import of_kind, share, whole
+from vlmneurons.checks import as_fraction, as_whole, check_kind
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
@@ -30,8 +30,8 @@ def layer_counts(selection: Selection, *, confidence: float = 0.95) -> "pd.DataF
     """
     import pandas as pd
 
-    of_kind("selection", selection, Selection, MismatchError)
-    confidence = share("confidence", confidence, SelectionError)
+    check_kind("selection", selection, Selection, MismatchError)
+    confidence = as_fraction("confidence", confidence, SelectionError)
     labels, sizes = tuple(selection.space.tower_layers), selection.space.count_by_layer().numpy()
     tail = (1 - confidence) / 2
     rows = []
@@ -86,14 +86,16 @@ def layer_profile(
     """
     import pandas as pd
 
-    of_kind("selection", selection, Selection, MismatchError)
+    check_kind("selection", selection, Selection, MismatchError)
     if isinstance(resampled, Selection):
         raise MismatchError("resampled is several selections, such as resampled_selections gives; got a single one")
-    of_kind("resampled", resampled, Iterable, MismatchError, "several selections, such as resampled_selections gives")
-    confidence = share("confidence", confidence, SelectionError)
-    uniform = whole("uniform", uniform, SelectionError, least=1)
+    check_kind(
+        "resampled", resampled, Iterable, MismatchError, "several selections, such as resampled_selections gives"
+    )
+    confidence = as_fraction("confidence", confidence, SelectionError)
+    uniform = as_whole("uniform", uniform, SelectionError, least=1)
     labels, sizes = tuple(selection.space.tower_layers), selection.space.count_by_layer().numpy()
-    generator = np.random.default_rng(whole("seed", seed, SelectionError, least=0))
+    generator = np.random.default_rng(as_whole("seed", seed, SelectionError, least=0))
     tails = [50 * (1 - confidence), 100 - 50 * (1 - confidence)]
 
     def counted(neurons: NeuronSet) -> np.ndarray:
@@ -101,7 +103,7 @@ def layer_profile(
 
     again: dict[str, list[np.ndarray]] = {group: [] for group in selection}
     for other in resampled:
-        of_kind("each of resampled", other, Selection, MismatchError)
+        check_kind("each of resampled", other, Selection, MismatchError)
         check_same_space(selection.space, other.space)
         for group in selection:
             if len(other[group]):
@@ -154,7 +156,7 @@ def overlap_by_layer(first: NeuronSet, second: NeuronSet) -> "pd.DataFrame":
     import pandas as pd
 
     for name, one in (("first", first), ("second", second)):
-        of_kind(name, one, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
+        check_kind(name, one, NeuronSet, MismatchError, "a NeuronSet, such as selection['Japan']")
     both = first & second
     labels, sizes = tuple(first.space.tower_layers), first.space.count_by_layer().numpy()
     ours, theirs, shared = (first.space.count_by_layer(neurons.indices).numpy() for neurons in (first, second, both))

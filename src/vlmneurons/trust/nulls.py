@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import as_whole, check_kind
 from vlmneurons.errors import SelectionError
 from vlmneurons.selectors import Readable, Selector
 from vlmneurons.statistics.items import GroupedItems, Grouping, ItemStatistics
@@ -97,9 +97,9 @@ def null_distribution(
     import pandas as pd
 
     check_selector(selector)
-    permutations = None if permutations is None else whole("permutations", permutations, SelectionError, least=1)
-    of_kind("measure", measure, cast(type, Callable), SelectionError, "a function")
-    units = units_of(items, by, condition, balanced, max(1, whole("minimum", minimum, SelectionError)), seed, unit)
+    permutations = None if permutations is None else as_whole("permutations", permutations, SelectionError, least=1)
+    check_kind("measure", measure, cast(type, Callable), SelectionError, "a function")
+    units = units_of(items, by, condition, balanced, max(1, as_whole("minimum", minimum, SelectionError)), seed, unit)
     _check_shuffles(units)
     pool, n_groups = units.pool, len(units.pool.groups)
     permutations = max(200, 40 * n_groups) if permutations is None else permutations
@@ -157,7 +157,7 @@ def _check_shuffles(units: Units) -> None:
 def _measured(measure: Measure, questions: GroupedItems, selector: Selector) -> np.ndarray:
     """The strength of each group, in the order of the groups."""
     found = measure(questions, selector)
-    of_kind("what the measure gives", found, Mapping, SelectionError, "a dictionary of numbers by group")
+    check_kind("what the measure gives", found, Mapping, SelectionError, "a dictionary of numbers by group")
     missing = [group for group in questions.groups if group not in found or np.isnan(found[group])]
     if missing:
         raise SelectionError(f"the measure gives no number for {', '.join(missing)}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from vlmneurons.checks import of_kind, whole
+from vlmneurons.checks import as_whole, check_kind
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.selectors import Selector
@@ -100,7 +100,7 @@ def check_selector(selector: object) -> None:
     Raises:
         SelectionError: it is none.
     """
-    of_kind("selector", selector, Selector, SelectionError, "a Selector, such as CAS(0.01)")
+    check_kind("selector", selector, Selector, SelectionError, "a Selector, such as CAS(0.01)")
 
 
 def resampled_selections(
@@ -135,7 +135,7 @@ def resampled_selections(
             or a recording of an earlier release, which does not keep pictures.
     """
     check_selector(selector)
-    resamples = whole("resamples", resamples, SelectionError, least=1)
+    resamples = as_whole("resamples", resamples, SelectionError, least=1)
     units = units_of(items, by, condition, balanced, minimum, seed, unit)
     units.check_pictures(2)
     weights = units.resampled(resamples, np.random.default_rng(seed))

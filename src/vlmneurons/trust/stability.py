@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vlmneurons.checks import of_kind, one_of, share, whole
+from vlmneurons.checks import as_fraction, as_whole, check_choice, check_kind
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection, jaccards
 from vlmneurons.selectors import Selector
@@ -81,16 +81,16 @@ def stability(
         SelectionError: a group has fewer questions than are needed, or fewer than two pictures (the message names it);
             no such method; or a recording of an earlier release, which keeps no pictures.
     """
-    one_of("method", method, METHODS, SelectionError)
+    check_choice("method", method, METHODS, SelectionError)
     if size is not None and method != "pools":
         raise SelectionError(f"size belongs to method='pools'; {method!r} takes none")
     check_selector(selector)
-    resamples = whole("resamples", resamples, SelectionError, least=1)
-    confidence = share("confidence", confidence, SelectionError)
-    units = units_of(items, by, condition, balanced, max(2, whole("minimum", minimum, SelectionError)), seed, unit)
+    resamples = as_whole("resamples", resamples, SelectionError, least=1)
+    confidence = as_fraction("confidence", confidence, SelectionError)
+    units = units_of(items, by, condition, balanced, max(2, as_whole("minimum", minimum, SelectionError)), seed, unit)
     units.check_pictures(2)
     if method == "pools":
-        size = int(units.pool.items.min()) // 2 if size is None else whole("size", size, SelectionError, least=1)
+        size = int(units.pool.items.min()) // 2 if size is None else as_whole("size", size, SelectionError, least=1)
         units.pool.check_size(size)
     compared = _compared(units, selector, method, resamples, size, np.random.default_rng(seed))
     return _table(units, list(compared), 50 * (1 - confidence))
@@ -191,9 +191,9 @@ def sample_sizes(
     import pandas as pd
 
     check_selector(selector)
-    repeats = whole("repeats", repeats, SelectionError, least=1)
-    of_kind("sizes", sizes, Iterable, SelectionError, "a list of numbers of questions")
-    sizes = [whole("each of sizes", size, SelectionError) for size in sizes]
+    repeats = as_whole("repeats", repeats, SelectionError, least=1)
+    check_kind("sizes", sizes, Iterable, SelectionError, "a list of numbers of questions")
+    sizes = [as_whole("each of sizes", size, SelectionError) for size in sizes]
     if not len(sizes) or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise SelectionError(f"sizes are numbers of questions, at least 1 and each once; got {list(sizes)}")
     units = units_of(items, by, condition, False, max(sizes), seed, unit)

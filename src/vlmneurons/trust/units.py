@@ -15,7 +15,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vlmneurons.checks import one_of, whole
+from vlmneurons.checks import as_whole, check_choice
 from vlmneurons.errors import SelectionError
 from vlmneurons.statistics.items import GroupedItems, Grouping, Item, ItemStatistics
 
@@ -49,9 +49,9 @@ def units_of(
     Raises:
         SelectionError: no questions of a recording, thin groups, no such unit, or a recording without pictures.
     """
-    whole("seed", seed, SelectionError, least=0)
-    minimum = whole("minimum", minimum, SelectionError)
-    one_of("unit", unit, UNITS, SelectionError)
+    as_whole("seed", seed, SelectionError, least=0)
+    minimum = as_whole("minimum", minimum, SelectionError)
+    check_choice("unit", unit, UNITS, SelectionError)
     if isinstance(items, ItemStatistics):
         pool = items.grouped(by, condition=condition, balanced=balanced, minimum=minimum, seed=seed)
     elif not isinstance(items, GroupedItems):

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
-from vlmneurons.checks import Keywords, of_kind
+from vlmneurons.checks import Keywords, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import BLUE, GREEN, ORANGE, PURPLE, PrintFigure, ems, shortened, width_of, with_fonts
 from vlmneurons.look.numbers import with_minus
@@ -39,7 +39,7 @@ VALUES = {
 def drawn_into(ax: Axes | None, width: float | None, panels: int) -> None:
     width_of(width)
     if ax is not None:
-        of_kind("ax", ax, Axes, MismatchError, "axes of a matplotlib figure")
+        check_kind("ax", ax, Axes, MismatchError, "axes of a matplotlib figure")
         if width is not None:
             raise MismatchError("width is that of a new figure, and ax has a figure: give one of the two")
         if panels > 1:
@@ -215,7 +215,7 @@ def draw_frame(axis: Axes, grid: Any) -> None:
 def check_rows(table: pd.DataFrame, columns: Sequence[str], keys: Sequence[str], source: str) -> None:
     """Make sure that a table is one that can be drawn: it has the columns, and one row for each of its keys."""
     name = "summary" if source.endswith("summary") else "table"
-    of_kind(name, table, pd.DataFrame, MismatchError, f"the table that {source} gives")
+    check_kind(name, table, pd.DataFrame, MismatchError, f"the table that {source} gives")
     if lacking := [name for name in columns if name not in table]:
         raise MismatchError(f"the table has no column {', '.join(lacking)}: give the table of {source}")
     if not len(table):

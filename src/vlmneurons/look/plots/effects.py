@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlmneurons.checks import Keywords, one_of
+from vlmneurons.checks import Keywords, check_choice
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, natural, ordered
 from vlmneurons.look.plots.canvas import STYLES, VALUES, Canvas, check_rows, draw_points, plain_names, with_ends
@@ -312,7 +312,7 @@ def plot_selectors(
     Example:
         ``vn.plot_selectors(result.summary(), width=3.3)``
     """
-    one_of("value", value, ("correct", "margin", "score"), MismatchError)
+    check_choice("value", value, ("correct", "margin", "score"), MismatchError)
     columns = [f"{effect}{end}" for effect in ("cross_effect", "self_effect") for end in ("", "_low", "_high")]
     check_rows(summary, ["selector", "group", *columns], ["selector", "group"], "KnockoutResult.summary")
     rows = summary.loc[summary["group"] == "all"].dropna(subset=["self_effect", "cross_effect"])

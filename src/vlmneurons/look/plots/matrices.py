@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from vlmneurons.checks import Keywords, of_kind, one_of, real
+from vlmneurons.checks import Keywords, as_number, check_choice, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import COLOURS, NOT_DRAWN, PrintFigure, ems, natural, ordered, shortened, tall, with_fonts
 from vlmneurons.look.numbers import in_matrix
@@ -58,15 +58,15 @@ def plot_matrix(
     """
     from vlmneurons.study.result import KnockoutResult
 
-    of_kind("result", result, KnockoutResult, MismatchError, "a KnockoutResult, which knockout gives")
+    check_kind("result", result, KnockoutResult, MismatchError, "a KnockoutResult, which knockout gives")
     if selector is None or isinstance(selector, str):
         names = list(result.selectors) if selector is None else [selector]
     else:
-        of_kind("selector", selector, Iterable, MismatchError, "the name of a selector, or a list of names")
+        check_kind("selector", selector, Iterable, MismatchError, "the name of a selector, or a list of names")
         names = list(selector)
     if not names:
         raise MismatchError("there is no selector to draw: the study has no masks, or selector is an empty list")
-    if limit is not None and real("limit", limit, MismatchError) <= 0:
+    if limit is not None and as_number("limit", limit, MismatchError) <= 0:
         raise MismatchError(f"limit {limit} is the value at which colours end, and above 0")
     drawn_into(ax, width, len(names))
     value = value or result.measure
@@ -282,7 +282,7 @@ def plot_layers(
         MismatchError: the selection spans several towers; restrict it to one. Another order than of its groups, or a
             width that is too narrow.
     """
-    of_kind("selection", selection, Selection, MismatchError)
+    check_kind("selection", selection, Selection, MismatchError)
     towers = sorted({site.tower for site in selection.space.sites})
     if len(towers) > 1:
         raise MismatchError(f"layers are drawn for one tower; this selection spans {', '.join(towers)}")
@@ -358,14 +358,14 @@ def plot_overlap(
         ``vn.plot_overlap({"MAD": mad, "LAP": lap}, order="clustered", width=6.75)``
     """
     by_name = {selections.selector: selections} if isinstance(selections, Selection) else selections
-    of_kind("selections", by_name, Mapping, MismatchError, "a Selection, or a dictionary of selections by name")
+    check_kind("selections", by_name, Mapping, MismatchError, "a Selection, or a dictionary of selections by name")
     for name, selection in by_name.items():
-        of_kind(f"selections[{name!r}]", selection, Selection, MismatchError)
+        check_kind(f"selections[{name!r}]", selection, Selection, MismatchError)
         if set(selection) != set(next(iter(by_name.values()))):
             raise MismatchError(f"selections are drawn in one order, and {name!r} has other groups than the first")
     if not by_name:
         raise MismatchError("there is no selection to draw: selections is empty")
-    one_of("value", value, ("jaccard", "shared"), MismatchError)
+    check_choice("value", value, ("jaccard", "shared"), MismatchError)
     drawn_into(ax, width, len(by_name))
     tables = {str(name): _overlaps(selection, value) for name, selection in by_name.items()}
     first = next(iter(tables.values()))

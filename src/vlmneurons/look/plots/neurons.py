@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlmneurons.checks import Keywords, of_kind
+from vlmneurons.checks import Keywords, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import GREEN, GREY, PURPLE, ordered
 from vlmneurons.look.plots.canvas import STYLES, Canvas, check_rows, draw_points, plain_names, spaced
@@ -89,7 +89,7 @@ def plot_profiles(
     Raises:
         MismatchError: no such selector, or a width that is too narrow.
     """
-    of_kind("profiles", profiles, pd.DataFrame, MismatchError, "the table that Comparison.profiles gives")
+    check_kind("profiles", profiles, pd.DataFrame, MismatchError, "the table that Comparison.profiles gives")
     selectors = list(dict.fromkeys(profiles["selector"]))
     shown_selector = selector if selector is not None else next(iter(selectors), None)
     if shown_selector not in selectors:
@@ -284,7 +284,7 @@ def plot_values(
 
     kind = "what inspect_neuron gives, or a dictionary of numbers by group"
     by_group = values.values if isinstance(values, NeuronView) else values
-    of_kind("values", by_group, Mapping, MismatchError, kind)
+    check_kind("values", by_group, Mapping, MismatchError, kind)
     numbers = {str(group): np.asarray(row, dtype=float).ravel() for group, row in by_group.items()}
     wrong = [group for group, row in numbers.items() if not len(row) or not np.isfinite(row).all()]
     if wrong or not numbers:

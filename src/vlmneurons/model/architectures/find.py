@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-from vlmneurons.checks import of_kind
+from vlmneurons.checks import check_kind
 from vlmneurons.errors import ArchitectureError
 from vlmneurons.model.architectures.layout import MLPLayout, Tower
 from vlmneurons.model.architectures.search import LISTS, Block, Search
@@ -85,7 +85,7 @@ def register_architecture(which: str | Callable[[nn.Module], bool], architecture
     """
     if not isinstance(which, str) and (not callable(which) or isinstance(which, type)):
         raise ArchitectureError(f"an architecture is registered for a class's name or a function; got {which!r}")
-    of_kind("architecture", architecture, Architecture, ArchitectureError)
+    check_kind("architecture", architecture, Architecture, ArchitectureError)
     _REGISTERED.insert(0, (which, architecture))
 
 
@@ -105,7 +105,7 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
         ArchitectureError: the MLPs cannot be told for certain; says what was seen, and how to register what is known.
             Also for a compiled model.
     """
-    of_kind("hf_model", hf_model, nn.Module, ArchitectureError, "a loaded transformers model")
+    check_kind("hf_model", hf_model, nn.Module, ArchitectureError, "a loaded transformers model")
     if hasattr(hf_model, "_orig_mod"):
         raise ArchitectureError(
             f"{type(hf_model._orig_mod).__name__} was given wrapped by torch.compile, whose code does not see hooks "
