@@ -14,7 +14,7 @@ from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.study.result import NOT_ASKED, KnockoutResult
 
 _MOST = 16
-"""Examples, or one of each group where there are more groups; never more than twice as many."""
+"""How many examples are shown; with more groups than that, one of each, up to twice as many."""
 
 
 def changed_answers(

@@ -43,7 +43,7 @@ class PrintFigure(Figure):
     """A figure that shows itself as the last line of a notebook's cell, and keeps its letters as letters in a PDF."""
 
     boxes: str = ""
-    """Letters without a font, which a warning has named."""
+    """Letters that no font has, which a warning has named."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -69,7 +69,7 @@ class PrintFigure(Figure):
 
 
 def natural(name: object) -> tuple[tuple[int, int, str], ...]:
-    """What sorts names as people do: G2 before G10.
+    """A key that sorts names as people do: G2 before G10.
 
     Args:
         name: of a group.
@@ -157,7 +157,7 @@ def tall(texts: Iterable[str]) -> bool:
     return any(unicodedata.category(letter)[0] == "M" for text in texts for letter in text)
 
 
-def width_of(width: float | None) -> float | None:
+def as_width(width: float | None) -> float | None:
     """The width of a figure, checked.
 
     Args:
@@ -174,7 +174,7 @@ def width_of(width: float | None) -> float | None:
 # -- fonts -------------------------------------------------------------------------------------------------------------
 
 _NO_TEXT = ("Last Resort", "STIX", "DejaVu Math", "cm")
-"""Fonts of boxes and of formulas."""
+"""Beginnings of the names of fonts that are not for text: they draw boxes, or formulas."""
 
 
 @cache

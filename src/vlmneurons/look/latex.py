@@ -1,7 +1,8 @@
-"""Tables in LaTeX, as wide as a column of a two-column paper: what does not fit beside stands below.
+"""Tables in LaTeX that are no wider than a column of a two-column paper.
 
-An interval stands below its number, columns that have no room go into a further block of the same rows, and rows that
-have none into a further float. The widths are estimated from above, for Computer Modern and narrower fonts.
+An interval is set below its number. Columns that do not fit beside each other go into a further block with the same
+rows, and rows that do not fit on a page go into a further float. Widths are estimated generously, so that they hold for
+Computer Modern and every narrower font.
 """
 
 import math
@@ -13,13 +14,13 @@ import pandas as pd
 from vlmneurons.look.numbers import in_table
 
 _COLUMN, _LETTERS, _SMALL, _GAP = 238.0, 8.0, 6.4, 4.0
-r"""Points: of 3.3 inches, of ``\footnotesize``, of ``\tiny`` (whose letters are wide), and between columns."""
+r"""Points: a column of 3.3 inches, ``\footnotesize``, ``\tiny`` (whose letters are wide), a gap between columns."""
 
 _WIDTHS = {**dict.fromkeys("fijlrt.,:;!'|[]() -", 0.41), **dict.fromkeys("mwMW%@&−<>–…", 0.9)}
-"""Of letters, in units of their size, where it is not that of most."""
+"""Widths of the letters that are narrower or wider than most, in units of the font size."""
 
 _LABEL, _LINES = 92.0, 60
-"""Points of a text that is set in several lines, and lines of a float."""
+"""How wide a text is set in several lines, in points, and how many lines fit into a float."""
 
 _ESCAPED = {
     "\\": r"\textbackslash{}",
@@ -89,7 +90,7 @@ def latex(table: pd.DataFrame, caption: str = "", label: str = "", turned: bool 
 
 
 class _Column:
-    """A column as it is set: its texts, their width in points, and in how many lines they stand."""
+    """A column as it is set: its texts, their width in points, and how many lines a cell takes."""
 
     def __init__(self, name: str, values: pd.Series, first: bool, most: float, turned: bool) -> None:
         self.name, self.cells = name, [in_table(value) for value in values]
@@ -111,7 +112,7 @@ class _Column:
         self.lines = math.ceil(within) if self.boxed else 2 if several else 1
 
     def set_head(self, line: int) -> str:
-        """One line of the column's name; all of it, upwards, where it is turned."""
+        """One line of the column's name; where names are turned, all of it in one line that runs upwards."""
         if line >= len(self.head):
             return ""
         return rf"\rotatebox{{90}}{{{_escaped(self.name)}}}" if self.turned else self.set(self.head[line])
@@ -176,7 +177,7 @@ def _broken(text: str) -> str:
 
 
 def _needs(text: str, turned: bool) -> str:
-    """What a document that holds the table needs."""
+    """A comment that says which packages and which fonts a document needs for the table."""
     rare = sorted({letter for letter in text if ord(letter) >= 0x180 and not letter.isspace()} - _ESCAPED.keys())
     needs = rf"% \usepackage{{booktabs{',graphicx' if turned else ''}}} and \usepackage[T1]{{fontenc}}"
     if rare:

@@ -1,4 +1,4 @@
-"""What one neuron fires at: the questions of each group at which it is highest, token by token and patch by patch.
+"""What a neuron fires at: the questions of each group at which it is highest, token by token and patch by patch.
 
 `inspect_neuron` runs the questions, and keeps, for the best of each group, the neuron's value at every token. Image
 tokens are laid back onto the picture where it is known which patch each of them stands for: for LLaVA-NeXT by sending

@@ -2,7 +2,7 @@
 
 The column is taken through what the model itself does with it: a norm that the block puts behind its MLP, the final
 norm, the unembedding, and what comes after it (soft-capping, a scale). Which modules these are is watched in one
-forward of a short question, by the values that go from one to the next, and not told by their names.
+forward of a short question: the values that one module gives and the next receives show it, not the modules' names.
 """
 
 from collections.abc import Callable
@@ -183,14 +183,14 @@ class _Path:
 
 
 def _part_of(mlp: MLP, tower: Tower) -> str:
-    """The path of the part of its block that an MLP is, or lies in."""
+    """The path of the child of its block that is an MLP, or contains it."""
     block = tower.layer_paths[mlp.layer]
     inner = mlp.path.removeprefix(block).lstrip(".").split(".")[0]
     return f"{block}.{inner}" if inner else block
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether all that a module has is one weight, or weight and bias, for each feature."""
+    """Whether a module has no child, and only vectors as weights, as norms do."""
     tensors = [*module.parameters(), *module.buffers()]
     return not [*module.children()] and bool(tensors) and all(tensor.ndim == 1 for tensor in tensors)
 
@@ -230,23 +230,23 @@ def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> d
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are one, whatever the shape it was given."""
+    """Whether two values are equal, whatever their shapes."""
     tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
     return tensors and a.numel() == b.numel() and torch.equal(a.flatten(), b.to(a.device, a.dtype).flatten())
 
 
 def _in_single(module: nn.Module, values: Tensor) -> Tensor:
-    """What a norm makes of values, in single precision."""
+    """The output of a norm, computed in single precision."""
     weights = {name: value.float() for name, value in [*module.named_parameters(), *module.named_buffers()]}
     device = next(iter(weights.values())).device
     return functional_call(module, weights, (values.to(device),))
 
 
 def _finish(model: VLM, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """What a model makes of the unembedding's output: what its configuration names, where it is what was seen.
+    """What a model does to the unembedding's output: the step in its configuration that gives the logits seen.
 
     Raises:
-        ArchitectureError: it is none of what is known.
+        ArchitectureError: no known step gives them.
     """
     config = model.hf.config.get_text_config()
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling")

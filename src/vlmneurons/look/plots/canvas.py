@@ -1,4 +1,4 @@
-"""What the figures have in common: axes that make room for their words, points with intervals, and names of values."""
+"""What figures of one panel have in common: room for their names, points with intervals, and what values are called."""
 
 import math
 import textwrap
@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties
 
 from vlmneurons.checks import Keywords, check_kind
 from vlmneurons.errors import MismatchError
-from vlmneurons.look.figures import BLUE, GREEN, ORANGE, PURPLE, PrintFigure, ems, shortened, width_of, with_fonts
+from vlmneurons.look.figures import BLUE, GREEN, ORANGE, PURPLE, PrintFigure, as_width, ems, shortened, with_fonts
 from vlmneurons.look.numbers import with_minus
 
 VALUES = {
@@ -33,11 +33,12 @@ VALUES = {
     "n": ("Questions", 1.0, "neutral"),
     "neurons": ("Neurons of the mask", 1.0, "neutral"),
 }
-"""What a column of the table is called, its unit, and what it means; anything else is a signed effect."""
+"""What a column of the table is called, what it is multiplied by, and which colours it has; others are effects."""
 
 
-def drawn_into(ax: Axes | None, width: float | None, panels: int) -> None:
-    width_of(width)
+def check_axes(ax: Axes | None, width: float | None, panels: int) -> None:
+    """Refuse axes for several panels, or with a width, and a width that is too narrow."""
+    as_width(width)
     if ax is not None:
         check_kind("ax", ax, Axes, MismatchError, "axes of a matplotlib figure")
         if width is not None:
@@ -47,24 +48,25 @@ def drawn_into(ax: Axes | None, width: float | None, panels: int) -> None:
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The whole figure that axes are in, also where they are in a part of it."""
+    """The figure that axes belong to, also where they belong to a subfigure."""
     figure = ax.figure
     while not isinstance(figure, Figure):
         figure = figure.figure
     return figure
 
 
-def rc_size() -> float:
+def label_size() -> float:
+    """The font size, in points, of labels in a figure whose width is not given: matplotlib's setting."""
     return float(FontProperties(size=rcParams["xtick.labelsize"]).get_size_in_points())
 
 
 def size_for(groups: int) -> float:
-    """Points of the text of a figure whose width is given."""
+    """The font size, in points, of a figure whose width is given."""
     return 8.0 if groups <= 8 else 7.0 if groups <= 16 else 6.0
 
 
 def plain_names(names: Any) -> list[str]:
-    """Names as they are, long ones cut: a dollar sign would begin a formula, 300 letters leave no room for axes."""
+    """Names as matplotlib may draw them: cut at 40 letters, with dollar signs that begin no formula."""
     cut = (f"{name[:39]}…" if len(name) > 40 else name for name in map(str, names))
     return [name.replace("$", r"\$") for name in cut]
 
@@ -92,9 +94,9 @@ class Canvas:
             lines: rows with a label, for figures as high as their rows.
             usual: where no width is given, inches across, and for a row, or down.
         """
-        drawn_into(ax, width, 1)
+        check_axes(ax, width, 1)
         self.given, self.width = ax is not None, width
-        self.size = size_for(lines) if width else rc_size()
+        self.size = size_for(lines) if width else label_size()
         self.points = 72 * (width or usual[0])
         if ax is not None:
             self.figure, self.axis = figure_of(ax), ax
@@ -128,7 +130,7 @@ class Canvas:
         self.axis.set_ylim(number - 0.5, -0.5)
 
     def settings(self, at: np.ndarray, log: bool) -> None:
-        """Label places along the axis, on a log scale where that is wanted and can be."""
+        """Label settings along the axis; on a log scale where that is wanted, and all of them are above 0."""
         log = log and len(at) > 1 and float(at.min()) > 0
         if log:
             self.axis.set_xscale("log")
@@ -165,12 +167,12 @@ class Canvas:
 
 
 def _wrapped(text: str, points: float, size: float) -> str:
-    """A text in lines that are no longer than so many points."""
+    """A text broken into lines of at most so many points."""
     return "\n".join(textwrap.wrap(text, max(12, int(points / (0.6 * size)))))
 
 
 def spaced(at: Any, labels: Sequence[str], points: float, size: float) -> list[str]:
-    """Labels of places along an axis, without those that would run into their neighbour."""
+    """Labels of places along an axis; one that would run into its neighbour is left empty."""
     reach = (max(at) - min(at)) or 1.0
     shown, end = [], -math.inf
     for place, label in zip(at, labels, strict=True):
@@ -213,7 +215,7 @@ def draw_frame(axis: Axes, grid: Any) -> None:
 
 
 def check_rows(table: pd.DataFrame, columns: Sequence[str], keys: Sequence[str], source: str) -> None:
-    """Make sure that a table is one that can be drawn: it has the columns, and one row for each of its keys."""
+    """Refuse a table that cannot be drawn: one without these columns, or with several rows for the same keys."""
     name = "summary" if source.endswith("summary") else "table"
     check_kind(name, table, pd.DataFrame, MismatchError, f"the table that {source} gives")
     if lacking := [name for name in columns if name not in table]:

@@ -14,7 +14,7 @@ from vlmneurons.checks import Keywords, as_number, check_choice, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import COLOURS, NOT_DRAWN, PrintFigure, ems, natural, ordered, shortened, tall, with_fonts
 from vlmneurons.look.numbers import in_matrix
-from vlmneurons.look.plots.canvas import VALUES, drawn_into, figure_of, plain_names, rc_size, size_for
+from vlmneurons.look.plots.canvas import VALUES, check_axes, figure_of, label_size, plain_names, size_for
 from vlmneurons.neurons.selection import Selection
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def plot_matrix(
         raise MismatchError("there is no selector to draw: the study has no masks, or selector is an empty list")
     if limit is not None and as_number("limit", limit, MismatchError) <= 0:
         raise MismatchError(f"limit {limit} is the value at which colours end, and above 0")
-    drawn_into(ax, width, len(names))
+    check_axes(ax, width, len(names))
     value = value or result.measure
     title, scale, meaning = VALUES.get(value, (value, 1.0, "effect"))
     matrices = _in_order(result, {name: result.matrix(name, value=value) * scale for name in names}, order)
@@ -185,11 +185,11 @@ def _panels(
         box = ax.get_position()
         figure = figure_of(ax)
         across, down = figure.get_size_inches() * (box.width, box.height)
-        return figure, [ax], _Room(rc_size(), min(across / n_columns, down / n_rows))
+        return figure, [ax], _Room(label_size(), min(across / n_columns, down / n_rows))
     same_rows = len({tuple(table.index) for table in tables}) == 1
     letters, side_bar = 10**6, True
     if width is None:
-        size, cell, across = rc_size(), 0.5 if n_columns <= 12 else 0.36, len(tables)
+        size, cell, across = label_size(), 0.5 if n_columns <= 12 else 0.36, len(tables)
         longest = 0.085 * max(map(len, labels))
         inches = (across * (cell * n_columns + 0.35) + longest + 1.6, cell * n_rows + longest + 1.3)
     else:
@@ -286,7 +286,7 @@ def plot_layers(
     towers = sorted({site.tower for site in selection.space.sites})
     if len(towers) > 1:
         raise MismatchError(f"layers are drawn for one tower; this selection spans {', '.join(towers)}")
-    drawn_into(ax, width, 1)
+    check_axes(ax, width, 1)
     layers = list(selection.space.layers)
     layer_of = selection.space.layer_of
     counted = {
@@ -296,7 +296,7 @@ def plot_layers(
     groups = ordered(list(counted), order, np.stack(list(counted.values())).astype(float))
     counts = np.stack([counted[group] for group in groups])
     labels = shortened(groups, 10**6 if not width else 12 if width < 5 else 24)
-    size = size_for(len(groups)) if width else rc_size()
+    size = size_for(len(groups)) if width else label_size()
     if ax is not None:
         figure, axis = figure_of(ax), ax
         inside = float(figure.get_size_inches()[0]) * ax.get_position().width
@@ -366,7 +366,7 @@ def plot_overlap(
     if not by_name:
         raise MismatchError("there is no selection to draw: selections is empty")
     check_choice("value", value, ("jaccard", "shared"), MismatchError)
-    drawn_into(ax, width, len(by_name))
+    check_axes(ax, width, len(by_name))
     tables = {str(name): _overlaps(selection, value) for name, selection in by_name.items()}
     first = next(iter(tables.values()))
     profiles = np.hstack([table.loc[first.index, first.index] for table in tables.values()])
