@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import vlmneurons as vn
@@ -414,10 +415,27 @@ def test_the_help_of_every_command_comes_without_loading_anything_heavy():
     assert done.stderr == ""
 
 
+def test_tables_are_printed_as_in_a_report_without_rounding_noise_and_with_small_p_as_such():
+    table = pd.DataFrame(
+        {
+            "selector": ["CAS", "MAD"],
+            "n": [128, 128],
+            "self_effect": [-0.4375, 4.13e-20],
+            "gap": [-2e-17, float("nan")],
+            "gap_p": [0.00002, 0.51234],
+        }
+    )
+    assert [line.split() for line in cli._as_text(table).splitlines()] == [
+        ["selector", "n", "self_effect", "gap", "gap_p"],
+        ["CAS", "128", "−0.438", "0.000", "<", "0.001"],
+        ["MAD", "128", "0.000", "–", "0.512"],
+    ]
+
+
 def test_neurons_are_by_default_not_tried_on_the_questions_that_they_are_found_on():
     given = {"share": 0.5, "seed": 0, "answer": None}
     sides = [inspect.signature(command).parameters["side"].default for command in (cli.record, cli.knockout)]
-    found_on, tried_on = ({item.id for item in cli._sided(some_questions(12), side, given)} for side in sides)
+    found_on, tried_on = ({item.id for item in cli._one_side(some_questions(12), side, given)} for side in sides)
     assert found_on
     assert tried_on
     assert not found_on & tried_on

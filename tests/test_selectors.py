@@ -1,6 +1,9 @@
 """Every selector against an independent version in NumPy or plain Python; budgets, ties, arithmetic, the contract."""
 
+import doctest
+import importlib
 import math
+import pkgutil
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import vlmneurons as vn
+from vlmneurons import selectors
 from vlmneurons.errors import GroupError, MismatchError, SelectionError, SiteError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
@@ -42,6 +46,12 @@ from vlmneurons.statistics.items import Item, ItemStatistics
 from vlmneurons.testing import ContractError, check_selector, selector_tables
 
 TABLES = selector_tables()
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(selectors.__path__)])
+def test_the_examples_in_docstrings_print_what_they_show(name):
+    module = importlib.import_module(f"vlmneurons.selectors.{name}")
+    assert doctest.testmod(module).failed == 0
 
 
 def random_stats(seed, neurons=60, classes=None, ties=False):

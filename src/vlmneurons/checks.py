@@ -12,7 +12,7 @@ import operator
 import os
 from collections.abc import Iterable, KeysView, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlmneurons.errors import VLMNeuronsError
 
@@ -206,7 +206,12 @@ def is_missing(value: object) -> bool:
     return isinstance(value, numbers.Real) and bool(value != value)  # also a whole number too large for isnan
 
 
-def _is_number(value: object) -> bool:
+def is_share(value: object) -> bool:
+    """Whether a value is a number in (0, 1], the whole included."""
+    return _is_number(value) and 0 < value <= 1
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not _is_boolean(value)
 
 

@@ -1,18 +1,19 @@
 """The command line: ``vlmneurons study|record|select|knockout|join|report|compare|explore|check``, thin over functions.
 
-Made for batch systems: progress and log go to standard error, results to files and standard output. The exit status is
-0 if all is well, 1 for an error of the data, the model or the settings, and 2 for a command that is written wrongly;
-either is told in a line. What can be refused is refused before the model is loaded. A run that is told to end (SIGTERM,
-as SLURM sends it, or ctrl-C) says so and gives 143 or 130; its folder can be gone on with.
+It is made for batch systems: progress and log go to standard error, results to files and standard output. The exit
+status is 0 if all is well, 1 for an error of the data, the model or the settings, and 2 for a command that is written
+wrongly; either error is one line. What can be refused is refused before the model is loaded. A run that is stopped
+(SIGTERM, as SLURM sends it, or ctrl-C) says so and gives 143 or 130; the same command goes on with its folder.
 
-A new command is one function, named in the last lines: its parameters are the options, its docstring is the help. What
-takes seconds to import is imported within the functions, so that help and refusals come at once.
+A new command is one function with the decorator ``@_command()``: its parameters are the options, its docstring is the
+help. What takes seconds to import is imported within the functions, so that help and refusals come at once.
 """
 
 import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ from vlmneurons.files.atomic import write_json
 from vlmneurons.questions.cvqa import LANGUAGES
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
 log = logging.getLogger(__name__)
@@ -50,21 +52,31 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command, and give the exit status.
+
+    Args:
+        arguments: the words after the program's name; by default those that the process was started with.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     try:
-        return command.main(_joined(given), prog_name="vlmneurons", standalone_mode=False) or 0
+        return command.main(_joined(arguments), prog_name="vlmneurons", standalone_mode=False) or 0
     except typer.TyperException as error:
-        known = [name for name in given if name in _COMMANDS][:1]
-        usage = f" (vlmneurons {' '.join([*known, '--help'])} lists what there is)" if given else ""
-        told = re.sub(r" \(Possible options: (.+)\)$", r" Did you mean \1?", error.format_message())
-        sys.stderr.write(f"{'error: ' if given else ''}{told}{usage}\n")
+        if not arguments:  # no error: the message is the help
+            sys.stderr.write(f"{error.format_message()}\n")
+            return error.exit_code
+        names = {registered.name for registered in app.registered_commands}
+        usage = " ".join(["vlmneurons", *[word for word in arguments if word in names][:1], "--help"])
+        message = re.sub(r" \(Possible options: (.+)\)$", r" Did you mean \1?", error.format_message())
+        sys.stderr.write(f"error: {message} ({usage} lists what there is)\n")
         return error.exit_code
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Do some work, and give the exit status of a program that did it: what went wrong is told in one line.
+    """Do some work, and give the exit status of a program that did it; an error is written in one line.
+
+    Args:
+        work: a function without arguments; a whole number that it returns is the exit status.
 
     Example:
         ``raise SystemExit(exit_status(main))`` at the end of a script that a batch system runs.
@@ -101,42 +113,58 @@ def open_model(
         return vn.load_demo(name.partition(":")[2] or "natural")[0]
     import torch
 
-    how: Keywords = {"dtype": dtype or "auto", **vllm}
-    if vllm:
-        pass  # it finds its own GPUs
-    elif device_map is not None:
-        how["device_map"] = device_map
-    elif torch.cuda.is_available():
-        how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))} if _processes() > 1 else "auto"
-    return _loaded(name, lambda: vn.VLM.from_pretrained(name, revision=revision, **how))
+    options: Keywords = {"dtype": dtype or "auto", **vllm}
+    if device_map is not None:
+        options["device_map"] = device_map
+    elif torch.cuda.is_available() and not vllm:  # vLLM finds its own GPUs
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))} if _processes() > 1 else "auto"
+    return _loaded(name, lambda: vn.VLM.from_pretrained(name, revision=revision, **options))
 
 
-def open_questions(source: str, **how: Any) -> "vn.QuestionSet":
+def open_questions(
+    source: str,
+    *,
+    language: str = "english",
+    revision: str | None = None,
+    group_by: str | None = "country",
+    min_items: int = 1,
+    per_group: int | None = None,
+    seed: int = 0,
+    on_error: str = "raise",
+) -> "vn.QuestionSet":
     """Questions by where they are: the demo's, a folder with a table (`QuestionSet.from_folder`), or `load_cvqa`.
 
     Args:
         source: ``"demo"``; a folder that holds a ``.csv``, ``.tsv`` or ``.jsonl`` table; or what `load_cvqa` takes.
-        **how: further arguments of `load_cvqa`; those that choose groups are applied to the other sources as well.
+        language: of CVQA's questions; other sources have one.
+        revision: of CVQA on the Hub; other sources have none.
+        group_by: the column that groups the questions; None or ``"country"`` for the usual groups.
+        min_items: leave out groups with fewer questions.
+        per_group: take so many questions of every group; None for all.
+        seed: of that choice.
+        on_error: what to do with a row of CVQA that is no question: ``"raise"`` or ``"skip"``.
 
     Raises:
         QuestionError: there are no such questions, or they have no such language or revision.
     """
-    table = os.path.isdir(source) and any(path.suffix in (".csv", ".tsv", ".jsonl") for path in Path(source).iterdir())
-    if not (table or _is_demo(source)):
+    in_folder = os.path.isdir(source) and any(
+        path.suffix in (".csv", ".tsv", ".jsonl") for path in Path(source).iterdir()
+    )
+    if not (in_folder or _is_demo(source)):
         if _is_path(source) and not os.path.exists(source):
             raise QuestionError(f"--data {source}: there is no such file or folder")
-        return vn.load_cvqa(source, **how)
-    if how.get("language", "english") != "english" or how.get("revision") is not None:
+        choice: Keywords = {"min_items": min_items, "per_group": per_group, "seed": seed, "on_error": on_error}
+        return vn.load_cvqa(source, language=language, group_by=group_by or "country", revision=revision, **choice)
+    if language != "english" or revision is not None:
         raise QuestionError(f"--data {source} is not CVQA: it has one language and no revision")
-    if table:
+    if in_folder:
         questions = vn.QuestionSet.from_folder(source)
     else:
         questions = vn.load_demo(source.partition(":")[2] or "natural")[1]
-    if how.get("group_by") not in (None, "country", "group"):
-        questions = questions.group_by(how["group_by"])
-    questions = questions.at_least(how.get("min_items", 1))
-    per_group = how.get("per_group")
-    return questions if per_group is None else questions.balanced(per_group, seed=how.get("seed", 0))
+    if group_by not in (None, "country", "group"):
+        questions = questions.group_by(group_by)
+    questions = questions.at_least(min_items)
+    return questions if per_group is None else questions.balanced(per_group, seed=seed)
 
 
 def _is_demo(name: str) -> bool:
@@ -144,17 +172,16 @@ def _is_demo(name: str) -> bool:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name can be meant as a path only: those of the Hub have one slash at most and no dot before it."""
+    """Whether a name can only be a path: names on the Hub have one slash at most, and do not begin with a dot."""
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
 def _check_model(name: str, *, revision: str | None, dtype: str | None, device_map: str | None) -> None:
-    """Refuse what can be known without loading anything large."""
+    """Refuse a model that cannot be loaded so, as far as that can be told without loading anything large."""
     if _is_demo(name):
-        given = {"--revision": revision, "--dtype": dtype, "--device-map": device_map}
-        unused = [option for option, value in given.items() if value is not None]
-        if unused:
-            raise ArchitectureError(f"{name} is on the CPU, in float32, and has no revision: leave out {unused[0]}")
+        for option, value in (("--revision", revision), ("--dtype", dtype), ("--device-map", device_map)):
+            if value is not None:
+                raise ArchitectureError(f"{name} is on the CPU, in float32, and has no revision: leave out {option}")
     if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ArchitectureError(f"--model {name} exists, but is no folder with a config.json, as save_pretrained makes")
     if _is_path(name) and not os.path.exists(name):
@@ -162,13 +189,13 @@ def _check_model(name: str, *, revision: str | None, dtype: str | None, device_m
     if dtype not in (None, "auto"):
         import torch
 
-        kinds = [kind for kind, value in vars(torch).items() if getattr(value, "is_floating_point", False) is True]
-        if dtype not in kinds:
-            raise ArchitectureError(f"--dtype {dtype!r} does not exist{_meant(dtype, kinds)}")
+        dtypes = [name for name, value in vars(torch).items() if getattr(value, "is_floating_point", False) is True]
+        if dtype not in dtypes:
+            raise ArchitectureError(f"--dtype {dtype!r} does not exist{_did_you_mean(dtype, dtypes)}")
 
 
 def _loaded(name: str, load: Callable[[], T]) -> T:
-    """What transformers loads, or one line on why it does not: anything from a missing file to a missing package."""
+    """What transformers loads; its errors, from a missing file to a missing package, become one of the library's."""
     try:
         return load()
     except VLMNeuronsError:
@@ -178,54 +205,59 @@ def _loaded(name: str, load: Callable[[], T]) -> T:
 
 
 def _processes() -> int:
+    """How many processes share the work, as ``torchrun`` says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-# -- values of options -------------------------------------------------------------------------------------------------
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
-def _meant(given: str, names: Iterable[str]) -> str:
-    """The end of a message: which of the names is like what was given."""
-    like = nearest_name(given, names)
-    return f"; did you mean {like}?" if like else ""
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about a misspelt name."""
+    nearest = nearest_name(name, names)
+    return f"; did you mean {nearest}?" if nearest else ""
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
-    """A value out of several."""
+    """The parser of an option that has one of these names as its value."""
 
-    def read(text: str) -> str:
+    def parse(text: str) -> str:
         if text not in names:
-            raise typer.BadParameter(f"{text!r} is none of {', '.join(names)}{_meant(text, names)}")
+            raise typer.BadParameter(f"{text!r} is none of {', '.join(names)}{_did_you_mean(text, names)}")
         return text
 
-    return read
+    return parse
 
 
-def _several(read: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
-    """Values with spaces or commas between them, as many as there are: ``--fractions 0.1 0.2``."""
+def _several(parse_value: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
+    """The parser of an option that has any number of values, with spaces or commas between them."""
 
-    def split(text: str) -> tuple[object, ...]:
+    def parse(text: str) -> tuple[object, ...]:
         try:
-            return tuple(read(one) for one in re.split(r"[\s,]+", text) if one)
+            return tuple(parse_value(part) for part in re.split(r"[\s,]+", text) if part)
         except ValueError as error:
             raise typer.BadParameter(f"{error} (a list of numbers, such as 1 2)") from error
 
-    return split
+    return parse
 
 
-def _option(read: Callable[[str], object], shown: str, help: str) -> object:
-    return typer.Option(parser=read, metavar=shown, help=help)
+def _option(parse: Callable[[str], object], shown: str, help: str) -> object:
+    return typer.Option(parser=parse, metavar=shown, help=help)
 
 
 def _choice(*names: str, help: str) -> object:
     return _option(_one_of(*names), "|".join(names), help)
 
 
-def _list(read: Callable[[str], object], shown: str, help: str) -> object:
-    return _option(_several(read), f"[{shown} …]", help)
+def _list(parse_value: Callable[[str], object], shown: str, help: str) -> object:
+    return _option(_several(parse_value), f"[{shown} …]", help)
 
 
-def _where(text: str) -> bool | str:
+def _remote(text: str) -> bool | str:
     """Where a model runs: ``--remote`` alone is nnsight's own host."""
     return text or True
 
@@ -235,46 +267,45 @@ _MANY = ("--selectors", "--fractions", "--alphas", "--sizes", "--conditions", "-
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """The arguments, the values of such options put into one: ``--sizes 1 2`` is ``--sizes=1 2`` to the parser."""
-    found: list[str] = []
-    many = ""
-    for one in arguments:
-        if many and not re.match(r"-(?![\d.])", one):
-            if many == "--selection":  # whose values are files, with spaces perhaps
-                found += ["--selection", one] if found[-1] != "--selection" else [one]
-                continue
-            found[-1] += f" {one}" if found[-1][-1] != "=" else one
-            continue
-        many = one if one in (*_MANY, "--selection") else ""
-        found.append(f"{one}=" if one in _MANY else one)
-    return found
+    """The arguments as typer takes them, which knows options of one value only.
+
+    ``--sizes 1 2`` becomes ``--sizes=1 2``, for `_several` to split, and ``--selection A=a B=b``, whose files may have
+    spaces in their names, ``--selection A=a --selection B=b``.
+    """
+    joined: list[str] = []
+    option = ""  # whose values come next
+    for argument in arguments:
+        if not option or re.match(r"-(?![\d.])", argument):  # another option, and no number below zero
+            option = argument if argument in (*_MANY, "--selection") else ""
+            joined.append(f"{argument}=" if argument in _MANY else argument)
+        elif option == "--selection":
+            joined += [argument] if joined[-1] == option else [option, argument]
+        else:
+            joined[-1] += argument if joined[-1].endswith("=") else f" {argument}"
+    return joined
 
 
-# -- the commands ------------------------------------------------------------------------------------------------------
-
-_COMMANDS: list[str] = []
-
-
-def _command(work: Callable[..., object], *shared: Callable[..., object]) -> Callable[..., object]:
+def _command(*shared: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Make a function a command of its name; its errors become one line and the exit status.
 
     Args:
-        work: its parameters are the options.
-        shared: functions whose parameters are options too, which the command takes as ``**given``.
+        shared: functions whose parameters are options of the command too, which it takes as keywords.
     """
-    parts = [inspect.signature(one).parameters.values() for one in (work, *shared)]
-    options = [one for part in parts for one in part if one.kind != one.VAR_KEYWORD]
 
-    @functools.wraps(work)
-    def run(**given: object) -> None:
-        raise typer.Exit(exit_status(lambda: work(**given)))
+    def register(work: Callable[..., T]) -> Callable[..., T]:
+        every = [each for source in (work, *shared) for each in inspect.signature(source).parameters.values()]
+        parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in every if each.kind != each.VAR_KEYWORD]
 
-    keywords = [one.replace(kind=one.KEYWORD_ONLY) for one in options]
-    vars(run)["__signature__"] = inspect.Signature(keywords)
-    run.__annotations__ = {one.name: one.annotation for one in options}
-    _COMMANDS.append(work.__name__)
-    app.command(work.__name__)(run)
-    return work
+        @functools.wraps(work)
+        def run(**options: object) -> None:
+            raise typer.Exit(exit_status(lambda: work(**options)))
+
+        vars(run)["__signature__"] = inspect.Signature(parameters)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command(work.__name__)(run)
+        return work
+
+    return register
 
 
 def _version(asked: bool) -> bool:
@@ -293,7 +324,7 @@ def _start(
 ) -> None:
     level = logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what fails there is raised, and told in our words
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what fails there is raised here
     for name in ("matplotlib", "PIL", "httpx", "urllib3", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -301,8 +332,6 @@ def _start(
 _Revision = Annotated[str | None, typer.Option(help="of the model")]
 _Dtype = Annotated[str | None, typer.Option(help="of the weights (default: as they are stored)")]
 _Device = Annotated[str | None, typer.Option(help="where the weights go (default: the GPUs, if there are any)")]
-
-
 _Tokens = Annotated[str, _choice(*TOKENS, help="which tokens count")]
 _Side = Annotated[str, _choice("all", "identify", "evaluate", help="which side of the split is asked")]
 _Images = Annotated[str, _choice("thumbnails", "none", help="none: of pictures that may not be shared")]
@@ -322,7 +351,7 @@ def _asking(
     revision: _Revision = None,
     dtype: _Dtype = None,
     device_map: _Device = None,
-    remote: Annotated[Any, _option(_where, "[URL|local]", "run it elsewhere by nnsight; local: a simulation")] = None,
+    remote: Annotated[Any, _option(_remote, "[URL|local]", "run it elsewhere by nnsight; local: a simulation")] = None,
     engine: Annotated[str, _choice("transformers", "vllm", help="what runs the model; vllm: all GPUs at once")] = (
         "transformers"
     ),
@@ -337,22 +366,39 @@ def _asking(
     """The options of every command that asks a model questions."""
 
 
-_COMMAND = "command.json"
-"""In a study's folder: the options that say what was asked of what."""
-
-
-_ELSEWHERE = {"remote", "engine", "tensor_parallel_size", "max_model_len"}
-"""Options that say where a model runs: pages of neurons are made of one that runs here."""
-
-
-def _asking_again(**given: object) -> None:
+def _asking_again(**options: object) -> None:
     """The options of a command about a study that ran: none has to be given, for the study's own hold."""
 
 
-_kept = [one for one in inspect.signature(_asking).parameters.values() if one.name not in ("out", "quiet", "share")]
-vars(_asking_again)["__signature__"] = inspect.Signature([one.replace(default=None) for one in _kept])
+_kept = [each for each in inspect.signature(_asking).parameters.values() if each.name not in ("out", "quiet", "share")]
+vars(_asking_again)["__signature__"] = inspect.Signature([each.replace(default=None) for each in _kept])
+
+_COMMAND = "command.json"
+"""In a study's folder: the options that say what was asked of which model."""
+
+_PLACES = {"remote", "engine", "tensor_parallel_size", "max_model_len"}
+"""Options that say where a model runs, which a study's folder does not keep: an explorer needs one that runs here."""
 
 
+def _write_command(folder: Path, options: Keywords) -> None:
+    """Keep in a study's folder what was asked of which model, for `report` and `explore`."""
+    names = {*inspect.signature(_asking_again).parameters, "general", "general_by"} - _PLACES
+    kept = {name: options[name] for name in names}
+    for name in ("model", "data", "general"):  # so that a path is found from another working folder too
+        kept[name] = os.path.abspath(kept[name]) if os.path.exists(kept[name] or "") else kept[name]
+    write_json(folder / _COMMAND, kept, indent=1)
+
+
+def _read_command(folder: Path) -> Keywords:
+    """The options that `_write_command` kept; none where it did not."""
+    path = folder / _COMMAND
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+@_command(_asking)
 def study(
     general: Annotated[str | None, typer.Option(help="questions that measure general ability, as for --data")] = None,
     general_by: Annotated[str | None, typer.Option(help="column that groups them")] = None,
@@ -370,82 +416,82 @@ def study(
     on_error: Annotated[str | None, _choice("raise", "skip", help="on a question that cannot be asked")] = None,
     tokens: _Tokens = "content",
     images: _Images = "thumbnails",
-    **given: Any,
+    **options: Any,
 ) -> None:
     """The whole study: record, select, switch off, report."""
-    given |= locals()
-    settings = {field.name: given[field.name] for field in dataclasses.fields(vn.Protocol)}
+    options |= locals()
+    settings = {field.name: options[field.name] for field in dataclasses.fields(vn.Protocol)}
     protocol = vn.Protocol(**{name: value for name, value in settings.items() if value is not None})
     if general_by is not None and general is None:
         raise QuestionError("--general-by groups the questions of --general, which is not given")
-    questions, load = _opened(given)
+    questions, load = _opened(options)
     further = None if general is None else open_questions(general, group_by=general_by)
     identify, _ = questions.split(protocol.share, seed=protocol.seed)
     thin = [f"{group} ({n})" for group, n in identify.counts().items() if n < protocol.minimum]
     if thin:  # run_study looks again, but by then the model is loaded
         few = ", ".join(thin)
         raise QuestionError(f"at least {protocol.minimum} questions a group identify neurons; fewer in {few}")
-    out = given["out"]
+    out = options["out"]
     out.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_first_process():
         handler = logging.FileHandler(out / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
         logging.getLogger("vlmneurons").addHandler(handler)
     model = load()
     log.info("%s on %s", model.name, questions)
-    how = {"distributed": _processes() > 1, "progress": not given["quiet"], "remote": given["remote"] or False}
-    how["images"] = images == "thumbnails"
-    done = vn.run_study(model, questions, out, protocol, general=further, **how)
-    if int(os.environ.get("RANK", "0")) == 0:
-        asked = {*inspect.signature(_asking_again).parameters, "general", "general_by"} - _ELSEWHERE
-        kept = {name: given[name] for name in asked}
-        for name in ("model", "data", "general"):  # a path is found from another folder too
-            kept[name] = os.path.abspath(kept[name]) if os.path.exists(kept[name] or "") else kept[name]
-        write_json(out / _COMMAND, kept, indent=1)
+    run = {"distributed": _processes() > 1, "progress": not options["quiet"], "remote": options["remote"] or False}
+    done = vn.run_study(model, questions, out, protocol, general=further, images=images == "thumbnails", **run)
+    if _is_first_process():
+        _write_command(out, options)
     if done.page is not None:
         summary = done.knockout.summary()
-        shown = ["selector", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p", "flips"]
-        sys.stdout.write(summary.loc[summary["group"] == "all", shown].to_string(index=False) + f"\n{done.page}\n")
+        columns = ["selector", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p", "flips"]
+        sys.stdout.write(f"{_as_text(summary.loc[summary['group'] == 'all', columns])}\n{done.page}\n")
 
 
-def record(tokens: _Tokens = "content", side: _Side = "identify", part: _Part = None, **given: Any) -> None:
+@_command(_asking)
+def record(tokens: _Tokens = "content", side: _Side = "identify", part: _Part = None, **options: Any) -> None:
     """Count how often neurons fire, question by question."""
-    vn.Protocol(tokens=tokens, batch_size=given["batch_size"], share=given["share"], seed=given["seed"])
-    how = _checked(given, part)
-    questions, load = _opened(given)
-    items = vn.record_items(load(), _sided(questions, side, given), given["out"], tokens=tokens, **how)
+    vn.Protocol(tokens=tokens, batch_size=options["batch_size"], share=options["share"], seed=options["seed"])
+    asking = _asking_options(options, part)
+    questions, load = _opened(options)
+    items = vn.record_items(load(), _one_side(questions, side, options), options["out"], tokens=tokens, **asking)
     sys.stdout.write(f"{items!r}\n")
 
 
+@_command(_asking)
 def knockout(
     selection: Annotated[list[str], typer.Option(metavar="NAME=FILE …", help="what is switched off (of `select`)")],
     others: _Others = None,
     side: _Side = "evaluate",
     part: _Part = None,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Ask questions with the model as it is and with each selection's neurons switched off."""
     from vlmneurons.study.design import crossing
     from vlmneurons.study.masks import listed_masks
 
-    vn.Protocol(batch_size=given["batch_size"], share=given["share"], seed=given["seed"])
-    how = _checked(given, part) | {"others": others, "seed": given["seed"]}
+    vn.Protocol(batch_size=options["batch_size"], share=options["share"], seed=options["seed"])
+    asking = _asking_options(options, part) | {"others": others, "seed": options["seed"]}
     masks: dict[str, vn.Selection] = {}
-    for one in selection:
-        name, equals, file = one.partition("=")
+    for pair in selection:
+        name, equals, file = pair.partition("=")
         if not (name and equals and file) or name in masks:
             wrong = f"{name!r} is there twice" if name in masks else "no name and file"
-            raise FileFormatError(f"--selection {one}: {wrong}; give NAME=FILE, such as CAS=cas.safetensors, each once")
+            raise FileFormatError(
+                f"--selection {pair}: {wrong}; give NAME=FILE, such as CAS=cas.safetensors, each once"
+            )
         masks[name] = vn.Selection.load(file)
-    questions, load = _opened(given)
-    questions = _sided(questions, side, given)
+    questions, load = _opened(options)
+    questions = _one_side(questions, side, options)
     zero = vn.Intervention(vn.NeuronSet.empty(next(iter(masks.values())).space), "zero")
     listed = listed_masks(masks, questions.groups, zero)  # the call below looks again, but with the model loaded
-    crossing(questions, [mask for mask, _ in listed], others=others, seed=given["seed"])
-    result = vn.knockout(load(), questions, masks, folder=given["out"], **how)
+    crossing(questions, [mask for mask, _ in listed], others=others, seed=options["seed"])
+    result = vn.knockout(load(), questions, masks, folder=options["out"], **asking)
     sys.stdout.write(f"{result!r}\n")
 
 
+@_command()
 def join(
     out: Annotated[Path, typer.Argument(help="folder of the whole")],
     parts: Annotated[list[Path], typer.Argument(metavar="PART…", help="folders of all the parts")],
@@ -458,26 +504,7 @@ def join(
     sys.stdout.write(f"{kind.join(parts, out)!r}\n")
 
 
-def _checked(given: Keywords, part: str | None) -> Keywords:
-    """How questions are asked, if they can be."""
-    from vlmneurons.run.ask import Options
-
-    how = {"batch_size": given["batch_size"], "part": part, "distributed": _processes() > 1}
-    how |= {"progress": not given["quiet"], "remote": given["remote"] or False}
-    if part is not None:  # processes that share a run find each other only when the model is there
-        Options(**how)
-    return how
-
-
-def _sided(questions: "vn.QuestionSet", side: str, given: Keywords) -> "vn.QuestionSet":
-    """The questions of one side of the split, read as the command says."""
-    if side != "all":
-        whole, place = len(questions), ("identify", "evaluate").index(side)
-        questions = questions.split(given["share"], seed=given["seed"])[place]
-        log.info("%d of %d questions: the side to %s on; --side all takes all", len(questions), whole, side)
-    return questions if given["answer"] is None else questions.asked(answer=given["answer"])
-
-
+@_command()
 def select(
     items: Annotated[Path, typer.Option(help="folder that `record` wrote")],
     out: Annotated[Path, typer.Option(help="file of the selection (.safetensors)")],
@@ -498,6 +525,7 @@ def select(
     sys.stdout.write(f"{selection!r}\n")
 
 
+@_command()
 def report(
     run: Annotated[Path, typer.Option(help="folder of a study or of a knockout")],
     main: Annotated[str | None, typer.Option(help="the selector that per-group figures are of")] = None,
@@ -505,51 +533,22 @@ def report(
     images: _Images = "thumbnails",
 ) -> None:
     """Write a run's report again."""
-    import json
+    from vlmneurons.study.kept import kept_protocol, open_study
+    from vlmneurons.study.protocol import told_of
 
-    import pandas as pd
-
-    from vlmneurons.study.protocol import NULL, told_of
-
-    whole = run / "knockout" if (run / "knockout").is_dir() else run
-    result = vn.KnockoutResult.load(whole)
-    if "part" in result.provenance:
-        raise FileFormatError(f"{whole} is part {result.provenance['part']} of a run: `join` it with the others first")
-    others = {
-        name: vn.KnockoutResult.load(run / folder)
-        for name, folder in (("blind", "blind"), ("options only", "options-only"))
-        if (run / folder / "knockout.json").exists()
-    }
-    how: Keywords = {"others": others, "images": images == "thumbnails"}
-    paths = sorted((run / "selections").glob("*.safetensors"))
-    how["selections"] = {path.stem: vn.Selection.load(path) for path in paths}
-    null = run / "report" / "tables" / f"{NULL.replace(' ', '-')}.csv"
-    how["tables"] = {NULL: pd.read_csv(null, float_precision="round_trip")} if null.exists() else {}
-    if (run / "protocol.json").exists():
-        kept = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
-        settings: Keywords = {name: tuple(one) if isinstance(one, list) else one for name, one in kept.items()}
-        how["settings"], main = told_of(vn.Protocol(**settings)), main or settings["main"]
+    study, protocol = open_study(run), kept_protocol(run)
+    parts: Keywords = {"others": study.others, "selections": study.selections, "tables": study.tables}
+    if protocol is not None:
+        parts["settings"], main = told_of(protocol), main or protocol.main
     try:
-        how["questions"] = _asked_in(run)
+        parts["questions"] = _questions_of_study(run)
     except (VLMNeuronsError, OSError) as error:
         sys.stderr.write(f"the report shows no questions: {error}\n")
-    sys.stdout.write(f"{result.report(out or run / 'report', main=main, **how)}\n")
+    page = study.knockout.report(out or run / "report", main=main, images=images == "thumbnails", **parts)
+    sys.stdout.write(f"{page}\n")
 
 
-def _asked_in(run: Path) -> "vn.QuestionSet":
-    """The questions of a study, from where it had them."""
-    import json
-
-    if not (run / _COMMAND).exists():
-        raise QuestionError(f"{run} does not say what was asked, as studies of the command line do")
-    kept = json.loads((run / _COMMAND).read_text(encoding="utf-8"))
-    how = {name: kept[name] for name in ("language", "group_by", "min_items", "per_group", "seed")}
-    questions = open_questions(kept["data"], revision=kept["data_revision"], on_error="skip", **how)
-    if kept["general"] is None:
-        return questions
-    return questions + open_questions(kept["general"], group_by=kept["general_by"])
-
-
+@_command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN…", help="folders of studies or knockouts")],
     out: Annotated[Path, typer.Option(help="folder of the page")] = Path("out/compare"),
@@ -564,12 +563,11 @@ def compare(
     comparison = vn.compare(dict(zip(names, runs, strict=True)), value=value)
     for note in comparison.notes:
         sys.stderr.write(f"{note}\n")
-    table = comparison.table()[
-        ["selector", "model", "groups", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p"]
-    ]
-    sys.stdout.write(table.to_string(index=False) + f"\n{comparison.report(out, main=main)}\n")
+    columns = ["selector", "model", "groups", "n", "clean", "self_effect", "cross_effect", "gap", "gap_p"]
+    sys.stdout.write(f"{_as_text(comparison.table().loc[:, columns])}\n{comparison.report(out, main=main)}\n")
 
 
+@_command(_asking_again)
 def explore(
     run: Annotated[Path, typer.Argument(help="folder of a study; what it asked is asked again, unless options differ")],
     out: Annotated[Path | None, typer.Option(help="folder of the explorer (default: explorer/ in the study)")] = None,
@@ -578,55 +576,52 @@ def explore(
     strongest: Annotated[int, typer.Option(help="neurons of each group with pictures and words")] = 50,
     images: _Images = "thumbnails",
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Write a study's explorer: effects, changed answers, neurons, pictures and words, to click through."""
-    import json
-
     from vlmneurons.look.explorer import write_explorer
+    from vlmneurons.study.kept import kept_protocol, open_study
     from vlmneurons.study.protocol import SELECTORS as RULES
 
-    if given["remote"] is not None or given["engine"] not in (None, "transformers"):
-        elsewhere = "--engine vllm" if given["remote"] is None else "--remote"
+    if options["remote"] is not None or options["engine"] not in (None, "transformers"):
+        elsewhere = "--engine vllm" if options["remote"] is None else "--remote"
         raise ArchitectureError(f"{elsewhere}: values at every token do not come back; run the model here")
-    kept = json.loads((run / _COMMAND).read_text(encoding="utf-8")) if (run / _COMMAND).exists() else {}
-    usual = {name: one.default for name, one in inspect.signature(_asking).parameters.items()}
-    given |= {"general": general, "general_by": general_by}
-    given = dict.fromkeys(given) | usual | kept | {name: value for name, value in given.items() if value is not None}
-    if inspect.Parameter.empty in (given["model"], given["data"]):
+    options |= {"general": general, "general_by": general_by}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(_asking).parameters.items()}
+    changed = {name: value for name, value in options.items() if value is not None}
+    options = dict.fromkeys(options) | defaults | _read_command(run) | changed
+    if inspect.Parameter.empty in (options["model"], options["data"]):
         raise QuestionError(
             f"{run} does not say what was asked, as studies of the command line do: give --model and --data"
         )
-    result = vn.KnockoutResult.load(run / "knockout")
-    if "part" in result.provenance:
-        raise FileFormatError(f"{run} is part {result.provenance['part']} of a study: `join` it with the others first")
-    settings = json.loads((run / "protocol.json").read_text(encoding="utf-8"))["protocol"]
-    selectors = {name: RULES[name](settings["fraction"]) for name in settings["selectors"]}
-    selections = {name: vn.Selection.load(run / "selections" / f"{name}.safetensors") for name in selectors}
+    study, protocol = open_study(run), kept_protocol(run)
+    if protocol is None:
+        raise FileFormatError(f"{run} is no study's folder: it has no protocol.json")
+    selectors = {name: RULES[name](protocol.fraction) for name in protocol.selectors}
     items = vn.ItemStatistics.load(run / "items")
-    stats = items.group_by("group", condition="correct", balanced=True, seed=settings["seed"])
-    questions, load = _opened(given)
-    if given["general"] is not None:
-        questions = questions + open_questions(given["general"], group_by=given["general_by"])
-    answer = given["answer"] or settings["answer"]
+    questions, load = _opened(options)
+    if options["general"] is not None:
+        questions = questions + open_questions(options["general"], group_by=options["general_by"])
+    answer = options["answer"] or protocol.answer
     page = write_explorer(
-        result,
+        study.knockout,
         out or run / "explorer",
         questions if answer is None else questions.asked(answer=answer),
-        selections,
+        {name: study.selections[name] for name in selectors},
         model=load(),
-        stats=stats,
+        stats=items.group_by("group", condition="correct", balanced=True, seed=protocol.seed),
         items=items,
         selectors=selectors,
-        main=settings["main"],
+        main=protocol.main,
         strongest=strongest,
         images=images == "thumbnails",
-        batch_size=given["batch_size"],
+        batch_size=options["batch_size"],
         progress=not quiet,
     )
     sys.stdout.write(f"{page}\n")
 
 
+@_command()
 def check(
     name: Annotated[str, typer.Argument(help="a model on the Hub, a folder, or a model type such as qwen2_5_vl")],
     run: Annotated[bool, typer.Option("--run", help="load the weights and check the whole contract")] = False,
@@ -646,27 +641,31 @@ def check(
         raise typer.BadParameter("--dtype and --device-map are of the weights, which only --run loads")
     start = time.perf_counter()
     try:
-        how = {"dtype": dtype or "auto", "device_map": device_map}
-        model, processor = _loaded(name, lambda: _weighed(name, revision, **how) if run else _meta(name, revision))
+        placed = {"dtype": dtype or "auto", "device_map": device_map}
+        build = functools.partial(_with_weights, **placed) if run else _without_weights
+        model, processor = _loaded(name, lambda: build(name, revision))
     except ArchitectureError as error:
-        like = difflib.get_close_matches(re.sub(r"\W", "_", name).lower(), mapped_types(), n=1, cutoff=0.8)
-        hint = f"Is the model type {like[0]} meant? " if like and not os.path.isdir(name) else ""
+        nearest = difflib.get_close_matches(re.sub(r"\W", "_", name).lower(), mapped_types(), n=1, cutoff=0.8)
+        hint = f"Is the model type {nearest[0]} meant? " if nearest and not os.path.isdir(name) else ""
         sys.stderr.write(f"{str(error).replace('loaded. ', f'loaded. {hint}', 1)}\n")
         return 2
     built = time.perf_counter()
     try:
-        told = check_architecture(model, processor) if run else describe_architecture(model)
+        description = check_architecture(model, processor) if run else describe_architecture(model)
     except VLMNeuronsError as error:
         sys.stdout.write(f"{error}\n")
         return 1
     took = f"model built in {built - start:.1f} s, looked through in {time.perf_counter() - built:.1f} s"
     verdict = "The contract holds" if run else "Found without weights; --run checks the values"
-    sys.stdout.write(f"{told}\n{verdict} ({took}).\n")
+    sys.stdout.write(f"{description}\n{verdict} ({took}).\n")
     return 0
 
 
-def _meta(name: str, revision: str | None) -> "tuple[nn.Module, None]":
-    """The model without weights."""
+# -- what commands share -----------------------------------------------------------------------------------------------
+
+
+def _without_weights(name: str, revision: str | None) -> "tuple[nn.Module, None]":
+    """The model at full size, but without weights and processor."""
     from vlmneurons.testing.architectures import mapped_model, mapped_types
 
     if name in mapped_types() and not os.path.isdir(name):
@@ -679,7 +678,7 @@ def _meta(name: str, revision: str | None) -> "tuple[nn.Module, None]":
         return AutoModelForImageTextToText.from_config(config), None
 
 
-def _weighed(name: str, revision: str | None, **how: object) -> "tuple[nn.Module, Any]":
+def _with_weights(name: str, revision: str | None, **placed: object) -> "tuple[nn.Module, Any]":
     """The model with its weights, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -687,61 +686,91 @@ def _weighed(name: str, revision: str | None, **how: object) -> "tuple[nn.Module
 
     if name in mapped_types() and not os.path.isdir(name):
         raise ValueError("a model type has no weights; give a model on the Hub or a folder, or leave out --run")
-    model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, **how)
+    model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, **placed)
     return model.eval(), AutoProcessor.from_pretrained(name, revision=revision)
 
 
-def _opened(given: Keywords) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
-    """The questions of a command, and how to load its model, once all that is cheap to refuse was."""
-    name, revision = given["model"], given["revision"]
-    elsewhere = given["remote"] not in (None, "local")
-    how = {"revision": revision, "dtype": given["dtype"], "device_map": given["device_map"]}
-    if elsewhere and (given["dtype"], given["device_map"]) != (None, None):
+def _opened(options: Keywords) -> "tuple[vn.QuestionSet, Callable[[], vn.VLM]]":
+    """The questions of a command, and how to load its model, once all that is cheap to refuse is refused."""
+    name, revision = options["model"], options["revision"]
+    elsewhere = options["remote"] not in (None, "local")
+    placed = {"revision": revision, "dtype": options["dtype"], "device_map": options["device_map"]}
+    if elsewhere and (options["dtype"], options["device_map"]) != (None, None):
         raise ArchitectureError("--dtype and --device-map are for a model that is loaded here, not for --remote")
-    _check_model(name, **how)
-    vllm = _vllm_options(given)
-    questions = open_questions(
-        given["data"],
-        language=given["language"],
-        revision=given["data_revision"],
-        group_by=given["group_by"],
-        min_items=given["min_items"],
-        per_group=given["per_group"],
-        seed=given["seed"],
-        on_error=given.get("on_error") or "raise",
-    )
+    _check_model(name, **placed)
+    vllm = _vllm_options(options)
+    choice = {name: options[name] for name in _CHOICE}
+    on_error = options.get("on_error") or "raise"
+    questions = open_questions(options["data"], revision=options["data_revision"], on_error=on_error, **choice)
     if elsewhere:
         return questions, lambda: _loaded(name, lambda: vn.VLM.from_pretrained(name, revision=revision, weights=False))
-    return questions, lambda: open_model(name, **how, **vllm)
+    return questions, lambda: open_model(name, **placed, **vllm)
 
 
-def _vllm_options(given: Keywords) -> Keywords:
-    """What `open_model` is told of an engine that is not the model's own code; refuses what vLLM would not obey."""
-    told = {name: given[name] for name in ("tensor_parallel_size", "max_model_len") if given[name] is not None}
-    if given["engine"] != "vllm":
-        for name in told:
+_CHOICE = ("language", "group_by", "min_items", "per_group", "seed")
+"""Options that choose and group the questions of a source."""
+
+
+def _questions_of_study(run: Path) -> "vn.QuestionSet":
+    """The questions of a study, from where it had them."""
+    if not (kept := _read_command(run)):
+        raise QuestionError(f"{run} does not say what was asked, as studies of the command line do")
+    choice = {name: kept[name] for name in _CHOICE}
+    questions = open_questions(kept["data"], revision=kept["data_revision"], on_error="skip", **choice)
+    if kept["general"] is None:
+        return questions
+    return questions + open_questions(kept["general"], group_by=kept["general_by"])
+
+
+def _one_side(questions: "vn.QuestionSet", side: str, options: Keywords) -> "vn.QuestionSet":
+    """The questions of one side of the split, read as the command says."""
+    if side != "all":
+        total, place = len(questions), ("identify", "evaluate").index(side)
+        questions = questions.split(options["share"], seed=options["seed"])[place]
+        log.info("%d of %d questions: the side to %s on; --side all takes all", len(questions), total, side)
+    return questions if options["answer"] is None else questions.asked(answer=options["answer"])
+
+
+def _asking_options(options: Keywords, part: str | None) -> Keywords:
+    """The arguments of a function that asks questions; refuses those that do not fit together."""
+    from vlmneurons.run.ask import Options
+
+    asking = {"batch_size": options["batch_size"], "part": part, "distributed": _processes() > 1}
+    asking |= {"progress": not options["quiet"], "remote": options["remote"] or False}
+    if part is not None:  # processes that share a run find each other only when the model is there
+        Options(**asking)
+    return asking
+
+
+def _vllm_options(options: Keywords) -> Keywords:
+    """The arguments of `open_model` for vLLM, none for another engine; refuses options that vLLM would not obey."""
+    sizes = {name: options[name] for name in ("tensor_parallel_size", "max_model_len") if options[name] is not None}
+    if options["engine"] != "vllm":
+        for name in sizes:
             raise ArchitectureError(f"--{name.replace('_', '-')} is of --engine vllm, which is not given")
         return {}
     from vlmneurons.run.vllm.server import installed_version
 
-    if _is_demo(given["model"]):
-        raise ArchitectureError(f"{given['model']} is embedded and runs here: leave out --engine")
+    if _is_demo(options["model"]):
+        raise ArchitectureError(f"{options['model']} is embedded and runs here: leave out --engine")
     for name, why in {
         "device_map": "vLLM places the weights itself, on as many GPUs as --tensor-parallel-size says",
         "remote": "a model is held by one of the two",
     }.items():
-        if given[name] is not None:
+        if options[name] is not None:
             raise ArchitectureError(f"--{name.replace('_', '-')} with --engine vllm: {why}; leave one out")
     if _processes() > 1:
         raise ArchitectureError("--engine vllm starts its own processes: start one, without torchrun, or use --part")
-    for name, value in told.items():
-        as_whole(f"--{name.replace('_', '-')}", value, ArchitectureError, least=1)
+    for name, size in sizes.items():
+        as_whole(f"--{name.replace('_', '-')}", size, ArchitectureError, least=1)
     installed_version()
-    return {"engine": "vllm", **told}
+    return {"engine": "vllm", **sizes}
 
 
-for _work in (study, record, knockout):
-    _command(_work, _asking)
-_command(explore, _asking_again)
-for _work in (select, join, report, compare, check):
-    _command(_work)
+def _as_text(table: "pd.DataFrame") -> str:
+    """A table of effects as it is printed: numbers as in a report, where p below 0.001 and rounding noise read so."""
+    from vlmneurons.look.parts import printed, printed_p
+
+    numbers = table.select_dtypes("float").columns
+    shown = {name: printed_p if name.endswith("_p") else functools.partial(printed, digits=3) for name in numbers}
+    return table.to_string(index=False, formatters=shown, na_rep="–")

@@ -1,7 +1,8 @@
-"""Progress: a bar for one loop, or one bar over the steps of a study, which says how long all of it will still take.
+"""Progress: a bar for one loop, or one bar over the steps of a study, which says how long the whole will still take.
 
-The steps of a study differ a hundredfold in the cost of a unit, so their bar counts time. What a unit takes is measured
-where its step has run; else it is guessed in forwards of the model, whose speed is measured in the steps before.
+The cost of a unit differs a hundredfold between the steps of a study, so their bar counts time. The time of a unit is
+measured once its step has run; before that, it is estimated in forwards of the model, whose speed earlier steps
+measure.
 """
 
 import contextlib
@@ -21,9 +22,9 @@ class Step:
     Args:
         name: what is being done.
         total: how many units there are, as far as that is known.
-        forwards: what one unit takes, in forwards of one question, until it is measured.
-        seconds: what one unit takes on top of that.
-        unit: what is counted.
+        forwards: the cost of one unit in forwards of one question, until it is measured.
+        seconds: its further cost in seconds.
+        unit: the name of a unit.
     """
 
     def __init__(self, name: str, total: float, *, forwards: float = 0.0, seconds: float = 0.0, unit: str = "") -> None:
@@ -33,20 +34,20 @@ class Step:
         self.changed: Callable[[], None] = lambda: None
 
     def start(self, total: float, initial: float = 0, unit: str = "") -> "Step":
-        """The step begins: so many units, of which some were done before."""
+        """Begin the step: ``total`` units, of which ``initial`` were done before."""
         self.total, self.n, self.unit = float(total), float(initial), unit or self.unit
         self.measured, self.began = 0.0, time.monotonic()
         self.changed()
         return self
 
     def update(self, n: float = 1) -> None:
-        """So many more units are done."""
+        """Count ``n`` more units as done."""
         self.n += n
         self.measured += n
         self.changed()
 
     def finish(self) -> None:
-        """The step is over, whatever was counted; also one that had been finished before."""
+        """End the step, whatever was counted; also one that an earlier run had finished."""
         if self.began is not None:
             self.spent += time.monotonic() - self.began
             self.began = None
@@ -54,7 +55,7 @@ class Step:
         self.changed()
 
     def set_postfix(self, *_: object, **__: object) -> None:
-        """As tqdm has it; there is no room for more."""
+        """Do nothing: a bar of tqdm has this method, and here is no room for more text."""
 
     def __enter__(self) -> "Step":
         return self
@@ -104,13 +105,13 @@ class Steps:
         self._logs.close()
 
     def per_forward(self) -> float | None:
-        """Seconds a forward of one question takes, from the steps that have run; None before any has."""
+        """Seconds that a forward of one question takes, from the steps that have run; None before any has."""
         measured = [step for step in self.steps if step.forwards and step.measured]
         forwards = sum(step.forwards * step.measured for step in measured)
         return sum(step.seconds_so_far() for step in measured) / forwards if forwards else None
 
     def costs(self) -> list[float] | None:
-        """Seconds a unit of each step takes: measured, where it has run long enough to tell, else guessed."""
+        """Seconds that a unit of each step takes: measured where the step has run long enough, else estimated."""
         speed = self.per_forward()
         if speed is None and any(step.forwards for step in self.steps):
             return None
@@ -122,14 +123,14 @@ class Steps:
         ]
 
     def left(self) -> float | None:
-        """Seconds that are left, about; None while nothing is known."""
+        """About how many seconds are left; None while nothing was measured."""
         costs = self.costs()
         if costs is None:
             return None
         return sum(cost * max(0.0, step.total - step.n) for cost, step in zip(costs, self.steps, strict=True))
 
     def share(self) -> float:
-        """How much of all is done, by time."""
+        """The share of the work that is done, by time."""
         costs = self.costs() or [step.forwards + step.seconds for step in self.steps]
         total = sum(cost * step.total for cost, step in zip(costs, self.steps, strict=True))
         done = sum(cost * min(step.n, step.total) for cost, step in zip(costs, self.steps, strict=True))
@@ -150,26 +151,26 @@ class Steps:
 
 
 Progress = bool | Step
-"""Whether a function shows a bar; or the step of a longer work that it is."""
+"""Whether a function shows a bar; or, where it is one step of a longer work, that step."""
 
 
-def progress_bar(progress: Progress, total: int, *, initial: int = 0, unit: str = "it", **how: object) -> Any:
-    """A tqdm bar, or the step of a study, begun: both have ``update`` and ``set_postfix``, and are entered.
+def progress_bar(progress: Progress, total: int, *, initial: int = 0, unit: str = "it", **tqdm_options: object) -> Any:
+    """A tqdm bar, or the step of a study, which begins: both are context managers with ``update`` and ``set_postfix``.
 
     Args:
         progress: see `Progress`.
         total: how many units there are.
         initial: how many were done before.
-        unit: of what.
-        **how: further arguments of tqdm.
+        unit: the name of a unit.
+        **tqdm_options: further arguments of tqdm.
     """
     if isinstance(progress, Step):
         return progress.start(total, initial, f"{unit}s")
-    return _Bar(total=total, initial=initial, unit=unit, disable=not progress, **{"desc": f"{unit}s", **how})
+    return _Bar(total=total, initial=initial, unit=unit, disable=not progress, **{"desc": f"{unit}s", **tqdm_options})
 
 
 class _Bar(tqdm):
-    """A bar that lines of the log are written above, not into, while it is entered."""
+    """A bar; while it is shown, lines of the log are written above it, not into it."""
 
     def __enter__(self) -> "_Bar":
         self._logs = contextlib.ExitStack()
@@ -184,7 +185,7 @@ class _Bar(tqdm):
 
 
 def _logs_above(hidden: bool) -> contextlib.AbstractContextManager[None]:
-    """Within, what loggers write to the terminal goes above the bar."""
+    """While this context is open, loggers write to the terminal above the bar."""
     shown = [
         logger
         for logger in (logging.getLogger(), logging.getLogger("vlmneurons"))

@@ -130,7 +130,7 @@ def read_archive(path: Path) -> tuple[list[JSON], dict[str, Image.Image]]:
 
 @cache
 def _verify(folder: str) -> None:
-    """Compares the files of a folder of the package, and the pictures, with the shipped checksums.
+    """Compare the files of a folder of the package, and the pictures, with the checksums that are shipped.
 
     Raises:
         FileFormatError: a file is missing or not as shipped.
@@ -142,10 +142,9 @@ def _verify(folder: str) -> None:
         path = _FOLDER / name
         if not path.is_file():
             raise FileFormatError(f"the demo's file {path} is missing; install vlmneurons again")
-        found = sha256(path)
-        if found != expected:
+        if (digest := sha256(path)) != expected:
             raise FileFormatError(
-                f"the demo's file {path} is damaged: its SHA-256 is {found}, it was shipped with {expected}; "
+                f"the demo's file {path} is damaged: its SHA-256 is {digest}, it was shipped with {expected}; "
                 "install vlmneurons again"
             )
 

@@ -17,10 +17,12 @@ from typing import Any
 
 from vlmneurons.checks import JSON, abridged, as_whole, check_choice, check_kind
 from vlmneurons.errors import QuestionError
+from vlmneurons.questions.cells import inside, literal_list, refuse_unasked
 from vlmneurons.questions.media import Base64Picture
 from vlmneurons.questions.question import Question, why_outside
 from vlmneurons.questions.sets import QuestionSet
-from vlmneurons.questions.tables import inside, literal_list, question_of_row, refuse_unasked, rows_of_dataset
+from vlmneurons.questions.sources import rows_of_dataset
+from vlmneurons.questions.tables import question_of_row
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +32,11 @@ LANGUAGES = {
 }
 """The columns of the question and its options in each language."""
 
+_FIELD_COLUMNS = {"index", "question", "a", "b", "c", "d", "answer", "image", "image_path", "subset", "id"}
+"""Columns of a TSV that are no metadata."""
 _METADATA = {"Category": "category", "Image Type": "image_type", "Image Source": "image_source", "License": "license"}
 _RATIO, _UNPACKED = 50, 2**28
-"""How many times its size, and always how many bytes, a parquet may unpack to."""
+"""A parquet may unpack to so many times its size, and always to so many bytes."""
 
 
 def load_cvqa(
@@ -48,7 +52,7 @@ def load_cvqa(
     revision: str | None = None,
     split: str = "test",
     on_error: str = "raise",
-    **how: Any,
+    **settings: Any,
 ) -> QuestionSet:
     """The questions of CVQA, grouped; pictures stay encoded until they are needed.
 
@@ -70,7 +74,7 @@ def load_cvqa(
         split: of the Hub dataset.
         on_error: what to do with a row that is no question, such as one whose right option stands there twice:
             ``"raise"``, or ``"skip"`` it (the log names it). A label outside the options is never skipped.
-        **how: ``prompt``, ``answer``, ``shuffle`` of the `QuestionSet`.
+        **settings: ``prompt``, ``answer``, ``shuffle`` of the `QuestionSet`.
 
     Returns:
         Questions whose metadata has ``country``, ``country_name``, ``language``, ``subset`` and ``category``.
@@ -87,30 +91,28 @@ def load_cvqa(
     check_choice("on_error", on_error, ("raise", "skip"), QuestionError)
     min_items = as_whole("min_items", min_items, QuestionError)
     per_group = None if per_group is None else as_whole("per_group", per_group, QuestionError, least=1)
-    name, rows = _rows(source, language, revision, split)
-    read = []
-    for row in rows:
-        if labels is not None:
+    name, source_rows = _rows(source, language, revision, split)
+    rows = list(source_rows)
+    if labels is not None:
+        for row in rows:
             if row.id not in labels:
                 raise QuestionError(f"{row.where}: labels has no entry for ID {row.id!r}")
             row.fields["answer"] = labels[row.id]
-        read.append(row)
-    if not read:
+    if not rows:
         raise QuestionError(f"{name} has no rows")
-    _refuse_secret_labels(name, read)
-    questions, skipped = [], []
+    _refuse_secret_labels(name, rows)
+    questions = []
     codes = {str(key).casefold(): value for key, value in (countries or {}).items()}
-    for row in read:
+    for row in rows:
         try:
             questions.append(_question(row, codes))
         except QuestionError as error:
             if on_error == "raise":
                 raise
-            skipped.append(row.id)
             log.warning("skipped: %s", error)
-    if skipped:
-        log.warning("%d of %d rows of %s are no questions and were skipped", len(skipped), len(read), name)
-    grouped = QuestionSet(questions, **how).group_by(group_by)
+    if skipped := len(rows) - len(questions):
+        log.warning("%d of %d rows of %s are no questions and were skipped", skipped, len(rows), name)
+    grouped = QuestionSet(questions, **settings).group_by(group_by)
     kept = grouped.at_least(min_items)
     thin = [f"{group} ({n})" for group, n in grouped.counts().items() if group not in kept.groups]
     if thin:
@@ -120,7 +122,7 @@ def load_cvqa(
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of any of the forms: a question's fields, and what else is known of it."""
+    """A row, whatever form it was stored in: a question's fields, and its metadata."""
 
     where: str
     id: str
@@ -133,7 +135,7 @@ class _Row:
 
 
 def _rows(source: Any, language: str, revision: str | None, split: str) -> tuple[str, Iterator[_Row]]:
-    """What the source is called, and its rows."""
+    """The name of the source, for messages, and its rows."""
     if hasattr(source, "column_names") and hasattr(source, "features"):
         return "the dataset", _dataset_rows(source, language)
     check_kind("source", source, (str, os.PathLike), QuestionError, "a name on the Hub, a path or a datasets.Dataset")
@@ -170,7 +172,7 @@ def _from_disk(path: Path, split: str) -> Any:
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow"))
     if not files:
         raise QuestionError(f"{path} holds no .parquet or .arrow file, and is no folder that save_to_disk wrote")
-    # Files of another split stand beside this one's in a copy of a repository.
+    # A copy of a repository holds the files of every split.
     of_split = [file for file in files if file.name.startswith(f"{split}-")] or files
     for file in of_split:
         _check_unpacked_size(file)
@@ -183,11 +185,11 @@ def _from_disk(path: Path, split: str) -> Any:
 
 
 def _check_unpacked_size(path: Path) -> None:
-    """Refuse a parquet that packs far more than tables of questions and pictures do: it would fill memory and disk.
+    """Refuse a parquet that unpacks to far more than questions and pictures do: it would fill memory and disk.
 
-    Pictures are packed already, and texts to a twentieth at best; what is packed to a hundredth is one value many
-    times. A row group is told by its own books, and where these say little (values that repeat are kept once) by
-    reading some rows at a time until it is too much.
+    Pictures are compressed already, and texts compress to a twentieth at best; a file that is a hundredth of its
+    content holds one value many times. The sizes that a parquet states are summed first. They can say little, as a
+    repeated value is stored once, so rows are then read, a few at a time, until they are too much.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -206,7 +208,7 @@ def _check_unpacked_size(path: Path) -> None:
             read += batch.nbytes
             total = max(total, read)
     except (OSError, pa.ArrowException):
-        return  # it is named where it is read
+        return  # the error is raised where the file is read
     if total > most:
         raise QuestionError(
             f"{path} has {path.stat().st_size / 2**20:,.2f} MiB and unpacks to {'over ' if total == read else ''}"
@@ -227,15 +229,15 @@ def _dataset_rows(dataset: Any, language: str) -> Iterator[_Row]:
         where = f"row {n} (ID {values['ID']!r})"
         if not values["image"]:
             raise QuestionError(f"{where}: the row has no picture")
-        others = {name: value for name, value in values.items() if name != "image"}
-        refuse_unasked(others, where, None, [values["image"]])
+        rest = {name: value for name, value in values.items() if name != "image"}
+        refuse_unasked(rest, where, None, [values["image"]])
         fields = {
             "image": values["image"],
             "question": values[question],
             "options": _options(values[options], f"{where}, column {options!r}"),
             "answer": values["Label"],
         }
-        metadata = {ours: values[theirs] for theirs, ours in _METADATA.items() if theirs in values}
+        metadata = {key: values[column] for column, key in _METADATA.items() if column in values}
         yield _Row(where, str(values["ID"]), fields, values["Subset"], metadata)
 
 
@@ -260,7 +262,6 @@ def _table_rows(path: Path) -> Iterator[_Row]:
     index = [str(value) for value in table[names["index"]]]
     cells = [str(value) for value in table[names[picture]]]
     place = {name: n for n, name in enumerate(index)}
-    known = {"index", "question", "a", "b", "c", "d", "answer", "image", "image_path", "subset", "id"}
     for n, values in enumerate(table.to_dict("records")):
         where = f"{path}, row {n + 1} (index {index[n]!r})"
         cell = cells[n]
@@ -282,7 +283,7 @@ def _table_rows(path: Path) -> Iterator[_Row]:
         subset: Any = low.get("subset")
         if subset in (None, "") and "country" in low:
             subset = (low.get("language", ""), low["country"])
-        metadata = {name: value for name, value in low.items() if name not in known}
+        metadata = {name: value for name, value in low.items() if name not in _FIELD_COLUMNS}
         yield _Row(where, low.get("id") or index[n], fields, subset, metadata)
 
 
@@ -312,46 +313,39 @@ def parse_subset(subset: object, where: str = "Subset") -> tuple[str, str]:
     The text is read as data, never run.
 
     Raises:
-        QuestionError: it is no pair of two texts.
+        QuestionError: the cell is no pair of two texts.
 
     Examples:
         >>> parse_subset("('Telugu', 'India')")
         ('Telugu', 'India')
     """
-    pair = _listed(subset)
-    if (
-        not isinstance(pair, Sequence)
-        or isinstance(pair, str)
-        or len(pair) != 2
-        or not all(isinstance(part, str) for part in pair)
-        or not pair[1].strip()
-    ):
+    pair = _text_list(subset, 2)
+    if pair is None or not pair[1].strip():
         raise QuestionError(f"{where}: Subset must be a pair such as \"('Telugu', 'India')\"; got {_shown(subset)}")
     return pair[0].strip(), pair[1].strip()
 
 
-def _options(value: Any, where: str) -> list[str]:
+def _options(value: object, where: str) -> list[str]:
     """The options of a cell: a list, or the text of one, as the dataset's oldest revisions have it."""
-    options = _listed(value)
-    if hasattr(options, "tolist"):
-        options = options.tolist()
-    if (
-        not isinstance(options, Sequence)
-        or isinstance(options, str)
-        or len(options) != 4
-        or not all(isinstance(option, str) for option in options)
-    ):
+    options = _text_list(value, 4)
+    if options is None:
         raise QuestionError(
             f"{where}: options must be a list of 4 texts, or the text of one such as \"['a', 'b', 'c', 'd']\"; "
             f"got {_shown(value)}"
         )
-    return list(options)
+    return options
 
 
-def _listed(value: Any) -> Any:
-    """What a text spells, if it is the text of a list; any other value as it is."""
+def _text_list(value: object, length: int) -> list[str] | None:
+    """The texts of a list of this length, or of a text that spells one; None for anything else."""
+    texts: Any = value
     with contextlib.suppress(QuestionError):
-        return literal_list(value, "no list") if isinstance(value, str) else value
+        texts = literal_list(value, "no list") if isinstance(value, str) else value
+    if hasattr(texts, "tolist"):
+        texts = texts.tolist()
+    if not isinstance(texts, Sequence) or isinstance(texts, str) or len(texts) != length:
+        return None
+    return list(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 def _shown(value: object) -> str:
@@ -361,6 +355,7 @@ def _shown(value: object) -> str:
 
 @cache
 def _alpha_3(name: str) -> str | None:
+    """The ISO code of a country's name; None where `pycountry` knows none for certain."""
     try:
         import pycountry
     except ImportError as error:
@@ -370,10 +365,10 @@ def _alpha_3(name: str) -> str | None:
     except LookupError:
         pass
     try:
-        found = {country.alpha_3 for country in pycountry.countries.search_fuzzy(name)}
+        codes = {country.alpha_3 for country in pycountry.countries.search_fuzzy(name)}
     except LookupError:
         return None
-    return str(found.pop()) if len(found) == 1 else None  # "Korea" may be either: not ours to choose
+    return str(codes.pop()) if len(codes) == 1 else None  # "Korea" may be either
 
 
 def _country_code(name: str, where: str) -> str:
@@ -387,7 +382,7 @@ def _country_code(name: str, where: str) -> str:
 
 
 def _refuse_secret_labels(name: str, rows: Sequence[_Row]) -> None:
-    """Refuse -1 and other labels that are no option, which scripts have silently scored as the last option."""
+    """Refuse -1 and other labels of no option: Python takes -1 for the last option, and some scripts scored it so."""
     outside = []
     for row in rows:
         label = row.fields["answer"]

@@ -1,4 +1,4 @@
-"""Pictures: where they come from, what identifies them, and opening them when they are needed, not before."""
+"""Pictures: where they come from, what identifies them, and how they are opened: when needed, not before."""
 
 import base64
 import binascii
@@ -26,7 +26,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 
 
 def is_function(source: object) -> bool:
-    """Whether a source is called for its picture."""
+    """Whether a source is a function that has to be called for its picture."""
     return callable(source) and not isinstance(source, Image.Image)
 
 
@@ -56,7 +56,7 @@ class DatasetPicture:
 
 @dataclass(frozen=True)
 class Base64Picture:
-    """A picture as text, such as tables and web pages hold it, decoded when it is called."""
+    """A picture as base64 text, as tables and web pages hold it; decoded when it is called."""
 
     text: str
 
@@ -68,9 +68,9 @@ class Base64Picture:
 
 
 def _from_base64(text: str) -> bytes:
-    """What a base64 text says, with or without the head of a data URL, line ends, and in either alphabet."""
-    plain = "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
-    return base64.b64decode(plain.replace("-", "+").replace("_", "/"), validate=True)
+    """The bytes of a base64 text, with or without the head of a data URL and line ends, in either alphabet."""
+    letters = "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
+    return base64.b64decode(letters.replace("-", "+").replace("_", "/"), validate=True)
 
 
 def has_signature(data: bytes) -> bool:
@@ -96,16 +96,25 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://", "s3://", "gs://", "hf://"))
 
 
-def resolved(source: Any) -> Image.Image | bytes | str | Path:
-    """A picture, its path or its bytes: functions are called.
+def unpacked(source: Any) -> Any:
+    """A picture, sound or video, its path or its bytes: functions are called, and ``{"bytes", "path"}`` is opened.
 
-    Raises:
-        TypeError: it is none of these.
+    So `datasets` hands out a file that it is told not to decode.
     """
     while is_function(source):
         source = source()
-    if isinstance(source, Mapping):  # how `datasets` hands out a picture that it was told not to decode
-        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if isinstance(source, Mapping) and set(source) & {"bytes", "path"} and "array" not in source:
+        return source["bytes"] if source.get("bytes") is not None else source["path"]
+    return source
+
+
+def resolved(source: object) -> Image.Image | bytes | str | Path:
+    """A picture, its path or its bytes; see `unpacked`.
+
+    Raises:
+        TypeError: the source is something else.
+    """
+    source = unpacked(source)
     if not isinstance(source, Image.Image | bytes | str | Path):
         raise TypeError(f"a picture is a PIL image, a path, bytes or a function; got {type(source).__name__}")
     return source
@@ -113,7 +122,7 @@ def resolved(source: Any) -> Image.Image | bytes | str | Path:
 
 def picture_key(source: object) -> str:
     """A digest of a picture's path, or of its content where it has none; an encoded file is not decoded for it."""
-    return key_of(resolved(source), _shown)
+    return key_of(resolved(source), _content)
 
 
 def key_of(source: Any, content: Callable[[Any], bytes]) -> str:
@@ -125,24 +134,24 @@ def key_of(source: Any, content: Callable[[Any], bytes]) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _shown(image: Image.Image) -> bytes:
-    """A picture's values, and what makes equal ones look different: palettes, transparency, a turn to be made."""
+def _content(image: Image.Image) -> bytes:
+    """A picture's values, and what makes equal values look different: palette, transparency, and the EXIF rotation."""
     image.load()
     palette = image.getpalette("RGBA" if image.palette and image.palette.mode == "RGBA" else "RGB")
     marks = {"palette": palette, "transparency": image.info.get("transparency"), "turn": image.getexif().get(0x0112)}
-    told = "".join(f"{name} {value!r}" for name, value in marks.items() if value is not None)
-    return f"{image.mode} {image.size}".encode() + image.tobytes() + told.encode()
+    shown_marks = "".join(f"{name} {value!r}" for name, value in marks.items() if value is not None)
+    return f"{image.mode} {image.size}".encode() + image.tobytes() + shown_marks.encode()
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Formats that pictures are opened in: all but PostScript, which Pillow hands to another program to be run."""
+    """The formats in which pictures are opened: all but PostScript, which Pillow lets another program run."""
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
 
 def encoded(source: bytes | str | Path) -> io.BytesIO | str:
-    """What decoders open: a file that is one, for a pipe would be waited for without end."""
+    """Bytes or a path as decoders open them. A pipe is refused: a decoder would wait for it without end."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if Path(source).exists() and not Path(source).is_file():

@@ -137,9 +137,8 @@ class Question:
             object.__setattr__(self, "id", self._derived_id())
 
     def _answers(self) -> tuple[str, ...]:
-        given = () if is_missing(self.answers) else self.answers
         try:
-            answers = as_names("answers", given, QuestionError)
+            answers = as_names("answers", () if is_missing(self.answers) else self.answers, QuestionError)
         except QuestionError as error:
             raise QuestionError(f"{self._where}: {error}") from error
         if not all(answer.strip() for answer in answers):
@@ -161,14 +160,15 @@ class Question:
 
     def _check_streams(self) -> None:
         for name, check in (("audio", streams.check_sound), ("video", streams.check_video)):
-            given = getattr(self, name)
-            frames = name == "video" and isinstance(given, list | tuple) and given and all(map(streams.is_frame, given))
-            several = isinstance(given, list | tuple) and not frames
-            kept = () if given is None else tuple(given) if several else (given,)
-            for source in kept:
+            value = getattr(self, name)
+            is_list = isinstance(value, list | tuple)
+            # A list of pictures is one video; any other list holds several sounds or videos.
+            several = is_list and not (name == "video" and value and all(map(streams.is_frame, value)))
+            sources = tuple(value) if several else () if value is None else (value,)
+            for source in sources:
                 if fault := check(source):
                     raise QuestionError(f"{self._where}: {name}: {fault}")
-            object.__setattr__(self, name, None if not kept else kept if several else given)
+            object.__setattr__(self, name, None if not sources else sources if several else value)
 
     @property
     def _where(self) -> str:
@@ -176,7 +176,7 @@ class Question:
         return f"question {self.id!r}" if self.id else f"question {str(self.question)[:60]!r}"
 
     def _derived_id(self) -> str:
-        if any(map(is_function, self.sources)):  # which are not called before their pictures are needed
+        if any(map(is_function, self.sources)):  # a function is not called before its picture is needed
             pictures = [key(source) for key, source in self._keyed if not is_function(source)]
         else:
             pictures = list(self.source_keys)
@@ -186,22 +186,22 @@ class Question:
     @property
     def pictures(self) -> tuple[PictureSource, ...]:
         """Where the question's pictures come from, in order."""
-        return cast(tuple[PictureSource, ...], _several(self.image))
+        return cast(tuple[PictureSource, ...], _as_tuple(self.image))
 
     @property
     def sounds(self) -> tuple[SoundSource, ...]:
         """Where the question's sounds come from, in order."""
-        return cast(tuple[SoundSource, ...], _several(self.audio))
+        return cast(tuple[SoundSource, ...], _as_tuple(self.audio))
 
     @property
     def videos(self) -> tuple[VideoSource, ...]:
         """Where the question's videos come from, in order; arrays are ``[frame, height, width, 3]``."""
         of_frames = isinstance(self.video, tuple) and all(map(streams.is_frame, self.video))
-        return cast(tuple[VideoSource, ...], (self.video,) if of_frames else _several(self.video))
+        return cast(tuple[VideoSource, ...], (self.video,) if of_frames else _as_tuple(self.video))
 
     @property
     def sources(self) -> tuple[PictureSource | SoundSource | VideoSource, ...]:
-        """Where all that is shown and heard comes from: pictures, sounds, videos.
+        """Where all pictures, sounds and videos come from, in this order.
 
         Arrays are ``[sample]`` of sounds and ``[frame, height, width, channel]`` of videos.
         """
@@ -259,15 +259,15 @@ class Question:
         """
         return self._opened(self.videos, streams.open_video, "video")
 
-    def _opened(self, sources: Sequence[object], how: Callable[[Any], object], what: str) -> tuple[Any, ...]:
+    def _opened(self, sources: Sequence[object], open_source: Callable[[Any], object], kind: str) -> tuple[Any, ...]:
         opened = []
         for source in sources:
             try:
-                opened.append(how(source))
+                opened.append(open_source(source))
             except Exception as error:
                 name = str(source) if isinstance(source, str | Path) else type(source).__name__
                 raise QuestionError(
-                    f"question {self.id!r}: the {what} {name!r} cannot be opened ({type(error).__name__}: {error})"
+                    f"question {self.id!r}: the {kind} {name!r} cannot be opened ({type(error).__name__}: {error})"
                 ) from error
         return tuple(opened)
 
@@ -282,9 +282,9 @@ class Question:
 
     @cached_property
     def source_keys(self) -> tuple[str, ...]:
-        """What identifies each picture, sound and video, by path or content; found out once, for every split and batch.
+        """What identifies each picture, sound and video, by path or content.
 
-        Only the digests are kept, and an encoded file, such as a dataset's, is not decoded for them.
+        The digests are computed once and kept. An encoded file, such as a dataset's, is not decoded for them.
 
         Raises:
             QuestionError: a picture cannot be opened; the message names the question.
@@ -307,44 +307,47 @@ class Question:
         """Whether the options speak of each other's letters or places, so that no other order may be shown.
 
         They do where they bear letters of their own (``"A. Oslo"``, ``"(B) Paris"``), name other options' letters
-        (``"Both A and B"``), or point to those above (``"None of the above"``, in fifteen languages).
+        (``"Both A and B"``), or point to the options above (``"None of the above"``, in fifteen languages).
         """
-        about_others = any(_refers(text, len(self.options)) for text in self.options)
-        return about_others or (bool(self.options) and _bears_letters(self.options))
+        refers = any(_refers_to_others(text, len(self.options)) for text in self.options)
+        return refers or (bool(self.options) and _bears_letters(self.options))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Question):
             return NotImplemented
-        return self._plain == other._plain and all(map(_are_equal, self.sources, other.sources))
+        return self._compared == other._compared and all(map(_are_equal, self.sources, other.sources))
 
     def __hash__(self) -> int:
         return hash((self.id, self.question, self.options, self.answer, self.group))
 
     @property
-    def _plain(self) -> tuple[object, ...]:
-        fixed = (self.question, self.options, self.answer, self.group, self.id, self.answers)
-        return (*fixed, self.metadata, self.n_media)
+    def _compared(self) -> tuple[object, ...]:
+        """What equal questions have in common beside their sources."""
+        texts = (self.question, self.options, self.answer, self.group, self.id, self.answers)
+        return (*texts, self.metadata, self.n_media)
 
 
-def _several(given: object) -> tuple[object, ...]:
-    """What a field shows: nothing, one, or several, which are in a tuple since ``__post_init__``."""
-    return () if given is None else given if isinstance(given, tuple) else (given,)
+def _as_tuple(value: object) -> tuple[object, ...]:
+    """A field's sources: none, one, or several, which ``__post_init__`` put into a tuple."""
+    return () if value is None else value if isinstance(value, tuple) else (value,)
 
 
 def _are_equal(a: Any, b: Any) -> bool:
     """Whether two sources are the same, as far as can be told without opening them."""
-    if a is b or isinstance(a, str | bytes | Path | Image.Image):
-        return a is b or (type(a) is type(b) and a == b)
+    if a is b:
+        return True
+    if isinstance(a, str | bytes | Path | Image.Image):
+        return type(a) is type(b) and a == b
     if isinstance(a, list | tuple | Mapping) and type(a) is type(b) and len(a) == len(b):
         pairs = [(a[name], b.get(name)) for name in a] if isinstance(a, Mapping) else zip(a, b, strict=True)
-        return all(_are_equal(one, other) for one, other in pairs)
+        return all(_are_equal(left, right) for left, right in pairs)
     if hasattr(a, "__array__") and hasattr(b, "__array__"):
         return np.array_equal(np.asarray(a), np.asarray(b))
     return not callable(a) and bool(a == b)
 
 
 def why_outside(labels: Sequence[int], n_options: int) -> str:
-    """What labels outside the options usually mean, as the end of a sentence; empty where that is not known."""
+    """What labels outside the options usually mean, as a further sentence; empty where nothing is likely."""
     if set(labels) == {-1}:
         return ". A label of -1 usually means that the dataset keeps its answers secret: use a labelled copy"
     if set(labels) == {n_options}:
@@ -355,12 +358,13 @@ def why_outside(labels: Sequence[int], n_options: int) -> str:
 # -- metadata and texts that every file can hold -----------------------------------------------------------------------
 
 
-def _check_text(what: str, text: str) -> None:
+def _check_text(name: str, text: str) -> None:
+    """Refuse half a surrogate pair, which no file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise QuestionError(
-            f"{what} holds half a character, {text[error.start]!r}, which no file can: {text!r}"
+            f"{name} holds half a character, {text[error.start]!r}, which no file can: {text!r}"
         ) from None
 
 
@@ -422,29 +426,29 @@ _ABOVE = re.compile(
 
 
 def _labels(options: Sequence[str]) -> list[str]:
-    """The letter that each option bears by itself; empty where it bears none, or one of no option."""
-    found = [_LABEL.match(option) for option in options]
-    letters = [next(filter(None, match.groups())).upper() if match else "" for match in found]
+    """The letter that each option's text begins with as its label; empty where it has none, or one of no option."""
+    matches = [_LABEL.match(option) for option in options]
+    letters = [next(filter(None, match.groups())).upper() if match else "" for match in matches]
     return [letter if letter in LETTERS[: len(options)] else "" for letter in letters]
 
 
 def _bears_letters(options: Sequence[str]) -> bool:
-    """Whether two options or more bear letters of their own, each that of its place; or all bear their numbers."""
+    """Whether at least two options are labelled with the letter of their place, or all with its number."""
     numbers = [match and match[1] for match in (_NUMBER.match(option) for option in options)]
     if numbers == [str(place + 1) for place in range(len(options))]:
         return True
     labels = _labels(options)
-    return sum(map(bool, labels)) > 1 and all(own in ("", letter) for own, letter in zip(labels, LETTERS))
+    return sum(map(bool, labels)) > 1 and all(label in ("", letter) for label, letter in zip(labels, LETTERS))
 
 
 _JOIN = r"\s*(?:(?:,|&|\+|/|、|(?i:and|or|nor|y|et|und|oder|e|o|ou|и|или|dan|ve|und)\b|和|与|或|と|와|과|و)\s*)+"
 
 
-def _refers(text: str, n_options: int) -> bool:
+def _refers_to_others(text: str, n_options: int) -> bool:
     """Whether an option's text is about other options."""
-    one = rf"[(\[]?[{LETTERS[:n_options]}][)\]]?"
-    named = rf"\b(?i:both|either|neither|only|options?|choices?|answers?)\s+{one}(?![\w'’-])"
-    alone = rf"^\W*{one}(?:{_JOIN}{one})+(?:\s+(?i:only|both))?\W*$"
+    letter = rf"[(\[]?[{LETTERS[:n_options]}][)\]]?"
+    named = rf"\b(?i:both|either|neither|only|options?|choices?|answers?)\s+{letter}(?![\w'’-])"
+    alone = rf"^\W*{letter}(?:{_JOIN}{letter})+(?:\s+(?i:only|both))?\W*$"
     return any(re.search(pattern, text) for pattern in (_ABOVE, named, alone))
 
 
@@ -452,7 +456,7 @@ def _refers(text: str, n_options: int) -> bool:
 
 
 def derived_id(*parts: object) -> str:
-    """An id for a question that has none, from all that it is."""
+    """An id for a question that was given none, from its content."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -461,22 +465,24 @@ def hash_of(*parts: object) -> str:
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
-def value_of(item: Question, key: str | Callable[[Question], object]) -> object:
-    """A question's field or metadata by name, or what a function makes of it.
+def value_of(question: Question, key: str | Callable[[Question], object]) -> object:
+    """A question's field or metadata by name, or what a function gives for it.
 
     Raises:
-        QuestionError: it has no such column.
+        QuestionError: the question has no such column.
     """
     if callable(key):
-        return key(item)
+        return key(question)
     if key in ("id", "question", "options", "answer", "answers", "group", "right", "n_images", "image_id"):
-        return getattr(item, key)
-    if key in item.metadata:
-        return item.metadata[key]
-    raise QuestionError(f"question {item.id!r} has no column {key!r}; it has {', '.join(item.metadata) or 'none'}")
+        return getattr(question, key)
+    if key in question.metadata:
+        return question.metadata[key]
+    raise QuestionError(
+        f"question {question.id!r} has no column {key!r}; it has {', '.join(question.metadata) or 'none'}"
+    )
 
 
 def normalize(text: str) -> str:
-    """Text for comparison: Unicode NFKC, case folded, runs of white space as one space, no punctuation at the ends."""
+    """A text for comparison: Unicode NFKC, case folded, white space as single spaces, no punctuation at the ends."""
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return folded.strip("""#.,;:!?"'`*()[]{}。、""".replace("#", " ")) or folded

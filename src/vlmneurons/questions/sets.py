@@ -1,7 +1,7 @@
 """Sets of questions, and how they are asked.
 
-A `QuestionSet` is a sequence of questions together with how they are asked: the prompt, the way the answer is read, and
-the order of the options. How a model is run on them is the business of `vlmneurons.run` and `vlmneurons.recording`.
+A `QuestionSet` is a sequence of questions together with the way in which they are asked: the prompt, how the answer is
+read, and the order of the options. `vlmneurons.run` and `vlmneurons.recording` run a model on them.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any, cast, overload
 
 from vlmneurons.checks import Keywords, abridged, as_fraction, as_names, as_whole, check_kind, is_missing
 from vlmneurons.errors import GroupError, QuestionError
-from vlmneurons.questions import tables
+from vlmneurons.questions import sources, tables
 from vlmneurons.questions.question import LETTERS, Question, hash_of, value_of
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ class QuestionSet(Sequence[Question]):
     ) -> None:
         if isinstance(questions, str | Question | set | frozenset) or not isinstance(questions, Iterable):
             raise QuestionError(f"a QuestionSet is made of a list of Question objects; got {type(questions).__name__}")
-        reads = not isinstance(answer, type) and callable(getattr(answer, "read", None))
-        if answer not in ANSWERS if isinstance(answer, str) else not reads:
+        is_reader = not isinstance(answer, type) and callable(getattr(answer, "read", None))
+        if answer not in ANSWERS if isinstance(answer, str) else not is_reader:
             more = "" if isinstance(answer, str) else ", or give an AnswerReader, such as Generate()"
             raise QuestionError(
                 f"answer={answer!r} is not a way of reading answers; choose from {', '.join(ANSWERS)}{more}"
@@ -100,7 +100,7 @@ class QuestionSet(Sequence[Question]):
         if shuffle is not None:
             shuffle = as_whole("shuffle", shuffle, QuestionError)
         self._fill(questions, prompt, answer, shuffle)
-        kept = [item.id for item in self._items if item.keeps_order]
+        kept = [question.id for question in self._questions if question.keeps_order]
         if kept and shuffle is not None:
             log.warning(
                 "%d of %d questions have options that speak of each other's letters or places (%s): their options are "
@@ -109,18 +109,17 @@ class QuestionSet(Sequence[Question]):
             )
 
     def _fill(
-        self, given: Iterable[Question], prompt: Prompt | str | None, answer: object, shuffle: int | None
+        self, questions: Iterable[Question], prompt: Prompt | str | None, answer: object, shuffle: int | None
     ) -> None:
-        items = tuple(given)
-        for item in items:
-            if not isinstance(item, Question):
-                raise QuestionError(f"a QuestionSet holds Question objects; got {type(item).__name__}")
-        twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+        self._questions = tuple(questions)
+        for question in self._questions:
+            if not isinstance(question, Question):
+                raise QuestionError(f"a QuestionSet holds Question objects; got {type(question).__name__}")
+        twice = [name for name, count in Counter(question.id for question in self._questions).items() if count > 1]
         if twice:
             raise QuestionError(
                 f"ids must be unique; more than once there are {abridged(twice)}. Give each question an id of its own"
             )
-        self._items = items
         self._prompt = prompt
         self.answer = answer
         self.shuffle = shuffle
@@ -135,15 +134,14 @@ class QuestionSet(Sequence[Question]):
             return multiple_choice_prompt if shows else open_prompt
         return _PROMPTS[self._prompt] if isinstance(self._prompt, str) else self._prompt
 
-    def asked(self, **how: object) -> "QuestionSet":
+    def asked(self, **settings: object) -> "QuestionSet":
         """The same questions, asked another way: any of ``prompt``, ``answer``, ``shuffle``.
 
         Args:
-            how: arguments of `QuestionSet` other than the questions; what is not given stays as it is.
+            settings: arguments of `QuestionSet` other than the questions; those that are not given stay as they are.
         """
-        return QuestionSet(
-            self._items, **{"prompt": self._prompt, "answer": self.answer, "shuffle": self.shuffle, **how}
-        )
+        kept: Keywords = {"prompt": self._prompt, "answer": self.answer, "shuffle": self.shuffle}
+        return QuestionSet(self._questions, **{**kept, **settings})
 
     def with_items(self, items: Iterable[Question]) -> "QuestionSet":
         """Other questions, asked in the same way.
@@ -154,49 +152,49 @@ class QuestionSet(Sequence[Question]):
         Raises:
             QuestionError: an id stands twice, or something that is not a Question was given.
         """
-        other = object.__new__(QuestionSet)
-        other._fill(items, self._prompt, self.answer, self.shuffle)
-        return other
+        questions = object.__new__(QuestionSet)
+        questions._fill(items, self._prompt, self.answer, self.shuffle)
+        return questions
 
     # -- a sequence ----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._questions)
 
     @overload
     def __getitem__(self, index: int) -> Question: ...
     @overload
     def __getitem__(self, index: slice) -> "QuestionSet": ...
     def __getitem__(self, index: Any) -> Any:
-        return self.with_items(self._items[index]) if isinstance(index, slice) else self._items[index]
+        return self.with_items(self._questions[index]) if isinstance(index, slice) else self._questions[index]
 
     def __iter__(self) -> Iterator[Question]:
-        return iter(self._items)
+        return iter(self._questions)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, QuestionSet) and self._items == other._items
+        return isinstance(other, QuestionSet) and self._questions == other._questions
 
     def __hash__(self) -> int:
-        return hash(self._items)
+        return hash(self._questions)
 
     def __add__(self, other: Iterable[Question]) -> "QuestionSet":
         """Both sets' questions, asked as the first says.
 
         Raises:
-            QuestionError: an id stands twice, or the second set was given another way of its own to be asked.
+            QuestionError: an id stands twice, or the second set has a setting that is neither the first's nor usual.
         """
         if not isinstance(other, Iterable):
             return NotImplemented
         if isinstance(other, QuestionSet):
             for name, usual in (("_prompt", None), ("answer", "letters"), ("shuffle", 0)):
-                mine, theirs = getattr(self, name), getattr(other, name)
-                if theirs not in (usual, mine):
+                first, second = getattr(self, name), getattr(other, name)
+                if second not in (usual, first):
                     name = name.strip("_")
                     raise QuestionError(
-                        f"one set is asked in one way: the first with {name}={mine!r}, the second with {theirs!r}. "
+                        f"one set is asked in one way: the first with {name}={first!r}, the second with {second!r}. "
                         f"Give it the first's with .asked({name}=…), or ask the two one after the other"
                     )
-        return self.with_items((*self._items, *other))
+        return self.with_items((*self._questions, *other))
 
     def __repr__(self) -> str:
         counts = self.counts()
@@ -209,16 +207,19 @@ class QuestionSet(Sequence[Question]):
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups that occur, sorted."""
-        return tuple(sorted({item.group for item in self._items}))
+        return tuple(sorted({question.group for question in self._questions}))
 
     def counts(self) -> dict[str, int]:
         """Number of questions of each group, groups sorted."""
-        counts = Counter(item.group for item in self._items)
+        counts = Counter(question.group for question in self._questions)
         return {group: counts[group] for group in sorted(counts)}
 
     def by_group(self) -> dict[str, "QuestionSet"]:
         """One set per group, groups sorted."""
-        return {group: self.with_items(item for item in self._items if item.group == group) for group in self.groups}
+        return {
+            group: self.with_items(question for question in self._questions if question.group == group)
+            for group in self.groups
+        }
 
     def group_by(self, key: str | Callable[[Question], str]) -> "QuestionSet":
         """The same questions, grouped by a metadata column, or by a function of the question.
@@ -231,13 +232,13 @@ class QuestionSet(Sequence[Question]):
         """
         if not isinstance(key, str) and not callable(key):
             raise QuestionError(f"questions are grouped by a column or a function of the question; got {key!r}")
-        return self.with_items(replace(item, group=_label(item, key)) for item in self._items)
+        return self.with_items(replace(question, group=_label(question, key)) for question in self._questions)
 
     def filter(self, keep: Callable[[Question], bool] | None = None, **where: object) -> "QuestionSet":
         """The questions for which ``keep`` is true, and whose fields or metadata have the given values.
 
-        A value may be a set, list or other collection of allowed values. Each group that is named must be there, as a
-        misspelt one would be missing from every table without a word; with ``keep`` it need not.
+        A value may be a set, list or other collection of allowed values. Each group that ``group`` names must exist, as
+        a misspelt one would be missing from every table without a word; a function may name groups that do not.
 
         Args:
             keep: a function from a question to whether it stays.
@@ -252,25 +253,24 @@ class QuestionSet(Sequence[Question]):
         """
         if keep is not None and not callable(keep):
             raise QuestionError(f"questions are kept by a function, or by values such as group='Japan'; got {keep!r}")
-        of_key = {
-            key: (value,)
-            if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
-            else tuple(value)
-            for key, value in where.items()
-        }
+        allowed: dict[str, tuple[object, ...]] = {}
+        for key, value in where.items():
+            if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+                value = (value,)
+            allowed[key] = tuple(value)
         groups = self.groups
-        absent = [group for group in of_key.get("group", ()) if group not in groups]
+        absent = [group for group in allowed.get("group", ()) if group not in groups]
         if absent:
             raise GroupError(
                 f"no question is of group {absent[0]!r}; the groups are {', '.join(groups) or 'none'}. For "
                 "those of a list that are there, filter with a function: filter(lambda item: item.group in wanted)"
             )
 
-        def wanted(item: Question) -> bool:
-            fits = all(value_of(item, key) in allowed for key, allowed in of_key.items())
-            return fits and (keep is None or bool(keep(item)))
+        def stays(question: Question) -> bool:
+            fits = all(value_of(question, key) in values for key, values in allowed.items())
+            return fits and (keep is None or bool(keep(question)))
 
-        return self.with_items(item for item in self._items if wanted(item))
+        return self.with_items(filter(stays, self._questions))
 
     def balanced(self, size: int | None = None, *, seed: int = 0) -> "QuestionSet":
         """The same number of questions of every group, chosen by a seeded hash of their ids.
@@ -292,8 +292,8 @@ class QuestionSet(Sequence[Question]):
             raise QuestionError(f"{size} questions per group were asked for; fewer are in {abridged(thin)}")
         kept = set()
         for members in self.by_group().values():
-            kept.update(sorted((item.id for item in members), key=lambda name: hash_of(seed, name))[:size])
-        return self.with_items(item for item in self._items if item.id in kept)
+            kept.update(sorted((question.id for question in members), key=lambda name: hash_of(seed, name))[:size])
+        return self.with_items(question for question in self._questions if question.id in kept)
 
     def at_least(self, size: int) -> "QuestionSet":
         """The questions of the groups that have at least ``size`` of them; thinner groups are left out.
@@ -313,7 +313,7 @@ class QuestionSet(Sequence[Question]):
         if counts and not kept:
             largest = max(counts, key=lambda group: counts[group])
             raise QuestionError(f"no group has {size} questions; the largest is {largest} ({counts[largest]})")
-        return self.with_items(item for item in self._items if item.group in kept)
+        return self.with_items(question for question in self._questions if question.group in kept)
 
     def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple["QuestionSet", "QuestionSet"]:
         """Two disjoint sets, such as one to identify neurons on and one to evaluate on.
@@ -332,25 +332,30 @@ class QuestionSet(Sequence[Question]):
         fraction, seed = as_fraction("fraction", fraction, QuestionError), as_whole("seed", seed, QuestionError)
         clusters = self._by_picture()
         wanted = {group: fraction * n for group, n in self.counts().items()}
-        given = dict.fromkeys(wanted, 0)
+        taken = dict.fromkeys(wanted, 0)  # questions of each group that went to the first set
         first: set[str] = set()
-        # Large clusters go first, so that small ones can even out what they leave.
-        names = {key: _name_of_cluster(key, items) for key, items in clusters.items()}
+        # Large clusters go first, so that small ones can even out what those leave uneven.
+        names = {key: _cluster_name(key, questions) for key, questions in clusters.items()}
         for key in sorted(clusters, key=lambda key: (-len(clusters[key]), hash_of(seed, names[key]))):
-            sizes = Counter(item.group for item in clusters[key])
-            lacking = sum((wanted[group] - given[group] - n / 2) * n for group, n in sizes.items())
-            # An exact tie (one question, two sides) is decided by the hash, or one side would always win it.
+            sizes = Counter(question.group for question in clusters[key])
+            # Above 0 where taking the cluster brings the groups nearer to what they should have than leaving it.
+            lacking = sum((wanted[group] - taken[group] - n / 2) * n for group, n in sizes.items())
+            # The hash decides an exact tie (one question, two sides), or one side would always win it.
             if lacking > 1e-9 or (abs(lacking) <= 1e-9 and int(hash_of(seed, names[key], "side"), 16) % 2):
-                first.update(item.id for item in clusters[key])
+                first.update(question.id for question in clusters[key])
                 for group, n in sizes.items():
-                    given[group] += n
+                    taken[group] += n
         return (
-            self.with_items(item for item in self._items if item.id in first),
-            self.with_items(item for item in self._items if item.id not in first),
+            self.with_items(question for question in self._questions if question.id in first),
+            self.with_items(question for question in self._questions if question.id not in first),
         )
 
     def _by_picture(self) -> dict[str, list[Question]]:
-        """Questions that share a picture, directly or through others that do, under a key that no order changes."""
+        """Questions that share a picture, directly or through further questions, under a key that no order changes.
+
+        A picture's key points to that of a picture in the same cluster, and the first of them in order to itself
+        (a disjoint-set forest).
+        """
         parent: dict[str, str] = {}
 
         def root(key: str) -> str:
@@ -358,17 +363,17 @@ class QuestionSet(Sequence[Question]):
                 parent[key] = key = parent[parent[key]]
             return key
 
-        keys = []
-        for item in self._items:
-            single = item.image_id is not None or not item.sources
-            own = [item.image_key] if single else list(item.source_keys)
-            for key in own:
-                first, second = sorted((root(own[0]), root(key)))
+        first_keys = []
+        for question in self._questions:
+            has_one_key = question.image_id is not None or not question.sources
+            keys = [question.image_key] if has_one_key else list(question.source_keys)
+            for key in keys:
+                first, second = sorted((root(keys[0]), root(key)))
                 parent[second] = first
-            keys.append(own[0])
+            first_keys.append(keys[0])
         clusters: dict[str, list[Question]] = {}
-        for item, key in zip(self._items, keys, strict=True):
-            clusters.setdefault(root(key), []).append(item)
+        for question, key in zip(self._questions, first_keys, strict=True):
+            clusters.setdefault(root(key), []).append(question)
         return clusters
 
     def pictures(self) -> tuple[str, ...]:
@@ -378,14 +383,15 @@ class QuestionSet(Sequence[Question]):
         picture does not open, shares it with none unless its ``image_id`` says otherwise.
         """
 
-        def opens(item: Question) -> bool:
+        def opens(question: Question) -> bool:
             try:
-                return bool(item.image_key)
+                return bool(question.image_key)
             except QuestionError:
                 return False
 
-        found = {item.id: key for key, items in self.filter(opens)._by_picture().items() for item in items}
-        return tuple(found.get(item.id, f"no image: {item.id}") for item in self._items)
+        clusters = self.filter(opens)._by_picture()
+        name_of = {question.id: key for key, questions in clusters.items() for question in questions}
+        return tuple(name_of.get(question.id, f"no image: {question.id}") for question in self._questions)
 
     def order(self, question: Question) -> tuple[int, ...]:
         """The order in which a question's options are shown: position shown → index in ``question.options``.
@@ -403,16 +409,16 @@ class QuestionSet(Sequence[Question]):
     # -- where they come from ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_texts(cls, texts: Mapping[str, Sequence[str]], **how: Any) -> "QuestionSet":
+    def from_texts(cls, texts: Mapping[str, Sequence[str]], **settings: Any) -> "QuestionSet":
         """Running text, such as articles in several languages: each text is read as it stands, without a chat template.
 
-        A text is a question that is its own answer; its score is the mean log-likelihood of its tokens, in nats (see
-        `vlmneurons.RunningText`), so that ``exp(-score)`` is its perplexity. It is neither right nor wrong.
+        A text is a question that is its own answer. Its score is the mean log-likelihood of its tokens, in nats (see
+        `vlmneurons.RunningText`), so ``exp(-score)`` is its perplexity. It is neither right nor wrong.
 
         Args:
             texts: the texts of each group, by its name. Their ids are derived from them: a text that stands twice in a
                 group is refused.
-            **how: ``answer`` of the set: another `vlmneurons.RunningText`.
+            **settings: ``answer`` of the set: another `vlmneurons.RunningText`.
 
         Raises:
             QuestionError: a text is empty or none, stands twice, or a single text or nothing is given for a list.
@@ -421,13 +427,14 @@ class QuestionSet(Sequence[Question]):
             ``QuestionSet.from_texts({"de": german, "fr": french})``
         """
         check_kind("texts", texts, Mapping, QuestionError, "a dictionary of texts by group")
-        named = {group: as_names(f"texts[{group!r}]", several, QuestionError) for group, several in texts.items()}
-        if bare := [group for group, own in named.items() if not own]:
-            raise QuestionError(
-                f"texts[{bare[0]!r}] is empty, and the group would be missing: leave it out, or give its texts"
-            )
-        asked = [Question(None, text, group=group, answers=[text]) for group, own in named.items() for text in own]
-        return cls(asked, **{"answer": "running", "shuffle": None, **how})
+        questions: list[Question] = []
+        for group, several in texts.items():
+            if not (own_texts := as_names(f"texts[{group!r}]", several, QuestionError)):
+                raise QuestionError(
+                    f"texts[{group!r}] is empty, and the group would be missing: leave it out, or give its texts"
+                )
+            questions += [Question(None, text, group=group, answers=[text]) for text in own_texts]
+        return cls(questions, **{"answer": "running", "shuffle": None, **settings})
 
     @classmethod
     def from_folder(
@@ -437,7 +444,7 @@ class QuestionSet(Sequence[Question]):
         columns: Mapping[str, str | Sequence[str]] | None = None,
         *,
         options: Sequence[str] | None = None,
-        **how: Any,
+        **settings: Any,
     ) -> "QuestionSet":
         """Questions from a folder that holds a CSV or JSON Lines table and picture files.
 
@@ -453,7 +460,7 @@ class QuestionSet(Sequence[Question]):
             table: name of the table within it; by default the only ``.csv``, ``.tsv`` or ``.jsonl`` file.
             columns: the table's own name of each field, where it differs; see `from_dataset`.
             options: those of every row, where the table has none, such as ``("yes", "no")``.
-            **how: ``prompt``, ``answer``, ``shuffle`` of the set.
+            **settings: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
             QuestionError: no table or several, a column that is not there or stands twice, or a row that is not a
@@ -462,9 +469,10 @@ class QuestionSet(Sequence[Question]):
         """
         check_kind("folder", folder, (str, os.PathLike), QuestionError, "a path")
         check_kind("table", table, (str, type(None)), QuestionError, "the name of a file")
-        path, rows = tables.rows_of_folder(Path(folder), table)
-        where: Keywords = {"start": 1, "folder": Path(folder), "options": options}
-        return cls(tables.questions_of_rows(rows, columns, f"{path}, row", **where), **how)
+        path, rows = sources.rows_of_folder(Path(folder), table)
+        where, folder = f"{path}, row", Path(folder)
+        asked = tables.questions_of_rows(rows, columns, where, start=1, folder=folder, options=options)
+        return cls(asked, **settings)
 
     @classmethod
     def from_dataset(
@@ -473,7 +481,7 @@ class QuestionSet(Sequence[Question]):
         columns: Mapping[str, str | Sequence[str]] | None = None,
         *,
         options: Sequence[str] | None = None,
-        **how: Any,
+        **settings: Any,
     ) -> "QuestionSet":
         """Questions from a dataset of `datasets` (one split). Pictures stay on disk until they are needed.
 
@@ -487,7 +495,7 @@ class QuestionSet(Sequence[Question]):
                 several for pictures and options that stand in columns of their own: ``{"image": ["image_1",
                 "image_2"]}``, of which a row may leave some empty.
             options: those of every row, where the dataset has none, such as ``("yes", "no")``.
-            **how: ``prompt``, ``answer``, ``shuffle`` of the set.
+            **settings: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
             QuestionError: a column is missing, or a row is not a question, or holds a picture that it would be asked
@@ -501,9 +509,9 @@ class QuestionSet(Sequence[Question]):
         if isinstance(names := cast(Any, dataset).column_names, Mapping):
             splits = ", ".join(names)
             raise QuestionError(f"from_dataset takes one split; got a {type(dataset).__name__} of {splits}: choose one")
-        rows = tables.rows_of_dataset(dataset)
-        names = tables.names_in_dataset(dataset)
-        return cls(tables.questions_of_rows(rows, columns, "dataset row", names=names, options=options), **how)
+        rows = sources.rows_of_dataset(dataset)
+        names = sources.names_in_dataset(dataset)
+        return cls(tables.questions_of_rows(rows, columns, "dataset row", names=names, options=options), **settings)
 
     @classmethod
     def from_rows(
@@ -512,7 +520,7 @@ class QuestionSet(Sequence[Question]):
         columns: Mapping[str, str | Sequence[str]] | None = None,
         *,
         options: Sequence[str] | None = None,
-        **how: Any,
+        **settings: Any,
     ) -> "QuestionSet":
         """Questions from dictionaries, or a table of pandas, with the columns that `from_folder` describes.
 
@@ -520,7 +528,7 @@ class QuestionSet(Sequence[Question]):
             rows: dictionaries, or a `pandas.DataFrame`. Pictures may be all that `Question` takes, in lists too.
             columns: the table's own name of each field, where it differs; see `from_dataset`.
             options: those of every row, where the table has none, such as ``("yes", "no")``.
-            **how: ``prompt``, ``answer``, ``shuffle`` of the set.
+            **settings: ``prompt``, ``answer``, ``shuffle`` of the set.
 
         Raises:
             QuestionError: as for `from_dataset`.
@@ -528,7 +536,7 @@ class QuestionSet(Sequence[Question]):
         Example:
             ``QuestionSet.from_rows(pandas.read_parquet("mine.parquet"), columns={"group": "country"})``
         """
-        return cls(tables.questions_of_rows(tables.rows_of_table(rows), columns, "row", options=options), **how)
+        return cls(tables.questions_of_rows(sources.rows_of_table(rows), columns, "row", options=options), **settings)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -536,18 +544,19 @@ def _shuffled(shuffle: int, name: str, n: int) -> tuple[int, ...]:
     return tuple(sorted(range(n), key=lambda index: hash_of(shuffle, name, index)))
 
 
-def _name_of_cluster(key: str, items: Sequence[Question]) -> str:
-    """What stands for some questions about a picture in a division: not the folder that its file lies in today."""
-    paths = any(isinstance(source, str | Path) for item in items if item.image_id is None for source in item.sources)
-    return " ".join(sorted(item.id for item in items)) if paths else key
+def _cluster_name(key: str, questions: Sequence[Question]) -> str:
+    """A name for questions that share a picture, for the hash of a split: it may not depend on where files lie."""
+    sources = [source for question in questions if question.image_id is None for source in question.sources]
+    has_path = any(isinstance(source, str | Path) for source in sources)
+    return " ".join(sorted(question.id for question in questions)) if has_path else key
 
 
-def _label(item: Question, key: str | Callable[[Question], object]) -> str:
-    """A question's group by a column or function; what stands for nothing is no group."""
-    value = value_of(item, key)
+def _label(question: Question, key: str | Callable[[Question], object]) -> str:
+    """A question's group by a column or function; None, NaN and the like are no group."""
+    value = value_of(question, key)
     if is_missing(value):
         where = f"in the column {key!r}" if isinstance(key, str) else "from the function that groups"
         raise QuestionError(
-            f"question {item.id!r} has {value} {where}, which is no group: leave such questions out with filter()"
+            f"question {question.id!r} has {value} {where}, which is no group: leave such questions out with filter()"
         )
     return str(value)

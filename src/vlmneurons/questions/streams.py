@@ -1,6 +1,7 @@
-"""Sound and video: arrays as they are, files through a decoder, opened when they are needed.
+"""Sounds and videos: arrays, or files that are decoded when they are needed.
 
-WAV files and moving pictures (GIF, WebP, PNG) are read without one; other sounds need `soundfile`, other videos `av`.
+WAV files and moving pictures (GIF, WebP, PNG) need no further package; other sounds need `soundfile`, other videos
+`av`.
 """
 
 import io
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageSequence
 
-from vlmneurons.questions.media import SUFFIXES, encoded, is_function, key_of, open_picture, picture_key
+from vlmneurons.questions.media import SUFFIXES, encoded, is_function, key_of, open_picture, picture_key, unpacked
 
 SoundSource = str | Path | bytes | Mapping[str, object] | Callable[[], object]
 """A sound: a file, an encoded file's bytes, ``{"array": …, "sampling_rate": …}``, or a function that yields one."""
@@ -28,16 +29,7 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 """Ends of the names of files that hold sounds and videos."""
 
 FRAMES_PER_SECOND, MOST_FRAMES = 2.0, 64
-"""What is seen of a video's file: frames at equal distances in time, two a second, and never more than 64."""
-
-
-def resolved_stream(source: Any) -> Any:
-    """A sound or video, its path or its bytes: functions are called."""
-    while is_function(source):
-        source = source()
-    if isinstance(source, Mapping) and set(source) & {"bytes", "path"} and "array" not in source:
-        return source["bytes"] if source.get("bytes") is not None else source["path"]
-    return source
+"""Which frames of a video's file are seen: two a second at equal distances in time, and never more than 64."""
 
 
 # -- sound -------------------------------------------------------------------------------------------------------------
@@ -67,11 +59,11 @@ def open_sound(source: Any, rate: int) -> Float32[np.ndarray, " sample"]:
         ImportError: the file is no WAV, and `soundfile` is not installed.
         ValueError: it is no sound, or an empty one.
     """
-    source = resolved_stream(source)
+    source = unpacked(source)
     fault = check_sound(source)
     if fault:
         raise ValueError(fault)
-    values, own = (source["array"], source["sampling_rate"]) if isinstance(source, Mapping) else _decoded(source)
+    values, own_rate = (source["array"], source["sampling_rate"]) if isinstance(source, Mapping) else _decoded(source)
     values = np.asarray(values)
     if values.dtype.kind in "iu":
         values = values / float(np.iinfo(values.dtype).max + 1)
@@ -79,11 +71,11 @@ def open_sound(source: Any, rate: int) -> Float32[np.ndarray, " sample"]:
         values = values.mean(0 if values.shape[0] < values.shape[1] else 1)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"a sound is an array [sample] or [channel, sample] of finite values; got {values.shape}")
-    if int(own) != rate:
+    if int(own_rate) != rate:
         from scipy.signal import resample_poly
 
-        shared = math.gcd(int(own), rate)
-        values = resample_poly(values.astype(np.float64), rate // shared, int(own) // shared)
+        divisor = math.gcd(int(own_rate), rate)
+        values = resample_poly(values.astype(np.float64), rate // divisor, int(own_rate) // divisor)
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
@@ -121,7 +113,7 @@ def _by_soundfile(source: bytes | str | Path) -> tuple[np.ndarray, int]:
 
 def sound_key(source: Any) -> str:
     """A digest of a sound's path, or of its content where it has none."""
-    return key_of(resolved_stream(source), lambda sound: _values(sound["array"], f" {sound['sampling_rate']}"))
+    return key_of(unpacked(source), lambda sound: _values(sound["array"], f" {sound['sampling_rate']}"))
 
 
 def _values(array: Any, more: str = "") -> bytes:
@@ -162,7 +154,7 @@ def open_video(source: object) -> UInt8[np.ndarray, "frame height width 3"]:
         ImportError: the file is no moving picture that Pillow reads, and `av` is not installed.
         ValueError: it is no video, or its frames differ in size.
     """
-    source = resolved_stream(source)
+    source = unpacked(source)
     fault = check_video(source)
     if fault:
         raise ValueError(fault)
@@ -187,7 +179,7 @@ def _frames(source: bytes | str | Path) -> UInt8[np.ndarray, "frame height width
                 shown.append(np.asarray(open_picture(frame.copy())))
                 times.append(now)
                 now += frame.info.get("duration", 100) / 1000
-        return np.stack([shown[place] for place in _seen(times, now)])
+        return np.stack([shown[place] for place in _seen_frames(times, now)])
     except Image.UnidentifiedImageError:
         pass
     try:
@@ -201,14 +193,14 @@ def _frames(source: bytes | str | Path) -> UInt8[np.ndarray, "frame height width
         times = [float(frame.time or 0.0) for frame in container.decode(video=0)]
     if not times:
         raise ValueError("it has no frames")
-    wanted = set(_seen(times, 2 * times[-1] - times[-2] if len(times) > 1 else 1.0))
+    wanted = set(_seen_frames(times, 2 * times[-1] - times[-2] if len(times) > 1 else 1.0))
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
         decoded = enumerate(container.decode(video=0))
         return np.stack([frame.to_ndarray(format="rgb24") for place, frame in decoded if place in wanted])
 
 
-def _seen(times: Sequence[float], end: float) -> list[int]:
-    """Places of the frames that are seen: at equal distances in time, at least two of them where there are two."""
+def _seen_frames(times: Sequence[float], end: float) -> list[int]:
+    """The places of the frames that are seen, at equal distances in time; at least two where the video has two."""
     n = min(len(times), MOST_FRAMES, max(2, round((end - times[0]) * FRAMES_PER_SECOND)))
     wanted = times[0] + (np.arange(n) + 0.5) * (end - times[0]) / n
     places = np.searchsorted(np.asarray(times), wanted, side="right") - 1
@@ -223,7 +215,7 @@ def video_key(source: object) -> str:
             return _values(video)
         return "+".join(map(picture_key, map(_as_picture, video))).encode()
 
-    return key_of(resolved_stream(source), content)
+    return key_of(unpacked(source), content)
 
 
 def _as_picture(frame: object) -> object:

@@ -1,7 +1,8 @@
-"""`Selector`: scores in, one set of neurons per group out."""
+"""`Selector`, what all rules share: they give scores ``[group, neuron]``, and it makes one set of neurons per group."""
 
 import copy
 import inspect
+import itertools
 import math
 import numbers
 import operator
@@ -15,12 +16,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from typing_extensions import TypedDict, TypeVar
 
-from vlmneurons.checks import JSON, as_flag, as_plain, as_whole
+from vlmneurons.checks import JSON, as_flag, as_plain, as_whole, is_share
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
 from vlmneurons.neurons.sites import NeuronSpace
-from vlmneurons.selectors._evidence import Readable, the_one_read
+from vlmneurons.selectors._evidence import Readable, table_read
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.evidence import Evidence
 
@@ -31,11 +32,11 @@ FRACTION = 0.005
 """Share of neurons that a selector gives to each group unless told otherwise (arXiv 2608.08772, 2608.17102)."""
 
 Table = TypeVar("Table", bound=Evidence, default=Any)
-"""The kind of table that a rule reads. `Selector` by itself is a rule that reads any, for a type checker."""
+"""The kind of table that a rule reads. For a type checker, `Selector` by itself is a rule that reads any."""
 
 
 class Shared(TypedDict, total=False):
-    """What every selector can be given beside ``fraction``; see `Selector`, which declares it."""
+    """The settings of every selector beside ``fraction``; see `Selector`, which explains them."""
 
     count: SupportsIndex | None
     layers: Iterable[SupportsIndex] | SupportsIndex | None
@@ -94,7 +95,7 @@ class Selector(ABC, Generic[Table]):
     contrastive: bool = False
     reads: ClassVar[type[Evidence]] = ActivationStatistics
     _always_shown: ClassVar[tuple[str, ...]] = ()
-    """Settings that the repr has also where they are the default."""
+    """Settings that the repr shows also where they are the default."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,7 +119,9 @@ class Selector(ABC, Generic[Table]):
             SelectionError: fraction outside (0, 1], count below 1, both given, or exclude of another type.
         """
         # Only what is given is set, so that a subclass can set defaults of its own as class attributes.
-        for name, value in _given(type(self).__name__, fraction, count, layers, exclude, per_layer or None).items():
+        for name, value in _shared_settings(
+            type(self).__name__, fraction, count, layers, exclude, per_layer or None
+        ).items():
             setattr(self, name, value)
         self._check_settings()
 
@@ -158,17 +161,17 @@ class Selector(ABC, Generic[Table]):
             SiteError: a layer that the space does not have.
             MismatchError: excluded neurons of another space or without one of the groups.
         """
-        stats = self._opened(evidence)
-        parts = self._parts(stats.space)
-        banned = self._excluded(stats)
+        stats = self._checked_table(evidence)
+        parts = self._ranked_parts(stats.space)
+        excluded = self._excluded_masks(stats)
         scores, eligible = self._evaluate(stats)
         sets = {}
         for row, group in enumerate(stats.groups):
             allowed = scores[row] > -math.inf
             if eligible is not None:
                 allowed &= eligible[row]
-            if group in banned:
-                allowed &= ~banned[group]
+            if group in excluded:
+                allowed &= ~excluded[group]
             chosen = [
                 highest(scores[row], quota, allowed)
                 if part is None
@@ -181,7 +184,7 @@ class Selector(ABC, Generic[Table]):
         return Selection(sets, selector=repr(self), budget=budget, provenance=provenance_of(stats))
 
     def read(self, *evidence: Readable) -> Table:
-        """Of what `select` was given, the one table that this rule reads.
+        """The one table, among those that `select` gets, that this rule reads.
 
         Args:
             evidence: see `select`.
@@ -189,10 +192,10 @@ class Selector(ABC, Generic[Table]):
         Raises:
             SelectionError: there is none, or there are several.
         """
-        return the_one_read(type(self).__name__, self.reads, evidence)
+        return table_read(type(self).__name__, self.reads, evidence)
 
-    def _opened(self, evidence: tuple[Readable, ...]) -> Table:
-        """The table to select from, after every check."""
+    def _checked_table(self, evidence: tuple[Readable, ...]) -> Table:
+        """The table to select from, once settings and table have been checked."""
         self._check_settings()
         stats = self.read(*evidence)
         self.check_statistics(stats)
@@ -226,18 +229,18 @@ class Selector(ABC, Generic[Table]):
             >>> Rare(0.5).take(count=3, per_layer=True)
             Rare(count=3, per_layer=True)
         """
-        return self._taken(_given(type(self).__name__, fraction, count, layers, exclude, per_layer))
+        return self._with_settings(_shared_settings(type(self).__name__, fraction, count, layers, exclude, per_layer))
 
-    def _taken(self, changed: Mapping[str, object]) -> "Selector":
+    def _with_settings(self, settings: Mapping[str, object]) -> "Selector":
         """A copy with other settings."""
-        taken = copy.copy(self)
-        for name, value in changed.items():
-            object.__setattr__(taken, name, value)  # also where a subclass is a frozen dataclass
-        taken._check_settings()
-        return taken
+        changed = copy.copy(self)
+        for name, value in settings.items():
+            object.__setattr__(changed, name, value)  # also where a subclass is a frozen dataclass
+        changed._check_settings()
+        return changed
 
-    def _was_given(self, *names: str) -> list[str]:
-        """Those of the shared settings that this selector was given, which its parts, or a condition, may not obey."""
+    def _explicit_settings(self, *names: str) -> list[str]:
+        """Names of the shared settings that were set on this selector itself, and are not left at their default."""
         return [name for name in names or SHARED if vars(self).get(name) is not None]
 
     def check_statistics(self, stats: Table) -> None:
@@ -278,19 +281,17 @@ class Selector(ABC, Generic[Table]):
         if self.count is not None:
             if isinstance(self.count, bool) or not isinstance(self.count, numbers.Integral) or self.count < 1:
                 raise SelectionError(f"{name}: count is the number of neurons per group, at least 1; got {self.count}")
-        elif self.fraction is not None and (
-            isinstance(self.fraction, bool) or not isinstance(self.fraction, numbers.Real) or not 0 < self.fraction <= 1
-        ):
+        elif self.fraction is not None and not is_share(self.fraction):
             raise SelectionError(f"{name}: fraction is in (0, 1]; got {self.fraction!r}")
         if self.exclude is not None and not isinstance(self.exclude, (NeuronSet, Selection)):
             raise SelectionError(f"{name}: exclude is a NeuronSet or a Selection; got {type(self.exclude).__name__}")
         check_flags(self, per_layer=self.per_layer)
         for setting in {"fraction", "count"} & vars(self).keys():  # only what was given; see DerivedSelector
-            # Its name, and so that of its selections and files, is that of a plain number.
+            # A number of NumPy would show in the selector's repr, and so in the names of selections and files.
             object.__setattr__(self, setting, as_plain(getattr(self, setting)))
 
-    def _parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
-        """What is ranked together: flat indices (None for the whole space), and how many neurons each group gets."""
+    def _ranked_parts(self, space: NeuronSpace) -> list[tuple[Int64[Tensor, " part"] | None, int]]:
+        """The parts that are ranked apart: flat indices (None for the whole space), and neurons per group."""
         chosen = None if self.layers is None else space.restrict(layers=layer_numbers(self.layers))
         if not self.per_layer:
             where = "the space" if chosen is None else "the given layers"
@@ -303,7 +304,7 @@ class Selector(ABC, Generic[Table]):
         return parts
 
     def _quota(self, size: int, where: str) -> int:
-        """Number of neurons that each group gets of so many."""
+        """Number of neurons that each group gets, out of ``size``."""
         if self.count is not None:
             count = operator.index(self.count)
             if count > size:
@@ -318,8 +319,8 @@ class Selector(ABC, Generic[Table]):
             )
         return budget
 
-    def _excluded(self, stats: Evidence) -> dict[str, Bool[Tensor, " neuron"]]:
-        """For each group with neurons to leave out a mask of them."""
+    def _excluded_masks(self, stats: Evidence) -> dict[str, Bool[Tensor, " neuron"]]:
+        """For each group that has neurons to leave out, a mask of them."""
         if self.exclude is None:
             return {}
         check_same_space(self.exclude.space, stats.space)
@@ -346,9 +347,9 @@ class Selector(ABC, Generic[Table]):
             highest_score = row.max()
             if torch.isnan(highest_score) or highest_score == math.inf:
                 neuron = int((torch.isnan(row) | (row == math.inf)).nonzero()[0])
-                what = "NaN" if torch.isnan(row[neuron]) else "inf"
+                value = "NaN" if torch.isnan(row[neuron]) else "inf"
                 raise SelectionError(
-                    f"{name}.score is {what} for group {group!r}, neuron {neuron} (use -inf to leave out)"
+                    f"{name}.score is {value} for group {group!r}, neuron {neuron} (use -inf to leave out)"
                 )
         return scores
 
@@ -398,7 +399,7 @@ class Selector(ABC, Generic[Table]):
         return SummedSelector(self, other) if isinstance(other, Selector) else NotImplemented
 
     def __radd__(self, other: object) -> "Selector":
-        # sum() starts from 0.
+        # Python's sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def where(self, gate: "Gate | NeuronSet | Selection") -> "Selector":
@@ -448,13 +449,13 @@ class Selector(ABC, Generic[Table]):
         settings = {**self._budget_settings(), **self._settings()}
         last = ("layers", "exclude", "per_layer")
         ordered = [name for name in settings if name not in last] + [name for name in last if name in settings]
-        return f"{type(self).__name__}({', '.join(f'{name}={_setting(settings[name])}' for name in ordered)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={setting_text(settings[name])}' for name in ordered)})"
 
     def _expression(self) -> str:
         """The rule without its budget, layers and exclusions: what stands in an expression of several rules."""
         if type(self).__repr__ is not Selector.__repr__:
             return repr(self)
-        shown = ", ".join(f"{name}={_setting(value)}" for name, value in self._settings().items())
+        shown = ", ".join(f"{name}={setting_text(value)}" for name, value in self._settings().items())
         return f"{type(self).__name__}({shown})"
 
     def _settings(self) -> JSON:
@@ -464,21 +465,24 @@ class Selector(ABC, Generic[Table]):
             value = getattr(self, name, getattr(self, f"_{name}", parameter.default))
             if value is inspect.Parameter.empty:
                 continue
-            always = parameter.default is inspect.Parameter.empty or name in self._always_shown
-            if always or not _same(value, parameter.default):
+            is_default = type(value) is type(parameter.default) and value == parameter.default
+            if not is_default or name in self._always_shown:
                 shown[name] = value
         return shown
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
-        """What the rule itself can be given, beside the settings of every selector."""
-        given = inspect.signature(type(self).__init__).parameters.items()
-        return {name: one for name, one in given if name not in {"self", *SHARED} and one.kind not in _VARIADIC}
+        """The rule's parameters, without the settings of every selector."""
+        return {
+            name: parameter
+            for name, parameter in inspect.signature(type(self).__init__).parameters.items()
+            if name not in {"self", *SHARED} and parameter.kind not in _VARIADIC
+        }
 
     def _budget_settings(self) -> JSON:
         """The budget, and the other settings of every selector where they differ from their defaults."""
-        budget = {"count": self.count} if self.count is not None else {"fraction": self.fraction}
-        other = {"layers": self.layers, "exclude": self.exclude, "per_layer": self.per_layer or None}
-        return {name: value for name, value in {**budget, **other}.items() if value is not None}
+        settings = {"count": self.count} if self.count is not None else {"fraction": self.fraction}
+        settings |= {"layers": self.layers, "exclude": self.exclude, "per_layer": self.per_layer or None}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -527,38 +531,42 @@ def highest(
 
 def provenance_of(stats: Evidence) -> JSON:
     """What a selection says about the statistics that it was made from."""
-    known = {"tokens": stats.tokens, "items": stats.items}
-    counts = {k: dict(zip(stats.groups, v.tolist(), strict=True)) for k, v in known.items() if v is not None}
-    return {"statistics": dict(stats.provenance), **counts}
+    provenance: JSON = {"statistics": dict(stats.provenance)}
+    for name, counts in (("tokens", stats.tokens), ("items", stats.items)):
+        if counts is not None:
+            provenance[name] = dict(zip(stats.groups, counts.tolist(), strict=True))
+    return provenance
 
 
 def layer_parts(space: NeuronSpace) -> Iterator[tuple[str, Int64[Tensor, " part"]]]:
     """Each layer's name and the flat indices of its neurons, sorted; layers of two towers are two layers."""
     for (tower, layer), positions in space.tower_layers.items():
-        parts = [torch.arange(space.offsets[at], space.offsets[at + 1]) for at in positions]
+        parts = [torch.arange(space.offsets[position], space.offsets[position + 1]) for position in positions]
         yield f"layer {layer} of tower {tower!r}", torch.cat(parts)
 
 
 def check_flags(selector: Selector, **flags: bool) -> None:
-    """Refuse what is neither True nor False when the selector is made."""
+    """Refuse, when the selector is made, a setting that is neither True nor False."""
     for name, value in flags.items():
         as_flag(f"{type(selector).__name__}: {name}", value, SelectionError)
 
 
-def _given(name: str, fraction: object, count: object, layers: object, exclude: object, per_layer: object) -> JSON:
-    """Of the shared settings what was given; a fraction takes the place of a count, and the other way round."""
+def _shared_settings(
+    name: str, fraction: object, count: object, layers: object, exclude: object, per_layer: object
+) -> JSON:
+    """The shared settings that were given; a fraction takes the place of a count, and the other way round."""
     if fraction is not None and count is not None:
         raise SelectionError(f"{name}: give fraction or count, not both; got {fraction} and {count}")
-    budget = {} if fraction is None and count is None else {"fraction": fraction, "count": count}
-    other = {"layers": None if layers is None else layer_numbers(layers), "exclude": exclude, "per_layer": per_layer}
-    return {**budget, **{setting: value for setting, value in other.items() if value is not None}}
+    settings = {"layers": None if layers is None else layer_numbers(layers), "exclude": exclude, "per_layer": per_layer}
+    settings = {setting: value for setting, value in settings.items() if value is not None}
+    return settings if fraction is None and count is None else {"fraction": fraction, "count": count, **settings}
 
 
 def layer_numbers(layers: object) -> tuple[int, ...]:
-    """Numbers of layers, sorted, each once; of one or several.
+    """Numbers of layers, of one or several, sorted, each once.
 
     Raises:
-        SelectionError: something else, or none.
+        SelectionError: they are no whole numbers, or there is none.
     """
     if isinstance(layers, (str, bytes)):
         raise SelectionError(f"layers are numbers; got the text {layers!r}")
@@ -566,31 +574,27 @@ def layer_numbers(layers: object) -> tuple[int, ...]:
         several = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     except TypeError:  # a tensor of one number cannot be gone through
         several = (layers,)
-    numbers = tuple(as_whole("a layer's number", one, SelectionError) for one in several)
-    if not numbers:
+    distinct = {as_whole("a layer's number", layer, SelectionError) for layer in several}
+    if not distinct:
         raise SelectionError("layers is empty: give at least one layer, or None for all")
-    return tuple(sorted(set(numbers)))
+    return tuple(sorted(distinct))
 
 
 def _smallest_fraction(size: int) -> str:
-    """The smallest fraction of few digits that yields a neuron of ``size``."""
-    for digits in range(1, 17):
-        scale = 10 ** (digits + len(str(size)))
-        fraction = math.ceil(scale / size) / scale
-        if budget_of(fraction, size) >= 1 and fraction < 1.01 / size:
+    """The smallest fraction of few digits that yields a neuron of ``size``: within 1 % of ``1 / size``."""
+    for digits in itertools.count(len(str(size)) + 1):
+        fraction = math.ceil(10**digits / size) / 10**digits
+        if fraction < 1.01 / size:
             return f"{fraction:.10g}"
-    return repr(1 / size)
+    raise AssertionError("three digits always suffice")
 
 
 def _is_real(number: object) -> TypeGuard[float]:
     return isinstance(number, numbers.Real) and not isinstance(number, bool)
 
 
-def _same(value: object, default: object) -> bool:
-    return value is default or (type(value) is type(default) and value == default)
-
-
-def _setting(value: object) -> str:
+def setting_text(value: object) -> str:
+    """A setting as the repr of a selector shows it."""
     if isinstance(value, NeuronSet):
         return f"<{len(value)} neurons {value.fingerprint}>"
     if isinstance(value, Selection):

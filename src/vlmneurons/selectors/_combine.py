@@ -1,4 +1,4 @@
-"""Selectors put together with ``&``, ``|`` and ``-``."""
+"""Selectors combined with ``&``, ``|`` and ``-``: their sets are, group by group."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ class CombinedSelector(Selector[Bundle]):
     """Two selectors whose sets are combined group by group; ``left & right`` makes one.
 
     Each part selects by its own settings, so the sizes of the combined sets differ between groups, and the combination
-    has no budget and no scores of its own. `take` is for the parts: ``(CAS() | MAD()).take(0.01, layers=[3])`` is
+    has no budget and no scores of its own. `take` changes the parts: ``(CAS() | MAD()).take(0.01, layers=[3])`` is
     ``CAS(0.01, layers=[3]) | MAD(0.01, layers=[3])``.
 
     Examples:
@@ -70,18 +70,19 @@ class CombinedSelector(Selector[Bundle]):
         return Selection(dict(combined), selector=repr(self), provenance=provenance_of(self.read(*evidence)))
 
     def read(self, *evidence: Readable) -> Bundle:
-        """All that was given, together.
+        """All evidence together, from which each part takes the table that it reads.
 
         Args:
             evidence: see `Selector.select`.
         """
         return Bundle.of(evidence)
 
-    def _taken(self, changed: Mapping[str, object]) -> Selector:
-        return CombinedSelector(self.left._taken(changed), self.symbol, self.right._taken(changed))
+    def _with_settings(self, settings: Mapping[str, object]) -> Selector:
+        left, right = self.left._with_settings(settings), self.right._with_settings(settings)
+        return CombinedSelector(left, self.symbol, right)
 
     def _check_settings(self) -> None:
-        if names := self._was_given():
+        if names := self._explicit_settings():
             raise SelectionError(
                 f"{self!r} selects by the settings of its parts, not by {', '.join(names)} of its own: set them by "
                 ".take(…)"

@@ -1,4 +1,4 @@
-"""What selectors are given to select from, and which table of several a rule reads."""
+"""What selectors select from, and which of several tables a rule reads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -17,7 +17,7 @@ from vlmneurons.statistics.evidence import Evidence
 from vlmneurons.statistics.items import GroupedItems, ItemStatistics
 
 Readable = Evidence | ItemStatistics | Mapping[str, Countable]
-"""What `Selector.select` takes: evidence, or what evidence is made of (questions; statistics by condition)."""
+"""What `Selector.select` takes: evidence, or what becomes evidence (recorded questions; statistics by condition)."""
 
 
 class Bundle:
@@ -34,17 +34,17 @@ class Bundle:
         """
         self.tables = tuple(tables)
         first = self.tables[0]
-        for other in self.tables[1:]:
-            check_same_space(first.space, other.space)
-            if tuple(other.groups) != tuple(first.groups):
+        for table in self.tables[1:]:
+            check_same_space(first.space, table.space)
+            if tuple(table.groups) != tuple(first.groups):
                 raise MismatchError(
                     f"the tables to select from have different groups: {', '.join(first.groups)} and "
-                    f"{', '.join(other.groups)}"
+                    f"{', '.join(table.groups)}"
                 )
 
     @classmethod
     def of(cls, evidence: Sequence[Readable]) -> "Bundle":
-        """What a selector was given, as a bundle; one bundle stays as it is.
+        """The evidence that a selector gets, as a bundle; a single bundle stays as it is.
 
         Args:
             evidence: see `Selector.select`.
@@ -56,7 +56,7 @@ class Bundle:
             return evidence[0]
         if not evidence:
             raise SelectionError("there is nothing to select from: give statistics")
-        tables = [_opened(table) for table in evidence]
+        tables = [_as_evidence(table) for table in evidence]
         for table in tables:
             check_kind("what to select from", table, Evidence, SelectionError, "statistics, questions or attributions")
         return cls(tables)
@@ -73,26 +73,26 @@ class Bundle:
 
     @property
     def tokens(self) -> Int64[Tensor, " group"] | None:
-        """Number of counted tokens of each group, if the first table knows it."""
+        """Number of counted tokens of each group, if the first table has it."""
         return self.tables[0].tokens
 
     @property
     def items(self) -> Int64[Tensor, " group"]:
-        """Number of items of each group, as the first table knows it."""
+        """Number of items of each group, of the first table."""
         return self.tables[0].items
 
     @property
     def provenance(self) -> JSONMapping:
-        """What the table says; of several tables, by their kinds."""
+        """The table's provenance; of several tables, that of each by its kind."""
         if len(self.tables) == 1:
             return dict(self.tables[0].provenance)
         return {type(table).__name__: dict(table.provenance) for table in self.tables}
 
     def check_counted(self) -> None:
-        """Make sure that every group has something to go by in every table.
+        """Make sure that every group has counts in every table.
 
         Raises:
-            SelectionError: some have nothing; the message names them.
+            SelectionError: some groups have none; the message names them.
         """
         for table in self.tables:
             table.check_counted()
@@ -109,27 +109,27 @@ class Bundle:
         return Bundle([table.select_groups(groups) for table in self.tables])
 
 
-def the_one_read(name: str, kind: type, evidence: Sequence[Readable]) -> Any:
-    """The table of a kind among what a selector was given; per-question counts stand for their statistics too.
+def table_read(name: str, kind: type, evidence: Sequence[Readable]) -> Any:
+    """The table of a kind among a selector's evidence; per-question counts stand for their statistics too.
 
     Raises:
         SelectionError: there is none, or there are several.
     """
     tables = evidence[0].tables if len(evidence) == 1 and isinstance(evidence[0], Bundle) else evidence
-    tables = [_opened(table) for table in tables]
-    found: list[Evidence] = [table for table in tables if isinstance(table, kind)]
-    if not found and issubclass(ActivationStatistics, kind):
-        found = [table.statistics for table in tables if isinstance(table, GroupedItems)]
-    if len(found) == 1:
-        return found[0]
+    tables = [_as_evidence(table) for table in tables]
+    of_kind: list[Evidence] = [table for table in tables if isinstance(table, kind)]
+    if not of_kind and issubclass(ActivationStatistics, kind):
+        of_kind = [table.statistics for table in tables if isinstance(table, GroupedItems)]
+    if len(of_kind) == 1:
+        return of_kind[0]
     got = ", ".join(type(table).__name__ for table in evidence) or "nothing"
-    if found:
+    if of_kind:
         raise SelectionError(f"{name} selects from one {kind.__name__}; several were given: {got}")
     raise SelectionError(f"{name} selects from {kind.__name__}; got {got}")
 
 
-def _opened(table: Readable) -> Evidence:
-    """Item statistics as questions grouped as they were recorded; a dictionary as conditions."""
+def _as_evidence(table: Readable) -> Evidence:
+    """Item statistics as questions in the groups that were recorded; a dictionary as conditions."""
     if isinstance(table, ItemStatistics):
         return table.grouped()
     if isinstance(table, Mapping) and not isinstance(table, Selection):

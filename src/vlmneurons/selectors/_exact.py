@@ -1,9 +1,9 @@
-"""Comparing groups so that ties stay ties, and so that neither the order nor the names of groups decide anything.
+"""Comparing groups exactly: ties stay ties, and neither the order nor the names of groups decide anything.
 
-The same fractions added in another order of groups differ in their last bit, and so do equal differences of other
-fractions: .9 - .2 and .8 - .1. A rule that ranks such numbers breaks a tie by chance. Here sums over groups are added
-in an order that the values decide, and probabilities are whole numbers and exact remainders; a block of neurons at a
-time, which stays in a CPU's cache and so costs less than whole tables would.
+Floating-point sums of the same fractions in another order of groups differ in their last bit, and so do equal
+differences of different fractions, such as .9 - .2 and .8 - .1: a rule that ranks such numbers breaks ties by chance.
+Here sums over groups are added in an order that the values decide, and a probability is a whole number and an exact
+remainder. The work goes a block of neurons at a time: a block stays in a CPU's cache, which whole tables do not.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmneurons.statistics.counts import ActivationStatistics
 
 _BLOCK = 2**17
-"""Cells of a block: three tables of it are 3 MiB."""
+"""Cells of a block: three tables of so many are 3 MiB."""
 _HIGH, _LOW = 2.0**24, 2.0**16
 """A probability is q / 2^24 with a whole q, and a remainder that is kept in units of 2^-40."""
 UNIT = 1 / (_HIGH * _LOW)
@@ -27,14 +27,14 @@ UNIT = 1 / (_HIGH * _LOW)
 def canonical_order(
     rows: Float64[np.ndarray, "group neuron"] | Int64[np.ndarray, "group neuron"], among: Sequence[int] | None = None
 ) -> list[int]:
-    """The numbers of the rows, sorted by the first value that differs; equal rows as they stand (in ``among``)."""
+    """The numbers of the rows, sorted by the first value that differs; equal rows stay in order (that of ``among``)."""
 
     def compare(first: int, second: int) -> int:
         for start in range(0, rows.shape[1], 4096):
             left, right = rows[first, start : start + 4096], rows[second, start : start + 4096]
-            differing = np.flatnonzero(left != right)
-            if len(differing):
-                return -1 if left[differing[0]] < right[differing[0]] else 1
+            different = np.flatnonzero(left != right)
+            if len(different):
+                return -1 if left[different[0]] < right[different[0]] else 1
         return 0
 
     return sorted(range(len(rows)) if among is None else among, key=functools.cmp_to_key(compare))
@@ -47,7 +47,7 @@ def sum_over_groups(table: Float64[Tensor, "group neuron"]) -> Float64[Tensor, "
 
 
 def counted(stats: ActivationStatistics, columns: slice) -> Float64[np.ndarray, "group column"]:
-    """Tokens that each probability is a share of: one column for all neurons, or one for each; at least 1."""
+    """Tokens that the probabilities are shares of: one column for all neurons, or one for each; at least 1."""
     tokens = stats.tokens[:, None] if stats.routed is None else stats.routed[:, stats.space.site_of[columns]]
     return tokens.numpy().astype(np.float64).clip(min=1)
 
@@ -71,11 +71,11 @@ def order_of_groups(stats: ActivationStatistics) -> list[int]:
 def _parts(
     counts: np.ndarray, tokens: np.ndarray, order: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities in units of 2^-24, whole; what is left of them, in units of 2^-40; and either's sum over groups."""
+    """Probabilities as whole numbers of 2^-24, their remainders in units of 2^-40, and the sums of both over groups."""
     high = counts * (_HIGH / tokens)
     np.rint(high, out=high)
-    # Both products are exact (a whole number below 2^24 and tokens of at most 29 bits), and so is the difference,
-    # whichever of the neighbouring whole numbers the rounding above took.
+    # The product is exact (of a whole number of at most 24 bits and tokens of at most 29), and so is its difference
+    # from the counts, whichever of the neighbouring whole numbers the rounding above took.
     low = high * (tokens / -_HIGH)
     low += counts
     low *= _HIGH * _LOW / tokens
@@ -131,8 +131,8 @@ def margins(stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         first = probability.argmax(0)
         probability[first, neurons] = -1
         second = probability.argmax(0)
-        # Cross-multiplied, K1 / T1 - K2 / T2 is one division of whole numbers.
-        ours, theirs = tokens[first, place], tokens[second, place]
-        margin = counts[first, neurons] * theirs - counts[second, neurons] * ours
-        result[first, columns.start + neurons] = margin / (ours * theirs)
+        # Cross-multiplied, K1 / T1 - K2 / T2 is one division of whole numbers, and so correctly rounded.
+        tokens1, tokens2 = tokens[first, place], tokens[second, place]
+        margin = counts[first, neurons] * tokens2 - counts[second, neurons] * tokens1
+        result[first, columns.start + neurons] = margin / (tokens1 * tokens2)
     return torch.from_numpy(result)

@@ -1,4 +1,4 @@
-"""Arithmetic on scores: selectors that rank by what is made of other selectors' scores.
+"""Arithmetic on scores: selectors that rank by a sum, a product, ranks … of other selectors' scores.
 
 A neuron that some part leaves out (``-inf``) is left out of the whole. A neuron that a part scores but does not find
 eligible, such as one without a margin for `CAS`, stays in a sum if another part of the sum finds it eligible.
@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmneurons.errors import MismatchError, SelectionError
 from vlmneurons.neurons.selection import Selection, outer_places
 from vlmneurons.neurons.sets import NeuronSet, check_same_space
-from vlmneurons.selectors._base import Selector, _setting
+from vlmneurons.selectors._base import Selector, setting_text
 from vlmneurons.selectors._combine import CombinedSelector
 from vlmneurons.selectors._evidence import Bundle, Readable
 from vlmneurons.statistics.evidence import Evidence
@@ -27,8 +27,8 @@ from vlmneurons.statistics.evidence import Evidence
 class DerivedSelector(Selector[Bundle]):
     """A selector whose scores are made of those of its parts.
 
-    The budget, layers, exclusions and ``per_layer`` are those that the parts were given, which must agree; those of
-    parts that were given none do not count. `Selector.take` sets others.
+    The budget, layers, exclusions and ``per_layer`` are those of the parts that were given some, which must agree.
+    `Selector.take` sets others.
     """
 
     def __init__(self, *parts: Selector) -> None:
@@ -45,23 +45,23 @@ class DerivedSelector(Selector[Bundle]):
                 raise SelectionError(f"{part!r} combines sets and has no scores to calculate with: use its parts")
         self.parts = parts
         self.contrastive = any(part.contrastive for part in parts)
-        budgets = {(one.fraction, one.count): one for one in parts if one._was_given("fraction", "count")}
+        budgets = dict.fromkeys((p.fraction, p.count) for p in parts if p._explicit_settings("fraction", "count"))
         if len(budgets) > 1:
             different = ", ".join(str(fraction) if count is None else f"count={count}" for fraction, count in budgets)
             raise SelectionError(
                 f"the parts have different budgets ({different}): give one, or none and use .take(fraction)"
             )
-        for self.fraction, self.count in budgets:
-            pass
+        if budgets:
+            self.fraction, self.count = next(iter(budgets))
         for name in ("layers", "exclude", "per_layer"):
-            given = [getattr(part, name) for part in parts if name in vars(part)]
-            if any(value != given[0] for value in given):
+            values = [getattr(part, name) for part in parts if name in vars(part)]
+            if any(value != values[0] for value in values):
                 raise SelectionError(f"the parts have different {name}: give it to one of them, or use .take({name}=…)")
-            if given:
-                setattr(self, name, given[0])
+            if values:
+                setattr(self, name, values[0])
 
     def read(self, *evidence: Readable) -> Bundle:
-        """All that was given, together; each part takes the table that it reads.
+        """All evidence together, from which each part takes the table that it reads.
 
         Args:
             evidence: see `Selector.select`.
@@ -69,13 +69,13 @@ class DerivedSelector(Selector[Bundle]):
         return Bundle.of(evidence)
 
     def check_statistics(self, stats: Evidence) -> None:
-        """Make sure that every part can score what was given.
+        """Make sure that every part can score its table.
 
         Args:
             stats: one table, or several as a bundle.
 
         Raises:
-            SelectionError: one cannot.
+            SelectionError: a part cannot.
         """
         bundle = self.read(stats)
         for part in self.parts:
@@ -85,7 +85,7 @@ class DerivedSelector(Selector[Bundle]):
         """The scores that are made of the parts' scores.
 
         Args:
-            stats: what a part reads, or several tables as a bundle.
+            stats: the table that the parts read, or several tables as a bundle.
             more: further tables, if parts read different ones.
         """
         return self._evaluate(self.read(stats, *more))[0]
@@ -94,7 +94,7 @@ class DerivedSelector(Selector[Bundle]):
         """The neurons that the parts find eligible.
 
         Args:
-            stats: what the parts read.
+            stats: the table that the parts read, or several as a bundle.
             scores: what `score` gave.
         """
         return self._evaluate(self.read(stats))[1]
@@ -106,10 +106,10 @@ class DerivedSelector(Selector[Bundle]):
 
     @abstractmethod
     def _derive(self, parts: list[tuple[Tensor, Tensor | None]], bundle: Bundle) -> tuple[Tensor, Tensor | None]:
-        """The scores and eligible neurons of the whole; the parts' own tables may be written to."""
+        """The scores and eligible neurons of the whole, made of those of the parts, whose tables may be written to."""
 
     def __repr__(self) -> str:
-        budget = ", ".join(f"{name}={_setting(value)}" for name, value in self._budget_settings().items())
+        budget = ", ".join(f"{name}={setting_text(value)}" for name, value in self._budget_settings().items())
         text = self._expression()
         return f"({text}).take({budget})" if _precedence(text) else f"{text}.take({budget})"
 
@@ -120,7 +120,7 @@ def _left_out(changed: Tensor, scores: Tensor) -> Tensor:
 
 
 def _precedence(expression: str) -> int:
-    """2 for a sum, 1 for a product or a sign, 0 for what can be followed by a dot."""
+    """How loosely an expression binds: 2 for a sum, 1 for a product or a minus sign, 0 if a dot can follow it."""
     signs = {expression[place : place + 3] for place in outer_places(expression)}
     return 2 if " + " in signs else int(expression.startswith("-") or bool(signs & {" * ", " / "}))
 
@@ -164,11 +164,9 @@ class MappedSelector(DerivedSelector):
             number: the factor or divisor.
 
         Raises:
-            SelectionError: no such operation, a factor that is not finite, or a division by 0.
+            SelectionError: a factor that is not finite, or a division by 0.
         """
         super().__init__(part)
-        if operation not in _OPERATIONS:
-            raise SelectionError(f"operation {operation!r} does not exist; choose from {', '.join(_OPERATIONS)}")
         factor = 1.0 if number is None else float(number)
         if not math.isfinite(factor) or (operation == "/" and factor == 0):
             raise SelectionError(f"scores cannot be {'multiplied' if operation == '*' else 'divided'} by {number}")
@@ -190,27 +188,27 @@ class MappedSelector(DerivedSelector):
 
 def zscored(scores: np.ndarray) -> np.ndarray:
     """Scores of one group less their mean over neurons, over their standard deviation; ``-inf`` stays."""
-    known = None if scores.min() > -math.inf else scores > -math.inf
-    values = (scores if known is None else scores[known]).astype(np.float64)
+    scored = None if scores.min() > -math.inf else scores > -math.inf
+    values = (scores if scored is None else scores[scored]).astype(np.float64)
     if len(values):
         size = max(values.max(), -values.min())
         values -= values.mean()
         spread = math.sqrt(values @ values / len(values))
         # Rounding leaves a spread of 1e-17 where all values are equal.
         values *= 1 / spread if spread > 1e-12 * size else 0.0
-    if known is None:
+    if scored is None:
         return values
     result = np.full(scores.shape, -math.inf)
-    result[known] = values
+    result[scored] = values
     return result
 
 
 def _rank(scores: Tensor, _: float) -> Tensor:
     result = torch.zeros(scores.shape, dtype=torch.float64)
     for row, values in zip(result.numpy(), scores.numpy(), strict=True):
-        known = values > -math.inf
-        count = int(known.sum())
-        row[known] = (scipy_stats.rankdata(values[known]) - 1) / (count - 1) if count > 1 else 0.0
+        scored = values > -math.inf
+        count = int(scored.sum())
+        row[scored] = (scipy_stats.rankdata(values[scored]) - 1) / (count - 1) if count > 1 else 0.0
     return result
 
 
@@ -256,12 +254,12 @@ class Gate(ABC):
 
 
 class Comparison(Gate):
-    """Which neurons' scores compare so with a number; ``selector > number`` makes one. ``-inf`` never passes."""
+    """The neurons whose scores are above, or below, a number: ``selector > number``. ``-inf`` never passes."""
 
     def __init__(self, selector: Selector, symbol: str, number: float) -> None:
         if isinstance(selector, CombinedSelector):
             raise SelectionError(f"{selector!r} combines sets and has no scores to compare: use its parts")
-        if names := selector._was_given():
+        if names := selector._explicit_settings():
             raise SelectionError(
                 f"{selector!r} {symbol} {number:g} compares the scores of all neurons, whatever {', '.join(names)} it "
                 "has: leave that out, and give it to the selector before .where(…)"
@@ -276,11 +274,11 @@ class Comparison(Gate):
         return self.selector.contrastive
 
     def check(self, bundle: Bundle) -> None:
-        """Make sure that the selector can score what was given."""
+        """Make sure that the selector can score its table."""
         self.selector.check_statistics(self.selector.read(bundle))
 
     def passes(self, bundle: Bundle) -> Bool[Tensor, "group neuron"]:
-        """For each group which neurons' scores compare so."""
+        """For each group the neurons whose scores pass the comparison."""
         scores, _ = self.selector._evaluate(self.selector.read(bundle))
         compare = {">": torch.gt, ">=": torch.ge, "<": torch.lt, "<=": torch.le}[self.symbol]
         return compare(scores, self.number) & (scores > -math.inf)
@@ -290,6 +288,8 @@ class Comparison(Gate):
 
 
 class _Membership(Gate):
+    """The neurons of a set, or of each group's set."""
+
     def __init__(self, neurons: NeuronSet | Selection) -> None:
         self.neurons = neurons
 
@@ -303,10 +303,12 @@ class _Membership(Gate):
         return torch.stack([self.neurons[group].mask() for group in bundle.groups])
 
     def __repr__(self) -> str:
-        return _setting(self.neurons)
+        return setting_text(self.neurons)
 
 
 class _JoinedGate(Gate):
+    """Two gates joined by ``&`` or ``|``, or one turned round by ``~``."""
+
     def __init__(self, symbol: str, *gates: Gate) -> None:
         self.symbol, self.gates = symbol, gates
 
@@ -352,7 +354,7 @@ class GatedSelector(DerivedSelector):
         self.contrastive = self.contrastive or gate.contrastive
 
     def check_statistics(self, stats: Evidence) -> None:
-        """Make sure that the selector and the gate can score what was given."""
+        """Make sure that the selector and the gate can score their tables."""
         super().check_statistics(stats)
         self.gate.check(self.read(stats))
 

@@ -1,4 +1,10 @@
-"""Neurons that move the answers, by gradients."""
+"""Attribution, the neurons that move a group's answers, by gradients.
+
+``score[c, n] = mean over the questions of c of sum over tokens of a * dM / da``, where ``a`` is the neuron's value and
+``M`` the log-probability margin of the right option: input times gradient (arXiv 1704.02685), or the gradient
+integrated over the neuron's value (arXiv 2104.08696). `vlmneurons.attribute` computes both; the rules here rank what it
+gives.
+"""
 
 from typing import ClassVar
 
@@ -13,6 +19,8 @@ from vlmneurons.statistics.attributions import AttributionStatistics
 
 
 class _ByGradient(Selector[AttributionStatistics]):
+    """What both rules share: all but the way in which the attributions were computed."""
+
     method: ClassVar[str]
     """What `vlmneurons.attribute` must have computed."""
 
@@ -29,8 +37,8 @@ class _ByGradient(Selector[AttributionStatistics]):
         Args:
             fraction: share of the neurons that each group gets.
             others: rank by how much more a neuron matters to the group than, on average, to the other groups.
-            on: ``"mean"`` attribution over the group's questions, or ``"share"`` of the questions to which the neuron
-                matters much (more than a given share of the question's highest attribution).
+            on: ``"mean"`` attribution over the group's questions, or ``"share"`` of the questions in which the neuron
+                matters much (its attribution is above a given share of the question's highest).
             shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
@@ -51,10 +59,10 @@ class _ByGradient(Selector[AttributionStatistics]):
             SelectionError: they are not, or see `Selector.check_statistics`.
         """
         super().check_statistics(stats)
-        found = stats.provenance.get("method", self.method)
-        if found != self.method:
+        method = stats.provenance.get("method", self.method)
+        if method != self.method:
             raise SelectionError(
-                f"{type(self).__name__} selects from attributions by method={self.method!r}; these are by {found!r}"
+                f"{type(self).__name__} selects from attributions by method={self.method!r}; these are by {method!r}"
             )
 
     def score(self, stats: AttributionStatistics) -> Float64[Tensor, "group neuron"]:
@@ -75,8 +83,8 @@ class Attribution(_ByGradient):
     where ``a`` is the neuron's value and ``M`` the log-probability margin of the right option over the best other one.
     Select from what ``vlmneurons.attribute(model, questions, method="gradient")`` gives.
 
-    The input-times-gradient family (Shrikumar et al. 2017, arXiv 1704.02685), as used to find culture neurons by
-    their effect on answers. That the margin is over the best *other option*, and that all tokens count, is ours.
+    This is input times gradient (Shrikumar et al. 2017, arXiv 1704.02685), used here to find culture neurons by their
+    effect on answers. That the margin is over the best *other option*, and that all tokens count, is ours.
 
     Example:
         ``Attribution(0.005, others=True).select(attribute(model, identify))``
@@ -93,9 +101,9 @@ class IntegratedGradients(_ByGradient):
     ``vlmneurons.attribute(model, questions, method="integrated")`` gives.
 
     Dai et al. 2022, arXiv 2104.08696. They differentiate the probability of the one right token and read neurons at the
-    masked token; here it is the margin of the right option over the best other one, and all tokens. They keep the
+    masked token; here it is the margin of the right option over the best other one, and all tokens count. They keep the
     neurons above a share of 0.2 of the highest attribution on enough prompts: ``on="share"`` ranks by how many. The
-    integral is the midpoint rule's, theirs the right-hand rule's.
+    integral is computed by the midpoint rule, theirs by the right-hand rule.
 
     Example:
         ``IntegratedGradients(0.005).select(attribute(model, identify, method="integrated"))``

@@ -1,4 +1,8 @@
-"""Neurons whose activation tells a group's questions from all others."""
+"""AveragePrecision, the neurons whose activation tells a group's questions from all others (arXiv 2404.02431).
+
+``score[c, n]`` is the average precision of neuron ``n``'s value as a detector of the questions of group ``c``: the
+mean, over these questions, of the share of group ``c`` among all questions with a value at least as high.
+"""
 
 import numpy as np
 import torch
@@ -11,19 +15,19 @@ from vlmneurons.selectors._base import Selector, Shared
 from vlmneurons.statistics.items import VALUES, GroupedItems
 
 _BLOCK = 48 * 2**20
-"""Bytes of values held at once."""
+"""Bytes of values that are held at once."""
 _FEW = 192
-"""Up to so many items are compared two by two; with more, sorting is faster."""
+"""Up to this many items are compared two by two; with more, sorting is faster."""
 _CACHED = 4096
-"""Neurons whose values stay in a CPU's cache while items are compared."""
+"""How many neurons' values stay in a CPU's cache while items are compared."""
 
 
 class AveragePrecision(Selector[GroupedItems]):
     """Average precision of a neuron's activation as a detector of the group's questions.
 
     ``score[c, n]`` is the area under the precision-recall curve when questions are ranked by the neuron's value and
-    those of group ``c`` are to be found: 1 if they all come first, near the group's share of the questions by chance.
-    Of equal values, none comes first: precision is taken where all of them are in, as scikit-learn does.
+    those of group ``c`` are to be found: 1 if they all come first, and near the group's share of the questions by
+    chance. Equal values have no order: precision is taken where all of them are counted, as scikit-learn does.
 
     Kojima et al. 2024, arXiv 2404.02431, after Cuadros et al. 2022. They take the value to be the mean activation over
     a text's tokens, and select the neurons with the highest *and* with the lowest average precision; the lowest are
@@ -86,12 +90,12 @@ def average_precision(
         owner: number of each item's group; every group has at least one.
         n_groups: how many groups.
     """
-    # For every item how many have a value of at least its own; for groups the same among the group's items alone.
-    above = _at_least(values)
+    # For every item how many items have at least its value: among all items, and among its group's items alone.
+    among_all = _at_least(values)
     result = np.empty((n_groups, len(values)))
     for group in range(n_groups):
         members = np.flatnonzero(owner == group)
-        result[group] = (_at_least(values[:, members]) / above[:, members]).mean(1)
+        result[group] = (_at_least(values[:, members]) / among_all[:, members]).mean(1)
     return result
 
 
@@ -102,6 +106,7 @@ def _at_least(values: Float64[np.ndarray, "neuron item"]) -> Int64[np.ndarray, "
         return _at_least_by_pairs(values)
     order = np.argsort(values, axis=1)
     ordered = np.take_along_axis(values, order, 1)
+    # In ascending order, the place where the run of values equal to this one begins: all from there on are at least it.
     starts = np.zeros(values.shape, dtype=np.int64)
     starts[:, 1:] = np.where(ordered[:, 1:] != ordered[:, :-1], np.arange(1, n_items), 0)
     np.maximum.accumulate(starts, axis=1, out=starts)
@@ -117,6 +122,6 @@ def _at_least_by_pairs(values: Float64[np.ndarray, "neuron item"]) -> Int64[np.n
     for start in range(0, by_item.shape[1], _CACHED):
         part = slice(start, start + _CACHED)
         block = by_item[:, part]
-        for item, own in enumerate(block):
-            counts[item, part] = (block >= own).sum(0, dtype=np.int16)
+        for item, item_values in enumerate(block):
+            counts[item, part] = (block >= item_values).sum(0, dtype=np.int16)
     return counts.T

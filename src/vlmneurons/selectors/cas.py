@@ -1,4 +1,8 @@
-"""Neurons that fire for one group more than for any other."""
+"""CAS, the neurons that fire for one group more than for any other: ``score[c, n] = P1 - P2`` (arXiv 2510.24942).
+
+``P1`` and ``P2`` are the neuron's two highest probabilities of firing among the groups, and ``c`` is the group of
+``P1``; for every other group the score is 0, and a neuron without a margin is never selected.
+"""
 
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
@@ -12,9 +16,9 @@ class CAS(Selector[ActivationStatistics]):
     """Contrastive activation selection: the margin between a neuron's strongest and second-strongest group.
 
     ``score[c, n] = P1 - P2`` if ``c`` is the group with the highest probability, else 0, where ``P1 >= P2`` are the
-    two highest of ``P[:, n]``: a difference of probabilities from 0 to 1. A neuron belongs to one group at most, and a
-    neuron without a margin (a tie for the first place, or one that never fires) is never selected, so a group that
-    leads in few neurons gets fewer than the budget.
+    two highest of ``P[:, n]``: a difference of probabilities from 0 to 1. A neuron belongs to one group at most. A
+    neuron without a margin (it ties for the first place, or never fires) is never selected, so a group that leads in
+    few neurons gets fewer than the budget.
 
     Zhao et al. 2025, arXiv 2510.24942: CAS (Contrastive Activation Selection) in version 1, ConAct (Contrastive
     Activation Margin) in version 2; defined in more detail in arXiv 2601.03115. Never selecting a margin of 0 is ours:

@@ -1,4 +1,8 @@
-"""Neurons whose mean activation at the last token differs most between a group and the others."""
+"""CNA, the neurons whose mean activation at the last token differs most between a group and the others (2605.12290).
+
+``score[c, n] = abs(mean over the questions of c of a[n] - mean over all other questions of a[n])``, where ``a`` is the
+neuron's value at the input of the down projection.
+"""
 
 from collections.abc import Iterable
 from typing import SupportsIndex
@@ -34,6 +38,7 @@ class CNA(Selector[ActivationStatistics]):
     default, which ``leave_out`` does, and does not itself remove the universal neurons that it finds.
 
     Examples:
+        >>> from vlmneurons.neurons.sites import NeuronSpace
         >>> space = NeuronSpace.from_widths("language", "post", [3])
         >>> total = [[4.0, 1.0, 0.0], [0.0, 1.0, -1.0]]
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[2, 2, 0], [0, 2, 0]], [2, 2], total=total)
@@ -61,7 +66,7 @@ class CNA(Selector[ActivationStatistics]):
             signed: rank by the signed difference, so that only neurons that are *more* active for the group come first.
             anywhere: also accept statistics of other sites and tokens than the paper's.
             leave_out: numbers of layers never to choose from, though their neurons count in the share (with ``layers``
-                they do not). The authors' code leaves out layers 0 and 1 unless told otherwise: ``leave_out=(0, 1)``.
+                they do not). The default of the authors' code is layers 0 and 1: ``leave_out=(0, 1)``.
             shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
@@ -96,12 +101,12 @@ class CNA(Selector[ActivationStatistics]):
         mean = stats.mean  # refuses statistics without sums
         assert stats.total is not None
         total = sum_over_groups(stats.total)
-        # Tokens (that reached a neuron's site, in a mixture of experts) of each group, and of all groups.
-        reach = stats.reached.to(torch.float64)
+        # Each group's tokens at each site; in a mixture of experts only those that reached the expert.
+        tokens = stats.reached.to(torch.float64)
         widths = torch.tensor(stats.space.widths)
-        for row, own, tokens in zip(mean, stats.total, reach, strict=True):
-            others = torch.repeat_interleave((reach.sum(0) - tokens).clamp_(min=1), widths)
-            row -= (total - own).div_(others)
+        for row, group_total, group_tokens in zip(mean, stats.total, tokens, strict=True):
+            other_tokens = torch.repeat_interleave((tokens.sum(0) - group_tokens).clamp_(min=1), widths)
+            row -= (total - group_total).div_(other_tokens)
         return mean if self.signed else mean.abs_()
 
     def eligible(
@@ -120,7 +125,7 @@ class CNA(Selector[ActivationStatistics]):
 def universal_neurons(
     items: GroupedItems, *, fraction: float = 0.001, share: float = 0.8, per_layer: SupportsIndex | None = None
 ) -> NeuronSet:
-    """Neurons that are among the most active ones whatever is asked: to exclude from a selection.
+    """The neurons that are among the most active ones whatever is asked, such as to exclude them from a selection.
 
     A neuron is universal if it is among the ``fraction`` of neurons with the highest mean activations for more than
     ``share`` of the questions (arXiv 2605.12290: the highest 0.1 % on more than 80 % of diverse prompts). The authors'
@@ -130,8 +135,9 @@ def universal_neurons(
         items: questions of many kinds, recorded with ``magnitudes=True``.
         fraction: share of the neurons that counts as most active.
         share: share of the questions.
-        per_layer: as the released code has it, with 50: as many neurons of *each layer*, of the highest *absolute* mean
-            activations, for *at least* ``int(share * questions)`` questions (there 16 of 20); in place of ``fraction``.
+        per_layer: the rule of the released code, in place of ``fraction``: this many neurons of *each layer* (there
+            50), with the highest *absolute* mean activations, for *at least* ``int(share * questions)`` questions
+            (there 16 of 20).
 
     Raises:
         SelectionError: a number outside (0, 1], sums were not recorded, or ``per_layer`` is less than 1.
@@ -147,12 +153,11 @@ def universal_neurons(
     else:
         parts = [part for _, part in layer_parts(items.space)]
         quota = as_whole("universal_neurons: per_layer", per_layer, SelectionError, least=1)
-    often = np.zeros(size, dtype=np.int64)
+    times = np.zeros(size, dtype=np.int64)  # for how many questions each neuron is among the most active
     for place in range(n_items):
-        one = items.taken(np.array([place]))
-        values = torch.from_numpy(one.values("mean", slice(0, size))[0])
+        values = torch.from_numpy(items.taken(np.array([place])).values("mean", slice(0, size))[0])
         for part in parts:
-            own = values[part] if per_layer is None else values[part].abs()
-            often[part[highest(own, quota)].numpy()] += 1
-    enough = often > share * n_items if per_layer is None else often >= int(share * n_items)
+            part_values = values[part] if per_layer is None else values[part].abs()
+            times[part[highest(part_values, quota)].numpy()] += 1
+    enough = times > share * n_items if per_layer is None else times >= int(share * n_items)
     return NeuronSet.from_mask(items.space, torch.from_numpy(enough))

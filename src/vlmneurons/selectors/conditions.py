@@ -1,6 +1,9 @@
-"""Neurons that are a group's under several conditions: languages, prompts, modalities."""
+"""Neurons that are a group's under several conditions, such as languages, prompts or modalities (arXiv 2608.08772).
 
-import functools
+With ``z`` the z-scores of another rule (CAS) under each condition: ``score = mean(z) - penalty * std(z)`` (`CRFusion`),
+``score = min(z)`` (`Overlap`), or the rule's own scores on the counts of all conditions together (`Joint`).
+"""
+
 import numbers
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from vlmneurons.statistics.counts import ActivationStatistics
 
 
 class _OverConditions(Selector[Conditions]):
-    """What the three rules share: another rule, scored under each condition."""
+    """What the three rules share: another rule, which is scored under each condition."""
 
     def __init__(
         self,
@@ -33,8 +36,8 @@ class _OverConditions(Selector[Conditions]):
 
         Args:
             fraction: share of the neurons that each group gets.
-            of: the rule whose scores are combined; `CAS` unless given. Its own budget does not matter, and it can have
-                no layers or exclusions: give them to this selector.
+            of: the rule whose scores are combined; `CAS` unless given. Its budget does not matter, and it can have no
+                layers or exclusions: give them to this selector.
             shared: ``count``, ``layers``, ``exclude`` and ``per_layer``, as every selector has them; see `Selector`.
 
         Raises:
@@ -45,7 +48,7 @@ class _OverConditions(Selector[Conditions]):
         if not isinstance(rule, Selector) or not issubclass(ActivationStatistics, rule.reads):
             got = type(rule).__name__ if isinstance(rule, Selector) else repr(rule)
             raise SelectionError(f"{type(self).__name__}: of is a selector that scores ActivationStatistics; got {got}")
-        if names := rule._was_given("layers", "exclude", "per_layer"):
+        if names := rule._explicit_settings("layers", "exclude", "per_layer"):
             raise SelectionError(
                 f"{type(self).__name__}: of={rule!r} gives scores alone, whatever {', '.join(names)} it has: give that "
                 f"to {type(self).__name__} itself"
@@ -60,26 +63,27 @@ class _OverConditions(Selector[Conditions]):
             SelectionError: it cannot; the message names the condition.
         """
         super().check_statistics(stats)
-        for one in stats.statistics.values():
-            self.of.check_statistics(one)
+        for statistics in stats.statistics.values():
+            self.of.check_statistics(statistics)
 
     @abstractmethod
     def score(self, stats: Conditions) -> Float64[Tensor, "group neuron"]:
         """See the class."""
 
 
-def _zscores(rule: Selector, stats: Conditions) -> Iterator[list[np.ndarray]]:
-    """For each group its neurons' z-scores under each condition; row by row, which needs no further table."""
-    tables = [rule._evaluate(one)[0].numpy() for one in stats.statistics.values()]
+def _zscores(rule: Selector, stats: Conditions) -> Iterator[np.ndarray]:
+    """For each group the z-scores of its neurons ``[condition, neuron]``, one group at a time to save memory."""
+    tables = [rule._evaluate(statistics)[0].numpy() for statistics in stats.statistics.values()]
     for rows in zip(*tables, strict=True):
-        yield [zscored(row) for row in rows]
+        yield np.stack([zscored(row) for row in rows])
 
 
 class CRFusion(_OverConditions):
     """Consistency-regularised fusion: scores that are high under all conditions, less their spread over conditions.
 
-    ``score[c, n] = mean - penalty * std`` over conditions of the z-scores, over neurons, of the rule's scores for group
-    ``c``; in standard deviations. The standard deviation over conditions is the population's (divided by their number).
+    ``score[c, n] = mean - penalty * std`` over conditions of neuron ``n``'s z-score, in standard deviations. Z-scores
+    are over neurons, of the rule's scores for group ``c`` under one condition. The standard deviation over conditions
+    is the population's (divided by their number).
 
     arXiv 2608.08772 fuses CAS scores over languages with a penalty of 0.3. That the z-scores are taken over neurons
     within each group and condition, and which standard deviation is meant, is our reading.
@@ -117,32 +121,19 @@ class CRFusion(_OverConditions):
         self.check_statistics(stats)
         fused = []
         for scores in _zscores(self.of, stats):
-            # A neuron that the rule leaves out under some condition is left out (-inf less -inf is NaN).
-            out = None if min(row.min() for row in scores) > -np.inf else np.isneginf(scores).any(0)
-            if out is not None:
-                for row in scores:
-                    row[out] = 0.0
-            mean = sum(scores[1:], scores[0].copy())
-            mean /= len(scores)
-            spread = np.zeros_like(mean)
-            for row in scores:
-                row -= mean
-                row *= row
-                spread += row
-            spread /= len(scores)
-            np.sqrt(spread, out=spread)
-            spread *= float(self.penalty)
-            mean -= spread
-            if out is not None:
-                mean[out] = -np.inf
-            fused.append(torch.from_numpy(mean))
-        return torch.stack(fused)
+            left_out = np.isneginf(scores).any(0)  # by the rule, under some condition
+            scores[:, left_out] = 0.0  # -inf less -inf would be NaN
+            # Python's sum adds the conditions in order, whatever the machine; NumPy's may add them in another one.
+            mean = sum(scores) / len(scores)
+            spread = np.sqrt(sum((scores - mean) ** 2) / len(scores))
+            fused.append(np.where(left_out, -np.inf, mean - spread * float(self.penalty)))
+        return torch.from_numpy(np.stack(fused))
 
 
 class Overlap(_OverConditions):
     """Neurons whose scores are high under *every* condition: ``score[c, n]`` is the lowest z-score over conditions.
 
-    Z-scores are over neurons, for each group and condition. arXiv 2608.08772 (Overlap), there of CAS scores over
+    Z-scores are over neurons, for each group and condition. arXiv 2608.08772 (Overlap) takes those of CAS over
     languages.
 
     Example:
@@ -152,13 +143,13 @@ class Overlap(_OverConditions):
     def score(self, stats: Conditions) -> Float64[Tensor, "group neuron"]:
         """The lowest z-score over conditions."""
         self.check_statistics(stats)
-        return torch.stack([torch.from_numpy(functools.reduce(np.minimum, rows)) for rows in _zscores(self.of, stats)])
+        return torch.from_numpy(np.stack([scores.min(0) for scores in _zscores(self.of, stats)]))
 
 
 class Joint(_OverConditions):
-    """The rule on the counts of all conditions together: ``score`` is that of the pooled statistics.
+    """The rule on the counts of all conditions together: its ``score`` of the pooled statistics.
 
-    Conditions weigh by their tokens. arXiv 2608.08772 (Joint), there of CAS over languages.
+    Conditions weigh by their tokens. arXiv 2608.08772 (Joint) takes CAS, over languages.
 
     Example:
         ``Joint(0.005).select({"English": english, "Hindi": hindi})``

@@ -1,4 +1,8 @@
-"""Neurons that fire often: for a group (`LAP`), or for all groups alike (`MostActive`)."""
+"""LAP, the neurons that fire most often for a group: ``score[c, n] = P[c, n]`` (arXiv 2510.24942).
+
+``P[c, n]`` is the probability that neuron ``n`` fires (is above zero) at a counted token of group ``c``. The control
+`MostActive` takes its mean over groups.
+"""
 
 from jaxtyping import Float64
 from torch import Tensor
@@ -32,7 +36,7 @@ class MostActive(Selector[ActivationStatistics]):
     """A control: the neurons that fire most often over all groups, the same set for every group.
 
     ``score[c, n]`` is the mean of ``P[:, n]`` over groups, each group counting the same. A selection whose ablation
-    does no more than this one's found busy neurons, not particular ones. Ours; no paper.
+    does no more than this one's has found busy neurons, not particular ones. This control is ours, of no paper.
 
     Examples:
         >>> from vlmneurons.neurons.sites import NeuronSpace

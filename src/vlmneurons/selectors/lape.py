@@ -1,7 +1,10 @@
-"""Neurons whose firing is concentrated on few groups."""
+"""LAPE, the neurons whose firing is concentrated on few groups: those with the lowest entropy (arXiv 2402.16438).
+
+``score[c, n] = sum over c' of s[c'] * log(s[c'])`` with ``s = P[:, n] / sum over c' of P[c', n]``, minus the entropy of
+a neuron's probabilities of firing, for the group ``c`` where the neuron fires most; ``-inf`` for the others.
+"""
 
 import math
-import numbers
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from typing_extensions import Unpack
 
+from vlmneurons.checks import is_share
 from vlmneurons.errors import SelectionError
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
@@ -19,6 +23,7 @@ from vlmneurons.selectors._exact import added, blocks, order_of_groups
 from vlmneurons.statistics.counts import ActivationStatistics
 
 _DECIMALS = 12
+"""Entropies that agree to so many decimals are equal: less is rounding, which differs between machines."""
 
 
 class LAPE(Selector[ActivationStatistics]):
@@ -37,10 +42,10 @@ class LAPE(Selector[ActivationStatistics]):
       with the lowest entropies are kept; each of them goes to *every* group whose probability exceeds the
       ``activation_bar_ratio`` quantile. Sets overlap, differ in size, and may be empty: there is no budget.
 
-    Deviations from the authors' code: probabilities are float64, not float32, so neurons that float32 cannot tell
-    apart are told apart; equal entropies are ranked by index, where ``topk`` leaves the order open (entropies that
+    Deviations from the authors' code: probabilities are float64, not float32, so that neurons are told apart that
+    float32 cannot tell apart; equal entropies are ranked by index, where ``topk`` leaves the order open (entropies that
     agree to 12 decimals count as equal, so that rounding in the logarithm, which differs between machines, decides
-    nothing); a group with no neuron keeps its place, where the authors' list drops it if it is the last.
+    nothing); a group without neurons keeps its place, where the authors' list drops it if it is the last.
 
     Examples:
         >>> from vlmneurons.neurons.sites import NeuronSpace
@@ -48,7 +53,7 @@ class LAPE(Selector[ActivationStatistics]):
         >>> stats = ActivationStatistics.from_counts(space, ["EGY", "SGP"], [[9, 8, 1, 0], [9, 1, 7, 0]], [10, 10])
         >>> LAPE().score(stats).round(decimals=3)
         tensor([[-0.6930, -0.3490,    -inf,    -inf],
-                [   -inf,    -inf, -0.3770,    -inf]], dtype=torch.float64)
+                [-0.6930,    -inf, -0.3770,    -inf]], dtype=torch.float64)
     """
 
     contrastive = True
@@ -80,7 +85,7 @@ class LAPE(Selector[ActivationStatistics]):
             raise SelectionError(f"LAPE: variant is 'class' or 'tang'; got {variant!r}")
         rates = {"top_rate": top_rate, "filter_rate": filter_rate, "activation_bar_ratio": activation_bar_ratio}
         for name, rate in rates.items():
-            if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
+            if not is_share(rate):
                 raise SelectionError(f"LAPE: {name} is in (0, 1]; got {rate!r}")
         if variant == "class" and tuple(rates.values()) != (0.01, 0.95, 0.95):
             raise SelectionError(f"LAPE: {', '.join(rates)} belong to variant='tang'; set fraction or count")
@@ -92,7 +97,7 @@ class LAPE(Selector[ActivationStatistics]):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        names = self._was_given("fraction", "count", "per_layer") if self.variant == "tang" else ()
+        names = self._explicit_settings("fraction", "count", "per_layer") if self.variant == "tang" else ()
         if "per_layer" in names:
             raise SelectionError("LAPE: variant='tang' has no budget per group, so none per layer; use layers instead")
         if names:
@@ -103,7 +108,7 @@ class LAPE(Selector[ActivationStatistics]):
     def score(self, stats: ActivationStatistics) -> Float64[Tensor, "group neuron"]:
         """Minus the entropy in nats, from ``-log(G)`` to 0, where the neuron can be the group's; else ``-inf``.
 
-        With ``variant="tang"``, where that is depends on the bars, and the scores are those of neurons that pass them.
+        With ``variant="tang"``, a neuron can be a group's where it passes the two quantiles.
 
         Raises:
             SelectionError: a quantile that is less than one of so few probabilities.
@@ -112,7 +117,7 @@ class LAPE(Selector[ActivationStatistics]):
         scores = torch.full(stats.positive.shape, -math.inf, dtype=torch.float64)
         if self.variant == "tang":
             probability = stats.probability
-            bar, filter_bar = self._bars(probability, self._part(stats))
+            bar, filter_bar = self._bars(probability, self._layer_mask(stats))
             ranking = self._ranking(stats, probability, filter_bar)
             return torch.where(probability > bar, ranking, scores)
         table = scores.numpy()
@@ -130,8 +135,8 @@ class LAPE(Selector[ActivationStatistics]):
         """
         if self.variant != "tang":
             return super().select(*evidence)
-        stats = self._opened(evidence)
-        part = self._part(stats)
+        stats = self._checked_table(evidence)
+        part = self._layer_mask(stats)
         probability = stats.probability
         size = len(stats.space) if part is None else int(part.sum())
         # Python's round, as in the authors' code: halves go to the even neighbour.
@@ -141,28 +146,29 @@ class LAPE(Selector[ActivationStatistics]):
                 f"top_rate={self.top_rate:g} of {size} neurons yields no neuron; use a larger top_rate"
             )
         bar, filter_bar = self._bars(probability, part)
-        # Dropped neurons come last but can still be kept if too few others are left, as in the authors' code; there
-        # they reach a group only if activation_bar_ratio is lower than filter_rate.
+        # Neurons that pass the filter for no group come last. As in the authors' code they can still be kept if too few
+        # others are left; they then reach a group only if activation_bar_ratio is lower than filter_rate.
         ranking = self._ranking(stats, probability, filter_bar)
-        banned = self._excluded(stats)
+        excluded = self._excluded_masks(stats)
         sets = {}
         kept: Tensor | None = None
         for row, group in enumerate(stats.groups):
-            if kept is None or isinstance(self.exclude, Selection):
+            if kept is None or isinstance(self.exclude, Selection):  # else the same neurons are kept for every group
                 allowed = torch.ones(len(ranking), dtype=torch.bool) if part is None else part.clone()
-                if group in banned:
-                    allowed &= ~banned[group]
+                if group in excluded:
+                    allowed &= ~excluded[group]
                 kept = highest(ranking, keep, allowed)
             sets[group] = NeuronSet._of(stats.space, kept[probability[row, kept] > bar])
         return Selection(sets, selector=repr(self), provenance=provenance_of(stats))
 
-    def _part(self, stats: ActivationStatistics) -> Tensor | None:
+    def _layer_mask(self, stats: ActivationStatistics) -> Tensor | None:
+        """The neurons of the given layers; None for all."""
         if self.layers is None:
             return None
         return NeuronSet._of(stats.space, stats.space.restrict(layers=self.layers)).mask()
 
     def _ranking(self, stats: ActivationStatistics, probability: Tensor, filter_bar: float) -> Tensor:
-        """Minus the entropies, and ``-inf`` for neurons that exceed the bar for no group."""
+        """Minus the entropy of each neuron; ``-inf`` where its probability exceeds the bar for no group."""
         ranking = torch.empty(len(stats.space), dtype=torch.float64)
         for columns, _, negative_entropy in _entropies(stats):
             ranking.numpy()[columns] = negative_entropy
@@ -183,8 +189,8 @@ class LAPE(Selector[ActivationStatistics]):
 
 
 def _entropies(stats: ActivationStatistics) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """For blocks of neurons: their columns; values whose shares over groups are those of the probabilities
-    ``[group, column]``; and minus the entropy of these shares in nats, rounded to 12 decimals (0 where none fires).
+    """For each block of neurons: its columns; values ``[group, column]`` whose shares are those of the probabilities;
+    and minus the entropy of these shares in nats, rounded to 12 decimals (0 for a neuron that never fires).
     """
     order = order_of_groups(stats)
     for columns, counts, tokens in blocks(stats):
@@ -193,6 +199,6 @@ def _entropies(stats: ActivationStatistics) -> Iterator[tuple[slice, np.ndarray,
         total = added(values, order)
         total[total == 0] = 1.0
         share = torch.from_numpy(values / total)
-        # Each term a whole number of 2^-50, so that their sum is the same in every order.
+        # Each term is made a whole number of 2^-50, so that their sum is the same in every order.
         terms = torch.xlogy(share, share).mul_(2.0**50).round_().sum(0)
         yield columns, values, (terms / 2.0**50).round_(decimals=_DECIMALS).numpy()

@@ -1,4 +1,7 @@
-"""Neurons whose activation for a group is far from the mean over groups."""
+"""MAD, the neurons whose firing for a group is far from the mean over groups (arXiv 2510.24942).
+
+``score[c, n] = abs(P[c, n] - mean over all groups of P[:, n])``, where ``P`` is the probability of firing.
+"""
 
 from jaxtyping import Float64
 from torch import Tensor
@@ -13,11 +16,11 @@ from vlmneurons.statistics.counts import ActivationStatistics
 class MAD(Selector[ActivationStatistics]):
     """Mean absolute deviation: neurons that fire much more, or much less, for a group than for the groups on average.
 
-    ``score[c, n] = abs(P[c, n] - mean over all classes of P[:, n])``, a difference of probabilities from 0 to 1; the
+    ``score[c, n] = abs(P[c, n] - mean over all groups of P[:, n])``, a difference of probabilities from 0 to 1; the
     mean includes ``c`` and counts every group the same. Zhao et al. 2025, arXiv 2510.24942 (MAD). The paper gives
-    the rule in words; that both directions count and that the mean includes the group itself is our reading. So is that
-    probabilities are meant: the abstract of arXiv 2601.03115, which has the same four rules, calls one of them
-    magnitude-based, which may be this one. ``MAD(on="mean")`` is of magnitudes; where it matters, report both.
+    the rule in words: that both directions count, and that the mean includes the group itself, is our reading. So is
+    that probabilities are meant: the abstract of arXiv 2601.03115, which has the same four rules, calls one of them
+    magnitude-based, and it may mean this one. ``MAD(on="mean")`` is of magnitudes; where it matters, report both.
 
     Examples:
         >>> from vlmneurons.neurons.sites import NeuronSpace
@@ -64,7 +67,8 @@ class MAD(Selector[ActivationStatistics]):
         """The deviation: of probabilities, from 0 to 1 (-1 to 1 if signed), or of mean activations."""
         self.check_statistics(stats)
         groups = len(stats.groups)
-        # The mean of the others is as much farther away as the group's own share in the mean of all.
+        # The mean over all groups contains the group itself, one part in `groups`: the mean over the others is so much
+        # farther away.
         scale = groups / (groups - 1) if self.others else 1.0
         if self.on == "probability":
             return deviations(stats, scale=scale, signed=self.signed)

@@ -1,4 +1,4 @@
-"""Random neurons: what any selection must be compared with."""
+"""Random neurons, with which every selection must be compared: ``score[c, n]`` is a uniform random number."""
 
 import hashlib
 from typing import SupportsIndex
@@ -19,10 +19,10 @@ from vlmneurons.statistics.counts import ActivationStatistics
 
 
 class RandomNeurons(Selector[ActivationStatistics]):
-    """A control: a uniform random set for each group, independent between groups and of the statistics' counts.
+    """A control: a uniform random set for each group, independent of the other groups' sets and of all counts.
 
-    The set depends only on the seed, the group's name and the size of the space: it is the same on every machine and
-    whatever other groups there are. With the same seed, the set of a smaller fraction lies within that of a larger.
+    The set depends on the seed, the group's name and the size of the space only: it is the same on every machine, and
+    whatever other groups there are. With the same seed, the set of a smaller fraction lies within that of a larger one.
 
     Examples:
         >>> from vlmneurons.neurons.sites import NeuronSpace
@@ -63,9 +63,10 @@ class LayerMatchedRandom(Selector[ActivationStatistics]):
     """Random neurons, as many in each site (of each layer) as another selection has there.
 
     Uniform random neurons are spread over all layers, while selections crowd in a few, whose neurons may matter more
-    or less for anything: only a layer-matched control tells the two apart (arXiv 2406.14144 shows that uniform random
-    neurons flatter results). Uniform within each site; the neurons of ``like`` itself may be drawn unless excluded:
-    ``LayerMatchedRandom(like, exclude=like)``. Depends on the seed, the group's name and the counts only.
+    or less for anything: only a control with as many neurons in each layer tells the two apart (arXiv 2406.14144 shows
+    that uniform random neurons flatter results). The neurons of a site are equally likely, those of ``like`` among them
+    unless they are excluded: ``LayerMatchedRandom(like, exclude=like)``. The sets depend on the seed, the group's name
+    and the numbers of neurons only.
 
     Examples:
         >>> from vlmneurons.neurons.sites import NeuronSpace
@@ -100,7 +101,7 @@ class LayerMatchedRandom(Selector[ActivationStatistics]):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        if names := self._was_given("fraction", "count", "layers", "per_layer"):
+        if names := self._explicit_settings("fraction", "count", "layers", "per_layer"):
             raise SelectionError(
                 f"LayerMatchedRandom: {', '.join(names)} cannot be given: as many neurons are drawn of each site as "
                 "`like` has there; give it to the selector that made `like`"
@@ -121,19 +122,19 @@ class LayerMatchedRandom(Selector[ActivationStatistics]):
             MismatchError: ``like`` or ``exclude`` is of another space.
             GroupError: ``like`` lacks a group.
         """
-        stats = self._opened(evidence)
+        stats = self._checked_table(evidence)
         space = stats.space
         check_same_space(self.like.space, space)
-        banned = self._excluded(stats)
+        excluded = self._excluded_masks(stats)
         sets = {}
         for group in stats.groups:
             counts = self.like[group].per_site()
             scores = uniform(len(space), "LayerMatchedRandom", self.seed, group)
             parts = [torch.empty(0, dtype=torch.int64)]
             for position in counts.nonzero().flatten().tolist():
-                wanted, here = int(counts[position]), slice(space.offsets[position], space.offsets[position + 1])
-                allowed = ~banned[group][here] if group in banned else None
-                chosen = highest(scores[here], wanted, allowed)
+                wanted, columns = int(counts[position]), slice(space.offsets[position], space.offsets[position + 1])
+                allowed = ~excluded[group][columns] if group in excluded else None
+                chosen = highest(scores[columns], wanted, allowed)
                 if len(chosen) < wanted:
                     raise SelectionError(
                         f"group {group!r}: {wanted} neurons wanted of site {space.sites[position]}, but only "
@@ -147,8 +148,8 @@ class LayerMatchedRandom(Selector[ActivationStatistics]):
 def uniform(size: int, *key: object) -> Float64[Tensor, " neuron"]:
     """Uniform numbers in [0, 1) that depend on the key only: the same on every machine, for ever.
 
-    A counter-based bit generator (Philox) is keyed by a hash of the key, and its raw output is used, because NumPy
-    keeps bit streams fixed for ever but not what its distributions make of them.
+    A hash of the key is the key of a counter-based bit generator (Philox). Its raw output is used because NumPy keeps
+    streams of bits fixed for ever, but not what its distributions make of them.
     """
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
