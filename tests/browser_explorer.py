@@ -21,6 +21,7 @@ from chromium import SIZES, Chromium
 from vlmneurons.cli import main
 from vlmneurons.look.explorer import write_explorer
 from vlmneurons.look.neuron_pages import InspectedItem, NeuronView, Patch
+from vlmneurons.look.numbers import in_matrix
 from vlmneurons.study.masks import Mask
 from vlmneurons.study.result import KnockoutResult
 
@@ -88,8 +89,8 @@ def test_the_first_view_is_the_matrix_of_the_result_with_its_intervals(browser, 
     shown = cells(browser)
     assert [row[0] for row in shown] == list(matrix.index)
     for row, numbers in zip(shown, matrix.to_numpy(dtype=float), strict=True):
-        for text, number in zip(row[1:], numbers * (100 if value == "correct" else 1), strict=True):
-            assert float(text.replace("−", "-")) == pytest.approx(number, abs=0.51 if value == "correct" else 0.051)
+        scale, digits = (100, 0) if value == "correct" else (1, 1)
+        assert row[1:] == [in_matrix(number, digits) for number in scale * numbers]  # as a figure has it
     table = result.effects(selector, value=value, permutations=0).set_index(["mask", "group"])
     for place, cell in enumerate(browser.all(".matrix td a")):
         browser.run("arguments[0].dispatchEvent(new MouseEvent('mouseenter'))", cell)

@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_package_and_nothing_that_only_makes_its_data(wheel)
     outside = {name.partition("/")[0] for name in names}
     assert {name for name in outside if not name.endswith(".dist-info")} == {"vlmneurons"}
     assert not [name for name in names if name.endswith(("sprites.zip", "report.md"))]
-    pages = {"index.html", "page.html", "report.html", "neuron.html", "style.css", "explorer.js"}
+    pages = {"captions.ini", "index.html", "page.html", "report.html", "neuron.html", "style.css", "explorer.js"}
     assert {f"vlmneurons/look/static/{name}" for name in pages} <= names
     assert "vlmneurons/demo/pictures/NOTICE.md" in names  # the credits travel with the pictures
     assert wheel.stat().st_size <= 10 * MEGABYTE

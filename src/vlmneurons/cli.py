@@ -769,7 +769,7 @@ def _vllm_options(options: Keywords) -> Keywords:
 
 def _as_text(table: "pd.DataFrame") -> str:
     """A table of effects as it is printed: numbers as in a report, where p below 0.001 and rounding noise read so."""
-    from vlmneurons.look.parts import printed, printed_p
+    from vlmneurons.look.numbers import printed, printed_p
 
     numbers = table.select_dtypes("float").columns
     shown = {name: printed_p if name.endswith("_p") else functools.partial(printed, digits=3) for name in numbers}

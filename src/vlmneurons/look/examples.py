@@ -7,14 +7,14 @@ import numpy as np
 from vlmneurons.checks import Keywords
 from vlmneurons.errors import MismatchError, QuestionError
 from vlmneurons.look.figures import natural
+from vlmneurons.look.numbers import printed
 from vlmneurons.look.pages import inside, thumbnail
-from vlmneurons.look.parts import printed
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.study.result import NOT_ASKED, KnockoutResult
 
 _MOST = 16
-"""Examples, or one of each group where there are more groups; never more than twice as many."""
+"""How many examples are shown; with more groups than that, one of each, up to twice as many."""
 
 
 def changed_answers(
@@ -35,29 +35,31 @@ def changed_answers(
     by_id = {item.id: item for item in questions}
     lacking = [name for name in result.ids if name not in by_id]
     rights = zip(result.ids, result.answers.tolist(), strict=True)
-    other = [name for name, right in rights if name in by_id and by_id[name].answer != right]
-    if lacking or other:
+    differing = [name for name, right in rights if name in by_id and by_id[name].answer != right]
+    if wrong := lacking or differing:
         why = "not among those given" if lacking else "others than those given, with another right answer"
         raise MismatchError(
-            f"{len(lacking or other)} questions of the result are {why}, such as {(lacking or other)[0]!r}: give the "
+            f"{len(wrong)} questions of the result are {why}, such as {wrong[0]!r}: give the "
             "questions that the study evaluated on"
         )
     groups, generator = sorted(result.group_names, key=natural), np.random.default_rng(seed)
     each, of = max(1, _MOST // len(groups)), np.array(result.groups)
-    found: list[Keywords] = []
-    seen: set[str] = set()
+    examples: list[Keywords] = []
+    shown_pictures: set[str] = set()
     for group in groups:
         rows = [row for row in result.rows_of(selector) if result.masks[row - 1].group in (group, "all")]
         chosen = result.chosen[rows[0]] if rows else result.chosen[0]
         changed = (chosen != result.chosen[0]) & (chosen != NOT_ASKED) & (of == group)
-        most = min(len(found) + each, 2 * _MOST)
+        most = min(len(examples) + each, 2 * _MOST)
         for n in generator.permutation(np.flatnonzero(changed)).tolist():
             item = by_id[result.ids[n]]
             picture = item.image_key if result.pictures is None else result.pictures[n]
-            if len(found) < most and picture not in seen and (one := _example(result, item, rows[0], n, images)):
-                found.append(one)
-                seen.add(picture)
-    return found
+            if len(examples) == most:
+                break
+            if picture not in shown_pictures and (example := _example(result, item, rows[0], n, images)):
+                examples.append(example)
+                shown_pictures.add(picture)
+    return examples
 
 
 def _example(result: KnockoutResult, item: Question, row: int, n: int, images: bool) -> Keywords:
@@ -68,14 +70,14 @@ def _example(result: KnockoutResult, item: Question, row: int, n: int, images: b
     margins = [printed(result.margins[at, n], 2) for at in (0, row)]
     pictures, lost = [], ""
     try:
-        pictures = [inside(thumbnail(one), "image/webp") for one in (item.load_images()[:2] if images else ())]
+        pictures = [inside(thumbnail(picture), "image/webp") for picture in (item.load_images()[:2] if images else ())]
     except QuestionError:
         lost = "(its picture cannot be opened)"
     return {
         "group": result.groups[n],
         "id": item.id,
         "question": _cut(item.question),
-        "options": [(_cut(one), one == item.right) for one in item.options or (item.right,)],
+        "options": [(_cut(option), option == item.right) for option in item.options or (item.right,)],
         "answers": answers,
         "ways": ["right" if result.correct[at, n] else "wrong" for at in (0, row)],
         "margins": "" if "–" in margins else " → ".join(margins),

@@ -6,6 +6,7 @@ what this module writes are the data, as scripts that the page loads view by vie
 fetch).
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ from vlmneurons.look.writes import neuron_writes
 from vlmneurons.model.vlm import VLM
 from vlmneurons.neurons.selection import Selection
 from vlmneurons.neurons.sets import NeuronSet
+from vlmneurons.neurons.sites import NeuronSpace
 from vlmneurons.progress import Progress
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
@@ -36,7 +38,7 @@ from vlmneurons.selectors import Selector
 from vlmneurons.statistics.counts import ActivationStatistics
 from vlmneurons.statistics.identity import setting_of
 from vlmneurons.statistics.items import ItemStatistics
-from vlmneurons.study.result import CONDITIONS, KnockoutResult
+from vlmneurons.study.result import CONDITIONS, NOT_ASKED, KnockoutResult
 from vlmneurons.trust.resampling import resampled_selections
 
 _MARK = 'content="vlmneurons explorer"'
@@ -111,19 +113,19 @@ def write_explorer(
             f"{len(lacking)} questions of the result are not among those given, such as {lacking[0]!r}: give the "
             "questions that the study evaluated on"
         )
-    whole_set = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
-    own = whole_set.with_items(by_id[name] for name in result.ids)
-    _check_asked_alike(result, own, model)
+    question_set = questions if isinstance(questions, QuestionSet) else QuestionSet(questions)
+    evaluated = question_set.with_items(by_id[name] for name in result.ids)
+    _check_asked_alike(result, evaluated, model)
     _make_room(folder)
     ranked = _ranked(selections, stats, items, selectors or {}, resamples)
     if model is not None and views is None and strongest:
-        views = _seen(model, own, selections, ranked, strongest, batch_size, progress)
+        views = _inspect_strongest(model, evaluated, selections, ranked, strongest, batch_size, progress)
     if model is not None and writes is None:
-        writes = _written(model, selections)
-    writer = _Writer(result, folder, own, selections, ranked, images)
+        writes = _writes(model, selections)
+    writer = _Writer(result, folder, evaluated, selections, ranked, images)
     writer.matrices()
     writer.answers()
-    writer.neurons(stats, writes, {(str(one.site), one.number) for one in views or ()})
+    writer.neurons(stats, writes, {(str(view.site), view.number) for view in views or ()})
     writer.pages(views or (), top)
     main = main or next(iter([*selections, *result.selectors]))
     if main not in result.selectors:
@@ -164,7 +166,7 @@ def _make_room(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
 
 
-# -- what is known of neurons ------------------------------------------------------------------------------------------
+# -- neurons in their order --------------------------------------------------------------------------------------------
 
 _Rows = dict[str, dict[str, pd.DataFrame]]
 """By selector and group the neurons in their order: ``index``, ``score``, ``stability``, ``groups``."""
@@ -177,50 +179,52 @@ def _ranked(
     selectors: Mapping[str, Selector],
     resamples: int,
 ) -> _Rows:
-    found: _Rows = {}
+    """The neurons of every selection by their score, or by how often they fire for their group without one."""
+    ranked: _Rows = {}
     for name, selection in selections.items():
         rule = selectors.get(name)
-        counted = stats if stats is not None and stats.space == selection.space else None
-        scores = rule.score(counted) if rule is not None and counted is not None and _reads_counts(rule) else None
-        often = _drawn(items, rule, selection, resamples) if items is not None and rule is not None else None
-        several = torch.zeros(len(selection.space), dtype=torch.int64)
+        rule = rule if rule is not None and rule.reads is ActivationStatistics else None
+        counts = stats if stats is not None and stats.space == selection.space else None
+        scores = rule.score(counts) if rule is not None and counts is not None else None
+        stability = _stability(items, rule, selection, resamples) if items is not None and rule is not None else None
+        n_groups = torch.zeros(len(selection.space), dtype=torch.int64)
         for neurons in selection.values():
-            several[neurons.indices] += 1
-        found[name] = {}
+            n_groups[neurons.indices] += 1
+        ranked[name] = {}
         for group, neurons in selection.items():
             at = neurons.indices
-            known = counted is not None and group in counted.groups
-            place = counted.index(group) if counted is not None and known else 0
-            table = pd.DataFrame({"index": at.numpy(), "groups": several[at].numpy()})
-            fires = counted.probability[place, at] if counted is not None and known else torch.zeros(len(at))
-            table["score"] = scores[place, at].double().numpy() if scores is not None and known else np.nan
-            table["stability"] = often[group][at].numpy() if often is not None else np.nan
-            order = table["score"].fillna(pd.Series(fires.double().numpy()))
-            found[name][group] = table.iloc[np.argsort(-order.to_numpy(), kind="stable")].reset_index(drop=True)
-    return found
+            table = pd.DataFrame({"index": at.numpy(), "score": np.nan, "stability": np.nan, "groups": n_groups[at]})
+            firing = np.zeros(len(at))
+            if counts is not None and group in counts.groups:
+                place = counts.index(group)
+                firing = counts.probability[place, at].double().numpy()
+                if scores is not None:
+                    table["score"] = scores[place, at].double().numpy()
+            if stability is not None:
+                table["stability"] = stability[group][at].numpy()
+            order = -table["score"].fillna(pd.Series(firing)).to_numpy()
+            ranked[name][group] = table.iloc[np.argsort(order, kind="stable")].reset_index(drop=True)
+    return ranked
 
 
-def _reads_counts(rule: Selector) -> bool:
-    return rule.reads is ActivationStatistics
-
-
-def _drawn(items: ItemStatistics, rule: Selector, selection: Selection, resamples: int) -> Keywords | None:
+def _stability(
+    items: ItemStatistics, rule: Selector, selection: Selection, resamples: int
+) -> dict[str, torch.Tensor] | None:
     """For each group the share of draws in which a neuron is chosen; None where there are too few pictures."""
-    if items.space != selection.space or not _reads_counts(rule):
+    if items.space != selection.space:
         return None
     try:
         draws = list(resampled_selections(items, rule, balanced=True, resamples=resamples))
     except SelectionError:
         return None
-    often = {group: torch.zeros(len(items.space)) for group in selection}
+    shares = {group: torch.zeros(len(items.space)) for group in selection}
     for draw in draws:
-        for group in often:
-            if group in draw:
-                often[group][draw[group].indices] += 1 / len(draws)
-    return often
+        for group in draw.keys() & shares.keys():
+            shares[group][draw[group].indices] += 1 / len(draws)
+    return shares
 
 
-def _seen(
+def _inspect_strongest(
     model: VLM,
     questions: QuestionSet,
     selections: Mapping[str, Selection],
@@ -230,32 +234,42 @@ def _seen(
     progress: Progress,
 ) -> list[NeuronView]:
     """One pass over the questions for the strongest neurons of every group."""
-    wanted: dict[Any, set[int]] = defaultdict(set)
+    wanted: dict[NeuronSpace, set[int]] = defaultdict(set)
     for name, groups in ranked.items():
         for table in groups.values():
             wanted[selections[name].space] |= set(table["index"][:strongest].tolist())
-    views: list[NeuronView] = []
-    for space, indices in wanted.items():
-        language = [n for n in sorted(indices) if space.locate(n)[0].tower == "language"]
-        how: Keywords = {"k": 4 * _EACH, "answers": False, "batch_size": batch_size, "progress": progress}
-        views += inspect_neurons(model, questions, NeuronSet(space, language), **how)
-    return views
+    options: Keywords = {"k": 4 * _EACH, "answers": False, "batch_size": batch_size, "progress": progress}
+    return [
+        view
+        for space, indices in wanted.items()
+        for view in inspect_neurons(model, questions, _of_language(space, indices), **options)
+    ]
 
 
-def _written(model: VLM, selections: Mapping[str, Selection]) -> pd.DataFrame | None:
+def _writes(model: VLM, selections: Mapping[str, Selection]) -> pd.DataFrame | None:
     """Tokens of every neuron; None for models whose path to the logits is another."""
-    tables = []
-    for space in dict.fromkeys(selection.space for selection in selections.values()):
-        own = [neurons for one in selections.values() if one.space == space for neurons in one.values()]
-        indices = sorted({n for neurons in own for n in neurons if space.locate(n)[0].tower == "language"})
-        try:
-            tables.append(neuron_writes(model, NeuronSet(space, indices)))
-        except ArchitectureError:
-            return None
+    wanted: dict[NeuronSpace, set[int]] = defaultdict(set)
+    for selection in selections.values():
+        wanted[selection.space].update(*selection.values())
+    try:
+        tables = [neuron_writes(model, _of_language(space, indices)) for space, indices in wanted.items()]
+    except ArchitectureError:
+        return None
     return pd.concat(tables) if tables else None
 
 
+def _of_language(space: NeuronSpace, indices: Iterable[int]) -> NeuronSet:
+    """Those neurons that see words and pictures as tokens, and write into what the unembedding reads."""
+    return NeuronSet(space, [index for index in sorted(indices) if space.locate(index)[0].tower == "language"])
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
+
+_SHOWN = ("correct", "margin")
+"""Values that the page has words and units for."""
+
+_EACH = 2
+"""Questions of a group that are shown of a neuron; four times as many are looked at, for some are of one picture."""
 
 
 class _Writer:
@@ -296,61 +310,54 @@ class _Writer:
         """Every selector's effects, by value and condition."""
         for number, selector in enumerate(self.result.selectors):
             masks, cells = self.masks_of(selector), {}
-            shape = (len(masks), len(self.groups))
-            part = self.result.select(selector)
-            for condition in CONDITIONS:
-                if not part.where(condition).ids:
+            result = self.result.select(selector)
+            for condition, value in itertools.product(CONDITIONS, self.values):
+                if not result.where(condition).ids:
                     continue
-                for value in self.values:
-                    table = part.effects(selector, value=value, condition=condition, permutations=0)
-                    kept: Keywords = {name: np.full(shape, None, dtype=object) for name in _CELL}
-                    counts = np.zeros((*shape, 3), dtype=int)
-                    rows = table["mask"].map(masks.index).to_numpy(), table["group"].map(self.groups.index).to_numpy()
-                    for name in _CELL:
-                        kept[name][rows] = [_number(one) for one in table[name]]
-                    counts[rows] = table[["n", "units", "changed"]].to_numpy(dtype=int)
-                    cells[f"{value} {condition}"] = {name: one.tolist() for name, one in kept.items()} | {
-                        "n": counts.tolist()
-                    }
+                table = result.effects(selector, value=value, condition=condition, permutations=0)
+                matrices = {
+                    name: table.pivot(index="mask", columns="group", values=name).reindex(masks, columns=self.groups)
+                    for name in ("effect", "low", "high", "n", "units", "changed")
+                }
+                effect, low, high, *numbers = (matrix.to_numpy(dtype=float) for matrix in matrices.values())
+                cell = {"effect": effect, "low": low, "high": high}
+                cell = {name: [[_number(number) for number in row] for row in cell[name]] for name in cell}
+                cells[f"{value} {condition}"] = {**cell, "n": np.nan_to_num(np.dstack(numbers)).astype(int).tolist()}
             self.put(f"matrix/{number}", {"masks": masks, "columns": self.groups, "cells": cells})
 
     def answers(self) -> None:
         """The questions of every group, and the answers that changed under every mask."""
-        result, place, of = self.result, np.zeros(len(self.result.ids), dtype=int), np.array(self.result.groups)
-        for number, group in enumerate(self.groups):
-            members = np.flatnonzero(of == group)
+        result, group_of = self.result, np.array([self.groups.index(group) for group in self.result.groups])
+        place = np.zeros(len(result.ids), dtype=int)  # of a question among its group's
+        for number in range(len(self.groups)):
+            members = np.flatnonzero(group_of == number)
             place[members] = np.arange(len(members))
-            rows = []
-            for n in members.tolist():
-                item = self.questions[n]
-                rows.append(
-                    {
-                        "id": item.id,
-                        "text": item.question,
-                        "options": list(item.options),
-                        "order": list(self.questions.order(item)),
-                        "answer": int(result.answers[n]),
-                        "clean": int(result.chosen[0, n]),
-                        "margin": _number(result.margins[0, n]),
-                        "pictures": self.thumbs_of(item),
-                    }
-                )
-            self.put(f"questions/{number}", rows)
-        group_of = np.array([self.groups.index(group) for group in of])
+            self.put(f"questions/{number}", [self._question(n) for n in members.tolist()])
         for number, selector in enumerate(result.selectors):
-            for at, mask in enumerate(self.masks_of(selector)):
-                found: dict[int, list[list[object]]] = defaultdict(list)
+            for at, group in enumerate(self.masks_of(selector)):
+                changed: dict[int, list[list[object]]] = defaultdict(list)
                 for row in result.rows_of(selector):
-                    if result.masks[row - 1].group != mask:
+                    mask = result.masks[row - 1]
+                    if mask.group != group:
                         continue
-                    met = result.chosen[row] != result.chosen[0]
-                    if result.asked is not None:
-                        met &= result.asked[row]
-                    for n in np.flatnonzero(met).tolist():
-                        after = _number(result.margins[row, n])
-                        one = [int(place[n]), result.masks[row - 1].repeat, int(result.chosen[row, n]), after]
-                        found[int(group_of[n])].append(one)
-                self.put(f"changed/{number}-{at}", found)
+                    differs = (result.chosen[row] != result.chosen[0]) & (result.chosen[row] != NOT_ASKED)
+                    for n in np.flatnonzero(differs).tolist():
+                        answer = [int(place[n]), mask.repeat, int(result.chosen[row, n])]
+                        changed[int(group_of[n])].append([*answer, _number(result.margins[row, n])])
+                self.put(f"changed/{number}-{at}", changed)
+
+    def _question(self, n: int) -> Keywords:
+        item = self.questions[n]
+        return {
+            "id": item.id,
+            "text": item.question,
+            "options": list(item.options),
+            "order": list(self.questions.order(item)),
+            "answer": int(self.result.answers[n]),
+            "clean": int(self.result.chosen[0, n]),
+            "margin": _number(self.result.margins[0, n]),
+            "pictures": self.thumbs_of(item),
+        }
 
     def thumbs_of(self, item: Question) -> list[int]:
         """Numbers of the thumbnails of a question's pictures, which questions of one picture share."""
@@ -372,61 +379,59 @@ class _Writer:
         """The table of every group, and what is known of every neuron, by site."""
         tokens = _tokens(writes)
         sites: dict[int, dict[int, Keywords]] = defaultdict(dict)
-        numbers = {name: n for n, name in enumerate(self.result.selectors)}
+        selector_of = {name: n for n, name in enumerate(self.result.selectors)}
         for name, selection in self.selections.items():
-            space, offsets = selection.space, np.array(selection.space.offsets)
-            fires = None
+            space, per_mille = selection.space, None
             if stats is not None and stats.space == space:
                 rates = stats.probability.nan_to_num(0.0)[[stats.index(group) for group in _firing(stats)]]
-                fires = (1000 * rates).round().to(torch.int32).numpy()
+                per_mille = (1000 * rates).round().to(torch.int32).numpy()
             for place, table in enumerate(self.ranked[name].values()):
-                at = np.searchsorted(offsets, table["index"].to_numpy(), side="right") - 1
                 rows = []
-                for rank, one in enumerate(cast(Any, table).itertuples(index=False), start=1):
-                    site = str(space.sites[at[rank - 1]])
-                    key = (site, int(one.index - offsets[at[rank - 1]]))
-                    firing = None if fires is None else fires[:, one.index].tolist()
-                    number = self._site_of[site]
-                    about = sites[number].setdefault(
-                        key[1], {"firing": firing, "chosen": [], "tokens": tokens.get(key), "shown": key in shown}
-                    )
-                    about["chosen"].append([numbers[name], place, rank])
+                for rank, neuron in enumerate(cast(Any, table).itertuples(index=False), start=1):
+                    site, number = space.locate(int(neuron.index))
+                    key, at = (str(site), number), self._site_of[str(site)]
+                    firing = None if per_mille is None else per_mille[:, neuron.index].tolist()
+                    about = {"firing": firing, "chosen": [], "tokens": tokens.get(key), "shown": key in shown}
+                    sites[at].setdefault(number, about)["chosen"].append([selector_of[name], place, rank])
                     rows.append(
                         {
                             "rank": rank,
-                            "site": number,
-                            "number": key[1],
-                            "score": _number(one.score),
-                            "stability": None if math.isnan(one.stability) else round(100 * one.stability),
-                            "groups": int(one.groups),
+                            "site": at,
+                            "number": number,
+                            "score": _number(neuron.score),
+                            "stability": None if math.isnan(neuron.stability) else round(100 * neuron.stability),
+                            "groups": int(neuron.groups),
                             "firing": firing,
                             "shown": int(key in shown),
                         }
                     )
-                self.put(f"neurons/{numbers[name]}-{place}", rows)
-        for number, known in sites.items():
+                self.put(f"neurons/{selector_of[name]}-{place}", rows)
+        for at, neurons in sites.items():
             # Each token stands once in a file, and neurons name its place: half as large.
-            place = {token: n for n, token in enumerate(dict.fromkeys(_all_tokens(known.values())))}
-            for about in known.values():
-                about["tokens"] = about["tokens"] and [[place[token] for token in way] for way in about["tokens"]]
-            self.put(f"sites/{number}", {"tokens": list(place), "neurons": known})
+            place = {}
+            for about in neurons.values():
+                about["tokens"] = about["tokens"] and [
+                    [place.setdefault(token, len(place)) for token in direction] for direction in about["tokens"]
+                ]
+            self.put(f"sites/{at}", {"tokens": list(place), "neurons": neurons})
 
     def pages(self, views: Iterable[NeuronView], top: int) -> None:
         """The pictures and words of every neuron that has some."""
         for view in views:
             best: list[InspectedItem] = []
-            seen: Counter[Any] = Counter()
-            for one in sorted(view.items, key=lambda one: -one.value):
-                group, picture = one.question.group, ("picture", one.question.image_key)
-                if math.isfinite(one.value) and seen[group] < _EACH and not seen[picture] and len(best) < top:
-                    best.append(one)
-                    seen.update((group, picture))
-            highest = max([one.value for one in best], default=1.0)
-            shown = [self._shown(one, highest) for one in best]
+            number: Counter[object] = Counter()  # of questions of a group, and of a picture, that are shown
+            for item in sorted(view.items, key=lambda item: -item.value):
+                group, picture = item.question.group, ("picture", item.question.image_key)
+                if math.isfinite(item.value) and number[group] < _EACH and not number[picture] and len(best) < top:
+                    best.append(item)
+                    number.update((group, picture))
+            highest = max([item.value for item in best], default=1.0)
+            items = [self._inspected(item, highest) for item in best]
             name = f"shown/{self._site_of[str(view.site)]}-{view.number}"
-            self.put(name, {"items": shown, "note": view.note, "each": _EACH})
+            self.put(name, {"items": items, "note": view.note, "each": _EACH})
 
-    def _shown(self, item: InspectedItem, highest: float) -> Keywords:
+    def _inspected(self, item: InspectedItem, highest: float) -> Keywords:
+        """What is shown of a question of a neuron: neighbouring words that are not counted are one text."""
         words: list[list[Any]] = []
         for text, value, counted in item.words():
             if counted:
@@ -436,31 +441,30 @@ class _Writer:
             else:
                 words.append([text, None])
         thumbs = self.thumbs_of(item.question)
-        maps = [_map(item, picture, highest) for picture in range(len(thumbs))] if item.patches else []
+        maps = (_map(item, picture, highest) for picture in range(len(thumbs)))
         return {
             "id": item.question.id,
             "group": item.question.group,
             "value": _number(item.value),
             "words": words,
             "pictures": thumbs,
-            "maps": [one for one in maps if one is not None],
+            "maps": [heat for heat in maps if heat is not None],
         }
 
     def page(self, title: str, main: str, stats: ActivationStatistics | None) -> Path:
         """What is true of all, and the page with its script and style; the page comes last."""
         result, about = self.result, self.result.provenance
-        listed = []
-        for name in result.selectors:
-            selection = self.selections.get(name)
-            groups = [] if selection is None else list(selection)
-            listed.append({"name": name, "groups": groups, "rule": "" if selection is None else selection.selector})
+        selectors = [{"name": name, "groups": [], "rule": ""} for name in result.selectors]
+        for selector in selectors:
+            if selection := self.selections.get(str(selector["name"])):
+                selector |= {"groups": list(selection), "rule": selection.selector}
         self.put(
             "study",
             {
                 "title": title,
                 "about": f"{about.get('model', 'A model')}: {len(result.ids):,} questions of {len(self.groups)} "
                 f"groups, {len(result.masks):,} masks, clean accuracy {100 * float(np.mean(result.correct[0])):.1f} %.",
-                "selectors": listed,
+                "selectors": selectors,
                 "main": main,
                 "groups": self.groups,
                 "values": self.values,
@@ -475,10 +479,6 @@ class _Writer:
         return self.folder / "index.html"
 
 
-_SHOWN = ("correct", "margin")
-"""Values that the page has words and units for."""
-
-
 def _has(result: KnockoutResult, value: str) -> bool:
     try:
         return bool(np.isfinite(result.values(value)[1:]).any())
@@ -486,41 +486,31 @@ def _has(result: KnockoutResult, value: str) -> bool:
         return False
 
 
-_EACH = 2
-"""Questions of a group that are shown of a neuron; four times as many are looked at, for some are of one picture."""
-
-_CELL = ("effect", "low", "high")
-
-
 def _firing(stats: ActivationStatistics) -> list[str]:
     return sorted(stats.groups, key=natural)
 
 
-def _number(value: Any, digits: int = 5) -> float | None:
-    """A number as JSON has it, with so many digits."""
+def _number(value: float, digits: int = 9) -> float | None:
+    """A number as JSON has it, with so many digits: enough that the page prints what Python would."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def _tokens(writes: pd.DataFrame | None) -> dict[tuple[str, int], list[list[str]]]:
     """By site and number the tokens that a neuron promotes and suppresses."""
-    found: dict[tuple[str, int], list[list[str]]] = {}
+    tokens: dict[tuple[str, int], list[list[str]]] = defaultdict(lambda: [[], []])
     if writes is not None:
         for site, number, direction, token in writes[["site", "neuron", "direction", "token"]].itertuples(index=False):
-            found.setdefault((site, number), [[], []])[int(direction == "suppresses")].append(token)
-    return found
-
-
-def _all_tokens(known: Iterable[Keywords]) -> Iterable[str]:
-    return (token for about in known for way in about["tokens"] or () for token in way)
+            tokens[site, number][int(direction == "suppresses")].append(token)
+    return tokens
 
 
 def _map(item: InspectedItem, picture: int, highest: float) -> Keywords | None:
     """A neuron's values over one picture, in steps of 63rds of the highest; None where there is no map."""
-    own = [one for one in item.patches or () if one is not None and (one.picture, one.view) == (picture, "picture")]
-    if not own:
+    patches = [patch for patch in item.patches or () if patch and (patch.picture, patch.view) == (picture, "picture")]
+    if not patches:
         return None
-    columns, rows = (min(_MAP, round(1 / min(one.box[k + 2] - one.box[k] for one in own))) for k in (0, 1))
+    columns, rows = (min(_MAP, round(1 / min(patch.box[k + 2] - patch.box[k] for patch in patches))) for k in (0, 1))
     heat = item.heat(picture, size=(columns, rows))
     steps = np.rint(63 * np.clip(heat / max(highest, 1e-9), 0, 1)).ravel().tolist()
-    values = [None if math.isnan(one) else int(one) for one in steps]
+    values = [None if math.isnan(step) else int(step) for step in steps]
     return {"picture": picture, "columns": columns, "rows": rows, "values": values}

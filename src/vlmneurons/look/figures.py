@@ -43,33 +43,33 @@ class PrintFigure(Figure):
     """A figure that shows itself as the last line of a notebook's cell, and keeps its letters as letters in a PDF."""
 
     boxes: str = ""
-    """Letters without a font, which a warning has named."""
+    """Letters that no font has, which a warning has named."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=110)
         return buffer.getvalue()
 
-    def savefig(self, fname: Any, **how: Any) -> None:
+    def savefig(self, fname: Any, **options: Any) -> None:
         """Write the figure, with TrueType fonts in PDF and PostScript: journals refuse Type 3.
 
         Args:
             fname: the file; see `matplotlib.figure.Figure.savefig`.
-            how: further arguments of matplotlib's.
+            options: further arguments of matplotlib's.
         """
         with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}), warnings.catch_warnings():
             if self.boxes:  # said once, when the figure was made, with what to install
                 which = "|".join(str(ord(letter)) for letter in self.boxes)
                 more = "Matplotlib currently does not support"  # with every glyph of India's scripts before 3.11
                 warnings.filterwarnings("ignore", rf"Glyph ({which}) |{more}", UserWarning)
-            super().savefig(fname, **how)
+            super().savefig(fname, **options)
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
 def natural(name: object) -> tuple[tuple[int, int, str], ...]:
-    """What sorts names as people do: G2 before G10.
+    """A key that sorts names as people do: G2 before G10.
 
     Args:
         name: of a group.
@@ -101,12 +101,12 @@ def ordered(groups: Sequence[str], order: str | Sequence[str] | None, profiles: 
 
         tree = linkage(np.nan_to_num(profiles), method="average", optimal_ordering=True)
         return [groups[int(place)] for place in leaves_list(tree)]
-    given = as_names("order", order, MismatchError)
-    if sorted(given) != sorted(groups):
-        wrong = [f"lacks {name}" for name in groups if name not in given]
-        wrong += [f"has {name}, which is no group here" for name in given if name not in groups] or ["has one twice"]
+    wanted = as_names("order", order, MismatchError)
+    if sorted(wanted) != sorted(groups):
+        wrong = [f"lacks {name}" for name in groups if name not in wanted]
+        wrong += [f"has {name}, which is no group here" for name in wanted if name not in groups] or ["has one twice"]
         raise MismatchError(f"order has each group once; it {', '.join(wrong)}")
-    return list(given)
+    return list(wanted)
 
 
 def ems(text: str) -> float:
@@ -157,7 +157,7 @@ def tall(texts: Iterable[str]) -> bool:
     return any(unicodedata.category(letter)[0] == "M" for text in texts for letter in text)
 
 
-def width_of(width: float | None) -> float | None:
+def as_width(width: float | None) -> float | None:
     """The width of a figure, checked.
 
     Args:
@@ -174,7 +174,7 @@ def width_of(width: float | None) -> float | None:
 # -- fonts -------------------------------------------------------------------------------------------------------------
 
 _NO_TEXT = ("Last Resort", "STIX", "DejaVu Math", "cm")
-"""Fonts of boxes and of formulas."""
+"""Beginnings of the names of fonts that are not for text: they draw boxes, or formulas."""
 
 
 @cache
@@ -200,14 +200,14 @@ def with_fonts(artist: Artist) -> None:
             "from the left: names in this figure cannot be read. matplotlib 3.11 is the first that joins them",
             stacklevel=3,
         )
-    own = [family for family in rcParams["font.family"] if isinstance(family, str)]
-    for family in own:
+    families = [family for family in rcParams["font.family"] if isinstance(family, str)]
+    for family in families:
         needed -= {chr(code) for code in _codes_of(font_manager.findfont(font_manager.FontProperties(family=[family])))}
     if not needed:
         return
-    found, lacking = _fonts_for(needed)
-    for text in texts if found else []:
-        text.set_fontfamily([*own, *found])
+    further, lacking = _fonts_for(needed)
+    for text in texts if further else []:
+        text.set_fontfamily([*families, *further])
     if lacking:
         letters = "".join(sorted(lacking))
         if isinstance(artist, PrintFigure):
@@ -279,7 +279,7 @@ def _truetype_copy(path: str, index: int, name: str, letters: str) -> str:
 def _fonts_for(needed: Iterable[str]) -> tuple[list[str], set[str]]:
     """Installed fonts that have the letters, as few as will do, and the letters that none has."""
     lacking = set(needed)
-    known = {
+    entries = {
         entry.name: entry
         for entry in font_manager.fontManager.ttflist
         if entry.style == "normal"
@@ -287,26 +287,29 @@ def _fonts_for(needed: Iterable[str]) -> tuple[list[str], set[str]]:
         and not entry.name.startswith(_NO_TEXT)
         and os.path.exists(entry.fname)
     }
-    offered = sorted(known, key=lambda name: (not name.startswith("Noto Sans"), "Sans" not in name, name))
-    offered.sort(key=lambda name: _has_cubic_outlines(known[name].fname))
-    found: list[str] = []
+    offered = sorted(entries, key=lambda name: (not name.startswith("Noto Sans"), "Sans" not in name, name))
+    offered.sort(key=lambda name: _has_cubic_outlines(entries[name].fname))
+    chosen: list[str] = []
     while lacking and offered:
-        best = max(offered, key=lambda name: sum(ord(letter) in _codes_of(known[name].fname) for letter in lacking))
-        path = known[best].fname
+        best = max(offered, key=lambda name: sum(ord(letter) in _codes_of(entries[name].fname) for letter in lacking))
+        path = entries[best].fname
         has = {letter for letter in lacking if ord(letter) in _codes_of(path)}
         if not has:
             break
         if _has_cubic_outlines(path):
             letters = "".join(sorted(has))
             if any(map(_is_joined, has)):  # a copy of letters would not know how they join
-                told = f"{best} has PostScript outlines: MuPDF and Ghostscript draw no letter of {letters} in a PDF"
-                warnings.warn(f"{told}; install {' and '.join(_suggested(has))} in TrueType", stacklevel=4)
+                warnings.warn(
+                    f"{best} has PostScript outlines: MuPDF and Ghostscript draw no letter of {letters} in a PDF; "
+                    f"install {' and '.join(_suggested(has))} in TrueType",
+                    stacklevel=4,
+                )
             else:
-                found.append(_truetype_copy(path, getattr(known[best], "index", 0), best, letters))
-        found.append(best)
+                chosen.append(_truetype_copy(path, getattr(entries[best], "index", 0), best, letters))
+        chosen.append(best)
         offered.remove(best)
         lacking -= has
-    return found, lacking
+    return chosen, lacking
 
 
 def _suggested(letters: Iterable[str]) -> list[str]:

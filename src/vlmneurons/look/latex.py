@@ -1,24 +1,26 @@
-"""Tables in LaTeX, as wide as a column of a two-column paper: what does not fit beside stands below.
+"""Tables in LaTeX that are no wider than a column of a two-column paper.
 
-An interval stands below its number, columns that have no room go into a further block of the same rows, and rows that
-have none into a further float. The widths are estimated from above, for Computer Modern and narrower fonts.
+An interval is set below its number. Columns that do not fit beside each other go into a further block with the same
+rows, and rows that do not fit on a page go into a further float. Widths are estimated generously, so that they hold for
+Computer Modern and every narrower font.
 """
 
 import math
 import re
 from collections.abc import Iterable
 
-import numpy as np
 import pandas as pd
 
+from vlmneurons.look.numbers import in_table
+
 _COLUMN, _LETTERS, _SMALL, _GAP = 238.0, 8.0, 6.4, 4.0
-r"""Points: of 3.3 inches, of ``\footnotesize``, of ``\tiny`` (whose letters are wide), and between columns."""
+r"""Points: a column of 3.3 inches, ``\footnotesize``, ``\tiny`` (whose letters are wide), a gap between columns."""
 
 _WIDTHS = {**dict.fromkeys("fijlrt.,:;!'|[]() -", 0.41), **dict.fromkeys("mwMW%@&−<>–…", 0.9)}
-"""Of letters, in units of their size, where it is not that of most."""
+"""Widths of the letters that are narrower or wider than most, in units of the font size."""
 
 _LABEL, _LINES = 92.0, 60
-"""Points of a text that is set in several lines, and lines of a float."""
+"""How wide a text is set in several lines, in points, and how many lines fit into a float."""
 
 _ESCAPED = {
     "\\": r"\textbackslash{}",
@@ -46,19 +48,6 @@ _ESCAPED = {
 }
 
 
-def cell_text(value: object) -> str:
-    """What stands in a cell; a number has three decimals, and a small one three digits that are not 0.
-
-    Args:
-        value: of a table.
-    """
-    if not isinstance(value, float | np.floating):
-        return re.sub(r"^-(?=[\d.]+(e-?\d+)?$)", "−", str(value))
-    if not np.isfinite(value):
-        return "–"
-    return (f"{value:.3f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}").replace("-", "−")
-
-
 def is_text(column: pd.Series) -> bool:
     """Whether a column holds words, which are aligned left.
 
@@ -82,35 +71,36 @@ def latex(table: pd.DataFrame, caption: str = "", label: str = "", turned: bool 
             _Column(str(name), table.iloc[:, n], n == 0, label_width, turned and n > 0)
             for n, name in enumerate(table.columns)
         ]
-        if sum(one.width + _GAP for one in columns) <= _COLUMN:
+        if _fits(columns):
             break
     blocks: list[list[_Column]] = [columns[:1]]
     for column in columns[1:]:
-        if sum(one.width + _GAP for one in (*blocks[-1], column)) > _COLUMN and len(blocks[-1]) > 1:
+        if not _fits([*blocks[-1], column]) and len(blocks[-1]) > 1:
             blocks.append(columns[:1])
         blocks[-1] = [*blocks[-1], column]
-    lines = max((one.lines for one in columns), default=1)
+    lines = max((column.lines for column in columns), default=1)
     together = len(blocks) * (lines * len(table) + 3) <= _LINES
     rows = max(1, (_LINES - 3) // lines)
     parts = [range(start, min(start + rows, len(table))) for start in range(0, max(len(table), 1), rows)]
-    floats = [blocks] if together else [[block] for block in blocks]
-    told = [(of, part) for part in parts for of in floats]
-    text = [_float(of, part, caption, label, n, len(told)) for n, (of, part) in enumerate(told, start=1)]
-    letters = "".join([caption, *(text for one in columns for text in (one.name, *one.cells))])
-    return _needs(letters, turned) + "\n".join(text)
+    together_or_alone = [blocks] if together else [[block] for block in blocks]
+    floats = [(part, shown) for part in parts for shown in together_or_alone]
+    texts = [_float(shown, part, caption, label, n, len(floats)) for n, (part, shown) in enumerate(floats, start=1)]
+    letters = "".join([caption, *(text for column in columns for text in (column.name, *column.cells))])
+    return _needs(letters, turned) + "\n".join(texts)
 
 
 class _Column:
-    """A column as it is set: its texts, their width in points, and in how many lines they stand."""
+    """A column as it is set: its texts, their width in points, and how many lines a cell takes."""
 
     def __init__(self, name: str, values: pd.Series, first: bool, most: float, turned: bool) -> None:
-        self.name, self.cells = name, [cell_text(value) for value in values]
+        self.name, self.cells = name, [in_table(value) for value in values]
         self.left = first or is_text(values)
-        found = [re.fullmatch(r"(−?[\d.]+) (\[.+\]|\(few\))", cell) for cell in self.cells]
-        several = any(one and one[2][0] == "[" for one in found)
-        found = found if several else [None] * len(found)
-        self.numbers = [one[1] if one else cell for one, cell in zip(found, self.cells, strict=True)]
-        self.intervals = [one[2] if one else "" for one in found] if several else []
+        pairs = [re.fullmatch(r"(−?[\d.]+) (\[.+\]|\(few\))", cell) for cell in self.cells]
+        several = any(pair and pair[2][0] == "[" for pair in pairs)
+        self.numbers, self.intervals = self.cells, []
+        if several:
+            self.numbers = [pair[1] if pair else cell for pair, cell in zip(pairs, self.cells, strict=True)]
+            self.intervals = [pair[2] if pair else "" for pair in pairs]
         widest = max((_LETTERS * _ems(text) for text in self.numbers), default=0.0)
         widest = max(widest, max((_SMALL * _ems(text) for text in self.intervals), default=0.0))
         self.head = name.split(" ", 1) if " " in name and _LETTERS * _ems(name) > widest and not turned else [name]
@@ -122,7 +112,7 @@ class _Column:
         self.lines = math.ceil(within) if self.boxed else 2 if several else 1
 
     def set_head(self, line: int) -> str:
-        """One line of the column's name; all of it, upwards, where it is turned."""
+        """One line of the column's name; where names are turned, all of it in one line that runs upwards."""
         if line >= len(self.head):
             return ""
         return rf"\rotatebox{{90}}{{{_escaped(self.name)}}}" if self.turned else self.set(self.head[line])
@@ -136,8 +126,13 @@ class _Column:
 
 def _ems(text: str) -> float:
     """How wide a text is at most, in units of its size."""
-    wide = (_WIDTHS.get(one, 1.0 if ord(one) > 0x2E80 else 0.8 if one.isupper() else 0.55) for one in text)
-    return sum(wide)
+    return sum(
+        _WIDTHS.get(letter, 1.0 if ord(letter) > 0x2E80 else 0.8 if letter.isupper() else 0.55) for letter in text
+    )
+
+
+def _fits(columns: Iterable[_Column]) -> bool:
+    return sum(column.width + _GAP for column in columns) <= _COLUMN
 
 
 def _float(blocks: list[list[_Column]], rows: range, caption: str, label: str, number: int, of: int) -> str:
@@ -150,14 +145,14 @@ def _float(blocks: list[list[_Column]], rows: range, caption: str, label: str, n
         *([rf"\label{{{label}{f'-{number}' if number > 1 else ''}}}"] if label else []),
     ]
     for place, block in enumerate(blocks):
-        align = "".join("l" if one.left else "r" for one in block)
+        align = "".join("l" if column.left else "r" for column in block)
         lines += [*([r"\\[4pt]"] if place else []), rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
-        for line in range(max(len(one.head) for one in block)):
-            lines.append(_row(one.set_head(line) for one in block))
+        for line in range(max(len(column.head) for column in block)):
+            lines.append(_row(column.set_head(line) for column in block))
         lines.append(r"\midrule")
         for row in rows:
-            lines.append(_row(one.set(one.numbers[row]) for one in block))
-            small = [one.intervals[row] if one.intervals else "" for one in block]
+            lines.append(_row(column.set(column.numbers[row]) for column in block))
+            small = [column.intervals[row] if column.intervals else "" for column in block]
             if any(small):
                 lines.append(_row(rf"\tiny {_escaped(text)}" if text else "" for text in small))
         lines += [r"\bottomrule", r"\end{tabular}"]
@@ -182,11 +177,9 @@ def _broken(text: str) -> str:
 
 
 def _needs(text: str, turned: bool) -> str:
-    """What a document that holds the table needs."""
-    other = sorted(
-        {letter for letter in text if letter not in _ESCAPED and not (letter.isspace() or ord(letter) < 0x180)}
-    )
-    told = rf"% \usepackage{{booktabs{',graphicx' if turned else ''}}} and \usepackage[T1]{{fontenc}}"
-    if other:
-        told += f"; XeLaTeX or LuaLaTeX, with a font that has {''.join(other[:20])}{'…' if len(other) > 20 else ''}"
-    return told + "\n"
+    """A comment that says which packages and which fonts a document needs for the table."""
+    rare = sorted({letter for letter in text if ord(letter) >= 0x180 and not letter.isspace()} - _ESCAPED.keys())
+    needs = rf"% \usepackage{{booktabs{',graphicx' if turned else ''}}} and \usepackage[T1]{{fontenc}}"
+    if rare:
+        needs += f"; XeLaTeX or LuaLaTeX, with a font that has {''.join(rare[:20])}{'…' if len(rare) > 20 else ''}"
+    return needs + "\n"

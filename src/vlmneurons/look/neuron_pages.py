@@ -1,4 +1,4 @@
-"""What one neuron fires at: the questions of each group at which it is highest, token by token and patch by patch.
+"""What a neuron fires at: the questions of each group at which it is highest, token by token and patch by patch.
 
 `inspect_neuron` runs the questions, and keeps, for the best of each group, the neuron's value at every token. Image
 tokens are laid back onto the picture where it is known which patch each of them stands for: for LLaVA-NeXT by sending
@@ -24,6 +24,7 @@ from torch import Tensor
 from vlmneurons.checks import Keywords, as_flag, as_path, as_whole, check_kind
 from vlmneurons.errors import MismatchError, QuestionError, SiteError
 from vlmneurons.files.stopping import hooked
+from vlmneurons.look.numbers import significant
 from vlmneurons.look.pages import inside, page_from
 from vlmneurons.model.architectures.hooks import read
 from vlmneurons.model.encoder import Batch
@@ -46,10 +47,8 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom within the picture, each from 0 to 1."""
-
 _LARGEST, _HEAT = 360, (214, 39, 40)
+"""Pixels of a picture's longer side, and the colour of the highest value."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,12 @@ class Patch:
     Attributes:
         picture: which of the question's pictures, from 0.
         view: ``"picture"``, the whole of it at once, or ``"tiles"``, the enlarged parts that LLaVA-NeXT adds.
-        box: the part of the picture that it stands for.
+        box: the part of the picture that it stands for: left, top, right, bottom, each from 0 to 1.
     """
 
     picture: int
     view: str
-    box: Box
+    box: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +122,10 @@ class InspectedItem:
         rows = zip(self.tokens, self.values.tolist(), self.counted.tolist(), self.image.tolist(), strict=True)
         return [(text, value, counted) for text, value, counted, image in rows if not image and text]
 
-    def _counted_words(self) -> list[tuple[str, float, bool]]:
-        return [word for word in self.words() if word[2]]
+    def _top_words(self) -> list[tuple[str, float]]:
+        """The words that are counted, from the highest value; one that did not reach the neuron comes last."""
+        words = [(text, value) for text, value, counted in self.words() if counted]
+        return sorted(words, key=lambda word: -math.inf if math.isnan(word[1]) else word[1], reverse=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +168,7 @@ class NeuronView:
                 "question": item.question.question,
                 "right": item.question.right,
                 "answer": item.answer,
-                "top": max(item._counted_words(), key=_height, default=("", 0.0, True))[0],
+                "top": next((text for text, _ in item._top_words()), ""),
             }
             for item in self.items
         )
@@ -194,17 +195,16 @@ class NeuronView:
 
     def to_html(self) -> str:
         """The page as text."""
-        highest = max((item.value for item in self.items), default=1.0)
         groups: dict[str, list[Keywords]] = {}
         places: dict[object, str] = {}
-        for number, item in enumerate(self._shown()):
+        for number, item in enumerate(self._sorted_items()):
             group = item.question.group
-            card = _card(item, highest, number, places) | {"mean": _digits(self.mean[group], 3)}
+            card = _card(item, self._highest, number, places) | {"mean": significant(self.mean[group])}
             groups.setdefault(group, []).append(card)
         most = max([*self.mean.values(), 1e-9])
-        means = [(name, _digits(mean, 3), round(100 * max(mean, 0) / most)) for name, mean in self._by_mean()]
-        how: Keywords = {"title": f"Neuron {self.name}", "view": self, "highest": _digits(highest, 3), "groups": groups}
-        return page_from("neuron.html", **how, means=means)
+        means = [(name, significant(mean), round(100 * max(mean, 0) / most)) for name, mean in self._by_mean()]
+        texts: Keywords = {"title": f"Neuron {self.name}", "highest": significant(self._highest)}
+        return page_from("neuron.html", view=self, groups=groups, means=means, **texts)
 
     def _repr_html_(self) -> str:
         return f"<iframe srcdoc='{html.escape(self.to_html(), quote=True)}' width='100%' height='600'></iframe>"
@@ -213,30 +213,33 @@ class NeuronView:
         """The same as a picture: one row a question, with its pictures, maps, and highest words."""
         from matplotlib.figure import Figure
 
-        columns = max((len(_pictures(item, 1.0)) for item in self.items), default=0) + 1
-        highest = max((item.value for item in self.items), default=1.0)
-        rows = max(len(self.items), 1)
+        drawn = [(item, _pictures(item, self._highest)) for item in self._sorted_items()]
+        columns = max((len(pictures) for _, pictures in drawn), default=0) + 1
+        rows = max(len(drawn), 1)
         figure = Figure(figsize=(2.6 * columns + 2.2, 2.5 * rows + 0.6), layout="constrained")
         figure.suptitle(f"{self.name}\n{self.note}" if self.note else self.name, parse_math=False, wrap=True)
         axes = figure.subplots(rows, columns, squeeze=False, width_ratios=[1] * (columns - 1) + [1.8])
-        for row in axes:
-            for axis in row:
-                axis.set_axis_off()
-        for row, item in zip(axes, self._shown(), strict=False):
-            for axis, (title, picture) in zip(row, _pictures(item, highest), strict=False):
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for row, (item, pictures) in zip(axes, drawn, strict=False):
+            for axis, (title, picture) in zip(row, pictures, strict=False):
                 axis.imshow(np.asarray(picture))
                 axis.set_title(title, fontsize=8)
-            top = sorted(item._counted_words(), key=_height, reverse=True)[:4]
-            words = "\n".join(f"{value:+.2f}  {text.strip()!r}" for text, value, _ in top)
+            words = "\n".join(f"{value:+.2f}  {text.strip()!r}" for text, value in item._top_words()[:4])
             asked = item.question.question[:70]
             text = f"{item.question.group}: {asked}\nright: {item.question.right[:40]}\n\n{words}"
             row[-1].text(0, 0.95, text, va="top", fontsize=8, parse_math=False, wrap=True)
         return figure
 
-    def _by_mean(self) -> list[tuple[str, float]]:
-        return sorted(self.mean.items(), key=lambda one: (math.isnan(one[1]), -one[1]))
+    @property
+    def _highest(self) -> float:
+        return max((item.value for item in self.items), default=1.0)
 
-    def _shown(self) -> list[InspectedItem]:
+    def _by_mean(self) -> list[tuple[str, float]]:
+        """Groups with their means, from the highest; one in which no token reached the neuron comes last."""
+        return sorted(self.mean.items(), key=lambda pair: (math.isnan(pair[1]), -pair[1]))
+
+    def _sorted_items(self) -> list[InspectedItem]:
         """The questions, those of the group for which the neuron is highest first."""
         rank = {group: place for place, (group, _) in enumerate(self._by_mean())}
         return sorted(self.items, key=lambda item: rank[item.question.group])
@@ -296,7 +299,7 @@ def inspect_neuron(
     if not 0 <= number < width:
         raise SiteError(f"neuron {number} is not in site {site} (0–{width - 1})")
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
-    (view,) = _looked(model, questions, [(site, int(number))], k, tokens, options, answers)
+    (view,) = _inspected(model, questions, [(site, int(number))], k, tokens, options, answers)
     return view
 
 
@@ -350,10 +353,10 @@ def inspect_neurons(
     Ablation(model, neurons)  # says what is wrong with them, and is never entered
     wanted = [(site, number) for site, part in neurons.by_site().items() for number in part.tolist()]
     options = Options(batch_size, by_length, prefetch, on_error, progress, remote)
-    return _looked(model, questions, wanted, k, tokens, options, answers)
+    return _inspected(model, questions, wanted, k, tokens, options, answers)
 
 
-def _looked(
+def _inspected(
     model: VLM,
     questions: QuestionSet | Sequence[Question],
     neurons: Sequence[tuple[Site, int]],
@@ -380,17 +383,16 @@ def _looked(
     asked = to_ask(questions, None, "to look at")
     if not neurons:
         return []
-    job = _LookingJob(LocalEngine(model, Letters()), asked.groups, neurons, k, tokens)
+    job = _InspectingJob(LocalEngine(model, Letters()), asked.groups, neurons, k, tokens)
     ask(job, asked, options)
-    note = (
-        ""
-        if job.known_places
-        else f"Where in the picture an image token of {type(model.hf).__name__} lies is not known: no map is drawn."
-    )
+    notes = []
+    if not job.places_known:
+        kind = type(model.hf).__name__
+        notes.append(f"Where in the picture an image token of {kind} lies is not known: no map is drawn.")
     if answers:
-        note = " ".join([*([note] if note else []), *_answer(model, asked, job.best, options)])
-    means = {group: (job.sums[group] / n).tolist() for group, n in job.number.items() if n}
-    values = {group: torch.stack(job.values[group], 1) for group in means}
+        notes += _answer(model, asked, job.best, options)
+    values = {group: torch.stack(highest, 1) for group, highest in job.values.items() if highest}
+    means = {group: (job.sums[group] / highest.shape[1]).tolist() for group, highest in values.items()}
     return [
         NeuronView(
             model.name,
@@ -398,8 +400,8 @@ def _looked(
             number,
             tuple(item for group in job.best.values() for item in group[place]),
             {group: mean[place] for group, mean in means.items()},
-            note,
-            {group: one[place] for group, one in values.items()},
+            " ".join(notes),
+            {group: highest[place] for group, highest in values.items()},
         )
         for place, (site, number) in enumerate(neurons)
     ]
@@ -412,13 +414,13 @@ def _answer(
     shown = [items for group in best.values() for items in group]
     ids = {item.question.id for items in shown for item in items}
     try:
-        some = asked.with_items(item for item in asked if item.id in ids)
-        job = _AnswerJob(engine_of(model, some))
-        ask(job, some, replace(options, progress=False))
+        questions = asked.with_items(item for item in asked if item.id in ids)
+        job = _AnswerJob(engine_of(model, questions))
+        ask(job, questions, replace(options, progress=False))
     except (MismatchError, QuestionError) as error:
         return [f"What the model answers is not known: {error}"]
     for items in shown:
-        items[:] = [replace(item, **job.told.get(item.question.id, {})) for item in items]
+        items[:] = [replace(item, **job.answers.get(item.question.id, {})) for item in items]
     return []
 
 
@@ -427,7 +429,7 @@ class _AnswerJob(Job[Reading]):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self.told: dict[str, Keywords] = {}
+        self.answers: dict[str, Keywords] = {}
 
     def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> Reading:
         """See `Job.run`."""
@@ -439,11 +441,11 @@ class _AnswerJob(Job[Reading]):
         for item, chosen, text in zip(questions, made.chosen, texts, strict=True):
             option = item.options[chosen] if chosen is not None and item.options else text
             if option:
-                self.told[item.id] = {"answer": option, "right": chosen == item.answer}
+                self.answers[item.id] = {"answer": option, "right": chosen == item.answer}
         return len(questions)
 
 
-class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
+class _InspectingJob(Job["Float[Tensor, 'neuron row token']"]):
     """Keeps the questions of each group at which each neuron is highest."""
 
     def __init__(
@@ -454,9 +456,8 @@ class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
         self.best: dict[str, list[list[InspectedItem]]] = {group: [[] for _ in neurons] for group in groups}
         self.sums = {group: torch.zeros(len(neurons), dtype=torch.float64) for group in groups}
         self.values: dict[str, list[Float[Tensor, " neuron"]]] = {group: [] for group in groups}
-        self.number = dict.fromkeys(groups, 0)
         self._least = {group: torch.full((len(neurons),), -math.inf) for group in groups}
-        self.known_places = True
+        self.places_known = True
         self._batch: Batch | None = None
 
     def encode(self, questions: QuestionSet) -> Batch:
@@ -479,22 +480,22 @@ class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
         firsts = np.cumsum([0, *(item.n_images for item in questions)])
         for row, item in enumerate(questions):
             best, least = self.best[item.group], self._least[item.group]
+            # A group's first k questions are kept whatever they are, also where no token reached the neuron.
+            few = len(self.values[item.group]) < self._k
+            enters = range(len(best)) if few else torch.nonzero(high[:, row] > least).flatten().tolist()
             self.sums[item.group] += high[:, row].double()
             self.values[item.group].append(high[:, row].clone())
-            enough = self.number[item.group] >= self._k
-            self.number[item.group] += 1
-            enters = torch.nonzero(high[:, row] > least).flatten().tolist() if enough else range(len(best))
             if not len(enters):
                 continue
-            here = batch.tokens.attention[row].cpu()
-            image = batch.tokens.image[row].cpu()[here]
+            attended = batch.tokens.attention[row].cpu()
+            image = batch.tokens.image[row].cpu()[attended]
             patches = _patches(model, batch, int(firsts[row]), item.n_images, int(image.sum()))
-            self.known_places &= patches is not None
-            texts = _texts(model.tokenizer, batch["input_ids"][row].cpu()[here].tolist(), image.tolist())
+            self.places_known &= patches is not None
+            texts = _texts(model.tokenizer, batch["input_ids"][row].cpu()[attended].tolist(), image.tolist())
             for place in enters:
-                values, value = made[place, row][here], float(high[place, row])
-                found = InspectedItem(item, value, texts, values, counted[row][here], image, patches)
-                best[place] = sorted([*best[place], found], key=lambda one: -one.value)[: self._k]
+                values, value = made[place, row][attended], float(high[place, row])
+                inspected = InspectedItem(item, value, texts, values, counted[row][attended], image, patches)
+                best[place] = sorted([*best[place], inspected], key=lambda item: -item.value)[: self._k]
                 if len(best[place]) == self._k:
                     least[place] = best[place][-1].value
         return len(questions)
@@ -503,32 +504,32 @@ class _LookingJob(Job["Float[Tensor, 'neuron row token']"]):
 def _values(model: VLM, neurons: Sequence[tuple[Site, int]], batch: Batch) -> Float[Tensor, "neuron row token"]:
     """The neurons' values at every token of a batch; NaN where a token was not routed to them."""
     kept = torch.full((len(neurons), *batch["input_ids"].shape), torch.nan)
-    flat, places = kept.view(len(neurons), -1), {}
+    flat, places_at = kept.view(len(neurons), -1), {}
     for place, (site, _) in enumerate(neurons):
-        places.setdefault(site, []).append(place)
+        places_at.setdefault(site, []).append(place)
 
-    def keeper(own: list[int]) -> Callable[..., None]:
-        numbers = torch.tensor([neurons[place][1] for place in own])
+    def keeper(places: list[int]) -> Callable[..., None]:
+        numbers = torch.tensor([neurons[place][1] for place in places])
         passes = 0
 
         def keep(values: Tensor, tokens: Tensor | None = None) -> None:
             nonlocal passes
             columns = values[..., numbers.to(values.device)].detach().to("cpu", torch.float32).flatten(0, -2).T
-            if tokens is None:
-                passes += 1
-                if passes > 1 or columns.shape[1] != flat.shape[1]:
-                    raise MismatchError(
-                        f"{type(model.hf).__name__} does not compute the neuron once for each token of a forward, so "
-                        "there is no one value to show at it; vn.record counts all of them"
-                    )
-                flat[own] = columns
-            else:
-                flat[torch.tensor(own)[:, None], tokens.cpu()] = columns
+            if tokens is not None:  # an expert sees the tokens that were routed to it
+                flat[torch.tensor(places)[:, None], tokens.cpu()] = columns
+                return
+            passes += 1
+            if passes > 1 or columns.shape[1] != flat.shape[1]:
+                raise MismatchError(
+                    f"{type(model.hf).__name__} does not compute the neuron once for each token of a forward, so "
+                    "there is no one value to show at it; vn.record counts all of them"
+                )
+            flat[places] = columns
 
         return keep
 
-    reads = (read(model.hf, model.mlp_of(site), site.kind, keeper(own)) for site, own in places.items())
-    with hooked(reads), all_tokens(model, places, lambda: flat.shape[1]), torch.inference_mode():
+    reads = (read(model.hf, model.mlp_of(site), site.kind, keeper(places)) for site, places in places_at.items())
+    with hooked(reads), all_tokens(model, places_at, lambda: flat.shape[1]), torch.inference_mode():
         model.hf(**batch)
     return kept
 
@@ -561,14 +562,14 @@ def _patches(model: VLM, batch: Batch, first: int, n_images: int, n_tokens: int)
     places: list[Patch | None] = []
     for picture in range(n_images):
         if "image_grid_thw" in batch:
-            found = _merged_grid(model, batch["image_grid_thw"][first + picture].tolist(), picture)
+            patches = _merged_grid(model, batch["image_grid_thw"][first + picture].tolist(), picture)
         elif getattr(model.hf.config, "model_type", "") == "llava_next" and "image_sizes" in batch:
-            found = _llava_next(model, batch["image_sizes"][first + picture].cpu(), picture)
+            patches = _llava_next(model, batch["image_sizes"][first + picture].cpu(), picture)
         else:
             return None
-        if found is None:
+        if patches is None:
             return None
-        places += found
+        places += patches
     return tuple(places) if len(places) == n_tokens else None
 
 
@@ -635,12 +636,13 @@ def _llava_next(model: VLM, size: Tensor, picture: int) -> list[Patch | None] | 
     return [place(round(number)) for number in packed[0].flatten().tolist()]
 
 
-def _height(word: tuple[str, float, bool]) -> float:
-    """A word's value for sorting; one that did not reach the neuron comes last."""
-    return -math.inf if math.isnan(word[1]) else word[1]
-
-
 # -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def _maps(item: InspectedItem, picture: int) -> list[tuple[str, str]]:
+    """Views of a picture that have a map, each with its title."""
+    views = dict.fromkeys(patch.view for patch in item.patches or () if patch and patch.picture == picture)
+    return [(view, "map" if view == "picture" else "map, tiles") for view in views]
 
 
 def _pictures(item: InspectedItem, highest: float) -> list[tuple[str, Image.Image]]:
@@ -651,9 +653,7 @@ def _pictures(item: InspectedItem, highest: float) -> list[tuple[str, Image.Imag
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         large = picture.resize(size, Image.Resampling.LANCZOS)
         drawn.append(("picture", large))
-        views = dict.fromkeys(p.view for p in item.patches or () if p is not None and p.picture == number)
-        for view in views:
-            title = "map" if view == "picture" else "map, tiles"
+        for view, title in _maps(item, number):
             drawn.append((title, _overlay(large, item.heat(number, view, size), highest)))
     return drawn
 
@@ -665,45 +665,38 @@ def _overlay(picture: Image.Image, heat: np.ndarray, highest: float) -> Image.Im
     return Image.fromarray((grey * (1 - alpha) + np.array(_HEAT) * alpha).round().astype(np.uint8))
 
 
-def _card(item: InspectedItem, highest: float, number: int, places: dict[object, str]) -> Keywords:
+def _card(item: InspectedItem, highest: float, first: int, places: dict[object, str]) -> Keywords:
     """What the page shows of a question; each picture is in the page once, and elsewhere named by its place."""
     pictures = []
-    for which, picture in enumerate(item.question.load_images()):
+    for number, picture in enumerate(item.question.load_images()):
         small = picture.convert("RGB")
         small.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
-        key = (item.question.image_key, which)
-        if key not in places:
-            pictures.append(("picture", inside(_file(small, "WEBP"), "image/webp"), *small.size, ""))
-            places[key] = f"#p{number}-{len(pictures) - 1}"
-        else:
-            pictures.append(("picture", places[key], *small.size, ""))
-        for view in dict.fromkeys(p.view for p in item.patches or () if p is not None and p.picture == which):
-            share = np.clip(np.nan_to_num(item.heat(which, view, (96, 96))) / max(highest, 1e-9), 0, 1)
-            red = np.dstack([*(np.full_like(share, one) for one in _HEAT), 255 * share]).round().astype(np.uint8)
+        key = (item.question.image_key, number)
+        address = places.get(key) or inside(_file(small, "WEBP"), "image/webp")
+        places.setdefault(key, f"#p{first}-{len(pictures)}")
+        pictures.append(("picture", address, *small.size, ""))
+        for view, title in _maps(item, number):
+            share = np.clip(np.nan_to_num(item.heat(number, view, (96, 96))) / max(highest, 1e-9), 0, 1)
+            red = np.dstack([*(np.full_like(share, colour) for colour in _HEAT), 255 * share]).round().astype(np.uint8)
             heat = inside(_file(Image.fromarray(red), "PNG"), "image/png")
-            pictures.append(("map" if view == "picture" else "map, tiles", places[key], *small.size, heat))
+            pictures.append((title, places[key], *small.size, heat))
     words = []
     for text, value, counted in item.words():
         shade = round(min(max(np.nan_to_num(value) / max(highest, 1e-9), 0.0), 1.0), 3)
         bare = text.strip()
         before, _, after = text.partition(bare) if bare else ("", "", text)
         shown = bare or ("↵" if "\n" in text else "␣")
-        words.append((text, counted, before, shown, after, shade, _digits(value, 3)))
-    top = [(text.strip(), _digits(value, 3)) for text, value, _ in sorted(item._counted_words(), key=_height)[:-4:-1]]
+        words.append((text, counted, before, shown, after, shade, significant(value)))
+    top = [(text.strip(), significant(value)) for text, value in item._top_words()[:3]]
     return {
         "item": item,
-        "value": _digits(item.value, 4),
-        "first": number,
+        "value": significant(item.value, 4),
+        "first": first,
         "top": top,
         "answer": [option == item.answer for option in item.question.options],
         "pictures": pictures,
         "words": words,
     }
-
-
-def _digits(value: float, number: int) -> str:
-    """A value with so many digits; a dash where the token did not reach the neuron."""
-    return "–" if math.isnan(value) else f"{value:.{number}g}".replace("-", "−")
 
 
 def _file(picture: Image.Image, kind: str) -> bytes:

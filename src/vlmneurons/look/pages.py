@@ -1,4 +1,4 @@
-"""Pages of one file that load nothing: the templates of ``static/``, with the one style sheet inside them."""
+"""Pages of one file that load nothing else: templates in ``static/``, with the style sheet inside them."""
 
 import base64
 import io
@@ -11,27 +11,32 @@ from PIL import Image
 STATIC = Path(__file__).parent / "static"
 
 _THUMB, _BYTES = 192, 2560
-"""Pixels of a thumbnail's longer side, and its bytes, at most."""
+"""The most pixels of a thumbnail's longer side, and the most bytes of its file."""
 
 
 @cache
 def _templates() -> jinja2.Environment:
-    how = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True, **how)
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(STATIC),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
 
 
 def page_from(template: str, **shown: object) -> str:
-    """A page as text; whatever is shown is escaped.
+    """A page as text; every value is escaped.
 
     Args:
-        template: file in ``static/``.
-        shown: what it names.
+        template: the name of a file in ``static/``.
+        shown: the values that it shows, by the names it has for them.
     """
     return _templates().get_template(template).render(shown)
 
 
 def inside(data: bytes, kind: str) -> str:
-    """A file as an address that holds it, so that a page has it inside.
+    """A file as a ``data:`` address, so that a page can hold it.
 
     Args:
         data: the file.

@@ -1,22 +1,23 @@
-"""What pages of results are made of: figures and tables with their files, and numbers as they are printed."""
+"""What pages of results are made of: figures and tables, each with its files, its title and its caption."""
 
+import configparser
 import hashlib
 import io
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from vlmneurons.checks import Keywords
 from vlmneurons.files.atomic import write_text
-from vlmneurons.look.latex import cell_text, is_text, latex
-from vlmneurons.look.pages import inside
+from vlmneurons.look.latex import is_text, latex
+from vlmneurons.look.numbers import in_table
+from vlmneurons.look.pages import STATIC, inside
 
 UNITS = {
     "correct": ("points of accuracy", 100.0, 1),
@@ -28,7 +29,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Part:
-    """One figure or table of the report, or examples, which have no files."""
+    """One figure or table of a page, or examples, which have no files."""
 
     name: str
     title: str
@@ -52,31 +53,43 @@ class Part:
         return "table" if isinstance(self.content, pd.DataFrame) else "figure"
 
 
-def printed(value: Any, digits: int = 1) -> str:
-    """A number as it is printed: with so many decimals, or as many as it takes not to be 0 where it is not.
+@cache
+def _captions() -> configparser.ConfigParser:
+    captions = configparser.ConfigParser(interpolation=None)
+    captions.read(STATIC / "captions.ini", encoding="utf-8")
+    return captions
+
+
+def explained(
+    texts: str,
+    content: Figure | pd.DataFrame | list[Keywords],
+    *,
+    name: str = "",
+    of: str = "",
+    also: str = "",
+    data: pd.DataFrame | None = None,
+    under: str = "",
+    numbers: pd.DataFrame | None = None,
+    **facts: object,
+) -> Part:
+    """A part with its title and its caption, which stand in ``static/captions.ini``.
 
     Args:
-        value: of an effect, in its unit.
-        digits: decimals.
+        texts: the section there.
+        content: the figure, the table or the examples.
+        name: of the part's files; by default that of the section, and of what the user named.
+        of: see `Part`.
+        also: a further sentence of the section, which is said at the end of the caption.
+        data: see `Part`.
+        under: see `Part`.
+        numbers: see `Part`.
+        facts: what stands in braces in the texts.
     """
-    if value is None or not np.isfinite(value):
-        return "–"
-    value = round(float(value), 9)  # means of shares that cancel each other leave 1e-17
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = np.format_float_positional(float(f"{value:.1g}"), trim="-") if value else f"{0:.{digits}f}"
-    return text.replace("-", "−")
-
-
-def printed_p(value: float) -> str:
-    """A p-value as it is printed.
-
-    Args:
-        value: from 0 to 1.
-    """
-    if not np.isfinite(value):
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    section = {key: " ".join(text.split()) for key, text in _captions()[texts].items()}
+    title, caption = (section[key].format(**{**section, **facts, "of": of}) for key in ("title", "caption"))
+    caption += f" {section[also]}" if also else ""
+    name = name or (f"{texts}-{file_name(of)}" if of else texts)
+    return Part(name, title, caption, content, of, data, under, numbers, section.get("colours", ""))
 
 
 def file_name(name: str) -> str:
@@ -88,16 +101,16 @@ def file_name(name: str) -> str:
     bare = "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
     words = "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in bare).split()
     slug = "-".join(words).lower()[:60] or "unnamed"
-    lost = slug == "unnamed" or len(slug) == 60 or any(letter.isalnum() and not letter.isascii() for letter in bare)
-    return f"{slug}-{_digest(name)}" if lost else slug
+    lossy = slug == "unnamed" or len(slug) == 60 or any(letter.isalnum() and not letter.isascii() for letter in bare)
+    return f"{slug}-{_digest(name)}" if lossy else slug
 
 
 def _digest(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
 
 
-def _told_apart(parts: Sequence[Part], taken: Iterable[str]) -> list[Part]:
-    """Parts whose names are their own: one that a user's name gave, and another has too, ends with that name's digest.
+def _with_different_names(parts: Sequence[Part], taken: Iterable[str]) -> list[Part]:
+    """Parts of different names: one that a user's name gave, and another has too, ends with a digest of that name.
 
     The digest is of the name alone, so a file keeps its name when others come before it. Names in ``taken`` are those
     of further tables.
@@ -122,32 +135,28 @@ def write_parts(parts: Sequence[Part], further: Mapping[str, pd.DataFrame], fold
         (folder / place).mkdir(parents=True, exist_ok=True)
     for name, table in further.items():
         _write_table(folder, name, table)
-    shown: dict[str, Keywords] = {}
-    for part in _told_apart(parts, further):
-        one = _written(part, folder)
+    sections: dict[str, Keywords] = {}
+    for part in _with_different_names(parts, further):
+        section = _write_part(part, folder)
         if part.under:
-            shown[f"figure-{part.under}"].setdefault("alone", {})[part.of] = one["files"]
+            sections[f"figure-{part.under}"].setdefault("alone", {})[part.of] = section["files"]
         else:
-            shown[one["id"]] = one
-    return list(shown.values())
+            sections[section["id"]] = section
+    return list(sections.values())
 
 
-def _written(part: Part, folder: Path) -> Keywords:
+def _write_part(part: Part, folder: Path) -> Keywords:
     """Write a part's files, and give what the page shows of it."""
-    shown: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": part.caption, "files": {}}
-    shown["caption"] += f" {part.colours}" * bool(part.colours)
+    caption = f"{part.caption} {part.colours}" if part.colours else part.caption
+    section: Keywords = {"id": f"{part.kind}-{part.name}", "title": part.title, "caption": caption}
     if isinstance(part.content, list):
-        return shown | {"examples": part.content}
+        return {**section, "files": {}, "examples": part.content}
     if isinstance(part.content, pd.DataFrame):
         table = part.content
-        files = _printed_table(part, table, table if part.data is None else part.data, folder)
-        rows = [[cell_text(value) for value in row] for row in table.itertuples(index=False)]
-        shown |= {
-            "columns": list(table.columns),
-            "text": [is_text(table[name]) for name in table.columns],
-            "rows": rows,
-        }
-        return shown | {"files": files}
+        files = _write_printed(part, table, table if part.data is None else part.data, folder)
+        text = [is_text(table[name]) for name in table.columns]
+        rows = [[in_table(value) for value in row] for row in table.itertuples(index=False)]
+        return {**section, "files": files, "columns": list(table.columns), "text": text, "rows": rows}
     files = {kind: f"figures/{part.name}.{kind.lower()}" for kind in ("PNG", "SVG", "PDF")}
     part.content.savefig(folder / files["PNG"], dpi=300, bbox_inches="tight")
     part.content.savefig(folder / files["PDF"], bbox_inches="tight", metadata={"CreationDate": None})
@@ -155,17 +164,17 @@ def _written(part: Part, folder: Path) -> Keywords:
     part.content.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     (folder / files["SVG"]).write_bytes(buffer.getvalue())
     if part.numbers is not None:
-        files |= _printed_table(part, part.numbers, part.numbers, folder, turned=True)
-    return shown | {"files": files, "picture": inside(buffer.getvalue(), "image/svg+xml")}
+        files |= _write_printed(part, part.numbers, part.numbers, folder, turned=True)
+    return {**section, "files": files, "picture": inside(buffer.getvalue(), "image/svg+xml")}
 
 
-def _printed_table(
+def _write_printed(
     part: Part, table: pd.DataFrame, data: pd.DataFrame, folder: Path, turned: bool = False
 ) -> dict[str, str]:
     """Write a table of a part as CSV and LaTeX, and give its files by kind."""
     _write_table(folder, part.name, data)
-    told = f"{part.title}. {part.caption}" if part.caption else part.title
-    write_text(folder / "tables" / f"{part.name}.tex", latex(table, told, f"tab:{part.name}", turned))
+    caption = f"{part.title}. {part.caption}" if part.caption else part.title
+    write_text(folder / "tables" / f"{part.name}.tex", latex(table, caption, f"tab:{part.name}", turned))
     return {"CSV": f"tables/{part.name}.csv", "LaTeX": f"tables/{part.name}.tex"}
 
 

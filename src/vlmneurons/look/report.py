@@ -1,12 +1,14 @@
 """A study's report: one page that needs nothing else, and every figure and table of it as a file.
 
 The page holds its figures inside (SVG) and loads nothing, so it can be mailed or put beside a paper. Figures are
-written as PNG (300 dpi), SVG and PDF, tables as CSV and LaTeX (booktabs, as wide as a column).
+written as PNG (300 dpi), SVG and PDF, tables as CSV and LaTeX (booktabs, as wide as a column). What is said of each
+stands in ``static/captions.ini``.
 """
 
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from vlmneurons.errors import MismatchError
 from vlmneurons.files.atomic import write_text
 from vlmneurons.look.examples import changed_answers
 from vlmneurons.look.figures import natural, ordered
+from vlmneurons.look.numbers import MISSING, printed, printed_p, printed_setting
 from vlmneurons.look.pages import page_from
-from vlmneurons.look.parts import UNITS, Part, file_name, printed, printed_p, write_parts
+from vlmneurons.look.parts import UNITS, Part, explained, file_name, write_parts
 from vlmneurons.look.plots.effects import plot_accuracy, plot_curve, plot_effects, plot_flips, plot_random
 from vlmneurons.look.plots.matrices import plot_matrix, plot_overlap
 from vlmneurons.look.plots.neurons import plot_depth, plot_null
@@ -29,7 +32,7 @@ from vlmneurons.neurons.selection import Selection
 from vlmneurons.questions.question import Question
 from vlmneurons.questions.sets import QuestionSet
 from vlmneurons.study.masks import split_setting
-from vlmneurons.study.result import NOT_ASKED, KnockoutResult
+from vlmneurons.study.result import CONDITIONS, NOT_ASKED, KnockoutResult
 
 _CONDITION = re.compile(r" \((all|wrong|correct)\)$")
 """Ends the name of a selection from questions of another condition; see `vlmneurons.study.controls.condition_masks`."""
@@ -38,6 +41,14 @@ _PAGE = 6.75
 """Inches across a page: of figures of several panels, which wrap."""
 
 _AXES = {"r": "share of neurons", "alpha": "strength", "items": "identification questions"}
+
+_EVERY = {
+    "every-mask": "each mask on each group of questions; its columns are explained at KnockoutResult.table",
+    "summary": "each selector and setting, by group and over all, with intervals and tests: KnockoutResult.summary",
+    "every-random": "the main selector against its random controls, group by group: KnockoutResult.against_random",
+    "every-pair": "each mask's effect on each group, with its interval and test: KnockoutResult.pairs",
+}
+"""The tables that programs read, and what they hold."""
 
 
 def write_report(
@@ -83,12 +94,8 @@ def write_report(
             are not those of the result.
     """
     folder = as_path("folder", folder, MismatchError)
-    how: Keywords = {
-        "confidence": confidence,
-        "permutations": permutations,
-        "seed": seed,
-    }
-    summary = result.summary(**how) if result.ids else pd.DataFrame()
+    inference: Keywords = {"confidence": confidence, "permutations": permutations, "seed": seed}
+    summary = result.summary(**inference) if result.ids else pd.DataFrame()
     if not len(summary):
         raise MismatchError("there is nothing to report: the result has no questions, or no masks")
     plain: list[str] = [name for name in dict.fromkeys(summary["selector"]) if split_setting(name)[1] is None]
@@ -98,130 +105,95 @@ def write_report(
     main = main or next(name for name in ("CAS", *of_groups, *plain) if name in plain)
     if main not in plain:
         raise MismatchError(f"main={main!r} has no masks here; there are {', '.join(plain)}")
-    chosen = {name: one for name, one in (selections or {}).items() if name in plain}
+    chosen = {name: selection for name, selection in (selections or {}).items() if name in plain}
+    controls = _repeated(result, of_groups) if main in of_groups else []
+    against = _against_random(result, main, controls) if controls else pd.DataFrame()
     parts = [
-        *_effects(result, summary, plain, main, how),
-        *_matrices(result, plain, main, how),
+        *_effects(result, summary, plain, main, inference),
+        *_matrices(result, plain, main, inference),
         *_overlaps(result, chosen, main),
         *_flips_and_depth(result, plain),
         *(_examples(result, main, questions, images, seed) if questions is not None else []),
-        *(_random(result, of_groups, main) if main in of_groups else []),
-        *_sweeps(result, how),
-        *_conditions(result, plain, how),
+        *(_random(result, main, against) if controls else []),
+        *_sweeps(result, inference),
+        _conditions(result, plain, inference),
         *_accuracies(result, others or {}),
         *(part for name, table in (tables or {}).items() for part in _further(name, table)),
     ]
     every = {"every-mask": result.table(), "summary": summary}
-    if main in of_groups and _repeated(result, of_groups):
-        every["every-random"] = _against_random(result, main, _repeated(result, of_groups))
+    if controls:
+        every["every-random"] = against
     if len(result.group_names) > 2:
-        pairs = [result.pairs(name, **how).assign(selector=name) for name in plain]
+        pairs = [result.pairs(name, **inference).assign(selector=name) for name in plain]
         every["every-pair"] = pd.concat(pairs).loc[:, ["selector", *pairs[0].columns[:-1]]]
-    shown = write_parts(parts, every, folder)
-    page = folder / "index.html"
-    facts = _facts(result, main, chosen, settings or {}, how)
-    finding = _finding(result, summary, main)
-    lead = "Accuracy under each mask less clean accuracy, in points"
-    lead = lead if result.scores is None else "The mean score under each mask less the clean one"
-    lead = f"{lead}; intervals at {100 * confidence:g} %."
-    more = {name: _EVERY[name] for name in every}
-    write_text(page, page_of(title, lead, facts, shown, more, result.provenance, finding))
-    return page
-
-
-_EVERY = {
-    "every-mask": "each mask on each group of questions; its columns are explained at KnockoutResult.table",
-    "summary": "each selector and setting, by group and over all, with intervals and tests: KnockoutResult.summary",
-    "every-random": "the main selector against its random controls, group by group: KnockoutResult.against_random",
-    "every-pair": "each mask's effect on each group, with its interval and test: KnockoutResult.pairs",
-}
-"""The tables that programs read, and what they hold."""
+    sections = write_parts(parts, every, folder)
+    graded = result.scores is not None
+    lead = "The mean score under each mask less the clean one"
+    lead = lead if graded else "Accuracy under each mask less clean accuracy, in points"
+    facts = _facts(result, main, chosen, settings or {}, inference)
+    page = page_of(
+        title,
+        f"{lead}; intervals at {100 * confidence:g} %.",
+        facts,
+        sections,
+        {name: _EVERY[name] for name in every},
+        result.provenance,
+        _finding(result, summary, main),
+    )
+    write_text(folder / "index.html", page)
+    return folder / "index.html"
 
 
 # -- what is in it -----------------------------------------------------------------------------------------------------
 
 
 def _effects(
-    result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, how: Keywords
+    result: KnockoutResult, summary: pd.DataFrame, plain: Sequence[str], main: str, inference: Keywords
 ) -> list[Part]:
-    overall = _overall(summary, plain)
-    own, value, unit = _own(summary, main), result.measure, UNITS[result.measure][0]
-    shown = [name for name in ("self_effect", "cross_effect", "control_effect") if name in summary]
-    shown = [name for name in shown if overall[name].notna().any()] or shown
-    level = f"{100 * how['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
+    """The effects of all selectors over all groups, and of the main one group by group."""
+    overall, by_group, value = _overall(summary, plain), _by_group(summary, main), result.measure
+    unit = UNITS[value][0]
+    effects = [name for name in ("self_effect", "cross_effect", "control_effect") if name in summary]
+    effects = [name for name in effects if overall[name].notna().any()] or effects
+    level = (
+        f"{100 * inference['confidence']:g} % intervals by picture; few: too few pictures or changed answers for one"
+    )
+    figures = [
+        plot_effects(overall, effects=effects, value=value),
+        plot_effects(by_group, "group", effects=effects, value=value),
+    ]
+    tests = pd.DataFrame({"group": by_group["group"].to_numpy()})
+    tests = tests.assign(**{title: by_group[name].map(printed_p).to_numpy() for name, title in _TESTS.items()})
+    tests["settings"] = by_group["settings"].to_numpy()
+    of_main = _effect_table(by_group, "group", value)
     return [
-        Part(
-            "effects",
-            "Self against cross effect",
-            f"Mean over groups, with {level}. A selective set of neurons has a self effect far below its cross effect, "
-            "and a cross effect near zero; random masks are averaged over their repeats.",
-            plot_effects(overall, effects=shown, value=value),
-        ),
-        Part(
-            "effects-overall",
-            "Effects over all groups",
-            f"In {unit}. {_COLUMNS}",
-            _effect_table(overall, "selector", value),
-        ),
-        *_second_value(result, plain, how),
-        Part(
-            "effects-by-group",
-            f"Effects of {main} by group",
-            f"{level[0].upper()}{level[1:]}.",
-            plot_effects(own, "group", effects=shown, value=value),
-        ),
-        Part(
-            f"effects-{file_name(main)}",
-            f"Effects of {main} by group",
-            f"In {unit}. {_COLUMNS}",
-            _effect_table(own, "group", value),
-            main,
-        ),
-        *_second_value(result, [main], how, by_group=True),
-        Part(
-            f"tests-{file_name(main)}",
-            f"Tests of {main} by group",
-            "Sign flips of pictures with all their questions, of the self effect (p), the cross effect and the gap; "
-            "corrected over the groups by Holm's method and by Benjamini and Hochberg's (BH). Settings: how many of "
-            f"{main} this study tried, which nothing here is corrected for.",
-            _test_table(own, "group", list(_TESTS)),
-            main,
-        ),
+        explained("effects", figures[0], level=level),
+        explained("effects-overall", _effect_table(overall, "selector", value), unit=unit),
+        *_second_value(result, plain, inference),
+        explained("effects-by-group", figures[1], main=main, level=level[0].upper() + level[1:]),
+        explained("effects-of", of_main, name=f"effects-{file_name(main)}", of=main, unit=unit),
+        *_second_value(result, plain, inference, main),
+        explained("tests", tests, of=main),
     ]
 
 
-_COLUMNS = (
-    "n: questions; clean: without any mask, in %, as are flips: answers that the group's own mask changes. Self: of "
-    "a group's mask on its own questions; cross: of the other groups' masks on them; cross caused: of its mask on "
-    "theirs; gap: self less cross; general: on the control questions. Few: too few pictures or changed answers for an "
-    "interval."
-)
-
-
-def _second_value(result: KnockoutResult, plain: Sequence[str], how: Keywords, by_group: bool = False) -> list[Part]:
+def _second_value(result: KnockoutResult, plain: Sequence[str], inference: Keywords, main: str = "") -> list[Part]:
     """The effects on another value: the margin or, of graded answers, whether they are right."""
-    if result.measure == "score":
-        name, what = "correct", "right answers"
-        caption = "A graded answer is right where its score reaches the reader's threshold. In points of accuracy."
-    elif np.isnan(result.margins).all():
+    value = "correct" if result.measure == "score" else "margin"
+    if value == "margin" and np.isnan(result.margins).all():
         return []
-    else:
-        name, what = "margin", "the margin"
-        caption = "Change of the log-probability margin (right option less the best other one), in nats; it moves "
-        caption += "before an answer flips."
+    whose = f"Effects of {main} by group" if main else "Effects over all groups"
     try:
-        summary = result.summary(value=name, **how)
-        rows, first = (_own(summary, plain[0]), "group") if by_group else (_overall(summary, plain), "selector")
-        table = _effect_table(rows, first, name)
+        summary = result.summary(value=value, **inference)
+        rows, first = (_by_group(summary, main), "group") if main else (_overall(summary, plain), "selector")
+        table = _effect_table(rows, first, value)
     except MismatchError as error:  # infinite margins: why there are no effects is said in their place
         table = pd.DataFrame({"there are none": [str(error)]})
-    if by_group:
-        (main,) = plain
-        return [Part(f"{name}-{file_name(main)}", f"Effects of {main} by group, on {what}", caption, table, main)]
-    return [Part(f"effects-{name}", f"Effects over all groups, on {what}", caption, table)]
+    name = f"{value}-{file_name(main)}" if main else f"effects-{value}"
+    return [explained(f"on-{value}", table, name=name, of=main, whose=whose)]
 
 
-def _wrapped(draw: Callable[[float | None], Figure]) -> Figure:
+def _as_wide_as_a_page(draw: Callable[[float | None], Figure]) -> Figure:
     """A figure as wide as a page, or as it needs to be where names or groups have no room there."""
     try:
         return draw(_PAGE)
@@ -229,45 +201,37 @@ def _wrapped(draw: Callable[[float | None], Figure]) -> Figure:
         return draw(None)
 
 
-def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, how: Keywords) -> list[Part]:
+def _matrices(result: KnockoutResult, plain: Sequence[str], main: str, inference: Keywords) -> list[Part]:
+    """The matrix of every selector: all in one figure, and each alone; and the pairs of groups that stand out."""
     unit, scale, digits = UNITS[result.measure]
     matrices = {name: scale * result.matrix(name) for name in plain}
-    limit = float(np.nanmax(np.abs(np.hstack([one.to_numpy(dtype=float).ravel() for one in matrices.values()])))) or 1.0
-    told = f"Change, in {unit}; rows are masks, columns the questions' groups."
-    colours = "Orange is harm, grey was not asked."
+    values = np.hstack([matrix.to_numpy(dtype=float).ravel() for matrix in matrices.values()])
+    limit = float(np.nanmax(np.abs(values))) or 1.0
     several = len(plain) > 1
     parts = [
-        Part(
-            f"matrix-{file_name(name)}",
-            f"Whose neurons, whose questions: {name}",
-            told,
+        explained(
+            "matrix",
             plot_matrix(result, name, limit=limit),
-            name,
+            of=name,
             under="matrices" if several and name != main else "",
             numbers=_matrix_table(matrices[name], limit),
-            colours=colours,
+            unit=unit,
         )
         for name in plain
     ]
     if several:
-        told += f" {colours} One scale of colours; of random masks the mean over their repeats."
-        figure = _wrapped(lambda width: plot_matrix(result, plain, limit=limit, width=width))
-        parts.insert(0, Part("matrices", "Whose neurons, whose questions", told, figure))
+        figure = _as_wide_as_a_page(lambda width: plot_matrix(result, plain, limit=limit, width=width))
+        parts.insert(0, explained("matrices", figure, unit=unit))
     if len(result.group_names) > 2 and _has_groups(result, main):
-        pairs = result.pairs(main, **how)
+        pairs = result.pairs(main, **inference)
         cross = pairs.loc[pairs["mask"] != pairs["group"]].sort_values("excess", kind="stable").head(15)
         table = cross[["mask", "group", "n"]].assign(
             pictures=cross["units"],
             effect=_intervals(cross, "delta", scale, digits),
             excess=[printed(scale * value, digits) for value in cross["excess"]],
-            **{title: [printed_p(p) for p in cross[name]] for name, title in list(_TESTS.items())[:3]},
+            **{_TESTS[name]: cross[name].map(printed_p) for name in ("p", "p_holm", "p_bh")},
         )
-        caption = (
-            f"In {unit}: the fifteen effects on another group's questions that are most below what the mask and the "
-            "group show on average (excess): groups that depend on each other's neurons. p: sign flips of pictures; "
-            "Holm and BH: corrected over all pairs. Few: too few pictures or changed answers for an interval."
-        )
-        parts.append(Part("pairs", f"Whose mask harms whom: {main}", caption, table))
+        parts.append(explained("pairs", table, main=main, unit=unit))
     return parts
 
 
@@ -276,120 +240,81 @@ def _matrix_table(matrix: pd.DataFrame, limit: float) -> pd.DataFrame:
     groups = sorted(matrix.index, key=natural)
     columns = sorted(matrix.columns, key=lambda name: (name not in matrix.index, natural(name)))
     digits = max(0, 1 - math.floor(math.log10(limit)))
-    return pd.DataFrame(
-        {
-            "neurons of": groups,
-            **{str(name): [printed(value, digits) for value in matrix.loc[groups, name]] for name in columns},
-        }
-    )
+    texts = {str(name): [printed(value, digits) for value in matrix.loc[groups, name]] for name in columns}
+    return pd.DataFrame({"neurons of": groups, **texts})
 
 
 def _overlaps(result: KnockoutResult, selections: Mapping[str, Selection], main: str) -> list[Part]:
     """How far the groups' neurons are the same, and whether groups that share neurons harm each other."""
     groups = sorted(selections.get(main, next(iter(selections.values()), {})))
-    given = {name: selections[name] for name in result.selectors if sorted(selections.get(name, ())) == groups != []}
+    alike = {name: selections[name] for name in result.selectors if sorted(selections.get(name, ())) == groups != []}
     if len(groups) < 2:
         return []
-    overlaps = {name: one.overlap().loc[groups] for name, one in given.items()}
+    overlaps = {name: selection.overlap().loc[groups] for name, selection in alike.items()}
     related = set(groups) == set(result.group_names) and len(groups) > 2
-    told = "Jaccard index in %, mean over pairs of groups; what random sets of these sizes would have; and the highest."
-    if related:
-        told += " With effects: rank correlation (Spearman), over pairs, of the overlap with the mean effect that the "
-        told += "two masks have on each other's groups; below 0, groups that share neurons harm each other."
     rows, pairs = [], np.triu_indices(len(groups), 1)
     for name, table in overlaps.items():
         shared, chance = (table[kind][groups].to_numpy()[pairs] for kind in ("jaccard", "chance"))
         most = int(np.argmax(shared))
         row = {"selector": name, "overlap": printed(100 * shared.mean()), "chance": printed(100 * chance.mean())}
         row["highest"] = printed(100 * shared[most])
-        row["most alike"] = f"{groups[pairs[0][most]]}, {groups[pairs[1][most]]}" if shared[most] else "–"
+        row["most alike"] = f"{groups[pairs[0][most]]}, {groups[pairs[1][most]]}" if shared[most] else MISSING
         if related:
             matrix = result.matrix(name).reindex(index=groups, columns=groups).to_numpy(dtype=float)
-            each = pd.DataFrame({"shared": shared, "effect": ((matrix + matrix.T) / 2)[pairs]}).dropna()
-            alone = (each.nunique() < 2).any()
-            row["with effects"] = "–" if alone else printed(each.corr(method="spearman").iloc[0, 1], 2)
+            effects = pd.DataFrame({"shared": shared, "effect": ((matrix + matrix.T) / 2)[pairs]}).dropna()
+            constant = (effects.nunique() < 2).any()
+            row["with effects"] = MISSING if constant else printed(effects.corr(method="spearman").iloc[0, 1], 2)
         rows.append(row)
-    parts = [Part("overlap", "Overlap and relatedness", told, pd.DataFrame(rows))]
-    if all(row["most alike"] == "–" for row in rows):  # nothing to draw
-        return parts
-    order = ordered(groups, "clustered", np.hstack([one["jaccard"][groups] for one in overlaps.values()]))
-    figure = _wrapped(lambda width: plot_overlap(given, order=order, width=width))
-    drawn = "Neurons in both sets, of those in either (Jaccard index, %); groups of alike overlaps stand beside each "
-    drawn += "other. Rules that give a neuron to one group only, as CAS and LAPE do, have none."
-    parts.insert(0, Part("overlap", "How far the groups' neurons are the same", drawn, figure))
+    table = explained("overlap-table", pd.DataFrame(rows), name="overlap", also="related" if related else "")
+    if all(row["most alike"] == MISSING for row in rows):  # nothing to draw
+        return [table]
+    order = ordered(groups, "clustered", np.hstack([overlap["jaccard"][groups] for overlap in overlaps.values()]))
+    figure = _as_wide_as_a_page(lambda width: plot_overlap(alike, order=order, width=width))
+    parts = [explained("overlap", figure)]
     if related:
-        figure = _wrapped(lambda width: plot_matrix(result, [*given], order=order, width=width))
-        drawn = "The effects, groups in the order of the overlaps: where groups that share neurons harm each other, "
-        drawn += "blocks stand along the diagonal."
-        parts.insert(1, Part("related", "Effects, in the order of the overlaps", drawn, figure))
-    return parts
+        figure = _as_wide_as_a_page(lambda width: plot_matrix(result, [*alike], order=order, width=width))
+        parts.append(explained("related", figure))
+    return [*parts, table]
 
 
 def _flips_and_depth(result: KnockoutResult, plain: Sequence[str]) -> list[Part]:
     parts = []
     if any(_has_groups(result, name) for name in plain):
-        parts.append(
-            Part(
-                "flips",
-                "Answers that changed",
-                "Share of questions whose answer changes under the mask of their own group and, on average, under the "
-                "others'. Equal shares of right → wrong and wrong → right are noise, not harm.",
-                plot_flips(result, plain),
-            )
-        )
-    parts.append(
-        Part(
-            "flips-matrix",
-            "Whose mask changes whose answers",
-            "Share of a group's questions (columns) whose answer changes under a mask (rows), in %, whether it turns "
-            "right or wrong: what accuracy does not show where both cancel out.",
-            _wrapped(lambda width: plot_matrix(result, plain, value="flips", width=width)),
-        )
-    )
-    single = [name for name in plain if name not in _repeated(result, plain)]
+        parts.append(explained("flips", plot_flips(result, plain)))
+    figure = _as_wide_as_a_page(lambda width: plot_matrix(result, plain, value="flips", width=width))
+    parts.append(explained("flips-matrix", figure))
+    repeated = _repeated(result, plain)
+    single = [name for name in plain if name not in repeated]
     if result.provenance.get("layers") and single:
-        parts.append(
-            Part(
-                "layers",
-                "Where the neurons lie",
-                "Share of a mask's neurons in each layer, mean over groups; the band is the range of groups.",
-                plot_depth(result, [name for name in single if not _CONDITION.search(name)][:6] or single[:6]),
-            )
-        )
+        of_all_questions = [name for name in single if not _CONDITION.search(name)]
+        parts.append(explained("layers", plot_depth(result, of_all_questions[:6] or single[:6])))
     return parts
 
 
-def _random(result: KnockoutResult, plain: Sequence[str], main: str) -> list[Part]:
-    controls = _repeated(result, plain)
-    if not controls:
-        return []
-    table = _against_random(result, main, controls)
-    table = table.loc[table["group"] == "all"].drop(columns="group").reset_index(drop=True)
+def _examples(
+    result: KnockoutResult, main: str, questions: QuestionSet | Sequence[Question], images: bool, seed: int
+) -> list[Part]:
+    cards = changed_answers(result, main, questions, images=images, seed=seed)
+    return [explained("changed", cards, also="" if images else "no_pictures", main=main, seed=seed)] if cards else []
+
+
+def _random(result: KnockoutResult, main: str, against: pd.DataFrame) -> list[Part]:
+    """The main selector's effects among those of its random controls."""
+    unit, scale, digits = UNITS[result.measure]
+    table = against.loc[against["group"] == "all"].drop(columns="group").reset_index(drop=True)
     table["effect"] = table["effect"].str.replace("_", " ")
     points = ["value", "control_mean", "control_sd", "control_low", "control_high"]
+    table = _printed_table(table, points, scale, digits)
+    figure = plot_random(result, main, [*dict.fromkeys(against["control"])])
     return [
-        Part(
-            "random",
-            f"{main} among its random controls",
-            "Self effects; every repeat of a random mask is a point. Layer-matched masks have as many neurons in each "
-            "layer as the selection.",
-            plot_random(result, main, controls),
-        ),
-        Part(
-            "random",
-            f"{main} against random masks",
-            f"In {UNITS[result.measure][0]}, means over groups: of {main} (value), and mean, standard deviation, "
-            "lowest and highest of the repeats. p is the share of repeats, ours included, whose effect is at most "
-            "ours; with R repeats it cannot be below 1 / (R + 1).",
-            _points_table(table, points, *UNITS[result.measure][1:]),
-        ),
+        explained("random", figure, main=main),
+        explained("random-table", table, name="random", main=main, unit=unit),
     ]
 
 
 def _against_random(result: KnockoutResult, main: str, controls: Sequence[str]) -> pd.DataFrame:
-    table = pd.concat([result.against_random(main, name).assign(control=name) for name in controls], ignore_index=True)
-    table.insert(0, "control", table.pop("control"))
-    return table
+    tables = {name: result.against_random(main, name) for name in controls}
+    return pd.concat(tables, names=["control"]).reset_index("control").reset_index(drop=True)
 
 
 def _has_groups(result: KnockoutResult, name: str) -> bool:
@@ -402,80 +327,47 @@ def _repeated(result: KnockoutResult, names: Sequence[str]) -> list[str]:
     return [name for name in names if any(mask.repeat for mask in result.masks if mask.selector == name)]
 
 
-def _sweeps(result: KnockoutResult, how: Keywords) -> list[Part]:
-    found: dict[tuple[str, str], int] = {}
-    for name in result.selectors:
-        base, setting = split_setting(name)
-        if setting is not None:
-            found[base, setting[0]] = found.get((base, setting[0]), 0) + 1
+def _sweeps(result: KnockoutResult, inference: Keywords) -> list[Part]:
+    """A table of every sweep, and a figure of those with several settings."""
+    settings = [(base, at[0]) for base, at in map(split_setting, result.selectors) if at is not None]
     parts = []
-    for (base, axis), number in found.items():
-        curve = result.curve(base, axis, **how)
-        what = _AXES.get(axis, axis)
+    for (base, axis), number in Counter(settings).items():
+        curve, title = result.curve(base, axis, **inference), _AXES.get(axis, axis)
+        names = {"name": f"curve-{file_name(base)}-{file_name(axis)}", "of": f"{base} [{axis}]"}
+        facts: Keywords = {**names, "base": base, "axis": title, "number": number}
         if number > 1:
-            parts.append(
-                Part(
-                    f"curve-{file_name(base)}-{file_name(axis)}",
-                    f"{base} by {what}",
-                    f"Mean over groups with intervals; thin lines are the groups. Exploratory: {number} settings were "
-                    "tried, and no p is corrected for that.",
-                    plot_curve(curve, axis, value=result.measure),
-                    f"{base} [{axis}]",
-                )
-            )
+            parts.append(explained("curve", plot_curve(curve, axis, value=result.measure), **facts))
         table = _effect_table(curve.loc[curve["group"] == "all"], axis, result.measure)
-        parts.append(
-            Part(
-                f"curve-{file_name(base)}-{file_name(axis)}",
-                f"{base} by {what}",
-                f"Over all groups, in {UNITS[result.measure][0]}. Exploratory: {number} settings were tried.",
-                table.rename(columns={axis: what}),
-                f"{base} [{axis}]",
-                table,
-            )
-        )
+        shown = table.rename(columns={axis: title})
+        parts.append(explained("curve-table", shown, data=table, unit=UNITS[result.measure][0], **facts))
     return parts
 
 
-def _conditions(result: KnockoutResult, plain: Sequence[str], how: Keywords) -> list[Part]:
+def _conditions(result: KnockoutResult, plain: Sequence[str], inference: Keywords) -> Part:
+    """The effects on all questions, and on those that the clean model answers right or wrong."""
     rows = []
-    for condition in ("all", "correct", "wrong"):
+    for condition in CONDITIONS:
         part = result.select(*plain).where(condition)
         if part.ids:
-            summary = part.summary(**how)
+            summary = part.summary(**inference)
             rows.append(summary[summary["group"] == "all"].assign(questions=condition.replace("correct", "right")))
     table = pd.concat(rows)
     table["selector"] = table["selector"] + ", " + table["questions"]
-    return [
-        Part(
-            "conditions",
-            "By what the clean model answers",
-            f"In {UNITS[result.measure][0]}: effects on all questions, and on those that the clean model answers "
-            "right or wrong. On right ones accuracy can only fall, on wrong ones only rise. Columns as above.",
-            _effect_table(table, "selector", result.measure),
-        )
-    ]
+    table = _effect_table(table, "selector", result.measure)
+    return explained("conditions", table, unit=UNITS[result.measure][0])
 
 
 def _accuracies(result: KnockoutResult, others: Mapping[str, KnockoutResult]) -> list[Part]:
-    accuracies = {"as asked": result.accuracy, **{name: other.accuracy for name, other in others.items()}}
+    """The accuracy without a mask, of the study and of other ways of asking its questions."""
+    accuracies = {"as asked": result.accuracy, **{name: blind.accuracy for name, blind in others.items()}}
     table = pd.DataFrame(accuracies).rename_axis("group").reset_index()
     table.loc[len(table)] = ["mean", *table.iloc[:, 1:].mean().tolist()]
-    chance = result.provenance.get("chance")
-    parts = [
-        Part(
-            "accuracy",
-            "Clean accuracy",
-            "Without any mask, in percent."
-            + (" Blind: without the picture. Options only: without picture and question." if others else ""),
-            _points_table(table, list(accuracies)),
-        )
-    ]
+    table = _printed_table(table, list(accuracies))
+    parts = [explained("accuracy-table", table, name="accuracy", also="others" if others else "")]
     if others:
-        figure = plot_accuracy(accuracies, chance=chance)
-        told = "What the picture and the question contribute: without any mask, each group asked in several ways"
-        told += f"{', beside the accuracy of a guess' if chance is not None else ''}."
-        parts.insert(0, Part("accuracy", "Clean accuracy", told, figure))
+        chance = result.provenance.get("chance")
+        guess = "" if chance is None else ", beside the accuracy of a guess"
+        parts.insert(0, explained("accuracy", plot_accuracy(accuracies, chance=chance), guess=guess))
     return parts
 
 
@@ -483,90 +375,39 @@ _NULL = ["group", "questions", "pictures", "movable", "strength", "null_mean", "
 
 
 def _further(name: str, table: pd.DataFrame) -> list[Part]:
-    """A table that was given; one of `null_distribution` is drawn as well."""
-    slug, title = file_name(name), name[:1].upper() + name[1:]
-    caption = str(table.attrs.get("caption", "A further table, given with the study."))
+    """A table that the user added; one of `null_distribution` is drawn as well."""
+    file, title = file_name(name), name[:1].upper() + name[1:]
     if not set(_NULL) <= set(table.columns):
-        return [Part(slug, title, caption, table, name)]
+        caption = str(table.attrs.get("caption", "A further table, given with the study."))
+        return [Part(file, title, caption, table, name)]
     rows = table[_NULL].assign(movable=[printed(100 * share) for share in table["movable"]])
-    rows = _points_table(rows, ["strength", "null_mean", "null_high"], 1.0, 3)
-    told = (
-        "Strength of each group's neurons beside that of neurons chosen in the same way after the pictures' labels are "
-        "shuffled. Movable: pictures, in %, that a shuffle can give to other groups; null high: the 95th percentile of "
-        "the shuffles; p: share of them, ours included, that are as strong; Holm and BH: corrected over groups."
-    )
-    drawn = (
-        "Strength of each group's neurons, and what shuffled labels gave: their mean, and 95 % of them. Filled: Holm's "
-        "p is at most 0.05."
-    )
-    figure = plot_null(table)
-    return [Part(slug, title, drawn, figure, name), Part(slug, title, told, rows, name, table)]
-
-
-def _examples(
-    result: KnockoutResult, main: str, questions: QuestionSet | Sequence[Question], images: bool, seed: int
-) -> list[Part]:
-    cards = changed_answers(result, main, questions, images=images, seed=seed)
-    caption = (
-        f"Drawn at random (seed {seed}) among the questions whose answer changes when {main}'s neurons of their group "
-        f"are switched off, each of another picture. Margin: log-probability of the right option less that of the best "
-        f"other one.{'' if images else ' Without pictures.'}"
-    )
-    return [Part("changed", "Questions whose answer changed", caption, cards)] if cards else []
+    rows = _printed_table(rows, ["strength", "null_mean", "null_high"], 1.0, 3)
+    return [
+        explained("null", plot_null(table), name=file, of=name, title=title),
+        explained("null-table", rows, name=file, of=name, title=title, data=table),
+    ]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _own(summary: pd.DataFrame, main: str) -> pd.DataFrame:
+def _by_group(summary: pd.DataFrame, main: str) -> pd.DataFrame:
     """The rows of a selector's groups, G2 before G10."""
-    own = summary.loc[(summary["selector"] == main) & (summary["group"] != "all")]
-    return own.iloc[sorted(range(len(own)), key=lambda row: natural(own["group"].iloc[row]))]
+    rows = summary.loc[(summary["selector"] == main) & (summary["group"] != "all")]
+    return rows.sort_values("group", key=lambda groups: groups.map(natural), kind="stable")
 
 
 def _overall(summary: pd.DataFrame, plain: Sequence[str]) -> pd.DataFrame:
     return summary.loc[(summary["group"] == "all") & summary["selector"].isin(plain)]
 
 
-def _effect_table(summary: pd.DataFrame, label: str, value: str = "correct") -> pd.DataFrame:
-    """The columns of a summary that a paper prints, effects in the unit of their value with their intervals."""
-    _, scale, digits = UNITS[value]
-    names = summary[label].to_numpy()
-    if names.dtype.kind == "f":  # a setting such as 0.0005 is not 0.000
-        names = np.array([_setting(name) for name in names])
-    table = pd.DataFrame({label: names, "n": summary["n"].to_numpy()})
-    if (summary["pictures"] != summary["n"]).any():
-        table["pictures"] = summary["pictures"].to_numpy()
-    clean = (scale, digits) if value == "score" else (100.0, 1)
-    table["clean"] = [printed(clean[0] * one, clean[1]) for one in summary["clean"]]
-    effects = {
-        "self_effect": "self effect",
-        "cross_effect": "cross effect",
-        "cross_caused": "cross caused",
-        "gap": "gap",
-        "control_effect": "general",
-    }
-    for name, title in effects.items():
-        if name in summary:
-            table[title] = _intervals(summary, name, scale, digits)
-    table["flips"] = [printed(100 * share) for share in summary["flips"]]
-    if (summary["failures"] > 0).any():
-        table["failures"] = [printed(100 * share) for share in summary["failures"]]
-    return table
-
-
-def _intervals(table: pd.DataFrame, name: str, scale: float, digits: int) -> list[str]:
-    """A column of effects as they are printed, each with its interval."""
-    bounds = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
-    return [
-        printed(scale * mean, digits)
-        + (f" [{printed(scale * low, digits)}, {printed(scale * high, digits)}]" if low == low else " (few)")
-        if np.isfinite(mean)
-        else "–"
-        for mean, low, high in bounds
-    ]
-
-
+_EFFECTS = {
+    "self_effect": "self effect",
+    "cross_effect": "cross effect",
+    "cross_caused": "cross caused",
+    "gap": "gap",
+    "control_effect": "general",
+}
 _TESTS = {
     "p": "p",
     "p_holm": "Holm",
@@ -577,15 +418,39 @@ _TESTS = {
     "gap_p_holm": "gap Holm",
     "gap_p_bh": "gap BH",
 }
+"""Columns of a summary, and what they are called in print."""
 
 
-def _test_table(summary: pd.DataFrame, label: str, tests: Sequence[str]) -> pd.DataFrame:
-    """P-values of a summary as they are printed."""
-    columns = {_TESTS[name]: [printed_p(value) for value in summary[name]] for name in tests}
-    return pd.DataFrame({label: summary[label].to_numpy(), **columns, "settings": summary["settings"].to_numpy()})
+def _effect_table(summary: pd.DataFrame, label: str, value: str) -> pd.DataFrame:
+    """The columns of a summary that a paper prints, effects in the unit of their value with their intervals."""
+    _, scale, digits = UNITS[value]
+    names = summary[label].to_numpy()
+    if names.dtype.kind == "f":  # a setting such as 0.0005 is not 0.000
+        names = np.array([printed_setting(name) for name in names])
+    table = pd.DataFrame({label: names, "n": summary["n"].to_numpy()})
+    if (summary["pictures"] != summary["n"]).any():
+        table["pictures"] = summary["pictures"].to_numpy()
+    clean = (scale, digits) if value == "score" else (100.0, 1)
+    table["clean"] = [printed(clean[0] * share, clean[1]) for share in summary["clean"]]
+    for name, title in _EFFECTS.items():
+        if name in summary:
+            table[title] = _intervals(summary, name, scale, digits)
+    table["flips"] = [printed(100 * share) for share in summary["flips"]]
+    if (summary["failures"] > 0).any():
+        table["failures"] = [printed(100 * share) for share in summary["failures"]]
+    return table
 
 
-def _points_table(table: pd.DataFrame, points: Sequence[str], scale: float = 100.0, digits: int = 1) -> pd.DataFrame:
+def _intervals(table: pd.DataFrame, name: str, scale: float, digits: int) -> list[str]:
+    """A column of effects as they are printed, each with its interval."""
+    texts = []
+    for effect, low, high in (scale * table[[name, f"{name}_low", f"{name}_high"]]).to_numpy(dtype=float):
+        ends = f"[{printed(low, digits)}, {printed(high, digits)}]" if np.isfinite(low) else "(few)"
+        texts.append(f"{printed(effect, digits)} {ends}" if np.isfinite(effect) else MISSING)
+    return texts
+
+
+def _printed_table(table: pd.DataFrame, points: Sequence[str], scale: float = 100.0, digits: int = 1) -> pd.DataFrame:
     """A table with some columns in points of accuracy, or another unit, and p-values as they are printed."""
     shown = table.reset_index(drop=True).copy()
     for name in points:
@@ -593,77 +458,69 @@ def _points_table(table: pd.DataFrame, points: Sequence[str], scale: float = 100
     for name in shown.columns:
         if name == "p" or str(name).startswith("p_"):
             shown[name] = [printed_p(value) for value in shown[name]]
-    return shown.rename(columns={name: _TESTS.get(str(name), str(name).replace("_", " ")) for name in shown.columns})
-
-
-def _setting(value: float) -> str:
-    short = f"{value:g}"
-    return short if float(short) == value else repr(float(value))
+    return shown.rename(columns=lambda name: _TESTS.get(str(name), str(name).replace("_", " ")))
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
 def _facts(
-    result: KnockoutResult, main: str, selections: Mapping[str, Selection], settings: Mapping[str, str], how: Keywords
+    result: KnockoutResult,
+    main: str,
+    selections: Mapping[str, Selection],
+    settings: Mapping[str, str],
+    inference: Keywords,
 ) -> Keywords:
     """The head of the page: what a reader has to know beside the finding."""
-    about, told = result.provenance, _chosen(result, main, selections)
-    sizes = [mask.size for mask in result.masks]
+    about = result.provenance
     bare = list(dict.fromkeys(split_setting(name)[0] for name in result.selectors))
-    what = about.get("intervention", {})
-    mode = {"zero": "set to 0", "scale": f"scaled by {what.get('factor')}"}.get(what.get("mode"), what.get("mode"))
+    intervention = about.get("intervention", {})
+    mode = intervention.get("mode")
+    mode = {"zero": "set to 0", "scale": f"scaled by {intervention.get('factor')}"}.get(mode, mode)
     shuffle = f"; options in the order of seed {about['shuffle']}" if about.get("shuffle") is not None else ""
-    facts = {
+    flips = f"{inference['permutations']:,} sign flips: {inference['seed']}{shuffle}"
+    controls = f", control groups {', '.join(result.control_names)}" if result.control_names else ""
+    few = about.get("others")
+    met = "" if few is None else f"; each question met its group's and {few} others of each selector"
+    return {
         "Model": f"{about.get('model', 'not known')}, revision {about.get('revision') or 'not known'}",
-        **told,
-        "Switched off": f"at {what.get('at')}: {mode}" if mode else "not known",
+        **_chosen(result, main, selections),
+        "Switched off": f"at {intervention.get('at')}: {mode}" if mode else "not known",
         "Split": "not known",
         **settings,
-        "Seeds": "; ".join(
-            [
-                *([settings["Seeds"]] if "Seeds" in settings else []),
-                f"{how['permutations']:,} sign flips: {how['seed']}{shuffle}",
-            ]
-        ),
-        "Questions": f"{len(result.ids):,} of {len(result.group_names)} groups"
-        + (f", control groups {', '.join(result.control_names)}" if result.control_names else ""),
+        "Seeds": f"{settings['Seeds']}; {flips}" if "Seeds" in settings else flips,
+        "Questions": f"{len(result.ids):,} of {len(result.group_names)} groups{controls}",
         "Clean accuracy": f"{100 * float(np.mean(result.correct[0])):.1f} %",
         **({} if result.scores is None else {"Clean score": f"{float(np.mean(result.scores[0])):.3f}"}),
-        "Masks": f"{len(result.masks):,}, named {', '.join(bare)}; of {_range(sizes)} neurons",
+        "Masks": f"{len(result.masks):,}, named {', '.join(bare)}; of {_range([mask.size for mask in result.masks])} "
+        f"neurons{met}",
         "Answers kept": f"{int((result.chosen > NOT_ASKED).sum()):,}",
         "Could not be parsed": f"{int((result.chosen == -1).sum()):,}",
         "Questions skipped": f"{len(about.get('skipped', [])):,}",
         "Read by": about.get("answer", "not known"),
         "Made with": f"vlmneurons {__version__}",
     }
-    if about.get("others") is not None:
-        facts["Masks"] += f"; each question met its group's and {about['others']} others of each selector"
-    return facts
 
 
 def _chosen(result: KnockoutResult, main: str, selections: Mapping[str, Selection]) -> dict[str, str]:
     """How many neurons the main selector's masks have, of how many, where, and what they were chosen by."""
     sizes = [mask.size for mask in result.masks if mask.selector == main]
     described = repr(selections[main]) if main in selections else str(result.provenance.get("selections", {}).get(main))
-    found = re.search(r"NeuronSpace\((.+?): (.*) = ([\d,]+) neurons\)", described)
-    site, of, rule, by = "not known", "", "not known", {}
-    if found:
-        site, of = f"{found[1]}, {found[2]}", found[3]
-        named = re.match(r"\W*Selection (.+): \d+ groups?, NeuronSpace", described)
-        rule = named[1] if named else rule
+    space = re.search(r"NeuronSpace\((.+?): (.*) = ([\d,]+) neurons\)", described)
+    selector = re.match(r"\W*Selection (.+): \d+ groups?, NeuronSpace", described)
+    rule, statistics = selector[1] if space and selector else "not known", {}
     if main in selections:
         about = selections[main].provenance
-        by = dict(about.get("statistics") or {})
-        used = [int(n) for n in (about.get("items") or {}).values()]
-        rule += f", on {_range(used)} questions a group" if used else ""
-        rule += {"correct": ", answered right", "wrong": ", answered wrong"}.get(str(by.get("condition")), "")
-    share = f" of {of} ({printed(100 * max(sizes) / int(of.replace(',', '')), 2)} %)" if of else ""
+        statistics = dict(about.get("statistics") or {})
+        questions = [int(number) for number in (about.get("items") or {}).values()]
+        rule += f", on {_range(questions)} questions a group" if questions else ""
+        rule += {"correct": ", answered right", "wrong": ", answered wrong"}.get(str(statistics.get("condition")), "")
+    share = f" of {space[3]} ({printed(100 * max(sizes) / int(space[3].replace(',', '')), 2)} %)" if space else ""
     return {
         "Neurons a mask": _range(sizes) + share,
-        "Site": site,
+        "Site": f"{space[1]}, {space[2]}" if space else "not known",
         "Chosen by": rule,
-        "Tokens counted": str(by.get("tokens") or "not known"),
+        "Tokens counted": str(statistics.get("tokens") or "not known"),
     }
 
 
@@ -673,46 +530,49 @@ def _range(sizes: Sequence[int]) -> str:
 
 def _finding(result: KnockoutResult, summary: pd.DataFrame, main: str) -> str:
     """The result in a sentence, with its intervals and how many questions it is of."""
-    one = _overall(summary, [main]).iloc[0]
+    row = _overall(summary, [main]).iloc[0]
     unit, scale, digits = UNITS[result.measure]
-    told = []
-    for effect in ("self_effect", "cross_effect"):
-        mean, low, high = (printed(scale * one[f"{effect}{end}"], digits) for end in ("", "_low", "_high"))
-        few = "too few pictures or changed answers for an interval"
-        told.append(f"{mean} {unit} " + (f"[{low}, {high}]" if np.isfinite(one[f"{effect}_low"]) else f"({few})"))
-    told_so = f"Switching off the neurons of {main} moves questions by {told[1]}"
-    if np.isfinite(one["self_effect"]):
-        told_so = f"Switching off the neurons that {main} chose for a group moves its own questions by {told[0]}"
-        told_so += f", and those of other groups by {told[1]}" if np.isfinite(one["cross_effect"]) else ""
+    effects = {}
+    for name in ("self_effect", "cross_effect"):
+        effect, low, high = (printed(scale * row[f"{name}{end}"], digits) for end in ("", "_low", "_high"))
+        few = "(too few pictures or changed answers for an interval)"
+        effects[name] = f"{effect} {unit} " + (f"[{low}, {high}]" if np.isfinite(row[f"{name}_low"]) else few)
+    finding = f"Switching off the neurons of {main} moves questions by {effects['cross_effect']}"
+    if np.isfinite(row["self_effect"]):
+        finding = f"Switching off the neurons that {main} chose for a group moves its own questions by "
+        finding += effects["self_effect"]
+        if np.isfinite(row["cross_effect"]):
+            finding += f", and those of other groups by {effects['cross_effect']}"
     groups = "1 group" if len(result.group_names) == 1 else f"{len(result.group_names)} groups"
-    told_so += f": {one['n']:,} questions about {one['pictures']:,} pictures, of {groups}."
+    finding += f": {row['n']:,} questions about {row['pictures']:,} pictures, of {groups}."
     clean, chance = float(np.mean(result.correct[0])), result.provenance.get("chance")
+    # Above chance by a one-sided test at 5 %: there is something to lose.
     if chance is None or clean - 1.645 * np.sqrt(clean * (1 - clean) / len(result.ids)) > chance:
-        return told_so
+        return finding
     shares = f"{100 * clean:.1f} % are right, and {100 * chance:.1f} % by chance"
-    return f"{told_so} Without a mask {shares}: little can be lost."
+    return f"{finding} Without a mask {shares}: little can be lost."
 
 
 def page_of(
     title: str,
     lead: str,
     facts: Keywords,
-    shown: Sequence[Keywords],
+    sections: Sequence[Keywords],
     more: Mapping[str, str],
     provenance: JSONMapping,
     finding: str = "",
 ) -> str:
-    """A page that needs nothing else.
+    """A page of results as text, which loads nothing.
 
     Args:
         title: stands above it.
         lead: what its numbers are, in a sentence.
         facts: what it is of, by name.
-        shown: what it shows, as it was written.
+        sections: what it shows, as `write_parts` gave it.
         more: further tables that lie beside it, and what they hold.
         provenance: where its numbers come from.
         finding: the result, in a sentence.
     """
-    told = json.dumps(provenance, indent=1, default=str, ensure_ascii=False)
-    how: Keywords = {"title": title, "lead": lead, "facts": facts, "parts": shown, "more": more, "finding": finding}
-    return page_from("report.html", **how, provenance=told)
+    texts: Keywords = {"title": title, "lead": lead, "facts": facts, "more": more, "finding": finding}
+    source = json.dumps(provenance, indent=1, default=str, ensure_ascii=False)
+    return page_from("report.html", parts=sections, provenance=source, **texts)

@@ -2,7 +2,7 @@
 
 The column is taken through what the model itself does with it: a norm that the block puts behind its MLP, the final
 norm, the unembedding, and what comes after it (soft-capping, a scale). Which modules these are is watched in one
-forward of a short question, by the values that go from one to the next, and not told by their names.
+forward of a short question: the values that one module gives and the next receives show it, not the modules' names.
 """
 
 from collections.abc import Callable
@@ -139,30 +139,30 @@ class _Path:
         # Experts have no output of their own: what the block goes on with is that of the part that they lie in.
         parts = {mlp: hf.get_submodule(_part_of(mlp, tower)) for mlp in tower.mlps if mlp.layer in layers}
         places = (parent, *(blocks[layer] for layer in layers))
-        norms = [one for place in places for one in place.children() if _is_norm(one)]
-        seen = _watched(model, [last, head, *parts.values()], norms)
+        norms = [child for place in places for child in place.children() if _is_norm(child)]
+        ran = _watched(model, [last, head, *parts.values()], norms)
 
         def fed_by(value: Tensor, among: list[nn.Module]) -> nn.Module | None:
-            found = [one for one in among if one in seen and _same(seen[one][0], value)]
-            return found[0] if len(found) == 1 else None
+            fed = [module for module in among if module in ran and _same(ran[module][0], value)]
+            return fed[0] if len(fed) == 1 else None
 
-        norm = fed_by(seen[last][1], [one for one in parent.children() if _is_norm(one)])
-        if norm is None or head not in seen or not _same(seen[norm][1], seen[head][0]):
+        norm = fed_by(ran[last][1], [child for child in parent.children() if _is_norm(child)])
+        if norm is None or head not in ran or not _same(ran[norm][1], ran[head][0]):
             raise ArchitectureError(
                 f"{type(hf).__name__}: between the last block and the unembedding stands something else than one norm, "
                 "so what a neuron writes cannot be read off"
             )
-        path = cls(norm, head, _finish(model, seen[head][1], seen[hf][1]))
+        path = cls(norm, head, _finish(model, ran[head][1], ran[hf][1]))
         for mlp, part in parts.items():
-            inside = [one for one in blocks[mlp.layer].children() if _is_norm(one)]
-            found = fed_by(seen[part][1], inside)
-            if found is None:
+            norms = [child for child in blocks[mlp.layer].children() if _is_norm(child)]
+            behind = fed_by(ran[part][1], norms)
+            if behind is None:
                 continue
             # Where several parts have a norm each, a further one may follow on their sum.
             several = {mlp.layer for mlp in parts if parts[mlp] is not part} & {mlp.layer}
-            if several or fed_by(seen[found][1], inside) is not None:
+            if several or fed_by(ran[behind][1], norms) is not None:
                 raise ArchitectureError(f"{tower.layer_paths[mlp.layer]} puts more than one norm behind its MLPs")
-            path.after[mlp.path] = found
+            path.after[mlp.path] = behind
         return path
 
     def logits(self, mlp: MLP, columns: Float[Tensor, "neuron hidden"]) -> Float[Tensor, "neuron token"]:
@@ -183,16 +183,16 @@ class _Path:
 
 
 def _part_of(mlp: MLP, tower: Tower) -> str:
-    """The path of the part of its block that an MLP is, or lies in."""
+    """The path of the child of its block that is an MLP, or contains it."""
     block = tower.layer_paths[mlp.layer]
     inner = mlp.path.removeprefix(block).lstrip(".").split(".")[0]
     return f"{block}.{inner}" if inner else block
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether all that a module has is one weight, or weight and bias, for each feature."""
-    own = [*module.parameters(), *module.buffers()]
-    return not any(True for _ in module.children()) and bool(own) and all(one.ndim == 1 for one in own)
+    """Whether a module has no child, and only vectors as weights, as norms do."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return not [*module.children()] and bool(tensors) and all(tensor.ndim == 1 for tensor in tensors)
 
 
 def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> dict[nn.Module, tuple]:
@@ -204,49 +204,49 @@ def _watched(model: VLM, needed: list[nn.Module], further: list[nn.Module]) -> d
     Raises:
         ArchitectureError: a module that is needed does not run.
     """
-    seen: dict[nn.Module, tuple] = {}
+    ran: dict[nn.Module, tuple] = {}
 
     def watch(module: nn.Module, args: tuple[object, ...], kwargs: Keywords, output: object) -> None:
-        given = args[0] if args else next(iter(kwargs.values()), None)
-        seen[module] = (given, output[0] if isinstance(output, tuple) else output)
+        value = args[0] if args else next(iter(kwargs.values()), None)
+        ran[module] = (value, output[0] if isinstance(output, tuple) else output)
 
     modules = dict.fromkeys([*needed, *further])
     with hooked(module.register_forward_hook(watch, with_kwargs=True) for module in modules):
         for picture in (None, Image.new("RGB", (56, 56), (127, 127, 127))):
-            seen.clear()
+            ran.clear()
             try:
                 inputs = model.prepare(Question(picture, "Which?", ("this", "that"), 0, "none", id="none"))
             except QuestionError:
                 if picture is not None:
                     raise
                 continue
-            seen[model.hf] = (None, model.hf(**inputs).logits)
-            if all(one in seen for one in needed):
-                return seen
-    missing = next(one for one in needed if one not in seen)
+            ran[model.hf] = (None, model.hf(**inputs).logits)
+            if all(module in ran for module in needed):
+                return ran
+    missing = next(module for module in needed if module not in ran)
     raise ArchitectureError(
         f"a {type(missing).__name__} on the path to the logits does not run on an ordinary question"
     )
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are one, whatever the shape it was given."""
+    """Whether two values are equal, whatever their shapes."""
     tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
     return tensors and a.numel() == b.numel() and torch.equal(a.flatten(), b.to(a.device, a.dtype).flatten())
 
 
 def _in_single(module: nn.Module, values: Tensor) -> Tensor:
-    """What a norm makes of values, in single precision."""
+    """The output of a norm, computed in single precision."""
     weights = {name: value.float() for name, value in [*module.named_parameters(), *module.named_buffers()]}
     device = next(iter(weights.values())).device
     return functional_call(module, weights, (values.to(device),))
 
 
 def _finish(model: VLM, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """What a model makes of the unembedding's output: what its configuration names, where it is what was seen.
+    """What a model does to the unembedding's output: the step in its configuration that gives the logits seen.
 
     Raises:
-        ArchitectureError: it is none of what is known.
+        ArchitectureError: no known step gives them.
     """
     config = model.hf.config.get_text_config()
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling")

@@ -1,4 +1,4 @@
-"""What the figures have in common: axes that make room for their words, points with intervals, and names of values."""
+"""What figures of one panel have in common: room for their names, points with intervals, and what values are called."""
 
 import math
 import textwrap
@@ -14,7 +14,8 @@ from matplotlib.font_manager import FontProperties
 
 from vlmneurons.checks import Keywords, check_kind
 from vlmneurons.errors import MismatchError
-from vlmneurons.look.figures import BLUE, GREEN, ORANGE, PURPLE, PrintFigure, ems, shortened, width_of, with_fonts
+from vlmneurons.look.figures import BLUE, GREEN, ORANGE, PURPLE, PrintFigure, as_width, ems, shortened, with_fonts
+from vlmneurons.look.numbers import with_minus
 
 VALUES = {
     "delta": ("Change of accuracy (points)", 100.0, "effect"),
@@ -32,11 +33,12 @@ VALUES = {
     "n": ("Questions", 1.0, "neutral"),
     "neurons": ("Neurons of the mask", 1.0, "neutral"),
 }
-"""What a column of the table is called, its unit, and what it means; anything else is a signed effect."""
+"""What a column of the table is called, what it is multiplied by, and which colours it has; others are effects."""
 
 
-def drawn_into(ax: Axes | None, width: float | None, panels: int) -> None:
-    width_of(width)
+def check_axes(ax: Axes | None, width: float | None, panels: int) -> None:
+    """Refuse axes for several panels, or with a width, and a width that is too narrow."""
+    as_width(width)
     if ax is not None:
         check_kind("ax", ax, Axes, MismatchError, "axes of a matplotlib figure")
         if width is not None:
@@ -46,24 +48,25 @@ def drawn_into(ax: Axes | None, width: float | None, panels: int) -> None:
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The whole figure that axes are in, also where they are in a part of it."""
+    """The figure that axes belong to, also where they belong to a subfigure."""
     figure = ax.figure
     while not isinstance(figure, Figure):
         figure = figure.figure
     return figure
 
 
-def rc_size() -> float:
+def label_size() -> float:
+    """The font size, in points, of labels in a figure whose width is not given: matplotlib's setting."""
     return float(FontProperties(size=rcParams["xtick.labelsize"]).get_size_in_points())
 
 
 def size_for(groups: int) -> float:
-    """Points of the text of a figure whose width is given."""
+    """The font size, in points, of a figure whose width is given."""
     return 8.0 if groups <= 8 else 7.0 if groups <= 16 else 6.0
 
 
 def plain_names(names: Any) -> list[str]:
-    """Names as they are, long ones cut: a dollar sign would begin a formula, 300 letters leave no room for axes."""
+    """Names as matplotlib may draw them: cut at 40 letters, with dollar signs that begin no formula."""
     cut = (f"{name[:39]}…" if len(name) > 40 else name for name in map(str, names))
     return [name.replace("$", r"\$") for name in cut]
 
@@ -91,9 +94,9 @@ class Canvas:
             lines: rows with a label, for figures as high as their rows.
             usual: where no width is given, inches across, and for a row, or down.
         """
-        drawn_into(ax, width, 1)
+        check_axes(ax, width, 1)
         self.given, self.width = ax is not None, width
-        self.size = size_for(lines) if width else rc_size()
+        self.size = size_for(lines) if width else label_size()
         self.points = 72 * (width or usual[0])
         if ax is not None:
             self.figure, self.axis = figure_of(ax), ax
@@ -127,27 +130,33 @@ class Canvas:
         self.axis.set_ylim(number - 0.5, -0.5)
 
     def settings(self, at: np.ndarray, log: bool) -> None:
-        """Label places along the axis, on a log scale where that is wanted and can be."""
+        """Label settings along the axis; on a log scale where that is wanted, and all of them are above 0."""
         log = log and len(at) > 1 and float(at.min()) > 0
         if log:
             self.axis.set_xscale("log")
             self.axis.minorticks_off()
-        labels = [f"{value:g}".replace("-", "−") for value in at]
+        labels = [with_minus(f"{value:g}") for value in at]
         room = 0.8 * self.points - 4 * self.size
         self.axis.set_xticks(at, spaced(np.log(at) if log else at, labels, room, self.size))
 
-    def label(self, across: str, up: str = "") -> None:
+    def _label(self, across: str, up: str) -> None:
         """Name the axes, in as many lines as it takes."""
-        room = self.points - (0 if up else self.size * max((ems(one) for one in self._row_names()), default=0))
+        row_names = [label.get_text() for label in self.axis.get_yticklabels()]
+        room = self.points - (0 if up else self.size * max(map(ems, row_names), default=0))
         for text, put in ((across, self.axis.set_xlabel), (up, self.axis.set_ylabel)):
             put(_wrapped(text, room - 4 * self.size, self.size), fontsize=self.size)
         self.axis.tick_params(labelsize=self.size)
 
-    def _row_names(self) -> list[str]:
-        return [one.get_text() for one in self.axis.get_yticklabels()]
+    def done(self, grid: str, across: str, up: str = "") -> Figure:
+        """The figure, with what comes last: names of the axes, lines of the grid, the legend and fonts.
 
-    def done(self) -> Figure:
-        """Put the legend, and choose fonts."""
+        Args:
+            grid: ``"x"``, ``"y"`` or ``"both"``.
+            across: name of the horizontal axis.
+            up: of the vertical axis, where its rows have no names.
+        """
+        self._label(across, up)
+        draw_frame(self.axis, grid)
         handles, labels = self.axis.get_legend_handles_labels()
         if handles and self.given:
             self.axis.legend(handles, labels, frameon=False, fontsize=self.legend["fontsize"])
@@ -158,12 +167,12 @@ class Canvas:
 
 
 def _wrapped(text: str, points: float, size: float) -> str:
-    """A text in lines that are no longer than so many points."""
+    """A text broken into lines of at most so many points."""
     return "\n".join(textwrap.wrap(text, max(12, int(points / (0.6 * size)))))
 
 
 def spaced(at: Any, labels: Sequence[str], points: float, size: float) -> list[str]:
-    """Labels of places along an axis, without those that would run into their neighbour."""
+    """Labels of places along an axis; one that would run into its neighbour is left empty."""
     reach = (max(at) - min(at)) or 1.0
     shown, end = [], -math.inf
     for place, label in zip(at, labels, strict=True):
@@ -187,17 +196,16 @@ def draw_points(
     """Points with their intervals; an interval may lie to one side of its point."""
     value, low, high = drawn
     reach = np.vstack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
-    how: Keywords = {"yerr": reach} if upright else {"xerr": reach}
-    axis.errorbar(
-        *((at, value) if upright else (value, at)),
-        **how,
-        fmt=marker,
-        color=colour,
-        markersize=4.5,
-        linewidth=1.2,
-        capsize=2,
-        label=label,
-    )
+    style: Keywords = {"fmt": marker, "color": colour, "markersize": 4.5, "linewidth": 1.2, "capsize": 2}
+    if upright:
+        axis.errorbar(at, value, yerr=reach, label=label, **style)
+    else:
+        axis.errorbar(value, at, xerr=reach, label=label, **style)
+
+
+def with_ends(table: pd.DataFrame, effect: str, scale: float) -> list[np.ndarray]:
+    """An effect of a summary with the ends of its intervals, in the unit that is drawn."""
+    return [scale * table[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
 
 
 def draw_frame(axis: Axes, grid: Any) -> None:
@@ -207,10 +215,10 @@ def draw_frame(axis: Axes, grid: Any) -> None:
 
 
 def check_rows(table: pd.DataFrame, columns: Sequence[str], keys: Sequence[str], source: str) -> None:
-    """Make sure that a table is one that can be drawn: it has the columns, and one row for each of its keys."""
+    """Refuse a table that cannot be drawn: one without these columns, or with several rows for the same keys."""
     name = "summary" if source.endswith("summary") else "table"
     check_kind(name, table, pd.DataFrame, MismatchError, f"the table that {source} gives")
-    if lacking := [one for one in columns if one not in table]:
+    if lacking := [name for name in columns if name not in table]:
         raise MismatchError(f"the table has no column {', '.join(lacking)}: give the table of {source}")
     if not len(table):
         raise MismatchError(f"the table has no row to draw: give the table of {source}")

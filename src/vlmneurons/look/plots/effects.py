@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from vlmneurons.checks import Keywords, check_choice
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, natural, ordered
-from vlmneurons.look.plots.canvas import STYLES, VALUES, Canvas, check_rows, draw_frame, draw_points, plain_names
+from vlmneurons.look.plots.canvas import STYLES, VALUES, Canvas, check_rows, draw_points, plain_names, with_ends
 
 if TYPE_CHECKING:
     from vlmneurons.study.result import KnockoutResult
@@ -56,10 +56,10 @@ def plot_effects(
         MismatchError: an effect that the summary does not have, another order than of its rows, or a width that is too
             narrow.
     """
+    drawable = [name for name in _EFFECTS if name in summary]
     for effect in effects:
-        if effect not in _EFFECTS or effect not in summary:
-            known = [name for name in _EFFECTS if name in summary]
-            raise MismatchError(f"effect {effect!r} is not in the summary; it has {', '.join(known)}")
+        if effect not in drawable:
+            raise MismatchError(f"effect {effect!r} is not in the summary; it has {', '.join(drawable)}")
     names = [str(name) for name in summary[label]]
     if order is not None:
         wanted = ordered(names, order, summary[list(effects)].to_numpy(dtype=float))
@@ -72,15 +72,12 @@ def plot_effects(
     unit, scale, _ = VALUES[value]
     for n, effect in enumerate(effects):
         name, colour, marker = _EFFECTS[effect]
-        drawn = [scale * summary[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
         offset = 0.22 * (n - (len(effects) - 1) / 2)
-        draw_points(axis, drawn, places + offset, colour, marker, name)
+        draw_points(axis, with_ends(summary, effect, scale), places + offset, colour, marker, name)
     canvas.rows(names)
-    canvas.label(unit)
-    draw_frame(axis, "x")
     if title:
         axis.set_title(plain_names([title])[0], fontsize=canvas.size if width else 10)
-    return canvas.done()
+    return canvas.done("x", unit)
 
 
 def plot_curve(
@@ -122,19 +119,17 @@ def plot_curve(
     axis = canvas.axis
     axis.axhline(0, color="black", linewidth=0.8)
     for n, (_, rows) in enumerate(single.groupby("group")):
-        how = {"color": ORANGE, "alpha": 0.25, "linewidth": 0.8, "label": thin[0] if n == 0 else None}
-        axis.plot(scale * rows[axis_name], factor * rows["self_effect"], **how)
+        style = {"color": ORANGE, "alpha": 0.25, "linewidth": 0.8, "label": thin[0] if n == 0 else None}
+        axis.plot(scale * rows[axis_name], factor * rows["self_effect"], **style)
     whole = curve.loc[curve["group"] == "all"]
     at = scale * whole[axis_name].to_numpy(dtype=float)
     for effect in shown:
         name, colour, marker = _EFFECTS[effect]
-        drawn = [factor * whole[f"{effect}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")]
+        drawn = with_ends(whole, effect, factor)
         axis.plot(at, drawn[0], color=colour, linewidth=1.2)
         draw_points(axis, drawn, at, colour, marker, name, upright=True)
     canvas.settings(at, axis_name in ("r", "items"))
-    canvas.label(titles.get(axis_name, axis_name), unit)
-    draw_frame(axis, "both")
-    return canvas.done()
+    return canvas.done("both", titles.get(axis_name, axis_name), unit)
 
 
 def plot_flips(
@@ -172,24 +167,23 @@ def plot_flips(
     axis = canvas.axis
     labels, places = [], []
     for n, (name, shown) in enumerate(zip(names, canvas.names(names), strict=True)):
-        own = table[table["selector"] == name]
-        for k, (which, rows) in enumerate(
-            (("own", own[own["mask"] == own["group"]]), ("other", own[own["mask"] != own["group"]]))
+        of_selector = table[table["selector"] == name]
+        of_own_mask = of_selector["mask"] == of_selector["group"]
+        for k, (mask, rows) in enumerate(
+            ((f"{shown}, own mask", of_selector[of_own_mask]), ("other masks", of_selector[~of_own_mask]))
         ):
             place, left = n + 0.36 * k - 0.18, 0.0
-            labels.append(f"{shown}, {which} mask" if k == 0 else f"{which} masks")
+            labels.append(mask)
             places.append(place)
             for kind, (label, colour, hatch) in kinds.items():
                 share = 100 * float(rows[kind].mean()) if len(rows) else 0.0
-                how = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
-                axis.barh(place, share, left=left, height=0.32, label=label if n == k == 0 else None, **how)
+                style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
+                axis.barh(place, share, left=left, height=0.32, label=label if n == k == 0 else None, **style)
                 left += share
     axis.set_yticks(places, labels, fontsize=canvas.size if width else 8)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlim(left=0)
-    canvas.label("Answers that changed (%)")
-    draw_frame(axis, "x")
-    return canvas.done()
+    return canvas.done("x", "Answers that changed (%)")
 
 
 def plot_random(
@@ -224,8 +218,8 @@ def plot_random(
     table = table.loc[table["mask"] == table["group"]]
     unit, scale, _ = VALUES[result.measure]
     column = "delta" if result.measure == "correct" else "score"
-    own = table.loc[table["selector"] == selector]
-    effect = own.groupby("group")[column].mean()
+    effects = table.loc[table["selector"] == selector]
+    effect = effects.groupby("group")[column].mean()
     groups = ordered(result.group_names, order, effect.reindex(list(result.group_names)).to_numpy()[:, None])
     canvas = Canvas(width, ax, [*controls, selector], len(groups))
     axis = canvas.axis
@@ -238,16 +232,15 @@ def plot_random(
         repeats = sorted(set(rows["repeat"]))
         places = (n + (np.arange(len(repeats)) + 0.5) / len(repeats)) / len(controls) - 0.5
         shift = dict(zip(repeats, 0.76 * places, strict=True))
-        at = [groups.index(one.group) + shift[one.repeat] for one in rows.itertuples()]
-        how = {"color": colour, "marker": marker, "s": 18, "linewidths": 1.0}
-        axis.scatter(scale * rows[column], at, label=canvas.names([name])[0], **how)
-    at = [groups.index(group) for group in own["group"]]
-    how = {"color": ORANGE, "marker": "o", "s": 26, "zorder": 3}
-    axis.scatter(scale * own[column], at, label=canvas.names([selector])[0], **how)
+        at = rows["group"].map(groups.index) + rows["repeat"].map(shift)
+        style = {"color": colour, "marker": marker, "s": 18, "linewidths": 1.0}
+        axis.scatter(scale * rows[column], at, label=canvas.names([name])[0], **style)
+    at = effects["group"].map(groups.index)
+    axis.scatter(
+        scale * effects[column], at, label=canvas.names([selector])[0], color=ORANGE, marker="o", s=26, zorder=3
+    )
     canvas.rows(groups)
-    canvas.label(f"Self effect: {unit[0].lower()}{unit[1:]}")
-    draw_frame(axis, "x")
-    return canvas.done()
+    return canvas.done("x", f"Self effect: {unit[0].lower()}{unit[1:]}")
 
 
 def plot_accuracy(
@@ -274,23 +267,21 @@ def plot_accuracy(
     Raises:
         MismatchError: another order than of these groups, or a width that is too narrow.
     """
-    known = sorted({group for one in accuracies.values() for group in one}, key=natural)
-    profiles = np.array([[one.get(group, np.nan) for one in accuracies.values()] for group in known])
-    groups = ordered(known, order, profiles)
+    names = sorted({group for by_group in accuracies.values() for group in by_group}, key=natural)
+    profiles = np.array([[by_group.get(group, np.nan) for by_group in accuracies.values()] for group in names])
+    groups = ordered(names, order, profiles)
     canvas = Canvas(width, ax, [*accuracies, *(["chance"] if chance is not None else [])], len(groups))
     axis = canvas.axis
     for n, (name, values) in enumerate(accuracies.items()):
         colour, marker = STYLES[n % len(STYLES)]
-        there = [group for group in groups if group in values]
-        how = {"color": colour, "marker": marker, "s": 24, "label": canvas.names([name])[0]}
-        axis.scatter([100 * values[group] for group in there], [groups.index(group) for group in there], **how)
+        asked = [group for group in groups if group in values]
+        style = {"color": colour, "marker": marker, "s": 24, "label": canvas.names([name])[0]}
+        axis.scatter([100 * values[group] for group in asked], [groups.index(group) for group in asked], **style)
     if chance is not None:
         axis.axvline(100 * chance, color=GREY, linewidth=1, linestyle="--", label="chance")
     canvas.rows(groups)
     axis.set_xlim(-2, 102)
-    canvas.label("Accuracy (%)")
-    draw_frame(axis, "both")
-    return canvas.done()
+    return canvas.done("both", "Accuracy (%)")
 
 
 def plot_selectors(
@@ -336,17 +327,13 @@ def plot_selectors(
     axis.axvline(0, color="black", linewidth=0.6)
     drawn = scale * rows[columns].to_numpy(dtype=float)
     for n, (label, (x, x_low, x_high, y, y_low, y_high)) in enumerate(zip(canvas.names(names), drawn, strict=True)):
-        reach = [
-            np.maximum([[middle - low], [high - middle]], 0)
-            for middle, low, high in ((x, x_low, x_high), (y, y_low, y_high))
-        ]
+        x_reach, y_reach = [[max(x - x_low, 0)], [max(x_high - x, 0)]], [[max(y - y_low, 0)], [max(y_high - y, 0)]]
         # Where there are more selectors than colours, each colour has another mark from then on.
-        how: Keywords = {"color": STYLES[n % styles][0], "fmt": STYLES[(n + n // styles) % styles][1], "label": label}
-        axis.errorbar([x], [y], xerr=reach[0], yerr=reach[1], mfc="none", markersize=6, linewidth=1, capsize=2, **how)
+        colour, marker = STYLES[n % styles][0], STYLES[(n + n // styles) % styles][1]
+        style: Keywords = {"color": colour, "fmt": marker, "mfc": "none", "markersize": 6, "linewidth": 1, "capsize": 2}
+        axis.errorbar([x], [y], xerr=x_reach, yerr=y_reach, label=label, **style)
     ends = np.array([min(0.0, float(np.nanmin(drawn))), max(0.0, float(np.nanmax(drawn)))])
     limits = ends + (np.ptp(ends) or 1.0) * np.array([-0.06, 0.06])
     axis.set(xlim=limits, ylim=limits)
     axis.axline((0, 0), slope=1, color=GREY, linewidth=1, linestyle="--", label=equal)
-    canvas.label(f"Cross effect: {unit[0].lower()}{unit[1:]}", "Self effect")
-    draw_frame(axis, "both")
-    return canvas.done()
+    return canvas.done("both", f"Cross effect: {unit[0].lower()}{unit[1:]}", "Self effect")

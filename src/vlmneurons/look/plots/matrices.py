@@ -13,7 +13,8 @@ from matplotlib.image import AxesImage
 from vlmneurons.checks import Keywords, as_number, check_choice, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import COLOURS, NOT_DRAWN, PrintFigure, ems, natural, ordered, shortened, tall, with_fonts
-from vlmneurons.look.plots.canvas import VALUES, drawn_into, figure_of, plain_names, rc_size, size_for
+from vlmneurons.look.numbers import in_matrix
+from vlmneurons.look.plots.canvas import VALUES, check_axes, figure_of, label_size, plain_names, size_for
 from vlmneurons.neurons.selection import Selection
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def plot_matrix(
         raise MismatchError("there is no selector to draw: the study has no masks, or selector is an empty list")
     if limit is not None and as_number("limit", limit, MismatchError) <= 0:
         raise MismatchError(f"limit {limit} is the value at which colours end, and above 0")
-    drawn_into(ax, width, len(names))
+    check_axes(ax, width, len(names))
     value = value or result.measure
     title, scale, meaning = VALUES.get(value, (value, 1.0, "effect"))
     matrices = _in_order(result, {name: result.matrix(name, value=value) * scale for name in names}, order)
@@ -88,8 +89,8 @@ class _Words(NamedTuple):
 
 def _most(matrices: Mapping[str, pd.DataFrame]) -> float:
     """The largest that is drawn; 1 where nothing is above 0."""
-    values = [np.abs(one.to_numpy(dtype=float)).ravel() for one in matrices.values()]
-    return float(np.nan_to_num(np.concatenate(values)).max()) or 1.0
+    values = [matrix.to_numpy(dtype=float).ravel() for matrix in matrices.values()]
+    return float(np.abs(np.nan_to_num(np.concatenate(values))).max()) or 1.0
 
 
 def _heat_maps(
@@ -113,7 +114,8 @@ def _heat_maps(
     figure, axes, (size, cell, letters, below) = _panels(matrices, width, ax)
     meaning, most, digits = colours
     least = -most if meaning == "effect" else 0.0
-    longest = max((_shown(one, digits) for matrix in matrices.values() for one in matrix.to_numpy().flat), key=ems)
+    texts = (in_matrix(value, digits) for matrix in matrices.values() for value in matrix.to_numpy().flat)
+    longest = max(texts, key=ems)
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         values = matrix.to_numpy(dtype=float)
         image = axis.imshow(values, cmap=COLOURS[meaning], vmin=least, vmax=most)
@@ -142,7 +144,7 @@ def _heat_maps(
 
 
 def _ticks(axis: Axes, matrix: pd.DataFrame, size: float, cell: float, letters: int) -> None:
-    columns, rows = (shortened([str(one) for one in labels], letters) for labels in (matrix.columns, matrix.index))
+    columns, rows = (shortened([*map(str, labels)], letters) for labels in (matrix.columns, matrix.index))
     upright = max(map(ems, columns)) * size > 0.9 * 72 * cell
     axis.set_xticks(range(len(columns)), plain_names(columns), rotation=90 if upright else 0, fontsize=size)
     axis.set_yticks(range(len(rows)), plain_names(rows), fontsize=size)
@@ -153,18 +155,14 @@ def _in_order(
 ) -> dict[str, pd.DataFrame]:
     """Matrices with groups in one order in rows and columns; masks of no group, and control groups, come last."""
     groups = list(result.group_names)
-    each = [one.reindex(index=groups, columns=groups).to_numpy(dtype=float) for one in matrices.values()]
-    columns = [*ordered(groups, order, np.hstack([np.hstack([one, one.T]) for one in each])), *result.control_names]
-    return {
-        name: one.loc[
-            [
-                *(group for group in columns if group in one.index),
-                *sorted((mask for mask in one.index if mask not in columns), key=natural),
-            ],
-            columns,
-        ]
-        for name, one in matrices.items()
-    }
+    squares = [matrix.reindex(index=groups, columns=groups).to_numpy(dtype=float) for matrix in matrices.values()]
+    profiles = np.hstack([np.hstack([square, square.T]) for square in squares])
+    columns = [*ordered(groups, order, profiles), *result.control_names]
+    in_order = {}
+    for name, matrix in matrices.items():
+        others = sorted((mask for mask in matrix.index if mask not in columns), key=natural)
+        in_order[name] = matrix.loc[[*(group for group in columns if group in matrix.index), *others], columns]
+    return in_order
 
 
 class _Room(NamedTuple):
@@ -187,11 +185,11 @@ def _panels(
         box = ax.get_position()
         figure = figure_of(ax)
         across, down = figure.get_size_inches() * (box.width, box.height)
-        return figure, [ax], _Room(rc_size(), min(across / n_columns, down / n_rows))
+        return figure, [ax], _Room(label_size(), min(across / n_columns, down / n_rows))
     same_rows = len({tuple(table.index) for table in tables}) == 1
     letters, side_bar = 10**6, True
     if width is None:
-        size, cell, across = rc_size(), 0.5 if n_columns <= 12 else 0.36, len(tables)
+        size, cell, across = label_size(), 0.5 if n_columns <= 12 else 0.36, len(tables)
         longest = 0.085 * max(map(len, labels))
         inches = (across * (cell * n_columns + 0.35) + longest + 1.6, cell * n_rows + longest + 1.3)
     else:
@@ -255,14 +253,8 @@ def _numbers(axis: Axes, image: AxesImage, size: float, digits: int) -> None:
     colours = image.to_rgba(values)
     for row, column in np.ndindex(values.shape):
         light = float(colours[row, column, :3] @ (0.299, 0.587, 0.114))
-        text, colour = _shown(float(values[row, column]), digits), "black" if light > 0.5 else "white"
+        text, colour = in_matrix(float(values[row, column]), digits), "black" if light > 0.5 else "white"
         axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-
-
-def _shown(value: float, digits: int) -> str:
-    """A number of a cell; nothing where nothing was asked."""
-    text = "" if np.isnan(value) else f"{value:.{digits}f}"
-    return f"{0:.{digits if value else 0}f}" if text and float(text) == 0 else text.replace("-", "−")
 
 
 def plot_layers(
@@ -294,7 +286,7 @@ def plot_layers(
     towers = sorted({site.tower for site in selection.space.sites})
     if len(towers) > 1:
         raise MismatchError(f"layers are drawn for one tower; this selection spans {', '.join(towers)}")
-    drawn_into(ax, width, 1)
+    check_axes(ax, width, 1)
     layers = list(selection.space.layers)
     layer_of = selection.space.layer_of
     counted = {
@@ -304,7 +296,7 @@ def plot_layers(
     groups = ordered(list(counted), order, np.stack(list(counted.values())).astype(float))
     counts = np.stack([counted[group] for group in groups])
     labels = shortened(groups, 10**6 if not width else 12 if width < 5 else 24)
-    size = size_for(len(groups)) if width else rc_size()
+    size = size_for(len(groups)) if width else label_size()
     if ax is not None:
         figure, axis = figure_of(ax), ax
         inside = float(figure.get_size_inches()[0]) * ax.get_position().width
@@ -365,21 +357,22 @@ def plot_overlap(
     Example:
         ``vn.plot_overlap({"MAD": mad, "LAP": lap}, order="clustered", width=6.75)``
     """
-    given = {selections.selector: selections} if isinstance(selections, Selection) else selections
-    check_kind("selections", given, Mapping, MismatchError, "a Selection, or a dictionary of selections by name")
-    for name, one in given.items():
-        check_kind(f"selections[{name!r}]", one, Selection, MismatchError)
-        if set(one) != set(next(iter(given.values()))):
+    by_name = {selections.selector: selections} if isinstance(selections, Selection) else selections
+    check_kind("selections", by_name, Mapping, MismatchError, "a Selection, or a dictionary of selections by name")
+    for name, selection in by_name.items():
+        check_kind(f"selections[{name!r}]", selection, Selection, MismatchError)
+        if set(selection) != set(next(iter(by_name.values()))):
             raise MismatchError(f"selections are drawn in one order, and {name!r} has other groups than the first")
-    if not given:
+    if not by_name:
         raise MismatchError("there is no selection to draw: selections is empty")
     check_choice("value", value, ("jaccard", "shared"), MismatchError)
-    drawn_into(ax, width, len(given))
-    tables = {str(name): _overlaps(one, value) for name, one in given.items()}
+    check_axes(ax, width, len(by_name))
+    tables = {str(name): _overlaps(selection, value) for name, selection in by_name.items()}
     first = next(iter(tables.values()))
-    groups = ordered([*first.index], order, np.hstack([one.loc[first.index, first.index] for one in tables.values()]))
+    profiles = np.hstack([table.loc[first.index, first.index] for table in tables.values()])
+    groups = ordered([*first.index], order, profiles)
     itself = np.eye(len(groups), dtype=bool)
-    tables = {name: one.loc[groups, groups].mask(itself) for name, one in tables.items()}
+    tables = {name: table.loc[groups, groups].mask(itself) for name, table in tables.items()}
     most = _most(tables)
     digits = max(0, 1 - math.floor(math.log10(most))) if value == "jaccard" else 0
     title = "Overlap of the sets (Jaccard, %)" if value == "jaccard" else "Neurons shared"
@@ -392,5 +385,5 @@ def _overlaps(selection: Selection, value: str) -> pd.DataFrame:
     """Groups by groups, in the unit that is drawn."""
     if value == "jaccard":
         return 100 * selection.overlap()["jaccard"]
-    shared = [[float(len(one & other)) for other in selection.values()] for one in selection.values()]
+    shared = [[float(len(row & column)) for column in selection.values()] for row in selection.values()]
     return pd.DataFrame(shared, index=list(selection), columns=list(selection))

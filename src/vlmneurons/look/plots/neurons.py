@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from vlmneurons.checks import Keywords, check_kind
 from vlmneurons.errors import MismatchError
 from vlmneurons.look.figures import GREEN, GREY, PURPLE, ordered
-from vlmneurons.look.plots.canvas import STYLES, Canvas, check_rows, draw_frame, draw_points, plain_names, spaced
+from vlmneurons.look.plots.canvas import STYLES, Canvas, check_rows, draw_points, plain_names, spaced
 from vlmneurons.trust.nulls import LEVEL
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def plot_depth(
     shares = {}
     for name in result.selectors if selectors is None else selectors:
         masks = [result.masks[row - 1] for row in result.rows_of(name)]
-        found = [np.array(mask.layers) / mask.size for mask in masks if mask.size and mask.group != "all"]
-        if found:
-            shares[name] = np.array(found)
+        of_groups = [np.array(mask.layers) / mask.size for mask in masks if mask.size and mask.group != "all"]
+        if of_groups:
+            shares[name] = np.array(of_groups)
     towers = sorted({name.split(" ")[0] for name in layers})
     short = [name.split(" ")[1] if len(towers) == 1 else name for name in layers]
     canvas = Canvas(width, ax, [*shares, "uniform"], usual=(max(5.2, 0.17 * len(layers) + 2), 3.4))
@@ -57,18 +57,16 @@ def plot_depth(
     for n, (name, share) in enumerate(shares.items()):
         colour, marker = STYLES[n % len(STYLES)]
         axis.fill_between(at, 100 * share.min(0), 100 * share.max(0), color=colour, alpha=0.12, linewidth=0)
-        how = {"color": colour, "marker": marker, "markersize": 4 if len(layers) <= 40 else 2, "linewidth": 1.3}
-        axis.plot(at, 100 * share.mean(0), linestyle=dashes[n % 4], label=canvas.names([name])[0], **how)
+        style = {"color": colour, "marker": marker, "markersize": 4 if len(layers) <= 40 else 2, "linewidth": 1.3}
+        axis.plot(at, 100 * share.mean(0), linestyle=dashes[n % 4], label=canvas.names([name])[0], **style)
     axis.axhline(100 / len(layers), color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="uniform")
     room = canvas.points - 6 * canvas.size
     axis.set_xticks(at, spaced(at, short, room, canvas.size) if len(towers) == 1 else short)
-    canvas.label(f"Layer of the {towers[0]} tower" if len(towers) == 1 else "Layer", "Share of the mask (%)")
     if len(towers) > 1:
         step = math.ceil(1.2 * canvas.size * len(layers) / room)
         axis.set_xticks(at[::step], short[::step], rotation=90)
     axis.set_ylim(bottom=0)
-    draw_frame(axis, "y")
-    return canvas.done()
+    return canvas.done("y", f"Layer of the {towers[0]} tower" if len(towers) == 1 else "Layer", "Share of the mask (%)")
 
 
 def plot_profiles(
@@ -92,28 +90,26 @@ def plot_profiles(
         MismatchError: no such selector, or a width that is too narrow.
     """
     check_kind("profiles", profiles, pd.DataFrame, MismatchError, "the table that Comparison.profiles gives")
-    there = list(dict.fromkeys(profiles["selector"]))
-    if (selector or "") not in there and (selector is not None or not there):
-        raise MismatchError(f"no profile of {selector!r}; there are those of {', '.join(there) or 'no selector'}")
-    part = profiles.loc[profiles["selector"] == (selector or there[0])]
+    selectors = list(dict.fromkeys(profiles["selector"]))
+    shown_selector = selector if selector is not None else next(iter(selectors), None)
+    if shown_selector not in selectors:
+        raise MismatchError(f"no profile of {selector!r}; there are those of {', '.join(selectors) or 'no selector'}")
+    part = profiles.loc[profiles["selector"] == shown_selector]
     towers, models = part["tower"].nunique(), list(dict.fromkeys(part["model"]))
     lines = {
-        model if towers == 1 else f"{model}, {tower}": (models.index(model), own)
-        for model, whole in part.groupby("model", sort=False)
-        for tower, own in whole.groupby("tower", sort=False)
+        model if towers == 1 else f"{model}, {tower}": (models.index(model), profile)
+        for (model, tower), profile in part.groupby(["model", "tower"], sort=False)
     }
     canvas = Canvas(width, ax, [*lines, "evenly"], usual=(6.4, 3.2))
     shown = canvas.names(lines)
-    for n, (label, (place, own)) in enumerate(zip(shown, lines.values(), strict=True)):
+    for n, (label, (place, profile)) in enumerate(zip(shown, lines.values(), strict=True)):
         colour, marker = STYLES[place % len(STYLES)]
-        how: Keywords = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.2, "label": label}
-        canvas.axis.plot(own["depth"], own["density"], linestyle=("-", "--", "-.", ":")[n % 4], **how)
+        style: Keywords = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.2, "label": label}
+        canvas.axis.plot(profile["depth"], profile["density"], linestyle=("-", "--", "-.", ":")[n % 4], **style)
     canvas.axis.axhline(1, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="evenly")
     canvas.axis.set_xlim(0, 1)
     canvas.axis.set_ylim(bottom=0)
-    canvas.label("Relative depth", f"Neurons of {plain_names([selector or there[0]])[0]}, times even")
-    draw_frame(canvas.axis, "y")
-    return canvas.done()
+    return canvas.done("y", "Relative depth", f"Neurons of {plain_names([shown_selector])[0]}, times even")
 
 
 def plot_null(
@@ -147,8 +143,8 @@ def plot_null(
     columns = ["strength", "null_mean", "null_high"]
     check_rows(table, ["group", *columns, "p_holm"], ["group"], "null_distribution")
     rows = table.set_index(table["group"].astype(str))
-    known = rows[columns].to_numpy(dtype=float)  # -inf where nothing is selected
-    groups = ordered([*rows.index], order, np.where(np.isfinite(known), known, np.nan))
+    profiles = rows[columns].to_numpy(dtype=float)  # -inf where nothing is selected
+    groups = ordered([*rows.index], order, np.where(np.isfinite(profiles), profiles, np.nan))
     strength, mean, high, p = rows.loc[groups, [*columns, "p_holm"]].to_numpy(dtype=float).T
     null = "Shuffled labels: mean, and up to the 95th percentile"
     kinds = {f"Strength, Holm’s p at most {LEVEL:g}": "full", "Strength, Holm’s p above it": "none"}
@@ -158,18 +154,16 @@ def plot_null(
     mean = np.where(np.isfinite(mean), mean, high)
     draw_points(axis, [mean, mean, high], at, GREY, "|", null)
     for held, (label, fill) in zip((p <= LEVEL, p > LEVEL), kinds.items(), strict=True):
-        seen = held & np.isfinite(strength)
-        how: Keywords = {"marker": "D", "markersize": 5, "linestyle": "", "fillstyle": fill}
-        axis.plot(strength[seen], at[seen], color=GREEN, label=label, **how)
+        drawn = held & np.isfinite(strength)
+        style: Keywords = {"marker": "D", "markersize": 5, "linestyle": "", "fillstyle": fill}
+        axis.plot(strength[drawn], at[drawn], color=GREEN, label=label, **style)
     for place in at[~np.isfinite(strength)].tolist():
-        how = {"transform": axis.get_yaxis_transform(), "fontsize": canvas.size, "va": "center", "ha": "right"}
-        how["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axis.text(0.98, place, "nothing selected", **how)
+        style = {"transform": axis.get_yaxis_transform(), "fontsize": canvas.size, "va": "center", "ha": "right"}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.text(0.98, place, "nothing selected", **style)
     canvas.rows(groups)
     axis.locator_params(axis="x", nbins=5 if canvas.points < 300 else 9)  # numbers of five letters
-    canvas.label("Strength of the selection")
-    draw_frame(axis, "x")
-    return canvas.done()
+    return canvas.done("x", "Strength of the selection")
 
 
 _OVERLAPS = {
@@ -221,18 +215,17 @@ def plot_stability(
         return _along_sizes(table, shown, width, ax)
     rows = table.set_index(table["group"].astype(str))
     whole = ["all"] if order is None and "all" in rows.index else []
-    groups = [*ordered([one for one in rows.index if one not in whole], order, rows[[*shown]].to_numpy(float)), *whole]
+    single = [group for group in rows.index if group not in whole]
+    groups = [*ordered(single, order, rows[[*shown]].to_numpy(float)), *whole]
     drawn = 100 * rows.loc[groups, [*shown, *ends]]
     canvas = Canvas(width, ax, [label for label, _, _ in shown.values()], len(groups))
     for n, (name, (label, colour, marker)) in enumerate(shown.items()):
         at = np.arange(len(groups)) + 0.18 * (n - (len(shown) - 1) / 2)
-        values = [drawn[one].to_numpy(float) for one in ([name, *ends] if name == "jaccard" else [name] * 3)]
+        values = [drawn[column].to_numpy(float) for column in ([name, *ends] if name == "jaccard" else [name] * 3)]
         draw_points(canvas.axis, values, at, colour, marker, label)
     canvas.rows(groups)
     canvas.axis.set_xlim(left=0)
-    canvas.label("Overlap of the sets (Jaccard, %)")
-    draw_frame(canvas.axis, "x")
-    return canvas.done()
+    return canvas.done("x", "Overlap of the sets (Jaccard, %)")
 
 
 def _along_sizes(
@@ -247,19 +240,17 @@ def _along_sizes(
     legend = [*([thin] if len(single) else []), *(label for label, _, _ in shown.values())]
     canvas = Canvas(width, ax, legend, usual=(5.2, 3.6))
     for n, (_, rows) in enumerate(single.groupby("group")):
-        how: Keywords = {"color": GREEN, "alpha": 0.25, "linewidth": 0.8, "label": thin if n == 0 else None}
-        canvas.axis.plot(rows["size"], 100 * rows["jaccard"], **how)
+        style: Keywords = {"color": GREEN, "alpha": 0.25, "linewidth": 0.8, "label": thin if n == 0 else None}
+        canvas.axis.plot(rows["size"], 100 * rows["jaccard"], **style)
     at = whole["size"].to_numpy(dtype=float)
     for name, (label, colour, marker) in shown.items():
         ends = ["jaccard_low", "jaccard_high"] if name == "jaccard" and interval else [name] * 2
-        drawn = [100 * whole[one].to_numpy(dtype=float) for one in (name, *ends)]
+        drawn = [100 * whole[column].to_numpy(dtype=float) for column in (name, *ends)]
         canvas.axis.plot(at, drawn[0], color=colour, linewidth=1.2)
         draw_points(canvas.axis, drawn, at, colour, marker, label, upright=True)
     canvas.settings(at, True)
     canvas.axis.set_ylim(bottom=0)
-    canvas.label("Questions a group", "Overlap (Jaccard, %)")
-    draw_frame(canvas.axis, "both")
-    return canvas.done()
+    return canvas.done("both", "Questions a group", "Overlap (Jaccard, %)")
 
 
 def plot_values(
@@ -294,24 +285,23 @@ def plot_values(
     kind = "what inspect_neuron gives, or a dictionary of numbers by group"
     by_group = values.values if isinstance(values, NeuronView) else values
     check_kind("values", by_group, Mapping, MismatchError, kind)
-    numbers = {str(group): np.asarray(one, dtype=float).ravel() for group, one in by_group.items()}
-    wrong = [group for group, one in numbers.items() if not len(one) or not np.isfinite(one).all()]
+    numbers = {str(group): np.asarray(row, dtype=float).ravel() for group, row in by_group.items()}
+    wrong = [group for group, row in numbers.items() if not len(row) or not np.isfinite(row).all()]
     if wrong or not numbers:
         raise MismatchError(
             f"values are finite numbers of each group, at least one; not so: {', '.join(wrong) or 'no group'}"
         )
-    quartiles = np.array([np.quantile(one, (0.5, 0.25, 0.75)) for one in numbers.values()])
+    quartiles = np.array([np.quantile(row, (0.5, 0.25, 0.75)) for row in numbers.values()])
     groups = ordered([*numbers], order, quartiles)
     labels = ("A question", "Median, and the middle half")
     canvas = Canvas(width, ax, labels, len(groups))
     axis, at = canvas.axis, np.arange(len(groups))
     for place, group in enumerate(groups):
-        how: Keywords = {"marker": "|", "color": GREY, "s": 22, "linewidths": 0.7, "alpha": 0.6}
-        own = numbers[group]
-        axis.scatter(own, np.full(len(own), place + 0.16), label=labels[0] if place == 0 else None, **how)
+        style: Keywords = {"marker": "|", "color": GREY, "s": 22, "linewidths": 0.7, "alpha": 0.6}
+        row = numbers[group]
+        axis.scatter(row, np.full(len(row), place + 0.16), label=labels[0] if place == 0 else None, **style)
     drawn = quartiles[[[*numbers].index(group) for group in groups]].T
     draw_points(axis, [*drawn], at - 0.16, GREEN, "D", labels[1])
     canvas.rows(groups)
-    canvas.label(f"Highest value of {values.name}" if isinstance(values, NeuronView) else "Highest value in a question")
-    draw_frame(axis, "x")
-    return canvas.done()
+    whose = f" of {values.name}" if isinstance(values, NeuronView) else " in a question"
+    return canvas.done("x", f"Highest value{whose}")
