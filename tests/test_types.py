@@ -100,3 +100,37 @@ def test_no_function_is_longer_than_80_lines():
                 if body and (body[-1].end_lineno or 0) - body[0].lineno >= 80:
                     long.append(f"{path.name}: {node.name}")
     assert long == []
+
+
+NO_NOUNS = {
+    "again",
+    "found",
+    "given",
+    "here",
+    "how",
+    "known",
+    "one",
+    "ours",
+    "own",
+    "seen",
+    "theirs",
+    "there",
+    "told",
+    "what",
+}
+"""Words that stand for a noun and leave the reader to find out which."""
+
+
+def test_variables_and_parameters_say_what_they_are():
+    vague = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.arg):
+                name = node.arg
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                name = node.id
+            else:
+                continue
+            if name.removeprefix("_") in NO_NOUNS:
+                vague.append(f"{path.name}:{node.lineno}: {name}")
+    assert not vague, "\n".join(vague)

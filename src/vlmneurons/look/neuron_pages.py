@@ -431,7 +431,7 @@ class _AnswerJob(Job[Reading]):
         super().__init__(engine)
         self.answers: dict[str, Keywords] = {}
 
-    def run(self, questions: QuestionSet, encoded: object, told: Callable[[int], object]) -> Reading:
+    def run(self, questions: QuestionSet, encoded: object, move_bar: Callable[[int], object], /) -> Reading:
         """See `Job.run`."""
         return self.engine.reader.read(self.engine.model, questions, encoded)
 
@@ -465,7 +465,7 @@ class _InspectingJob(Job["Float[Tensor, 'neuron row token']"]):
         return self.engine.model.prepare(questions)
 
     def run(
-        self, questions: QuestionSet, encoded: Batch, told: Callable[[int], object]
+        self, questions: QuestionSet, encoded: Batch, move_bar: Callable[[int], object], /
     ) -> Float[Tensor, "neuron row token"]:
         """See `Job.run`."""
         self._batch = encoded
