@@ -22,6 +22,7 @@ from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
 from vlmneurons.model.architectures.hooks import read, read_experts, write, write_experts
 from vlmneurons.model.architectures.layout import MLP, MLPLayout, Tower
+from vlmneurons.model.architectures.modules import Modules
 from vlmneurons.model.down import Down, down_of
 from vlmneurons.testing import tiny_inputs, tiny_model, tiny_template
 from vlmneurons.testing.architectures import check_architecture
@@ -779,6 +780,20 @@ class Wrapped(nn.Module):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         return self.inner(x.contiguous())
+
+
+class Aside(Wrapped):
+    """It keeps what its linear layer gives, as a router may keep its logits, and hands on what it got itself."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        self.kept = self.inner(x)
+        return 2 * x
+
+
+def test_a_module_that_does_not_give_what_its_linear_layer_gives_is_no_linear_layer() -> None:
+    modules = Modules()
+    assert modules.size(Wrapped(nn.Linear(HIDDEN, WIDTH))) == (HIDDEN, WIDTH)
+    assert modules.size(Aside(nn.Linear(HIDDEN, WIDTH))) is None
 
 
 @pytest.mark.parametrize("wrap", [Int8Linear, Wrapped])
