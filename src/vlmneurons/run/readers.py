@@ -165,7 +165,7 @@ class LogitReader(AnswerReader[Encoded]):
 
     @abstractmethod
     def wants(self, encoded: Encoded) -> "Wanted":
-        """The forward that is needed, and the positions whose logits are.
+        """The forward that is needed, and the positions whose logits are read.
 
         Args:
             encoded: what `encode` gave.
