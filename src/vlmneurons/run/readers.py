@@ -619,7 +619,7 @@ def reading_of_shares(
 
 
 def checked(reading: object, reader: "AnswerReader", questions: Sequence[Question]) -> Reading:
-    """A reading, checked, as the reader may be the user's own: one answer to each question, and only finite numbers.
+    """A reading, checked, as the reader may be the user's own: one answer to each question, and no NaN for a number.
 
     Args:
         reading: what `AnswerReader.read` gave.
