@@ -1,6 +1,7 @@
 """What is found by structure, what is refused, and that reading and writing do what they say."""
 
 import copy
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from vlmneurons.errors import ArchitectureError, SiteError
 from vlmneurons.model.architectures import find as finding
 from vlmneurons.model.architectures.find import Architecture, find_towers, register_architecture
 from vlmneurons.model.architectures.hooks import read, read_experts, write, write_experts
-from vlmneurons.model.architectures.layout import MLP, MLPLayout, Tower
+from vlmneurons.model.architectures.layout import MLP, Expression, MLPLayout, Step, Tower, Value
+from vlmneurons.model.architectures.modules import Modules
 from vlmneurons.model.down import Down, down_of
 from vlmneurons.testing import tiny_inputs, tiny_model, tiny_template
 from vlmneurons.testing.architectures import check_architecture
@@ -781,6 +783,20 @@ class Wrapped(nn.Module):
         return self.inner(x.contiguous())
 
 
+class Aside(Wrapped):
+    """It keeps what its linear layer gives, as a router may keep its logits, and hands on what it got itself."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        self.kept = self.inner(x)
+        return 2 * x
+
+
+def test_a_module_that_does_not_give_what_its_linear_layer_gives_is_no_linear_layer() -> None:
+    modules = Modules()
+    assert modules.size(Wrapped(nn.Linear(HIDDEN, WIDTH))) == (HIDDEN, WIDTH)
+    assert modules.size(Aside(nn.Linear(HIDDEN, WIDTH))) is None
+
+
 @pytest.mark.parametrize("wrap", [Int8Linear, Wrapped])
 @pytest.mark.parametrize("name", ["llava_next_mistral", "qwen2_5_vl"])
 def test_replaced_linear_layers_are_told_by_what_they_declare_or_wrap(wrap: type, name: str) -> None:
@@ -1102,6 +1118,16 @@ PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "selected by a function": lambda flat, mask: torch.index_select(flat, 0, mask.nonzero().flatten()).contiguous(),
     "laid out anew": lambda flat, mask: torch.squeeze(flat[mask.nonzero()], 1).view(-1, HIDDEN),
 }
+
+
+def test_a_site_of_an_expert_that_cannot_be_written_leaves_nothing_on_the_router() -> None:
+    model = Toy(lambda: ListOfExperts(PICKS["by number"]))
+    found = next(mlp for mlp in find_towers(model)["language"].mlps if mlp.routed)
+    weighed = Expression((Step("function", torch.mul, (Value("gate"), Value("other"))),))
+    mlp = dataclasses.replace(found, layout=dataclasses.replace(found.layout, product=weighed))
+    with pytest.raises(ArchitectureError, match="cannot be repeated; write at 'post' instead"):
+        write(model, mlp, "gate", lambda values, tokens: None)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("pick", [*PICKS, "in a table"])

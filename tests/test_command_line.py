@@ -25,7 +25,7 @@ from recompute_study import compare
 from vlmneurons import cli
 from vlmneurons.cli import exit_status, main
 from vlmneurons.errors import QuestionError
-from vlmneurons.files.stopping import _ASKED, Stopped, stop_if_asked, stopped_by_signals
+from vlmneurons.files.stopping import _RAISED, Stopped, stop_if_asked, stopped_by_signals
 from vlmneurons.study.masks import split_setting
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -209,13 +209,13 @@ def test_a_signal_that_python_swallowed_is_raised_at_the_next_batch():
     with pytest.raises(Stopped) as caught, stopped_by_signals():
         _ask_in_vain()
     assert caught.value.signal == signal.SIGTERM
-    assert not _ASKED
+    assert not _RAISED
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     stop_if_asked()
 
 
 def _ask_in_vain():
-    _ASKED.append(signal.SIGTERM)  # as the handler leaves it where what it raises comes to nothing
+    _RAISED.append(signal.SIGTERM)  # as the handler leaves it where what it raises comes to nothing
     stop_if_asked()
 
 

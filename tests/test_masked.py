@@ -14,7 +14,7 @@ from vlmneurons.model.tokens import TokenTable
 from vlmneurons.run import masked, replay, replayable
 from vlmneurons.run.masked import _Turns, read_masked, read_ragged
 from vlmneurons.run.owners import OWNERS
-from vlmneurons.run.readers import Reading, reader_of
+from vlmneurons.run.readers import Reading, Wanted, reader_of
 from vlmneurons.testing import tiny as _tiny
 
 CLOSE = 1e-4
@@ -260,6 +260,47 @@ def test_questions_that_meet_different_masks_get_the_answers_of_plain_runs_whate
         monkeypatch.setattr(masked, "structure_for", refused)
     shared, plain = in_part(model, questions, ablations, RAGGED, reader)
     assert_same_in_part(questions, RAGGED, shared, plain)
+
+
+@pytest.mark.parametrize("kind", ["replayed", "not replayed"])
+def test_rows_that_are_no_questions_are_run_the_plain_way_where_each_row_would_need_a_mask(model, monkeypatch, kind):
+    class Beside(vn.Letters):
+        """Every question stands in two rows, the second of which is nobody's."""
+
+        def encode(self, model, questions):
+            return model.encoder.rows(questions, [*questions, *questions], [""] * 2 * len(questions))
+
+        def wants(self, encoded):
+            n = len(encoded.tokens.last) // 2
+            return Wanted(encoded, encoded.tokens.last[:, None].tolist(), list(range(n)), [*range(n), *[-1] * n])
+
+        def score(self, model, questions, encoded, logits):
+            return super().score(model, questions, encoded, logits[: len(questions)])
+
+    if kind == "not replayed":
+
+        def refused(*_):
+            raise replay.CannotReplay("no")
+
+        monkeypatch.setattr(masked, "structure_for", refused)
+    questions, ablations = some_questions(6), masks_of(model)
+    shared, plain = in_part(model, questions, ablations, RAGGED, Beside())
+    assert_same_in_part(questions, RAGGED, shared, plain)
+    assert model.hf not in masked._MIXES_ROWS  # which says of the model what is the reader's
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_neurons_of_two_kinds_of_one_mlp_are_all_switched_off(model, ragged):
+    # Both kinds are edited at one place, by one hook each: one of the two must not take the other's place.
+    sites = tuple(site.at(kind) for site in model.space().sites for kind in ("post", "pre"))
+    space = vn.NeuronSpace(sites, tuple(model.mlp_of(site).width for site in sites))
+    ablations = [vn.Ablation(model, random_set(space, 0.3, seed)) for seed in range(3)]
+    questions = some_questions(6)
+    if ragged:
+        shared, plain = in_part(model, questions, ablations, RAGGED[:3], reader_of("letters"))
+        assert_same_in_part(questions, RAGGED[:3], shared, plain)
+    else:
+        assert_same(questions, *both(model, questions, ablations))
 
 
 def test_questions_without_a_picture_share_a_forward_too(model, passes):

@@ -102,6 +102,7 @@ NAMED: dict[str, Callable[[], nn.Module]] = {
     "scaled by a buffer": lambda: Scaled(),
     "in a module between": lambda: InTwo(Half(up()), Half(down()), nn.Sequential(nn.GELU(), nn.Dropout(0.1))),
     "a square": lambda: InTwo(Half(up(), after=lambda x: x * x), down()),
+    "a square by a keyword": lambda: InTwo(Half(up(), after=lambda x: torch.mul(x, other=x)), down()),
     "a bias of its own": lambda: InTwo(up(), down(), Shifted()),
     "in single precision": lambda: InTwo(up(), Half(down(), before=lambda x: F.gelu(x.float()))),
 }

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 import vlmneurons as vn
 from helpers import picture, plain_hooks, some_questions
 from vlmneurons.errors import MismatchError, QuestionError
+from vlmneurons.files import stopping
 from vlmneurons.run.ablation import ablations_in_force
 from vlmneurons.run.masked import read_ragged
 
@@ -451,3 +452,27 @@ def test_ctrl_c_between_masks_of_several_kinds_leaves_none_of_them(model, monkey
     strike_everywhere(
         model, in_kinds_of_masks, monkeypatch, put_on=(vn.Ablation, "__enter__"), taken_off=(vn.Ablation, "__exit__")
     )
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("moment", ["before they come off", "while they come off"])
+def test_a_second_ctrl_c_leaves_no_hook_on_either(monkeypatch, moment):
+    module, entered = nn.Linear(2, 2), []
+
+    class Struck(stopping.Undivided):
+        """Ctrl-C comes again when hooks are to come off."""
+
+        def __enter__(self):
+            entered.append(self)
+            if len(entered) == 2 and moment == "before they come off":
+                raise KeyboardInterrupt
+            super().__enter__()
+            if len(entered) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(stopping, "Undivided", Struck)
+    hooks = (module.register_forward_hook(lambda *_: None) for _ in range(3))
+    with pytest.raises(KeyboardInterrupt), stopping.hooked(hooks):
+        assert len(module._forward_hooks) == 3
+    assert len(entered) == 2
+    assert not module._forward_hooks

@@ -133,6 +133,10 @@ def test_what_vllm_cannot_do_is_refused_before_it_starts(folder, installed):
     plus = vn.Intervention(some, "add", factor=1.0, values=1.0, at="gate")
     with pytest.raises(AblationError, match="mode 'add' acts at 'post' only; run the model here"):
         vn.knockout(model, some_questions(4), {"m": plus}, progress=False)
+    sites = tuple(site.at(kind) for site in model.space().sites[:1] for kind in ("post", "pre"))
+    both = vn.NeuronSet(vn.NeuronSpace(sites, (model.mlp_of(sites[0]).width,) * 2), [1, model.mlp_of(sites[0]).width])
+    with pytest.raises(AblationError, match="an MLP has one mask; give neurons of one kind of site, or run here"):
+        vn.knockout(model, some_questions(4), {"m": both}, progress=False)
     with pytest.raises(MismatchError, match=r"vision\.layers\.0\..* is not of a decoder's own MLPs"):
         asked(model, space=model.space("vision"))
     with pytest.raises(MismatchError, match="token rules by name and statistics of your own are counted here only"):

@@ -32,7 +32,7 @@ VERSION = 2
 
 
 def differences(kept: object, expected: object, name: str = "") -> Iterator[str]:
-    """In what a manifest that was kept differs from the expected one, in words.
+    """The differences between a manifest that was kept and the expected one, in words.
 
     Args:
         kept: the manifest that is there, or one of its entries.

@@ -60,8 +60,12 @@ def hooked(hooks: Iterable[contextlib.AbstractContextManager[object]]) -> Iterat
                 stack.enter_context(hook)
         yield
     finally:
-        with Undivided():
+        try:
+            with Undivided():
+                stack.close()
+        except KeyboardInterrupt:  # it may have come just before `Undivided` began
             stack.close()
+            raise
 
 
 _RAISED: list[int] = []

@@ -49,10 +49,10 @@ def down_of(hf_model: nn.Module, mlp: MLP) -> Down | None:
         if not down.is_floating_point():
             return None
         turned = getattr(module, "is_transposed", None)
-        if (
-            turned is None
-        ):  # [expert, in, out] or [expert, out, in]: the axis as long as the MLP is wide is the neurons'
-            tensor = down if down.shape[1] != down.shape[2] else first  # of a square one, that of a fused one beside it
+        if turned is None:
+            # It is [expert, in, out] or [expert, out, in], and the neurons lie along the axis that is as long as the
+            # MLP is wide. Of a square one the projection beside it tells, if that is fused and so not square.
+            tensor = down if down.shape[1] != down.shape[2] else first
             if tensor.shape[1] == tensor.shape[2]:
                 raise ArchitectureError(
                     f"{mlp.path}.{layout.down} has the shape {tuple(down.shape)}: along which axis its neurons lie "

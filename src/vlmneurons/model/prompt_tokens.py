@@ -48,7 +48,7 @@ class PromptTokenizer:
             prompts: rendered prompts; one call of the tokenizer for all costs far less than one each.
         """
         special = set(map(self.adds_special, prompts))
-        if len(special) > 1:
+        if len(special) != 1:
             return [self.ids([prompt])[0] for prompt in prompts]
         return list(map(list, self.tokenizer(list(prompts), add_special_tokens=special.pop())["input_ids"]))
 

@@ -73,10 +73,8 @@ def vision_rows(
     rows: Sequence[int] | None = None
     if "image_grid_thw" in data:  # one long row of patches: Qwen-VL, GLM-4V
         rows = _by_question(data["image_grid_thw"].prod(-1).tolist(), n_images)
-    elif (
-        pixels.ndim == 5 and not _has_more_than_pixels(data) and [pixels.shape[1]] * len(pixels) == list(n_images)
-    ):  # Idefics
-        rows = n_images
+    elif pixels.ndim == 5 and not _has_more_than_pixels(data) and [pixels.shape[1]] * len(pixels) == list(n_images):
+        rows = n_images  # Idefics
     elif pixels.ndim == 5 and getattr(config, "model_type", "") == "perception_lm":  # as many tiles a picture
         rows = _by_question([pixels.shape[1]] * len(pixels), n_images)
     elif "aspect_ratio_mask" in data:  # Mllama: as many pictures as the question with the most has

@@ -290,7 +290,7 @@ class VLM:
         return self.tower("vision")
 
     def tower(self, name: str) -> NamedTower:
-        """The tower of a name.
+        """The tower with this name.
 
         Args:
             name: such as ``"language"``.

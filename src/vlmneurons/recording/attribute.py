@@ -194,7 +194,7 @@ class _AttributionJob(Job["Tensor | None"]):
         return len(questions)
 
     def statistics(self) -> AttributionStatistics:
-        """Of what was taken so far."""
+        """The attributions of the questions that were taken so far."""
         of_run = run_provenance(self.engine.model, self._setting, questions=self._questions, engine=self.engine)
         provenance = {**of_run, **self._rules, "skipped": list(self.skipped)}
         tables = (self._total.clone(), self._strong.clone(), self._items.clone())
@@ -244,7 +244,7 @@ class _Factors:
 
     @contextlib.contextmanager
     def watch(self, batch: Batch, rows: list[int]) -> Iterator[None]:
-        """Told what the run's tokens are."""
+        """Around a run of the model: notes which of its tokens have factors."""
         if self.tokens is not None:
             self._mask = batch.tokens.counted(self.tokens)
         else:  # a sum is over all tokens, and needs no mask; of the highest, padding is left out

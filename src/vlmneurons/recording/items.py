@@ -70,8 +70,8 @@ def record_items(
         maxima: also keep the highest of every neuron's values among each question's counted tokens, in float32.
         statistic: also keep what a function of your own, or several by name, makes of each question's values, in
             float32: ``f(values [row, token, neuron], counted [row, token]) -> [row, neuron]``, called at every site.
-            With an argument ``site`` it is told which. `GroupedItems.values` gives it by its name (``"statistic"`` of a
-            single one), and `AveragePrecision(on=…)` selects by it.
+            One with an argument ``site`` is given the site. `GroupedItems.values` gives it by its name (``"statistic"``
+            of a single one), and `AveragePrecision(on=…)` selects by it.
         by_length: let questions of like length share a batch; see `record`.
         prefetch: how many batches a thread prepares while the model runs; see `record`.
         on_error: ``"raise"``, or ``"skip"`` questions that cannot be asked: they are asked again when the recording is

@@ -181,7 +181,7 @@ class _GroupJob(CountingJob):
         return len(questions)
 
     def statistics(self) -> ActivationStatistics:
-        """Of what was taken so far."""
+        """The statistics of the questions that were taken so far."""
         tokens = self.counter.tokens
         provenance = {
             **run_provenance(

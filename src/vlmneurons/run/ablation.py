@@ -141,7 +141,7 @@ class Ablation:
 
     @property
     def what(self) -> Intervention:
-        """What is done, as data; where rows have neurons of their own, with a set for each row by its number."""
+        """The ablation as data; where rows have neurons of their own, each row's set is named by its number."""
         neurons = self.neurons
         if isinstance(neurons, tuple):
             neurons = Selection({f"row {row}": neurons_of_row for row, neurons_of_row in enumerate(neurons)})

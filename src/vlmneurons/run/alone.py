@@ -45,7 +45,7 @@ _ROUNDING, _COARSE = 1e-2, 1.0
 
 @torch.no_grad()
 def check_alone(model: VLM, batch: QuestionSet, padding_side: str) -> None:
-    """Refuse batches of a model that answers a question otherwise beside others.
+    """Refuse batches of a model that answers a question differently beside others than alone.
 
     The first questions of the batch, its last, and the one with the most padding are asked alone as well, without
     anything switched off. In half precision answers may differ a little by rounding alone, so only a large difference

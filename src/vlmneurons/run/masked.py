@@ -222,8 +222,11 @@ def _turns_by_row(
     """
     question_of_row = list(range(len(questions)))
     if reads_logits(reader):
-        rows = _rows_of_questions(reader.wants(encoded), len(questions))
+        wanted = reader.wants(encoded)
+        rows = _rows_of_questions(wanted, len(questions))
         owners = {row: question for question, rows_of_question in enumerate(rows) for row in rows_of_question}
+        if len(owners) < len(wanted.positions):
+            raise CannotReplay("some rows are no question's, so it is not known which mask they are to be under")
         question_of_row = [owners[row] for row in range(len(owners))]
     elif type(reader).read is not Generate.read:
         raise CannotReplay("the reader runs the model in a way of its own")

@@ -62,7 +62,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class Part(Processes):
-    """A part of a run whose parts are asked apart, at any time: no part waits for another."""
+    """One part of a run whose parts are asked separately, at any time: no part waits for another."""
 
     def __str__(self) -> str:
         return f"{self.rank + 1}/{self.count}"

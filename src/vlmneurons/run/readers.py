@@ -165,7 +165,7 @@ class LogitReader(AnswerReader[Encoded]):
 
     @abstractmethod
     def wants(self, encoded: Encoded) -> "Wanted":
-        """The forward that is needed, and the positions whose logits are.
+        """The forward that is needed, and the positions whose logits are read.
 
         Args:
             encoded: what `encode` gave.
@@ -619,7 +619,7 @@ def reading_of_shares(
 
 
 def checked(reading: object, reader: "AnswerReader", questions: Sequence[Question]) -> Reading:
-    """A reading, checked, as the reader may be the user's own: one answer to each question, and only finite numbers.
+    """A reading, checked, as the reader may be the user's own: one answer to each question, and no NaN for a number.
 
     Args:
         reading: what `AnswerReader.read` gave.

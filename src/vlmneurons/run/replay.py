@@ -83,6 +83,8 @@ def replayed(
     """
     if any(site.tower != "language" for ablation in ablations for site in ablation.edits):
         raise CannotReplay("an ablation acts outside the language tower")
+    if any(len({site.at(ablation.at) for site in ablation.edits}) < len(ablation.edits) for ablation in ablations):
+        raise CannotReplay("an ablation has neurons of two kinds in one MLP, which are edited one after the other")
     if any(map(is_watched, model.hf.modules())):
         raise CannotReplay("there are hooks of somebody else, which would see other runs than one for each mask")
     if rows is not None and not structure.ragged:

@@ -144,7 +144,7 @@ def find_towers(hf_model: nn.Module) -> dict[str, Tower]:
 
 
 def _refuse_doubts(search: Search, blocks: Sequence[Block], problem: str) -> None:
-    """Refuses blocks in which something may be an MLP and was not told to be one: it would be left out unsaid."""
+    """Refuses blocks in which something may be an MLP that was not recognised: it would silently be left out."""
     doubts = [doubt for block in blocks for doubt in search.doubts(block)]
     if doubts:
         raise search.refusal(problem, doubts)

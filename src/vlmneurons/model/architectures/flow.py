@@ -278,7 +278,8 @@ class Flow:
         if node.target in CLAMPS:
             return 3 if is_clamp_at_zero(node) else max(inner, 1)
         if node.target in PRODUCTS | AFFINE:
-            several = sum(bool(self.sources(argument)) for argument in node.args) > 1  # x * x has two, too
+            operands = (*node.args, *node.kwargs.values())  # x * x has two
+            several = sum(bool(self.sources(operand)) for operand in operands) > 1
             return 3 if several and node.target in PRODUCTS else inner
         return max(inner, 2) if node.target in (torch.tanh, F.tanh, "tanh") else 3
 
@@ -463,9 +464,7 @@ class Flow:
 
     def _gating(self, gate: fx.Node) -> Keywords:
         """How gate is made of pre: all of it as an expression, and the module that does it alone, if one does."""
-        pres = self._source_nodes(
-            gate
-        )  # several steps may take the same part of one output: these are the same numbers
+        pres = self._source_nodes(gate)  # several steps may take one part of an output: these are the same numbers
         alone = gate.op == "call_module" and len(gate.args) == 1 and gate.args[0] in pres and not gate.kwargs
         activation = str(gate.target) if alone and self.calls[gate.target] == 1 else None
         return {"activation": activation, "function": self.expression(gate, dict.fromkeys(pres, "pre"))}

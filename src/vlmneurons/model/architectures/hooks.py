@@ -103,10 +103,9 @@ def _visit(hf_model: nn.Module, mlp: MLP, kind: str, visit: Callable[..., Tensor
     if mlp.layout.parameters:
         return _visit_experts(hf_model, mlp.path, mlp.layout, Visitor(kind, mlp.expert, visit, writes))
     _refuse_compiled(hf_model, mlp.path)
-    module, handles, change = hf_model.get_submodule(mlp.path), [], visit
-    if mlp.routed:
-        routing = Routing.of(hf_model.get_submodule(_path_of_router(mlp)))
-        handles = [Removal(routing.follow(module))]
+    module, change = hf_model.get_submodule(mlp.path), visit
+    routing = Routing.of(hf_model.get_submodule(_path_of_router(mlp))) if mlp.routed else None
+    if routing is not None:
 
         def change(values: Tensor) -> Tensor | None:
             new = visit(values.flatten(0, -2), routing.tokens_of(module))
@@ -115,25 +114,27 @@ def _visit(hf_model: nn.Module, mlp: MLP, kind: str, visit: Callable[..., Tensor
     place = mlp.place(kind)
     if place.computed:
         gate = ComputedGate.of(module, mlp.layout)
-        return Handle([*handles, gate.change(change) if writes else gate.see(change)])
-    point = module.get_submodule(place.module)
-    if place.end == "input":
+        hook: Removable = gate.change(change) if writes else gate.see(change)
+    elif place.end == "input":
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             new = change(first_input(args, kwargs))
             return None if new is None else _with_first(args, kwargs, new)
 
-        return Handle([*handles, (change_input if writes else see_input)(point, before)])
+        hook = (change_input if writes else see_input)(module.get_submodule(place.module), before)
+    else:
 
-    def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        new = change(place.part(output))
-        if new is None or place.columns is None:
-            return new
-        whole = output.clone()
-        place.part(whole).copy_(new)
-        return whole
+        def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            new = change(place.part(output))
+            if new is None or place.columns is None:
+                return new
+            whole = output.clone()
+            place.part(whole).copy_(new)
+            return whole
 
-    return Handle([*handles, (change_output if writes else see_output)(point, after)])
+        hook = (change_output if writes else see_output)(module.get_submodule(place.module), after)
+    # Last, so that the router is not watched for a site that was refused.
+    return Handle([hook] if routing is None else [Removal(routing.follow(module)), hook])
 
 
 def read_experts(hf_model: nn.Module, path: str, layout: MLPLayout, kind: str, callback: Callable[..., Any]) -> Handle:

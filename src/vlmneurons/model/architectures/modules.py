@@ -139,6 +139,8 @@ class Modules:
         for node in reversed(list(graphs[0].nodes)):
             if set(node.users) & before:
                 before.add(node)
+        if results[0] not in after:  # what it gives does not come from the linear layer
+            return False
         return all(
             keeps_straight(node, after)
             or (node.op == "call_module" and self.character(module.get_submodule(node.target)) in ("same", "affine"))

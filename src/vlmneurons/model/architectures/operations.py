@@ -63,9 +63,8 @@ def keeps_straight(node: fx.Node, inputs: Container[fx.Node]) -> bool:
     if node.target in CLAMPS:
         return not is_clamp_at_zero(node)
     if node.target in PRODUCTS:
-        return sum(argument in inputs for argument in node.all_input_nodes) < 2 and len(set(node.args)) == len(
-            node.args
-        )
+        operands = [operand for operand in (*node.args, *node.kwargs.values()) if isinstance(operand, fx.Node)]
+        return sum(operand in inputs for operand in operands) < 2 and len(set(operands)) == len(operands)
     return node.target in AFFINE | PASSIVE or node.target is getattr or is_view(node)
 
 

@@ -4,7 +4,7 @@ Each module is looked at from the inside out. `Search.layouts` gives the MLPs th
 `Search.below` these together with those of the modules inside. `Search.stacks` gives the lists of blocks. What then
 remains is checked the other way round: any two linear layers of a block that fit together like the two ends of an MLP
 must be in one that was found, in a module that mixes tokens, or refuted by the flow. If not, `Search.doubts` names
-them, and the model is refused: an MLP is not left out unsaid.
+them, and the model is refused: no MLP is silently left out.
 """
 
 import collections

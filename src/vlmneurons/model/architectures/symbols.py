@@ -98,9 +98,8 @@ def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
     """After it the modules have what they had: some keep a value of their forward, as Switch's router does a dtype."""
     before: list[tuple[Any, Any]] = [(vars(module), vars(module).copy()) for module in modules]
     attributes = [item for _, content in before for item in content.items() if type(item[1]) in (dict, list, set)]
-    before += [
-        (value, value.copy()) for name, value in attributes if value or name[0] != "_"
-    ]  # not PyTorch's empty ones
+    # None of PyTorch's own that are empty.
+    before += [(value, value.copy()) for name, value in attributes if value or name[0] != "_"]
     try:
         yield
     finally:

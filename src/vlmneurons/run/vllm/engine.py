@@ -103,6 +103,8 @@ class VLLMEngine(Engine):
                 )
             if ablation.at == "gate" and ablation.mode not in ("zero", "scale"):
                 raise AblationError(f"engine='vllm': mode {ablation.mode!r} acts at 'post' only; run the model here")
+            if len({site.at("post") for site in ablation.edits}) < len(ablation.edits):
+                raise AblationError("engine='vllm': an MLP has one mask; give neurons of one kind of site, or run here")
         if counting is not None:
             need_plain_counts(self, counting)
         edited = [site for ablation in ablations for site in ablation.edits]
