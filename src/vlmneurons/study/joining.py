@@ -219,8 +219,8 @@ def _rows_of_same_masks(first: KnockoutResult, second: KnockoutResult) -> list[i
             "would have gaps. Add results of the same questions, or of the same masks"
         )
     for name in first.selectors:
-        neurons, others = (result.provenance.get("masks", {}).get(name) for result in (first, second))
-        if neurons != others or (neurons is None and "setting" in first.provenance):
+        neurons, second_neurons = (result.provenance.get("masks", {}).get(name) for result in (first, second))
+        if neurons != second_neurons or (neurons is None and "setting" in first.provenance):
             raise MismatchError(
                 f"the results are of different questions, and of different neurons under the name {name!r} (or one is "
                 "of an earlier release, which did not keep of which): they cannot be added"
