@@ -174,7 +174,7 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
-    """Of what a question's record says, and of its row in every table."""
+    """The checksum of a question's record and of its row in every table."""
     checksum = zlib.crc32(b"".join(record[name].tobytes() for name in ("chosen", "tokens", "margin")))
     for row in rows:
         checksum = zlib.crc32(np.ascontiguousarray(row).tobytes(), checksum)

@@ -397,7 +397,7 @@ def detectable(
 
 
 def check_value(value: str) -> None:
-    """Refuse what no effect is measured on.
+    """Refuse a value that effects are not measured on.
 
     Raises:
         MismatchError: it is not one of `VALUES`.

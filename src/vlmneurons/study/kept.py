@@ -1,4 +1,4 @@
-"""A study's folder, opened again: what `run_study` kept there, for whoever writes of it afterwards."""
+"""A study's folder, opened again: what `run_study` kept there, for reports and explorers that come later."""
 
 import json
 from pathlib import Path

@@ -287,7 +287,7 @@ class Units:
 
         Args:
             draws: how many.
-            draw: makes as many as it is told, ``[draw, unit]``.
+            draw: makes a number of draws, ``[draw, unit]``.
             serves: ``[draw, group]`` whether a draw serves a group.
             goal: what every group must do, in the words of the error.
 
