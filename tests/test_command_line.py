@@ -24,7 +24,7 @@ from helpers import PAPER_MODELS, often, save_questions, some_questions
 from recompute_study import compare
 from vlmneurons import cli
 from vlmneurons.cli import exit_status, main
-from vlmneurons.errors import QuestionError
+from vlmneurons.errors import QuestionError, SelectionError
 from vlmneurons.files.stopping import _RAISED, Stopped, stop_if_asked, stopped_by_signals
 from vlmneurons.study.masks import split_setting
 
@@ -149,6 +149,46 @@ def test_the_explorer_of_a_study_that_does_not_say_what_was_asked_needs_both_opt
     how = ["--model", asked["model"], "--data", asked["data"], "--images", "none", "--quiet"]
     assert main(["explore", str(other), *how]) == 0
     assert capsys.readouterr().out == f"{other / 'explorer' / 'index.html'}\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("selections/CAS.safetensors", None, "{} has no neurons of CAS in selections/: finish the study first"),
+        ("protocol.json", None, "{} is no study's folder: it has no protocol.json"),
+        ("protocol.json", "{", "{}/protocol.json does not hold the settings of a study: "),
+        ("protocol.json", '{"protocol": {"later": 1}}', "{}/protocol.json does not hold the settings of a study: "),
+        ("command.json", "{", "{}/command.json is damaged: "),
+        ("knockout/knockout.json", None, "{}/knockout does not hold a knockout result: "),
+    ],
+)
+def test_the_explorer_of_a_study_that_lacks_a_file_is_refused_in_a_line_before_the_model_is_loaded(
+    undisturbed, tmp_path, monkeypatch, capsys, file, content, message
+):
+    monkeypatch.setattr(cli, "open_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    other = tmp_path / "study"
+    shutil.copytree(undisturbed, other)
+    (other / file).unlink()
+    if content is not None:
+        (other / file).write_text(content, encoding="utf-8")
+    capsys.readouterr()
+    assert main(["explore", str(other)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message.format(other)}")
+    assert error.count("\n") == 1
+
+
+def test_counts_that_an_explorer_cannot_be_made_of_are_refused_before_the_model_is_loaded(
+    undisturbed, monkeypatch, capsys
+):
+    def group_by(*_, **__):
+        raise SelectionError("no question has a label")
+
+    monkeypatch.setattr(cli, "open_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(vn.ItemStatistics, "group_by", group_by)
+    capsys.readouterr()
+    assert main(["explore", str(undisturbed)]) == 1
+    assert capsys.readouterr().err == "error: no question has a label\n"
 
 
 def test_the_command_killed_at_ten_random_moments_ends_with_the_same_tables(arguments, undisturbed, tmp_path):

@@ -366,6 +366,23 @@ def test_a_damaged_record_is_noticed_too(planted, tmp_path):
         ItemStatistics.load(tmp_path / "run", verify=True)
 
 
+def test_a_sum_is_verified_recording_by_recording_each_over_its_tables_in_its_own_order(tmp_path):
+    space, total, maximum = NeuronSpace.from_widths("language", "post", [3]), np.arange(6.0), np.ones(6)
+    recordings = []
+    for name, order in (("first", ["total", "maximum"]), ("second", ["maximum", "total"])):
+        questions = [Item(f"{name} {n}", "a", 0, {}, ()) for n in range(2)]
+        made = ItemStatistics.create(tmp_path / name, space, questions, {}, ["positive", *order])
+        tables = {"positive": np.ones(6), "total": total, "maximum": maximum}
+        made.write([0, 1], [0, 0], [4, 4], [0.5, 0.5], {key: table.reshape(2, 3) for key, table in tables.items()})
+        recordings.append(ItemStatistics.load(tmp_path / name, verify=True))
+    (recordings[0] + recordings[1]).verify()
+    data = bytearray((tmp_path / "second" / "total.bin").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "second" / "total.bin").write_bytes(data)
+    with pytest.raises(FileFormatError, match="the counts of question 'second 1' are damaged"):
+        (recordings[0] + recordings[1]).verify()
+
+
 def test_where_a_file_system_has_no_locks_a_marker_stands_for_one(planted, tmp_path, monkeypatch, caplog):
     def none(self, *_, **__):
         raise OSError("No locks available")

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import math
 import pkgutil
 from fractions import Fraction
@@ -773,6 +774,22 @@ def test_settings_can_be_changed_afterwards_without_changing_the_original():
     assert repr(rule) == "CAS(fraction=0.01)"
     assert repr(other) == "CAS(count=3, layers=[1], per_layer=True)"
     assert repr(other.take(0.5)) == "CAS(fraction=0.5, layers=[1], per_layer=True)"
+
+
+def test_a_default_that_cannot_be_compared_is_not_among_the_settings_shown():
+    weights = torch.ones(3)
+
+    class Weighted(Selector):
+        def __init__(self, fraction=None, *, weights=weights, floor=float("nan"), **shared):
+            super().__init__(fraction, **shared)
+            self.weights, self.floor = weights, floor
+
+        def score(self, stats):
+            return stats.probability
+
+    default = inspect.signature(Weighted.__init__).parameters["floor"].default
+    assert repr(Weighted(0.1, floor=default)) == "Weighted(fraction=0.1)"
+    assert repr(Weighted(0.1, floor=0.5)) == "Weighted(fraction=0.1, floor=0.5)"
 
 
 def test_settings_of_a_combination_are_those_of_its_parts():

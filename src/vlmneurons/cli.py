@@ -383,7 +383,7 @@ _PLACES = {"remote", "engine", "tensor_parallel_size", "max_model_len"}
 def _write_command(folder: Path, options: Keywords) -> None:
     """Keep in a study's folder what was asked of which model, for `report` and `explore`."""
     names = {*inspect.signature(_asking_again).parameters, "general", "general_by"} - _PLACES
-    kept = {name: options[name] for name in names}
+    kept = {name: options[name] for name in sorted(names)}
     for name in ("model", "data", "general"):  # so that a path is found from another working folder too
         kept[name] = os.path.abspath(kept[name]) if os.path.exists(kept[name] or "") else kept[name]
     write_json(folder / _COMMAND, kept, indent=1)
@@ -392,7 +392,10 @@ def _write_command(folder: Path, options: Keywords) -> None:
 def _read_command(folder: Path) -> Keywords:
     """The options that `_write_command` kept; none where it did not."""
     path = folder / _COMMAND
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise FileFormatError(f"{path} is damaged: {error}") from error
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
@@ -598,7 +601,10 @@ def explore(
     if protocol is None:
         raise FileFormatError(f"{run} is no study's folder: it has no protocol.json")
     selectors = {name: RULES[name](protocol.fraction) for name in protocol.selectors}
+    if lacking := [name for name in selectors if name not in study.selections]:
+        raise FileFormatError(f"{run} has no neurons of {', '.join(lacking)} in selections/: finish the study first")
     items = vn.ItemStatistics.load(run / "items")
+    stats = items.group_by("group", condition="correct", balanced=True, seed=protocol.seed)
     questions, load = _opened(options)
     if options["general"] is not None:
         questions = questions + open_questions(options["general"], group_by=options["general_by"])
@@ -609,7 +615,7 @@ def explore(
         questions if answer is None else questions.asked(answer=answer),
         {name: study.selections[name] for name in selectors},
         model=load(),
-        stats=items.group_by("group", condition="correct", balanced=True, seed=protocol.seed),
+        stats=stats,
         items=items,
         selectors=selectors,
         main=protocol.main,

@@ -482,7 +482,7 @@ class _Writer:
 def _has(result: KnockoutResult, value: str) -> bool:
     try:
         return bool(np.isfinite(result.values(value)[1:]).any())
-    except MismatchError:  # open questions have scores, and no margin
+    except MismatchError:  # open questions have scores, and no margin; of infinite margins there are no effects
         return False
 
 

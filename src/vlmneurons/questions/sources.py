@@ -157,7 +157,7 @@ def _transformed_cell(dataset: object, number: int, name: str, value: object) ->
 
 
 def _inner(feature: Any) -> Any:
-    """What a column's lists hold; the feature itself where it is none of lists."""
+    """What a column's lists hold; the feature itself where it holds no lists."""
     feature = feature[0] if isinstance(feature, list) else feature
     return feature.feature if type(feature).__name__ in ("List", "LargeList", "Sequence") else feature
 

@@ -328,7 +328,7 @@ def answer_index(answer: Any, options: Sequence[Any], where: str) -> int:
 
 
 def _number(option: object) -> float | None:
-    """The number that an option's text is; None where it is none."""
+    """The number that an option's text spells; None where it spells none."""
     try:
         return float(str(option).replace("_", "x"))  # Python takes 1_000 for a number
     except ValueError:

@@ -465,7 +465,9 @@ class Selector(ABC, Generic[Table]):
             value = getattr(self, name, getattr(self, f"_{name}", parameter.default))
             if value is inspect.Parameter.empty:
                 continue
-            is_default = type(value) is type(parameter.default) and value == parameter.default
+            default = parameter.default
+            # By itself first: NaN is not equal to itself, and a tensor's == is not one answer.
+            is_default = value is default or (type(value) is type(default) and value == default)
             if not is_default or name in self._always_shown:
                 shown[name] = value
         return shown

@@ -134,4 +134,4 @@ def _as_evidence(table: Readable) -> Evidence:
         return table.grouped()
     if isinstance(table, Mapping) and not isinstance(table, Selection):
         return Conditions(table)
-    return cast(Evidence, table)  # or the caller's mistake, which whoever reads it names
+    return cast(Evidence, table)  # anything else is refused by what reads it

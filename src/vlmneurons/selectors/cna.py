@@ -1,4 +1,4 @@
-"""CNA, the neurons whose mean activation at the last token differs most between a group and the others (2605.12290).
+"""CNA, the neurons whose mean at the last token differs most between a group and the others (arXiv 2605.12290).
 
 ``score[c, n] = abs(mean over the questions of c of a[n] - mean over all other questions of a[n])``, where ``a`` is the
 neuron's value at the input of the down projection.

@@ -118,7 +118,7 @@ def refuse_uncounted(
         groups: names of the groups.
         counts: how much each has.
         advice: how a group is left out, and what else helps, for the error.
-        lacking: what there is none of.
+        lacking: what a group has none of, in the words of the error.
         condition: of the questions that were counted, where it is known.
 
     Raises:

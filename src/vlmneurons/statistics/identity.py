@@ -16,7 +16,7 @@ from vlmneurons.files.folders import differences
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything beside the questions that a number hangs on.
+    """Everything that a number depends on, apart from the questions.
 
     Attributes:
         model: class of the model.

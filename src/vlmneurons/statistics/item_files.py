@@ -138,6 +138,13 @@ class StackedFiles(ItemFiles):
         """See `ItemFiles.table`."""
         return StackedTable([part.table(name) for part in self.parts])
 
+    def damaged_rows(self) -> Iterator[int]:
+        """See `ItemFiles.damaged_rows`: each part's own, whose checksums are over its tables in its own order."""
+        start = 0
+        for part in self.parts:
+            yield from (start + row for row in part.damaged_rows())
+            start += part.n_items
+
 
 class StackedTable:
     """The same table of several recordings, one below the other; rows are read from their own tables."""
@@ -167,7 +174,7 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _checksum(record: np.void, rows: Sequence[np.ndarray]) -> int:
-    """Of what a question's record says, and of its row in every table."""
+    """The checksum of a question's record and of its row in every table."""
     checksum = zlib.crc32(b"".join(record[name].tobytes() for name in ("chosen", "tokens", "margin")))
     for row in rows:
         checksum = zlib.crc32(np.ascontiguousarray(row).tobytes(), checksum)

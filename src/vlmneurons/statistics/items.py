@@ -577,7 +577,7 @@ class ItemStatistics:
 
 
 def added_up(evidence: object) -> object:
-    """Counts of groups of what is of single questions; anything else as it is."""
+    """Evidence of single questions, added up to the counts of its groups; anything else as it is."""
     grouped = evidence.grouped() if isinstance(evidence, ItemStatistics) else evidence
     return grouped.statistics if isinstance(grouped, GroupedItems) else grouped
 

@@ -21,7 +21,7 @@ MUST_AGREE = ("model", "revision", "kind", "tokens", "token_rule", "condition", 
 
 
 SameClass = TypeVar("SameClass", bound="TableEvidence")
-"""What is made of statistics: statistics of the same class."""
+"""The class of the statistics themselves, and so of what is made of them: a choice of groups, a sum, a copy."""
 
 
 class TableEvidence:
@@ -132,7 +132,7 @@ class TableEvidence:
 def merged_provenance(first: Mapping[str, object], second: Mapping[str, object]) -> JSON:
     """What two recordings that are added say together.
 
-    Where they differ in what numbers do not hang on, such as a device, ``{"several": [...]}`` lists both values.
+    Where they differ in something that no number depends on, such as a device, ``{"several": [...]}`` lists both.
 
     Raises:
         MismatchError: they differ in what makes numbers comparable.

@@ -126,12 +126,14 @@ class Estimates:
         )
 
     def bounds(self, confidence: float, value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``[row, place]`` lower and upper bounds of t intervals, NaN where there are too few units, and whether so.
+        """``[row, place]`` lower and upper bounds of t intervals, and whether there is too little for them (then NaN).
+
+        There is where fewer than `LEAST_UNITS` units enter, or where too few questions have changed.
 
         Args:
             confidence: level, in (0, 1).
-            value: what has changed. Of answers (``"correct"``) `LEAST_CHANGED` must have, and of scores unless all
-                have.
+            value: what the changes are of. Of answers (``"correct"``) at least `LEAST_CHANGED` must have changed; of
+                scores as many, or all of them; of margins none has to.
         """
         # Where all units have the same value, their variance is rounding, and no spread.
         few = (self.units < LEAST_UNITS) | ~(self.variance > (1e-9 * self.value) ** 2)
@@ -395,7 +397,7 @@ def detectable(
 
 
 def check_value(value: str) -> None:
-    """Refuse what no effect is measured on.
+    """Refuse a value that effects are not measured on.
 
     Raises:
         MismatchError: it is not one of `VALUES`.

@@ -59,7 +59,7 @@ def _side_by_side(results: Sequence[KnockoutResult]) -> KnockoutResult:
 def _combined(
     results: Sequence[KnockoutResult], combine: Callable[[Sequence[np.ndarray]], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The tables of all results; one that some of them lack is filled there with what stands for nothing."""
+    """The tables of all results, combined; one that only some have is filled for the others with what means nothing."""
     combined = {}
     for name, (dtype, missing) in TABLES.items():
         tables = [tables_in(result).get(name) for result in results]
@@ -86,7 +86,7 @@ def _result_in(part: PartFolder) -> KnockoutResult:
 def _joined_provenance(
     part: PartFolder, results: Sequence[KnockoutResult], order: Sequence[str], ids: Sequence[str]
 ) -> JSON:
-    """That of the undivided run: what each part says of its questions is said of all."""
+    """The provenance of the undivided run: what each part says of its own questions is said of all of them."""
     options = dict(zip(order, part.about["options"], strict=True))
     skipped = {name for result in results for name in result.provenance["skipped"]}
     halved = [note for result in results for note in result.provenance.get("halved", ())]
@@ -219,8 +219,8 @@ def _rows_of_same_masks(first: KnockoutResult, second: KnockoutResult) -> list[i
             "would have gaps. Add results of the same questions, or of the same masks"
         )
     for name in first.selectors:
-        neurons, others = (result.provenance.get("masks", {}).get(name) for result in (first, second))
-        if neurons != others or (neurons is None and "setting" in first.provenance):
+        neurons, second_neurons = (result.provenance.get("masks", {}).get(name) for result in (first, second))
+        if neurons != second_neurons or (neurons is None and "setting" in first.provenance):
             raise MismatchError(
                 f"the results are of different questions, and of different neurons under the name {name!r} (or one is "
                 "of an earlier release, which did not keep of which): they cannot be added"

@@ -1,4 +1,4 @@
-"""A study's folder, opened again: what `run_study` kept there, for whoever writes of it afterwards."""
+"""A study's folder, opened again: what `run_study` kept there, for reports and explorers that come later."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,7 @@ def open_study(folder: Path) -> StudyResult:
         folder: the folder that `run_study` or `knockout` was given.
 
     Raises:
-        FileFormatError: a file is damaged, or the answers are a part of a run only.
-        OSError: there are no answers.
+        FileFormatError: there are no answers, a file is damaged, or the answers are a part of a run only.
     """
     answers = folder / "knockout" if (folder / "knockout").is_dir() else folder
     result = KnockoutResult.load(answers)
@@ -44,9 +43,16 @@ def kept_protocol(folder: Path) -> Protocol | None:
 
     Args:
         folder: the study's folder.
+
+    Raises:
+        FileFormatError: their file is damaged, or of another release.
     """
-    if not (folder / "protocol.json").exists():
+    path = folder / "protocol.json"
+    if not path.exists():
         return None
-    kept = json.loads((folder / "protocol.json").read_text(encoding="utf-8"))["protocol"]
-    settings: Keywords = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
-    return Protocol(**settings)
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))["protocol"]
+        settings: Keywords = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+        return Protocol(**settings)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise FileFormatError(f"{path} does not hold the settings of a study: {error}") from error

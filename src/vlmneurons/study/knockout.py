@@ -328,7 +328,7 @@ class _AnswersJob(Job[pd.DataFrame]):
 
     Args:
         study: the study.
-        folder: where batches are kept, and those are that earlier sessions finished; None for memory.
+        folder: where batches are kept, those of earlier sessions among them; None for memory.
     """
 
     unit = "answer"

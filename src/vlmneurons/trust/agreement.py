@@ -87,7 +87,7 @@ def score_ranks(selector: Selector, evidence: Readable) -> np.ndarray | None:
 
 
 def _standardised(table: np.ndarray) -> np.ndarray:
-    """Rows less their mean, of length 1: the product of two is their correlation. A row of one number is zero."""
+    """Rows less their mean, of length 1: the product of two is their correlation. A constant row becomes zero."""
     table = table - table.mean(1, keepdims=True)
     length = np.linalg.norm(table, axis=1, keepdims=True)
     return np.divide(table, length, out=np.zeros_like(table), where=length > 0)

@@ -39,17 +39,17 @@ def units_to_draw(
 ) -> "Units":
     """The questions to draw from, and which of them are drawn together.
 
-    Every function of `vlmneurons.trust` that draws questions takes these arguments and hands them on to here.
+    Every function of `vlmneurons.trust` that draws questions takes these arguments and hands them on to this one.
 
     Args:
         items: a recording, or questions of one that are grouped already.
         by: the grouping; see `ItemStatistics.grouped`.
         condition: which questions enter.
         balanced: cut the pool to the same number of questions of every group; see `ItemStatistics.grouped`.
-        minimum: least number of questions of every group; what needs more has ``least``.
+        minimum: least number of questions of every group that the user asks for.
         seed: of the balanced pool.
         unit: ``"picture"``, or ``"question"`` for questions as if each had a picture of its own.
-        least: questions of every group that are needed whatever ``minimum`` is.
+        least: least number that the function itself needs, whatever ``minimum`` is.
 
     Raises:
         SelectionError: no questions of a recording, a group of too few questions or of a single picture, no such unit,
@@ -287,9 +287,9 @@ class Units:
 
         Args:
             draws: how many.
-            draw: makes as many as it is told, ``[draw, unit]``.
+            draw: makes a number of draws, ``[draw, unit]``.
             serves: ``[draw, group]`` whether a draw serves a group.
-            goal: what every group shall, for the error.
+            goal: what every group must do, in the words of the error.
 
         Raises:
             SelectionError: a hundred tries were not enough.

@@ -166,7 +166,7 @@ def _in_order(
 
 
 class _Room(NamedTuple):
-    """How large what is in a figure is: text in points, the side of a cell in inches, letters of a name."""
+    """The sizes of what is in a figure: text in points, the side of a cell in inches, letters of a name."""
 
     size: float
     cell: float
@@ -177,7 +177,7 @@ class _Room(NamedTuple):
 def _panels(
     matrices: Mapping[str, pd.DataFrame], width: float | None, ax: Axes | None
 ) -> tuple[Figure, list[Axes], _Room]:
-    """The figure, its axes, and how large what is in it is."""
+    """The figure, its axes, and the sizes of what is in it."""
     tables = list(matrices.values())
     n_columns, n_rows = (max(table.shape[side] for table in tables) for side in (1, 0))
     labels = [str(label) for table in tables for label in (*table.index, *table.columns)]

@@ -98,7 +98,7 @@ def plot_profiles(
     towers, models = part["tower"].nunique(), list(dict.fromkeys(part["model"]))
     lines = {
         model if towers == 1 else f"{model}, {tower}": (models.index(model), profile)
-        for model, of_model in part.groupby("model", sort=False)
+        for model, of_model in part.groupby("model", sort=False)  # all towers of a model, and then the next model
         for tower, profile in of_model.groupby("tower", sort=False)
     }
     canvas = Canvas(width, ax, [*lines, "evenly"], usual=(6.4, 3.2))

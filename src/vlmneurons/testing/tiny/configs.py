@@ -1,6 +1,6 @@
 """Configurations of small models of many classes, called as transformers calls them.
 
-The ids of special tokens are the same in all: `_tokenizers` puts each family's own tokens there.
+The ids of special tokens are the same in all: `processors` puts each family's own tokens there.
 """
 
 from vlmneurons.checks import Keywords

@@ -1,6 +1,6 @@
 """Processors of many families, built without a download: transformers' own classes with a tiny tokenizer.
 
-Special tokens and chat templates have the form of the released checkpoints', at the ids that `_configs` names. Sizes
+Special tokens and chat templates have the form of the released checkpoints', at the ids that `configs` names. Sizes
 are cut down so that a picture of the tests, of some 24 by 40 pixels, still makes several tiles where the family tiles.
 """
 
@@ -428,7 +428,7 @@ PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
     "molmo2": _molmo2,
     "florence2": _florence2,
 }
-"""How the processor of each model of `_configs` is built."""
+"""How the processor of each model of `configs` is built."""
 
 
 def _got_prompt(text: str, n_images: int) -> str:
