@@ -260,6 +260,15 @@ def test_the_highest_token_at_pre_and_at_the_gate_is_that_of_plain_autograd(doub
     assert "reduce" not in summed.provenance
 
 
+def test_the_highest_of_one_token_is_its_sum_and_zero_in_experts_that_it_is_not_sent_to(tiny_folder):
+    model = vn.VLM.from_pretrained(tiny_folder("qwen3_vl_moe"))
+    questions = some_questions(2, groups="AB")
+    how = {"tokens": "last", "condition": "all", "progress": False}
+    highest, summed = vn.attribute(model, questions, reduce="max", **how), vn.attribute(model, questions, **how)
+    assert (summed.total == 0).any() and (summed.total != 0).any()
+    torch.testing.assert_close(highest.total, summed.total, rtol=1e-4, atol=1e-9)
+
+
 def test_attributions_less_those_of_a_control(double):
     questions = some_questions(6, groups="AB")
     how = {"condition": "all", "progress": False}

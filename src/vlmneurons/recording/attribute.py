@@ -301,6 +301,8 @@ class _Factors:
                 continue  # an expert that no token was routed to
             if tokens is not None:  # what rows of one token say is added
                 counted = tokens >= 0
+                if not counted.any():
+                    continue  # an expert that none of the tokens that count was routed to
                 kept, place = torch.unique(tokens[counted], return_inverse=True)
                 by_token = gradient.new_zeros((len(kept), gradient.shape[-1]))
                 gradient = by_token.index_add_(0, place, gradient[counted])
