@@ -1130,6 +1130,19 @@ def test_a_site_of_an_expert_that_cannot_be_written_leaves_nothing_on_the_router
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def tokens_of_experts(model, experts, kind):
+    """What a plain run gives, and which tokens each expert saw in it, by the expert's name."""
+    tokens: dict[str, list[int]] = {}
+    handles = [
+        read(model, mlp, kind, lambda values, seen, mlp=mlp: tokens.__setitem__(mlp.name, seen.tolist()))
+        for mlp in experts
+    ]
+    output = model(IDS)
+    for handle in handles:
+        handle.remove()
+    return output, tokens
+
+
 @pytest.mark.parametrize("pick", [*PICKS, "in a table"])
 def test_experts_that_are_modules_tell_their_tokens_too(pick: str) -> None:
     model = Toy(lambda: ListOfExperts(PICKS.get(pick, PICKS["by number"]), table=pick == "in a table"))
@@ -1138,16 +1151,9 @@ def test_experts_that_are_modules_tell_their_tokens_too(pick: str) -> None:
     assert {mlp.name for mlp in tower.mlps} == {f"mlp.{name}" for name in (*names, "shared_experts.0")}
     experts = [mlp for mlp in tower.mlps if "shared" not in mlp.name]
     assert all(mlp.expert is None and mlp.routed == (mlp in experts) for mlp in tower.mlps)
-    found: dict[str, list[int]] = {}
-    handles = [
-        read(model, mlp, "gate", lambda values, tokens, mlp=mlp: found.__setitem__(mlp.name, tokens.tolist()))
-        for mlp in experts[:3]
-    ]
-    clean = model(IDS)
-    for handle in handles:
-        handle.remove()
-    assert sorted(token for tokens in found.values() for token in tokens) == list(range(10))
-    busy = next(mlp for mlp in experts[:3] if mlp.name in found)
+    clean, tokens = tokens_of_experts(model, experts[:3], "gate")
+    assert sorted(token for seen in tokens.values() for token in seen) == list(range(10))
+    busy = next(mlp for mlp in experts[:3] if mlp.name in tokens)
     with write(model, busy, "gate", zero(0)):
         one = model(IDS)
     with write(model, busy, "post", zero(0)):
@@ -1204,16 +1210,9 @@ def test_experts_in_parameters_that_are_registered_are_read_and_written(product:
         del finding._REGISTERED[: len(finding._REGISTERED) - known]
     assert [(mlp.name, mlp.width) for mlp in mlps[:3]] == [(f"mlp.{expert}", WIDTH) for expert in range(3)]
     assert down_of(model, mlps[1]) == Down("language_model.layers.0.mlp.down", 1 if in_out else 2, 1)
-    tokens: dict[int, list[int]] = {}
-    handles = [
-        read(model, mlp, "post", lambda values, rows, mlp=mlp: tokens.__setitem__(mlp.expert, rows.tolist()))
-        for mlp in mlps[:3]
-    ]
-    clean = model(IDS)
-    for handle in handles:
-        handle.remove()
-    assert sorted(token for rows in tokens.values() for token in rows) == list(range(10))
-    busy = mlps[next(iter(tokens))]
+    clean, tokens = tokens_of_experts(model, mlps[:3], "post")
+    assert sorted(token for seen in tokens.values() for token in seen) == list(range(10))
+    busy = next(mlp for mlp in mlps[:3] if mlp.name in tokens)
     outcomes = []
     for kind in ("gate", "post", "up"):
         with write(model, busy, kind, zero(3)):

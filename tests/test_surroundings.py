@@ -476,3 +476,33 @@ def test_a_second_ctrl_c_leaves_no_hook_on_either(monkeypatch, moment):
         assert len(module._forward_hooks) == 3
     assert len(entered) == 2
     assert not module._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda model: vn.Recorder(model), lambda model: vn.Ablation(model, vn.NeuronSet(model.space(), range(0, 200, 7)))],
+)
+def test_ctrl_c_right_before_something_is_left_leaves_no_hook_on(model, monkeypatch, make):
+    work = make(model)
+    with work:
+        pass  # what is looked at once is known
+    before, entered = hooks_of(model.hf), []
+
+    class Struck(stopping.Undivided):
+        """The first time ctrl-C comes right before it begins."""
+
+        def __enter__(self):
+            entered.append(self)
+            if len(entered) == 1:
+                raise KeyboardInterrupt
+            super().__enter__()
+
+    work.__enter__()
+    assert hooks_of(model.hf) != before
+    monkeypatch.setattr(stopping, "Undivided", Struck)
+    with pytest.raises(KeyboardInterrupt):
+        work.__exit__(None, None, None)
+    assert entered
+    assert hooks_of(model.hf) == before
+    with make(model):
+        pass  # nobody has the model any more

@@ -21,7 +21,8 @@ class Stopped(KeyboardInterrupt):
 class Undivided:
     """Within, ctrl-C waits until the end, so that what is done to a model is done as a whole.
 
-    See `hooked` for hooks that go on and come off; this is for objects with an ``__enter__`` of their own.
+    See `hooked` for hooks that go on and come off; this is for objects with an ``__enter__`` of their own, which leave
+    by `close_whole`.
     """
 
     def __init__(self) -> None:
@@ -60,12 +61,21 @@ def hooked(hooks: Iterable[contextlib.AbstractContextManager[object]]) -> Iterat
                 stack.enter_context(hook)
         yield
     finally:
-        try:
-            with Undivided():
-                stack.close()
-        except KeyboardInterrupt:  # it may have come just before `Undivided` began
+        close_whole(stack)
+
+
+def close_whole(stack: contextlib.ExitStack) -> None:
+    """Leave everything that a stack has entered, even if ctrl-C comes meanwhile.
+
+    Raises:
+        KeyboardInterrupt: ctrl-C came; all is left nevertheless.
+    """
+    try:
+        with Undivided():
             stack.close()
-            raise
+    except KeyboardInterrupt:  # it may have come just before `Undivided` began
+        stack.close()
+        raise
 
 
 _RAISED: list[int] = []

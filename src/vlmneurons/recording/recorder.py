@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import Keywords, as_names
 from vlmneurons.errors import MismatchError, QuestionError, VLMNeuronsError
-from vlmneurons.files.stopping import Undivided
+from vlmneurons.files.stopping import Undivided, close_whole
 from vlmneurons.model.sound_rows import Heard, sound_rows
 from vlmneurons.model.tokens import TokenRule, free_tokens
 from vlmneurons.model.vision_rows import UnknownPadding, real_patches
@@ -90,10 +90,11 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with Undivided():
-            if self._entered is not None:
-                stack, self._entered = self._entered, None
-                stack.close()
+        if self._entered is not None:
+            try:
+                close_whole(self._entered)
+            finally:
+                self._entered = None
 
     @contextlib.contextmanager
     def group(self, label: str | Sequence[str]) -> Iterator[None]:

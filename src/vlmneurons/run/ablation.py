@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlmneurons.checks import as_number
 from vlmneurons.errors import AblationError, MismatchError
-from vlmneurons.files.stopping import Undivided
+from vlmneurons.files.stopping import Undivided, close_whole
 from vlmneurons.model.architectures.hooks import write
 from vlmneurons.model.architectures.inside import Removal
 from vlmneurons.model.vlm import VLM, check_model
@@ -238,12 +238,7 @@ class Ablation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            with Undivided():
-                self._entered.close()
-        except KeyboardInterrupt:  # it may have come just before `Undivided` began
-            self._entered.close()
-            raise
+        close_whole(self._entered)
 
     def _editor(self, site: Site) -> Callable[..., Tensor | None]:
         """The function that returns one site's edited values."""
